@@ -1,0 +1,82 @@
+"""Adaptive top-k feature norm (ATF): one number for one feature map."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fusenorm_openood.errors import ConfigError, TapError
+
+
+def atf(
+    x: Tensor, k_min: float = 0.1, k_max: float = 0.25, alpha: float = 0.0, eps: float = 1e-8
+) -> Tensor:
+    """Adaptive top-k feature norm of each feature map in a batch.
+
+    In every channel the norm is the root of the mean of the k largest energies. Channels are
+    weighted by how concentrated their energy is in space, and k grows with the mean spatial
+    entropy of the sample. The computation runs in float64, so the order of the pixels, the batch
+    size and the memory format change nothing but the last digits.
+
+    Args:
+        x: feature maps ``[B, C, H, W]``, floating point.
+        k_min: smallest fraction of pixels to average, in (0, 1].
+        k_max: largest fraction of pixels to average, in [k_min, 1].
+        alpha: share of the uniform weight 1/C in each channel weight, in [0, 1].
+        eps: keeps divisions and logarithms finite; positive.
+
+    Returns:
+        Norms ``[B]``, at least 0, larger for feature maps of stronger activation, on the device
+        of ``x``: float64 for float64 input, else float32. A feature map that holds NaN or
+        infinity has the norm NaN.
+
+    Raises:
+        ConfigError: a fraction outside its interval.
+        TapError: ``x`` is not a non-empty floating-point batch of feature maps.
+
+    Source: ``adaptive_topk_channel_weight`` in the FuseNorm repository. A map of one pixel has no
+    spatial entropy: h = 0 there.
+    """
+    check_atf_settings(k_min, k_max, alpha, eps)
+    if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
+        raise TapError(
+            f"atf takes floating-point feature maps [B, C, H, W] with at least one pixel, "
+            f"found {x.dtype} of shape {list(x.shape)}: tap a module that returns such maps"
+        )
+    device, dtype = x.device, x.dtype if x.dtype == torch.float64 else torch.float32
+    if device.type == "mps":  # has no float64
+        x = x.cpu()
+    _, C, H, W = x.shape
+    N = H * W
+
+    a = x.flatten(2).abs()
+    e = a.double().square()  # energy [B, C, N]
+    p = e / (e.sum(-1, keepdim=True) + eps)
+    h = -(p * (p + eps).log()).sum(-1) / math.log(N) if N > 1 else e.sum(-1) * 0  # [B, C]
+
+    w = 1 - h
+    w = w / (w.sum(-1, keepdim=True) + eps)
+    w = (1 - alpha) * w + alpha / C
+    w = w / (w.sum(-1, keepdim=True) + eps)
+
+    k = ((k_min + (k_max - k_min) * h.mean(-1, keepdim=True)) * N).floor().clamp(1, N)  # [B, 1]
+    # h <= 1 bounds k for the whole batch: one selection, and nothing is asked of the device.
+    k_bound = min(N, math.floor(k_max * N) + 1)
+    top = a.topk(k_bound).values.double().square()  # [B, C, k_bound], falling
+    among_top_k = torch.arange(k_bound, device=x.device) < k  # [B, k_bound]
+    mean = (top * among_top_k.unsqueeze(1)).sum(-1) / k
+
+    return (w * mean.sqrt()).sum(-1).to(device, dtype)
+
+
+def check_atf_settings(k_min: float, k_max: float, alpha: float, eps: float) -> None:
+    """Raise ConfigError unless 0 < k_min <= k_max <= 1, 0 <= alpha <= 1 and eps > 0."""
+    if not 0 < k_min <= k_max <= 1:
+        raise ConfigError(
+            f"k_min = {k_min} and k_max = {k_max} are no fractions of the pixels: "
+            "choose 0 < k_min <= k_max <= 1"
+        )
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"alpha = {alpha} is no share of the uniform weight: choose 0 to 1")
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ConfigError(f"eps = {eps} keeps no division finite: choose a small positive number")

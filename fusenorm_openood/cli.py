@@ -1,0 +1,80 @@
+"""The command ``fusenorm``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fusenorm_openood import __version__
+from fusenorm_openood.errors import FuseNormError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; 0 = done, 1 = an error that stands in one sentence on stderr."""
+    args = _parser().parse_args(argv)
+    try:
+        # Subcommands import torch; --help and --version don't wait for it.
+        from fusenorm_openood import commands
+
+        getattr(commands, args.command)(args)
+    except FuseNormError as error:
+        print(f"fusenorm: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fusenorm: interrupted; what was written is whole", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fusenorm", description="OOD detection with FuseNorm.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _eval_arguments(
+        commands.add_parser("eval", help="near-OOD and far-OOD table of a root of runs")
+    )
+    _digits_arguments(
+        commands.add_parser("digits", help="write the digits benchmark and train on it")
+    )
+    _taps_arguments(commands.add_parser("taps", help="modules of a checkpoint that can be tapped"))
+    return parser
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--root", required=True, help="folder of training runs s0, s1, ... with best.ckpt")
+    add("--postprocessor", default="fusenorm", help="fusenorm, t2fnorm, msp, mls, ebo, odin, react")
+    add("--id-data", default="cifar10", help="cifar10, cifar100, imagenet200, imagenet, digits")
+    add("--batch-size", type=_positive, default=200)
+    add("--save-csv", action="store_true", help="write the table to OUTPUT/ood/POSTPROCESSOR.csv")
+    add("--save-score", action="store_true", help="write scores to OUTPUT/s0/scores/...")
+    add("--fsood", action="store_true", help="count covariate-shifted ID images as ID")
+    add("--compare", action="store_true", help="also print AUROC / FPR@95 of every expert")
+    add("--data-root", default="data", help="images and lists in OpenOOD's layout (default: data)")
+    add("--output-dir", help="where results go (default: the root)")
+    add("--config", help="postprocessor YAML (default: this package's for the postprocessor)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--num-workers", type=int, default=2, help="processes that load images (default: 2)")
+    add("--engine", default="auto", choices=["auto", "native", "openood"])
+    add("--no-progress", action="store_true", help="no progress bars")
+
+
+def _digits_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--root", help="folder of training runs (default: under results/)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+
+
+def _taps_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="best.ckpt of a training run")
+    parser.add_argument("--image-size", type=_positive, default=32)
+
+
+def _positive(text: str) -> int:
+    if not (text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} found, a whole number of at least 1 needed")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""What the subcommands of ``fusenorm`` do."""
+
+import os
+import pickle
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from fusenorm_openood.baselines import BASELINES, Baseline
+from fusenorm_openood.config import config_root, lookup, read_config
+from fusenorm_openood.data.benchmarks import DOWNLOAD, Benchmark, load_benchmark
+from fusenorm_openood.data.digits import write_digits
+from fusenorm_openood.detector import Detector, FuseNorm
+from fusenorm_openood.errors import CheckpointError, ConfigError, DataError
+from fusenorm_openood.evaluation import Evaluation, evaluate, find_checkpoints, summarise
+from fusenorm_openood.networks import load_network
+from fusenorm_openood.openood_bridge import evaluate_with_openood, openood_installed
+from fusenorm_openood.settings import Settings
+from fusenorm_openood.taps import resolve_taps, tap_candidates
+from fusenorm_openood.training import DIGITS_RUN, train_digits
+
+
+def eval(args: Namespace) -> None:
+    """Evaluate a postprocessor on all training runs under a root, and print the table."""
+    device = find_device(args.device)
+    engine = find_engine(args.engine, args.postprocessor, args.id_data)
+    benchmark = load_benchmark(args.id_data, args.data_root)
+    if benchmark.name == "digits":
+        write_digits(args.data_root)
+    config = read_postprocessor(args.postprocessor, args.config)
+    detector_for(args.postprocessor, config, benchmark)  # before any work: is it usable?
+    checkpoints = check_files(benchmark, args.root, args.fsood)
+    networks = {run: load_network(c, benchmark.num_classes) for run, c in checkpoints.items()}
+    output = Path(args.output_dir or args.root)
+    if args.save_csv or args.save_score:
+        check_writable(output)
+
+    print(f"{args.postprocessor} on {args.id_data}: engine {engine}, device {device}", flush=True)
+    tables = []
+    for run, net in networks.items():
+        net.to(device)
+        result = evaluate_run(net, benchmark, config, engine, args)
+        tables.append(result.table)
+        if args.save_score:
+            save(output / run / "scores" / f"{args.postprocessor}.pkl", _pickled(result.scores))
+        if args.compare:
+            print(f"\nAUROC / FPR@95, run {run or args.root}:\n{_text(result.compare)}")
+        net.cpu()
+    table = summarise(tables)
+    print(f"\n{args.postprocessor}, {args.id_data}, {len(tables)} run(s), mean ± std in percent:")
+    print(_text(table))
+    if args.save_csv:
+        path = output / ("fsood" if args.fsood else "ood") / f"{args.postprocessor}.csv"
+        save(path, table.to_csv().encode())
+        print(f"saved {path}")
+
+
+def digits(args: Namespace) -> None:
+    """Write the digits benchmark and train its network, each unless it is there already."""
+    root = Path(args.root or Path("results") / DIGITS_RUN)
+    print(f"network: {train_digits(args.data_root, root, args.seed, not args.no_progress)}")
+
+
+def taps(args: Namespace) -> None:
+    """Print the modules of a checkpoint's network that can be tapped, and the default choice."""
+    net = load_network(args.checkpoint)
+    default = resolve_taps(net, "blocks")
+    print("    module, class, shape of its output for one image; * = tapped by default")
+    for name, kind, shape in tap_candidates(
+        net, torch.zeros(1, 3, args.image_size, args.image_size)
+    ):
+        print(f"  {'*' if name in default else ' '} {name}, {kind}, {list(shape[1:])}")
+
+
+def evaluate_run(
+    net: nn.Module, benchmark: Benchmark, config: dict[str, Any], engine: str, args: Namespace
+) -> Evaluation:
+    """Evaluate one training run by the engine that was chosen."""
+    progress = not args.no_progress
+    if engine == "openood":
+        from fusenorm_openood.postprocessor import FuseNormPostprocessor  # imports OpenOOD
+
+        postprocessor = FuseNormPostprocessor(config)
+        table, scores = evaluate_with_openood(
+            net,
+            postprocessor,
+            benchmark.name,
+            args.data_root,
+            args.batch_size,
+            args.num_workers,
+            args.fsood,
+            progress,
+        )
+        return Evaluation(table, pd.DataFrame(), scores)
+    detector = detector_for(args.postprocessor, config, benchmark)(net)
+    if args.compare and isinstance(detector, FuseNorm):
+        detector.with_companions()
+    return evaluate(detector, benchmark, args.fsood, args.batch_size, args.num_workers, progress)
+
+
+def read_postprocessor(name: str, path: str | None) -> dict[str, Any]:
+    """The configuration of a postprocessor; ConfigError for one that is not known here."""
+    if name != "fusenorm" and name not in BASELINES:
+        known = ", ".join(("fusenorm", *BASELINES))
+        raise ConfigError(f"postprocessor {name!r} unknown: choose among {known}")
+    return read_config(path or config_root() / "postprocessors" / f"{name}.yml")
+
+
+def detector_for(
+    name: str, config: dict[str, Any], benchmark: Benchmark
+) -> Callable[[nn.Module], Detector]:
+    """A function from a network to the detector that a configuration describes."""
+    if name == "fusenorm":
+        settings = Settings.from_mapping(lookup(config, "postprocessor", "postprocessor_args"))
+        return lambda net: FuseNorm(net, settings)
+    args = lookup(config, "postprocessor").get("postprocessor_args") or {}
+    input_std = benchmark.norm[1] if name == "odin" else None
+    return lambda net: Baseline(net, name, input_std, **args)
+
+
+def check_files(benchmark: Benchmark, root: str, fsood: bool) -> dict[str, Path]:
+    """The checkpoints of all training runs, once all images that will be read are known to exist.
+
+    Raises:
+        DataError, CheckpointError: something is missing; one message says all of it.
+    """
+    problems: list[str] = []
+    missing = benchmark.missing(fsood)
+    if missing:
+        problems += [*missing[:3], *([f"and {len(missing) - 3} more"] if len(missing) > 3 else [])]
+    checkpoints = {}
+    try:
+        checkpoints = find_checkpoints(root)
+    except CheckpointError as error:
+        problems.append(str(error))
+    if problems:
+        kind = DataError if missing else CheckpointError
+        raise kind(
+            f"{benchmark.name} needs files that are missing:\n  - "
+            + "\n  - ".join(problems)
+            + f"\n{DOWNLOAD}. Or say where they are: --data-root, --root."
+        )
+    return checkpoints
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, ``auto`` being the best one there is."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device {name!r} cannot be used ({reason}): choose auto or cpu"
+        ) from None
+    return device
+
+
+def find_engine(engine: str, postprocessor: str, id_data: str) -> str:
+    """OpenOOD's evaluator where it can do the work, if left to choose; else the native engine."""
+    if engine == "openood" and postprocessor != "fusenorm":
+        raise ConfigError(
+            f"--engine openood evaluates fusenorm, found {postprocessor!r}: choose --engine "
+            "native, or run OpenOOD's own scripts/eval_ood.py"
+        )
+    if engine != "auto":
+        return engine
+    able = postprocessor == "fusenorm" and id_data != "digits" and openood_installed()
+    return "openood" if able else "native"
+
+
+def check_writable(folder: Path) -> None:
+    """ConfigError unless files can be written into a folder, which is made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"results cannot be written to {folder} ({error.strerror}): give --output-dir"
+        ) from None
+
+
+def save(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it: the file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _pickled(scores: dict[str, Any]) -> bytes:
+    return pickle.dumps(scores, pickle.HIGHEST_PROTOCOL)
+
+
+def _text(table: pd.DataFrame) -> str:
+    return table.to_string(justify="right")

@@ -1,0 +1,48 @@
+"""Reading configuration files in OpenOOD's schema."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fusenorm_openood.errors import ConfigError
+
+
+def config_root() -> Path:
+    """The folder of this package's configurations: inside the wheel, or beside the checkout."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ConfigError where there is none."""
+    path = Path(path)
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        siblings = ", ".join(sorted(p.stem for p in path.parent.glob("*.yml")))
+        raise ConfigError(
+            f"configuration {path} cannot be read ({error.strerror}); "
+            f"beside it there are: {siblings or 'none'}"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds {type(config).__name__} in the place of a mapping")
+    return config
+
+
+def lookup(config: Mapping[str, Any], *keys: str) -> Any:
+    """The value under nested keys; ConfigError that names the first missing one."""
+    value: Any = config
+    for depth, key in enumerate(keys):
+        if not isinstance(value, Mapping) or key not in value:
+            known = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
+            raise ConfigError(
+                f"key {'.'.join(keys[: depth + 1])!r} is missing in the configuration: "
+                f"found {known or 'nothing'} there"
+            )
+        value = value[key]
+    return value

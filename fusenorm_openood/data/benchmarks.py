@@ -1,0 +1,135 @@
+"""The benchmarks: which images are ID, near-OOD, far-OOD and covariate-shifted."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from fusenorm_openood.config import config_root, lookup, read_config
+from fusenorm_openood.data.imagelist import ImageList
+from fusenorm_openood.data.preprocessing import (
+    Normalization,
+    Transform,
+    normalization,
+    plain_transform,
+    test_transform,
+)
+from fusenorm_openood.errors import ConfigError, DataError
+
+DOWNLOAD = (
+    "OpenOOD's download script brings images, lists and checkpoints: in a checkout of "
+    "https://github.com/Jingkang50/OpenOOD run "
+    "'python scripts/download/download.py --contents datasets checkpoints --datasets ood_v1.5 "
+    "--checkpoints ood_v1.5 --save_dir ./data ./results --dataset_mode benchmark'"
+)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One image list and the folder that its paths start from."""
+
+    imagelist: Path
+    data_dir: Path
+    transform: Transform
+
+    def images(self) -> ImageList:
+        return ImageList(self.imagelist, self.data_dir, self.transform)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An ID data set with all that OpenOOD tests it against."""
+
+    name: str
+    num_classes: int
+    pre_size: int
+    image_size: int
+    norm: Normalization
+    id: dict[str, ImageSet]
+    val_ood: ImageSet
+    near: dict[str, ImageSet]
+    far: dict[str, ImageSet]
+    csid: dict[str, ImageSet]
+
+    def tested(self, fsood: bool = False) -> Iterator[ImageSet]:
+        """The image sets that an evaluation reads."""
+        yield self.id["val"]
+        yield self.id["test"]
+        yield from (*self.near.values(), *self.far.values())
+        if fsood:
+            yield from self.csid.values()
+
+    def missing(self, fsood: bool = False) -> list[str]:
+        """A sentence for each image set that is not complete on disk; no image is read."""
+        problems = []
+        for image_set in self.tested(fsood):
+            try:
+                problem = image_set.images().first_missing()
+            except DataError as error:
+                problem = str(error)
+            if problem is not None:
+                problems.append(problem)
+        return problems
+
+
+def benchmark_names() -> list[str]:
+    """Names of the ID data sets that have a benchmark."""
+    return sorted(path.parent.name for path in (config_root() / "datasets").glob("*/*_ood.yml"))
+
+
+def load_benchmark(name: str, data_root: str | Path = "data") -> Benchmark:
+    """The benchmark of an ID data set, its images under a data root in OpenOOD's layout.
+
+    Raises:
+        ConfigError: an unknown name, or a configuration that lacks a key.
+    """
+    folder = config_root() / "datasets" / name
+    if name not in benchmark_names():
+        raise ConfigError(f"ID data set {name!r} unknown: choose {', '.join(benchmark_names())}")
+    dataset = lookup(read_config(folder / f"{name}.yml"), "dataset")
+    ood = lookup(read_config(folder / f"{name}_ood.yml"), "ood_dataset")
+    shifted = folder / f"{name}_fsood.yml"
+    csid = lookup(read_config(shifted), "ood_dataset", "csid") if shifted.is_file() else None
+    norm = normalization(lookup(dataset, "normalization_type"))
+    pre_size, image_size = lookup(dataset, "pre_size"), lookup(dataset, "image_size")
+
+    def image_set(split: Any, label: str) -> ImageSet:
+        transform = (
+            plain_transform(norm)
+            if label == "imagenet_c"
+            else test_transform(pre_size, image_size, norm)
+        )
+        imagelist, data_dir = lookup(split, "imglist_pth"), lookup(split, "data_dir")
+        return ImageSet(_under(data_root, imagelist), _under(data_root, data_dir), transform)
+
+    def image_sets(split: Any) -> dict[str, ImageSet]:
+        return {key: image_set(split[key], key) for key in lookup(split, "datasets")}
+
+    return Benchmark(
+        name=name,
+        num_classes=lookup(dataset, "num_classes"),
+        pre_size=pre_size,
+        image_size=image_size,
+        norm=norm,
+        id={key: image_set(dataset[key], key) for key in ("train", "val", "test")},
+        val_ood=image_set(lookup(ood, "val"), "val"),
+        near=image_sets(lookup(ood, "nearood")),
+        far=image_sets(lookup(ood, "farood")),
+        csid=image_sets(csid) if csid is not None else {},
+    )
+
+
+def image_loader(
+    image_set: ImageSet, batch_size: int = 200, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader[Any]:
+    """Batches of an image set in the order of its list."""
+    return DataLoader(
+        image_set.images(), batch_size, num_workers=num_workers, pin_memory=pin_memory
+    )
+
+
+def _under(data_root: str | Path, path: str) -> Path:
+    """A path of the configurations, which start from ./data, under another data root."""
+    return Path(data_root) / Path(path).relative_to("data")

@@ -1,0 +1,61 @@
+"""OpenOOD's preprocessing of test images."""
+
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from fusenorm_openood.errors import ConfigError
+
+Transform = Callable[[Image.Image], Tensor]
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+
+# Mean and standard deviation of the RGB channels, under OpenOOD's names.
+NORMALIZATIONS: dict[str, Normalization] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "digits": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+def normalization(name: str) -> Normalization:
+    """Mean and standard deviation under a ``normalization_type``; ConfigError if unknown."""
+    if name not in NORMALIZATIONS:
+        raise ConfigError(
+            f"normalization_type {name!r} unknown: choose among {', '.join(NORMALIZATIONS)}"
+        )
+    return NORMALIZATIONS[name]
+
+
+def test_transform(pre_size: int, image_size: int, norm: Normalization) -> Transform:
+    """Resize the shorter side (bilinear), crop the centre, normalise: ``[3, size, size]``."""
+    return _compose(*_resized(pre_size, image_size), *_normalised(norm))
+
+
+def plain_transform(norm: Normalization) -> Transform:
+    """Normalise only, for images that come in their final size, as ImageNet-C's do."""
+    return _compose(*_normalised(norm))
+
+
+def train_transform(pre_size: int, image_size: int, norm: Normalization, flip: bool) -> Transform:
+    """Random crop with a margin of an eighth (4 of 32 pixels), mirrored if the classes allow it."""
+    mirror = [transforms.RandomHorizontalFlip()] if flip else []
+    crop = transforms.RandomCrop(image_size, padding=image_size // 8)
+    return _compose(*_resized(pre_size, image_size), *mirror, crop, *_normalised(norm))
+
+
+def _resized(pre_size: int, image_size: int) -> list[Any]:
+    resize = transforms.Resize(pre_size, transforms.InterpolationMode.BILINEAR)
+    return [resize, transforms.CenterCrop(image_size)]
+
+
+def _normalised(norm: Normalization) -> list[Any]:
+    return [transforms.ToTensor(), transforms.Normalize(*norm)]
+
+
+def _compose(*steps: Any) -> Transform:
+    transform: Transform = transforms.Compose(steps)
+    return transform

@@ -1,0 +1,151 @@
+"""Near-OOD, far-OOD and full-spectrum tables, in OpenOOD's format."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
+from fusenorm_openood.detector import Detector, Scored
+from fusenorm_openood.errors import CheckpointError, ConfigError
+from fusenorm_openood.metrics import accuracy, ood_metrics
+
+COLUMNS = ["FPR@95", "AUROC", "AUPR_IN", "AUPR_OUT", "ACC"]
+
+
+class Evaluation(NamedTuple):
+    """What one detector reaches on one benchmark.
+
+    table: metrics in percent, a row a data set and one for each mean, OpenOOD's columns.
+    compare: AUROC / FPR@95 in percent, a row an expert, a column a data set or mean.
+    scores: predictions, confidences and labels in the nested dict that OpenOOD saves.
+    """
+
+    table: pd.DataFrame
+    compare: pd.DataFrame
+    scores: dict[str, Any]
+
+
+def evaluate(
+    detector: Detector,
+    benchmark: Benchmark,
+    fsood: bool = False,
+    batch_size: int = 200,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Fit a detector on a benchmark's ID validation images, and test it.
+
+    Args:
+        detector: a detector around the network to test.
+        benchmark: images that are all there; see :meth:`Benchmark.missing`.
+        fsood: count covariate-shifted ID images as ID.
+        batch_size, num_workers: of the loaders.
+        progress: show a bar for each data set.
+
+    Raises:
+        ConfigError: ``fsood`` for a benchmark without covariate-shifted images.
+    """
+    if fsood and not benchmark.csid:
+        raise ConfigError(f"{benchmark.name} has no covariate-shifted ID images: leave out --fsood")
+
+    def infer(image_set: ImageSet, name: str) -> Scored:
+        return detector.infer(loader(image_set), progress, name)
+
+    def loader(image_set: ImageSet) -> Any:
+        pinned = torch.cuda.is_available()
+        return image_loader(image_set, batch_size, num_workers, pinned)
+
+    detector.fit(loader(benchmark.id["val"]), progress)
+    test = infer(benchmark.id["test"], benchmark.name)
+    csid = {name: infer(s, name) for name, s in benchmark.csid.items()} if fsood else {}
+    near = {name: infer(s, name) for name, s in benchmark.near.items()}
+    far = {name: infer(s, name) for name, s in benchmark.far.items()}
+
+    known = [test, *csid.values()]
+    id_conf = np.concatenate([s.conf for s in known])
+    id_experts = np.concatenate([s.experts for s in known], axis=1)
+    acc = accuracy(
+        np.concatenate([s.pred for s in known]), np.concatenate([s.label for s in known])
+    )
+    rows, compared = {}, {}
+    for group, sets in (("nearood", near), ("farood", far)):
+        metrics = {name: ood_metrics(id_conf, s.conf) for name, s in sets.items()}
+        rows.update(metrics)
+        rows[group] = np.mean(list(metrics.values()), axis=0)
+        by_expert = {name: _expert_metrics(id_experts, s.experts) for name, s in sets.items()}
+        compared.update(by_expert)
+        compared[group] = np.mean(list(by_expert.values()), axis=0)
+    table = pd.DataFrame([[*row, acc] for row in rows.values()], list(rows), COLUMNS) * 100
+
+    fused = {n: f"{100 * rows[n][1]:.2f} / {100 * rows[n][0]:.2f}" for n in rows}
+    single = {
+        expert: {n: "{:.2f} / {:.2f}".format(*100 * compared[n][i]) for n in compared}
+        for i, expert in enumerate(detector.rows)
+    }
+    compare = pd.DataFrame({"fused": fused, **single}).T
+    return Evaluation(table, compare, _scores(test, csid, near, far))
+
+
+def summarise(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """``mean ± std`` over the tables of several training runs, as OpenOOD writes it."""
+    stacked = np.stack([table.to_numpy() for table in tables])
+    mean, std = stacked.mean(axis=0), stacked.std(axis=0)
+    cells = [
+        [f"{m:.2f} \u00b1 {s:.2f}" for m, s in zip(*row, strict=True)]
+        for row in zip(mean, std, strict=True)
+    ]
+    summary: pd.DataFrame = pd.DataFrame(cells, tables[0].index, list(tables[0].columns))
+    return summary
+
+
+def find_checkpoints(root: str | Path) -> dict[str, Path]:
+    """The checkpoint of each training run ``s0``, ``s1``, ... under a root, or in the root itself.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    root = Path(root)
+    runs = sorted(path for path in root.glob("s*") if path.is_dir())
+    found = {run.name: run / "best.ckpt" for run in runs if (run / "best.ckpt").is_file()}
+    incomplete = [run.name for run in runs if run.name not in found and run.name[1:].isdigit()]
+    if incomplete:
+        raise CheckpointError(
+            f"training run {root / incomplete[0]} holds no best.ckpt: finish or remove it"
+        )
+    for name in ("best.ckpt", "ckpt.pth"):
+        if not found and (root / name).is_file():
+            return {"": root / name}
+    if not found:
+        raise CheckpointError(f"no checkpoint {root / 's0' / 'best.ckpt'} (nor s1, s2, ...) found")
+    return found
+
+
+def _expert_metrics(id_experts: Any, ood_experts: Any) -> Any:
+    """AUROC and FPR@95 of each expert ``[L, 2]``."""
+    pairs = zip(id_experts, ood_experts, strict=True)
+    return np.array([[m.auroc, m.fpr95] for m in (ood_metrics(i, o) for i, o in pairs)])
+
+
+def _scores(
+    test: Scored, csid: dict[str, Scored], near: dict[str, Scored], far: dict[str, Scored]
+) -> dict[str, Any]:
+    def listed(s: Scored) -> list[Any]:
+        return [s.pred, s.conf, s.label]
+
+    return {
+        "id": {"train": None, "val": None, "test": listed(test)},
+        "csid": {name: listed(s) for name, s in csid.items()},
+        "ood": {
+            "val": None,
+            "near": {name: listed(s) for name, s in near.items()},
+            "far": {name: listed(s) for name, s in far.items()},
+        },
+        "id_preds": torch.from_numpy(test.pred),
+        "id_labels": torch.from_numpy(test.label),
+        "csid_preds": {name: torch.from_numpy(s.pred) for name, s in csid.items()},
+        "csid_labels": {name: torch.from_numpy(s.label) for name, s in csid.items()},
+    }

@@ -1,0 +1,96 @@
+"""Output experts: scores computed from the logits, larger = more in-distribution."""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusenorm_openood.errors import ConfigError
+
+OutputExpert = Literal["msp", "mls", "energy", "odin"]
+OUTPUT_EXPERTS: tuple[str, ...] = get_args(OutputExpert)
+DEFAULT_TEMPERATURE: dict[str, float] = {"msp": 1.0, "mls": 1.0, "energy": 1.0, "odin": 1000.0}
+
+
+def msp(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Maximum softmax probability of logits ``[B, K]`` -> ``[B]`` in (1/K, 1]; saturates at 1."""
+    return (logits / temperature).softmax(dim=1).amax(dim=1)
+
+
+def log_odds(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log(p / (1 - p)) of the maximum softmax probability p: ranks as it does, never saturates."""
+    top, rest = _top_and_rest(logits / temperature)
+    return top - rest.logsumexp(dim=1)
+
+
+def mls(logits: Tensor) -> Tensor:
+    """Maximum logit of ``[B, K]`` -> ``[B]``."""
+    return logits.amax(dim=1)
+
+
+def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Negative free energy T logsumexp(logits / T) of ``[B, K]`` -> ``[B]``."""
+    return temperature * (logits / temperature).logsumexp(dim=1)
+
+
+def odin_perturb(
+    images: Tensor,
+    logits: Tensor,
+    temperature: float = 1000.0,
+    noise: float = 0.01,
+    input_std: Sequence[float] | None = None,
+) -> Tensor:
+    """Move images a step towards their predicted class, as ODIN does before it scores them.
+
+    Args:
+        images: ``[B, C, H, W]``, the leaf that ``logits`` were computed from, with gradient.
+        logits: ``[B, K]`` with their graph, which is freed.
+        temperature: divides the logits.
+        noise: length of the step in each pixel, in units of the normalised image.
+        input_std: standard deviations ``[C]`` that the images were divided by; then ``noise`` is
+            in units of the image before normalisation (OpenOOD's convention). None = not divided.
+
+    Returns:
+        Perturbed images, detached.
+
+    Source: Liang et al., ICLR 2018.
+    """
+    loss = F.cross_entropy(logits / temperature, logits.detach().argmax(dim=1), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, images)
+    step = torch.where(gradient >= 0, -noise, noise).to(images.dtype)
+    if input_std is not None:
+        if len(input_std) != images.shape[1]:
+            raise ConfigError(
+                f"input_std has {len(input_std)} entries for images of {images.shape[1]} channels: "
+                "give one a channel, or none"
+            )
+        step = step / step.new_tensor(input_std).view(1, -1, 1, 1)
+    return images.detach() + step
+
+
+def score_logits(name: str, logits: Tensor, temperature: float) -> Tensor:
+    """Score of an output expert inside the fusion, in float64 where the device has it: ``[B]``.
+
+    MSP and ODIN are given as log-odds: the ranks are those of the probability, while the range
+    stays wide where the probability saturates, and is proportional to it near 1/K.
+    """
+    logits = logits.detach()
+    logits = (logits.cpu() if logits.device.type == "mps" else logits).double()
+    if name in ("msp", "odin"):
+        return log_odds(logits, temperature)
+    return energy(logits, temperature) if name == "energy" else mls(logits)
+
+
+def check_output_expert(name: str) -> None:
+    """Raise ConfigError unless ``name`` is an output expert."""
+    if name not in OUTPUT_EXPERTS:
+        raise ConfigError(
+            f"output expert {name!r} unknown: choose among {', '.join(OUTPUT_EXPERTS)}"
+        )
+
+
+def _top_and_rest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    top, index = logits.max(dim=1)
+    return top, logits.scatter(1, index.unsqueeze(1), float("-inf"))

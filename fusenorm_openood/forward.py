@@ -1,0 +1,88 @@
+"""One forward pass over a network that belongs to somebody else."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusenorm_openood.errors import TapError
+from fusenorm_openood.taps import listening
+
+
+class Pass(NamedTuple):
+    """What one forward pass over ``B`` images gives.
+
+    norms: feature norms ``[L, B]``, one row a tap.
+    feature: input of the last linear layer ``[B, D]``, None for a network without one.
+    logits: what OOD scores are computed from ``[B, K]``.
+    pred: predicted classes ``[B]``.
+    """
+
+    norms: Tensor
+    feature: Tensor | None
+    logits: Tensor
+    pred: Tensor
+
+
+def forward_pass(
+    net: nn.Module,
+    images: Tensor,
+    taps: Sequence[str] = (),
+    reduce: Callable[[Tensor], Tensor] = torch.clone,
+) -> Pass:
+    """Run a network once and listen to its taps, its penultimate feature and its logits.
+
+    A network that scores by other logits than it classifies by says so with a method
+    ``forward_ood_inference``, as T2FNorm's does; that method gives the logits here.
+
+    Raises:
+        TapError: see :func:`fusenorm_openood.taps.listening`; or logits that are not ``[B, K]``.
+    """
+    head = final_linear(net)
+    features: list[Tensor] = []
+
+    def keep_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+        features.append(args[0])
+
+    run = net.forward_ood_inference if scores_apart(net) else net
+    handle = head.register_forward_pre_hook(keep_input) if head is not None else None
+    try:
+        with listening(net, taps, reduce) as heard:
+            logits = run(images)  # type: ignore[operator]
+    finally:
+        if handle is not None:
+            handle.remove()
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise TapError(
+            f"{type(net).__name__} returns {found}, no logits [B, K] of at least two classes: "
+            "wrap it so that its forward returns them"
+        )
+    norms = (
+        torch.stack([heard[name] for name in taps]) if taps else logits.new_empty(0, len(images))
+    )
+    feature = features[-1] if features and features[-1].ndim == 2 else None
+    classified = logits
+    if scores_apart(net) and head is not None and feature is not None:
+        # T2FNorm classifies by the normalised feature; its length, and so tau, cancels out.
+        classified = head(F.normalize(feature.detach(), dim=-1) / net.get_buffer("tau"))
+    return Pass(norms, feature, logits, classified.detach().argmax(dim=1))
+
+
+def scores_apart(net: nn.Module) -> bool:
+    """Whether a network scores by other logits than it classifies by, as T2FNorm's does."""
+    return hasattr(net, "forward_ood_inference")
+
+
+def final_linear(net: nn.Module) -> nn.Linear | None:
+    """The last linear layer of a network in the order of its modules, if it has one."""
+    linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear else None
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """The device of a network's first parameter; the CPU for a network without parameters."""
+    parameter = next(net.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

@@ -1,0 +1,69 @@
+"""The five metrics of OpenOOD, OOD being the positive class."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from sklearn import metrics
+
+from fusenorm_openood.errors import DataError, NonFiniteError
+
+
+class OODMetrics(NamedTuple):
+    """Fractions in [0, 1]; in tables they stand in percent."""
+
+    fpr95: float
+    auroc: float
+    aupr_in: float
+    aupr_out: float
+
+
+def ood_metrics(id_conf: ArrayLike, ood_conf: ArrayLike) -> OODMetrics:
+    """How well a confidence separates ID from OOD images.
+
+    Args:
+        id_conf: confidences of ID images ``[N]``, larger = more in-distribution.
+        ood_conf: confidences of OOD images ``[M]``.
+
+    Returns:
+        FPR@95 (the share of ID images taken for OOD where 95 % of the OOD images first are),
+        AUROC, AUPR with ID as the positive class, AUPR with OOD as the positive class.
+
+    Raises:
+        DataError: one of the two is empty.
+        NonFiniteError: NaN or infinity among the confidences.
+
+    Source: OpenOOD v1.5, whose AUPR is the trapezoidal area under the precision-recall curve.
+    """
+    id_conf, ood_conf = np.asarray(id_conf), np.asarray(ood_conf)
+    if id_conf.size == 0 or ood_conf.size == 0:
+        raise DataError(
+            f"{id_conf.size} ID and {ood_conf.size} OOD confidences found: metrics need both"
+        )
+    conf = np.concatenate([id_conf, ood_conf])
+    if not np.isfinite(conf).all():
+        raise NonFiniteError(
+            f"{np.count_nonzero(~np.isfinite(conf))} of {conf.size} confidences are not finite: "
+            "no metric can rank them; look for NaN in images or features"
+        )
+    is_ood = np.concatenate([np.zeros(len(id_conf), int), np.ones(len(ood_conf), int)])
+
+    fpr, tpr, _ = metrics.roc_curve(is_ood, -conf)
+    precision_in, recall_in, _ = metrics.precision_recall_curve(1 - is_ood, conf)
+    precision_out, recall_out, _ = metrics.precision_recall_curve(is_ood, -conf)
+    return OODMetrics(
+        fpr95=float(fpr[np.argmax(tpr >= 0.95)]),
+        auroc=float(metrics.auc(fpr, tpr)),
+        aupr_in=float(metrics.auc(recall_in, precision_in)),
+        aupr_out=float(metrics.auc(recall_out, precision_out)),
+    )
+
+
+def accuracy(pred: ArrayLike, label: ArrayLike) -> float:
+    """Share of predictions that equal their labels."""
+    pred, label = np.asarray(pred), np.asarray(label)
+    if pred.shape != label.shape or pred.size == 0:
+        raise DataError(
+            f"{pred.size} predictions and {label.size} labels found: accuracy needs as many of each"
+        )
+    return float(np.mean(pred == label))

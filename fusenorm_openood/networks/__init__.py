@@ -1,0 +1,19 @@
+"""Networks with OpenOOD's state-dict keys, and the way from a checkpoint to one."""
+
+from fusenorm_openood.networks.checkpoints import load_network
+from fusenorm_openood.networks.resnet import (
+    ResNet18_32x32,
+    ResNet18_224x224,
+    ResNet50,
+    WideResNet,
+)
+from fusenorm_openood.networks.t2fnorm import T2FNormNet
+
+__all__ = [
+    "ResNet18_32x32",
+    "ResNet18_224x224",
+    "ResNet50",
+    "T2FNormNet",
+    "WideResNet",
+    "load_network",
+]

@@ -1,0 +1,107 @@
+"""From a checkpoint file to a network: what it is shows in its keys."""
+
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from zipfile import BadZipFile
+
+import torch
+from torch import Tensor, nn
+
+from fusenorm_openood.errors import CheckpointError
+from fusenorm_openood.networks.resnet import (
+    ResNet18_32x32,
+    ResNet18_224x224,
+    ResNet50,
+    WideResNet,
+)
+from fusenorm_openood.networks.t2fnorm import T2FNormNet
+
+State = dict[str, Tensor]
+ARCHITECTURES = "ResNet18_32x32, ResNet18_224x224, ResNet50, WideResNet, T2FNormNet around one"
+
+
+def load_network(path: str | Path, num_classes: int | None = None) -> nn.Module:
+    """The network of a checkpoint, in float32 on the CPU, ready to score.
+
+    Takes state dicts of OpenOOD's networks, plain or T2FNorm's, also with the ``module.`` prefix
+    of data-parallel training, under a key ``state_dict``, or in half precision.
+
+    Args:
+        path: checkpoint file.
+        num_classes: number of classes expected; None = as in the checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, is no checkpoint of a known network, or
+            has another number of classes.
+    """
+    state = load_state(path)
+    t2fnorm = "tau" in state and any(key.startswith("backbone.") for key in state)
+    prefix = "backbone." if t2fnorm else ""
+    plain = {key.removeprefix(prefix): value for key, value in state.items() if key != "tau"}
+    build = _recognise(plain)
+    if build is None or "fc.weight" not in plain:
+        raise CheckpointError(
+            f"{path} holds no network that is known here, its keys begin "
+            f"{', '.join(sorted(state)[:3])}: known are {ARCHITECTURES}"
+        )
+    classes = len(plain["fc.weight"])
+    if num_classes is not None and classes != num_classes:
+        raise CheckpointError(
+            f"{path} tells {classes} classes apart and the ID data set has {num_classes}: "
+            "give the checkpoint and the ID data set that belong together"
+        )
+    net = build(classes)
+    if t2fnorm:
+        net = T2FNormNet(net, classes)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} looks like a {type(net).__name__} and does not fit it "
+            f"({str(error).splitlines()[-1].strip()}): known are {ARCHITECTURES}"
+        ) from None
+    return net.eval()
+
+
+def load_state(path: str | Path) -> State:
+    """The state dict in a checkpoint file, read without running any code in it."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} not found: give the path of a state dict")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, BadZipFile, pickle.UnpicklingError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise CheckpointError(
+            f"checkpoint {path} of {path.stat().st_size} bytes cannot be read ({reason}): "
+            "it may be truncated, copy or download it again"
+        ) from None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(torch.is_tensor(v) for v in state.values())
+    ):
+        raise CheckpointError(f"{path} holds no state dict: save net.state_dict() with torch.save")
+    return {str(key).removeprefix("module."): value for key, value in state.items()}
+
+
+def _recognise(state: State) -> Callable[[int], nn.Module] | None:
+    """A function from the number of classes to the plain network with such keys."""
+    stem = state.get("conv1.weight")
+    if stem is None or stem.ndim != 4:
+        return None
+    if "block1.layer.0.conv1.weight" in state:
+        blocks = {m[1] for key in state if (m := re.match(r"block1\.layer\.(\d+)\.", key))}
+        widen = len(state["block1.layer.0.conv1.weight"]) // 16
+        return lambda classes: WideResNet(6 * len(blocks) + 4, widen, classes)
+    if "layer1.0.conv3.weight" in state:
+        return ResNet50
+    if "layer2.0.downsample.0.weight" in state:
+        return ResNet18_224x224
+    if "layer2.0.shortcut.0.weight" in state:
+        return lambda classes: ResNet18_32x32(classes, width=len(stem))
+    return None

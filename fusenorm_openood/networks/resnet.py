@@ -1,0 +1,166 @@
+"""Residual networks with OpenOOD's names and state-dict keys: checkpoints move both ways."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import resnet as torchvision_resnet
+
+from fusenorm_openood.errors import ConfigError
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class _FeatureClassifier(nn.Module):
+    """What OpenOOD expects of a classifier: features, a linear layer ``fc``, access to both."""
+
+    fc: nn.Linear
+
+    def features(self, x: Tensor) -> Tensor:
+        """Penultimate features ``[B, D]`` of images ``[B, 3, H, W]``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits ``[B, K]``, with the penultimate feature ``[B, D]`` on request."""
+        feature = self.features(x)
+        logits: Tensor = self.fc(feature)
+        return (logits, feature) if return_feature else logits
+
+    def get_fc_layer(self) -> nn.Linear:
+        return self.fc
+
+    @property
+    def feature_size(self) -> int:
+        return self.fc.in_features
+
+
+class ResNet18_32x32(_FeatureClassifier):
+    """ResNet-18 for small images: 3x3 stem, no pooling before the four stages.
+
+    Args:
+        num_classes: number of ID classes.
+        width: channels of the first stage; 64 is OpenOOD's.
+    """
+
+    def __init__(self, num_classes: int = 10, width: int = 64) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        channels = [width, width, 2 * width, 4 * width, 8 * width]
+        for stage in range(1, 5):
+            first = BasicBlock(channels[stage - 1], channels[stage], stride=1 if stage == 1 else 2)
+            second = BasicBlock(channels[stage], channels[stage], stride=1)
+            self.add_module(f"layer{stage}", nn.Sequential(first, second))
+        self.fc = nn.Linear(channels[4], num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in range(1, 5):
+            x = self.get_submodule(f"layer{stage}")(x)
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+class _TorchvisionResNet(_FeatureClassifier, torchvision_resnet.ResNet):  # type: ignore[misc]
+    """torchvision's ResNet, split into features and classifier."""
+
+    def features(self, x: Tensor) -> Tensor:
+        stem = ("conv1", "bn1", "relu", "maxpool")
+        for name in (*stem, "layer1", "layer2", "layer3", "layer4", "avgpool"):
+            x = self.get_submodule(name)(x)
+        return x.flatten(1)
+
+
+class ResNet18_224x224(_TorchvisionResNet):
+    """ResNet-18 of torchvision, for images of 224x224."""
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        torchvision_resnet.ResNet.__init__(
+            self, torchvision_resnet.BasicBlock, [2, 2, 2, 2], num_classes=num_classes
+        )
+
+
+class ResNet50(_TorchvisionResNet):
+    """ResNet-50 of torchvision, for images of 224x224."""
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        torchvision_resnet.ResNet.__init__(
+            self, torchvision_resnet.Bottleneck, [3, 4, 6, 3], num_classes=num_classes
+        )
+
+
+class PreActBlock(nn.Module):
+    """Pre-activated residual block of Wide ResNets."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.convShortcut = (
+            None
+            if channels_in == channels
+            else nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(x))
+        shortcut = x if self.convShortcut is None else self.convShortcut(y)
+        residual: Tensor = self.conv2(F.relu(self.bn2(self.conv1(y))))
+        return shortcut + residual
+
+
+class WideResNetStage(nn.Module):
+    """A stage of a Wide ResNet; OpenOOD's keys call its blocks ``layer.0``, ``layer.1``, ..."""
+
+    def __init__(self, blocks: int, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(
+            PreActBlock(channels_in, channels, stride),
+            *(PreActBlock(channels, channels, 1) for _ in range(blocks - 1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
+
+
+class WideResNet(_FeatureClassifier):
+    """WRN-depth-widen_factor for images of 32x32.
+
+    Raises:
+        ConfigError: a depth that is not 6n + 4.
+    """
+
+    def __init__(self, depth: int = 16, widen_factor: int = 8, num_classes: int = 10) -> None:
+        super().__init__()
+        blocks, rest = divmod(depth - 4, 6)
+        if rest or blocks < 1:
+            raise ConfigError(f"depth {depth} found: a Wide ResNet has 6n + 4 layers, say 16 or 28")
+        channels = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
+        self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+        self.block1 = WideResNetStage(blocks, channels[0], channels[1], stride=1)
+        self.block2 = WideResNetStage(blocks, channels[1], channels[2], stride=2)
+        self.block3 = WideResNetStage(blocks, channels[2], channels[3], stride=2)
+        self.bn1 = nn.BatchNorm2d(channels[3])
+        self.fc = nn.Linear(channels[3], num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        return F.adaptive_avg_pool2d(F.relu(self.bn1(x)), 1).flatten(1)

@@ -1,0 +1,50 @@
+"""T2FNorm's network: the feature is normalised for training, and left as it is for scoring."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IMAGENET_CLASSES = 1000  # fine-tuned from ordinary weights, so scored without temperature
+
+
+class T2FNormNet(nn.Module):
+    """A backbone whose classifier sees features of length 1/tau.
+
+    Args:
+        backbone: network with ``forward(x, return_feature=True)`` and a linear layer ``fc``.
+        num_classes: number of ID classes.
+
+    Source: Regmi et al., CVPR Workshops 2024; OpenOOD's state-dict keys.
+    """
+
+    tau: Tensor
+
+    def __init__(self, backbone: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.register_buffer("tau", torch.tensor(1.0))
+
+    def set_tau(self, tau: float) -> None:
+        """Set the temperature, 0.1 in the paper and 0.05 for ImageNet-1k."""
+        self.tau.fill_(tau)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, K]`` of normalised features, for training and classification."""
+        feature = F.normalize(self._feature(x), dim=-1) / self.tau
+        return self._classify(feature)
+
+    def forward_ood_inference(self, x: Tensor) -> Tensor:
+        """Logits ``[B, K]`` of features as they are, for OOD scores."""
+        feature = self._feature(x)
+        return self._classify(
+            feature if self.num_classes == IMAGENET_CLASSES else feature / self.tau
+        )
+
+    def _feature(self, x: Tensor) -> Tensor:
+        feature: Tensor = self.backbone(x, return_feature=True)[1]
+        return feature
+
+    def _classify(self, feature: Tensor) -> Tensor:
+        logits: Tensor = self.backbone.fc(feature)  # type: ignore[operator]
+        return logits

@@ -1,0 +1,128 @@
+"""Training a classifier by cross-entropy, with OpenOOD's optimiser and schedule."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
+from fusenorm_openood.data.digits import write_digits
+from fusenorm_openood.data.preprocessing import train_transform
+from fusenorm_openood.detector import batches
+from fusenorm_openood.forward import device_of
+from fusenorm_openood.metrics import accuracy
+from fusenorm_openood.networks import ResNet18_32x32
+
+DIGITS_WIDTH, DIGITS_EPOCHS, DIGITS_LR = 16, 15, 0.05
+DIGITS_RUN = f"digits_resnet18_32x32_base_e{DIGITS_EPOCHS}_lr{DIGITS_LR}_default"
+
+
+def train_classifier(
+    net: nn.Module,
+    train_loader: DataLoader[Any],
+    val_loader: Iterable[Any],
+    epochs: int,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    progress: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Train a network by cross-entropy: SGD with Nesterov momentum, cosine schedule a step.
+
+    Returns:
+        The state dict after the epoch of the best validation accuracy, the last one of equals.
+    """
+    optimiser = SGD(net.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=True)
+    schedule = CosineAnnealingLR(optimiser, epochs * len(train_loader))
+    device, best, best_accuracy = device_of(net), {}, -1.0
+    for _ in (bar := tqdm(range(epochs), desc="train", unit="epoch", disable=not progress)):
+        net.train()
+        for images, labels in batches(train_loader):
+            loss = F.cross_entropy(net(images.to(device)), labels.to(device))
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+        reached = validation_accuracy(net, val_loader)
+        bar.set_postfix(loss=f"{loss.item():.3f}", val_acc=f"{100 * reached:.2f}")
+        if reached >= best_accuracy:
+            best_accuracy = reached
+            best = {key: value.detach().cpu().clone() for key, value in net.state_dict().items()}
+    return best
+
+
+@torch.no_grad()
+def validation_accuracy(net: nn.Module, loader: Iterable[Any]) -> float:
+    """Share of right predictions over a loader; leaves the network in evaluation mode."""
+    net.eval()
+    device = device_of(net)
+    rows = [(net(images.to(device)).argmax(1).cpu(), labels) for images, labels in batches(loader)]
+    pred, label = (torch.cat(column) for column in zip(*rows, strict=True))
+    return accuracy(pred, label)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread, and give it back its threads."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a state dict under a temporary name and rename it: the file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(state, unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def train_digits(
+    data_root: str | Path, root: str | Path, seed: int = 0, progress: bool = True
+) -> Path:
+    """Write the digits benchmark and train its network, each unless it is there already.
+
+    Args:
+        data_root: where the images and lists go.
+        root: folder of the training runs; this one goes into its subfolder ``s<seed>``.
+        seed: of the weights and of the order of the images.
+
+    Returns:
+        The checkpoint's path.
+    """
+    checkpoint = Path(root) / f"s{seed}" / "best.ckpt"
+    write_digits(data_root)
+    if checkpoint.is_file():
+        return checkpoint
+    benchmark = load_benchmark("digits", data_root)
+    images = benchmark.id["train"].images()
+    images.transform = train_transform(
+        benchmark.pre_size, benchmark.image_size, benchmark.norm, flip=False
+    )
+    # On one thread such a small network trains about as fast, also on a busy machine, and to the
+    # same weights whatever the number of cores.
+    with torch.random.fork_rng(devices=[]), one_thread():
+        torch.manual_seed(seed)
+        net = ResNet18_32x32(benchmark.num_classes, width=DIGITS_WIDTH)
+        train_loader = DataLoader(images, batch_size=64, shuffle=True)
+        val_loader = image_loader(benchmark.id["val"])
+        state = train_classifier(
+            net, train_loader, val_loader, DIGITS_EPOCHS, DIGITS_LR, progress=progress
+        )
+    save_state(state, checkpoint)
+    return checkpoint

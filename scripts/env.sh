@@ -1,0 +1,40 @@
+# Sourced by the other scripts: changes to the project root, and puts the project's virtual
+# environment .venv first on PATH. On first use, and whenever pyproject.toml has changed, it
+# installs what the caller asks for: environment [EXTRA].
+
+fail() {
+    echo "$(basename "$0"): $*" >&2
+    exit 1
+}
+
+python_for_venv() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10; do
+        [ -n "$candidate" ] || continue
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.10 to 3.13 found: install one, or set PYTHON to it"
+}
+
+environment() {
+    local extra=${1:-} stamp python
+    python=$(python_for_venv) || exit 1
+    stamp=.venv/.installed-${extra:-base}
+    if ! [ -x .venv/bin/python ]; then
+        echo "creating .venv with $("$python" --version)"
+        "$python" -m venv .venv || fail "no virtual environment could be made: is python3-venv installed?"
+    fi
+    if ! cmp -s pyproject.toml "$stamp"; then
+        echo "installing fusenorm-openood${extra:+[$extra]} into .venv; the first time this takes some minutes (torch)"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}" ||
+            fail "installation failed: see pip's message above"
+        cp pyproject.toml "$stamp"
+    fi
+    PATH=$PWD/.venv/bin:$PATH
+    export PATH
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

@@ -1,0 +1,8 @@
+"""Near-OOD and far-OOD tables, with the flags of OpenOOD's script of this name."""
+
+import sys
+
+from fusenorm_openood.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["eval", *sys.argv[1:]]))

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# FuseNorm on CIFAR-100. Arguments go to scripts/eval_ood.py and override
+# those below: --data-root DIR, --root DIR (a T2FNorm-trained run, say), --compare, --fsood, ...
+set -euo pipefail
+. "$(dirname "$0")/../../env.sh"
+environment
+
+python scripts/eval_ood.py \
+    --id-data cifar100 \
+    --root ./results/cifar100_resnet18_32x32_base_e100_lr0.1_default \
+    --postprocessor fusenorm \
+    --save-score --save-csv "$@"

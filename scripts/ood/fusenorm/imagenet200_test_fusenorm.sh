@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# FuseNorm on ImageNet-200. Arguments go to scripts/eval_ood.py and override
+# those below: --data-root DIR, --root DIR (a T2FNorm-trained run, say), --compare, --fsood, ...
+set -euo pipefail
+. "$(dirname "$0")/../../env.sh"
+environment
+
+python scripts/eval_ood.py \
+    --id-data imagenet200 \
+    --root ./results/imagenet200_resnet18_224x224_base_e90_lr0.1_default \
+    --postprocessor fusenorm \
+    --save-score --save-csv "$@"

@@ -1,0 +1,78 @@
+"""Networks, images and benchmarks that many tests share."""
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fusenorm_openood.networks import ResNet18_32x32
+from fusenorm_openood.training import train_digits
+
+CLASSES = 4
+
+
+def make_net(seed: int = 0) -> nn.Module:
+    """A small ResNet-18 with batch statistics that make its features differ between images."""
+    torch.manual_seed(seed)
+    net = ResNet18_32x32(CLASSES, width=4)
+    with torch.no_grad():
+        net(torch.randn(64, 3, 16, 16))
+    return net.eval()
+
+
+def make_loader(n: int = 60, seed: int = 1, batch_size: int = 16, scale: float = 1.0) -> DataLoader:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 3, 16, 16, generator=generator) * scale
+    labels = torch.randint(0, CLASSES, (n,), generator=generator)
+    return DataLoader(TensorDataset(images, labels), batch_size)
+
+
+def state_of(net: nn.Module) -> tuple:
+    """All that a detector must leave on a network as it found it."""
+    return (
+        {name: m.training for name, m in net.named_modules()},
+        {name: p.requires_grad for name, p in net.named_parameters()},
+        {name: p.grad is None for name, p in net.named_parameters()},
+        {name: v.clone() for name, v in net.state_dict().items()},
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()],
+    )
+
+
+def assert_undisturbed(net: nn.Module, before: tuple) -> None:
+    after = state_of(net)
+    assert after[:3] == before[:3]
+    assert after[4] == before[4]
+    assert all(torch.equal(after[3][key], value) for key, value in before[3].items())
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    return make_net()
+
+
+@pytest.fixture
+def loader() -> DataLoader:
+    return make_loader()
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Data root and checkpoint of the digits benchmark, its network trained once a session."""
+    home = tmp_path_factory.mktemp("digits")
+    return home / "data", train_digits(home / "data", home / "run", progress=False)
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Data root and results of real CIFAR-10 images, where FUSENORM_BENCH_DATA says."""
+    place = os.environ.get("FUSENORM_BENCH_DATA")
+    if not place:
+        pytest.skip("FUSENORM_BENCH_DATA is not set: no real CIFAR-10 images to test on")
+    home = tmp_path_factory.mktemp("bench")
+    with tarfile.open(Path(place) / "cifar10_mini.tar.xz") as archive:
+        archive.extractall(home, filter="data")
+    return home / "data", Path(place) / "results"

@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusenorm_openood import atf
+from fusenorm_openood.errors import ConfigError, TapError
+from tests.oracle import assert_atf_close, atf_oracle
+
+SIZES = [(1, 1), (1, 7), (2, 2), (3, 5), (8, 8), (16, 9), (32, 32), (64, 64)]
+KINDS = ["normal", "relu", "sparse", "constant", "constants", "nearly", "zero", "dead", "huge", "tiny", "mixed"]
+
+
+def maps(kind: str, height: int, width: int, batch: int = 3, channels: int = 6) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(height * 100 + width)
+    x = torch.randn(batch, channels, height, width, generator=generator)
+    ramp = torch.linspace(0.1, 3, channels).view(1, -1, 1, 1)
+    if kind == "relu":
+        return x.relu()
+    if kind == "sparse":
+        return x * (torch.rand(x.shape, generator=generator) > 0.97)
+    if kind == "constant":
+        return torch.full_like(x, 0.7)
+    if kind == "constants":
+        return ramp.expand_as(x).clone()
+    if kind == "nearly":
+        return ramp * (1 + 1e-3 * x)
+    if kind == "zero":
+        return torch.zeros_like(x)
+    if kind == "dead":
+        return x * (torch.arange(channels) % 2).view(1, -1, 1, 1)
+    if kind == "huge":
+        return x * 1e30
+    if kind == "tiny":
+        return x * 1e-30
+    if kind == "mixed":
+        return x * torch.logspace(-12, 12, channels).view(1, -1, 1, 1)
+    return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_the_oracle_in_float32(kind, size):
+    x = maps(kind, *size)
+    for chosen in ({}, {"k_min": 0.05, "k_max": 0.2, "alpha": 0.5}, {"k_min": 1.0, "k_max": 1.0}):
+        assert_atf_close(atf(x, **chosen), x.numpy(), rtol=1e-5, **chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["normal", "relu", "sparse", "constants", "zero", "dead"])
+def test_half_precision_is_computed_in_full(dtype, kind):
+    x = maps(kind, 16, 9).to(dtype)
+    norms = atf(x)
+    assert norms.dtype == torch.float32
+    assert torch.isfinite(norms).all()
+    assert_atf_close(norms, x.float().numpy(), rtol=1e-5)
+
+
+def test_half_precision_at_its_largest_value_is_finite():
+    assert torch.isfinite(atf(torch.full((1, 2, 8, 8), 65504.0, dtype=torch.float16))).all()
+
+
+def test_float64_stays_float64():
+    x = maps("normal", 8, 8).double()
+    norms = atf(x)
+    assert norms.dtype == torch.float64
+    np.testing.assert_allclose(norms, atf_oracle(x)[0], rtol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, n) for n in (4, 5, 12, 12)]),
+    k=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(sorted),
+    alpha=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_the_oracle_everywhere(shape, k, alpha, seed):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).relu()
+    chosen = {"k_min": k[0], "k_max": k[1], "alpha": alpha}
+    assert_atf_close(atf(x, **chosen), x.numpy(), rtol=1e-5, **chosen)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), batch=st.integers(1, 5))
+def test_pixel_order_channel_order_batch_size_and_sign_change_nothing(seed, batch):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, 4, 6, 7, generator=generator)
+    norms = atf(x)
+    pixels = torch.randperm(42, generator=generator)
+    torch.testing.assert_close(atf(x.flatten(2)[:, :, pixels].view_as(x)), norms)
+    torch.testing.assert_close(atf(x[:, torch.randperm(4, generator=generator)]), norms)
+    torch.testing.assert_close(atf(-x), norms)
+    torch.testing.assert_close(torch.cat([atf(part) for part in x.split(batch)]), norms)
+
+
+def test_memory_format_changes_nothing():
+    x = maps("relu", 16, 9)
+    norms = atf(x)
+    wide = torch.randn(3, 6, 16, 18)
+    wide[..., ::2] = x
+    torch.testing.assert_close(atf(x.contiguous(memory_format=torch.channels_last)), norms)
+    torch.testing.assert_close(atf(wide[..., ::2]), norms)
+    torch.testing.assert_close(atf(x.transpose(2, 3).contiguous().transpose(2, 3)), norms)
+
+
+def test_input_is_unmodified_and_an_empty_batch_is_empty():
+    x = maps("normal", 8, 8)
+    copy = x.clone()
+    atf(x)
+    assert torch.equal(x, copy)
+    assert atf(x[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_map_that_is_not_finite_has_no_norm_and_spoils_no_other(bad):
+    x = maps("normal", 8, 8)
+    norms = atf(x)
+    x[1, 2, 3, 4] = bad
+    spoilt = atf(x)
+    assert spoilt[1].isnan()
+    assert torch.equal(spoilt[[0, 2]], norms[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "named"),
+    [
+        ({"k_min": 0.3, "k_max": 0.2}, "k_min = 0.3"),
+        ({"k_min": 0.0}, "k_min = 0.0"),
+        ({"k_max": 1.5}, "k_max = 1.5"),
+        ({"k_min": float("nan")}, "k_min = nan"),
+        ({"alpha": -0.1}, "alpha = -0.1"),
+        ({"alpha": 1.1}, "alpha = 1.1"),
+        ({"eps": 0.0}, "eps = 0.0"),
+    ],
+)
+def test_settings_out_of_range_are_named(chosen, named):
+    with pytest.raises(ConfigError, match=named):
+        atf(torch.randn(1, 2, 3, 3), **chosen)
+
+
+@pytest.mark.parametrize("x", [torch.randn(2, 3), torch.randn(2, 3, 0, 4), torch.ones(1, 2, 3, 3, dtype=torch.int64)])
+def test_what_is_no_feature_map_is_refused(x):
+    with pytest.raises(TapError, match=r"\[B, C, H, W\]"):
+        atf(x)
