@@ -51,8 +51,9 @@ def atf(
 
     a = x.flatten(2).abs()
     e = a.double().square()  # energy [B, C, N]
-    p = e / (e.sum(-1, keepdim=True) + eps)
-    h = -(p * (p + eps).log()).sum(-1) / math.log(N) if N > 1 else e.sum(-1) * 0  # [B, C]
+    p = e.div_(e.sum(-1, keepdim=True) + eps)
+    h = -torch.einsum("bcn,bcn->bc", p, (p + eps).log_())  # [B, C]
+    h = h / math.log(N) if N > 1 else h * 0
 
     w = 1 - h
     w = w / (w.sum(-1, keepdim=True) + eps)
@@ -64,7 +65,7 @@ def atf(
     k_bound = min(N, math.floor(k_max * N) + 1)
     top = a.topk(k_bound).values.double().square()  # [B, C, k_bound], falling
     among_top_k = torch.arange(k_bound, device=x.device) < k  # [B, k_bound]
-    mean = (top * among_top_k.unsqueeze(1)).sum(-1) / k
+    mean = torch.einsum("bcn,bn->bc", top, among_top_k.double()) / k
 
     return (w * mean.sqrt()).sum(-1).to(device, dtype)
 

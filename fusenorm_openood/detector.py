@@ -186,7 +186,7 @@ def batches(
     loader: Iterable[Any], progress: bool = False, desc: str = ""
 ) -> Iterator[tuple[Tensor, Any]]:
     """Images and labels (or None) of each batch, whatever kind of batch the loader gives."""
-    for batch in tqdm(loader, desc=desc, disable=not progress, leave=False):
+    for batch in _told_plainly(tqdm(loader, desc=desc, disable=not progress, leave=False)):
         if isinstance(batch, dict):
             images, labels = batch.get("data"), batch.get("label")
         elif isinstance(batch, tuple | list) and len(batch) >= 1:
@@ -201,6 +201,16 @@ def batches(
             )
         if len(images):
             yield images, labels
+
+
+def _told_plainly(loader: Iterable[Any]) -> Iterator[Any]:
+    """A loader whose worker processes wrap no traceback around an error of ours."""
+    try:
+        yield from loader
+    except DataError as error:
+        sentence = str(error).rstrip().splitlines()[-1]
+        prefix = f"{DataError.__module__}.{DataError.__name__}: "
+        raise DataError(sentence.removeprefix(prefix)) from None
 
 
 @dataclass(frozen=True)

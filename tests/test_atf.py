@@ -9,7 +9,19 @@ from fusenorm_openood.errors import ConfigError, TapError
 from tests.oracle import assert_atf_close, atf_oracle
 
 SIZES = [(1, 1), (1, 7), (2, 2), (3, 5), (8, 8), (16, 9), (32, 32), (64, 64)]
-KINDS = ["normal", "relu", "sparse", "constant", "constants", "nearly", "zero", "dead", "huge", "tiny", "mixed"]
+KINDS = [
+    "normal",
+    "relu",
+    "sparse",
+    "constant",
+    "constants",
+    "nearly",
+    "zero",
+    "dead",
+    "huge",
+    "tiny",
+    "mixed",
+]
 
 
 def maps(kind: str, height: int, width: int, batch: int = 3, channels: int = 6) -> torch.Tensor:
@@ -139,7 +151,9 @@ def test_settings_out_of_range_are_named(chosen, named):
         atf(torch.randn(1, 2, 3, 3), **chosen)
 
 
-@pytest.mark.parametrize("x", [torch.randn(2, 3), torch.randn(2, 3, 0, 4), torch.ones(1, 2, 3, 3, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "x", [torch.randn(2, 3), torch.randn(2, 3, 0, 4), torch.ones(1, 2, 3, 3, dtype=torch.int64)]
+)
 def test_what_is_no_feature_map_is_refused(x):
     with pytest.raises(TapError, match=r"\[B, C, H, W\]"):
         atf(x)

@@ -62,7 +62,9 @@ def test_t2fnorm_is_msp_of_the_scoring_logits(net):
 
 
 def test_errors_name_the_postprocessor_and_its_arguments(net):
-    with pytest.raises(ConfigError, match="'knn' unknown: choose msp, mls, ebo, odin, react, t2fnorm"):
+    with pytest.raises(
+        ConfigError, match="'knn' unknown: choose msp, mls, ebo, odin, react, t2fnorm"
+    ):
         Baseline(net, "knn")
     with pytest.raises(ConfigError, match=r"arguments are \['noise', 'temperature'\]"):
         Baseline(net, "odin", temperature=1000.0)
@@ -78,6 +80,8 @@ def test_the_catalogue_scores_finite_and_larger_for_surer_images():
         surer.fc.bias *= 3
     for name in set(BASELINES) - {"t2fnorm"}:
         args = ARGS.get(name, {})
-        less, more = (Baseline(n, name, STD, **args).fit(loader).score_loader(loader) for n in (net, surer))
+        less, more = (
+            Baseline(n, name, STD, **args).fit(loader).score_loader(loader) for n in (net, surer)
+        )
         assert torch.isfinite(less).all()
         assert more.mean() > less.mean()

@@ -90,7 +90,9 @@ def test_batch_size_memory_format_and_grad_mode_change_nothing(net, output):
     scores = FuseNorm(net, output=output).fit(make_loader(batch_size=60)).score(IMAGES)
     detector = FuseNorm(net, output=output).fit(make_loader(batch_size=7))
     close = {"rtol": 1e-3, "atol": 1e-3}
-    torch.testing.assert_close(torch.cat([detector.score(i) for i in IMAGES.split(2)]), scores, **close)
+    torch.testing.assert_close(
+        torch.cat([detector.score(i) for i in IMAGES.split(2)]), scores, **close
+    )
     nhwc = IMAGES.contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(detector.score(nhwc), scores, **close)
     with torch.no_grad():
@@ -134,7 +136,9 @@ def test_strong_experts_by_number_name_and_default(net):
     assert FuseNorm(net, strong=[2, "layer1.0"]).strong == ("layer2.0", "layer1.0")
     with pytest.raises(ConfigError, match="strong expert 8 is out of range: there are 8 taps"):
         FuseNorm(net, strong=[8])
-    with pytest.raises(ConfigError, match=r"'layer5\.0' unknown: the experts are layer1\.0, .*output"):
+    with pytest.raises(
+        ConfigError, match=r"'layer5\.0' unknown: the experts are layer1\.0, .*output"
+    ):
         FuseNorm(net, strong=["layer5.0"])
 
 
@@ -163,7 +167,9 @@ def test_saturated_softmax_is_no_zero_range(loader):
     with torch.no_grad():
         net.fc.weight *= 1000
     for output in ("msp", "odin"):
-        assert torch.isfinite(FuseNorm(net, output=output, temperature=1.0).fit(loader).score(IMAGES)).all()
+        assert torch.isfinite(
+            FuseNorm(net, output=output, temperature=1.0).fit(loader).score(IMAGES)
+        ).all()
 
 
 def test_companions_take_no_part_in_the_fusion(net, loader):
@@ -173,7 +179,11 @@ def test_companions_take_no_part_in_the_fusion(net, loader):
     np.testing.assert_allclose(compared.conf, plain.conf)
     assert detector.rows[9:] == ("msp", "mls", "energy", "msp+react", "mls+react", "energy+react")
     assert compared.experts.shape == (15, 60)
-    assert FuseNorm(net, react_percentile=None).with_companions().companions == ("msp", "mls", "energy")
+    assert FuseNorm(net, react_percentile=None).with_companions().companions == (
+        "msp",
+        "mls",
+        "energy",
+    )
 
 
 def test_a_detector_and_its_calibration_pickle(net, loader):
@@ -187,7 +197,11 @@ def test_a_detector_and_its_calibration_pickle(net, loader):
 
 
 def test_scoring_before_fitting_is_an_error(net, loader):
-    for ask in (lambda d: d.score(IMAGES), lambda d: d.score_loader(loader), lambda d: d.infer(loader)):
+    for ask in (
+        lambda d: d.score(IMAGES),
+        lambda d: d.score_loader(loader),
+        lambda d: d.infer(loader),
+    ):
         with pytest.raises(NotFittedError, match="call fit"):
             ask(FuseNorm(net))
 
@@ -214,7 +228,7 @@ def test_images_that_are_not_finite_are_named(net, loader, output, bad):
     images = IMAGES.clone()
     images[3, 0, 2, 2] = bad
     before = state_of(net)
-    with pytest.raises(NonFiniteError, match="image 3 of the batch .* the image itself holds NaN"):
+    with pytest.raises(NonFiniteError, match=r"image 3 of the batch .* the image itself holds NaN"):
         detector.score(images)
     with pytest.raises(NonFiniteError, match="image 3"):
         FuseNorm(net, output=output, react_percentile=None).fit([images])
@@ -256,7 +270,9 @@ def test_react_without_a_linear_head_is_an_error_that_leaves_the_network_alone(l
         FuseNorm(net).fit(loader)
     assert_undisturbed(net, before)
     for output in OUTPUTS:
-        assert torch.isfinite(FuseNorm(net, output=output, react_percentile=None).fit(loader).score(IMAGES)).all()
+        assert torch.isfinite(
+            FuseNorm(net, output=output, react_percentile=None).fit(loader).score(IMAGES)
+        ).all()
 
 
 def test_a_silent_tap_is_an_error_that_leaves_the_network_alone(net, loader):

@@ -73,7 +73,11 @@ def test_unusable_penalties_are_named(base, cap):
 
 @pytest.mark.parametrize(
     ("strong", "weak"),
-    [(np.zeros((0, 3)), np.zeros((1, 3))), (np.zeros((1, 3)), np.zeros((1, 4))), (np.zeros(3), np.zeros((1, 3)))],
+    [
+        (np.zeros((0, 3)), np.zeros((1, 3))),
+        (np.zeros((1, 3)), np.zeros((1, 4))),
+        (np.zeros(3), np.zeros((1, 3))),
+    ],
 )
 def test_scores_that_do_not_match_are_refused(strong, weak):
     with pytest.raises(DataError, match="do not match"):

@@ -51,7 +51,9 @@ def test_networks_give_features_and_their_classifier(name):
     assert feature.shape == (2, net.feature_size)
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(ResNet18_224x224, "resnet18"), (ResNet50, "resnet50")])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(ResNet18_224x224, "resnet18"), (ResNet50, "resnet50")]
+)
 def test_large_networks_equal_torchvisions(ours, theirs):
     torch.manual_seed(0)
     reference = getattr(torchvision.models, theirs)(num_classes=5).eval()
@@ -113,10 +115,14 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path):
     cut = tmp_path / "cut.ckpt"
     for size in (0, 100, len(good.read_bytes()) // 2):
         cut.write_bytes(good.read_bytes()[:size])
-        with pytest.raises(CheckpointError, match=f"of {size} bytes cannot be read .* may be truncated"):
+        with pytest.raises(
+            CheckpointError, match=f"of {size} bytes cannot be read .* may be truncated"
+        ):
             load_network(cut)
     other = save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "mobile.ckpt")
-    with pytest.raises(CheckpointError, match="no network that is known here.*known are ResNet18_32x32"):
+    with pytest.raises(
+        CheckpointError, match=r"no network that is known here.*known are ResNet18_32x32"
+    ):
         load_network(other)
     state = {k: v for k, v in net.state_dict().items() if not k.startswith("layer3.1")}
     with pytest.raises(CheckpointError, match="looks like a ResNet18_32x32 and does not fit it"):

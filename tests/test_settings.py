@@ -33,9 +33,13 @@ def test_the_configuration_names_every_setting():
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_missing_or_misspelt_setting_is_named_with_the_valid_ones(name):
     missing = {key: value for key, value in ARGS.items() if key != name}
-    with pytest.raises(ConfigError, match=f"setting '{name}' is missing: the settings are taps, k_min"):
+    with pytest.raises(
+        ConfigError, match=f"setting '{name}' is missing: the settings are taps, k_min"
+    ):
         Settings.from_mapping(missing)
-    with pytest.raises(ConfigError, match=f"setting '{name}x' unknown: the settings are taps, k_min"):
+    with pytest.raises(
+        ConfigError, match=f"setting '{name}x' unknown: the settings are taps, k_min"
+    ):
         Settings.from_mapping({**ARGS, f"{name}x": 1})
 
 
@@ -73,6 +77,8 @@ def test_values_out_of_range_are_named(change, named):
 
 
 def test_lists_of_a_configuration_become_tuples():
-    s = Settings.from_mapping({**ARGS, "strong": [6, "output"], "weights": [1, 2], "taps": ["layer1"]})
+    s = Settings.from_mapping(
+        {**ARGS, "strong": [6, "output"], "weights": [1, 2], "taps": ["layer1"]}
+    )
     assert (s.strong, s.weights, s.taps) == ((6, "output"), (1, 2), ("layer1",))
     assert hash(s) == hash(s.replace())

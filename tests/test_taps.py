@@ -150,6 +150,9 @@ def test_taps_that_give_no_single_map_are_named(tap, message):
 def test_two_listeners_share_a_network():
     net = make_net()
     images = torch.randn(2, 3, 16, 16)
-    with listening(net, ["layer1"], torch.clone) as one, listening(net, ["layer1"], torch.clone) as two:
+    with (
+        listening(net, ["layer1"], torch.clone) as one,
+        listening(net, ["layer1"], torch.clone) as two,
+    ):
         net(images)
     assert torch.equal(one["layer1"], two["layer1"])

@@ -14,7 +14,7 @@ from fusenorm_openood.data.preprocessing import (
     Transform,
     normalization,
     plain_transform,
-    test_transform,
+    eval_transform,
 )
 from fusenorm_openood.errors import ConfigError, DataError
 
@@ -99,7 +99,7 @@ def load_benchmark(name: str, data_root: str | Path = "data") -> Benchmark:
         transform = (
             plain_transform(norm)
             if label == "imagenet_c"
-            else test_transform(pre_size, image_size, norm)
+            else eval_transform(pre_size, image_size, norm)
         )
         imagelist, data_dir = lookup(split, "imglist_pth"), lookup(split, "data_dir")
         return ImageSet(_under(data_root, imagelist), _under(data_root, data_dir), transform)

@@ -30,7 +30,7 @@ def normalization(name: str) -> Normalization:
     return NORMALIZATIONS[name]
 
 
-def test_transform(pre_size: int, image_size: int, norm: Normalization) -> Transform:
+def eval_transform(pre_size: int, image_size: int, norm: Normalization) -> Transform:
     """Resize the shorter side (bilinear), crop the centre, normalise: ``[3, size, size]``."""
     return _compose(*_resized(pre_size, image_size), *_normalised(norm))
 

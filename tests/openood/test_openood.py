@@ -1,0 +1,197 @@
+"""FuseNorm inside the real OpenOOD."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fusenorm_openood import FuseNorm, FuseNormPostprocessor, load_network
+from fusenorm_openood.cli import main
+from fusenorm_openood.config import config_root, read_config
+from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.errors import OpenOODError
+from fusenorm_openood.evaluation import evaluate, summarise
+from fusenorm_openood.metrics import ood_metrics
+from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet, WideResNet
+from fusenorm_openood.openood_bridge import evaluate_with_openood
+from tests.conftest import assert_undisturbed, make_net, state_of
+from tests.test_postprocessor import IMAGES, config
+
+BASE = "cifar10_resnet18_32x32_base_e8_lr0.15_default"
+T2FNORM = "cifar10_t2fnorm_net_t2fnorm_e2_lr0.02_alpha0.1_default"
+
+
+def test_it_is_a_subclass_of_openoods_base():
+    from openood.postprocessors import BasePostprocessor
+
+    assert isinstance(FuseNormPostprocessor(config()), BasePostprocessor)
+
+
+def test_openoods_own_configuration_object_is_taken():
+    from openood.utils import Config
+
+    path = config_root() / "postprocessors" / "fusenorm.yml"
+    postprocessor = FuseNormPostprocessor(Config(str(path)))
+    assert postprocessor.settings == FuseNormPostprocessor(read_config(path)).settings
+    again = pickle.loads(pickle.dumps(postprocessor))
+    assert again.settings == postprocessor.settings
+
+
+@pytest.mark.parametrize(
+    ("ours", "module", "theirs"),
+    [
+        (lambda: ResNet18_32x32(10), "resnet18_32x32", "ResNet18_32x32"),
+        (lambda: WideResNet(16, 2, 10), "wrn", "WideResNet"),
+    ],
+)
+def test_networks_equal_openoods(ours, module, theirs):
+    from importlib import import_module
+
+    args = {"depth": 16, "widen_factor": 2} if module == "wrn" else {}
+    reference = getattr(import_module(f"openood.networks.{module}"), theirs)(num_classes=10, **args)
+    net = ours()
+    net.load_state_dict(reference.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(images), reference.eval()(images))
+
+
+def test_t2fnorm_equals_openoods():
+    from openood.networks.t2fnorm_net import T2FNormNet as Reference
+
+    torch.manual_seed(0)
+    net = T2FNormNet(ResNet18_32x32(10, width=8), 10).eval()
+    net.set_tau(0.1)
+    reference = Reference(net.backbone, 10).eval()
+    reference.load_state_dict(net.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), reference(images), rtol=0, atol=1e-6)
+        scoring = reference.forward_ood_inference(images)
+        torch.testing.assert_close(net.forward_ood_inference(images), scoring, rtol=0, atol=1e-6)
+        # FuseNorm takes OpenOOD's network as it takes ours.
+    detectors = [FuseNorm(n).fit([(images, None), (images + 1, None)]) for n in (net, reference)]
+    torch.testing.assert_close(detectors[0].score(images), detectors[1].score(images))
+
+
+def test_metrics_equal_openoods():
+    from openood.evaluators.metrics import compute_all_metrics
+
+    rng = np.random.default_rng(0)
+    known, unknown = rng.normal(1, 1, 500).round(2), rng.normal(0, 1, 400).round(2)
+    label = np.concatenate([np.zeros(500, int), np.full(400, -1)])
+    conf = np.concatenate([known, unknown])
+    expected = compute_all_metrics(conf, label, np.zeros(900, int))
+    assert list(ood_metrics(known, unknown)) == expected[:4]
+
+
+@pytest.mark.parametrize("root", [BASE, T2FNORM])
+@pytest.mark.parametrize("fsood", [False, True])
+def test_both_engines_give_the_same_table(few_images, root, fsood):
+    data_root, results = few_images
+    net = load_network(results / root / "s0" / "best.ckpt", 10)
+    before = state_of(net)
+    postprocessor = FuseNormPostprocessor(config())
+    table, scores = evaluate_with_openood(
+        net, postprocessor, "cifar10", data_root, 40, 0, fsood, progress=False
+    )
+    assert_undisturbed(net, before)
+    native = evaluate(
+        FuseNorm(net, postprocessor.settings),
+        load_benchmark("cifar10", data_root),
+        fsood,
+        batch_size=40,
+        progress=False,
+    )
+    assert summarise([table]).equals(summarise([native.table]))
+    np.testing.assert_array_equal(
+        scores["ood"]["far"]["svhn"][1], native.scores["ood"]["far"]["svhn"][1]
+    )
+
+
+def test_openoods_search_takes_the_combination_of_the_best_auroc(few_images):
+    from openood.evaluation_api import Evaluator
+
+    data_root, results = few_images
+    net = load_network(results / BASE / "s0" / "best.ckpt", 10)
+    sweep = {"output": ["energy", "msp"], "cap": [0.0, 1.0]}
+    c = config(sweep, react_percentile=None, temperature=1)
+    c["postprocessor"]["APS_mode"] = True
+    p = FuseNormPostprocessor(c)
+    evaluator = Evaluator(
+        net, "cifar10", str(data_root), postprocessor=p, batch_size=40, num_workers=0
+    )
+    assert p.hyperparam_search_done
+    loaders = evaluator.dataloader_dict
+    aurocs = {}
+    for output in sweep["output"]:
+        for cap in sweep["cap"]:
+            d = FuseNorm(net, p.settings.replace(output=output, cap=cap)).fit(loaders["id"]["val"])
+            known, unknown = (
+                d.score_loader(loaders["id"]["val"]),
+                d.score_loader(loaders["ood"]["val"]),
+            )
+            aurocs[output, cap] = ood_metrics(known, unknown).auroc
+    assert aurocs[tuple(p.get_hyperparam())] == max(aurocs.values())
+
+
+def test_the_command_uses_openoods_evaluator(few_images, tmp_path, capsys):
+    data_root, results = few_images
+    args = [
+        "eval",
+        "--id-data",
+        "cifar10",
+        "--data-root",
+        str(data_root),
+        "--root",
+        str(results / BASE),
+    ]
+    more = ["--save-csv", "--save-score", "--num-workers", "0", "--no-progress", "--device", "cpu"]
+    tables = []
+    for engine in ("auto", "native"):
+        out = tmp_path / engine
+        assert main([*args, *more, "--engine", engine, "--output-dir", str(out)]) == 0
+        tables.append((out / "ood" / "fusenorm.csv").read_text())
+        assert (out / "s0" / "scores" / "fusenorm.pkl").is_file()
+    assert "engine openood" in capsys.readouterr().out
+    assert tables[0] == tables[1]
+
+
+def test_an_unknown_id_data_set_is_named(digits):
+    net = make_net()
+    with pytest.raises(OpenOODError, match="no ID data set 'digits': choose --engine native"):
+        evaluate_with_openood(
+            net, FuseNormPostprocessor(config()), "digits", digits[0], 8, 0, False, False
+        )
+
+
+def test_pickled_after_setup_it_scores_the_same_in_another_evaluator(few_images):
+    from openood.evaluation_api import Evaluator
+
+    data_root, results = few_images
+    net = load_network(results / BASE / "s0" / "best.ckpt", 10)
+    first = Evaluator(
+        net, "cifar10", str(data_root), postprocessor=FuseNormPostprocessor(config()), num_workers=0
+    )
+    again = pickle.loads(pickle.dumps(first.postprocessor))
+    Evaluator(net, "cifar10", str(data_root), postprocessor=again, num_workers=0)
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(
+        again.postprocess(net, images)[1], first.postprocessor.postprocess(net, images)[1]
+    )
+
+
+def test_no_other_module_imports_openood():
+    package = Path(__file__).parents[2] / "fusenorm_openood"
+    naming = [
+        path.name
+        for path in package.rglob("*.py")
+        if any(
+            s in path.read_text()
+            for s in ("import openood", "from openood", 'import_module("openood')
+        )
+    ]
+    assert naming == ["openood_bridge.py"]
+    assert IMAGES.shape[1] == 3

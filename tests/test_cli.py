@@ -1,0 +1,204 @@
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from fusenorm_openood import __version__
+from fusenorm_openood.cli import main
+from fusenorm_openood.commands import find_device
+from fusenorm_openood.errors import ConfigError
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def fusenorm(*args, **options):
+    command = [sys.executable, "-m", "fusenorm_openood.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture
+def root(digits, tmp_path):
+    """A root of one training run, and where its data are."""
+    data_root, checkpoint = digits
+    shutil.copytree(checkpoint.parent.parent, tmp_path / "run")
+    return data_root, tmp_path / "run"
+
+
+def evaluation(root, *args):
+    data_root, runs = root
+    return ["eval", "--id-data", "digits", "--root", str(runs), "--data-root", str(data_root),
+            "--num-workers", "0", "--no-progress", *args]  # fmt: skip
+
+
+def test_version_and_help_need_no_torch():
+    code = (
+        "import sys; from fusenorm_openood.cli import main\n"
+        "try: main(['--version'])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'openood' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"fusenorm {__version__}"
+
+
+def test_eval_prints_the_table_and_saves_what_it_is_told(root):
+    done = fusenorm(*evaluation(root, "--compare", "--save-csv", "--save-score"))
+    assert done.returncode == 0, done.stderr
+    assert "engine native, device cpu" in done.stdout
+    assert "AUROC / FPR@95, run s0" in done.stdout
+    table = pd.read_csv(root[1] / "ood" / "fusenorm.csv", index_col=0)
+    assert list(table.columns) == ["FPR@95", "AUROC", "AUPR_IN", "AUPR_OUT", "ACC"]
+    for cell in table.loc["farood"]:
+        assert cell in done.stdout
+    scores = pickle.loads((root[1] / "s0" / "scores" / "fusenorm.pkl").read_bytes())
+    assert len(scores["ood"]["far"]["noise"][1]) == 400
+    assert not list(root[1].rglob("*.tmp"))
+
+
+def test_several_runs_give_mean_and_deviation(root, capsys):
+    _, runs = root
+    state = torch.load(runs / "s0" / "best.ckpt", weights_only=True)
+    (runs / "s1").mkdir()
+    torch.save(
+        {k: v + 0.02 * torch.randn_like(v) if v.ndim == 4 else v for k, v in state.items()},
+        runs / "s1" / "best.ckpt",
+    )
+    assert main(evaluation(root, "--postprocessor", "ebo", "--save-csv")) == 0
+    assert "2 run(s)" in capsys.readouterr().out
+    table = pd.read_csv(runs / "ood" / "ebo.csv", index_col=0)
+    assert not table["AUROC"].str.endswith("± 0.00").all()
+
+
+@pytest.mark.parametrize("name", ["msp", "mls", "ebo", "odin", "react"])
+def test_every_single_expert_runs_under_openoods_name(root, name, capsys):
+    assert main(evaluation(root, "--postprocessor", name, "--compare")) == 0
+    assert "farood" in capsys.readouterr().out
+
+
+def test_the_script_takes_the_flags_of_openoods(root):
+    data_root, runs = root
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "eval_ood.py"), "--root", str(runs),
+         "--postprocessor", "msp", "--id-data", "digits", "--batch-size", "100",
+         "--data-root", str(data_root)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "nearood" in done.stdout
+
+
+def test_a_configuration_of_ones_own(root, tmp_path, capsys):
+    own = tmp_path / "own.yml"
+    own.write_text(
+        (SCRIPTS.parent / "configs/postprocessors/fusenorm.yml")
+        .read_text()
+        .replace("output: odin", "output: energy")
+        .replace("temperature: 1000", "temperature: 1")
+    )
+    assert main(evaluation(root, "--config", str(own))) == 0
+    own.write_text(own.read_text().replace("alpha", "alhpa"))
+    assert main(evaluation(root, "--config", str(own))) == 1
+    assert "setting 'alhpa' unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--postprocessor", "vim"], "postprocessor 'vim' unknown: choose among fusenorm, msp"),
+        (["--id-data", "svhn"], "ID data set 'svhn' unknown: choose cifar10"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["--engine", "openood", "--postprocessor", "msp"], "--engine openood evaluates fusenorm"),
+        (["--postprocessor", "t2fnorm"], "t2fnorm scores a network trained with T2FNorm"),
+        (["--fsood"], "no covariate-shifted ID images"),
+        (["--config", "nowhere.yml"], "nowhere.yml cannot be read"),
+        (["--output-dir", "/dev/null/x", "--save-csv"], "give --output-dir"),
+    ],
+)
+def test_errors_are_one_sentence_and_exit_code_1(root, args, message, capsys):
+    assert main(evaluation(root, *args)) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_missing_files_are_told_in_one_message_before_any_work(tmp_path, capsys):
+    args = [
+        "--id-data",
+        "cifar10",
+        "--root",
+        str(tmp_path / "r"),
+        "--data-root",
+        str(tmp_path / "d"),
+    ]
+    assert main(["eval", *args]) == 1
+    error = capsys.readouterr().err
+    assert "benchmark_imglist/cifar10/val_cifar10.txt" in error
+    assert "and 5 more" in error
+    assert "r/s0/best.ckpt" in error
+    assert "scripts/download/download.py" in error
+
+
+def test_a_truncated_run_is_found_before_the_first_is_scored(root, capsys):
+    (root[1] / "s1").mkdir()
+    whole = (root[1] / "s0" / "best.ckpt").read_bytes()
+    (root[1] / "s1" / "best.ckpt").write_bytes(whole[:1000])
+    assert main(evaluation(root)) == 1
+    captured = capsys.readouterr()
+    assert "s1/best.ckpt of 1000 bytes cannot be read" in captured.err
+    assert "farood" not in captured.out
+
+
+def test_an_image_that_is_corrupt_is_named_with_its_line(root, tmp_path):
+    data_root = tmp_path / "data"
+    shutil.copytree(root[0], data_root)
+    (data_root / "images_digits/test_china/0003.png").write_bytes(b"no image")
+    done = fusenorm(*evaluation((data_root, root[1])), "--num-workers", "1")
+    assert done.returncode == 1
+    assert "test_china.txt, line 4: image" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_digits_and_taps(digits, capsys):
+    data_root, checkpoint = digits
+    assert (
+        main(["digits", "--data-root", str(data_root), "--root", str(checkpoint.parent.parent)])
+        == 0
+    )
+    assert str(checkpoint) in capsys.readouterr().out
+    assert main(["taps", str(checkpoint), "--image-size", "16"]) == 0
+    assert "* layer4.0, BasicBlock, [128, 2, 2]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["cifar10", "cifar100", "imagenet200", "imagenet"])
+def test_scripts_say_what_is_missing(script, tmp_path):
+    """The scripts themselves, in an environment that is there already."""
+    project = tmp_path / "project"
+    shutil.copytree(SCRIPTS, project / "scripts")
+    shutil.copy(SCRIPTS.parent / "pyproject.toml", project)
+    venv = project / ".venv" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (venv / "python").chmod(0o755)
+    shutil.copy(SCRIPTS.parent / "pyproject.toml", project / ".venv" / ".installed-base")
+    env = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}
+    done = subprocess.run(
+        ["bash", str(project / f"scripts/ood/fusenorm/{script}_test_fusenorm.sh"),
+         "--data-root", "elsewhere"],
+        capture_output=True, text=True, check=False, env=env, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"elsewhere/benchmark_imglist/{script}/val_{script}.txt" in done.stderr
+    assert "checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_devices_are_found():
+    assert find_device("cpu").type == "cpu"
+    assert find_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(ConfigError, match="device 'tpu' cannot be used"):
+        find_device("tpu")
