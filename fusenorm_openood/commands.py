@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fusenorm_openood.baselines import BASELINES, Baseline
-from fusenorm_openood.config import config_root, lookup, read_config
+from fusenorm_openood.config import config_root, lookup, parse_yaml, read_config
 from fusenorm_openood.data.benchmarks import DOWNLOAD, Benchmark, load_benchmark
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.detector import Detector, FuseNorm
@@ -28,11 +28,11 @@ from fusenorm_openood.training import DIGITS_RUN, train_digits
 def eval(args: Namespace) -> None:
     """Evaluate a postprocessor on all training runs under a root, and print the table."""
     device = find_device(args.device)
-    engine = find_engine(args.engine, args.postprocessor, args.id_data)
+    engine = find_engine(args)
     benchmark = load_benchmark(args.id_data, args.data_root)
     if benchmark.name == "digits":
         write_digits(args.data_root)
-    config = read_postprocessor(args.postprocessor, args.config)
+    config = read_postprocessor(args.postprocessor, args.config, args.set)
     detector_for(args.postprocessor, config, benchmark)  # before any work: is it usable?
     checkpoints = check_files(benchmark, args.root, args.fsood)
     networks = {run: load_network(c, benchmark.num_classes) for run, c in checkpoints.items()}
@@ -55,7 +55,8 @@ def eval(args: Namespace) -> None:
     print(f"\n{args.postprocessor}, {args.id_data}, {len(tables)} run(s), mean ± std in percent:")
     print(_text(table))
     if args.save_csv:
-        path = output / ("fsood" if args.fsood else "ood") / f"{args.postprocessor}.csv"
+        folder = "val" if args.validation else "fsood" if args.fsood else "ood"
+        path = output / folder / f"{args.postprocessor}.csv"
         save(path, table.to_csv().encode())
         print(f"saved {path}")
 
@@ -100,15 +101,35 @@ def evaluate_run(
     detector = detector_for(args.postprocessor, config, benchmark)(net)
     if args.compare and isinstance(detector, FuseNorm):
         detector.with_companions()
-    return evaluate(detector, benchmark, args.fsood, args.batch_size, args.num_workers, progress)
+    return evaluate(
+        detector,
+        benchmark,
+        args.fsood,
+        args.validation,
+        args.batch_size,
+        args.num_workers,
+        progress,
+    )
 
 
-def read_postprocessor(name: str, path: str | None) -> dict[str, Any]:
-    """The configuration of a postprocessor; ConfigError for one that is not known here."""
+def read_postprocessor(name: str, path: str | None, changes: list[str]) -> dict[str, Any]:
+    """The configuration of a postprocessor, with ``KEY=VALUE`` changes to its arguments.
+
+    Raises:
+        ConfigError: a postprocessor that is not known here, or a change of another form.
+    """
     if name != "fusenorm" and name not in BASELINES:
         known = ", ".join(("fusenorm", *BASELINES))
         raise ConfigError(f"postprocessor {name!r} unknown: choose among {known}")
-    return read_config(path or config_root() / "postprocessors" / f"{name}.yml")
+    config = read_config(path or config_root() / "postprocessors" / f"{name}.yml")
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {change} found: give KEY=VALUE, alpha=0.5 say")
+        lookup(config, "postprocessor").setdefault("postprocessor_args", {})[key] = parse_yaml(
+            value
+        )
+    return config
 
 
 def detector_for(
@@ -165,17 +186,20 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def find_engine(engine: str, postprocessor: str, id_data: str) -> str:
+def find_engine(args: Namespace) -> str:
     """OpenOOD's evaluator where it can do the work, if left to choose; else the native engine."""
-    if engine == "openood" and postprocessor != "fusenorm":
-        raise ConfigError(
-            f"--engine openood evaluates fusenorm, found {postprocessor!r}: choose --engine "
-            "native, or run OpenOOD's own scripts/eval_ood.py"
-        )
-    if engine != "auto":
-        return engine
-    able = postprocessor == "fusenorm" and id_data != "digits" and openood_installed()
-    return "openood" if able else "native"
+    native_only = {
+        f"--postprocessor {args.postprocessor}": args.postprocessor != "fusenorm",
+        "--id-data digits": args.id_data == "digits",
+        "--compare": args.compare,
+        "--validation": args.validation,
+    }
+    reasons = [option for option, given in native_only.items() if given]
+    if args.engine == "openood" and reasons:
+        raise ConfigError(f"--engine openood cannot do {reasons[0]}: choose --engine native")
+    if args.engine != "auto":
+        return str(args.engine)
+    return "openood" if openood_installed() and not reasons else "native"
 
 
 def check_writable(folder: Path) -> None:

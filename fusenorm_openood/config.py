@@ -20,18 +20,24 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; ConfigError where there is none."""
     path = Path(path)
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = parse_yaml(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         siblings = ", ".join(sorted(p.stem for p in path.parent.glob("*.yml")))
         raise ConfigError(
             f"configuration {path} cannot be read ({error.strerror}); "
             f"beside it there are: {siblings or 'none'}"
         ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds {type(config).__name__} in the place of a mapping")
     return config
+
+
+def parse_yaml(text: str, source: str | Path = "the value") -> Any:
+    """What a YAML text says; ConfigError where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is no YAML: {' '.join(str(error).split())}") from None
 
 
 def lookup(config: Mapping[str, Any], *keys: str) -> Any:

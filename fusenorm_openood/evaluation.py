@@ -33,6 +33,7 @@ def evaluate(
     detector: Detector,
     benchmark: Benchmark,
     fsood: bool = False,
+    validation: bool = False,
     batch_size: int = 200,
     num_workers: int = 0,
     progress: bool = True,
@@ -43,6 +44,8 @@ def evaluate(
         detector: a detector around the network to test.
         benchmark: images that are all there; see :meth:`Benchmark.missing`.
         fsood: count covariate-shifted ID images as ID.
+        validation: test on the validation pair instead, ID validation images against OOD
+            validation images: settings are chosen there, never on what is tested.
         batch_size, num_workers: of the loaders.
         progress: show a bar for each data set.
 
@@ -60,10 +63,11 @@ def evaluate(
         return image_loader(image_set, batch_size, num_workers, pinned)
 
     detector.fit(loader(benchmark.id["val"]), progress)
-    test = infer(benchmark.id["test"], benchmark.name)
+    test = infer(benchmark.id["val" if validation else "test"], benchmark.name)
     csid = {name: infer(s, name) for name, s in benchmark.csid.items()} if fsood else {}
-    near = {name: infer(s, name) for name, s in benchmark.near.items()}
-    far = {name: infer(s, name) for name, s in benchmark.far.items()}
+    val = {"val": infer(benchmark.val_ood, "val")} if validation else {}
+    near = {} if validation else {name: infer(s, name) for name, s in benchmark.near.items()}
+    far = {} if validation else {name: infer(s, name) for name, s in benchmark.far.items()}
 
     known = [test, *csid.values()]
     id_conf = np.concatenate([s.conf for s in known])
@@ -72,7 +76,9 @@ def evaluate(
         np.concatenate([s.pred for s in known]), np.concatenate([s.label for s in known])
     )
     rows, compared = {}, {}
-    for group, sets in (("nearood", near), ("farood", far)):
+    for group, sets in (("valood", val), ("nearood", near), ("farood", far)):
+        if not sets:
+            continue
         metrics = {name: ood_metrics(id_conf, s.conf) for name, s in sets.items()}
         rows.update(metrics)
         rows[group] = np.mean(list(metrics.values()), axis=0)
@@ -87,7 +93,7 @@ def evaluate(
         for i, expert in enumerate(detector.rows)
     }
     compare = pd.DataFrame({"fused": fused, **single}).T
-    return Evaluation(table, compare, _scores(test, csid, near, far))
+    return Evaluation(table, compare, _scores(test, csid, val, near, far))
 
 
 def summarise(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -131,7 +137,11 @@ def _expert_metrics(id_experts: Any, ood_experts: Any) -> Any:
 
 
 def _scores(
-    test: Scored, csid: dict[str, Scored], near: dict[str, Scored], far: dict[str, Scored]
+    test: Scored,
+    csid: dict[str, Scored],
+    val: dict[str, Scored],
+    near: dict[str, Scored],
+    far: dict[str, Scored],
 ) -> dict[str, Any]:
     def listed(s: Scored) -> list[Any]:
         return [s.pred, s.conf, s.label]
@@ -140,7 +150,7 @@ def _scores(
         "id": {"train": None, "val": None, "test": listed(test)},
         "csid": {name: listed(s) for name, s in csid.items()},
         "ood": {
-            "val": None,
+            "val": listed(val["val"]) if val else None,
             "near": {name: listed(s) for name, s in near.items()},
             "far": {name: listed(s) for name, s in far.items()},
         },

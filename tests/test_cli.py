@@ -100,7 +100,10 @@ def test_a_configuration_of_ones_own(root, tmp_path, capsys):
         .replace("output: odin", "output: energy")
         .replace("temperature: 1000", "temperature: 1")
     )
-    assert main(evaluation(root, "--config", str(own))) == 0
+    assert main(evaluation(root, "--config", str(own), "--set", "strong=[output]")) == 1
+    assert "do not weigh 1 strong experts" in capsys.readouterr().err
+    own_set = ["--set", "strong=[output]", "--set", "weights=null"]
+    assert main(evaluation(root, "--config", str(own), *own_set)) == 0
     own.write_text(own.read_text().replace("alpha", "alhpa"))
     assert main(evaluation(root, "--config", str(own))) == 1
     assert "setting 'alhpa' unknown" in capsys.readouterr().err
@@ -112,8 +115,11 @@ def test_a_configuration_of_ones_own(root, tmp_path, capsys):
         (["--postprocessor", "vim"], "postprocessor 'vim' unknown: choose among fusenorm, msp"),
         (["--id-data", "svhn"], "ID data set 'svhn' unknown: choose cifar10"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
-        (["--engine", "openood", "--postprocessor", "msp"], "--engine openood evaluates fusenorm"),
+        (["--engine", "openood"], "--engine openood cannot do --id-data digits: choose --engine"),
         (["--postprocessor", "t2fnorm"], "t2fnorm scores a network trained with T2FNorm"),
+        (["--set", "alpha"], "--set alpha found: give KEY=VALUE"),
+        (["--set", "alhpa=1"], "setting 'alhpa' unknown"),
+        (["--set", "alpha=[1"], "is no YAML"),
         (["--fsood"], "no covariate-shifted ID images"),
         (["--config", "nowhere.yml"], "nowhere.yml cannot be read"),
         (["--output-dir", "/dev/null/x", "--save-csv"], "give --output-dir"),
@@ -170,8 +176,8 @@ def test_digits_and_taps(digits, capsys):
         == 0
     )
     assert str(checkpoint) in capsys.readouterr().out
-    assert main(["taps", str(checkpoint), "--image-size", "16"]) == 0
-    assert "* layer4.0, BasicBlock, [128, 2, 2]" in capsys.readouterr().out
+    assert main(["taps", str(checkpoint), "--image-size", "24"]) == 0
+    assert "* layer4.0, BasicBlock, [128, 3, 3]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ["cifar10", "cifar100", "imagenet200", "imagenet"])

@@ -3,8 +3,9 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from fusenorm_openood import FuseNorm, load_network
+from fusenorm_openood import FuseNorm, Settings, load_network
 from fusenorm_openood.baselines import Baseline
+from fusenorm_openood.config import config_root, read_config
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.evaluation import COLUMNS, evaluate, find_checkpoints, summarise
@@ -16,7 +17,12 @@ ROWS = ["digit8", "digit9", "nearood", "china", "flower", "noise", "stripes", "f
 def evaluated(digits):
     data_root, checkpoint = digits
     benchmark, net = load_benchmark("digits", data_root), load_network(checkpoint)
-    fused = evaluate(FuseNorm(net).with_companions(), benchmark, progress=False)
+    settings = Settings.from_mapping(
+        read_config(config_root() / "postprocessors" / "fusenorm.yml")["postprocessor"][
+            "postprocessor_args"
+        ]
+    )
+    fused = evaluate(FuseNorm(net, settings).with_companions(), benchmark, progress=False)
     return fused, evaluate(Baseline(net, "msp"), benchmark, progress=False)
 
 
@@ -60,6 +66,15 @@ def test_compare_holds_every_expert_beside_the_fused_score(evaluated):
     # The log-odds of the top class rank as its probability does.
     auroc = float(fused.compare.loc["msp", "nearood"].split(" / ")[0])
     assert auroc == pytest.approx(msp.table.AUROC["nearood"], abs=0.02)
+
+
+def test_the_validation_pair_is_tested_alone(digits):
+    data_root, checkpoint = digits
+    detector = FuseNorm(load_network(checkpoint), output="energy", weights=(0.3, 1))
+    e = evaluate(detector, load_benchmark("digits", data_root), validation=True, progress=False)
+    assert list(e.table.index) == ["val", "valood"]
+    assert len(e.scores["ood"]["val"][1]) == 179
+    assert e.scores["ood"]["near"] == {}
 
 
 def test_full_spectrum_needs_shifted_images(digits):

@@ -16,7 +16,7 @@ SWEEP = {"base": [2, 20], "strong": ["auto", ["output"]], "k_max": [0.25, 0.5]}
 
 def config(sweep=None, **args):
     c = yaml.safe_load((config_root() / "postprocessors" / "fusenorm.yml").read_text())
-    c["postprocessor"]["postprocessor_args"].update(args)
+    c["postprocessor"]["postprocessor_args"].update({"weights": None, **args})
     if sweep is not None:
         c["postprocessor"]["postprocessor_sweep"] = sweep
     return c

@@ -3,7 +3,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusenorm_openood.networks import ResNet18_32x32, load_network
-from fusenorm_openood.training import one_thread, save_state, train_classifier, train_digits
+from fusenorm_openood.training import save_state, threads, train_classifier, train_digits
 
 
 def toy() -> tuple[DataLoader, DataLoader]:
@@ -61,9 +61,9 @@ def test_a_state_is_written_whole_or_not_at_all(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_one_thread_gives_the_threads_back():
+def test_threads_are_given_back():
     before = torch.get_num_threads()
-    with pytest.raises(KeyError), one_thread():
+    with pytest.raises(KeyError), threads(1):
         assert torch.get_num_threads() == 1
         raise KeyError
     assert torch.get_num_threads() == before

@@ -12,9 +12,9 @@ from fusenorm_openood.data.imagelist import ImageList
 from fusenorm_openood.data.preprocessing import (
     Normalization,
     Transform,
+    eval_transform,
     normalization,
     plain_transform,
-    eval_transform,
 )
 from fusenorm_openood.errors import ConfigError, DataError
 

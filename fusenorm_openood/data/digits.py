@@ -1,8 +1,8 @@
 """The embedded benchmark: images that ship inside scikit-learn, written in OpenOOD's layout.
 
 ID are the handwritten digits 0 to 6. Digit 7 is the OOD validation set, 8 and 9 are near-OOD.
-Far-OOD are patches of scikit-learn's two photographs, uniform noise, and stripes. All images are
-8x8 pixels of 17 grey levels, so that no trace of format or resolution tells them apart.
+Far-OOD are patches of scikit-learn's two photographs, uniform noise, and stripes. All are grey
+images of 24x24 pixels; the digits are enlarged from 8x8.
 """
 
 import shutil
@@ -18,22 +18,23 @@ from sklearn.datasets import load_digits, load_sample_images
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.errors import DataError
 
-Grey = NDArray[np.uint8]  # [N, 8, 8], levels 0 to 16
+Grey = NDArray[np.uint8]  # [N, 24, 24]
 Labelled = tuple[Grey, NDArray[np.int64]]
 
 ID_CLASSES = 7
 FAR_IMAGES = 400
+SIZE = 24
 
 
 def digits_image_sets(seed: int = 0) -> dict[str, Labelled]:
     """Images and labels of every list of the benchmark, the same for the same seed."""
     rng = np.random.default_rng(seed)
     digits = load_digits()
-    images, labels = digits.images.astype(np.uint8), digits.target.astype(np.int64)
+    images, labels = _enlarged(digits.images), digits.target.astype(np.int64)
 
     sets: dict[str, Labelled] = {}
     known = rng.permutation(np.flatnonzero(labels < ID_CLASSES))
-    train, val = int(0.6 * len(known)), int(0.75 * len(known))
+    train, val = int(0.7 * len(known)), int(0.8 * len(known))
     for split, chosen in zip(("train", "val", "test"), np.split(known, [train, val]), strict=True):
         sets[f"{split}_digits"] = images[chosen], labels[chosen]
     for name, digit in (("val_digit7", 7), ("test_digit8", 8), ("test_digit9", 9)):
@@ -41,7 +42,8 @@ def digits_image_sets(seed: int = 0) -> dict[str, Labelled]:
     china, flower = load_sample_images().images
     sets["test_china"] = _ood(_patches(china, rng))
     sets["test_flower"] = _ood(_patches(flower, rng))
-    sets["test_noise"] = _ood(rng.integers(0, 17, (FAR_IMAGES, 8, 8), dtype=np.uint8))
+    noise = rng.integers(0, 256, (FAR_IMAGES, SIZE, SIZE), dtype=np.uint8)
+    sets["test_noise"] = _ood(noise)
     sets["test_stripes"] = _ood(_stripes(rng))
     return sets
 
@@ -78,7 +80,7 @@ def _write(root: Path, name: str, images: Grey, labels: Iterable[int]) -> None:
     (root / "lists").mkdir(exist_ok=True)
     lines = []
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        Image.fromarray((image * 15).astype(np.uint8)).save(folder / f"{number:04}.png")
+        Image.fromarray(image).save(folder / f"{number:04}.png")
         lines.append(f"{name}/{number:04}.png {label}\n")
     (root / "lists" / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
 
@@ -87,23 +89,26 @@ def _ood(images: Grey) -> Labelled:
     return images, np.full(len(images), -1)
 
 
+def _enlarged(images: NDArray[np.float64]) -> Grey:
+    """8x8 images of levels 0 to 16, enlarged by bilinear interpolation."""
+    grey = (images * 255 / 16).round().astype(np.uint8)
+    large = [Image.fromarray(i).resize((SIZE, SIZE), Image.Resampling.BILINEAR) for i in grey]
+    return np.stack([np.asarray(image) for image in large])
+
+
 def _patches(photograph: NDArray[np.uint8], rng: np.random.Generator) -> Grey:
-    """Random 8x8 patches of a photograph, four of its pixels averaged into each of theirs."""
-    grey = photograph.mean(axis=2)
-    rows, columns = (side // 4 for side in grey.shape)
-    small = grey[: 4 * rows, : 4 * columns].reshape(rows, 4, columns, 4).mean(axis=(1, 3))
-    y = rng.integers(0, rows - 7, FAR_IMAGES)
-    x = rng.integers(0, columns - 7, FAR_IMAGES)
-    patches = np.stack([small[i : i + 8, j : j + 8] for i, j in zip(y, x, strict=True)])
-    return np.round(patches * 16 / 255).astype(np.uint8)
+    """Random patches of a photograph, in grey."""
+    grey = photograph.mean(axis=2).round().astype(np.uint8)
+    rows, columns = (side - SIZE + 1 for side in grey.shape)
+    y, x = rng.integers(0, rows, FAR_IMAGES), rng.integers(0, columns, FAR_IMAGES)
+    return np.stack([grey[i : i + SIZE, j : j + SIZE] for i, j in zip(y, x, strict=True)])
 
 
 def _stripes(rng: np.random.Generator) -> Grey:
-    """Sine waves of random direction, wavelength and phase."""
-    y, x = np.mgrid[:8, :8]
-    angle, length, phase = rng.uniform([0, 2.5, 0], [np.pi, 8, 2 * np.pi], (FAR_IMAGES, 3)).T[
-        ..., None, None
-    ]
+    """Sine waves of random direction, wavelength (4 to 24 pixels) and phase."""
+    y, x = np.mgrid[:SIZE, :SIZE]
+    low, high = [0, 4, 0], [np.pi, SIZE, 2 * np.pi]
+    angle, length, phase = rng.uniform(low, high, (FAR_IMAGES, 3)).T[..., None, None]
     wave = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / length + phase)
-    grey: Grey = np.round(8 + 8 * wave).astype(np.uint8)
+    grey: Grey = (127.5 + 127.5 * wave).round().astype(np.uint8)
     return grey

@@ -8,6 +8,6 @@ environment
 fusenorm digits
 python scripts/eval_ood.py \
     --id-data digits \
-    --root ./results/digits_resnet18_32x32_base_e15_lr0.05_default \
+    --root ./results/digits_resnet18_32x32_base_e12_lr0.1_default \
     --postprocessor fusenorm \
     --compare --save-score --save-csv "$@"
