@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fusenorm_openood.detector import Detector
 from fusenorm_openood.errors import CheckpointError, ConfigError, NotFittedError
 from fusenorm_openood.experts import energy, mls, msp, odin_perturb
 from fusenorm_openood.forward import forward_pass, scores_apart
+from fusenorm_openood.scoring import Detector
 from fusenorm_openood.taps import undisturbed
 
 # Postprocessor -> the arguments that its configuration must name.

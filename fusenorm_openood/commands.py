@@ -15,11 +15,12 @@ from fusenorm_openood.baselines import BASELINES, Baseline
 from fusenorm_openood.config import config_root, lookup, parse_yaml, read_config
 from fusenorm_openood.data.benchmarks import DOWNLOAD, Benchmark, load_benchmark
 from fusenorm_openood.data.digits import write_digits
-from fusenorm_openood.detector import Detector, FuseNorm
+from fusenorm_openood.detector import FuseNorm
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError
 from fusenorm_openood.evaluation import Evaluation, evaluate, find_checkpoints, summarise
 from fusenorm_openood.networks import load_network
 from fusenorm_openood.openood_bridge import evaluate_with_openood, openood_installed
+from fusenorm_openood.scoring import Detector
 from fusenorm_openood.settings import Settings
 from fusenorm_openood.taps import resolve_taps, tap_candidates
 from fusenorm_openood.training import DIGITS_RUN, train_digits

@@ -1,216 +1,25 @@
 """FuseNorm, the detector: any torch network, no OpenOOD."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 from typing_extensions import Self
 
 from fusenorm_openood.atf import atf
-from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, NotFittedError, TapError
+from fusenorm_openood.errors import ConfigError, DataError, NotFittedError
 from fusenorm_openood.experts import DEFAULT_TEMPERATURE, odin_perturb, score_logits
-from fusenorm_openood.forward import Pass, device_of, final_linear, forward_pass
+from fusenorm_openood.forward import Pass, forward_pass
 from fusenorm_openood.fusion import fuse
+from fusenorm_openood.scoring import Detector
 from fusenorm_openood.settings import Settings
-from fusenorm_openood.statistics import (
-    ActivationSample,
-    IDStatistics,
-    compute_id_statistics,
-    normalise,
-)
+from fusenorm_openood.statistics import IDStatistics, compute_id_statistics, normalise
 from fusenorm_openood.taps import first_of_last_stage, resolve_taps, undisturbed
-
-
-class Scored(NamedTuple):
-    """What a detector says of ``N`` images.
-
-    conf: confidences ``[N]``, larger = more in-distribution.
-    pred: predicted classes ``[N]``.
-    label: labels ``[N]`` as the loader gave them, -1 where it gave none.
-    experts: scores of the single experts ``[L, N]``, larger = more in-distribution.
-    """
-
-    conf: NDArray[Any]
-    pred: NDArray[np.int64]
-    label: NDArray[np.int64]
-    experts: NDArray[Any]
-
-
-class Detector(ABC):
-    """Loops, batches and checks; a child says how experts score and how a confidence is made."""
-
-    experts: tuple[str, ...]
-    companions: tuple[str, ...] = ()
-
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net
-
-    @abstractmethod
-    def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
-        """Learn from ID images what is normal; see :meth:`score_loader` for the loaders taken."""
-
-    @abstractmethod
-    def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert scores ``[L, B]`` and predicted classes ``[B]`` of images on the net's device."""
-
-    @abstractmethod
-    def _confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
-        """Confidences ``[N]`` from expert scores ``[L, N]``."""
-
-    @property
-    def rows(self) -> tuple[str, ...]:
-        """Names of the rows of :attr:`Scored.experts`: the experts and their companions."""
-        return (*self.experts, *self.companions)
-
-    @abstractmethod
-    def _check_fitted(self) -> Any:
-        """Raise NotFittedError where :meth:`fit` is still to come."""
-
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicted classes ``[B]`` and confidences ``[B]`` of images ``[B, C, H, W]``.
-
-        Both are on the device of the images; confidences are float64 where it has that type.
-
-        Raises:
-            NotFittedError: before :meth:`fit`.
-            NonFiniteError: NaN or infinity in the images or in the features they give.
-        """
-        self._check_fitted()
-        experts, pred = self._checked_scores(images)
-        conf = torch.from_numpy(self._confidence(experts))
-        conf = conf.float() if images.device.type == "mps" else conf
-        return pred.to(images.device), conf.to(images.device)
-
-    def score(self, images: Tensor) -> Tensor:
-        """Confidences ``[B]`` of images ``[B, C, H, W]``, larger = more in-distribution."""
-        return self.predict(images)[1]
-
-    def score_loader(self, loader: Iterable[Any], progress: bool = False) -> Tensor:
-        """Confidences ``[N]``, float64 on the CPU, of all images of a loader.
-
-        A loader gives batches ``(images, labels)``, ``{"data": images, "label": labels}`` or
-        images alone. Memory grows by the expert scores only.
-        """
-        return torch.from_numpy(self.infer(loader, progress).conf).double()
-
-    def infer(self, loader: Iterable[Any], progress: bool = False, desc: str = "score") -> Scored:
-        """Confidences, predictions, labels and expert scores of all images of a loader.
-
-        Raises:
-            DataError: a loader without images, or a batch of another kind.
-        """
-        self._check_fitted()
-        experts, pred, label = self._collect(loader, progress, desc)
-        return Scored(self._confidence(experts), pred, label, experts)
-
-    def _collect(
-        self, loader: Iterable[Any], progress: bool, desc: str
-    ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
-        rows = []
-        for images, labels in batches(loader, progress, desc):
-            experts, pred = self._checked_scores(images)
-            label = torch.full_like(pred, -1) if labels is None else torch.as_tensor(labels)
-            rows.append((experts, pred.cpu().numpy(), label.cpu().numpy()))
-        if not rows:
-            raise DataError(f"the loader gave no batch ({desc}): give it at least one image")
-        experts, pred, label = zip(*rows, strict=True)
-        return (
-            np.concatenate(experts, axis=1),
-            np.concatenate(pred).astype(np.int64),
-            np.concatenate(label).astype(np.int64),
-        )
-
-    def _checked_scores(self, images: Tensor) -> tuple[NDArray[Any], Tensor]:
-        scores, pred = self._expert_scores(images.to(device_of(self.net), non_blocking=True))
-        experts: NDArray[Any] = scores.cpu().numpy()  # the one time a batch waits for the device
-        finite = np.isfinite(experts)
-        if not finite.all():
-            expert, image = np.argwhere(~finite)[0]
-            where = "image" if not torch.isfinite(images[image]).all() else "network"
-            way_out = {
-                "image": "the image itself holds NaN or infinity: repair or leave out that image",
-                "network": "the image is finite, so the network overflows: look at its weights",
-            }
-            raise NonFiniteError(
-                f"image {image} of the batch has the score {experts[expert, image]} under "
-                f"{self.rows[expert]!r}; {way_out[where]}"
-            )
-        return experts, pred
-
-    def _react_threshold(self, loader: Iterable[Any], percentile: float, progress: bool) -> float:
-        """Percentile of the penultimate activations of ID images, where ReAct clips."""
-        sample = ActivationSample()
-        with undisturbed(self.net), torch.no_grad():
-            for images, _ in batches(loader, progress, "ReAct"):
-                first = forward_pass(self.net, images.to(device_of(self.net), non_blocking=True))
-                if first.feature is None or (sample.is_empty and not self._head_gives(first)):
-                    raise self._no_head()
-                sample.update(first.feature.float().cpu().numpy())
-        return sample.percentile(percentile)
-
-    def _head_gives(self, first: Pass) -> bool:
-        """Whether the final linear layer, and nothing behind it, makes the logits."""
-        head = final_linear(self.net)
-        return (
-            head is not None
-            and first.feature is not None
-            and first.logits.shape == (len(first.feature), head.out_features)
-            and torch.allclose(head(first.feature), first.logits, rtol=1e-3, atol=1e-4)
-        )
-
-    def _react(self, done: Pass, threshold: float | None) -> Tensor:
-        """Logits of a pass, its penultimate feature clipped at the threshold, if there is one."""
-        if threshold is None:
-            return done.logits
-        head = final_linear(self.net)
-        if head is None or done.feature is None:
-            raise self._no_head()
-        logits: Tensor = head(done.feature.clamp(max=threshold))
-        return logits
-
-    def _no_head(self) -> TapError:
-        return TapError(
-            f"ReAct needs a final linear layer that gives the logits, and "
-            f"{type(self.net).__name__} has none: choose react_percentile=None"
-        )
-
-
-def batches(
-    loader: Iterable[Any], progress: bool = False, desc: str = ""
-) -> Iterator[tuple[Tensor, Any]]:
-    """Images and labels (or None) of each batch, whatever kind of batch the loader gives."""
-    for batch in _told_plainly(tqdm(loader, desc=desc, disable=not progress, leave=False)):
-        if isinstance(batch, dict):
-            images, labels = batch.get("data"), batch.get("label")
-        elif isinstance(batch, tuple | list) and len(batch) >= 1:
-            images, labels = batch[0], batch[1] if len(batch) > 1 else None
-        else:
-            images, labels = batch, None
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise DataError(
-                f"a batch holds {found} in the place of images [B, C, H, W]: give batches "
-                "(images, labels), {'data': images, 'label': labels} or images alone"
-            )
-        if len(images):
-            yield images, labels
-
-
-def _told_plainly(loader: Iterable[Any]) -> Iterator[Any]:
-    """A loader whose worker processes wrap no traceback around an error of ours."""
-    try:
-        yield from loader
-    except DataError as error:
-        sentence = str(error).rstrip().splitlines()[-1]
-        prefix = f"{DataError.__module__}.{DataError.__name__}: "
-        raise DataError(sentence.removeprefix(prefix)) from None
 
 
 @dataclass(frozen=True)
@@ -255,13 +64,17 @@ class FuseNorm(Detector):
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Fit the ID statistics on ID images that are neither trained nor tested on, if possible.
 
-        The loader is read twice where ReAct needs a threshold first, so it must not be an
-        iterator that runs dry.
+        The loader is read twice where ReAct needs a threshold first.
 
         Raises:
             ZeroRangeError: an expert that gives all ID images the same score.
             DataError, NonFiniteError, TapError: images or a network that give no scores.
         """
+        if iter(loader) is loader:
+            raise DataError(
+                f"a {type(loader).__name__} found, which can be read only once: "
+                "fit on a DataLoader or a list of batches"
+            )
         self.calibration_ = None
         percentile = self.settings.react_percentile
         self._threshold = (
@@ -351,6 +164,8 @@ class FuseNorm(Detector):
                     f"strong expert {name!r} unknown: the experts are {', '.join(self.experts)}"
                 )
             strong.append(name)
+        if len(set(strong)) != len(strong):
+            raise ConfigError(f"strong experts {', '.join(strong)} found: name each once")
         return tuple(strong)
 
 

@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
-from fusenorm_openood.detector import Detector, Scored
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.metrics import accuracy, ood_metrics
+from fusenorm_openood.scoring import Detector, Scored
 
 COLUMNS = ["FPR@95", "AUROC", "AUPR_IN", "AUPR_OUT", "ACC"]
 

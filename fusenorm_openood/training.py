@@ -17,10 +17,10 @@ from tqdm import tqdm
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.data.preprocessing import train_transform
-from fusenorm_openood.detector import batches
 from fusenorm_openood.forward import device_of
 from fusenorm_openood.metrics import accuracy
 from fusenorm_openood.networks import ResNet18_32x32
+from fusenorm_openood.scoring import batches
 
 DIGITS_WIDTH, DIGITS_EPOCHS, DIGITS_LR = 16, 12, 0.1
 DIGITS_RUN = f"digits_resnet18_32x32_base_e{DIGITS_EPOCHS}_lr{DIGITS_LR}_default"

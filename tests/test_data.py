@@ -16,8 +16,8 @@ from fusenorm_openood.data.preprocessing import (
     plain_transform,
     train_transform,
 )
-from fusenorm_openood.detector import batches
 from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.scoring import batches
 
 HALF = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 TRANSFORM = plain_transform(HALF)

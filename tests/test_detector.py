@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fusenorm_openood import FuseNorm, Settings, atf, compute_id_statistics, fuse, normalise
-from fusenorm_openood.detector import batches
 from fusenorm_openood.errors import (
     ConfigError,
     DataError,
@@ -18,6 +17,7 @@ from fusenorm_openood.errors import (
     ZeroRangeError,
 )
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
+from fusenorm_openood.scoring import batches
 from tests.conftest import CLASSES, assert_undisturbed, make_loader, make_net, state_of
 
 OUTPUTS = ["msp", "mls", "energy", "odin"]
@@ -134,6 +134,8 @@ def test_strong_experts_by_number_name_and_default(net):
     assert FuseNorm(net).strong == ("layer4.0", "output")
     assert FuseNorm(net, taps="stages").strong == ("layer4.1", "output")
     assert FuseNorm(net, strong=[2, "layer1.0"]).strong == ("layer2.0", "layer1.0")
+    with pytest.raises(ConfigError, match="name each once"):
+        FuseNorm(net, strong=[2, "layer2.0"])
     with pytest.raises(ConfigError, match="strong expert 8 is out of range: there are 8 taps"):
         FuseNorm(net, strong=[8])
     with pytest.raises(
@@ -215,6 +217,11 @@ def test_an_empty_loader_is_an_error(net, loader, empty, react):
         FuseNorm(net, react_percentile=react).fit(loader).score_loader(empty)
 
 
+def test_a_loader_that_can_be_read_once_is_an_error(net, loader):
+    with pytest.raises(DataError, match="a generator found, which can be read only once"):
+        FuseNorm(net).fit(batch for batch in loader)
+
+
 @pytest.mark.parametrize("batch", [torch.randn(3, 16), "images", {"image": IMAGES}, (None, 1)])
 def test_a_batch_of_another_kind_is_an_error(batch):
     with pytest.raises(DataError, match=r"in the place of images \[B, C, H, W\]"):
@@ -230,8 +237,9 @@ def test_images_that_are_not_finite_are_named(net, loader, output, bad):
     before = state_of(net)
     with pytest.raises(NonFiniteError, match=r"image 3 of the batch .* the image itself holds NaN"):
         detector.score(images)
-    with pytest.raises(NonFiniteError, match="image 3"):
-        FuseNorm(net, output=output, react_percentile=None).fit([images])
+    for react in (90.0, None):
+        with pytest.raises(NonFiniteError, match=r"image 3 .* the image itself"):
+            FuseNorm(net, output=output, react_percentile=react).fit([images])
     assert_undisturbed(net, before)
 
 
@@ -240,6 +248,8 @@ def test_features_that_are_not_finite_are_named(net, loader):
         net.layer3[0].conv1.weight *= float("nan")
     with pytest.raises(NonFiniteError, match=r"'layer3\.0'; the image is finite, so the network"):
         FuseNorm(net, react_percentile=None).fit(loader)
+    with pytest.raises(NonFiniteError, match=r"penultimate feature .* the image is finite"):
+        FuseNorm(net).fit(loader)
 
 
 def test_constant_id_scores_are_an_error(net):
