@@ -1,6 +1,7 @@
 """Single output experts as postprocessors of their own, under OpenOOD's names and conventions."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,13 +48,7 @@ class Baseline(Detector):
         **args: float,
     ) -> None:
         super().__init__(net)
-        if name not in BASELINES:
-            raise ConfigError(f"postprocessor {name!r} unknown: choose {', '.join(BASELINES)}")
-        if set(args) != set(BASELINES[name]):
-            raise ConfigError(
-                f"postprocessor {name!r} with the arguments {sorted(args)} found: "
-                f"its arguments are {sorted(BASELINES[name])}"
-            )
+        check_baseline(name, args)
         if name == "t2fnorm" and not scores_apart(net):
             raise CheckpointError(
                 f"t2fnorm scores a network trained with T2FNorm, found a {type(net).__name__}: "
@@ -98,3 +93,21 @@ class Baseline(Detector):
     def _confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
         conf: NDArray[Any] = experts[0]
         return conf
+
+
+def check_baseline(name: str, args: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless a postprocessor of that name takes these arguments."""
+    if name not in BASELINES:
+        raise ConfigError(f"postprocessor {name!r} unknown: choose {', '.join(BASELINES)}")
+    if set(args) != set(BASELINES[name]):
+        raise ConfigError(
+            f"postprocessor {name!r} with the arguments {sorted(args)} found: "
+            f"its arguments are {sorted(BASELINES[name])}"
+        )
+    for key, value in args.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        least, most = (0, 100) if key == "percentile" else (0, math.inf)
+        if not number or not least <= value < most or (value == 0 and key != "noise"):
+            raise ConfigError(
+                f"{key} = {value!r} is no {key} for {name!r}: choose one from {least} to {most}"
+            )

@@ -55,7 +55,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", help="postprocessor YAML (default: this package's for the postprocessor)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one argument of it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--num-workers", type=int, default=2, help="processes that load images (default: 2)")
+    add("--num-workers", type=_whole, default=2, help="processes that load images (default: 2)")
     add("--engine", default="auto", choices=["auto", "native", "openood"])
     add("--no-progress", action="store_true", help="no progress bars")
 
@@ -72,10 +72,14 @@ def _taps_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=_positive, default=32)
 
 
-def _positive(text: str) -> int:
-    if not (text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} found, a whole number of at least 1 needed")
+def _whole(text: str, least: int = 0) -> int:
+    if not (text.isdecimal() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least {least}")
     return int(text)
+
+
+def _positive(text: str) -> int:
+    return _whole(text, least=1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What the subcommands of ``fusenorm`` do."""
 
-import os
 import pickle
 from argparse import Namespace
 from collections.abc import Callable
@@ -11,17 +10,18 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fusenorm_openood.baselines import BASELINES, Baseline
+from fusenorm_openood.baselines import BASELINES, Baseline, check_baseline
 from fusenorm_openood.config import config_root, lookup, parse_yaml, read_config
-from fusenorm_openood.data.benchmarks import DOWNLOAD, Benchmark, load_benchmark
+from fusenorm_openood.data.benchmarks import Benchmark, how_to_get, load_benchmark
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.detector import FuseNorm
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError
 from fusenorm_openood.evaluation import Evaluation, evaluate, find_checkpoints, summarise
+from fusenorm_openood.files import check_writable, write_whole
 from fusenorm_openood.networks import load_network
 from fusenorm_openood.openood_bridge import evaluate_with_openood, openood_installed
 from fusenorm_openood.scoring import Detector
-from fusenorm_openood.settings import Settings
+from fusenorm_openood.settings import read_fusenorm
 from fusenorm_openood.taps import resolve_taps, tap_candidates
 from fusenorm_openood.training import DIGITS_RUN, train_digits
 
@@ -29,26 +29,31 @@ from fusenorm_openood.training import DIGITS_RUN, train_digits
 def eval(args: Namespace) -> None:
     """Evaluate a postprocessor on all training runs under a root, and print the table."""
     device = find_device(args.device)
-    engine = find_engine(args)
     benchmark = load_benchmark(args.id_data, args.data_root)
-    if benchmark.name == "digits":
-        write_digits(args.data_root)
+    if args.validation and args.fsood:
+        raise ConfigError("--validation and --fsood exclude each other: leave out one")
     config = read_postprocessor(args.postprocessor, args.config, args.set)
     detector_for(args.postprocessor, config, benchmark)  # before any work: is it usable?
-    checkpoints = check_files(benchmark, args.root, args.fsood)
-    networks = {run: load_network(c, benchmark.num_classes) for run, c in checkpoints.items()}
     output = Path(args.output_dir or args.root)
     if args.save_csv or args.save_score:
-        check_writable(output)
+        check_writable(output, "--output-dir")
+    if benchmark.name == "digits":
+        ensure_digits(args)
+    checkpoints = check_files(benchmark, args)
+    networks = {run: load_network(c, benchmark.num_classes) for run, c in checkpoints.items()}
+    engine = find_engine(args, config, benchmark)
 
     print(f"{args.postprocessor} on {args.id_data}: engine {engine}, device {device}", flush=True)
+    folder = "val" if args.validation else "fsood" if args.fsood else "ood"
     tables = []
     for run, net in networks.items():
         net.to(device)
         result = evaluate_run(net, benchmark, config, engine, args)
         tables.append(result.table)
-        if args.save_score:
-            save(output / run / "scores" / f"{args.postprocessor}.pkl", _pickled(result.scores))
+        if args.save_score and not args.validation:
+            scores = pickle.dumps(result.scores, pickle.HIGHEST_PROTOCOL)
+            path = output / run / "scores" / f"{args.postprocessor}.pkl"
+            write_whole(path, lambda file, scores=scores: file.write_bytes(scores))  # type: ignore[misc]
         if args.compare:
             print(f"\nAUROC / FPR@95, run {run or args.root}:\n{_text(result.compare)}")
         net.cpu()
@@ -56,15 +61,15 @@ def eval(args: Namespace) -> None:
     print(f"\n{args.postprocessor}, {args.id_data}, {len(tables)} run(s), mean ± std in percent:")
     print(_text(table))
     if args.save_csv:
-        folder = "val" if args.validation else "fsood" if args.fsood else "ood"
         path = output / folder / f"{args.postprocessor}.csv"
-        save(path, table.to_csv().encode())
+        write_whole(path, table.to_csv)
         print(f"saved {path}")
 
 
 def digits(args: Namespace) -> None:
     """Write the digits benchmark and train its network, each unless it is there already."""
     root = Path(args.root or Path("results") / DIGITS_RUN)
+    check_writable(root, "--root")
     print(f"network: {train_digits(args.data_root, root, args.seed, not args.no_progress)}")
 
 
@@ -138,34 +143,45 @@ def detector_for(
 ) -> Callable[[nn.Module], Detector]:
     """A function from a network to the detector that a configuration describes."""
     if name == "fusenorm":
-        settings = Settings.from_mapping(lookup(config, "postprocessor", "postprocessor_args"))
+        settings = read_fusenorm(config).settings
         return lambda net: FuseNorm(net, settings)
     args = lookup(config, "postprocessor").get("postprocessor_args") or {}
     input_std = benchmark.norm[1] if name == "odin" else None
+    check_baseline(name, args)
     return lambda net: Baseline(net, name, input_std, **args)
 
 
-def check_files(benchmark: Benchmark, root: str, fsood: bool) -> dict[str, Path]:
+def ensure_digits(args: Namespace) -> None:
+    """Make what the digits benchmark needs and is not there: images and a trained network."""
+    try:
+        find_checkpoints(args.root)
+        write_digits(args.data_root)
+    except CheckpointError:
+        check_writable(Path(args.root), "--root")
+        train_digits(args.data_root, args.root, progress=not args.no_progress)
+
+
+def check_files(benchmark: Benchmark, args: Namespace) -> dict[str, Path]:
     """The checkpoints of all training runs, once all images that will be read are known to exist.
 
     Raises:
         DataError, CheckpointError: something is missing; one message says all of it.
     """
     problems: list[str] = []
-    missing = benchmark.missing(fsood)
+    missing = benchmark.missing(benchmark.tested(args.fsood, args.validation))
     if missing:
         problems += [*missing[:3], *([f"and {len(missing) - 3} more"] if len(missing) > 3 else [])]
     checkpoints = {}
     try:
-        checkpoints = find_checkpoints(root)
+        checkpoints = find_checkpoints(args.root)
     except CheckpointError as error:
         problems.append(str(error))
     if problems:
         kind = DataError if missing else CheckpointError
+        listed = "\n  - ".join(problems)
         raise kind(
-            f"{benchmark.name} needs files that are missing:\n  - "
-            + "\n  - ".join(problems)
-            + f"\n{DOWNLOAD}. Or say where they are: --data-root, --root."
+            f"{benchmark.name} needs files that are missing:\n  - {listed}\n"
+            f"{how_to_get(benchmark.name)}. Or say where they are: --data-root, --root."
         )
     return checkpoints
 
@@ -187,48 +203,28 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def find_engine(args: Namespace) -> str:
+def find_engine(args: Namespace, config: dict[str, Any], benchmark: Benchmark) -> str:
     """OpenOOD's evaluator where it can do the work, if left to choose; else the native engine."""
+    # OpenOOD's evaluator opens every list of a benchmark, and downloads what it misses.
+    unread = benchmark.missing(benchmark.every())
     native_only = {
         f"--postprocessor {args.postprocessor}": args.postprocessor != "fusenorm",
-        "--id-data digits": args.id_data == "digits",
+        "--id-data digits": benchmark.name == "digits",
         "--compare": args.compare,
         "--validation": args.validation,
+        f"without all its files ({unread[0] if unread else ''})": bool(unread),
     }
-    reasons = [option for option, given in native_only.items() if given]
+    reasons = [reason for reason, given in native_only.items() if given]
     if args.engine == "openood" and reasons:
         raise ConfigError(f"--engine openood cannot do {reasons[0]}: choose --engine native")
-    if args.engine != "auto":
-        return str(args.engine)
-    return "openood" if openood_installed() and not reasons else "native"
-
-
-def check_writable(folder: Path) -> None:
-    """ConfigError unless files can be written into a folder, which is made where it is missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
+    able = openood_installed() and not reasons
+    engine = args.engine if args.engine != "auto" else "openood" if able else "native"
+    if engine == "native" and lookup(config, "postprocessor", "APS_mode"):
         raise ConfigError(
-            f"results cannot be written to {folder} ({error.strerror}): give --output-dir"
-        ) from None
-
-
-def save(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it: the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _pickled(scores: dict[str, Any]) -> bytes:
-    return pickle.dumps(scores, pickle.HIGHEST_PROTOCOL)
+            "APS_mode: True found, and the native engine searches no parameters: "
+            "install OpenOOD and choose --engine openood, or set APS_mode to False"
+        )
+    return str(engine)
 
 
 def _text(table: pd.DataFrame) -> str:

@@ -1,5 +1,6 @@
 """Output experts: scores computed from the logits, larger = more in-distribution."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -57,8 +58,10 @@ def odin_perturb(
 
     Source: Liang et al., ICLR 2018.
     """
-    loss = F.cross_entropy(logits / temperature, logits.detach().argmax(dim=1), reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, images)
+    target = logits.detach().argmax(dim=1)
+    loss = F.cross_entropy(logits.float() / temperature, target, reduction="sum")
+    # Only signs count: an exact factor of about T keeps half precision from underflowing to 0.
+    (gradient,) = torch.autograd.grad(loss * 2.0 ** round(math.log2(temperature)), images)
     step = torch.where(gradient >= 0, -noise, noise).to(images.dtype)
     if input_std is not None:
         if len(input_std) != images.shape[1]:

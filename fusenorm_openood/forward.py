@@ -65,10 +65,23 @@ def forward_pass(
     )
     feature = features[-1] if features and features[-1].ndim == 2 else None
     classified = logits
-    if scores_apart(net) and head is not None and feature is not None:
-        # T2FNorm classifies by the normalised feature; its length, and so tau, cancels out.
-        classified = head(F.normalize(feature.detach(), dim=-1) / net.get_buffer("tau"))
+    if scores_apart(net):
+        with torch.no_grad():
+            classified = _classify(net, images, head, feature)
     return Pass(norms, feature, logits, classified.detach().argmax(dim=1))
+
+
+def _classify(
+    net: nn.Module, images: Tensor, head: nn.Linear | None, feature: Tensor | None
+) -> Tensor:
+    """Logits that a network classifies by where it scores by others."""
+    tau = dict(net.named_buffers()).get("tau")
+    if tau is None or head is None or feature is None:
+        logits: Tensor = net(images)
+        return logits
+    # T2FNorm: the feature that was captured is divided by tau or not, normalised it is the same.
+    classified: Tensor = head(F.normalize(feature, dim=-1) / tau)
+    return classified
 
 
 def scores_apart(net: nn.Module) -> bool:

@@ -1,12 +1,15 @@
 """Everything taken from OpenOOD, in one place: its base class and its evaluator."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import ImageFile
 from torch import nn
 
 from fusenorm_openood.errors import OpenOODError
@@ -27,6 +30,16 @@ class MinimalBasePostprocessor:
         """Nothing to set up."""
 
 
+@contextmanager
+def whole_images() -> Iterator[None]:
+    """Keep OpenOOD, when imported, from letting PIL take truncated images for whole ones."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
 def openood_installed() -> bool:
     """Whether a package ``openood`` is there, without importing it."""
     return find_spec("openood") is not None
@@ -37,7 +50,8 @@ def base_postprocessor() -> type[Any]:
     if not openood_installed():
         return MinimalBasePostprocessor
     try:
-        base: type[Any] = import_module("openood.postprocessors").BasePostprocessor
+        with whole_images():
+            base: type[Any] = import_module("openood.postprocessors").BasePostprocessor
     except Exception as error:  # it imports all its methods and what they need; any may fail
         warnings.warn(
             f"OpenOOD is installed and cannot be imported ({type(error).__name__}: {error}), so "
@@ -97,7 +111,8 @@ def _evaluation_api() -> Any:
     if not openood_installed():
         raise OpenOODError(f"OpenOOD is not installed: {INSTALL}, or choose --engine native")
     try:
-        return import_module("openood.evaluation_api")
+        with whole_images():
+            return import_module("openood.evaluation_api")
     except Exception as error:
         raise OpenOODError(
             f"OpenOOD is installed and cannot be imported ({type(error).__name__}: {error}): "

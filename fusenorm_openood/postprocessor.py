@@ -7,11 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fusenorm_openood.config import lookup
 from fusenorm_openood.detector import Calibration, FuseNorm, calibrate
 from fusenorm_openood.errors import ConfigError, DataError, NotFittedError
 from fusenorm_openood.openood_bridge import base_postprocessor
-from fusenorm_openood.settings import FUSION_SETTINGS, Settings, check_names
+from fusenorm_openood.settings import FUSION_SETTINGS, read_fusenorm
 
 
 class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
@@ -30,20 +29,11 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        self.APS_mode = bool(lookup(config, "postprocessor", "APS_mode"))
-        args = dict(lookup(config, "postprocessor", "postprocessor_args") or {})
-        self.settings = Settings.from_mapping(args)
-        self.args_dict = dict(lookup(config, "postprocessor", "postprocessor_sweep") or {})
-        check_names(self.args_dict)
-        for name, values in self.args_dict.items():
-            if not isinstance(values, list) or not values:
-                raise ConfigError(f"postprocessor_sweep.{name} = {values!r}: give a list of values")
-            for value in values:
-                self.settings.replace(**{name: value})
+        self.settings, self.args_dict, self.APS_mode = read_fusenorm(config)
         self.hyperparam_search_done = False
         self.setup_flag = False
         self.calibration: Calibration | None = None
-        self._id_loader: Iterable[Any] | None = None
+        self._fitted_on: tuple[nn.Module, Iterable[Any]] | None = None
 
     def setup(
         self, net: nn.Module, id_loader_dict: Mapping[str, Any], ood_loader_dict: Any = None
@@ -59,10 +49,9 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             raise DataError(
                 f"ID loaders {', '.join(id_loader_dict) or 'none'} found: FuseNorm fits on 'val'"
             )
-        self._id_loader = id_loader_dict["val"]
+        self._fitted_on = net, id_loader_dict["val"]
         if not self.setup_flag:
-            self.calibration = FuseNorm(net, self.settings).fit(self._id_loader).calibration_
-            self.setup_flag = True
+            self._fit()
 
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions ``[B]`` and confidences ``[B]``, larger = more in-distribution."""
@@ -78,8 +67,8 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
     def set_hyperparam(self, hyperparam: list[Any]) -> None:
         """Take one value for each key of ``args_dict``, in its order, and recompute what follows.
 
-        ID statistics follow at once where the expert scores stay what they are, and with the next
-        scores where the ID images must be scored anew.
+        The ID images are scored anew only where the expert scores change. That needs the network
+        and the images of :meth:`setup`; an unpickled postprocessor must be set up again.
         """
         if len(hyperparam) != len(self.args_dict):
             raise ConfigError(
@@ -95,21 +84,24 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             c = self.calibration
             self.calibration = calibrate(c.experts, c.id_scores, c.react_threshold, self.settings)
         else:
-            self.calibration = None
+            self.setup_flag, self.calibration = False, None
+            if self._fitted_on is not None:
+                self._fit()
 
     def get_hyperparam(self) -> list[Any]:
         """The present value of each key of ``args_dict``, in its order."""
         return [getattr(self.settings, name) for name in self.args_dict]
 
+    def _fit(self) -> None:
+        if self._fitted_on is not None:
+            net, id_loader = self._fitted_on
+            self.calibration = FuseNorm(net, self.settings).fit(id_loader).calibration_
+            self.setup_flag = True
+
     def _detector(self, net: nn.Module) -> FuseNorm:
-        detector = FuseNorm(net, self.settings)
         if self.calibration is None:
-            if self._id_loader is None:
-                raise NotFittedError(
-                    "FuseNorm has no ID statistics: call setup(net, loaders) first"
-                )
-            self.calibration = detector.fit(self._id_loader).calibration_
-        return detector.with_calibration(self.calibration)  # type: ignore[arg-type]
+            raise NotFittedError("FuseNorm has no ID statistics: call setup(net, loaders) first")
+        return FuseNorm(net, self.settings).with_calibration(self.calibration)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_id_loader": None}
+        return {**vars(self), "_fitted_on": None}

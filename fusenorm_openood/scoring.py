@@ -72,7 +72,7 @@ class Detector(ABC):
             NonFiniteError: NaN or infinity in the images or in the features they give.
         """
         self._check_fitted()
-        experts, pred = self._checked_scores(images)
+        experts, pred = self._checked_scores(checked_images(images))
         conf = torch.from_numpy(self._confidence(experts))
         conf = conf.float() if images.device.type == "mps" else conf
         return pred.to(images.device), conf.to(images.device)
@@ -178,6 +178,18 @@ def _not_finite(images: Tensor, image: int, what: str) -> NonFiniteError:
     return NonFiniteError(f"image {image} of the batch has {what}; {way_out}")
 
 
+def checked_images(images: Any) -> Tensor:
+    """Images ``[B, C, H, W]`` in floating point as they are; DataError for anything else."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+        is_tensor = isinstance(images, Tensor)
+        found = f"{images.dtype} {list(images.shape)}" if is_tensor else type(images).__name__
+        raise DataError(
+            f"{found} found in the place of images [B, C, H, W] in floating point: give them so, "
+            "and loaders of (images, labels), {'data': images, 'label': labels} or images alone"
+        )
+    return images
+
+
 def batches(
     loader: Iterable[Any], progress: bool = False, desc: str = ""
 ) -> Iterator[tuple[Tensor, Any]]:
@@ -189,12 +201,7 @@ def batches(
             images, labels = batch[0], batch[1] if len(batch) > 1 else None
         else:
             images, labels = batch, None
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise DataError(
-                f"a batch holds {found} in the place of images [B, C, H, W]: give batches "
-                "(images, labels), {'data': images, 'label': labels} or images alone"
-            )
+        images = checked_images(images)
         if len(images):
             yield images, labels
 

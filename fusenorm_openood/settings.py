@@ -3,9 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from fusenorm_openood.atf import check_atf_settings
+from fusenorm_openood.config import lookup
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.experts import DEFAULT_TEMPERATURE, check_output_expert
 from fusenorm_openood.fusion import check_penalty, check_weights
@@ -138,3 +139,39 @@ def check_names(names: Mapping[str, Any]) -> None:
     for name in names:
         if name not in SETTINGS:
             raise ConfigError(f"setting {name!r} unknown: the settings are {', '.join(SETTINGS)}")
+
+
+class FuseNormConfig(NamedTuple):
+    """What a configuration in OpenOOD's schema says of FuseNorm."""
+
+    settings: Settings
+    sweep: dict[str, list[Any]]
+    aps_mode: bool
+
+
+def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
+    """Read and check the ``postprocessor`` section of a configuration.
+
+    Raises:
+        ConfigError: a missing or unknown key, or a value out of range.
+    """
+    section = lookup(config, "postprocessor")
+    keys = ("name", "APS_mode", "postprocessor_args", "postprocessor_sweep")
+    for key in keys:
+        lookup(config, "postprocessor", key)
+    unknown = [key for key in section if key not in keys]
+    if unknown:
+        raise ConfigError(
+            f"key 'postprocessor.{unknown[0]}' unknown: the keys are {', '.join(keys)}"
+        )
+    if not isinstance(section["APS_mode"], bool):
+        raise ConfigError(f"APS_mode = {section['APS_mode']!r} found: choose True or False")
+    settings = Settings.from_mapping(dict(section["postprocessor_args"] or {}))
+    sweep = dict(section["postprocessor_sweep"] or {})
+    check_names(sweep)
+    for name, values in sweep.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"postprocessor_sweep.{name} = {values!r}: give a list of values")
+        for value in values:
+            settings.replace(**{name: value})
+    return FuseNormConfig(settings, sweep, section["APS_mode"])

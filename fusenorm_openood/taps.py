@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
 
-# BasicBlock, Bottleneck, PreActBlock, InvertedResidual, CNBlock, ...
+# BasicBlock, Bottleneck, PreActBlock, InvertedResidual, ...
 _RESIDUAL_BLOCK = re.compile(r"(Block|Bottleneck|Residual)$")
 
 
@@ -72,9 +72,13 @@ def resolve_taps(net: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def first_of_last_stage(net: nn.Module, names: Sequence[str]) -> str:
-    """The tap that is a strong expert by default: the first in the last stage, else the last."""
-    stage = "".join(_parent(name) for name in residual_blocks(net)[-1:])
-    return next((name for name in names if stage and _parent(name) == stage), names[-1])
+    """The tap that is a strong expert by default: the first in the last of several stages.
+
+    It is the last tap where blocks make no stages, or no tap lies in the last one.
+    """
+    stages = list(dict.fromkeys(_parent(name) for name in residual_blocks(net)))
+    in_last = [name for name in names if len(stages) > 1 and _parent(name) == stages[-1]]
+    return [*in_last, names[-1]][0]
 
 
 def tap_candidates(net: nn.Module, images: Tensor) -> list[TapCandidate]:

@@ -1,8 +1,8 @@
 """Training a classifier by cross-entropy, with OpenOOD's optimiser and schedule."""
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.data.preprocessing import train_transform
+from fusenorm_openood.files import write_whole
 from fusenorm_openood.forward import device_of
 from fusenorm_openood.metrics import accuracy
 from fusenorm_openood.networks import ResNet18_32x32
@@ -81,17 +82,6 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a state dict under a temporary name and rename it: the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(state, unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def train_digits(
     data_root: str | Path, root: str | Path, seed: int = 0, progress: bool = True
 ) -> Path:
@@ -123,5 +113,5 @@ def train_digits(
         state = train_classifier(
             net, train_loader, val_loader, DIGITS_EPOCHS, DIGITS_LR, progress=progress
         )
-    save_state(state, checkpoint)
+    write_whole(checkpoint, partial(torch.save, state))
     return checkpoint

@@ -1,6 +1,8 @@
-# Sourced by the other scripts: changes to the project root, and puts the project's virtual
-# environment .venv first on PATH. On first use, and whenever pyproject.toml has changed, it
+# Sourced by the other scripts: sets ROOT, the project root, and puts the project's virtual
+# environment ROOT/.venv first on PATH. On first use, and whenever pyproject.toml has changed, it
 # installs what the caller asks for: environment [EXTRA].
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 fail() {
     echo "$(basename "$0"): $*" >&2
@@ -20,21 +22,23 @@ python_for_venv() {
 }
 
 environment() {
-    local extra=${1:-} stamp python
-    python=$(python_for_venv) || exit 1
-    stamp=.venv/.installed-${extra:-base}
-    if ! [ -x .venv/bin/python ]; then
+    local extra=${1:-} venv=$ROOT/.venv stamp python
+    stamp=$venv/.installed-${extra:-base}
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        python=$(python_for_venv) || exit 1
         echo "creating .venv with $("$python" --version)"
-        "$python" -m venv .venv || fail "no virtual environment could be made: is python3-venv installed?"
+        rm -rf "$venv"
+        if ! "$python" -m venv "$venv"; then
+            rm -rf "$venv"
+            fail "no virtual environment could be made: is python3-venv installed?"
+        fi
     fi
-    if ! cmp -s pyproject.toml "$stamp"; then
+    if ! cmp -s "$ROOT/pyproject.toml" "$stamp"; then
         echo "installing fusenorm-openood${extra:+[$extra]} into .venv; the first time this takes some minutes (torch)"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}" ||
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$ROOT${extra:+[$extra]}" ||
             fail "installation failed: see pip's message above"
-        cp pyproject.toml "$stamp"
+        cp "$ROOT/pyproject.toml" "$stamp"
     fi
-    PATH=$PWD/.venv/bin:$PATH
+    PATH=$venv/bin:$PATH
     export PATH
 }
-
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

@@ -4,6 +4,10 @@
 # this project is tested with.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
+environment
+cd "$ROOT"
+python -c 'import sys; sys.exit(sys.version_info >= (3, 13))' ||
+    fail "OpenOOD needs numpy 1, which Python 3.13 cannot have: set PYTHON to an older one and remove .venv"
 environment openood
 
 commit=3c35632

@@ -121,8 +121,11 @@ def test_a_configuration_of_ones_own(root, tmp_path, capsys):
         (["--set", "alhpa=1"], "setting 'alhpa' unknown"),
         (["--set", "alpha=[1"], "is no YAML"),
         (["--fsood"], "no covariate-shifted ID images"),
+        (["--fsood", "--validation"], "exclude each other"),
+        (["--postprocessor", "react", "--set", "percentile=200"], "percentile = 200 is no perc"),
+        (["--postprocessor", "odin", "--set", "temperature=hot"], "temperature = 'hot' is no t"),
         (["--config", "nowhere.yml"], "nowhere.yml cannot be read"),
-        (["--output-dir", "/dev/null/x", "--save-csv"], "give --output-dir"),
+        (["--output-dir", "/dev/null/x", "--save-csv"], "give --output-dir another"),
     ],
 )
 def test_errors_are_one_sentence_and_exit_code_1(root, args, message, capsys):
@@ -167,6 +170,20 @@ def test_an_image_that_is_corrupt_is_named_with_its_line(root, tmp_path):
     assert done.returncode == 1
     assert "test_china.txt, line 4: image" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_aps_mode_is_not_ignored_by_the_native_engine(root, tmp_path, capsys):
+    own = tmp_path / "own.yml"
+    text = (SCRIPTS.parent / "configs/postprocessors/fusenorm.yml").read_text()
+    own.write_text(text.replace("APS_mode: False", "APS_mode: True"))
+    assert main(evaluation(root, "--config", str(own))) == 1
+    assert "the native engine searches no parameters" in capsys.readouterr().err
+
+
+def test_validation_leaves_the_scores_of_the_test_alone(root):
+    assert main(evaluation(root, "--validation", "--save-csv", "--save-score")) == 0
+    assert (root[1] / "val" / "fusenorm.csv").is_file()
+    assert not (root[1] / "s0" / "scores").exists()
 
 
 def test_digits_and_taps(digits, capsys):

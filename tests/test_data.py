@@ -7,7 +7,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fusenorm_openood.config import lookup, read_config
-from fusenorm_openood.data.benchmarks import benchmark_names, image_loader, load_benchmark
+from fusenorm_openood.data.benchmarks import (
+    benchmark_names,
+    how_to_get,
+    image_loader,
+    load_benchmark,
+)
 from fusenorm_openood.data.digits import ID_CLASSES, digits_image_sets, write_digits
 from fusenorm_openood.data.imagelist import ImageList
 from fusenorm_openood.data.preprocessing import (
@@ -132,7 +137,11 @@ def test_benchmarks_are_openoods(name, classes, near, far, csid, tmp_path):
     assert name in benchmark_names()
     assert (b.num_classes, list(b.near), list(b.far), list(b.csid)) == (classes, near, far, csid)
     assert b.id["test"].imagelist == tmp_path / f"benchmark_imglist/{name}/test_{name}.txt"
-    assert len(b.missing(fsood=True)) == 2 + len(near) + len(far) + len(csid)
+    assert len(b.missing(b.tested())) == 2 + len(near) + len(far)
+    assert len(b.missing(b.tested(fsood=True))) == 2 + len(near) + len(far) + len(csid)
+    assert len(b.missing(b.tested(validation=True))) == 2
+    assert len(b.missing(b.every())) == 4 + len(near) + len(far) + len(csid)
+    assert (name == "digits") == ("fusenorm digits" in how_to_get(name))
     if csid and name != "cifar10":
         image = Image.new("RGB", (224, 224))
         assert b.csid["imagenet_c"].transform(image).shape == (3, 224, 224)
@@ -159,16 +168,17 @@ def test_digits_sets_share_no_image_and_hold_what_they_say():
 def test_digits_are_written_once_and_whole(digits, tmp_path):
     data_root, _ = digits
     b = load_benchmark("digits", data_root)
-    assert b.missing() == []
+    assert b.missing(b.every()) == []
     before = b.id["test"].imagelist.stat().st_mtime_ns
     write_digits(data_root)
     assert b.id["test"].imagelist.stat().st_mtime_ns == before
     copy = tmp_path / "copy"
     shutil.copytree(data_root, copy)
-    (copy / "images_digits/test_china/0007.png").unlink()
-    assert "test_china.txt, line 8" in load_benchmark("digits", copy).missing()[0]
+    (copy / "images_digits/train_digits/0007.png").unlink()
+    copied = load_benchmark("digits", copy)
+    assert "train_digits.txt, line 8" in copied.missing(copied.every())[0]
     write_digits(copy)
-    assert load_benchmark("digits", copy).missing() == []
+    assert copied.missing(copied.every()) == []
     images, labels = next(iter(batches(image_loader(b.id["test"], 64))))
     assert images.shape == (64, 3, 24, 24)
     assert labels.max() < ID_CLASSES

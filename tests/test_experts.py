@@ -64,6 +64,18 @@ def test_odin_moves_every_pixel_towards_the_predicted_class():
     assert images.grad is None
 
 
+def test_odins_gradient_survives_half_precision():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(27, 4))
+    images = torch.randn(6, 3, 3, 3)
+    steps = []
+    for dtype in (torch.float32, torch.float16):
+        leaf = images.to(dtype).requires_grad_()
+        moved = odin_perturb(leaf, net.to(dtype)(leaf), 1000.0, 0.01)
+        steps.append((moved - leaf).sign().float())
+    assert (steps[0] == steps[1]).float().mean() > 0.99
+
+
 def test_odin_divides_its_step_by_the_channels_deviation():
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     images = torch.randn(2, 3, 2, 2, requires_grad=True)

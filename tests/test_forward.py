@@ -34,6 +34,15 @@ def test_t2fnorm_scores_and_classifies_by_different_logits():
     assert not scores_apart(net.backbone)
 
 
+def test_any_network_may_score_by_other_logits_than_it_classifies_by(net):
+    net.forward_ood_inference = lambda x: -net(x)
+    images = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        done = forward_pass(net, images)
+        assert torch.equal(done.logits, -net(images))
+        assert torch.equal(done.pred, net(images).argmax(1))
+
+
 @pytest.mark.parametrize("layer", [nn.Flatten(0), nn.Linear(4, 1)])
 def test_what_gives_no_logits_is_refused(layer):
     net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Conv2d(3, 1, 1), nn.Flatten(), layer)

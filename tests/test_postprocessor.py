@@ -91,6 +91,17 @@ def test_fusion_settings_change_without_another_pass(ready, net):
     assert len(calls) == 2  # ODIN's two passes over these images, none over the ID images
 
 
+def test_pickled_after_a_search_it_scores_the_same(ready, net):
+    ready.set_hyperparam([20, "auto", 0.5])
+    again = pickle.loads(pickle.dumps(ready))
+    assert again.setup_flag
+    assert torch.equal(again.postprocess(net, IMAGES)[1], ready.postprocess(net, IMAGES)[1])
+    again.set_hyperparam([20, "auto", 0.25])
+    with pytest.raises(NotFittedError, match="call setup"):
+        again.postprocess(net, IMAGES)
+    assert not again.setup_flag
+
+
 def test_setup_flag_spares_a_second_fit(ready, net):
     ready.setup(net, {"val": []}, {})
     ready.postprocess(net, IMAGES)
@@ -124,6 +135,8 @@ def test_setup_flag_spares_a_second_fit(ready, net):
             lambda c: c["postprocessor"].update(postprocessor_sweep={"base": [20, 0.1]}),
             r"base = 0\.1",
         ),
+        (lambda c: c["postprocessor"].update(APS_mod=True), "'postprocessor.APS_mod' unknown"),
+        (lambda c: c["postprocessor"].update(APS_mode="False"), "APS_mode = 'False' found"),
         (lambda c: c.pop("postprocessor"), "'postprocessor' is missing"),
     ],
 )

@@ -48,6 +48,13 @@ def test_residual_blocks_stages_and_the_strong_tap(net, count, ends, strong):
     assert first_of_last_stage(net, ends) == ends[-1]
 
 
+def test_without_stages_the_last_tap_is_strong():
+    net = torchvision.models.mobilenet_v2()
+    blocks = residual_blocks(net)
+    assert len(blocks) == 17
+    assert first_of_last_stage(net, blocks) == "features.17"
+
+
 def test_taps_of_a_wrapped_network_carry_its_prefix():
     net = T2FNormNet(ResNet18_32x32(width=2), 10)
     assert resolve_taps(net, "blocks") == tuple(f"backbone.{n}" for n in BLOCKS_OF_RESNET18)

@@ -1,6 +1,6 @@
 """The benchmarks: which images are ID, near-OOD, far-OOD and covariate-shifted."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,28 @@ from fusenorm_openood.data.preprocessing import (
 )
 from fusenorm_openood.errors import ConfigError, DataError
 
-DOWNLOAD = (
-    "OpenOOD's download script brings images, lists and checkpoints: in a checkout of "
-    "https://github.com/Jingkang50/OpenOOD run "
-    "'python scripts/download/download.py --contents datasets checkpoints --datasets ood_v1.5 "
-    "--checkpoints ood_v1.5 --save_dir ./data ./results --dataset_mode benchmark'"
-)
+_DRIVE = "https://drive.google.com/file/d/"
+# Checkpoints of three training runs: OpenOOD's by cross-entropy, and T2FNorm's.
+CHECKPOINTS = {
+    "cifar10": ("1byGeYxM_PlLjT72wZsMQvP6popJeWBgt", "1FchVmaDodfsSE-eyA6FjnEZ7FtFm0v4u"),
+    "cifar100": ("1s-1oNrRtmA0pGefxXJOUVRYpaoAML0C-", "16bEDcPPjPkt4KmnqurfGnI6gPLIwZJc8"),
+    "imagenet200": ("1ddVmwc8zmzSjdLUO84EuV4Gz1c7vhIAs", "1i6Rsb11yr0cP6grjtyQI23sYfSH3fBBH"),
+    "imagenet": ("15PdDMNRfnJ7f2oxW6lI-Ge4QJJH3Z0Fy", "1vEfGSg0sIONLYu2XXxWixRAtE5YYVeUw"),
+}
+
+
+def how_to_get(name: str) -> str:
+    """Where the images, lists and checkpoints of a benchmark are to be had."""
+    if name == "digits":
+        return "'fusenorm digits' makes the benchmark and its network"
+    openood, t2fnorm = (f"{_DRIVE}{file}" for file in CHECKPOINTS[name])
+    return (
+        "OpenOOD's download script brings images, lists and checkpoints: in a checkout of "
+        "https://github.com/Jingkang50/OpenOOD run 'python scripts/download/download.py "
+        "--contents datasets checkpoints --datasets ood_v1.5 --checkpoints ood_v1.5 "
+        "--save_dir ./data ./results --dataset_mode benchmark'; the checkpoints alone are at "
+        f"{openood} (cross-entropy) and {t2fnorm} (T2FNorm)"
+    )
 
 
 @dataclass(frozen=True)
@@ -53,18 +69,25 @@ class Benchmark:
     far: dict[str, ImageSet]
     csid: dict[str, ImageSet]
 
-    def tested(self, fsood: bool = False) -> Iterator[ImageSet]:
+    def tested(self, fsood: bool = False, validation: bool = False) -> Iterator[ImageSet]:
         """The image sets that an evaluation reads."""
         yield self.id["val"]
+        if validation:
+            yield self.val_ood
+            return
         yield self.id["test"]
         yield from (*self.near.values(), *self.far.values())
         if fsood:
             yield from self.csid.values()
 
-    def missing(self, fsood: bool = False) -> list[str]:
+    def every(self) -> Iterator[ImageSet]:
+        """All image sets of the benchmark."""
+        yield from (self.id["train"], self.val_ood, *self.tested(fsood=True))
+
+    def missing(self, image_sets: Iterable[ImageSet]) -> list[str]:
         """A sentence for each image set that is not complete on disk; no image is read."""
         problems = []
-        for image_set in self.tested(fsood):
+        for image_set in image_sets:
             try:
                 problem = image_set.images().first_missing()
             except DataError as error:

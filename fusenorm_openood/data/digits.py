@@ -54,7 +54,8 @@ def write_digits(data_root: str | Path, seed: int = 0) -> None:
     Raises:
         DataError: the data root cannot be written.
     """
-    if not load_benchmark("digits", data_root).missing():
+    benchmark = load_benchmark("digits", data_root)
+    if not benchmark.missing(benchmark.every()):
         return
     root = Path(data_root)
     lists, images = root / "benchmark_imglist" / "digits", root / "images_digits"

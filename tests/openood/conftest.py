@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def few_images(bench, tmp_path_factory):
-    """The first 40 images of every list, and the results."""
+    """The first 20 images of every list, and the results."""
     data_root, results = bench
     few = tmp_path_factory.mktemp("few")
     (few / "images_classic").symlink_to(data_root / "images_classic")
@@ -24,5 +24,5 @@ def few_images(bench, tmp_path_factory):
     lists.mkdir(parents=True)
     for path in (data_root / "benchmark_imglist" / "cifar10").glob("*.txt"):
         lines = path.read_text().splitlines(keepends=True)
-        (lists / path.name).write_text("".join(lines[:40]))
+        (lists / path.name).write_text("".join(lines[:20]))
     return few, results

@@ -95,14 +95,14 @@ def test_both_engines_give_the_same_table(few_images, root, fsood):
     before = state_of(net)
     postprocessor = FuseNormPostprocessor(config())
     table, scores = evaluate_with_openood(
-        net, postprocessor, "cifar10", data_root, 40, 0, fsood, progress=False
+        net, postprocessor, "cifar10", data_root, 20, 0, fsood, progress=False
     )
     assert_undisturbed(net, before)
     native = evaluate(
         FuseNorm(net, postprocessor.settings),
         load_benchmark("cifar10", data_root),
         fsood,
-        batch_size=40,
+        batch_size=20,
         progress=False,
     )
     assert summarise([table]).equals(summarise([native.table]))
@@ -121,7 +121,7 @@ def test_openoods_search_takes_the_combination_of_the_best_auroc(few_images):
     c["postprocessor"]["APS_mode"] = True
     p = FuseNormPostprocessor(c)
     evaluator = Evaluator(
-        net, "cifar10", str(data_root), postprocessor=p, batch_size=40, num_workers=0
+        net, "cifar10", str(data_root), postprocessor=p, batch_size=20, num_workers=0
     )
     assert p.hyperparam_search_done
     loaders = evaluator.dataloader_dict

@@ -5,8 +5,9 @@ set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment
 
-python scripts/eval_ood.py \
+python "$ROOT/scripts/eval_ood.py" \
     --id-data cifar100 \
-    --root ./results/cifar100_resnet18_32x32_base_e100_lr0.1_default \
+    --root "$ROOT/results/cifar100_resnet18_32x32_base_e100_lr0.1_default" \
+    --data-root "$ROOT/data" \
     --postprocessor fusenorm \
     --save-score --save-csv "$@"

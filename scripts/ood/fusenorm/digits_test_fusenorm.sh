@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # FuseNorm on the digits benchmark, which needs no data: its images ship inside scikit-learn, and
-# its network is trained on first use. Arguments go to scripts/eval_ood.py.
+# its network is trained on first use. Arguments go to scripts/eval_ood.py and override those below.
 set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment
 
-fusenorm digits
-python scripts/eval_ood.py \
+python "$ROOT/scripts/eval_ood.py" \
     --id-data digits \
-    --root ./results/digits_resnet18_32x32_base_e12_lr0.1_default \
+    --root "$ROOT/results/digits_resnet18_32x32_base_e12_lr0.1_default" \
+    --data-root "$ROOT/data" \
     --postprocessor fusenorm \
     --compare --save-score --save-csv "$@"

@@ -5,8 +5,9 @@ set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment
 
-python scripts/eval_ood.py \
+python "$ROOT/scripts/eval_ood.py" \
     --id-data imagenet200 \
-    --root ./results/imagenet200_resnet18_224x224_base_e90_lr0.1_default \
+    --root "$ROOT/results/imagenet200_resnet18_224x224_base_e90_lr0.1_default" \
+    --data-root "$ROOT/data" \
     --postprocessor fusenorm \
     --save-score --save-csv "$@"

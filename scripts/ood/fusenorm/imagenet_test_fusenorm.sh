@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# FuseNorm on ImageNet-1k. Arguments go to scripts/eval_ood.py and override
+# FuseNorm on ImageNet-1k (torchvision's ResNet-50 weights go to ckpt.pth under the root below). Arguments go to scripts/eval_ood.py and override
 # those below: --data-root DIR, --root DIR (a T2FNorm-trained run, say), --compare, --fsood, ...
 set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment
 
-python scripts/eval_ood.py \
+python "$ROOT/scripts/eval_ood.py" \
     --id-data imagenet \
-    --root ./results/imagenet_resnet50_tvsv1_base_default \
+    --root "$ROOT/results/imagenet_resnet50_tvsv1_base_default" \
+    --data-root "$ROOT/data" \
     --postprocessor fusenorm \
     --save-score --save-csv "$@"

@@ -1,0 +1,24 @@
+import pytest
+
+from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.files import check_writable, write_whole
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    def write_half(path):
+        path.write_text("half")
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        write_whole(tmp_path / "run" / "best.ckpt", write_half)
+    assert list((tmp_path / "run").iterdir()) == []
+    write_whole(tmp_path / "run" / "best.ckpt", lambda path: path.write_text("whole"))
+    assert [p.read_text() for p in (tmp_path / "run").iterdir()] == ["whole"]
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_its_option(tmp_path):
+    check_writable(tmp_path / "new", "--root")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"nothing can be written to .*file.*give --root another"):
+        check_writable(tmp_path / "file", "--root")
