@@ -205,16 +205,16 @@ def find_device(name: str) -> torch.device:
 
 def find_engine(args: Namespace, config: dict[str, Any], benchmark: Benchmark) -> str:
     """OpenOOD's evaluator where it can do the work, if left to choose; else the native engine."""
-    # OpenOOD's evaluator opens every list of a benchmark, and downloads what it misses.
-    unread = benchmark.missing(benchmark.every())
     native_only = {
         f"--postprocessor {args.postprocessor}": args.postprocessor != "fusenorm",
         "--id-data digits": benchmark.name == "digits",
         "--compare": args.compare,
         "--validation": args.validation,
-        f"without all its files ({unread[0] if unread else ''})": bool(unread),
     }
     reasons = [reason for reason, given in native_only.items() if given]
+    if args.engine != "native" and openood_installed() and not reasons:
+        # OpenOOD's evaluator opens every list of a benchmark, and downloads what it misses.
+        reasons = [f"without all its files ({m})" for m in benchmark.missing(benchmark.every())]
     if args.engine == "openood" and reasons:
         raise ConfigError(f"--engine openood cannot do {reasons[0]}: choose --engine native")
     able = openood_installed() and not reasons
