@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     _digits_arguments(
         commands.add_parser("digits", help="write the digits benchmark and train on it")
     )
+    _train_arguments(commands.add_parser("train", help="train a network, by T2FNorm or plainly"))
     _taps_arguments(commands.add_parser("taps", help="modules of a checkpoint that can be tapped"))
     return parser
 
@@ -65,6 +66,26 @@ def _digits_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", help="folder of training runs (default: under results/)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--id-data", default="cifar10", help="cifar10, cifar100, imagenet200, imagenet, digits")
+    add("--method", default="t2fnorm", help="t2fnorm, or base for cross-entropy alone")
+    recipe = "(default: the published recipe of the data set)"
+    add("--epochs", type=_positive, help=recipe)
+    add("--lr", type=float, help=f"learning rate at the start {recipe}")
+    add("--tau", type=float, help=f"T2FNorm's temperature {recipe}")
+    add("--batch-size", type=_positive, help=f"of one process {recipe}")
+    add("--seed", type=_whole, default=0)
+    add("--init", metavar="CKPT", help="start from this checkpoint, plain or T2FNorm's")
+    add("--data-root", default="data", help="images and lists in OpenOOD's layout (default: data)")
+    add("--results-dir", default="results", help="where the run's folder goes (default: results)")
+    add("--amp", choices=["bf16"], help="compute in bfloat16 where it is safe")
+    add("--channels-last", action="store_true", help="memory format of images and weights")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--num-workers", type=_whole, default=2, help="processes that load images (default: 2)")
+    add("--no-progress", action="store_true", help="no progress bar")
 
 
 def _taps_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """What the subcommands of ``fusenorm`` do."""
 
+import os
 import pickle
 from argparse import Namespace
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from fusenorm_openood import training
 from fusenorm_openood.baselines import BASELINES, Baseline, check_baseline
 from fusenorm_openood.config import config_root, lookup, parse_yaml, read_config
 from fusenorm_openood.data.benchmarks import Benchmark, how_to_get, load_benchmark
@@ -20,10 +22,11 @@ from fusenorm_openood.evaluation import Evaluation, evaluate, find_checkpoints, 
 from fusenorm_openood.files import check_writable, write_whole
 from fusenorm_openood.networks import load_network
 from fusenorm_openood.openood_bridge import evaluate_with_openood, openood_installed
+from fusenorm_openood.recipes import find_recipe
 from fusenorm_openood.scoring import Detector
 from fusenorm_openood.settings import read_fusenorm
 from fusenorm_openood.taps import resolve_taps, tap_candidates
-from fusenorm_openood.training import DIGITS_RUN, train_digits
+from fusenorm_openood.training import train_digits
 
 
 def eval(args: Namespace) -> None:
@@ -68,9 +71,43 @@ def eval(args: Namespace) -> None:
 
 def digits(args: Namespace) -> None:
     """Write the digits benchmark and train its network, each unless it is there already."""
-    root = Path(args.root or Path("results") / DIGITS_RUN)
+    root = Path(args.root or Path("results") / Path(find_recipe("digits").run_name).parent)
     check_writable(root, "--root")
-    print(f"network: {train_digits(args.data_root, root, args.seed, not args.no_progress)}")
+    progress = not args.no_progress
+    print(f"network: {train_digits(args.data_root, root, args.seed, progress=progress)}")
+
+
+def train(args: Namespace) -> None:
+    """Train a network, or go on with a run that was interrupted."""
+    given = {"epochs", "lr", "tau", "batch_size"} & {k for k, v in vars(args).items() if v}
+    changes = {name: getattr(args, name) for name in given}
+    recipe = find_recipe(
+        args.id_data, method=args.method, seed=args.seed, amp=bool(args.amp), **changes
+    )
+    benchmark = load_benchmark(args.id_data, args.data_root)
+    folder = Path(args.results_dir) / recipe.run_name
+    check_writable(folder, "--results-dir")
+    if args.id_data == "digits":
+        write_digits(args.data_root)
+    missing = benchmark.missing([benchmark.id["train"], benchmark.id["val"]])
+    if missing:
+        raise DataError(f"{missing[0]}: {how_to_get(args.id_data)}. Or give --data-root.")
+    device = find_device(args.device)
+    leads = os.environ.get("RANK", "0") == "0"
+    if leads:
+        print(f"training {folder} on {device}", flush=True)
+    best = training.train(
+        recipe,
+        benchmark,
+        folder,
+        device,
+        args.init,
+        args.num_workers,
+        args.channels_last,
+        not args.no_progress,
+    )
+    if leads:
+        print(f"network: {best}")
 
 
 def taps(args: Namespace) -> None:
@@ -158,7 +195,9 @@ def ensure_digits(args: Namespace) -> None:
         write_digits(args.data_root)
     except CheckpointError:
         check_writable(Path(args.root), "--root")
-        train_digits(args.data_root, args.root, progress=not args.no_progress)
+        # The folder's name says what is to be in it.
+        method = "t2fnorm" if "_t2fnorm_" in Path(args.root).name else "base"
+        train_digits(args.data_root, args.root, method=method, progress=not args.no_progress)
 
 
 def check_files(benchmark: Benchmark, args: Namespace) -> dict[str, Path]:

@@ -1,64 +1,196 @@
-"""Training a classifier by cross-entropy, with OpenOOD's optimiser and schedule."""
+"""Training a classifier by cross-entropy or T2FNorm, with OpenOOD's optimiser and schedule."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
-from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
+from fusenorm_openood.data.benchmarks import Benchmark, image_loader, load_benchmark
 from fusenorm_openood.data.digits import write_digits
+from fusenorm_openood.data.imagelist import ImageList
 from fusenorm_openood.data.preprocessing import train_transform
+from fusenorm_openood.errors import CheckpointError, DataError, NonFiniteError
 from fusenorm_openood.files import write_whole
 from fusenorm_openood.forward import device_of
 from fusenorm_openood.metrics import accuracy
-from fusenorm_openood.networks import ResNet18_32x32
+from fusenorm_openood.networks.checkpoints import State, load_backbone
+from fusenorm_openood.recipes import Recipe, find_recipe
 from fusenorm_openood.scoring import batches
 
-DIGITS_WIDTH, DIGITS_EPOCHS, DIGITS_LR = 16, 12, 0.1
-DIGITS_RUN = f"digits_resnet18_32x32_base_e{DIGITS_EPOCHS}_lr{DIGITS_LR}_default"
+CHECK_EVERY = 50  # steps between two looks at the loss, each of which waits for the device
 
 
-def train_classifier(
-    net: nn.Module,
-    train_loader: DataLoader[Any],
-    val_loader: Iterable[Any],
-    epochs: int,
-    lr: float,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
+class Process(NamedTuple):
+    """This process among those that train together, as ``torchrun`` numbers them."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+
+class Progress(NamedTuple):
+    """Where a training run stands after an epoch."""
+
+    epochs: int
+    best_accuracy: float
+
+
+def train(
+    recipe: Recipe,
+    benchmark: Benchmark,
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    init: str | Path | None = None,
+    num_workers: int = 0,
+    channels_last: bool = False,
     progress: bool = True,
-) -> dict[str, torch.Tensor]:
-    """Train a network by cross-entropy: SGD with Nesterov momentum, cosine schedule a step.
+) -> Path:
+    """Train a network on a benchmark's ID images, or go on where an interrupted run stopped.
+
+    After each epoch everything that the next one needs is written, so that an interrupted run
+    ends with the same weights, on a CPU to the last bit. Under ``torchrun`` all processes share
+    the work, each with batches of its own, and the first one writes.
+
+    Args:
+        recipe: what is trained, and how.
+        benchmark: the images, all there; see :meth:`Benchmark.missing`.
+        folder: of the run; ``best.ckpt`` is the epoch of the best validation accuracy, the last
+            one of equals.
+        device: where to train.
+        init: checkpoint to start from, plain or T2FNorm's; None = random weights.
+        num_workers: processes that load images.
+        channels_last: memory format of images and weights.
+        progress: show a bar.
 
     Returns:
-        The state dict after the epoch of the best validation accuracy, the last one of equals.
+        The path of ``best.ckpt``.
+
+    Raises:
+        DataError: labels that the network has no class for.
+        NonFiniteError: the loss turned NaN or infinite; the last good checkpoint stays.
+        CheckpointError: the folder holds a run of another recipe, or ``init`` does not fit.
     """
-    optimiser = SGD(net.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=True)
-    schedule = CosineAnnealingLR(optimiser, epochs * len(train_loader))
-    device, best, best_accuracy = device_of(net), {}, -1.0
-    for _ in (bar := tqdm(range(epochs), desc="train", unit="epoch", disable=not progress)):
-        net.train()
-        for images, labels in batches(train_loader):
-            loss = F.cross_entropy(net(images.to(device)), labels.to(device))
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
-        reached = validation_accuracy(net, val_loader)
-        bar.set_postfix(loss=f"{loss.item():.3f}", val_acc=f"{100 * reached:.2f}")
-        if reached >= best_accuracy:
-            best_accuracy = reached
-            best = {key: value.detach().cpu().clone() for key, value in net.state_dict().items()}
+    folder, device = Path(folder), torch.device(device)
+    best, unfinished = folder / "best.ckpt", folder / "unfinished.ckpt"
+    if best.is_file() and not unfinished.is_file():
+        return best
+    images, val = benchmark.id["train"].images(), benchmark.id["val"].images()
+    for listed in (images, val):
+        check_labels(listed, benchmark.num_classes)
+    images.transform = train_transform(
+        benchmark.pre_size,
+        benchmark.image_size,
+        benchmark.norm,
+        flip=benchmark.name != "digits",
+        zoom=benchmark.name.startswith("imagenet"),
+    )
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), processes(device) as process:
+        torch.manual_seed(recipe.seed)
+        net = recipe.build(benchmark.num_classes)
+        if init is not None:
+            load_backbone(net, init)
+        net.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+        optimiser = SGD(
+            net.parameters(),
+            recipe.lr,
+            recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=True,
+        )
+        done = resume(unfinished, recipe, net, optimiser)
+        sampler = DistributedSampler[Any](images, seed=recipe.seed) if process.world > 1 else None
+        train_loader = DataLoader(
+            images,
+            recipe.batch_size,
+            shuffle=sampler is None,
+            sampler=sampler,
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+        )
+        val_loader = image_loader(benchmark.id["val"], num_workers=num_workers)
+        model = together(net, process, device)
+        steps = recipe.epochs * len(train_loader)
+        with tqdm(
+            total=steps,
+            initial=done.epochs * len(train_loader),
+            desc="train",
+            unit="step",
+            disable=not (progress and process.leads),
+        ) as bar:
+            for epoch in range(done.epochs, recipe.epochs):
+                # Every epoch starts from a random state of its own: nothing to keep but its number.
+                torch.manual_seed((recipe.seed * 10_000 + epoch) * 1_000 + process.rank)
+                if sampler is not None:
+                    sampler.set_epoch(epoch)
+                loss = train_epoch(
+                    model, optimiser, train_loader, recipe, epoch, memory_format, bar
+                )
+                if process.leads:
+                    reached = validation_accuracy(net, val_loader)
+                    bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", val=f"{100 * reached:.2f}")
+                    if reached >= done.best_accuracy:
+                        write_whole(best, partial(torch.save, state_on_cpu(net)))
+                    done = Progress(epoch + 1, max(reached, done.best_accuracy))
+                    keep(unfinished, recipe, net, optimiser, done)
+                    log(folder / "log.csv", epoch, loss, reached)
+                if process.world > 1:
+                    distributed.barrier()
+        if process.leads:
+            unfinished.unlink()
     return best
+
+
+def train_epoch(
+    model: nn.Module,
+    optimiser: SGD,
+    loader: DataLoader[Any],
+    recipe: Recipe,
+    epoch: int = 0,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    bar: "tqdm[Any] | None" = None,
+) -> float:
+    """One pass over the training images; the mean loss.
+
+    Raises:
+        NonFiniteError: the loss turned NaN or infinite, within the last ``CHECK_EVERY`` steps.
+    """
+    model.train()
+    device = device_of(model)
+    steps, losses = len(loader), []
+    for index, (images, labels) in enumerate(batches(loader)):
+        step = epoch * steps + index
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate(step, recipe.epochs * steps)
+        images = images.to(device, non_blocking=True, memory_format=memory_format)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
+            loss = F.cross_entropy(model(images), labels.to(device, non_blocking=True))
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        losses.append(loss.detach())
+        if len(losses) % CHECK_EVERY == 0 or index + 1 == steps:
+            check_losses(losses, epoch * steps)
+            if bar is not None:
+                bar.set_postfix(epoch=epoch + 1, loss=f"{losses[-1].item():.3f}", refresh=False)
+        if bar is not None:
+            bar.update()
+    return float(torch.stack(losses).mean())
 
 
 @torch.no_grad()
@@ -69,6 +201,103 @@ def validation_accuracy(net: nn.Module, loader: Iterable[Any]) -> float:
     rows = [(net(images.to(device)).argmax(1).cpu(), labels) for images, labels in batches(loader)]
     pred, label = (torch.cat(column) for column in zip(*rows, strict=True))
     return accuracy(pred, label)
+
+
+def check_labels(images: ImageList, num_classes: int) -> None:
+    """DataError unless all labels are classes of a network."""
+    for number, (name, label) in enumerate(images.entries, start=1):
+        if not 0 <= label < num_classes:
+            raise DataError(
+                f"{images.path}, line {number}: {name} has the label {label}, and the network has "
+                f"the classes 0 to {num_classes - 1}: give the list of this data set"
+            )
+
+
+def check_losses(losses: list[Tensor], before: int) -> None:
+    """NonFiniteError at the first loss of an epoch that is not finite."""
+    finite = torch.stack(losses).isfinite()
+    if not finite.all():
+        step = int((~finite).nonzero()[0, 0])
+        raise NonFiniteError(
+            f"the loss is {losses[step].item()} at step {before + step + 1}: the last good "
+            "checkpoint is kept; train with a smaller learning rate"
+        )
+
+
+def keep(path: Path, recipe: Recipe, net: nn.Module, optimiser: SGD, done: Progress) -> None:
+    """Write all that the next epoch needs."""
+    content = {
+        "recipe": recipe.as_dict(),
+        "net": net.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "progress": tuple(done),
+    }
+    write_whole(path, partial(torch.save, content))
+
+
+def resume(path: Path, recipe: Recipe, net: nn.Module, optimiser: SGD) -> Progress:
+    """Bring network and optimiser to where an interrupted run stopped, if there is one."""
+    if not path.is_file():
+        return Progress(0, -1.0)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        begun = content["recipe"]
+    except Exception:  # damaged files make torch raise errors of many kinds
+        raise CheckpointError(
+            f"unfinished run {path} cannot be read: remove it to start again"
+        ) from None
+    other = [k for k, v in recipe.as_dict().items() if begun.get(k) != v]
+    if other:
+        found, now = begun.get(other[0]), getattr(recipe, other[0])
+        raise CheckpointError(
+            f"unfinished run {path} was begun with {other[0]} = {found}, now {now} is asked for: "
+            "ask for what it was begun with, or remove it to start again"
+        )
+    net.load_state_dict(content["net"])
+    optimiser.load_state_dict(content["optimiser"])
+    return Progress(*content["progress"])
+
+
+def log(path: Path, epoch: int, loss: float, reached: float) -> None:
+    """Add an epoch to the run's table."""
+    header = "" if epoch and path.is_file() else "epoch,loss,val_acc\n"
+    with path.open("a" if epoch else "w", encoding="utf-8") as file:
+        file.write(f"{header}{epoch + 1},{loss:.4f},{100 * reached:.2f}\n")
+
+
+def state_on_cpu(net: nn.Module) -> State:
+    """A network's weights as a checkpoint holds them."""
+    return {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[Process]:
+    """Join the processes that ``torchrun`` started, if it did."""
+    env = os.environ
+    process = Process(*(int(env.get(k, d)) for k, d in _TORCHRUN.items()))
+    if process.world == 1:
+        yield process
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(process.local_rank)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield process
+    finally:
+        distributed.destroy_process_group()
+
+
+_TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+
+
+def together(net: nn.Module, process: Process, device: torch.device) -> nn.Module:
+    """The network as the processes train it together."""
+    if process.world == 1:
+        return net
+    if device.type == "cuda":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
+        return DistributedDataParallel(net, [process.local_rank])
+    return DistributedDataParallel(net)
 
 
 @contextmanager
@@ -83,35 +312,26 @@ def threads(count: int) -> Iterator[None]:
 
 
 def train_digits(
-    data_root: str | Path, root: str | Path, seed: int = 0, progress: bool = True
+    data_root: str | Path,
+    root: str | Path,
+    seed: int = 0,
+    method: str = "base",
+    progress: bool = True,
 ) -> Path:
-    """Write the digits benchmark and train its network, each unless it is there already.
+    """Write the digits benchmark and train a network on it, each unless it is there already.
 
     Args:
         data_root: where the images and lists go.
         root: folder of the training runs; this one goes into its subfolder ``s<seed>``.
-        seed: of the weights and of the order of the images.
+        seed, method: of the recipe.
+        progress: show a bar.
 
     Returns:
         The checkpoint's path.
     """
-    checkpoint = Path(root) / f"s{seed}" / "best.ckpt"
+    recipe = find_recipe("digits", seed=seed, method=method)
     write_digits(data_root)
-    if checkpoint.is_file():
-        return checkpoint
-    benchmark = load_benchmark("digits", data_root)
-    images = benchmark.id["train"].images()
-    images.transform = train_transform(
-        benchmark.pre_size, benchmark.image_size, benchmark.norm, flip=False
-    )
     # Two threads, so that the weights are the same on machines with more.
-    with torch.random.fork_rng(devices=[]), threads(2):
-        torch.manual_seed(seed)
-        net = ResNet18_32x32(benchmark.num_classes, width=DIGITS_WIDTH)
-        train_loader = DataLoader(images, batch_size=64, shuffle=True)
-        val_loader = image_loader(benchmark.id["val"])
-        state = train_classifier(
-            net, train_loader, val_loader, DIGITS_EPOCHS, DIGITS_LR, progress=progress
-        )
-    write_whole(checkpoint, partial(torch.save, state))
-    return checkpoint
+    with threads(2):
+        benchmark = load_benchmark("digits", data_root)
+        return train(recipe, benchmark, Path(root) / f"s{seed}", progress=progress)

@@ -40,9 +40,19 @@ def plain_transform(norm: Normalization) -> Transform:
     return _compose(*_normalised(norm))
 
 
-def train_transform(pre_size: int, image_size: int, norm: Normalization, flip: bool) -> Transform:
-    """Random crop with a margin of an eighth (4 of 32 pixels), mirrored if the classes allow it."""
+def train_transform(
+    pre_size: int, image_size: int, norm: Normalization, flip: bool = True, zoom: bool = False
+) -> Transform:
+    """OpenOOD's standard augmentation of training images.
+
+    Random crop with a margin of an eighth (4 of 32 pixels), or of random scale and shape
+    (``zoom``, for ImageNet), mirrored where the classes allow it.
+    """
     mirror = [transforms.RandomHorizontalFlip()] if flip else []
+    if zoom:
+        bilinear = transforms.InterpolationMode.BILINEAR
+        crop = transforms.RandomResizedCrop(image_size, interpolation=bilinear)
+        return _compose(crop, *mirror, *_normalised(norm))
     crop = transforms.RandomCrop(image_size, padding=image_size // 8)
     return _compose(*_resized(pre_size, image_size), *mirror, crop, *_normalised(norm))
 

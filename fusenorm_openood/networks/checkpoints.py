@@ -63,6 +63,24 @@ def load_network(path: str | Path, num_classes: int | None = None) -> nn.Module:
     return net.eval()
 
 
+def load_backbone(net: nn.Module, path: str | Path) -> None:
+    """Give a network the weights of a checkpoint, either of them plain or T2FNorm's.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another architecture or class count.
+    """
+    state = load_state(path)
+    plain = {key.removeprefix("backbone."): v for key, v in state.items() if key != "tau"}
+    target = net.backbone if isinstance(net, T2FNormNet) else net
+    try:
+        target.load_state_dict(plain)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} does not fit a {type(target).__name__} "
+            f"({str(error).splitlines()[-1].strip()}): start from a checkpoint of that network"
+        ) from None
+
+
 def load_state(path: str | Path) -> State:
     """The state dict in a checkpoint file, read without running any code in it."""
     path = Path(path)
