@@ -1,11 +1,22 @@
 """Adaptive top-k feature norm (ATF): one number for one feature map."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusenorm_openood.errors import ConfigError, TapError
+
+
+class FeatureNorm(NamedTuple):
+    """Settings of one feature norm; see :func:`atf`."""
+
+    k_min: float = 0.1
+    k_max: float = 0.25
+    alpha: float = 0.0
+    eps: float = 1e-8
 
 
 def atf(
@@ -37,7 +48,16 @@ def atf(
     Source: ``adaptive_topk_channel_weight`` in the FuseNorm repository. A map of one pixel has no
     spatial entropy: h = 0 there.
     """
-    check_atf_settings(k_min, k_max, alpha, eps)
+    return atf_each(x, [FeatureNorm(k_min, k_max, alpha, eps)])[0]
+
+
+def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
+    """The norms ``[S, B]`` of :func:`atf` under several settings, for little more than one.
+
+    All settings share the energies, and all of one ``eps`` the entropies, too.
+    """
+    for setting in settings:
+        check_atf_settings(*setting)
     if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
         raise TapError(
             f"atf takes floating-point feature maps [B, C, H, W] with at least one pixel, "
@@ -50,24 +70,33 @@ def atf(
     N = H * W
 
     a = x.flatten(2).abs()
-    e = a.double().square()  # energy [B, C, N]
-    p = e.div_(e.sum(-1, keepdim=True) + eps)
-    h = -torch.einsum("bcn,bcn->bc", p, (p + eps).log_())  # [B, C]
-    h = h / math.log(N) if N > 1 else h * 0
-
-    w = 1 - h
-    w = w / (w.sum(-1, keepdim=True) + eps)
-    w = (1 - alpha) * w + alpha / C
-    w = w / (w.sum(-1, keepdim=True) + eps)
-
-    k = ((k_min + (k_max - k_min) * h.mean(-1, keepdim=True)) * N).floor().clamp(1, N)  # [B, 1]
     # h <= 1 bounds k for the whole batch: one selection, and nothing is asked of the device.
-    k_bound = min(N, math.floor(k_max * N) + 1)
-    top = a.topk(k_bound).values.double().square()  # [B, C, k_bound], falling
-    among_top_k = torch.arange(k_bound, device=x.device) < k  # [B, k_bound]
-    mean = torch.einsum("bcn,bn->bc", top, among_top_k.double()) / k
+    k_bound = min(N, max(math.floor(s.k_max * N) for s in settings) + 1)
+    top = a.topk(k_bound).values.double().square().cumsum(-1)  # sums of the k largest [B, C, k]
+    entropies = {eps: _entropy(a, eps) for eps in dict.fromkeys(s.eps for s in settings)}
 
-    return (w * mean.sqrt()).sum(-1).to(device, dtype)
+    norms = []
+    for k_min, k_max, alpha, eps in settings:
+        h = entropies[eps]
+        w = 1 - h
+        w = w / (w.sum(-1, keepdim=True) + eps)
+        w = (1 - alpha) * w + alpha / C
+        w = w / (w.sum(-1, keepdim=True) + eps)
+
+        k = ((k_min + (k_max - k_min) * h.mean(-1, keepdim=True)) * N).floor().clamp(1, N)
+        last = (k.long() - 1).unsqueeze(-1).expand(-1, C, -1)  # [B, C, 1]; NaN gives any index,
+        mean = top.gather(-1, last.clamp(0, k_bound - 1)).squeeze(-1) / k  # and stays NaN here
+        norms.append((w * mean.sqrt()).sum(-1))
+    return torch.stack(norms).to(device, dtype)
+
+
+def _entropy(a: Tensor, eps: float) -> Tensor:
+    """Spatial entropy ``[B, C]`` of the energies of magnitudes ``[B, C, N]``, 1 = spread evenly."""
+    N = a.shape[-1]
+    e = a.double().square()
+    p = e.div_(e.sum(-1, keepdim=True) + eps)
+    h = -torch.einsum("bcn,bcn->bc", p, (p + eps).log_())
+    return h / math.log(N) if N > 1 else h * 0
 
 
 def check_atf_settings(k_min: float, k_max: float, alpha: float, eps: float) -> None:

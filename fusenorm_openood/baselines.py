@@ -12,6 +12,7 @@ from typing_extensions import Self
 from fusenorm_openood.errors import CheckpointError, ConfigError, NotFittedError
 from fusenorm_openood.experts import energy, mls, msp, odin_perturb
 from fusenorm_openood.forward import forward_pass, scores_apart
+from fusenorm_openood.react import react_logits, react_thresholds
 from fusenorm_openood.scoring import Detector
 from fusenorm_openood.taps import undisturbed
 
@@ -61,7 +62,8 @@ class Baseline(Detector):
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Find ReAct's threshold on ID images; the other experts have nothing to fit."""
         if self.name == "react":
-            self.threshold_ = self._react_threshold(loader, self.args["percentile"], progress)
+            percentile = self.args["percentile"]
+            self.threshold_ = react_thresholds(self.net, loader, [percentile], progress)[percentile]
         return self
 
     def _check_fitted(self) -> None:
@@ -81,7 +83,7 @@ class Baseline(Detector):
                 return score.unsqueeze(0), first.pred
             with torch.no_grad():
                 first = forward_pass(self.net, images)
-                logits = self._react(first, self.threshold_)
+                logits = react_logits(self.net, first, self.threshold_)
         if self.name == "mls":
             score = mls(logits)
         elif self.name in ("ebo", "react"):

@@ -1,25 +1,23 @@
 """FuseNorm, the detector: any torch network, no OpenOOD."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fusenorm_openood.atf import atf
 from fusenorm_openood.errors import ConfigError, DataError, NotFittedError
-from fusenorm_openood.experts import DEFAULT_TEMPERATURE, odin_perturb, score_logits
-from fusenorm_openood.forward import Pass, forward_pass
+from fusenorm_openood.experts import DEFAULT_TEMPERATURE, Output
 from fusenorm_openood.fusion import fuse
+from fusenorm_openood.panel import Panel
+from fusenorm_openood.react import react_thresholds
 from fusenorm_openood.scoring import Detector
 from fusenorm_openood.settings import Settings
 from fusenorm_openood.statistics import IDStatistics, compute_id_statistics, normalise
-from fusenorm_openood.taps import first_of_last_stage, resolve_taps, undisturbed
+from fusenorm_openood.taps import first_of_last_stage, resolve_taps
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Calibration:
     """What :meth:`FuseNorm.fit` learns; needs no network, and pickles."""
 
     experts: tuple[str, ...]
-    react_threshold: float | None
+    react_thresholds: dict[float, float]
     id_scores: NDArray[np.float64]
     statistics: IDStatistics
 
@@ -59,7 +57,8 @@ class FuseNorm(Detector):
         self.experts = (*self.taps, "output")
         self.strong = self._resolve_strong()
         self.calibration_: Calibration | None = None
-        self._threshold: float | None = None
+        self._panel = self._panel_with(())
+        self._thresholds: dict[float, float] = {}
 
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Fit the ID statistics on ID images that are neither trained nor tested on, if possible.
@@ -76,12 +75,9 @@ class FuseNorm(Detector):
                 "fit on a DataLoader or a list of batches"
             )
         self.calibration_ = None
-        percentile = self.settings.react_percentile
-        self._threshold = (
-            None if percentile is None else self._react_threshold(loader, percentile, progress)
-        )
+        self._thresholds = react_thresholds(self.net, loader, self._panel.percentiles, progress)
         id_scores = self._collect(loader, progress, "fit")[0][: len(self.experts)]
-        self.calibration_ = calibrate(self.experts, id_scores, self._threshold, self.settings)
+        self.calibration_ = calibrate(self.experts, id_scores, self._thresholds, self.settings)
         return self
 
     def with_calibration(self, calibration: Calibration) -> Self:
@@ -91,7 +87,7 @@ class FuseNorm(Detector):
                 f"a calibration of {', '.join(calibration.experts)} found for a detector of "
                 f"{', '.join(self.experts)}: fit again"
             )
-        self._threshold, self.calibration_ = calibration.react_threshold, calibration
+        self._thresholds, self.calibration_ = calibration.react_thresholds, calibration
         return self
 
     def with_companions(self) -> Self:
@@ -100,40 +96,24 @@ class FuseNorm(Detector):
         They take no part in the fusion; their scores follow those of the experts in
         :attr:`Scored.experts`, under the names in :attr:`companions`.
         """
-        free = ("msp", "mls", "energy")
-        clipped = (
-            () if self.settings.react_percentile is None else tuple(f"{e}+react" for e in free)
+        percentile = self.settings.react_percentile
+        free = [
+            Output(name, DEFAULT_TEMPERATURE[name], react_percentile=q)
+            for q in dict.fromkeys((None, percentile))
+            for name in ("msp", "mls", "energy")
+        ]
+        self.companions = tuple(
+            o.output + "+react" * (o.react_percentile is not None) for o in free
         )
-        self.companions = (*free, *clipped)
+        self._panel = self._panel_with(free)
         return self
 
-    def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _panel_with(self, companions: Sequence[Output]) -> Panel:
         s = self.settings
-        reduce = partial(atf, k_min=s.k_min, k_max=s.k_max, alpha=s.alpha, eps=s.eps)
-        temperature = s.effective_temperature
-        with undisturbed(self.net):
-            if s.needs_gradient:
-                # One pass for the taps and for the gradient, which stops at the image.
-                with torch.inference_mode(False), torch.enable_grad():
-                    leaf = images.detach().clone().requires_grad_()
-                    first = forward_pass(self.net, leaf, self.taps, reduce)
-                    logits = self._react(first, self._threshold)
-                    images = odin_perturb(leaf, logits, temperature, s.noise, s.input_std)
-                with torch.no_grad():
-                    logits = self._react(forward_pass(self.net, images), self._threshold)
-            else:
-                with torch.no_grad():
-                    first = forward_pass(self.net, images, self.taps, reduce)
-                    logits = self._react(first, self._threshold)
-            output = score_logits(s.output, logits, temperature)
-            companions = [self._companion(name, first) for name in self.companions]
-        return torch.cat([first.norms.to(output), torch.stack([output, *companions])]), first.pred
+        return Panel(self.taps, (s.feature_norm,), (s.output_expert, *companions))
 
-    def _companion(self, name: str, first: Pass) -> Tensor:
-        expert, _, react = name.partition("+")
-        with torch.no_grad():
-            logits = self._react(first, self._threshold if react else None)
-        return score_logits(expert, logits, DEFAULT_TEMPERATURE[expert])
+    def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self._panel.scores(self.net, images, self._thresholds)
 
     def _confidence(self, experts: NDArray[Any]) -> NDArray[np.float64]:
         z = normalise(experts[: len(self.experts)], self._check_fitted().statistics)
@@ -172,10 +152,10 @@ class FuseNorm(Detector):
 def calibrate(
     experts: tuple[str, ...],
     id_scores: NDArray[np.float64],
-    react_threshold: float | None,
+    react_thresholds: dict[float, float],
     settings: Settings,
 ) -> Calibration:
     """ID statistics of expert scores ``[L, N]`` under the settings' percentiles."""
     low, high = settings.percentile_low, settings.percentile_high
     statistics = compute_id_statistics(id_scores, low, high, experts)
-    return Calibration(experts, react_threshold, id_scores, statistics)
+    return Calibration(experts, react_thresholds, id_scores, statistics)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,26 @@ from fusenorm_openood.errors import ConfigError
 OutputExpert = Literal["msp", "mls", "energy", "odin"]
 OUTPUT_EXPERTS: tuple[str, ...] = get_args(OutputExpert)
 DEFAULT_TEMPERATURE: dict[str, float] = {"msp": 1.0, "mls": 1.0, "energy": 1.0, "odin": 1000.0}
+
+
+class Output(NamedTuple):
+    """Settings of one output expert; see :class:`Settings`, where they have the same names."""
+
+    output: str
+    temperature: float
+    noise: float = 0.0
+    input_std: tuple[float, ...] | None = None
+    react_percentile: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Name in tables, ``energy+react`` say."""
+        return self.output if self.react_percentile is None else f"{self.output}+react"
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the expert differentiates the logits with respect to the image."""
+        return self.output == "odin" and self.noise > 0
 
 
 def msp(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -58,11 +78,27 @@ def odin_perturb(
 
     Source: Liang et al., ICLR 2018.
     """
+    direction = odin_direction(images, logits, temperature)
+    return odin_step(images, direction, noise, input_std)
+
+
+def odin_direction(
+    images: Tensor, logits: Tensor, temperature: float, keep_graph: bool = False
+) -> Tensor:
+    """Whether each pixel of ``images`` grows the loss of the predicted class: ``[B, C, H, W]``."""
     target = logits.detach().argmax(dim=1)
     loss = F.cross_entropy(logits.float() / temperature, target, reduction="sum")
     # Only signs count: an exact factor of about T keeps half precision from underflowing to 0.
-    (gradient,) = torch.autograd.grad(loss * 2.0 ** round(math.log2(temperature)), images)
-    step = torch.where(gradient >= 0, -noise, noise).to(images.dtype)
+    scaled = loss * 2.0 ** round(math.log2(temperature))
+    (gradient,) = torch.autograd.grad(scaled, images, retain_graph=keep_graph)
+    return gradient >= 0
+
+
+def odin_step(
+    images: Tensor, direction: Tensor, noise: float, input_std: Sequence[float] | None
+) -> Tensor:
+    """Images ``[B, C, H, W]`` after ODIN's step against a direction; see :func:`odin_perturb`."""
+    step = torch.where(direction, -noise, noise).to(images.dtype)
     if input_std is not None:
         if len(input_std) != images.shape[1]:
             raise ConfigError(

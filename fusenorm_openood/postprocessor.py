@@ -82,7 +82,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             return
         if changed <= FUSION_SETTINGS:
             c = self.calibration
-            self.calibration = calibrate(c.experts, c.id_scores, c.react_threshold, self.settings)
+            self.calibration = calibrate(c.experts, c.id_scores, c.react_thresholds, self.settings)
         else:
             self.setup_flag, self.calibration = False, None
             if self._fitted_on is not None:

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from typing_extensions import Self
 
-from fusenorm_openood.errors import DataError, NonFiniteError, TapError
-from fusenorm_openood.forward import Pass, device_of, final_linear, forward_pass
-from fusenorm_openood.statistics import ActivationSample
-from fusenorm_openood.taps import undisturbed
+from fusenorm_openood.errors import DataError, NonFiniteError
+from fusenorm_openood.forward import device_of
 
 
 class Scored(NamedTuple):
@@ -122,54 +120,12 @@ class Detector(ABC):
         if not np.isfinite(experts).all():
             expert, image = np.argwhere(~np.isfinite(experts))[0]
             what = f"the score {experts[expert, image]} under {self.rows[expert]!r}"
-            raise _not_finite(images, int(image), what)
+            raise not_finite(images, int(image), what)
         return experts, pred
 
-    def _react_threshold(self, loader: Iterable[Any], percentile: float, progress: bool) -> float:
-        """Percentile of the penultimate activations of ID images, where ReAct clips."""
-        sample = ActivationSample()
-        with undisturbed(self.net), torch.no_grad():
-            for images, _ in batches(loader, progress, "ReAct"):
-                first = forward_pass(self.net, images.to(device_of(self.net), non_blocking=True))
-                if first.feature is None:
-                    raise self._no_head()
-                feature = first.feature.float().cpu().numpy()
-                if not np.isfinite(feature).all():
-                    image = int(np.argwhere(~np.isfinite(feature))[0, 0])
-                    raise _not_finite(images, image, "a penultimate feature that is not finite")
-                if sample.is_empty and not self._head_gives(first):
-                    raise self._no_head()
-                sample.update(feature)
-        return sample.percentile(percentile)
 
-    def _head_gives(self, first: Pass) -> bool:
-        """Whether the final linear layer, and nothing behind it, makes the logits."""
-        head = final_linear(self.net)
-        return (
-            head is not None
-            and first.feature is not None
-            and first.logits.shape == (len(first.feature), head.out_features)
-            and torch.allclose(head(first.feature), first.logits, rtol=1e-3, atol=1e-4)
-        )
-
-    def _react(self, done: Pass, threshold: float | None) -> Tensor:
-        """Logits of a pass, its penultimate feature clipped at the threshold, if there is one."""
-        if threshold is None:
-            return done.logits
-        head = final_linear(self.net)
-        if head is None or done.feature is None:
-            raise self._no_head()
-        logits: Tensor = head(done.feature.clamp(max=threshold))
-        return logits
-
-    def _no_head(self) -> TapError:
-        return TapError(
-            f"ReAct needs a final linear layer that gives the logits, and "
-            f"{type(self.net).__name__} has none: choose react_percentile=None"
-        )
-
-
-def _not_finite(images: Tensor, image: int, what: str) -> NonFiniteError:
+def not_finite(images: Tensor, image: int, what: str) -> NonFiniteError:
+    """The error for one image of a batch, which says whether image or network is to blame."""
     way_out = (
         "the image is finite, so the network overflows: look at its weights"
         if torch.isfinite(images[image]).all()

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from fusenorm_openood.atf import check_atf_settings
+from fusenorm_openood.atf import FeatureNorm, check_atf_settings
 from fusenorm_openood.config import lookup
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.experts import DEFAULT_TEMPERATURE, check_output_expert
+from fusenorm_openood.experts import DEFAULT_TEMPERATURE, Output, check_output_expert
 from fusenorm_openood.fusion import check_penalty, check_weights
 from fusenorm_openood.statistics import check_percentiles
 
@@ -101,14 +101,18 @@ class Settings:
             )
 
     @property
-    def effective_temperature(self) -> float:
-        """The temperature, or the output expert's own default where none is set."""
-        return DEFAULT_TEMPERATURE[self.output] if self.temperature is None else self.temperature
+    def feature_norm(self) -> FeatureNorm:
+        """What decides the scores of the feature-norm experts."""
+        return FeatureNorm(self.k_min, self.k_max, self.alpha, self.eps)
 
     @property
-    def needs_gradient(self) -> bool:
-        """Whether the output expert differentiates the logits with respect to the image."""
-        return self.output == "odin" and self.noise > 0
+    def output_expert(self) -> Output:
+        """What decides the score of the output expert; its own temperature where none is set."""
+        default = DEFAULT_TEMPERATURE[self.output]
+        temperature = default if self.temperature is None else self.temperature
+        steps = self.output == "odin" and self.noise > 0
+        noise, input_std = (self.noise, self.input_std) if steps else (0.0, None)
+        return Output(self.output, temperature, noise, input_std, self.react_percentile)
 
     def replace(self, **changes: Any) -> "Settings":
         """A copy with some settings changed; ConfigError for a setting that does not exist."""

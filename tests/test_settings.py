@@ -20,9 +20,9 @@ def test_defaults_are_those_of_the_functions():
 
 
 def test_temperature_defaults_to_the_experts_own():
-    assert Settings().effective_temperature == 1000
-    assert Settings(output="energy").effective_temperature == 1
-    assert Settings(output="energy", temperature=5).effective_temperature == 5
+    assert Settings().output_expert.temperature == 1000
+    assert Settings(output="energy").output_expert.temperature == 1
+    assert Settings(output="energy", temperature=5).output_expert.temperature == 5
 
 
 def test_the_configuration_names_every_setting():

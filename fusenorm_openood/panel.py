@@ -1,0 +1,96 @@
+"""A panel of experts: all that one pass over an image can tell."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fusenorm_openood.atf import FeatureNorm, atf_each
+from fusenorm_openood.experts import Output, odin_direction, odin_step, score_logits
+from fusenorm_openood.forward import Pass, forward_pass
+from fusenorm_openood.react import react_logits
+from fusenorm_openood.taps import undisturbed
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Every feature norm at every tap, and the output experts, each once.
+
+    One forward pass serves all of them; each ODIN with its own noise asks for one more, and each
+    with its own temperature or ReAct for a gradient.
+    """
+
+    taps: tuple[str, ...]
+    norms: tuple[FeatureNorm, ...]
+    outputs: tuple[Output, ...]
+
+    @property
+    def percentiles(self) -> list[float]:
+        """Percentiles at which some output expert has ReAct clip."""
+        given = (o.react_percentile for o in self.outputs)
+        return list(dict.fromkeys(q for q in given if q is not None))
+
+    def rows(self, taps: Iterable[str], norm: FeatureNorm, output: Output) -> list[int]:
+        """Where the scores of one detector stand: its taps in their order, its output expert."""
+        first = self.norms.index(norm) * len(self.taps)
+        at_taps = [first + self.taps.index(tap) for tap in taps]
+        return [*at_taps, len(self.norms) * len(self.taps) + self.outputs.index(output)]
+
+    def scores(
+        self, net: nn.Module, images: Tensor, thresholds: Mapping[float, float]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores ``[R, B]``, larger = more in-distribution, and predicted classes ``[B]``.
+
+        Args:
+            net: a network; it stays as it is.
+            images: ``[B, C, H, W]`` on its device.
+            thresholds: where ReAct clips, by percentile; see :func:`react_thresholds`.
+        """
+
+        def clipped(done: Pass, output: Output) -> Tensor:
+            q = output.react_percentile
+            return react_logits(net, done, None if q is None else thresholds[q])
+
+        reduce = partial(atf_each, settings=self.norms)
+        moved: dict[Output, Tensor] = {}
+        with undisturbed(net):
+            if any(output.needs_gradient for output in self.outputs):
+                # One pass for the taps and for the gradients, which stop at the image.
+                with torch.inference_mode(False), torch.enable_grad():
+                    leaf = images.detach().clone().requires_grad_()
+                    first = forward_pass(net, leaf, self.taps, reduce)
+                    moved = self._perturbed(leaf, lambda output: clipped(first, output))
+            else:
+                with torch.no_grad():
+                    first = forward_pass(net, images, self.taps, reduce)
+            with torch.no_grad():
+                scored = [
+                    score_logits(
+                        output.output,
+                        clipped(forward_pass(net, moved[output]), output)
+                        if output in moved
+                        else clipped(first, output),
+                        output.temperature,
+                    )
+                    for output in self.outputs
+                ]
+        norms = first.norms.transpose(0, 1).flatten(0, 1)  # [L, S, B] -> [S * L, B]
+        return torch.cat([norms.to(scored[0]), torch.stack(scored)]), first.pred
+
+    def _perturbed(
+        self, leaf: Tensor, logits_of: Callable[[Output], Tensor]
+    ) -> dict[Output, Tensor]:
+        """ODIN's images for each expert that moves them; experts that can, share a gradient."""
+        moving = [output for output in self.outputs if output.needs_gradient]
+        alike: dict[tuple[float, float | None], list[Output]] = {}
+        for output in moving:
+            alike.setdefault((output.temperature, output.react_percentile), []).append(output)
+        moved = {}
+        for number, outputs in enumerate(alike.values(), start=1):
+            logits, temperature = logits_of(outputs[0]), outputs[0].temperature
+            direction = odin_direction(leaf, logits, temperature, number < len(alike))
+            for output in outputs:
+                moved[output] = odin_step(leaf, direction, output.noise, output.input_std)
+        return moved
