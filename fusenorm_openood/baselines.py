@@ -92,7 +92,7 @@ class Baseline(Detector):
             score = msp(logits)
         return score.unsqueeze(0), first.pred
 
-    def _confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
+    def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
         conf: NDArray[Any] = experts[0]
         return conf
 

@@ -55,6 +55,8 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", help="where results go (default: the root)")
     add("--config", help="postprocessor YAML (default: this package's for the postprocessor)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one argument of it")
+    add("--aps", action="store_true", help="search settings on the validation pair (APS_mode)")
+    add("--sweep", action="append", default=[], metavar="KEY=LIST", help="values for the search")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--num-workers", type=_whole, default=2, help="processes that load images (default: 2)")
     add("--engine", default="auto", choices=["auto", "native", "openood"])

@@ -14,7 +14,12 @@ from torch import nn
 from fusenorm_openood import training
 from fusenorm_openood.baselines import BASELINES, Baseline, check_baseline
 from fusenorm_openood.config import config_root, lookup, parse_yaml, read_config
-from fusenorm_openood.data.benchmarks import Benchmark, how_to_get, load_benchmark
+from fusenorm_openood.data.benchmarks import (
+    Benchmark,
+    how_to_get,
+    image_loader,
+    load_benchmark,
+)
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.detector import FuseNorm
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError
@@ -24,6 +29,7 @@ from fusenorm_openood.networks import load_network
 from fusenorm_openood.openood_bridge import evaluate_with_openood, openood_installed
 from fusenorm_openood.recipes import find_recipe
 from fusenorm_openood.scoring import Detector
+from fusenorm_openood.search import search
 from fusenorm_openood.settings import read_fusenorm
 from fusenorm_openood.taps import resolve_taps, tap_candidates
 from fusenorm_openood.training import train_digits
@@ -35,7 +41,7 @@ def eval(args: Namespace) -> None:
     benchmark = load_benchmark(args.id_data, args.data_root)
     if args.validation and args.fsood:
         raise ConfigError("--validation and --fsood exclude each other: leave out one")
-    config = read_postprocessor(args.postprocessor, args.config, args.set)
+    config = read_postprocessor(args)
     detector_for(args.postprocessor, config, benchmark)  # before any work: is it usable?
     output = Path(args.output_dir or args.root)
     if args.save_csv or args.save_score:
@@ -51,7 +57,7 @@ def eval(args: Namespace) -> None:
     tables = []
     for run, net in networks.items():
         net.to(device)
-        result = evaluate_run(net, benchmark, config, engine, args)
+        result = evaluate_run(net, benchmark, config, engine, run, args)
         tables.append(result.table)
         if args.save_score and not args.validation:
             scores = pickle.dumps(result.scores, pickle.HIGHEST_PROTOCOL)
@@ -122,7 +128,12 @@ def taps(args: Namespace) -> None:
 
 
 def evaluate_run(
-    net: nn.Module, benchmark: Benchmark, config: dict[str, Any], engine: str, args: Namespace
+    net: nn.Module,
+    benchmark: Benchmark,
+    config: dict[str, Any],
+    engine: str,
+    run: str,
+    args: Namespace,
 ) -> Evaluation:
     """Evaluate one training run by the engine that was chosen."""
     progress = not args.no_progress
@@ -141,7 +152,10 @@ def evaluate_run(
             progress,
         )
         return Evaluation(table, pd.DataFrame(), scores)
-    detector = detector_for(args.postprocessor, config, benchmark)(net)
+    if lookup(config, "postprocessor", "APS_mode"):
+        detector: Detector = search_settings(net, benchmark, config, run, args)
+    else:
+        detector = detector_for(args.postprocessor, config, benchmark)(net)
     if args.compare and isinstance(detector, FuseNorm):
         detector.with_companions()
     return evaluate(
@@ -155,23 +169,48 @@ def evaluate_run(
     )
 
 
-def read_postprocessor(name: str, path: str | None, changes: list[str]) -> dict[str, Any]:
-    """The configuration of a postprocessor, with ``KEY=VALUE`` changes to its arguments.
+def search_settings(
+    net: nn.Module, benchmark: Benchmark, config: dict[str, Any], run: str, args: Namespace
+) -> FuseNorm:
+    """The detector with the settings that the validation pair prefers; prints which."""
+    settings, sweep, _ = read_fusenorm(config)
+    id_loader, ood_loader = (
+        image_loader(image_set, args.batch_size, args.num_workers)
+        for image_set in (benchmark.id["val"], benchmark.val_ood)
+    )
+    found = search(net, settings, sweep, id_loader, ood_loader, not args.no_progress)
+    chosen = ", ".join(f"{name} = {getattr(found.settings, name)}" for name in sweep)
+    print(
+        f"search over {len(found.trials)} combinations, run {run or args.root}: "
+        f"validation AUROC {100 * found.auroc:.2f} with {chosen}",
+        flush=True,
+    )
+    if args.save_csv:
+        path = Path(args.output_dir or args.root) / run / "aps" / f"{args.postprocessor}.csv"
+        write_whole(path, lambda file: found.trials.to_csv(file, index=False))
+    return FuseNorm(net, found.settings).with_calibration(found.calibration)
+
+
+def read_postprocessor(args: Namespace) -> dict[str, Any]:
+    """The configuration of a postprocessor, with the changes that options make to it.
 
     Raises:
         ConfigError: a postprocessor that is not known here, or a change of another form.
     """
+    name = args.postprocessor
     if name != "fusenorm" and name not in BASELINES:
         known = ", ".join(("fusenorm", *BASELINES))
         raise ConfigError(f"postprocessor {name!r} unknown: choose among {known}")
-    config = read_config(path or config_root() / "postprocessors" / f"{name}.yml")
-    for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {change} found: give KEY=VALUE, alpha=0.5 say")
-        lookup(config, "postprocessor").setdefault("postprocessor_args", {})[key] = parse_yaml(
-            value
-        )
+    config = read_config(args.config or config_root() / "postprocessors" / f"{name}.yml")
+    section = lookup(config, "postprocessor")
+    for option, part in (("set", "postprocessor_args"), ("sweep", "postprocessor_sweep")):
+        for change in getattr(args, option):
+            key, equals, value = change.partition("=")
+            if not equals:
+                raise ConfigError(f"--{option} {change} found: give KEY=VALUE, alpha=0.5 say")
+            section.setdefault(part, {})[key] = parse_yaml(value)
+    if args.aps:
+        section["APS_mode"] = True
     return config
 
 
@@ -258,9 +297,10 @@ def find_engine(args: Namespace, config: dict[str, Any], benchmark: Benchmark) -
         raise ConfigError(f"--engine openood cannot do {reasons[0]}: choose --engine native")
     able = openood_installed() and not reasons
     engine = args.engine if args.engine != "auto" else "openood" if able else "native"
-    if engine == "native" and lookup(config, "postprocessor", "APS_mode"):
+    searching = lookup(config, "postprocessor", "APS_mode")
+    if engine == "native" and searching and args.postprocessor != "fusenorm":
         raise ConfigError(
-            "APS_mode: True found, and the native engine searches no parameters: "
+            f"APS_mode: True found, and the native engine searches no {args.postprocessor}: "
             "install OpenOOD and choose --engine openood, or set APS_mode to False"
         )
     return str(engine)

@@ -115,7 +115,7 @@ class FuseNorm(Detector):
     def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self._panel.scores(self.net, images, self._thresholds)
 
-    def _confidence(self, experts: NDArray[Any]) -> NDArray[np.float64]:
+    def confidence(self, experts: NDArray[Any]) -> NDArray[np.float64]:
         z = normalise(experts[: len(self.experts)], self._check_fitted().statistics)
         strong = [self.experts.index(name) for name in self.strong]
         weak = [i for i in range(len(z)) if i not in strong]

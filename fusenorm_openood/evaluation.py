@@ -41,7 +41,7 @@ def evaluate(
     """Fit a detector on a benchmark's ID validation images, and test it.
 
     Args:
-        detector: a detector around the network to test.
+        detector: a detector around the network to test; one that is fitted is taken as it is.
         benchmark: images that are all there; see :meth:`Benchmark.missing`.
         fsood: count covariate-shifted ID images as ID.
         validation: test on the validation pair instead, ID validation images against OOD
@@ -59,10 +59,10 @@ def evaluate(
         return detector.infer(loader(image_set), progress, name)
 
     def loader(image_set: ImageSet) -> Any:
-        pinned = torch.cuda.is_available()
-        return image_loader(image_set, batch_size, num_workers, pinned)
+        return image_loader(image_set, batch_size, num_workers)
 
-    detector.fit(loader(benchmark.id["val"]), progress)
+    if not detector.is_fitted:
+        detector.fit(loader(benchmark.id["val"]), progress)
     test = infer(benchmark.id["val" if validation else "test"], benchmark.name)
     csid = {name: infer(s, name) for name, s in benchmark.csid.items()} if fsood else {}
     val = {"val": infer(benchmark.val_ood, "val")} if validation else {}

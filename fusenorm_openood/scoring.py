@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from typing_extensions import Self
 
-from fusenorm_openood.errors import DataError, NonFiniteError
+from fusenorm_openood.errors import DataError, NonFiniteError, NotFittedError
 from fusenorm_openood.forward import device_of
 
 
@@ -30,8 +30,8 @@ class Scored(NamedTuple):
     experts: NDArray[Any]
 
 
-class Detector(ABC):
-    """Loops, batches and checks; a child says how experts score and how a confidence is made."""
+class ExpertScorer(ABC):
+    """Loops, batches and checks; a child says how experts score."""
 
     experts: tuple[str, ...]
     companions: tuple[str, ...] = ()
@@ -40,25 +40,67 @@ class Detector(ABC):
         self.net = net
 
     @abstractmethod
-    def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
-        """Learn from ID images what is normal; see :meth:`score_loader` for the loaders taken."""
-
-    @abstractmethod
     def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Expert scores ``[L, B]`` and predicted classes ``[B]`` of images on the net's device."""
-
-    @abstractmethod
-    def _confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
-        """Confidences ``[N]`` from expert scores ``[L, N]``."""
 
     @property
     def rows(self) -> tuple[str, ...]:
         """Names of the rows of :attr:`Scored.experts`: the experts and their companions."""
         return (*self.experts, *self.companions)
 
+    def _collect(
+        self, loader: Iterable[Any], progress: bool, desc: str
+    ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+        rows = []
+        for images, labels in batches(loader, progress, desc):
+            experts, pred = self._checked_scores(images)
+            label = torch.full_like(pred, -1) if labels is None else torch.as_tensor(labels)
+            rows.append((experts, pred.cpu().numpy(), label.cpu().numpy()))
+        if not rows:
+            raise DataError(f"the loader gave no batch ({desc}): give it at least one image")
+        experts, pred, label = zip(*rows, strict=True)
+        return (
+            np.concatenate(experts, axis=1),
+            np.concatenate(pred).astype(np.int64),
+            np.concatenate(label).astype(np.int64),
+        )
+
+    def _checked_scores(self, images: Tensor) -> tuple[NDArray[Any], Tensor]:
+        scores, pred = self._expert_scores(images.to(device_of(self.net), non_blocking=True))
+        experts: NDArray[Any] = scores.cpu().numpy()  # the one time a batch waits for the device
+        self._check_finite(images, experts)
+        return experts, pred
+
+    def _check_finite(self, images: Tensor, experts: NDArray[Any]) -> None:
+        if not np.isfinite(experts).all():
+            expert, image = np.argwhere(~np.isfinite(experts))[0]
+            what = f"the score {experts[expert, image]} under {self.rows[expert]!r}"
+            raise not_finite(images, int(image), what)
+
+
+class Detector(ExpertScorer):
+    """From images to confidences; a child says how experts score and how they make one."""
+
+    @abstractmethod
+    def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
+        """Learn from ID images what is normal; see :meth:`score_loader` for the loaders taken."""
+
+    @abstractmethod
+    def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
+        """Confidences ``[N]`` from expert scores ``[L, N]``."""
+
     @abstractmethod
     def _check_fitted(self) -> Any:
         """Raise NotFittedError where :meth:`fit` is still to come."""
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether nothing is left to :meth:`fit`."""
+        try:
+            self._check_fitted()
+        except NotFittedError:
+            return False
+        return True
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted classes ``[B]`` and confidences ``[B]`` of images ``[B, C, H, W]``.
@@ -71,7 +113,7 @@ class Detector(ABC):
         """
         self._check_fitted()
         experts, pred = self._checked_scores(checked_images(images))
-        conf = torch.from_numpy(self._confidence(experts))
+        conf = torch.from_numpy(self.confidence(experts))
         conf = conf.float() if images.device.type == "mps" else conf
         return pred.to(images.device), conf.to(images.device)
 
@@ -95,33 +137,7 @@ class Detector(ABC):
         """
         self._check_fitted()
         experts, pred, label = self._collect(loader, progress, desc)
-        return Scored(self._confidence(experts), pred, label, experts)
-
-    def _collect(
-        self, loader: Iterable[Any], progress: bool, desc: str
-    ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
-        rows = []
-        for images, labels in batches(loader, progress, desc):
-            experts, pred = self._checked_scores(images)
-            label = torch.full_like(pred, -1) if labels is None else torch.as_tensor(labels)
-            rows.append((experts, pred.cpu().numpy(), label.cpu().numpy()))
-        if not rows:
-            raise DataError(f"the loader gave no batch ({desc}): give it at least one image")
-        experts, pred, label = zip(*rows, strict=True)
-        return (
-            np.concatenate(experts, axis=1),
-            np.concatenate(pred).astype(np.int64),
-            np.concatenate(label).astype(np.int64),
-        )
-
-    def _checked_scores(self, images: Tensor) -> tuple[NDArray[Any], Tensor]:
-        scores, pred = self._expert_scores(images.to(device_of(self.net), non_blocking=True))
-        experts: NDArray[Any] = scores.cpu().numpy()  # the one time a batch waits for the device
-        if not np.isfinite(experts).all():
-            expert, image = np.argwhere(~np.isfinite(experts))[0]
-            what = f"the score {experts[expert, image]} under {self.rows[expert]!r}"
-            raise not_finite(images, int(image), what)
-        return experts, pred
+        return Scored(self.confidence(experts), pred, label, experts)
 
 
 def not_finite(images: Tensor, image: int, what: str) -> NonFiniteError:

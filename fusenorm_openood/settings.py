@@ -1,7 +1,7 @@
 """The settings of FuseNorm: what a user may choose, checked where it is chosen."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -145,6 +145,38 @@ def check_names(names: Mapping[str, Any]) -> None:
             raise ConfigError(f"setting {name!r} unknown: the settings are {', '.join(SETTINGS)}")
 
 
+class Candidate(NamedTuple):
+    """One combination of a sweep: its settings, or why they do not go together."""
+
+    values: dict[str, Any]
+    settings: Settings | ConfigError
+
+
+def candidates(base: Settings, sweep: Mapping[str, Sequence[Any]]) -> list[Candidate]:
+    """Every combination of a sweep's values, in OpenOOD's order: the first key changes fastest.
+
+    Raises:
+        ConfigError: a value that no combination can use.
+    """
+    combined: list[dict[str, Any]] = [{}]
+    for name, values in sweep.items():
+        combined = [{**before, name: value} for value in values for before in combined]
+    found = [Candidate(values, _try_settings(base, values)) for values in combined]
+    for name, values in sweep.items():
+        for value in values:
+            outcomes = [c.settings for c in found if c.values[name] == value]
+            if all(isinstance(outcome, ConfigError) for outcome in outcomes):
+                raise ConfigError(f"postprocessor_sweep.{name}: {outcomes[0]}")
+    return found
+
+
+def _try_settings(base: Settings, values: Mapping[str, Any]) -> Settings | ConfigError:
+    try:
+        return base.replace(**values)
+    except ConfigError as error:
+        return error
+
+
 class FuseNormConfig(NamedTuple):
     """What a configuration in OpenOOD's schema says of FuseNorm."""
 
@@ -176,6 +208,5 @@ def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
     for name, values in sweep.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"postprocessor_sweep.{name} = {values!r}: give a list of values")
-        for value in values:
-            settings.replace(**{name: value})
+    candidates(settings, sweep)
     return FuseNormConfig(settings, sweep, section["APS_mode"])

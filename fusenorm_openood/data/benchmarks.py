@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from fusenorm_openood.config import config_root, lookup, read_config
@@ -145,12 +146,11 @@ def load_benchmark(name: str, data_root: str | Path = "data") -> Benchmark:
 
 
 def image_loader(
-    image_set: ImageSet, batch_size: int = 200, num_workers: int = 0, pin_memory: bool = False
+    image_set: ImageSet, batch_size: int = 200, num_workers: int = 0
 ) -> DataLoader[Any]:
-    """Batches of an image set in the order of its list."""
-    return DataLoader(
-        image_set.images(), batch_size, num_workers=num_workers, pin_memory=pin_memory
-    )
+    """Batches of an image set in the order of its list, in pinned memory where there is CUDA."""
+    pinned = torch.cuda.is_available()
+    return DataLoader(image_set.images(), batch_size, num_workers=num_workers, pin_memory=pinned)
 
 
 def _under(data_root: str | Path, path: str) -> Path:
