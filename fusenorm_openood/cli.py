@@ -35,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     _digits_arguments(
         commands.add_parser("digits", help="write the digits benchmark and train on it")
     )
+    _compare_arguments(
+        commands.add_parser("compare", help="one table of many methods on many roots of runs")
+    )
     _train_arguments(commands.add_parser("train", help="train a network, by T2FNorm or plainly"))
     _taps_arguments(commands.add_parser("taps", help="modules of a checkpoint that can be tapped"))
     return parser
@@ -68,6 +71,19 @@ def _digits_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", help="folder of training runs (default: under results/)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--root", required=True, nargs="+", help="folders of training runs, or checkpoints' own")
+    add("--id-data", default="cifar10", help="cifar10, cifar100, imagenet200, imagenet, digits")
+    add("--data-root", default="data", help="images and lists in OpenOOD's layout (default: data)")
+    add("--config", help="YAML with the sweep (default: this package's for fusenorm)")
+    add("--batch-size", type=_positive, default=200)
+    add("--csv", metavar="FILE", help="write the table to this file, too")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--num-workers", type=_whole, default=2, help="processes that load images (default: 2)")
+    add("--no-progress", action="store_true", help="no progress bars")
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:

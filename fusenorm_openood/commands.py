@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fusenorm_openood import training
+from fusenorm_openood import comparison, training
 from fusenorm_openood.baselines import BASELINES, Baseline, check_baseline
 from fusenorm_openood.config import config_root, lookup, parse_yaml, read_config
 from fusenorm_openood.data.benchmarks import (
@@ -73,6 +73,51 @@ def eval(args: Namespace) -> None:
         path = output / folder / f"{args.postprocessor}.csv"
         write_whole(path, table.to_csv)
         print(f"saved {path}")
+
+
+def compare(args: Namespace) -> None:
+    """Compare FuseNorm and single experts on the training runs under several roots."""
+    device = find_device(args.device)
+    benchmark = load_benchmark(args.id_data, args.data_root)
+    config = read_config(args.config or config_root() / "postprocessors" / "fusenorm.yml")
+    sweep = read_fusenorm(config).sweep
+    if args.csv:
+        check_writable(Path(args.csv).parent, "--csv")
+    missing = benchmark.missing([*benchmark.tested(), benchmark.val_ood])
+    if missing:
+        raise DataError(f"{missing[0]}: {how_to_get(args.id_data)}. Or give --data-root.")
+    networks = {
+        root: [load_network(c, benchmark.num_classes) for c in find_checkpoints(root).values()]
+        for root in args.root
+    }
+    tables = {}
+    for root, runs in networks.items():
+        by_run = []
+        for net in runs:
+            result = comparison.compare(
+                net.to(device),
+                benchmark,
+                sweep,
+                args.batch_size,
+                args.num_workers,
+                not args.no_progress,
+            )
+            net.cpu()
+            by_run.append(result.table)
+            for name, found in result.found.items():
+                varied = found.trials.columns.drop(["AUROC", "unusable"])
+                chosen = ", ".join(f"{key} = {getattr(found.settings, key)}" for key in varied)
+                print(
+                    f"{Path(root).name}: {name}, {len(found.trials)} combinations, "
+                    f"validation AUROC {100 * found.auroc:.2f} with {chosen}",
+                    flush=True,
+                )
+        tables[Path(root).name] = sum(by_run[1:], start=by_run[0]) / len(by_run)
+    table = pd.concat(tables, names=["root", "method"]).round(2)
+    print(f"\nAUROC in percent, {args.id_data}, mean over the runs of each root:")
+    print(table.to_string(float_format="{:.2f}".format))
+    if args.csv:
+        write_whole(Path(args.csv), lambda file: table.to_csv(file, float_format="%.2f"))
 
 
 def digits(args: Namespace) -> None:

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from fusenorm_openood.detector import Calibration, FuseNorm, calibrate
 from fusenorm_openood.errors import ConfigError, NonFiniteError, ZeroRangeError
+from fusenorm_openood.experts import Output
 from fusenorm_openood.metrics import ood_metrics
 from fusenorm_openood.panel import Panel
 from fusenorm_openood.react import react_thresholds
@@ -27,18 +28,21 @@ class ScoreBank(ExpertScorer):
     Args:
         net: any network; it stays as it is.
         settings: all settings that will be asked for.
+        outputs: output experts that will be asked for alone.
 
     Raises:
         ConfigError, TapError: settings that do not fit the network.
     """
 
-    def __init__(self, net: nn.Module, settings: Iterable[Settings]) -> None:
+    def __init__(
+        self, net: nn.Module, settings: Iterable[Settings], outputs: Iterable[Output] = ()
+    ) -> None:
         super().__init__(net)
         self._detectors = {s: FuseNorm(net, s) for s in dict.fromkeys(settings)}
         self.panel = Panel(
             tuple(dict.fromkeys(tap for d in self._detectors.values() for tap in d.taps)),
             tuple(dict.fromkeys(s.feature_norm for s in self._detectors)),
-            tuple(dict.fromkeys(s.output_expert for s in self._detectors)),
+            tuple(dict.fromkeys([*(s.output_expert for s in self._detectors), *outputs])),
         )
         norms = [f"{tap} {norm}" for norm in self.panel.norms for tap in self.panel.taps]
         self.experts = (*norms, *(str(output) for output in self.panel.outputs))
@@ -60,6 +64,10 @@ class ScoreBank(ExpertScorer):
             scored = Scored(np.empty(0), pred, label, experts)
             self._kept[id(loader)] = loader, scored  # the loader too, so that its id stays its own
         return self
+
+    def forget(self, loader: Iterable[Any]) -> None:
+        """Free the scores of a loader's images."""
+        del self._kept[id(loader)]
 
     def holds(self, loader: Iterable[Any]) -> bool:
         """Whether the images of this very loader have been scored."""
@@ -91,6 +99,13 @@ class ScoreBank(ExpertScorer):
         scored = self._kept[id(loader)][1]
         experts = scored.experts[self._rows(detector)]
         return scored._replace(conf=detector.confidence(experts), experts=experts)
+
+    def output(self, output: Output, loader: Iterable[Any]) -> NDArray[np.float64]:
+        """Scores ``[N]`` of one output expert alone, larger = more in-distribution."""
+        at_taps = len(self.panel.norms) * len(self.panel.taps)
+        row = at_taps + self.panel.outputs.index(output)
+        scores: NDArray[np.float64] = self._kept[id(loader)][1].experts[row]
+        return scores
 
     def worst(self, loader: Iterable[Any]) -> Scored:
         """Confidences that rank every ID image below every other: an AUROC of 0."""

@@ -98,7 +98,6 @@ def test_a_configuration_of_ones_own(root, tmp_path, capsys):
         (SCRIPTS.parent / "configs/postprocessors/fusenorm.yml")
         .read_text()
         .replace("output: odin", "output: energy")
-        .replace("temperature: 1000", "temperature: 1")
     )
     assert main(evaluation(root, "--config", str(own), "--set", "strong=[output]")) == 1
     assert "do not weigh 1 strong experts" in capsys.readouterr().err

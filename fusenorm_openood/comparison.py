@@ -1,0 +1,101 @@
+"""One table of many methods on many networks, every image passed over once for all of them."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
+from fusenorm_openood.experts import Output
+from fusenorm_openood.forward import scores_apart
+from fusenorm_openood.metrics import ood_metrics
+from fusenorm_openood.search import Found, ScoreBank, search
+from fusenorm_openood.settings import Settings
+
+# Single experts under the arguments of OpenOOD's configurations, by the name of the postprocessor.
+BASELINES = {
+    "MSP": Output("msp", 1.0),
+    "Energy": Output("energy", 1.0),
+    "ODIN": Output("odin", 1000.0, noise=0.0014),
+    "ReAct": Output("energy", 1.0, react_percentile=90.0),
+}
+GRADIENT_FREE: dict[str, list[Any]] = {
+    "output": ["msp", "mls", "energy"],
+    "react_percentile": [None, 85.0, 90.0, 95.0],
+}
+
+
+class Comparison(NamedTuple):
+    """AUROC in percent ``[methods, data sets]``, and what the two searches found."""
+
+    table: pd.DataFrame
+    found: dict[str, Found]
+
+
+def compare(
+    net: nn.Module,
+    benchmark: Benchmark,
+    sweep: dict[str, list[Any]],
+    batch_size: int = 200,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Comparison:
+    """Single experts and FuseNorm on one network: as published, and as two searches set it.
+
+    Args:
+        net: the network, plain or T2FNorm's.
+        benchmark: images that are all there.
+        sweep: what the searches vary on the validation pair; the one without gradients also
+            varies the output expert and ReAct.
+        batch_size, num_workers: of the loaders.
+        progress: show bars.
+    """
+
+    def loader(image_set: ImageSet) -> Any:
+        return image_loader(image_set, batch_size, num_workers)
+
+    pair = loader(benchmark.id["val"]), loader(benchmark.val_ood)
+    published = Settings()
+    free = Settings(output="energy")
+    found = {
+        "FuseNorm, searched": search(net, published, sweep, *pair, progress),
+        "FuseNorm, searched, no gradient": search(
+            net, free, {**sweep, **GRADIENT_FREE}, *pair, progress
+        ),
+    }
+    fused = {"FuseNorm, published": published, **{n: f.settings for n, f in found.items()}}
+    baselines = {
+        name: output._replace(input_std=benchmark.norm[1]) if output.needs_gradient else output
+        for name, output in BASELINES.items()
+    }
+    bank = ScoreBank(net, fused.values(), baselines.values()).fit(pair[0], progress)
+
+    def score(image_set: ImageSet) -> dict[str, NDArray[Any]]:
+        images = loader(image_set)
+        bank.add(images, progress)
+        conf = {name: bank.output(output, images) for name, output in baselines.items()}
+        # From log-odds to OpenOOD's probability in float32, which saturates and has ties.
+        conf["MSP"] = torch.from_numpy(conf["MSP"]).sigmoid().float().numpy()
+        if scores_apart(net):  # T2FNorm's postprocessor is MSP of the scoring logits
+            conf = {"MSP (T2FNorm)" if name == "MSP" else name: c for name, c in conf.items()}
+        conf |= {name: bank.scored(settings, images).conf for name, settings in fused.items()}
+        bank.forget(images)
+        return conf
+
+    known = score(benchmark.id["test"])
+    rows: dict[str, list[float]] = {method: [] for method in known}
+    columns: list[str] = []
+    for group, sets in (("nearood", benchmark.near), ("farood", benchmark.far)):
+        aurocs = []
+        for image_set in sets.values():
+            unknown = score(image_set)
+            aurocs.append([ood_metrics(known[m], unknown[m]).auroc for m in known])
+        columns += [*sets, group]
+        for method, values in zip(
+            known, np.transpose([*aurocs, np.mean(aurocs, axis=0)]), strict=True
+        ):
+            rows[method] += list(100 * values)
+    return Comparison(pd.DataFrame(rows, columns).T, found)
