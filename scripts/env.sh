@@ -42,3 +42,12 @@ environment() {
     PATH=$venv/bin:$PATH
     export PATH
 }
+
+# fusenorm train, in $NPROC processes that share the work.
+train() {
+    if [ "${NPROC:-1}" -gt 1 ]; then
+        torchrun --standalone --nproc-per-node "$NPROC" -m fusenorm_openood.cli train "$@"
+    else
+        fusenorm train "$@"
+    fi
+}

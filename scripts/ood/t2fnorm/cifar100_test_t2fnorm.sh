@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# T2FNorm's own score on the networks that cifar100_train_t2fnorm.sh trained. Arguments go to
+# scripts/eval_ood.py and override those below: --postprocessor fusenorm, --root DIR, --fsood, ...
+set -euo pipefail
+. "$(dirname "$0")/../../env.sh"
+environment
+
+python "$ROOT/scripts/eval_ood.py" \
+    --id-data cifar100 \
+    --root "$ROOT/results/cifar100_t2fnorm_net_t2fnorm_e100_lr0.1_alpha0.1_default" \
+    --data-root "$ROOT/data" \
+    --postprocessor t2fnorm \
+    --save-score --save-csv "$@"

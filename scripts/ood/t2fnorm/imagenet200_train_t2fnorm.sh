@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Trains a network by T2FNorm on ImageNet-200, or goes on with a run that was interrupted.
+# Arguments go to 'fusenorm train': --seed 1, --amp bf16, ... NPROC=2 trains on two devices.
+set -euo pipefail
+. "$(dirname "$0")/../../env.sh"
+environment
+
+train \
+    --id-data imagenet200 \
+    --method t2fnorm \
+    --data-root "$ROOT/data" \
+    --results-dir "$ROOT/results" "$@"
