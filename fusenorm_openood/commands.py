@@ -1,6 +1,7 @@
 """What the subcommands of ``fusenorm`` do."""
 
 import pickle
+import shlex
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,17 @@ from fusenorm_openood.config import config_root, lookup, parse_yaml, read_config
 from fusenorm_openood.data.benchmarks import Benchmark, how_to_get, load_benchmark
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.detector import FuseNorm
-from fusenorm_openood.errors import CheckpointError, ConfigError, DataError
-from fusenorm_openood.evaluation import Evaluation, evaluate, find_checkpoints, summarise
+from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, TapError
+from fusenorm_openood.evaluation import (
+    Evaluation,
+    check_fsood,
+    evaluate,
+    find_checkpoints,
+    load_runs,
+    summarise,
+)
 from fusenorm_openood.files import check_writable, write_whole
+from fusenorm_openood.leaderboard import leaderboard_entry
 from fusenorm_openood.networks import load_network
 from fusenorm_openood.openood_bridge import evaluate_with_openood, openood_installed
 from fusenorm_openood.scoring import Detector
@@ -32,6 +41,7 @@ def eval(args: Namespace) -> None:
     benchmark = load_benchmark(args.id_data, args.data_root)
     if args.validation and args.fsood:
         raise ConfigError("--validation and --fsood exclude each other: leave out one")
+    check_fsood(benchmark, args.fsood)
     config = read_postprocessor(args.postprocessor, args.config, args.set)
     detector_for(args.postprocessor, config, benchmark)  # before any work: is it usable?
     output = Path(args.output_dir or args.root)
@@ -40,7 +50,8 @@ def eval(args: Namespace) -> None:
     if benchmark.name == "digits":
         ensure_digits(args)
     checkpoints = check_files(benchmark, args)
-    networks = {run: load_network(c, benchmark.num_classes) for run, c in checkpoints.items()}
+    networks = load_runs(checkpoints, benchmark.num_classes)
+    check_networks(networks, checkpoints, detector_for(args.postprocessor, config, benchmark))
     engine = find_engine(args, config, benchmark)
 
     print(f"{args.postprocessor} on {args.id_data}: engine {engine}, device {device}", flush=True)
@@ -64,6 +75,16 @@ def eval(args: Namespace) -> None:
         path = output / folder / f"{args.postprocessor}.csv"
         write_whole(path, table.to_csv)
         print(f"saved {path}")
+
+
+def leaderboard(args: Namespace) -> None:
+    """Print an entry of OpenOOD's leaderboard, from the CSV and the checkpoints of a root."""
+    benchmark = load_benchmark(args.id_data, args.data_root)
+    check_fsood(benchmark, args.fsood)
+    checkpoints = find_checkpoints(args.root)
+    csv = results_csv(args)
+    networks = load_runs(checkpoints, benchmark.num_classes)
+    print(leaderboard_entry(args.postprocessor, benchmark, args.fsood, checkpoints, networks, csv))
 
 
 def digits(args: Namespace) -> None:
@@ -149,6 +170,34 @@ def detector_for(
     input_std = benchmark.norm[1] if name == "odin" else None
     check_baseline(name, args)
     return lambda net: Baseline(net, name, input_std, **args)
+
+
+def check_networks(
+    networks: dict[str, nn.Module],
+    checkpoints: dict[str, Path],
+    detector: Callable[[nn.Module], Detector],
+) -> None:
+    """Refuse a network that the detector cannot work on, before any is scored; name its run."""
+    for run, net in networks.items():
+        try:
+            detector(net)
+        except (CheckpointError, ConfigError, TapError) as error:
+            raise type(error)(f"{checkpoints[run]}: {error}") from None
+
+
+def results_csv(args: Namespace) -> Path:
+    """The CSV that an evaluation saved; DataError that names the command for it where it is not."""
+    folder = Path(args.output_dir or args.root) / ("fsood" if args.fsood else "ood")
+    path = folder / f"{args.postprocessor}.csv"
+    if path.is_file():
+        return path
+    command = ["fusenorm", "eval", "--id-data", args.id_data, "--root", args.root,
+               "--data-root", args.data_root, "--postprocessor", args.postprocessor,
+               *(["--output-dir", args.output_dir] if args.output_dir else []),
+               *(["--fsood"] if args.fsood else []), "--save-csv"]  # fmt: skip
+    others = ", ".join(sorted(file.name for file in folder.glob("*.csv")))
+    beside = f" (beside it there are: {others})" if others else ""
+    raise DataError(f"results {path} are missing{beside}: '{shlex.join(command)}' makes them")
 
 
 def ensure_digits(args: Namespace) -> None:
