@@ -12,6 +12,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; 0 = done, 1 = an error that stands in one sentence on stderr."""
     args = _parser().parse_args(argv)
     try:
+        if args.command == "doctor":  # works where torch does not
+            from fusenorm_openood.doctor import doctor
+
+            return doctor(args)
         # Subcommands import torch; --help and --version don't wait for it.
         from fusenorm_openood import commands
 
@@ -40,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _train_arguments(commands.add_parser("train", help="train a network, by T2FNorm or plainly"))
     _taps_arguments(commands.add_parser("taps", help="modules of a checkpoint that can be tapped"))
+    _leaderboard_arguments(
+        commands.add_parser(
+            "leaderboard", help="entry of OpenOOD's leaderboard, from saved results"
+        )
+    )
+    _doctor_arguments(commands.add_parser("doctor", help="what is installed, what is missing"))
     return parser
 
 
@@ -109,6 +119,22 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _taps_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="best.ckpt of a training run")
     parser.add_argument("--image-size", type=_positive, default=32)
+
+
+def _leaderboard_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--root", required=True, help="folder of training runs s0, s1, ... with best.ckpt")
+    add("--postprocessor", default="fusenorm", help="whose CSV: OUTPUT/ood/POSTPROCESSOR.csv")
+    add("--id-data", default="cifar10", help="cifar10, cifar100, imagenet200, imagenet, digits")
+    add("--fsood", action="store_true", help="the full-spectrum results")
+    add("--data-root", default="data", help="images and lists in OpenOOD's layout (default: data)")
+    add("--output-dir", help="where results are (default: the root)")
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data-root", default="data", help="where images and lists are looked for (default: data)")
+    add("--root", default="results", help="where training runs are looked for (default: results)")
 
 
 def _whole(text: str, least: int = 0) -> int:

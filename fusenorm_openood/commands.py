@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shlex
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +23,20 @@ from fusenorm_openood.data.benchmarks import (
 )
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.detector import FuseNorm
-from fusenorm_openood.errors import CheckpointError, ConfigError, DataError
-from fusenorm_openood.evaluation import Evaluation, evaluate, find_checkpoints, summarise
+from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, TapError
+from fusenorm_openood.evaluation import (
+    Evaluation,
+    check_fsood,
+    evaluate,
+    load_runs,
+    summarise,
+)
 from fusenorm_openood.files import check_writable, write_whole
+from fusenorm_openood.leaderboard import leaderboard_entry
 from fusenorm_openood.networks import load_network
 from fusenorm_openood.openood_bridge import evaluate_with_openood, openood_installed
-from fusenorm_openood.recipes import find_recipe
+from fusenorm_openood.recipes import METHODS, find_recipe
+from fusenorm_openood.runs import find_checkpoints, parse_root_name
 from fusenorm_openood.scoring import Detector
 from fusenorm_openood.search import search
 from fusenorm_openood.settings import read_fusenorm
@@ -41,6 +50,7 @@ def eval(args: Namespace) -> None:
     benchmark = load_benchmark(args.id_data, args.data_root)
     if args.validation and args.fsood:
         raise ConfigError("--validation and --fsood exclude each other: leave out one")
+    check_fsood(benchmark, args.fsood)
     config = read_postprocessor(args)
     detector_for(args.postprocessor, config, benchmark)  # before any work: is it usable?
     output = Path(args.output_dir or args.root)
@@ -49,7 +59,8 @@ def eval(args: Namespace) -> None:
     if benchmark.name == "digits":
         ensure_digits(args)
     checkpoints = check_files(benchmark, args)
-    networks = {run: load_network(c, benchmark.num_classes) for run, c in checkpoints.items()}
+    networks = load_runs(checkpoints, benchmark.num_classes)
+    check_networks(networks, checkpoints, detector_for(args.postprocessor, config, benchmark))
     engine = find_engine(args, config, benchmark)
 
     print(f"{args.postprocessor} on {args.id_data}: engine {engine}, device {device}", flush=True)
@@ -87,13 +98,12 @@ def compare(args: Namespace) -> None:
     if missing:
         raise DataError(f"{missing[0]}: {how_to_get(args.id_data)}. Or give --data-root.")
     networks = {
-        root: [load_network(c, benchmark.num_classes) for c in find_checkpoints(root).values()]
-        for root in args.root
+        root: load_runs(find_checkpoints(root), benchmark.num_classes) for root in args.root
     }
     tables = {}
     for root, runs in networks.items():
         by_run = []
-        for net in runs:
+        for net in runs.values():
             result = comparison.compare(
                 net.to(device),
                 benchmark,
@@ -118,6 +128,16 @@ def compare(args: Namespace) -> None:
     print(table.to_string(float_format="{:.2f}".format))
     if args.csv:
         write_whole(Path(args.csv), lambda file: table.to_csv(file, float_format="%.2f"))
+
+
+def leaderboard(args: Namespace) -> None:
+    """Print an entry of OpenOOD's leaderboard, from the CSV and the checkpoints of a root."""
+    benchmark = load_benchmark(args.id_data, args.data_root)
+    check_fsood(benchmark, args.fsood)
+    checkpoints = find_checkpoints(args.root)
+    csv = results_csv(args)
+    networks = load_runs(checkpoints, benchmark.num_classes)
+    print(leaderboard_entry(args.postprocessor, benchmark, args.fsood, checkpoints, networks, csv))
 
 
 def digits(args: Namespace) -> None:
@@ -272,6 +292,34 @@ def detector_for(
     return lambda net: Baseline(net, name, input_std, **args)
 
 
+def check_networks(
+    networks: dict[str, nn.Module],
+    checkpoints: dict[str, Path],
+    detector: Callable[[nn.Module], Detector],
+) -> None:
+    """Refuse a network that the detector cannot work on, before any is scored; name its run."""
+    for run, net in networks.items():
+        try:
+            detector(net)
+        except (CheckpointError, ConfigError, TapError) as error:
+            raise type(error)(f"{checkpoints[run]}: {error}") from None
+
+
+def results_csv(args: Namespace) -> Path:
+    """The CSV that an evaluation saved; DataError that names the command for it where it is not."""
+    folder = Path(args.output_dir or args.root) / ("fsood" if args.fsood else "ood")
+    path = folder / f"{args.postprocessor}.csv"
+    if path.is_file():
+        return path
+    command = ["fusenorm", "eval", "--id-data", args.id_data, "--root", args.root,
+               "--data-root", args.data_root, "--postprocessor", args.postprocessor,
+               *(["--output-dir", args.output_dir] if args.output_dir else []),
+               *(["--fsood"] if args.fsood else []), "--save-csv"]  # fmt: skip
+    others = ", ".join(sorted(file.name for file in folder.glob("*.csv")))
+    beside = f" (beside it there are: {others})" if others else ""
+    raise DataError(f"results {path} are missing{beside}: '{shlex.join(command)}' makes them")
+
+
 def ensure_digits(args: Namespace) -> None:
     """Make what the digits benchmark needs and is not there: images and a trained network."""
     try:
@@ -280,7 +328,8 @@ def ensure_digits(args: Namespace) -> None:
     except CheckpointError:
         check_writable(Path(args.root), "--root")
         # The folder's name says what is to be in it.
-        method = "t2fnorm" if "_t2fnorm_" in Path(args.root).name else "base"
+        name = parse_root_name(args.root)
+        method = name.trainer if name and name.trainer in METHODS else "base"
         train_digits(args.data_root, args.root, method=method, progress=not args.no_progress)
 
 

@@ -1,16 +1,20 @@
 """Near-OOD, far-OOD and full-spectrum tables, in OpenOOD's format."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.metrics import accuracy, ood_metrics
+from fusenorm_openood.networks.checkpoints import check_classes, load_network
+from fusenorm_openood.networks.kind import network_kind
+from fusenorm_openood.runs import find_checkpoints as find_checkpoints
 from fusenorm_openood.scoring import Detector, Scored
 
 COLUMNS = ["FPR@95", "AUROC", "AUPR_IN", "AUPR_OUT", "ACC"]
@@ -52,8 +56,7 @@ def evaluate(
     Raises:
         ConfigError: ``fsood`` for a benchmark without covariate-shifted images.
     """
-    if fsood and not benchmark.csid:
-        raise ConfigError(f"{benchmark.name} has no covariate-shifted ID images: leave out --fsood")
+    check_fsood(benchmark, fsood)
 
     def infer(image_set: ImageSet, name: str) -> Scored:
         return detector.infer(loader(image_set), progress, name)
@@ -108,26 +111,33 @@ def summarise(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return summary
 
 
-def find_checkpoints(root: str | Path) -> dict[str, Path]:
-    """The checkpoint of each training run ``s0``, ``s1``, ... under a root, or in the root itself.
+def load_runs(checkpoints: Mapping[str, Path], num_classes: int) -> dict[str, nn.Module]:
+    """The networks of the training runs under one root, which must be of one kind.
+
+    Args:
+        checkpoints: run -> file; see :func:`find_checkpoints`.
+        num_classes: number of classes of the ID data set.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: a file that holds no known network; runs that differ in architecture,
+            training method or number of classes; another number of classes than the data set's.
     """
-    root = Path(root)
-    runs = sorted(path for path in root.glob("s*") if path.is_dir())
-    found = {run.name: run / "best.ckpt" for run in runs if (run / "best.ckpt").is_file()}
-    incomplete = [run.name for run in runs if run.name not in found and run.name[1:].isdigit()]
-    if incomplete:
-        raise CheckpointError(
-            f"training run {root / incomplete[0]} holds no best.ckpt: finish or remove it"
-        )
-    for name in ("best.ckpt", "ckpt.pth"):
-        if not found and (root / name).is_file():
-            return {"": root / name}
-    if not found:
-        raise CheckpointError(f"no checkpoint {root / 's0' / 'best.ckpt'} (nor s1, s2, ...) found")
-    return found
+    networks = {run: load_network(path) for run, path in checkpoints.items()}
+    (first, kind), *others = [(run, network_kind(net)) for run, net in networks.items()]
+    for run, other in others:
+        if other != kind:
+            raise CheckpointError(
+                f"runs of different kinds under one root: {checkpoints[first]} is a {kind}, "
+                f"{checkpoints[run]} is a {other}: give each kind a root of its own"
+            )
+    check_classes(checkpoints[first], kind.classes, num_classes)
+    return networks
+
+
+def check_fsood(benchmark: Benchmark, fsood: bool) -> None:
+    """ConfigError for full-spectrum on a benchmark without covariate-shifted ID images."""
+    if fsood and not benchmark.csid:
+        raise ConfigError(f"{benchmark.name} has no covariate-shifted ID images: leave out --fsood")
 
 
 def _expert_metrics(id_experts: Any, ood_experts: Any) -> Any:

@@ -17,30 +17,9 @@ from fusenorm_openood.data.preprocessing import (
     normalization,
     plain_transform,
 )
+from fusenorm_openood.data.sources import benchmark_names, under
+from fusenorm_openood.data.sources import how_to_get as how_to_get
 from fusenorm_openood.errors import ConfigError, DataError
-
-_DRIVE = "https://drive.google.com/file/d/"
-# Checkpoints of three training runs: OpenOOD's by cross-entropy, and T2FNorm's.
-CHECKPOINTS = {
-    "cifar10": ("1byGeYxM_PlLjT72wZsMQvP6popJeWBgt", "1FchVmaDodfsSE-eyA6FjnEZ7FtFm0v4u"),
-    "cifar100": ("1s-1oNrRtmA0pGefxXJOUVRYpaoAML0C-", "16bEDcPPjPkt4KmnqurfGnI6gPLIwZJc8"),
-    "imagenet200": ("1ddVmwc8zmzSjdLUO84EuV4Gz1c7vhIAs", "1i6Rsb11yr0cP6grjtyQI23sYfSH3fBBH"),
-    "imagenet": ("15PdDMNRfnJ7f2oxW6lI-Ge4QJJH3Z0Fy", "1vEfGSg0sIONLYu2XXxWixRAtE5YYVeUw"),
-}
-
-
-def how_to_get(name: str) -> str:
-    """Where the images, lists and checkpoints of a benchmark are to be had."""
-    if name == "digits":
-        return "'fusenorm digits' makes the benchmark and its network"
-    openood, t2fnorm = (f"{_DRIVE}{file}" for file in CHECKPOINTS[name])
-    return (
-        "OpenOOD's download script brings images, lists and checkpoints: in a checkout of "
-        "https://github.com/Jingkang50/OpenOOD run 'python scripts/download/download.py "
-        "--contents datasets checkpoints --datasets ood_v1.5 --checkpoints ood_v1.5 "
-        "--save_dir ./data ./results --dataset_mode benchmark'; the checkpoints alone are at "
-        f"{openood} (cross-entropy) and {t2fnorm} (T2FNorm)"
-    )
 
 
 @dataclass(frozen=True)
@@ -98,11 +77,6 @@ class Benchmark:
         return problems
 
 
-def benchmark_names() -> list[str]:
-    """Names of the ID data sets that have a benchmark."""
-    return sorted(path.parent.name for path in (config_root() / "datasets").glob("*/*_ood.yml"))
-
-
 def load_benchmark(name: str, data_root: str | Path = "data") -> Benchmark:
     """The benchmark of an ID data set, its images under a data root in OpenOOD's layout.
 
@@ -126,7 +100,7 @@ def load_benchmark(name: str, data_root: str | Path = "data") -> Benchmark:
             else eval_transform(pre_size, image_size, norm)
         )
         imagelist, data_dir = lookup(split, "imglist_pth"), lookup(split, "data_dir")
-        return ImageSet(_under(data_root, imagelist), _under(data_root, data_dir), transform)
+        return ImageSet(under(data_root, imagelist), under(data_root, data_dir), transform)
 
     def image_sets(split: Any) -> dict[str, ImageSet]:
         return {key: image_set(split[key], key) for key in lookup(split, "datasets")}
@@ -151,8 +125,3 @@ def image_loader(
     """Batches of an image set in the order of its list, in pinned memory where there is CUDA."""
     pinned = torch.cuda.is_available()
     return DataLoader(image_set.images(), batch_size, num_workers=num_workers, pin_memory=pinned)
-
-
-def _under(data_root: str | Path, path: str) -> Path:
-    """A path of the configurations, which start from ./data, under another data root."""
-    return Path(data_root) / Path(path).relative_to("data")

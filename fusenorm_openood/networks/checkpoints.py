@@ -45,11 +45,8 @@ def load_network(path: str | Path, num_classes: int | None = None) -> nn.Module:
             f"{', '.join(sorted(state)[:3])}: known are {ARCHITECTURES}"
         )
     classes = len(plain["fc.weight"])
-    if num_classes is not None and classes != num_classes:
-        raise CheckpointError(
-            f"{path} tells {classes} classes apart and the ID data set has {num_classes}: "
-            "give the checkpoint and the ID data set that belong together"
-        )
+    if num_classes is not None:
+        check_classes(path, classes, num_classes)
     net = build(classes)
     if t2fnorm:
         net = T2FNormNet(net, classes)
@@ -79,6 +76,15 @@ def load_backbone(net: nn.Module, path: str | Path) -> None:
             f"{path} does not fit a {type(target).__name__} "
             f"({str(error).splitlines()[-1].strip()}): start from a checkpoint of that network"
         ) from None
+
+
+def check_classes(path: str | Path, classes: int, num_classes: int) -> None:
+    """CheckpointError unless a checkpoint has as many classes as the ID data set."""
+    if classes != num_classes:
+        raise CheckpointError(
+            f"{path} tells {classes} classes apart and the ID data set has {num_classes}: "
+            "give the checkpoint and the ID data set that belong together"
+        )
 
 
 def load_state(path: str | Path) -> State:

@@ -1,0 +1,41 @@
+"""What kind of network a checkpoint held: how it was trained, its architecture, its classes."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from fusenorm_openood.networks.resnet import ResNet18_32x32, WideResNet
+from fusenorm_openood.networks.t2fnorm import T2FNormNet
+
+OPENOOD_WIDTH = 64  # channels of the first stage of OpenOOD's ResNet18_32x32
+
+
+class NetworkKind(NamedTuple):
+    """Training method under OpenOOD's name, architecture, number of ID classes."""
+
+    training: str
+    architecture: str
+    classes: int
+
+    def __str__(self) -> str:
+        return f"{self.architecture} ({self.training}, {self.classes} classes)"
+
+
+def network_kind(net: nn.Module) -> NetworkKind:
+    """The kind of a network that :func:`load_network` gave.
+
+    A plain network counts as trained by cross-entropy: nothing in its keys says otherwise.
+    """
+    training = "T2FNorm" if isinstance(net, T2FNormNet) else "CrossEntropy"
+    plain = net.backbone if isinstance(net, T2FNormNet) else net
+    return NetworkKind(training, _architecture(plain), len(plain.get_parameter("fc.weight")))
+
+
+def _architecture(net: nn.Module) -> str:
+    name = type(net).__name__
+    if isinstance(net, WideResNet):
+        blocks = net.block1.layer
+        return f"WRN-{6 * len(blocks) + 4}-{net.fc.in_features // 64}"
+    if isinstance(net, ResNet18_32x32) and net.conv1.out_channels != OPENOOD_WIDTH:
+        return f"{name} of width {net.conv1.out_channels}"
+    return name

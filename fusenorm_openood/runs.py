@@ -1,0 +1,84 @@
+"""Training runs on disk: folders ``s0``, ``s1``, ... under a root that OpenOOD named."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from fusenorm_openood.errors import CheckpointError
+
+
+class RootName(NamedTuple):
+    """What OpenOOD's name of a root says: data set, network, trainer, epochs, learning rate."""
+
+    dataset: str
+    network: str
+    trainer: str
+    epochs: int
+    lr: str
+
+
+_ROOT_NAME = re.compile(r"([^_]+)_(.+)_([^_]+)_e(\d+)_lr(\d[\d.]*(?:e-?\d+)?)(?:_.*)?")
+
+
+def parse_root_name(root: str | Path) -> RootName | None:
+    """What the name of a root says, if it follows OpenOOD's scheme.
+
+    >>> parse_root_name("results/cifar10_t2fnorm_net_t2fnorm_e100_lr0.1_alpha0.1_default")
+    RootName(dataset='cifar10', network='t2fnorm_net', trainer='t2fnorm', epochs=100, lr='0.1')
+    """
+    match = _ROOT_NAME.fullmatch(Path(root).resolve().name)
+    if match is None:
+        return None
+    dataset, network, trainer, epochs, lr = match.groups()
+    return RootName(dataset, network, trainer, int(epochs), lr)
+
+
+def find_checkpoints(root: str | Path) -> dict[str, Path]:
+    """The checkpoint of each training run ``s0``, ``s1``, ... under a root, or in the root itself.
+
+    Raises:
+        CheckpointError: there is none, or a run lacks its own.
+    """
+    root = Path(root)
+    found = _runs(root)
+    incomplete = [
+        run.name
+        for run in sorted(root.glob("s*"))
+        if run.is_dir() and run.name not in found and run.name[1:].isdigit()
+    ]
+    if incomplete:
+        raise CheckpointError(
+            f"training run {root / incomplete[0]} holds no best.ckpt: finish or remove it"
+        )
+    for name in ("best.ckpt", "ckpt.pth"):
+        if not found and (root / name).is_file():
+            return {"": root / name}
+    if not found:
+        raise CheckpointError(
+            f"no checkpoint {root / 's0' / 'best.ckpt'} (nor s1, s2, ...) found: {_inside(root)}"
+        )
+    return found
+
+
+def find_roots(folder: str | Path) -> dict[Path, list[str]]:
+    """The roots in a folder, which may be a root itself, and the finished runs of each."""
+    folder = Path(folder)
+    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return {root: list(runs) for root in (folder, *inside) if (runs := _runs(root))}
+
+
+def _runs(root: Path) -> dict[str, Path]:
+    checkpoints = sorted(root.glob("s*/best.ckpt"))
+    return {path.parent.name: path for path in checkpoints if path.is_file()}
+
+
+def _inside(root: Path, most: int = 5) -> str:
+    """What stands in the place of a root's runs."""
+    if not root.is_dir():
+        return f"{root} is a file" if root.exists() else f"there is no folder {root}"
+    roots = list(find_roots(root))
+    if roots:
+        return f"training runs are in {roots[0]}: give that folder"
+    names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{root} holds {', '.join(names[:most])}{rest}" if names else f"{root} is empty"
