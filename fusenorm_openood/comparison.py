@@ -12,7 +12,7 @@ from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
 from fusenorm_openood.experts import Output
 from fusenorm_openood.forward import scores_apart
 from fusenorm_openood.metrics import ood_metrics
-from fusenorm_openood.search import Found, ScoreBank, search
+from fusenorm_openood.search import Found, ScoreBank, choose, swept
 from fusenorm_openood.settings import Settings
 
 # Single experts under the arguments of OpenOOD's configurations, by the name of the postprocessor.
@@ -59,19 +59,20 @@ def compare(
 
     pair = loader(benchmark.id["val"]), loader(benchmark.val_ood)
     published = Settings()
-    free = Settings(output="energy")
-    found = {
-        "FuseNorm, searched": search(net, published, sweep, *pair, progress),
-        "FuseNorm, searched, no gradient": search(
-            net, free, {**sweep, **GRADIENT_FREE}, *pair, progress
-        ),
-    }
-    fused = {"FuseNorm, published": published, **{n: f.settings for n, f in found.items()}}
     baselines = {
         name: output._replace(input_std=benchmark.norm[1]) if output.needs_gradient else output
         for name, output in BASELINES.items()
     }
-    bank = ScoreBank(net, fused.values(), baselines.values()).fit(pair[0], progress)
+    searches = {
+        "FuseNorm, searched": (published, sweep),
+        "FuseNorm, searched, no gradient": (Settings(output="energy"), {**sweep, **GRADIENT_FREE}),
+    }
+    tried = [settings for search in searches.values() for settings in swept(*search)]
+    wide = ScoreBank(net, [published, *tried], baselines.values())
+    wide.fit(pair[0], progress).add(pair[1], progress)
+    found = {name: choose(wide, *search, pair[1]) for name, search in searches.items()}
+    fused = {"FuseNorm, published": published, **{n: f.settings for n, f in found.items()}}
+    bank = wide.narrowed(fused.values(), baselines.values())
 
     def score(image_set: ImageSet) -> dict[str, NDArray[Any]]:
         images = loader(image_set)

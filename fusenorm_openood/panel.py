@@ -34,9 +34,16 @@ class Panel:
 
     def rows(self, taps: Iterable[str], norm: FeatureNorm, output: Output) -> list[int]:
         """Where the scores of one detector stand: its taps in their order, its output expert."""
+        return [*self.norm_rows(taps, norm), self.output_row(output)]
+
+    def norm_rows(self, taps: Iterable[str], norm: FeatureNorm) -> list[int]:
+        """Where one feature norm stands at each of the taps."""
         first = self.norms.index(norm) * len(self.taps)
-        at_taps = [first + self.taps.index(tap) for tap in taps]
-        return [*at_taps, len(self.norms) * len(self.taps) + self.outputs.index(output)]
+        return [first + self.taps.index(tap) for tap in taps]
+
+    def output_row(self, output: Output) -> int:
+        """Where an output expert stands."""
+        return len(self.norms) * len(self.taps) + self.outputs.index(output)
 
     def scores(
         self, net: nn.Module, images: Tensor, thresholds: Mapping[float, float]

@@ -65,6 +65,16 @@ class ScoreBank(ExpertScorer):
             self._kept[id(loader)] = loader, scored  # the loader too, so that its id stays its own
         return self
 
+    def narrowed(self, settings: Iterable[Settings], outputs: Iterable[Output] = ()) -> Self:
+        """A bank for fewer settings, with the scores of the loaders that this one holds."""
+        bank = type(self)(self.net, settings, outputs)
+        rows = [row for n in bank.panel.norms for row in self.panel.norm_rows(bank.panel.taps, n)]
+        rows += [self.panel.output_row(output) for output in bank.panel.outputs]
+        for key, (loader, scored) in self._kept.items():
+            bank._kept[key] = loader, scored._replace(experts=scored.experts[rows])
+        bank._thresholds, bank.id_loader = self._thresholds, self.id_loader
+        return bank
+
     def forget(self, loader: Iterable[Any]) -> None:
         """Free the scores of a loader's images."""
         del self._kept[id(loader)]
@@ -102,9 +112,8 @@ class ScoreBank(ExpertScorer):
 
     def output(self, output: Output, loader: Iterable[Any]) -> NDArray[np.float64]:
         """Scores ``[N]`` of one output expert alone, larger = more in-distribution."""
-        at_taps = len(self.panel.norms) * len(self.panel.taps)
-        row = at_taps + self.panel.outputs.index(output)
-        scores: NDArray[np.float64] = self._kept[id(loader)][1].experts[row]
+        scored = self._kept[id(loader)][1]
+        scores: NDArray[np.float64] = scored.experts[self.panel.output_row(output)]
         return scores
 
     def worst(self, loader: Iterable[Any]) -> Scored:
@@ -149,13 +158,18 @@ def bank_for(net: nn.Module, base: Settings, sweep: Mapping[str, Sequence[Any]])
     Raises:
         ConfigError: an empty sweep, or a value that no combination can use.
     """
+    return ScoreBank(net, swept(base, sweep))
+
+
+def swept(base: Settings, sweep: Mapping[str, Sequence[Any]]) -> list[Settings]:
+    """The settings of every combination whose values go together; see :func:`bank_for`."""
     if not sweep:
         raise ConfigError(
             "postprocessor_sweep is empty, so there is nothing to search: "
             "give it lists of values by setting, or set APS_mode to False"
         )
     settings = (candidate.settings for candidate in candidates(base, sweep))
-    return ScoreBank(net, [s for s in settings if isinstance(s, Settings)])
+    return [s for s in settings if isinstance(s, Settings)]
 
 
 def search(
@@ -180,13 +194,23 @@ def search(
         ConfigError: an empty sweep, or no usable combination in it.
     """
     bank = bank_for(net, base, sweep).fit(id_loader, progress).add(ood_loader, progress)
+    return choose(bank, base, sweep, ood_loader)
+
+
+def choose(
+    bank: ScoreBank,
+    base: Settings,
+    sweep: Mapping[str, Sequence[Any]],
+    ood_loader: Iterable[Any],
+) -> Found:
+    """What :func:`search` finds, from the scores that a bank holds of both loaders."""
     combined, rows = candidates(base, sweep), []
     for values, settings in combined:
         auroc, reason = np.nan, ""
         try:
             if isinstance(settings, ConfigError):
                 raise settings
-            known, unknown = bank.scored(settings, id_loader), bank.scored(settings, ood_loader)
+            known, unknown = (bank.scored(settings, x) for x in (bank.id_loader, ood_loader))
             auroc = ood_metrics(known.conf, unknown.conf).auroc
         except UNUSABLE as error:
             reason = str(error)

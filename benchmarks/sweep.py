@@ -1,0 +1,65 @@
+"""What a search costs: its time over that of one plain inference of the two validation loaders.
+
+    python benchmarks/sweep.py [--images 400] [--threads 2]
+
+Prints, for each output expert, seconds and their ratio, from one run on the machine at hand.
+The network is OpenOOD's ResNet-18 for 32x32 images with random weights; the images are noise.
+"""
+
+import argparse
+import time
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from fusenorm_openood import FuseNorm
+from fusenorm_openood.networks import ResNet18_32x32
+from fusenorm_openood.search import search
+from fusenorm_openood.settings import Settings, candidates
+
+SWEEP = {
+    "k_min": [0.05, 0.1],
+    "alpha": [0.0, 0.5],
+    "weights": [(0.1, 1.0), (0.2, 1.0), (0.3, 1.0), (0.5, 1.0), (1.0, 1.0)],
+    "base": [2.0, 3.0, 5.0, 10.0, 20.0],
+    "cap": [0.5, 1.0],
+}
+EXPERTS = {
+    "energy": Settings(output="energy", react_percentile=None),
+    "energy+react": Settings(output="energy"),
+    "odin+react": Settings(output="odin"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=400, help="in each of the two loaders")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    net = ResNet18_32x32(10).eval()
+    loaders = [
+        DataLoader(TensorDataset(torch.randn(args.images, 3, 32, 32)), batch_size=100)
+        for _ in range(2)
+    ]
+    print(f"torch {torch.__version__}, {args.threads} threads, 2 x {args.images} images of 32x32")
+    for name, settings in EXPERTS.items():
+        detector = FuseNorm(net, settings).fit(loaders[0])
+        plain = seconds(lambda d=detector: [d.infer(loader) for loader in loaders])
+        searched = seconds(lambda s=settings: search(net, s, SWEEP, *loaders))
+        print(
+            f"{name:13}{len(candidates(settings, SWEEP))} combinations: inference {plain:.1f} s, "
+            f"search {searched:.1f} s, ratio {searched / plain:.2f}",
+            flush=True,
+        )
+
+
+def seconds(work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
