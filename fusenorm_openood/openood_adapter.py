@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fusenorm_openood.config import lookup
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.forward import final_linear, forward_pass, scores_apart
 from fusenorm_openood.openood_bridge import base_postprocessor, openood_module
@@ -155,6 +156,7 @@ def make_postprocessor(name: str, config: Mapping[str, Any], id_name: str) -> An
     if name not in known:
         names = ", ".join(sorted({*known, "fusenorm"}))
         raise ConfigError(f"postprocessor {name!r} unknown: choose among {names}")
+    aps_mode = bool(lookup(config, "postprocessor").get("APS_mode"))
     openood_config = openood_module("utils").Config(dict(config), dataset={"name": id_name})
     try:
         inner = known[name](openood_config)
@@ -163,9 +165,8 @@ def make_postprocessor(name: str, config: Mapping[str, Any], id_name: str) -> An
             f"postprocessor {name!r} cannot be made from its configuration "
             f"({type(error).__name__}: {error}): see OpenOOD's configs/postprocessors"
         ) from error
-    inner.APS_mode = bool(openood_config.postprocessor.APS_mode)
-    inner.hyperparam_search_done = False
-    if inner.APS_mode and not hasattr(inner, "args_dict"):
+    inner.APS_mode, inner.hyperparam_search_done = aps_mode, False
+    if aps_mode and not hasattr(inner, "args_dict"):
         raise ConfigError(
             f"APS_mode: True found, and {name!r} has no parameters to search: set it to False"
         )
