@@ -18,7 +18,9 @@ _HOME = {
     "fuse": "fusion",
     "load_network": "networks",
     "normalise": "statistics",
+    "on_device": "devices",
     "ood_metrics": "metrics",
+    "register": "openood_bridge",
     "tap_candidates": "taps",
 }
 __all__ = ["__version__", *_HOME]
@@ -26,9 +28,11 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from fusenorm_openood.atf import atf as atf
     from fusenorm_openood.detector import FuseNorm as FuseNorm
+    from fusenorm_openood.devices import on_device as on_device
     from fusenorm_openood.fusion import fuse as fuse
     from fusenorm_openood.metrics import ood_metrics as ood_metrics
     from fusenorm_openood.networks import load_network as load_network
+    from fusenorm_openood.openood_bridge import register as register
     from fusenorm_openood.postprocessor import FuseNormPostprocessor as FuseNormPostprocessor
     from fusenorm_openood.settings import Settings as Settings
     from fusenorm_openood.statistics import IDStatistics as IDStatistics

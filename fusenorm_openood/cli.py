@@ -56,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--root", required=True, help="folder of training runs s0, s1, ... with best.ckpt")
-    add("--postprocessor", default="fusenorm", help="fusenorm, t2fnorm, msp, mls, ebo, odin, react")
+    add(
+        "--postprocessor",
+        default="fusenorm",
+        help="fusenorm, t2fnorm, msp, mls, ebo, odin, react; with OpenOOD, any of its own",
+    )
     add("--id-data", default="cifar10", help="cifar10, cifar100, imagenet200, imagenet, digits")
     add("--batch-size", type=_positive, default=200)
     add("--save-csv", action="store_true", help="write the table to OUTPUT/ood/POSTPROCESSOR.csv")

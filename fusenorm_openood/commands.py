@@ -23,7 +23,13 @@ from fusenorm_openood.data.benchmarks import (
 )
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.detector import FuseNorm
-from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, TapError
+from fusenorm_openood.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    OpenOODError,
+    TapError,
+)
 from fusenorm_openood.evaluation import (
     Evaluation,
     check_fsood,
@@ -34,7 +40,13 @@ from fusenorm_openood.evaluation import (
 from fusenorm_openood.files import check_writable, write_whole
 from fusenorm_openood.leaderboard import leaderboard_entry
 from fusenorm_openood.networks import load_network
-from fusenorm_openood.openood_bridge import evaluate_with_openood, openood_installed
+from fusenorm_openood.openood_bridge import (
+    INSTALL,
+    csid_of_evaluator,
+    evaluate_with_openood,
+    openood_config_root,
+    openood_installed,
+)
 from fusenorm_openood.recipes import METHODS, find_recipe
 from fusenorm_openood.runs import find_checkpoints, parse_root_name
 from fusenorm_openood.scoring import Detector
@@ -42,6 +54,8 @@ from fusenorm_openood.search import search
 from fusenorm_openood.settings import read_fusenorm
 from fusenorm_openood.taps import resolve_taps, tap_candidates
 from fusenorm_openood.training import train_digits
+
+NATIVE = ("fusenorm", *BASELINES)  # postprocessors that need no OpenOOD
 
 
 def eval(args: Namespace) -> None:
@@ -52,7 +66,7 @@ def eval(args: Namespace) -> None:
         raise ConfigError("--validation and --fsood exclude each other: leave out one")
     check_fsood(benchmark, args.fsood)
     config = read_postprocessor(args)
-    detector_for(args.postprocessor, config, benchmark)  # before any work: is it usable?
+    check_postprocessor(args.postprocessor, config, benchmark)  # before any work: is it usable?
     output = Path(args.output_dir or args.root)
     if args.save_csv or args.save_score:
         check_writable(output, "--output-dir")
@@ -60,7 +74,8 @@ def eval(args: Namespace) -> None:
         ensure_digits(args)
     checkpoints = check_files(benchmark, args)
     networks = load_runs(checkpoints, benchmark.num_classes)
-    check_networks(networks, checkpoints, detector_for(args.postprocessor, config, benchmark))
+    if args.postprocessor in NATIVE:
+        check_networks(networks, checkpoints, detector_for(args.postprocessor, config, benchmark))
     engine = find_engine(args, config, benchmark)
 
     print(f"{args.postprocessor} on {args.id_data}: engine {engine}, device {device}", flush=True)
@@ -203,9 +218,9 @@ def evaluate_run(
     """Evaluate one training run by the engine that was chosen."""
     progress = not args.no_progress
     if engine == "openood":
-        from fusenorm_openood.postprocessor import FuseNormPostprocessor  # imports OpenOOD
+        from fusenorm_openood.openood_adapter import make_postprocessor  # imports OpenOOD
 
-        postprocessor = FuseNormPostprocessor(config)
+        postprocessor = make_postprocessor(args.postprocessor, config, benchmark.name)
         table, scores = evaluate_with_openood(
             net,
             postprocessor,
@@ -259,14 +274,22 @@ def search_settings(
 def read_postprocessor(args: Namespace) -> dict[str, Any]:
     """The configuration of a postprocessor, with the changes that options make to it.
 
+    It is this package's, or else OpenOOD's of that name.
+
     Raises:
         ConfigError: a postprocessor that is not known here, or a change of another form.
     """
     name = args.postprocessor
-    if name != "fusenorm" and name not in BASELINES:
-        known = ", ".join(("fusenorm", *BASELINES))
-        raise ConfigError(f"postprocessor {name!r} unknown: choose among {known}")
-    config = read_config(args.config or config_root() / "postprocessors" / f"{name}.yml")
+    if name not in NATIVE and not openood_installed():
+        raise ConfigError(
+            f"postprocessor {name!r} unknown: choose among {', '.join(NATIVE)}, or install "
+            f"OpenOOD, which has more: {INSTALL}"
+        )
+    path = args.config
+    if path is None:
+        ours = config_root() / "postprocessors" / f"{name}.yml"
+        path = ours if ours.is_file() else openood_config_root() / "postprocessors" / ours.name
+    config = read_config(path)
     section = lookup(config, "postprocessor")
     for option, part in (("set", "postprocessor_args"), ("sweep", "postprocessor_sweep")):
         for change in getattr(args, option):
@@ -277,6 +300,16 @@ def read_postprocessor(args: Namespace) -> dict[str, Any]:
     if args.aps:
         section["APS_mode"] = True
     return config
+
+
+def check_postprocessor(name: str, config: dict[str, Any], benchmark: Benchmark) -> None:
+    """Raise ConfigError unless a postprocessor of that name and configuration can be made."""
+    if name in NATIVE:
+        detector_for(name, config, benchmark)
+    else:
+        from fusenorm_openood.openood_adapter import make_postprocessor  # imports OpenOOD
+
+        make_postprocessor(name, config, benchmark.name)
 
 
 def detector_for(
@@ -376,28 +409,58 @@ def find_device(name: str) -> torch.device:
 
 
 def find_engine(args: Namespace, config: dict[str, Any], benchmark: Benchmark) -> str:
-    """OpenOOD's evaluator where it can do the work, if left to choose; else the native engine."""
-    native_only = {
-        f"--postprocessor {args.postprocessor}": args.postprocessor != "fusenorm",
-        "--id-data digits": benchmark.name == "digits",
-        "--compare": args.compare,
-        "--validation": args.validation,
-    }
-    reasons = [reason for reason, given in native_only.items() if given]
-    if args.engine != "native" and openood_installed() and not reasons:
-        # OpenOOD's evaluator opens every list of a benchmark, and downloads what it misses.
-        reasons = [f"without all its files ({m})" for m in benchmark.missing(benchmark.every())]
-    if args.engine == "openood" and reasons:
-        raise ConfigError(f"--engine openood cannot do {reasons[0]}: choose --engine native")
-    able = openood_installed() and not reasons
-    engine = args.engine if args.engine != "auto" else "openood" if able else "native"
+    """The engine that was chosen, or the one to choose, if it can do the work.
+
+    Left to choose, that is OpenOOD's evaluator for FuseNorm, where it can do the work, and for
+    what the native engine does not have.
+    """
+    reasons = []
+    if args.engine != "native":
+        reasons = _beyond_openood(args, benchmark)
+    native = args.postprocessor in NATIVE
+    engine = str(args.engine)
+    if engine == "auto":
+        able = openood_installed() and not reasons
+        first = args.postprocessor == "fusenorm" or not native
+        engine = "openood" if able and first else "native"
+    elif engine == "openood" and reasons:
+        way_out = "choose --engine native" if native else "leave it out"
+        raise ConfigError(f"--engine openood cannot do {reasons[0]}: {way_out}")
+    if engine == "native" and not native:
+        why = f", and --engine openood cannot do {reasons[0]}" if reasons else ""
+        raise ConfigError(
+            f"--engine native has no postprocessor {args.postprocessor!r}{why}: "
+            f"choose among {', '.join(NATIVE)}"
+        )
     searching = lookup(config, "postprocessor", "APS_mode")
     if engine == "native" and searching and args.postprocessor != "fusenorm":
         raise ConfigError(
             f"APS_mode: True found, and the native engine searches no {args.postprocessor}: "
             "install OpenOOD and choose --engine openood, or set APS_mode to False"
         )
-    return str(engine)
+    return engine
+
+
+def _beyond_openood(args: Namespace, benchmark: Benchmark) -> list[str]:
+    """What OpenOOD's evaluator cannot do of what is asked for."""
+    beyond = {
+        "--id-data digits": benchmark.name == "digits",
+        "--compare": args.compare,
+        "--validation": args.validation,
+    }
+    reasons = [reason for reason, asked in beyond.items() if asked]
+    if reasons or not openood_installed():
+        return reasons
+    try:
+        shifted = bool(csid_of_evaluator(benchmark.name))
+    except OpenOODError:
+        if args.engine == "openood":
+            raise
+        return ["without an OpenOOD that can be imported"]
+    if args.fsood and not shifted:
+        return [f"--fsood with --id-data {benchmark.name}"]
+    # OpenOOD's evaluator opens every list of its own, and downloads what it misses.
+    return [f"without all its files ({m})" for m in benchmark.missing(benchmark.every(shifted))]
 
 
 def _text(table: pd.DataFrame) -> str:

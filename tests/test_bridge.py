@@ -16,7 +16,7 @@ def test_without_openood_the_base_is_minimal(monkeypatch):
     with pytest.raises(
         OpenOODError, match="OpenOOD is not installed: bash scripts/install_openood"
     ):
-        openood_bridge._evaluation_api()
+        openood_bridge.openood_module("evaluation_api")
 
 
 def test_a_broken_openood_is_told_and_does_not_stop_the_rest(tmp_path):
@@ -26,12 +26,12 @@ def test_a_broken_openood_is_told_and_does_not_stop_the_rest(tmp_path):
         "import warnings; warnings.simplefilter('always')\n"
         "from fusenorm_openood import FuseNormPostprocessor as P\n"
         "assert P.__base__.__name__ == 'MinimalBasePostprocessor'\n"
-        "from fusenorm_openood.openood_bridge import _evaluation_api\n"
-        "_evaluation_api()"
+        "from fusenorm_openood import register\n"
+        "register()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False,
         env={"PYTHONPATH": f"{tmp_path}:{':'.join(p for p in sys.path if p)}", "PATH": ""},
     )  # fmt: skip
-    assert "RuntimeWarning: OpenOOD is installed and cannot be imported" in done.stderr
+    assert "RuntimeWarning: FuseNormPostprocessor is no subclass of OpenOOD" in done.stderr
     assert "OpenOODError: OpenOOD is installed and cannot be imported" in done.stderr

@@ -13,7 +13,14 @@ from fusenorm_openood import __version__
 from fusenorm_openood.cli import main
 from fusenorm_openood.commands import find_device
 from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.openood_bridge import openood_installed
 
+NO_VIM = (
+    "--engine native has no postprocessor 'vim', and --engine openood cannot do --id-data digits"
+    if openood_installed()
+    else "postprocessor 'vim' unknown: choose among fusenorm, msp, mls, ebo, odin, react, t2fnorm, "
+    "or install OpenOOD, which has more: bash scripts/install_openood.sh installs it"
+)
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
@@ -111,7 +118,7 @@ def test_a_configuration_of_ones_own(root, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--postprocessor", "vim"], "postprocessor 'vim' unknown: choose among fusenorm, msp"),
+        (["--postprocessor", "vim"], NO_VIM),
         (["--id-data", "svhn"], "ID data set 'svhn' unknown: choose cifar10"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--engine", "openood"], "--engine openood cannot do --id-data digits: choose --engine"),

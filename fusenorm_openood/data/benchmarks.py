@@ -60,9 +60,9 @@ class Benchmark:
         if fsood:
             yield from self.csid.values()
 
-    def every(self) -> Iterator[ImageSet]:
-        """All image sets of the benchmark."""
-        yield from (self.id["train"], self.val_ood, *self.tested(fsood=True))
+    def every(self, fsood: bool = True) -> Iterator[ImageSet]:
+        """All image sets of the benchmark, with or without covariate-shifted ones."""
+        yield from (self.id["train"], self.val_ood, *self.tested(fsood))
 
     def missing(self, image_sets: Iterable[ImageSet]) -> list[str]:
         """A sentence for each image set that is not complete on disk; no image is read."""

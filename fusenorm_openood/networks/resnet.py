@@ -1,5 +1,8 @@
 """Residual networks with OpenOOD's names and state-dict keys: checkpoints move both ways."""
 
+from typing import Any
+
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet as torchvision_resnet
@@ -44,6 +47,10 @@ class _FeatureClassifier(nn.Module):
 
     def get_fc_layer(self) -> nn.Linear:
         return self.fc
+
+    def get_fc(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Weight ``[K, D]`` and bias ``[K]`` of the linear layer."""
+        return self.fc.weight.detach().cpu().numpy(), self.fc.bias.detach().cpu().numpy()
 
     @property
     def feature_size(self) -> int:

@@ -17,10 +17,10 @@ from fusenorm_openood.metrics import ood_metrics
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet, WideResNet
 from fusenorm_openood.openood_bridge import evaluate_with_openood
 from tests.conftest import assert_undisturbed, make_net, state_of
+from tests.openood.conftest import RUNS
 from tests.test_postprocessor import config
 
-BASE = "cifar10_resnet18_32x32_base_e8_lr0.15_default"
-T2FNORM = "cifar10_t2fnorm_net_t2fnorm_e2_lr0.02_alpha0.1_default"
+BASE = RUNS["base"]
 
 
 def test_it_is_a_subclass_of_openoods_base():
@@ -87,8 +87,7 @@ def test_metrics_equal_openoods():
     assert list(ood_metrics(known, unknown)) == expected[:4]
 
 
-@pytest.mark.parametrize("root", [BASE, T2FNORM])
-@pytest.mark.parametrize("fsood", [False, True])
+@pytest.mark.parametrize(("root", "fsood"), [(BASE, True), (RUNS["t2fnorm"], False)])
 def test_both_engines_give_the_same_table(few_images, root, fsood):
     data_root, results = few_images
     net = load_network(results / root / "s0" / "best.ckpt", 10)
@@ -159,11 +158,11 @@ def test_the_command_uses_openoods_evaluator(few_images, tmp_path, capsys):
     assert tables[0] == tables[1]
 
 
-def test_an_unknown_id_data_set_is_named(digits):
+def test_an_unknown_id_data_set_is_named(tmp_path):
     net = make_net()
     with pytest.raises(OpenOODError, match="no ID data set 'digits': choose --engine native"):
         evaluate_with_openood(
-            net, FuseNormPostprocessor(config()), "digits", digits[0], 8, 0, False, False
+            net, FuseNormPostprocessor(config()), "digits", tmp_path, 8, 0, False, False
         )
 
 
@@ -190,7 +189,7 @@ def test_no_other_module_imports_openood():
         for path in package.rglob("*.py")
         if any(
             s in path.read_text()
-            for s in ("import openood", "from openood", 'import_module("openood')
+            for s in ("import openood.", "from openood", 'import_module("o', 'import_module(f"o')
         )
     ]
     assert naming == ["openood_bridge.py"]

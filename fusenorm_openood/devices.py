@@ -1,0 +1,49 @@
+"""Running code that was written for CUDA on any device."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _CudaIs(TorchFunctionMode):
+    """Takes tensors that are told ``.cuda()`` to another device, modules with them."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            kwargs.pop("device", None)
+            return args[0].to(self.device, **kwargs)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def on_device(device: str | torch.device) -> Iterator[None]:
+    """Within this block, ``.cuda()`` of any tensor or module takes it to ``device``.
+
+    OpenOOD sends all it computes on to CUDA; so its evaluators, pipelines and trainers run on a
+    CPU, or on MPS, as they do on CUDA. Nothing is patched: other threads see nothing of it, and
+    nothing is left when the block is.
+
+    >>> with on_device("cpu"):
+    ...     torch.ones(2).cuda().device
+    device(type='cpu')
+    """
+    device = torch.device(device)
+    if device == torch.device("cuda"):
+        yield
+        return
+    with _CudaIs(device):
+        yield

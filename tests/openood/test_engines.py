@@ -1,0 +1,213 @@
+"""OpenOOD's Evaluator, its pipelines and the native engine: one answer, for any postprocessor."""
+
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.neighbors import NearestNeighbors
+from torch.nn import functional as F
+
+from fusenorm_openood import on_device
+from fusenorm_openood.cli import main as fusenorm
+from fusenorm_openood.commands import detector_for, read_postprocessor
+from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
+from fusenorm_openood.errors import CheckpointError, ConfigError
+from fusenorm_openood.evaluation import evaluate
+from fusenorm_openood.main import main
+from fusenorm_openood.openood_bridge import evaluate_with_openood
+from tests.conftest import assert_undisturbed, state_of
+
+# FuseNorm's gradients are ODIN's, which is here by itself.
+CHANGES = {"fusenorm": ["output=energy", "temperature=1"]}
+NETWORKS = {"base": "resnet18_32x32", "t2fnorm": "t2fnorm_net"}
+
+
+def printed(table):
+    return [[f"{value:.2f}" for value in row] for row in table.to_numpy()]
+
+
+def run_main(out, network, postprocessor, pipeline, checkpoint, *changes):
+    configs = [
+        "datasets/cifar10/cifar10.yml",
+        "datasets/cifar10/cifar10_fsood.yml",
+        f"networks/{network}.yml",
+        "preprocessors/base_preprocessor.yml",
+        f"pipelines/test/{pipeline}.yml",
+        f"postprocessors/{postprocessor}.yml",
+    ]
+    args = ["--config", *(f"configs/{c}" for c in configs), "--device", "cpu"]
+    changes = ("--output_dir", str(out), "--network.checkpoint", str(checkpoint), *changes)
+    return main([*args, *changes])
+
+
+@pytest.mark.parametrize("root", ["base", "t2fnorm"])
+@pytest.mark.parametrize("name", ["fusenorm", "msp", "ebo", "odin", "react"])
+def test_three_engines_print_the_same_table(
+    home, networks, checkpoints, name, root, tmp_path, monkeypatch
+):
+    from openood.evaluation_api import Evaluator
+
+    from fusenorm_openood.openood_adapter import make_postprocessor
+
+    monkeypatch.chdir(home)
+    net, changes = networks[root], CHANGES.get(name, [])
+    config = read_postprocessor(name, None, changes)
+    before = state_of(net)
+    with on_device("cpu"):
+        postprocessor = make_postprocessor(name, config, "cifar10")
+        evaluator = Evaluator(net, "cifar10", "data", postprocessor=postprocessor, num_workers=0)
+        tables = {fsood: evaluator.eval_ood(fsood, progress=False) for fsood in (False, True)}
+    assert_undisturbed(net, before)
+
+    benchmark = load_benchmark("cifar10", "data")
+    for fsood, table in tables.items():
+        detector = detector_for(name, config, benchmark)(net)
+        native = evaluate(detector, benchmark, fsood, progress=False).table
+        assert list(native.index) == list(table.index)
+        assert printed(native) == printed(table)
+
+        pipeline = "test_fsood" if fsood else "test_ood"
+        keys = [f"postprocessor.postprocessor_args.{c}".split("=") for c in changes]
+        more = [part for key, value in keys for part in (f"--{key}", value)]
+        out = tmp_path / pipeline
+        assert run_main(out, NETWORKS[root], name, pipeline, checkpoints[root], *more) == 0
+        (saved,) = out.rglob("ood.csv")
+        by_pipeline = pd.read_csv(saved, index_col=0, dtype=str)
+        assert list(by_pipeline.index) == list(table.index)
+        assert by_pipeline.to_numpy().tolist() == printed(table)
+
+
+@pytest.mark.parametrize("root", ["base", "t2fnorm"])
+def test_knn_is_the_distance_to_the_kth_neighbour(home, networks, root):
+    from fusenorm_openood.openood_adapter import make_postprocessor
+
+    net = networks[root]
+    config = read_postprocessor("knn", None, ["K=3"])
+    knn = make_postprocessor("knn", config, "cifar10")
+    _, scores = evaluate_with_openood(net, knn, "cifar10", home / "data", 4, 0, False, False)
+
+    backbone = net if root == "base" else net.backbone
+    benchmark = load_benchmark("cifar10", home / "data")
+
+    def features(image_set):
+        images = next(iter(image_loader(image_set, 8)))["data"]
+        with torch.no_grad():
+            return F.normalize(backbone(images, return_feature=True)[1]), net(images).argmax(1)
+
+    train, _ = features(benchmark.id["train"])
+    neighbours = NearestNeighbors(n_neighbors=3).fit(train)
+    for name, image_set in benchmark.far.items():
+        feature, classes = features(image_set)
+        distance = neighbours.kneighbors(feature)[0][:, -1]
+        pred, conf, _ = scores["ood"]["far"][name]
+        np.testing.assert_allclose(conf, -(distance**2), rtol=1e-3, atol=1e-5)
+        assert pred.tolist() == classes.tolist()
+    images = torch.randn(2, 3, 32, 32)
+    again = pickle.loads(pickle.dumps(knn))
+    assert torch.equal(again.postprocess(net, images)[1], knn.postprocess(net, images)[1])
+    assert again.setup_flag
+    assert again.args_dict == {"K_list": [50, 100, 200, 500, 1000]}
+
+
+@pytest.mark.parametrize("name", ["ash", "scale", "vim", "gen", "t2fnorm"])
+def test_a_t2fnorm_network_is_scored_by_its_scoring_logits(networks, name):
+    """The oracle: OpenOOD's postprocessor on a plain network of the same scoring logits."""
+    from openood.networks.resnet18_32x32 import ResNet18_32x32
+
+    from fusenorm_openood.openood_adapter import make_postprocessor
+
+    net = networks["t2fnorm"]
+    plain = ResNet18_32x32()
+    plain.load_state_dict(net.backbone.state_dict())
+    plain.eval()
+    # fc(feature / tau) with a bias: dividing the last convolution's output scales the feature.
+    scale = float(net.tau)
+    plain.avgpool.register_forward_hook(lambda module, args, out: out / scale)
+    images = torch.randn(12, 3, 32, 32)
+    loaders = {"train": [{"data": images, "label": torch.zeros(12)}]}
+    args = ["dim=3"] if name == "vim" else []
+    config = read_postprocessor(name, None, args)
+    theirs = make_postprocessor("msp" if name == "t2fnorm" else name, config, "cifar10")
+    ours = make_postprocessor(name, config, "cifar10")
+    with on_device("cpu"):
+        ours.setup(net, loaders, {})
+        theirs.setup(plain, loaders, {})
+        pred, conf = ours.postprocess(net, images.clone())
+        expected = theirs.postprocess(plain, images.clone())[1]
+    torch.testing.assert_close(conf, expected, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(pred, net(images).argmax(1))
+
+
+def test_a_wrapper_that_is_there_already_is_not_wrapped_again(networks, home):
+    from openood.networks.react_net import ReactNet
+
+    from fusenorm_openood.openood_adapter import make_postprocessor
+
+    net = networks["t2fnorm"]
+    react = make_postprocessor("react", read_postprocessor("react", None, []), "cifar10")
+    images = torch.randn(4, 3, 32, 32)
+    with on_device("cpu"):
+        react.setup(net, {"val": [{"data": images}]}, {})
+        scored = react.postprocess(net, images)
+        wrapped = react.postprocess(ReactNet(net), images)
+    assert torch.equal(scored[0], wrapped[0])
+    assert torch.equal(scored[1], wrapped[1])
+
+
+def test_what_cannot_be_made_is_named(networks):
+    from fusenorm_openood.openood_adapter import make_postprocessor
+
+    with pytest.raises(ConfigError, match=r"'fusenrom' unknown: choose among .*fusenorm, gen, gm"):
+        make_postprocessor("fusenrom", {"postprocessor": {"name": "msp"}}, "cifar10")
+    with pytest.raises(ConfigError, match="'knn' cannot be made from its configuration"):
+        make_postprocessor("knn", {"postprocessor": {"name": "knn"}}, "cifar10")
+    with pytest.raises(ConfigError, match="'msp' has no parameters to search"):
+        make_postprocessor("msp", {"postprocessor": {"APS_mode": True}}, "cifar10")
+    t2fnorm = make_postprocessor("t2fnorm", {"postprocessor": {"name": "msp"}}, "cifar10")
+    with pytest.raises(CheckpointError, match="found a ResNet18_32x32: give such a checkpoint"):
+        t2fnorm.setup(networks["base"], {}, {})
+
+
+def test_the_command_takes_openoods_postprocessors(home, bench, tmp_path, capsys):
+    from tests.openood.conftest import RUNS
+
+    args = ["eval", "--id-data", "cifar10", "--data-root", str(home / "data"), "--num-workers", "0"]
+    args += ["--root", str(bench[1] / RUNS["base"]), "--device", "cpu", "--no-progress"]
+    out = ["--output-dir", str(tmp_path), "--save-csv"]
+    knn = ["--postprocessor", "knn", "--set", "K=3"]
+    assert fusenorm([*args, *knn, *out]) == 0
+    assert "knn on cifar10: engine openood" in capsys.readouterr().out
+    assert (tmp_path / "ood" / "knn.csv").is_file()
+    assert fusenorm([*args, *knn, "--engine", "native"]) == 1
+    assert "--engine native has no postprocessor 'knn': choose" in capsys.readouterr().err
+    assert fusenorm([*args, *knn, "--validation"]) == 1
+    assert "and --engine openood cannot do --validation" in capsys.readouterr().err
+    assert fusenorm([*args, "--postprocessor", "nearest"]) == 1
+    assert "nearest.yml cannot be read" in capsys.readouterr().err
+
+
+def test_a_truncated_image_is_told_in_one_sentence(home, networks, tmp_path):
+    from fusenorm_openood.errors import DataError
+    from fusenorm_openood.openood_adapter import make_postprocessor
+
+    lists = tmp_path / "benchmark_imglist" / "cifar10"
+    lists.mkdir(parents=True)
+    for path in (home / "data" / "benchmark_imglist" / "cifar10").glob("*.txt"):
+        (lists / path.name).write_text(path.read_text())
+    image = (lists / "test_cifar10.txt").read_text().split()[0]
+    (lists / "test_cifar10.txt").write_text("broken.png 0\n")
+    images = tmp_path / "images_classic"
+    images.mkdir()
+    for folder in (home / "data" / "images_classic").iterdir():
+        (images / folder.name).symlink_to(folder)
+    whole = (home / "data" / "images_classic" / image).read_bytes()
+    (images / "broken.png").write_bytes(whole[: -len(whole) // 10])
+    msp = make_postprocessor("msp", {"postprocessor": {"name": "msp"}}, "cifar10")
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"cannot read or write a file \([^\n]*truncated"):
+            evaluate_with_openood(
+                networks["base"], msp, "cifar10", tmp_path, 8, workers, False, False
+            )

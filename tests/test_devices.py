@@ -1,0 +1,50 @@
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from fusenorm_openood import on_device
+
+
+def test_cuda_means_the_device_within_the_block():
+    net, images = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), torch.ones(3, 2)
+    weight = net[0].weight
+    with on_device("meta"):
+        assert images.cuda().is_meta
+        assert images.cuda(0, non_blocking=True).is_meta
+        assert images.cuda(device="cuda:1", memory_format=torch.preserve_format).is_meta
+        assert nn.Parameter(images).cuda().is_meta
+        assert all(tensor.is_meta for tensor in net.cuda().state_dict().values())
+    with on_device("cpu"):
+        assert images.cuda() is images
+        net = nn.Linear(2, 2)
+        weight = net.weight
+        assert net.cuda().weight is weight
+        assert net(images.cuda()).device.type == "cpu"
+
+
+def test_nothing_is_left_behind():
+    before = torch.Tensor.cuda, nn.Module.cuda
+    seen = []
+
+    def elsewhere():
+        with pytest.raises((RuntimeError, AssertionError)):
+            torch.ones(1).cuda("cuda:99")
+        seen.append(True)
+
+    with pytest.raises(KeyError), on_device("cpu"):
+        assert (torch.Tensor.cuda, nn.Module.cuda) == before
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        raise KeyError
+    assert seen
+    assert (torch.Tensor.cuda, nn.Module.cuda) == before
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.ones(1).cuda("cuda:99")
+
+
+def test_cuda_itself_is_left_alone():
+    with on_device("cuda"), pytest.raises((RuntimeError, AssertionError)):
+        torch.ones(1).cuda("cuda:99")
