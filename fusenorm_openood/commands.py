@@ -4,7 +4,7 @@ import os
 import pickle
 import shlex
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def eval(args: Namespace) -> None:
     if args.validation and args.fsood:
         raise ConfigError("--validation and --fsood exclude each other: leave out one")
     check_fsood(benchmark, args.fsood)
-    config = read_postprocessor(args)
+    config = read_postprocessor(args.postprocessor, args.config, args.set, args.sweep, args.aps)
     check_postprocessor(args.postprocessor, config, benchmark)  # before any work: is it usable?
     output = Path(args.output_dir or args.root)
     if args.save_csv or args.save_score:
@@ -271,33 +271,40 @@ def search_settings(
     return FuseNorm(net, found.settings).with_calibration(found.calibration)
 
 
-def read_postprocessor(args: Namespace) -> dict[str, Any]:
-    """The configuration of a postprocessor, with the changes that options make to it.
+def read_postprocessor(
+    name: str,
+    path: str | Path | None = None,
+    changes: Sequence[str] = (),
+    sweep: Sequence[str] = (),
+    aps_mode: bool = False,
+) -> dict[str, Any]:
+    """The configuration of a postprocessor, with ``KEY=VALUE`` changes to arguments and sweep.
 
     It is this package's, or else OpenOOD's of that name.
 
     Raises:
         ConfigError: a postprocessor that is not known here, or a change of another form.
     """
-    name = args.postprocessor
     if name not in NATIVE and not openood_installed():
         raise ConfigError(
             f"postprocessor {name!r} unknown: choose among {', '.join(NATIVE)}, or install "
             f"OpenOOD, which has more: {INSTALL}"
         )
-    path = args.config
     if path is None:
         ours = config_root() / "postprocessors" / f"{name}.yml"
         path = ours if ours.is_file() else openood_config_root() / "postprocessors" / ours.name
     config = read_config(path)
     section = lookup(config, "postprocessor")
-    for option, part in (("set", "postprocessor_args"), ("sweep", "postprocessor_sweep")):
-        for change in getattr(args, option):
+    for option, given, part in (
+        ("--set", changes, "postprocessor_args"),
+        ("--sweep", sweep, "postprocessor_sweep"),
+    ):
+        for change in given:
             key, equals, value = change.partition("=")
             if not equals:
-                raise ConfigError(f"--{option} {change} found: give KEY=VALUE, alpha=0.5 say")
+                raise ConfigError(f"{option} {change} found: give KEY=VALUE, alpha=0.5 say")
             section.setdefault(part, {})[key] = parse_yaml(value)
-    if args.aps:
+    if aps_mode:
         section["APS_mode"] = True
     return config
 

@@ -20,7 +20,7 @@ from fusenorm_openood.openood_bridge import evaluate_with_openood
 from tests.conftest import assert_undisturbed, state_of
 
 # FuseNorm's gradients are ODIN's, which is here by itself.
-CHANGES = {"fusenorm": ["output=energy", "temperature=1"]}
+CHANGES = {"fusenorm": ["output=energy"]}
 NETWORKS = {"base": "resnet18_32x32", "t2fnorm": "t2fnorm_net"}
 
 
