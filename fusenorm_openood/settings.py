@@ -208,5 +208,7 @@ def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
     for name, values in sweep.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"postprocessor_sweep.{name} = {values!r}: give a list of values")
-    candidates(settings, sweep)
-    return FuseNormConfig(settings, sweep, section["APS_mode"])
+    aps_mode = section["APS_mode"]
+    # A sweep that waits for a search need not go with settings that are chosen without it.
+    candidates(settings if aps_mode else Settings(), sweep)
+    return FuseNormConfig(settings, sweep, aps_mode)

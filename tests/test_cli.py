@@ -178,12 +178,28 @@ def test_an_image_that_is_corrupt_is_named_with_its_line(root, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_aps_mode_is_not_ignored_by_the_native_engine(root, tmp_path, capsys):
-    own = tmp_path / "own.yml"
-    text = (SCRIPTS.parent / "configs/postprocessors/fusenorm.yml").read_text()
-    own.write_text(text.replace("APS_mode: False", "APS_mode: True"))
-    assert main(evaluation(root, "--config", str(own))) == 1
-    assert "the native engine searches no parameters" in capsys.readouterr().err
+def test_settings_are_searched_before_the_test(root, tmp_path, capsys):
+    sweep = ["--sweep", "k_min=[0.1]", "--sweep", "alpha=[0.0]", "--sweep", "base=[2, 20]"]
+    own = ["--set", "output=energy", "--output-dir", str(tmp_path), "--save-csv"]
+    assert main(evaluation(root, "--aps", *sweep, *own)) == 0
+    out = capsys.readouterr().out
+    assert "search over 10 combinations, run s0: validation AUROC" in out
+    trials = pd.read_csv(tmp_path / "s0" / "aps" / "fusenorm.csv")
+    best = trials.loc[trials["AUROC"].idxmax()]
+    assert len(trials) == 10
+    chosen = ["--set", f"weights={best['weights']}", "--set", f"base={best['base']}"]
+    searched = (tmp_path / "ood" / "fusenorm.csv").read_text()
+    assert main(evaluation(root, *chosen, *own)) == 0
+    assert (tmp_path / "ood" / "fusenorm.csv").read_text() == searched
+
+
+def test_what_cannot_be_searched_is_refused(root, capsys):
+    assert main(evaluation(root, "--postprocessor", "odin", "--aps")) == 1
+    assert "the native engine searches no odin" in capsys.readouterr().err
+    assert main(evaluation(root, "--aps", "--sweep", "bsae=[2]")) == 1
+    assert "setting 'bsae' unknown" in capsys.readouterr().err
+    assert main(evaluation(root, "--aps", "--sweep", "base")) == 1
+    assert "--sweep base found: give KEY=VALUE" in capsys.readouterr().err
 
 
 def test_validation_leaves_the_scores_of_the_test_alone(root):
