@@ -114,6 +114,12 @@ def train(
             nesterov=True,
         )
         done = resume(unfinished, recipe, net, optimiser)
+        if process.leads and not unfinished.is_file():
+            # From here on best.ckpt alone is a finished run, and never one that was cut short.
+            keep(unfinished, recipe, net, optimiser, done)
+        if process.leads and done.epochs and not best.is_file():  # removed by hand
+            write_whole(best, partial(torch.save, state_on_cpu(net)))
+            done = done._replace(best_accuracy=-1.0)
         sampler = DistributedSampler[Any](images, seed=recipe.seed) if process.world > 1 else None
         train_loader = DataLoader(
             images,
@@ -146,9 +152,9 @@ def train(
                     bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", val=f"{100 * reached:.2f}")
                     if reached >= done.best_accuracy:
                         write_whole(best, partial(torch.save, state_on_cpu(net)))
+                    log(folder / "log.csv", epoch, loss, reached)
                     done = Progress(epoch + 1, max(reached, done.best_accuracy))
                     keep(unfinished, recipe, net, optimiser, done)
-                    log(folder / "log.csv", epoch, loss, reached)
                 if process.world > 1:
                     distributed.barrier()
         if process.leads:
@@ -259,10 +265,11 @@ def resume(path: Path, recipe: Recipe, net: nn.Module, optimiser: SGD) -> Progre
 
 
 def log(path: Path, epoch: int, loss: float, reached: float) -> None:
-    """Add an epoch to the run's table."""
-    header = "" if epoch and path.is_file() else "epoch,loss,val_acc\n"
-    with path.open("a" if epoch else "w", encoding="utf-8") as file:
-        file.write(f"{header}{epoch + 1},{loss:.4f},{100 * reached:.2f}\n")
+    """Add an epoch to the run's table, or put it in the place of one that was not kept."""
+    lines = path.read_text(encoding="utf-8").splitlines() if epoch and path.is_file() else []
+    lines = lines[: epoch + 1] or ["epoch,loss,val_acc"]
+    lines.append(f"{epoch + 1},{loss:.4f},{100 * reached:.2f}")
+    write_whole(path, lambda file: file.write_text("\n".join(lines) + "\n", encoding="utf-8"))
 
 
 def state_on_cpu(net: nn.Module) -> State:
