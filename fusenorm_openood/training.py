@@ -19,7 +19,7 @@ from fusenorm_openood.data.benchmarks import Benchmark, image_loader, load_bench
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.data.imagelist import ImageList
 from fusenorm_openood.data.preprocessing import train_transform
-from fusenorm_openood.errors import CheckpointError, DataError, NonFiniteError
+from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from fusenorm_openood.files import write_whole
 from fusenorm_openood.forward import device_of
 from fusenorm_openood.metrics import accuracy
@@ -279,13 +279,27 @@ def state_on_cpu(net: nn.Module) -> State:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[Process]:
-    """Join the processes that ``torchrun`` started, if it did."""
+    """Join the processes that ``torchrun`` started, if it did.
+
+    Raises:
+        ConfigError: a device that several processes cannot train on.
+    """
     env = os.environ
     process = Process(*(int(env.get(k, d)) for k, d in _TORCHRUN.items()))
     if process.world == 1:
         yield process
         return
+    if device.type not in ("cpu", "cuda") or device.index is not None:
+        raise ConfigError(
+            f"{process.world} processes on device {device} found: they train on 'cuda', each on "
+            "a device of its own, or on 'cpu'"
+        )
     if device.type == "cuda":
+        if process.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {process.local_rank} of this machine found, counted from 0, and "
+                f"{torch.cuda.device_count()} CUDA devices: start one process a device"
+            )
         torch.cuda.set_device(process.local_rank)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

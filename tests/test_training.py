@@ -21,7 +21,7 @@ from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, Non
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.networks.checkpoints import load_backbone
 from fusenorm_openood.recipes import Recipe, find_recipe
-from fusenorm_openood.training import keep, threads, train, train_digits, train_epoch
+from fusenorm_openood.training import keep, processes, threads, train, train_digits, train_epoch
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +301,19 @@ def test_recipes_that_cannot_be_used_are_refused(change, message):
         find_recipe("cifar10", **change)
     with pytest.raises(ConfigError, match="ID data set 'mnist' unknown: choose cifar10"):
         find_recipe("mnist")
+
+
+def test_zero_is_no_absent_option(capsys):
+    assert main(["train", "--id-data", "digits", "--lr", "0"]) == 1
+    assert "lr = 0.0 found: choose a number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:1"])
+def test_several_processes_need_a_device_each(device, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = pytest.raises(ConfigError, match=f"2 processes on device {device} found")
+    with refused, processes(torch.device(device)):
+        pass
 
 
 def test_the_command_says_which_images_are_missing(tmp_path, capsys):
