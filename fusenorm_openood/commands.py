@@ -115,6 +115,8 @@ def compare(args: Namespace) -> None:
     networks = {
         root: load_runs(find_checkpoints(root), benchmark.num_classes) for root in args.root
     }
+    names = [Path(root).resolve().name for root in networks]
+    labels = {r: n if names.count(n) == 1 else r for r, n in zip(networks, names, strict=True)}
     tables = {}
     for root, runs in networks.items():
         by_run = []
@@ -133,11 +135,11 @@ def compare(args: Namespace) -> None:
                 varied = found.trials.columns.drop(["AUROC", "unusable"])
                 chosen = ", ".join(f"{key} = {getattr(found.settings, key)}" for key in varied)
                 print(
-                    f"{Path(root).name}: {name}, {len(found.trials)} combinations, "
+                    f"{labels[root]}: {name}, {len(found.trials)} combinations, "
                     f"validation AUROC {100 * found.auroc:.2f} with {chosen}",
                     flush=True,
                 )
-        tables[Path(root).name] = sum(by_run[1:], start=by_run[0]) / len(by_run)
+        tables[labels[root]] = sum(by_run[1:], start=by_run[0]) / len(by_run)
     table = pd.concat(tables, names=["root", "method"]).round(2)
     print(f"\nAUROC in percent, {args.id_data}, mean over the runs of each root:")
     print(table.to_string(float_format="{:.2f}".format))
@@ -165,8 +167,8 @@ def digits(args: Namespace) -> None:
 
 def train(args: Namespace) -> None:
     """Train a network, or go on with a run that was interrupted."""
-    given = {"epochs", "lr", "tau", "batch_size"} & {k for k, v in vars(args).items() if v}
-    changes = {name: getattr(args, name) for name in given}
+    options = {name: getattr(args, name) for name in ("epochs", "lr", "tau", "batch_size")}
+    changes = {name: value for name, value in options.items() if value is not None}
     recipe = find_recipe(
         args.id_data, method=args.method, seed=args.seed, amp=bool(args.amp), **changes
     )
@@ -303,7 +305,7 @@ def read_postprocessor(
             key, equals, value = change.partition("=")
             if not equals:
                 raise ConfigError(f"{option} {change} found: give KEY=VALUE, alpha=0.5 say")
-            section.setdefault(part, {})[key] = parse_yaml(value)
+            section[part] = {**(section.get(part) or {}), key: parse_yaml(value)}
     if aps_mode:
         section["APS_mode"] = True
     return config

@@ -22,7 +22,7 @@ def check_writable(folder: Path, option: str) -> None:
     """ConfigError unless files can be written into a folder, which is made where it is missing."""
     try:
         write_whole(folder / ".writable", Path.touch)
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)  # several processes may try at once
     except OSError as error:
         raise ConfigError(
             f"nothing can be written to {folder} ({error.strerror}): give {option} another folder"

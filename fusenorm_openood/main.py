@@ -136,6 +136,12 @@ def check_config(config: Any, device: torch.device) -> None:
                 raise ConfigError(f"{section} {name!r} unknown: choose among {', '.join(known)}")
     if "postprocessor" in config and config.postprocessor.name == "fusenorm":
         read_fusenorm(config)
+    searching = "postprocessor" in config and config.postprocessor.get("APS_mode")
+    if searching and "evaluator" in config and config.evaluator.name == "fsood":
+        raise ConfigError(
+            "APS_mode: True found, and OpenOOD's evaluator 'fsood' searches nothing: take the "
+            "pipeline test_ood.yml with --evaluator.ood_scheme fsood, or set APS_mode to False"
+        )
     for key in ("num_gpus", "num_machines", "machine_rank"):
         lookup(config, key)
     processes = config.num_gpus * config.num_machines

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusenorm_openood.detector import Calibration, FuseNorm, calibrate
 from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
 from fusenorm_openood.openood_bridge import base_postprocessor
-from fusenorm_openood.search import UNUSABLE, ScoreBank, bank_for
+from fusenorm_openood.search import UNUSABLE, ScoreBank, bank_for, choose
 from fusenorm_openood.settings import FUSION_SETTINGS, Settings, read_fusenorm
 
 
@@ -67,6 +67,8 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
                 )
             self._bank = bank_for(net, self.settings, self.args_dict)
             self._bank.fit(id_loader_dict["val"]).add(ood_loader_dict["val"])
+            # OpenOOD's loop ends in a TypeError where no combination is usable, this in a sentence.
+            choose(self._bank, self.settings, self.args_dict, ood_loader_dict["val"])
             self.setup_flag = True
         else:
             self._fit()
@@ -154,4 +156,5 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         return FuseNorm(net, self.settings).with_calibration(self.calibration)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_fitted_on": None, "_bank": None}
+        ready = self.setup_flag and self.calibration is not None  # else the scores are in the bank
+        return {**vars(self), "_fitted_on": None, "_bank": None, "setup_flag": ready}

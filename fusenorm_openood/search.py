@@ -91,10 +91,20 @@ class ScoreBank(ExpertScorer):
         """What :meth:`FuseNorm.fit` would learn under these settings.
 
         Raises:
-            ZeroRangeError, NonFiniteError: settings under which nothing can be learnt.
+            ZeroRangeError, NonFiniteError: settings under which nothing can be learnt, or under
+                which an image of a loader that is held has a score that is not finite.
         """
         detector = self._detectors[settings]
-        id_scores = self._kept[id(self.id_loader)][1].experts[self._rows(detector)]
+        rows = self._rows(detector)
+        for _, scored in self._kept.values():
+            finite = np.isfinite(scored.experts[rows]).all(axis=1)
+            if not finite.all():
+                expert = detector.experts[int(finite.argmin())]
+                raise NonFiniteError(
+                    f"expert {expert!r} gives scores that are not finite to finite images: leave "
+                    "it out, or look at the network's weights"
+                )
+        id_scores = self._kept[id(self.id_loader)][1].experts[rows]
         percentile = settings.react_percentile
         thresholds = {} if percentile is None else {percentile: self._thresholds[percentile]}
         return calibrate(detector.experts, id_scores, thresholds, settings)

@@ -202,6 +202,11 @@ def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
         )
     if not isinstance(section["APS_mode"], bool):
         raise ConfigError(f"APS_mode = {section['APS_mode']!r} found: choose True or False")
+    for key in keys[2:]:
+        if not isinstance(section[key] or {}, Mapping):
+            raise ConfigError(
+                f"{key} = {section[key]!r} found: give a mapping of settings, or leave it empty"
+            )
     settings = Settings.from_mapping(dict(section["postprocessor_args"] or {}))
     sweep = dict(section["postprocessor_sweep"] or {})
     check_names(sweep)

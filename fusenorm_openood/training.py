@@ -19,7 +19,7 @@ from fusenorm_openood.data.benchmarks import Benchmark, image_loader, load_bench
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.data.imagelist import ImageList
 from fusenorm_openood.data.preprocessing import train_transform
-from fusenorm_openood.errors import CheckpointError, DataError, NonFiniteError
+from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from fusenorm_openood.files import write_whole
 from fusenorm_openood.forward import device_of
 from fusenorm_openood.metrics import accuracy
@@ -114,6 +114,12 @@ def train(
             nesterov=True,
         )
         done = resume(unfinished, recipe, net, optimiser)
+        if process.leads and not unfinished.is_file():
+            # From here on best.ckpt alone is a finished run, and never one that was cut short.
+            keep(unfinished, recipe, net, optimiser, done)
+        if process.leads and done.epochs and not best.is_file():  # removed by hand
+            write_whole(best, partial(torch.save, state_on_cpu(net)))
+            done = done._replace(best_accuracy=-1.0)
         sampler = DistributedSampler[Any](images, seed=recipe.seed) if process.world > 1 else None
         train_loader = DataLoader(
             images,
@@ -146,9 +152,9 @@ def train(
                     bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", val=f"{100 * reached:.2f}")
                     if reached >= done.best_accuracy:
                         write_whole(best, partial(torch.save, state_on_cpu(net)))
+                    log(folder / "log.csv", epoch, loss, reached)
                     done = Progress(epoch + 1, max(reached, done.best_accuracy))
                     keep(unfinished, recipe, net, optimiser, done)
-                    log(folder / "log.csv", epoch, loss, reached)
                 if process.world > 1:
                     distributed.barrier()
         if process.leads:
@@ -259,10 +265,11 @@ def resume(path: Path, recipe: Recipe, net: nn.Module, optimiser: SGD) -> Progre
 
 
 def log(path: Path, epoch: int, loss: float, reached: float) -> None:
-    """Add an epoch to the run's table."""
-    header = "" if epoch and path.is_file() else "epoch,loss,val_acc\n"
-    with path.open("a" if epoch else "w", encoding="utf-8") as file:
-        file.write(f"{header}{epoch + 1},{loss:.4f},{100 * reached:.2f}\n")
+    """Add an epoch to the run's table, or put it in the place of one that was not kept."""
+    lines = path.read_text(encoding="utf-8").splitlines() if epoch and path.is_file() else []
+    lines = lines[: epoch + 1] or ["epoch,loss,val_acc"]
+    lines.append(f"{epoch + 1},{loss:.4f},{100 * reached:.2f}")
+    write_whole(path, lambda file: file.write_text("\n".join(lines) + "\n", encoding="utf-8"))
 
 
 def state_on_cpu(net: nn.Module) -> State:
@@ -272,13 +279,27 @@ def state_on_cpu(net: nn.Module) -> State:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[Process]:
-    """Join the processes that ``torchrun`` started, if it did."""
+    """Join the processes that ``torchrun`` started, if it did.
+
+    Raises:
+        ConfigError: a device that several processes cannot train on.
+    """
     env = os.environ
     process = Process(*(int(env.get(k, d)) for k, d in _TORCHRUN.items()))
     if process.world == 1:
         yield process
         return
+    if device.type not in ("cpu", "cuda") or device.index is not None:
+        raise ConfigError(
+            f"{process.world} processes on device {device} found: they train on 'cuda', each on "
+            "a device of its own, or on 'cpu'"
+        )
     if device.type == "cuda":
+        if process.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {process.local_rank} of this machine found, counted from 0, and "
+                f"{torch.cuda.device_count()} CUDA devices: start one process a device"
+            )
         torch.cuda.set_device(process.local_rank)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

@@ -5,13 +5,14 @@
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 environment
+source=${OPENOOD_SOURCE:-}
+[ -d "$source" ] && source=$(cd "$source" && pwd)
 cd "$ROOT"
 python -c 'import sys; sys.exit(sys.version_info >= (3, 13))' ||
     fail "OpenOOD needs numpy 1, which Python 3.13 cannot have: set PYTHON to an older one and remove .venv"
 command -v git >/dev/null || fail "OpenOOD comes by git, which is not installed: install git"
 
 commit=3c35632
-source=${OPENOOD_SOURCE:-}
 [ -n "$source" ] || { [ -d ~/.cache/fusenorm/OpenOOD ] && source=~/.cache/fusenorm/OpenOOD; } ||
     source=https://github.com/Jingkang50/OpenOOD
 checkout=.venv/openood-$commit

@@ -11,7 +11,7 @@ import torch
 
 from fusenorm_openood import __version__
 from fusenorm_openood.cli import main
-from fusenorm_openood.commands import find_device
+from fusenorm_openood.commands import find_device, read_postprocessor
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.openood_bridge import openood_installed
 
@@ -247,3 +247,10 @@ def test_devices_are_found():
     assert find_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(ConfigError, match="device 'tpu' cannot be used"):
         find_device("tpu")
+
+
+def test_a_change_fills_an_empty_section(tmp_path):
+    own = tmp_path / "own.yml"
+    own.write_text("postprocessor:\n  name: fusenorm\n  postprocessor_sweep:\n")
+    read = read_postprocessor("fusenorm", own, sweep=["base=[2, 20]"])
+    assert read["postprocessor"]["postprocessor_sweep"] == {"base": [2, 20]}

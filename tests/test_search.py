@@ -1,3 +1,4 @@
+import pickle
 import warnings
 
 import numpy as np
@@ -223,6 +224,43 @@ def test_unusable_values_get_the_lowest_auroc_and_score_nothing_else(net, loader
         p.postprocess(net, torch.randn(2, 3, 16, 16))
     with pytest.raises(ZeroRangeError):
         p.inference(net, make_loader(seed=6))
+
+
+def test_where_no_values_are_usable_setup_says_so(net, loader):
+    p = searching({"taps": [["layer1.0", "layer4.0"]]})
+    with pytest.raises(ConfigError, match="none of 1 combinations is usable"):
+        p.setup(constant_expert(net), {"val": loader}, {"val": make_loader(seed=5)})
+    assert not p.setup_flag
+
+
+def test_values_under_which_ood_images_have_no_finite_score_get_the_lowest_auroc(net, loader):
+    unknown = make_loader(seed=5, scale=2.0)
+
+    def overflow(module, args, output):
+        return output * torch.where(args[0].std() > 1.5, torch.inf, 1.0)
+
+    # No tap of the second combination, and a branch that leads nowhere.
+    net.side = nn.Identity()
+    net.side.register_forward_hook(overflow)
+    net.conv1.register_forward_hook(lambda module, args, output: (net.side(args[0]), output)[1])
+    p = searching({"taps": [["side", "layer4.0"], ["layer2.0", "layer4.0"]]})
+    p.setup(net, {"val": loader}, {"val": unknown})
+    with pytest.warns(RuntimeWarning, match="passed over: expert 'side' gives scores that are"):
+        aurocs = openoods_search(p, net, loader, unknown)
+    assert aurocs[0] == 0 < aurocs[1]
+    found = search(net, p.settings, p.args_dict, loader, unknown)
+    assert found.trials["AUROC"].isna().tolist() == [True, False]
+
+
+def test_pickled_before_its_search_it_is_set_up_again(net, loader):
+    unknown = make_loader(seed=5)
+    p = searching({"base": [2.0, 20.0]})
+    p.setup(net, {"val": loader}, {"val": unknown})
+    again = pickle.loads(pickle.dumps(p))
+    assert not again.setup_flag
+    again.setup(net, {"val": loader}, {"val": unknown})
+    assert openoods_search(again, net, loader, unknown) == openoods_search(p, net, loader, unknown)
+    assert pickle.loads(pickle.dumps(p)).setup_flag
 
 
 def test_a_search_needs_ood_validation_images(net, loader):

@@ -6,7 +6,7 @@ import yaml
 from fusenorm_openood import Settings, atf, fuse
 from fusenorm_openood.config import config_root
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.settings import SETTINGS
+from fusenorm_openood.settings import SETTINGS, read_fusenorm
 
 YAML = yaml.safe_load((config_root() / "postprocessors" / "fusenorm.yml").read_text())
 ARGS = YAML["postprocessor"]["postprocessor_args"]
@@ -82,3 +82,11 @@ def test_lists_of_a_configuration_become_tuples():
     )
     assert (s.strong, s.weights, s.taps) == ((6, "output"), (1, 2), ("layer1",))
     assert hash(s) == hash(s.replace())
+
+
+@pytest.mark.parametrize("key", ["postprocessor_args", "postprocessor_sweep"])
+def test_sections_that_are_no_mappings_are_refused(key):
+    section = {"name": "fusenorm", "APS_mode": False, "postprocessor_args": None}
+    config = {"postprocessor": {**section, "postprocessor_sweep": None, key: ["base"]}}
+    with pytest.raises(ConfigError, match=rf"{key} = \['base'\] found: give a mapping"):
+        read_fusenorm(config)

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, Non
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.networks.checkpoints import load_backbone
 from fusenorm_openood.recipes import Recipe, find_recipe
-from fusenorm_openood.training import threads, train, train_digits, train_epoch
+from fusenorm_openood.training import keep, processes, threads, train, train_digits, train_epoch
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,52 @@ def test_interrupted_and_resumed_the_weights_are_bit_identical(few, tmp_path, me
     assert logs[0] == logs[1]
 
 
+def test_a_run_that_is_cut_between_two_files_is_no_finished_run(few, tmp_path, monkeypatch):
+    through = train(RECIPE, few, tmp_path / "through", progress=False)
+    folder = tmp_path / "cut"
+
+    def cut(path, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusenorm_openood.training.log", cut)  # best.ckpt of an epoch is written
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, few, folder, progress=False)
+    assert (folder / "best.ckpt").is_file()
+    monkeypatch.undo()
+    monkeypatch.setattr("fusenorm_openood.training.keep", after(2, KeyboardInterrupt, keep))
+    with pytest.raises(KeyboardInterrupt):  # an epoch is in the table that was not kept
+        train(RECIPE, few, folder, progress=False)
+    assert len((folder / "log.csv").read_text().splitlines()) == 4
+    monkeypatch.undo()
+    cut_short = train(RECIPE, few, folder, progress=False)
+    torch.testing.assert_close(weights(cut_short), weights(through), rtol=0, atol=0)
+    logs = [(tmp_path / run / "log.csv").read_text() for run in ("through", "cut")]
+    assert logs[0] == logs[1]
+
+
+def test_a_best_checkpoint_that_was_removed_is_made_again(few, tmp_path, monkeypatch):
+    monkeypatch.setattr("fusenorm_openood.training.keep", after(3, KeyboardInterrupt, keep))
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, few, tmp_path, progress=False)
+    monkeypatch.undo()
+    (tmp_path / "best.ckpt").unlink()
+    monkeypatch.setattr("fusenorm_openood.training.validation_accuracy", lambda *_: 0.0)
+    best = train(RECIPE, few, tmp_path, progress=False)
+    assert load_network(best).fc.out_features == 7
+
+
+def after(calls, error, function):
+    """A function that raises an error instead of its call of that number, counted from 0."""
+    count = itertools.count()
+
+    def failing(*args):
+        if next(count) == calls:
+            raise error
+        return function(*args)
+
+    return failing
+
+
 def test_a_killed_process_goes_on_where_it_stopped(digits, few, tmp_path):
     command = [
         sys.executable, "-m", "fusenorm_openood.cli", "train", "--id-data", "digits",
@@ -126,10 +173,11 @@ def test_a_killed_process_goes_on_where_it_stopped(digits, few, tmp_path):
     ]  # fmt: skip
     folder = tmp_path / find_recipe("digits", epochs=4, method="t2fnorm").run_name
     with subprocess.Popen(command, start_new_session=True) as process:
-        while not (folder / "unfinished.ckpt").is_file():
+        while not (folder / "log.csv").is_file():
             assert process.poll() is None
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
+    assert (folder / "unfinished.ckpt").is_file()
     begun = len((folder / "log.csv").read_text().splitlines())
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"network: {folder / 'best.ckpt'}" in done.stdout
@@ -253,6 +301,19 @@ def test_recipes_that_cannot_be_used_are_refused(change, message):
         find_recipe("cifar10", **change)
     with pytest.raises(ConfigError, match="ID data set 'mnist' unknown: choose cifar10"):
         find_recipe("mnist")
+
+
+def test_zero_is_no_absent_option(capsys):
+    assert main(["train", "--id-data", "digits", "--lr", "0"]) == 1
+    assert "lr = 0.0 found: choose a number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:1"])
+def test_several_processes_need_a_device_each(device, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = pytest.raises(ConfigError, match=f"2 processes on device {device} found")
+    with refused, processes(torch.device(device)):
+        pass
 
 
 def test_the_command_says_which_images_are_missing(tmp_path, capsys):

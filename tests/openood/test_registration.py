@@ -215,6 +215,15 @@ def test_mistakes_are_told_in_one_sentence(home, tmp_path, monkeypatch, capsys, 
     assert message in err
 
 
+def test_a_search_that_openoods_evaluator_would_leave_out_is_refused(
+    home, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(home)
+    searching = ("--postprocessor.APS_mode", "True:bool")
+    assert run_main(tmp_path, "resnet18_32x32", "odin", "test_fsood", "none", *searching) == 1
+    assert "OpenOOD's evaluator 'fsood' searches nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("key", ["APS_mode", "postprocessor_sweep"])
 def test_a_key_that_a_postprocessor_lacks_is_named(home, tmp_path, monkeypatch, capsys, key):
     monkeypatch.chdir(home)
