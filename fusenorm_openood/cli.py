@@ -63,8 +63,12 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--id-data", default="cifar10", help="cifar10, cifar100, imagenet200, imagenet, digits")
     add("--batch-size", type=_positive, default=200)
-    add("--save-csv", action="store_true", help="write the table to OUTPUT/ood/POSTPROCESSOR.csv")
-    add("--save-score", action="store_true", help="write scores to OUTPUT/s0/scores/...")
+    add(
+        "--save-csv",
+        action="store_true",
+        help="write the table to OUTPUT/ood/NAME.csv (fsood/, val/)",
+    )
+    add("--save-score", action="store_true", help="write scores to OUTPUT/s0/scores/NAME.pkl")
     add("--fsood", action="store_true", help="count covariate-shifted ID images as ID")
     add("--validation", action="store_true", help="test on the validation pair, to choose settings")
     add("--compare", action="store_true", help="also print AUROC / FPR@95 of every expert")
@@ -73,10 +77,10 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", help="postprocessor YAML (default: this package's for the postprocessor)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one argument of it")
     add("--aps", action="store_true", help="search settings on the validation pair (APS_mode)")
-    add("--sweep", action="append", default=[], metavar="KEY=LIST", help="values for the search")
+    add("--sweep", action="append", default=[], metavar="KEY=LIST", help="values to add to it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--num-workers", type=_whole, default=2, help="processes that load images (default: 2)")
-    add("--engine", default="auto", choices=["auto", "native", "openood"])
+    add("--engine", default="auto", choices=["auto", "native", "openood"], help="who evaluates")
     add("--no-progress", action="store_true", help="no progress bars")
 
 
@@ -92,7 +96,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--root", required=True, nargs="+", help="folders of training runs, or checkpoints' own")
     add("--id-data", default="cifar10", help="cifar10, cifar100, imagenet200, imagenet, digits")
     add("--data-root", default="data", help="images and lists in OpenOOD's layout (default: data)")
-    add("--config", help="YAML with the sweep (default: this package's for fusenorm)")
+    add("--config", help="YAML whose sweep is searched (default: this package's)")
     add("--batch-size", type=_positive, default=200)
     add("--csv", metavar="FILE", help="write the table to this file, too")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

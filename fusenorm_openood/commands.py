@@ -1,10 +1,10 @@
 """What the subcommands of ``fusenorm`` do."""
 
-import os
 import pickle
 import shlex
+import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from fusenorm_openood import comparison, training
-from fusenorm_openood.baselines import BASELINES, Baseline, check_baseline
-from fusenorm_openood.config import config_root, lookup, parse_yaml, read_config
+from fusenorm_openood.config import config_root, lookup, read_config
 from fusenorm_openood.data.benchmarks import (
     Benchmark,
     how_to_get,
@@ -23,11 +22,18 @@ from fusenorm_openood.data.benchmarks import (
 )
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.detector import FuseNorm
+from fusenorm_openood.devices import find_device
+from fusenorm_openood.engines import (
+    NATIVE,
+    check_postprocessor,
+    detector_for,
+    find_engine,
+    read_postprocessor,
+)
 from fusenorm_openood.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    OpenOODError,
     TapError,
 )
 from fusenorm_openood.evaluation import (
@@ -40,22 +46,14 @@ from fusenorm_openood.evaluation import (
 from fusenorm_openood.files import check_writable, write_whole
 from fusenorm_openood.leaderboard import leaderboard_entry
 from fusenorm_openood.networks import load_network
-from fusenorm_openood.openood_bridge import (
-    INSTALL,
-    csid_of_evaluator,
-    evaluate_with_openood,
-    openood_config_root,
-    openood_installed,
-)
+from fusenorm_openood.openood_bridge import evaluate_with_openood
 from fusenorm_openood.recipes import METHODS, find_recipe
-from fusenorm_openood.runs import find_checkpoints, parse_root_name
+from fusenorm_openood.runs import find_checkpoints, parse_root_name, unfinished
 from fusenorm_openood.scoring import Detector
 from fusenorm_openood.search import search
 from fusenorm_openood.settings import read_fusenorm
 from fusenorm_openood.taps import resolve_taps, tap_candidates
 from fusenorm_openood.training import train_digits
-
-NATIVE = ("fusenorm", *BASELINES)  # postprocessors that need no OpenOOD
 
 
 def eval(args: Namespace) -> None:
@@ -79,6 +77,8 @@ def eval(args: Namespace) -> None:
     engine = find_engine(args, config, benchmark)
 
     print(f"{args.postprocessor} on {args.id_data}: engine {engine}, device {device}", flush=True)
+    for checkpoint in filter(unfinished, checkpoints.values()):
+        print(f"fusenorm: training {checkpoint.parent} is not finished", file=sys.stderr)
     folder = "val" if args.validation else "fsood" if args.fsood else "ood"
     tables = []
     for run, net in networks.items():
@@ -170,32 +170,39 @@ def train(args: Namespace) -> None:
     options = {name: getattr(args, name) for name in ("epochs", "lr", "tau", "batch_size")}
     changes = {name: value for name, value in options.items() if value is not None}
     recipe = find_recipe(
-        args.id_data, method=args.method, seed=args.seed, amp=bool(args.amp), **changes
+        args.id_data,
+        method=args.method,
+        seed=args.seed,
+        amp=bool(args.amp),
+        init=args.init,
+        **changes,
     )
     benchmark = load_benchmark(args.id_data, args.data_root)
     folder = Path(args.results_dir) / recipe.run_name
     check_writable(folder, "--results-dir")
-    if args.id_data == "digits":
-        write_digits(args.data_root)
-    missing = benchmark.missing([benchmark.id["train"], benchmark.id["val"]])
-    if missing:
-        raise DataError(f"{missing[0]}: {how_to_get(args.id_data)}. Or give --data-root.")
     device = find_device(args.device)
-    leads = os.environ.get("RANK", "0") == "0"
-    if leads:
-        print(f"training {folder} on {device}", flush=True)
-    best = training.train(
-        recipe,
-        benchmark,
-        folder,
-        device,
-        args.init,
-        args.num_workers,
-        args.channels_last,
-        not args.no_progress,
-    )
-    if leads:
-        print(f"network: {best}")
+    with training.processes(device) as process:
+        if args.id_data == "digits":
+            if process.leads:
+                write_digits(args.data_root)
+            process.wait()
+        missing = benchmark.missing([benchmark.id["train"], benchmark.id["val"]])
+        if missing:
+            raise DataError(f"{missing[0]}: {how_to_get(args.id_data)}. Or give --data-root.")
+        if process.leads:
+            print(f"training {folder} on {device}", flush=True)
+        best = training.train(
+            recipe,
+            benchmark,
+            folder,
+            device,
+            args.num_workers,
+            args.channels_last,
+            not args.no_progress,
+            process,
+        )
+        if process.leads:
+            print(f"network: {best}")
 
 
 def taps(args: Namespace) -> None:
@@ -273,67 +280,6 @@ def search_settings(
     return FuseNorm(net, found.settings).with_calibration(found.calibration)
 
 
-def read_postprocessor(
-    name: str,
-    path: str | Path | None = None,
-    changes: Sequence[str] = (),
-    sweep: Sequence[str] = (),
-    aps_mode: bool = False,
-) -> dict[str, Any]:
-    """The configuration of a postprocessor, with ``KEY=VALUE`` changes to arguments and sweep.
-
-    It is this package's, or else OpenOOD's of that name.
-
-    Raises:
-        ConfigError: a postprocessor that is not known here, or a change of another form.
-    """
-    if name not in NATIVE and not openood_installed():
-        raise ConfigError(
-            f"postprocessor {name!r} unknown: choose among {', '.join(NATIVE)}, or install "
-            f"OpenOOD, which has more: {INSTALL}"
-        )
-    if path is None:
-        ours = config_root() / "postprocessors" / f"{name}.yml"
-        path = ours if ours.is_file() else openood_config_root() / "postprocessors" / ours.name
-    config = read_config(path)
-    section = lookup(config, "postprocessor")
-    for option, given, part in (
-        ("--set", changes, "postprocessor_args"),
-        ("--sweep", sweep, "postprocessor_sweep"),
-    ):
-        for change in given:
-            key, equals, value = change.partition("=")
-            if not equals:
-                raise ConfigError(f"{option} {change} found: give KEY=VALUE, alpha=0.5 say")
-            section[part] = {**(section.get(part) or {}), key: parse_yaml(value)}
-    if aps_mode:
-        section["APS_mode"] = True
-    return config
-
-
-def check_postprocessor(name: str, config: dict[str, Any], benchmark: Benchmark) -> None:
-    """Raise ConfigError unless a postprocessor of that name and configuration can be made."""
-    if name in NATIVE:
-        detector_for(name, config, benchmark)
-    else:
-        from fusenorm_openood.openood_adapter import make_postprocessor  # imports OpenOOD
-
-        make_postprocessor(name, config, benchmark.name)
-
-
-def detector_for(
-    name: str, config: dict[str, Any], benchmark: Benchmark
-) -> Callable[[nn.Module], Detector]:
-    """A function from a network to the detector that a configuration describes."""
-    if name == "fusenorm":
-        settings = read_fusenorm(config).settings
-        return lambda net: FuseNorm(net, settings)
-    args = lookup(config, "postprocessor").get("postprocessor_args") or {}
-    input_std = benchmark.norm[1] if name == "odin" else None
-    check_baseline(name, args)
-    return lambda net: Baseline(net, name, input_std, **args)
-
-
 def check_networks(
     networks: dict[str, nn.Module],
     checkpoints: dict[str, Path],
@@ -398,78 +344,6 @@ def check_files(benchmark: Benchmark, args: Namespace) -> dict[str, Path]:
             f"{how_to_get(benchmark.name)}. Or say where they are: --data-root, --root."
         )
     return checkpoints
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name, ``auto`` being the best one there is."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device {name!r} cannot be used ({reason}): choose auto or cpu"
-        ) from None
-    return device
-
-
-def find_engine(args: Namespace, config: dict[str, Any], benchmark: Benchmark) -> str:
-    """The engine that was chosen, or the one to choose, if it can do the work.
-
-    Left to choose, that is OpenOOD's evaluator for FuseNorm, where it can do the work, and for
-    what the native engine does not have.
-    """
-    reasons = []
-    if args.engine != "native":
-        reasons = _beyond_openood(args, benchmark)
-    native = args.postprocessor in NATIVE
-    engine = str(args.engine)
-    if engine == "auto":
-        able = openood_installed() and not reasons
-        first = args.postprocessor == "fusenorm" or not native
-        engine = "openood" if able and first else "native"
-    elif engine == "openood" and reasons:
-        way_out = "choose --engine native" if native else "leave it out"
-        raise ConfigError(f"--engine openood cannot do {reasons[0]}: {way_out}")
-    if engine == "native" and not native:
-        why = f", and --engine openood cannot do {reasons[0]}" if reasons else ""
-        raise ConfigError(
-            f"--engine native has no postprocessor {args.postprocessor!r}{why}: "
-            f"choose among {', '.join(NATIVE)}"
-        )
-    searching = lookup(config, "postprocessor", "APS_mode")
-    if engine == "native" and searching and args.postprocessor != "fusenorm":
-        raise ConfigError(
-            f"APS_mode: True found, and the native engine searches no {args.postprocessor}: "
-            "install OpenOOD and choose --engine openood, or set APS_mode to False"
-        )
-    return engine
-
-
-def _beyond_openood(args: Namespace, benchmark: Benchmark) -> list[str]:
-    """What OpenOOD's evaluator cannot do of what is asked for."""
-    beyond = {
-        "--id-data digits": benchmark.name == "digits",
-        "--compare": args.compare,
-        "--validation": args.validation,
-    }
-    reasons = [reason for reason, asked in beyond.items() if asked]
-    if reasons or not openood_installed():
-        return reasons
-    try:
-        shifted = bool(csid_of_evaluator(benchmark.name))
-    except OpenOODError:
-        if args.engine == "openood":
-            raise
-        return ["without an OpenOOD that can be imported"]
-    if args.fsood and not shifted:
-        return [f"--fsood with --id-data {benchmark.name}"]
-    # OpenOOD's evaluator opens every list of its own, and downloads what it misses.
-    return [f"without all its files ({m})" for m in benchmark.missing(benchmark.every(shifted))]
 
 
 def _text(table: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""Running code that was written for CUDA on any device."""
+"""Which device to compute on, and running code there that was written for CUDA."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from fusenorm_openood.errors import ConfigError
 
 
 class _CudaIs(TorchFunctionMode):
@@ -47,3 +49,20 @@ def on_device(device: str | torch.device) -> Iterator[None]:
         return
     with _CudaIs(device):
         yield
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, ``auto`` being the best one there is."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device {name!r} cannot be used ({reason}): choose auto or cpu"
+        ) from None
+    return device

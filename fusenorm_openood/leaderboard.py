@@ -18,7 +18,7 @@ from fusenorm_openood.errors import DataError
 from fusenorm_openood.evaluation import COLUMNS
 from fusenorm_openood.networks.kind import NetworkKind, network_kind
 from fusenorm_openood.networks.t2fnorm import T2FNormNet
-from fusenorm_openood.runs import RootName, parse_root_name
+from fusenorm_openood.runs import RootName, parse_root_name, unfinished
 
 _LARGE = {
     "test_ssb_hard": 49000,
@@ -238,7 +238,9 @@ def _run_warnings(table: pd.DataFrame, csv: Path, checkpoints: Mapping[str, Path
     newer = [_short(path) for path in checkpoints.values() if path.stat().st_mtime > written]
     stds = [m[1] for row in table.to_numpy() for c in row if (m := _CELL.fullmatch(c))]
     varies = any(std is not None and float(std) > 0 for std in stds)
-    warnings = []
+    warnings = [
+        f"training {_short(p)} is not finished." for p in checkpoints.values() if unfinished(p)
+    ]
     if newer:
         warnings.append(
             f"{', '.join(newer)} is newer than {_short(csv)}, which may be of an earlier one: "

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusenorm_openood.commands import find_device
 from fusenorm_openood.config import config_root, lookup
-from fusenorm_openood.devices import on_device
+from fusenorm_openood.devices import find_device, on_device
 from fusenorm_openood.errors import CheckpointError, ConfigError, FuseNormError
 from fusenorm_openood.networks.checkpoints import load_state
 from fusenorm_openood.openood_bridge import (

@@ -34,6 +34,7 @@ class Recipe:
         tau: T2FNorm's temperature.
         seed: of the weights, of the order of the images and of their augmentation.
         amp: compute in bfloat16 where it is safe (the weights stay in float32).
+        init: checkpoint to start from, plain or T2FNorm's; None = random weights.
 
     Raises:
         ConfigError: a value that cannot be used.
@@ -51,6 +52,7 @@ class Recipe:
     tau: float = 0.1
     seed: int = 0
     amp: bool = False
+    init: str | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
 

@@ -60,8 +60,13 @@ def find_checkpoints(root: str | Path) -> dict[str, Path]:
     return found
 
 
+def unfinished(checkpoint: Path) -> bool:
+    """Whether the training that writes a checkpoint has been cut short, or is still under way."""
+    return checkpoint.with_name("unfinished.ckpt").is_file()
+
+
 def find_roots(folder: str | Path) -> dict[Path, list[str]]:
-    """The roots in a folder, which may be a root itself, and the finished runs of each."""
+    """The roots in a folder, which may be a root itself, and the runs of each."""
     folder = Path(folder)
     inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     return {root: list(runs) for root in (folder, *inside) if (runs := _runs(root))}

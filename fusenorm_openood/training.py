@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -15,6 +16,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
+from fusenorm_openood.config import read_config
 from fusenorm_openood.data.benchmarks import Benchmark, image_loader, load_benchmark
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.data.imagelist import ImageList
@@ -41,6 +43,11 @@ class Process(NamedTuple):
     def leads(self) -> bool:
         return self.rank == 0
 
+    def wait(self) -> None:
+        """Wait for all of them to come here."""
+        if self.world > 1:
+            distributed.barrier()
+
 
 class Progress(NamedTuple):
     """Where a training run stands after an epoch."""
@@ -54,16 +61,16 @@ def train(
     benchmark: Benchmark,
     folder: str | Path,
     device: torch.device | str = "cpu",
-    init: str | Path | None = None,
     num_workers: int = 0,
     channels_last: bool = False,
     progress: bool = True,
+    process: Process | None = None,
 ) -> Path:
     """Train a network on a benchmark's ID images, or go on where an interrupted run stopped.
 
     After each epoch everything that the next one needs is written, so that an interrupted run
-    ends with the same weights, on a CPU to the last bit. Under ``torchrun`` all processes share
-    the work, each with batches of its own, and the first one writes.
+    ends with the same weights: on a CPU to the last bit, with as many processes and workers as
+    before. Several processes share the work, each with batches of its own; the first one writes.
 
     Args:
         recipe: what is trained, and how.
@@ -71,21 +78,22 @@ def train(
         folder: of the run; ``best.ckpt`` is the epoch of the best validation accuracy, the last
             one of equals.
         device: where to train.
-        init: checkpoint to start from, plain or T2FNorm's; None = random weights.
         num_workers: processes that load images.
         channels_last: memory format of images and weights.
         progress: show a bar.
+        process: this one among several, see :func:`processes`; None = it trains alone.
 
     Returns:
-        The path of ``best.ckpt``.
+        The path of ``best.ckpt``; a run that is there already is not trained again.
 
     Raises:
         DataError: labels that the network has no class for.
         NonFiniteError: the loss turned NaN or infinite; the last good checkpoint stays.
         CheckpointError: the folder holds a run of another recipe, or ``init`` does not fit.
     """
-    folder, device = Path(folder), torch.device(device)
+    folder, device, process = Path(folder), torch.device(device), process or Process()
     best, unfinished = folder / "best.ckpt", folder / "unfinished.ckpt"
+    check_recipe(folder / "recipe.yml", recipe)
     if best.is_file() and not unfinished.is_file():
         return best
     images, val = benchmark.id["train"].images(), benchmark.id["val"].images()
@@ -100,11 +108,11 @@ def train(
     )
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), processes(device) as process:
+    with torch.random.fork_rng(devices):
         torch.manual_seed(recipe.seed)
         net = recipe.build(benchmark.num_classes)
-        if init is not None:
-            load_backbone(net, init)
+        if recipe.init is not None:
+            load_backbone(net, recipe.init)
         net.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         optimiser = SGD(
             net.parameters(),
@@ -113,10 +121,12 @@ def train(
             weight_decay=recipe.weight_decay,
             nesterov=True,
         )
-        done = resume(unfinished, recipe, net, optimiser)
+        done = resume(unfinished, net, optimiser)
         if process.leads and not unfinished.is_file():
             # From here on best.ckpt alone is a finished run, and never one that was cut short.
-            keep(unfinished, recipe, net, optimiser, done)
+            keep(unfinished, net, optimiser, done)
+            settings = yaml.safe_dump(recipe.as_dict(), sort_keys=False)
+            write_whole(folder / "recipe.yml", lambda file: file.write_text(settings))
         if process.leads and done.epochs and not best.is_file():  # removed by hand
             write_whole(best, partial(torch.save, state_on_cpu(net)))
             done = done._replace(best_accuracy=-1.0)
@@ -154,9 +164,8 @@ def train(
                         write_whole(best, partial(torch.save, state_on_cpu(net)))
                     log(folder / "log.csv", epoch, loss, reached)
                     done = Progress(epoch + 1, max(reached, done.best_accuracy))
-                    keep(unfinished, recipe, net, optimiser, done)
-                if process.world > 1:
-                    distributed.barrier()
+                    keep(unfinished, net, optimiser, done)
+                process.wait()
         if process.leads:
             unfinished.unlink()
     return best
@@ -184,7 +193,7 @@ def train_epoch(
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate(step, recipe.epochs * steps)
         images = images.to(device, non_blocking=True, memory_format=memory_format)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
+        with torch.autocast(device.type, torch.bfloat16) if recipe.amp else nullcontext():
             loss = F.cross_entropy(model(images), labels.to(device, non_blocking=True))
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -230,10 +239,9 @@ def check_losses(losses: list[Tensor], before: int) -> None:
         )
 
 
-def keep(path: Path, recipe: Recipe, net: nn.Module, optimiser: SGD, done: Progress) -> None:
+def keep(path: Path, net: nn.Module, optimiser: SGD, done: Progress) -> None:
     """Write all that the next epoch needs."""
     content = {
-        "recipe": recipe.as_dict(),
         "net": net.state_dict(),
         "optimiser": optimiser.state_dict(),
         "progress": tuple(done),
@@ -241,27 +249,32 @@ def keep(path: Path, recipe: Recipe, net: nn.Module, optimiser: SGD, done: Progr
     write_whole(path, partial(torch.save, content))
 
 
-def resume(path: Path, recipe: Recipe, net: nn.Module, optimiser: SGD) -> Progress:
+def resume(path: Path, net: nn.Module, optimiser: SGD) -> Progress:
     """Bring network and optimiser to where an interrupted run stopped, if there is one."""
     if not path.is_file():
         return Progress(0, -1.0)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        begun = content["recipe"]
+        net.load_state_dict(content["net"])
+        optimiser.load_state_dict(content["optimiser"])
+        return Progress(*content["progress"])
     except Exception:  # damaged files make torch raise errors of many kinds
         raise CheckpointError(
             f"unfinished run {path} cannot be read: remove it to start again"
         ) from None
-    other = [k for k, v in recipe.as_dict().items() if begun.get(k) != v]
+
+
+def check_recipe(path: Path, recipe: Recipe) -> None:
+    """CheckpointError where a folder holds a run, finished or not, of another recipe."""
+    if not path.is_file():  # no run, or one that was trained elsewhere
+        return
+    begun, asked = read_config(path), recipe.as_dict()
+    other = [name for name in asked if begun.get(name) != asked[name]]
     if other:
-        found, now = begun.get(other[0]), getattr(recipe, other[0])
         raise CheckpointError(
-            f"unfinished run {path} was begun with {other[0]} = {found}, now {now} is asked for: "
-            "ask for what it was begun with, or remove it to start again"
+            f"{path.parent} holds a run with {other[0]} = {begun.get(other[0])}, and "
+            f"{asked[other[0]]} is asked for: ask for the same, or give another folder"
         )
-    net.load_state_dict(content["net"])
-    optimiser.load_state_dict(content["optimiser"])
-    return Progress(*content["progress"])
 
 
 def log(path: Path, epoch: int, loss: float, reached: float) -> None:

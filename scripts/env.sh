@@ -1,6 +1,6 @@
 # Sourced by the other scripts: sets ROOT, the project root, and puts the project's virtual
 # environment ROOT/.venv first on PATH. On first use, and whenever pyproject.toml has changed, it
-# installs what the caller asks for: environment [EXTRA].
+# installs what the caller asks for: environment [EXTRA]. run_training trains a network.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -43,11 +43,11 @@ environment() {
     export PATH
 }
 
-# fusenorm train, in $NPROC processes that share the work.
-train() {
-    if [ "${NPROC:-1}" -gt 1 ]; then
-        torchrun --standalone --nproc-per-node "$NPROC" -m fusenorm_openood.cli train "$@"
-    else
-        fusenorm train "$@"
-    fi
+# 'fusenorm train' in $NPROC processes that share the work: run_training ARGUMENTS.
+run_training() {
+    case ${NPROC:-1} in
+    1) fusenorm train "$@" ;;
+    *[!0-9]* | 0*) fail "NPROC=$NPROC found: give the number of processes" ;;
+    *) torchrun --standalone --nproc-per-node "$NPROC" -m fusenorm_openood.cli train "$@" ;;
+    esac
 }

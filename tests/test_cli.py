@@ -11,7 +11,8 @@ import torch
 
 from fusenorm_openood import __version__
 from fusenorm_openood.cli import main
-from fusenorm_openood.commands import find_device, read_postprocessor
+from fusenorm_openood.devices import find_device
+from fusenorm_openood.engines import read_postprocessor
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.openood_bridge import openood_installed
 

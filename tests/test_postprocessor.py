@@ -154,7 +154,7 @@ def test_wrong_use_is_named(net):
     with pytest.raises(DataError, match="ID loaders train found: FuseNorm fits on 'val'"):
         p.setup(net, {"train": []})
     with pytest.raises(
-        ConfigError, match=r"2 hyperparameters \[1, 2\] found: give one each for base"
+        ConfigError, match=r"2 hyperparameters \[1, 2\] found: give one each for k_min"
     ):
         p.set_hyperparam([1, 2])
     with pytest.raises(FuseNormError):

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from fusenorm_openood import on_device
 from fusenorm_openood.cli import main as fusenorm
-from fusenorm_openood.commands import detector_for, read_postprocessor
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
+from fusenorm_openood.engines import detector_for, read_postprocessor
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.evaluation import evaluate
 from fusenorm_openood.main import main

@@ -5,7 +5,7 @@ set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment
 
-train \
+run_training \
     --id-data cifar10 \
     --method t2fnorm \
     --data-root "$ROOT/data" \

@@ -6,7 +6,7 @@ set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment
 
-train \
+run_training \
     --id-data digits \
     --method t2fnorm \
     --data-root "$ROOT/data" \

@@ -8,7 +8,7 @@ environment
 
 INIT=${INIT:-$ROOT/results/pretrained_weights/resnet50_imagenet1k_v1.pth}
 
-train \
+run_training \
     --id-data imagenet \
     --method t2fnorm \
     --data-root "$ROOT/data" \
