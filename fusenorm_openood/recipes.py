@@ -99,7 +99,7 @@ _RECIPES = {
     "cifar100": Recipe(id_data="cifar100"),
     "imagenet200": Recipe(id_data="imagenet200", network="resnet18_224x224", epochs=90),
     "imagenet": Recipe(id_data="imagenet", network="resnet50", epochs=30, lr=0.001, tau=0.05),
-    "digits": Recipe(id_data="digits", width=16, epochs=12, batch_size=64),
+    "digits": Recipe(id_data="digits", width=16, epochs=16, lr=0.05, batch_size=64),
 }
 
 

@@ -108,7 +108,9 @@ def train(
     )
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    # Two threads for digits, so that the weights are the same on machines with more.
+    few = threads(2) if benchmark.name == "digits" else nullcontext()
+    with few, torch.random.fork_rng(devices):
         torch.manual_seed(recipe.seed)
         net = recipe.build(benchmark.num_classes)
         if recipe.init is not None:
@@ -365,7 +367,5 @@ def train_digits(
     """
     recipe = find_recipe("digits", seed=seed, method=method)
     write_digits(data_root)
-    # Two threads, so that the weights are the same on machines with more.
-    with threads(2):
-        benchmark = load_benchmark("digits", data_root)
-        return train(recipe, benchmark, Path(root) / f"s{seed}", progress=progress)
+    benchmark = load_benchmark("digits", data_root)
+    return train(recipe, benchmark, Path(root) / f"s{seed}", progress=progress)

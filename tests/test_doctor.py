@@ -33,7 +33,7 @@ def package(tmp_path, name, text):
 def test_a_whole_installation_is_reported_with_its_data(digits, tmp_path, capsys):
     data_root, checkpoint = digits
     results = tmp_path / "results"
-    root = results / "digits_resnet18_32x32_base_e12_lr0.1_default"
+    root = results / "digits_resnet18_32x32_base_e16_lr0.05_default"
     (root / "s0").mkdir(parents=True)
     (root / "s0" / "best.ckpt").write_bytes(checkpoint.read_bytes())
     assert main(["doctor", "--data-root", str(data_root), "--root", str(results)]) == 0

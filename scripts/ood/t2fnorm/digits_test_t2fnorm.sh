@@ -7,7 +7,7 @@ environment
 
 python "$ROOT/scripts/eval_ood.py" \
     --id-data digits \
-    --root "$ROOT/results/digits_t2fnorm_net_t2fnorm_e12_lr0.1_alpha0.1_default" \
+    --root "$ROOT/results/digits_t2fnorm_net_t2fnorm_e16_lr0.05_alpha0.1_default" \
     --data-root "$ROOT/data" \
     --postprocessor t2fnorm \
     --save-score --save-csv "$@"
