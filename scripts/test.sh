@@ -5,5 +5,5 @@ set -euo pipefail
 . "$(dirname "$0")/env.sh"
 environment test
 cd "$ROOT"
-[ $# -gt 0 ] || set -- --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+[ $# -gt 0 ] || set -- --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
 exec python -m pytest "$@"
