@@ -39,8 +39,9 @@ class MinimalBasePostprocessor:
 
 @contextmanager
 def whole_images() -> Iterator[None]:
-    """Keep OpenOOD, when imported, from letting PIL take truncated images for whole ones."""
+    """Keep PIL from taking truncated images for whole ones, as OpenOOD, when imported, lets it."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         yield
     finally:

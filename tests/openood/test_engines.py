@@ -189,7 +189,9 @@ def test_the_command_takes_openoods_postprocessors(home, bench, tmp_path, capsys
     assert "nearest.yml cannot be read" in capsys.readouterr().err
 
 
-def test_a_truncated_image_is_told_in_one_sentence(home, networks, tmp_path):
+def test_a_truncated_image_is_told_in_one_sentence(home, networks, tmp_path, monkeypatch):
+    from PIL import ImageFile
+
     from fusenorm_openood.errors import DataError
     from fusenorm_openood.openood_adapter import make_postprocessor
 
@@ -206,6 +208,7 @@ def test_a_truncated_image_is_told_in_one_sentence(home, networks, tmp_path):
     whole = (home / "data" / "images_classic" / image).read_bytes()
     (images / "broken.png").write_bytes(whole[: -len(whole) // 10])
     msp = make_postprocessor("msp", {"postprocessor": {"name": "msp"}}, "cifar10")
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as after a plain import openood
     for workers in (0, 1):
         with pytest.raises(DataError, match=r"cannot read or write a file \([^\n]*truncated"):
             evaluate_with_openood(
