@@ -4,12 +4,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
-from fusenorm_openood.experts import Output
+from fusenorm_openood.experts import PROBABILITY, Output
 from fusenorm_openood.forward import scores_apart
 from fusenorm_openood.metrics import ood_metrics
 from fusenorm_openood.search import Found, ScoreBank, choose, swept
@@ -17,7 +16,7 @@ from fusenorm_openood.settings import Settings
 
 # Single experts under the arguments of OpenOOD's configurations, by the name of the postprocessor.
 BASELINES = {
-    "MSP": Output("msp", 1.0),
+    "MSP": Output(PROBABILITY, 1.0),
     "Energy": Output("energy", 1.0),
     "ODIN": Output("odin", 1000.0, noise=0.0014),
     "ReAct": Output("energy", 1.0, react_percentile=90.0),
@@ -78,8 +77,6 @@ def compare(
         images = loader(image_set)
         bank.add(images, progress)
         conf = {name: bank.output(output, images) for name, output in baselines.items()}
-        # From log-odds to OpenOOD's probability in float32, which saturates and has ties.
-        conf["MSP"] = torch.from_numpy(conf["MSP"]).sigmoid().float().numpy()
         if scores_apart(net):  # T2FNorm's postprocessor is MSP of the scoring logits
             conf = {"MSP (T2FNorm)" if name == "MSP" else name: c for name, c in conf.items()}
         conf |= {name: bank.scored(settings, images).conf for name, settings in fused.items()}

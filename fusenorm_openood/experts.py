@@ -12,6 +12,7 @@ from fusenorm_openood.errors import ConfigError
 
 OutputExpert = Literal["msp", "mls", "energy", "odin"]
 OUTPUT_EXPERTS: tuple[str, ...] = get_args(OutputExpert)
+PROBABILITY = "probability"  # MSP as OpenOOD has it, saturation and ties included; not to be fused
 DEFAULT_TEMPERATURE: dict[str, float] = {"msp": 1.0, "mls": 1.0, "energy": 1.0, "odin": 1000.0}
 
 
@@ -116,7 +117,10 @@ def score_logits(name: str, logits: Tensor, temperature: float) -> Tensor:
     stays wide where the probability saturates, and is proportional to it near 1/K.
     """
     logits = logits.detach()
-    logits = (logits.cpu() if logits.device.type == "mps" else logits).double()
+    logits = logits.cpu() if logits.device.type == "mps" else logits
+    if name == PROBABILITY:
+        return msp(logits, temperature).double()
+    logits = logits.double()
     if name in ("msp", "odin"):
         return log_odds(logits, temperature)
     return energy(logits, temperature) if name == "energy" else mls(logits)
