@@ -70,7 +70,7 @@ def eval(args: Namespace) -> None:
         check_writable(output, "--output-dir")
     if benchmark.name == "digits":
         ensure_digits(args)
-    checkpoints = check_files(benchmark, args)
+    checkpoints = check_files(benchmark, args, lookup(config, "postprocessor").get("APS_mode"))
     networks = load_runs(checkpoints, benchmark.num_classes)
     if args.postprocessor in NATIVE:
         check_networks(networks, checkpoints, detector_for(args.postprocessor, config, benchmark))
@@ -321,14 +321,19 @@ def ensure_digits(args: Namespace) -> None:
         train_digits(args.data_root, args.root, method=method, progress=not args.no_progress)
 
 
-def check_files(benchmark: Benchmark, args: Namespace) -> dict[str, Path]:
+def check_files(
+    benchmark: Benchmark, args: Namespace, searching: bool | None = False
+) -> dict[str, Path]:
     """The checkpoints of all training runs, once all images that will be read are known to exist.
 
     Raises:
         DataError, CheckpointError: something is missing; one message says all of it.
     """
     problems: list[str] = []
-    missing = benchmark.missing(benchmark.tested(args.fsood, args.validation))
+    read = list(benchmark.tested(args.fsood, args.validation))
+    if searching and not args.validation:  # which reads it anyway
+        read.append(benchmark.val_ood)
+    missing = benchmark.missing(read)
     if missing:
         problems += [*missing[:3], *([f"and {len(missing) - 3} more"] if len(missing) > 3 else [])]
     checkpoints = {}

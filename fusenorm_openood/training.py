@@ -125,10 +125,10 @@ def train(
         )
         done = resume(unfinished, net, optimiser)
         if process.leads and not unfinished.is_file():
-            # From here on best.ckpt alone is a finished run, and never one that was cut short.
-            keep(unfinished, net, optimiser, done)
             settings = yaml.safe_dump(recipe.as_dict(), sort_keys=False)
             write_whole(folder / "recipe.yml", lambda file: file.write_text(settings))
+            # From here on best.ckpt alone is a finished run, and never one that was cut short.
+            keep(unfinished, net, optimiser, done)
         if process.leads and done.epochs and not best.is_file():  # removed by hand
             write_whole(best, partial(torch.save, state_on_cpu(net)))
             done = done._replace(best_accuracy=-1.0)

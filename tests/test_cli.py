@@ -3,6 +3,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pandas as pd
@@ -11,10 +12,13 @@ import torch
 
 from fusenorm_openood import __version__
 from fusenorm_openood.cli import main
+from fusenorm_openood.commands import check_files
+from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.devices import find_device
 from fusenorm_openood.engines import read_postprocessor
-from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.openood_bridge import openood_installed
+from tests.conftest import shortened_digits
 
 NO_VIM = (
     "--engine native has no postprocessor 'vim', and --engine openood cannot do --id-data digits"
@@ -192,6 +196,17 @@ def test_settings_are_searched_before_the_test(root, tmp_path, capsys):
     searched = (tmp_path / "ood" / "fusenorm.csv").read_text()
     assert main(evaluation(root, *chosen, *own)) == 0
     assert (tmp_path / "ood" / "fusenorm.csv").read_text() == searched
+
+
+def test_a_search_asks_for_its_images_before_any_work(root, tmp_path):
+    data_root, runs = root
+    few = shortened_digits(data_root, tmp_path / "few", 20, 20)
+    (few / "benchmark_imglist" / "digits" / "val_digit7.txt").unlink()
+    benchmark = load_benchmark("digits", few)
+    args = Namespace(fsood=False, validation=False, root=runs)
+    assert list(check_files(benchmark, args)) == ["s0"]
+    with pytest.raises(DataError, match=r"val_digit7\.txt cannot be read"):
+        check_files(benchmark, args, searching=True)
 
 
 def test_what_cannot_be_searched_is_refused(root, capsys):

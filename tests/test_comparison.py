@@ -10,6 +10,7 @@ from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.evaluation import evaluate
 from fusenorm_openood.settings import Settings
 from fusenorm_openood.training import train_digits
+from tests.conftest import shortened_digits
 
 SWEEP = {"weights": [[0.3, 1.0], [1.0, 1.0]], "base": [2, 20]}
 
@@ -17,14 +18,7 @@ SWEEP = {"weights": [[0.3, 1.0], [1.0, 1.0]], "base": [2, 20]}
 @pytest.fixture(scope="module")
 def few(digits, tmp_path_factory):
     """The digits benchmark with 40 images in every list."""
-    home = tmp_path_factory.mktemp("few")
-    (home / "images_digits").symlink_to(digits[0] / "images_digits")
-    lists = home / "benchmark_imglist" / "digits"
-    lists.mkdir(parents=True)
-    for path in (digits[0] / "benchmark_imglist" / "digits").glob("*.txt"):
-        lines = path.read_text().splitlines(keepends=True)
-        (lists / path.name).write_text("".join(lines[:40]))
-    return home
+    return shortened_digits(digits[0], tmp_path_factory.mktemp("few"), 40, 40)
 
 
 @pytest.mark.parametrize("method", ["base", "t2fnorm"])

@@ -22,19 +22,14 @@ from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.networks.checkpoints import load_backbone
 from fusenorm_openood.recipes import Recipe, find_recipe
 from fusenorm_openood.training import keep, processes, threads, train, train_digits, train_epoch
+from tests.conftest import shortened_digits
 
 
 @pytest.fixture(scope="module")
 def few(digits, tmp_path_factory):
     """The digits benchmark with 96 training and 20 validation images."""
     home = tmp_path_factory.mktemp("few")
-    (home / "images_digits").symlink_to(digits[0] / "images_digits")
-    lists = home / "benchmark_imglist" / "digits"
-    lists.mkdir(parents=True)
-    for path in (digits[0] / "benchmark_imglist" / "digits").glob("*.txt"):
-        lines = path.read_text().splitlines(keepends=True)
-        (lists / path.name).write_text("".join(lines[: 96 if "train" in path.name else 20]))
-    return load_benchmark("digits", home)
+    return load_benchmark("digits", shortened_digits(digits[0], home, 96, 20))
 
 
 RECIPE = Recipe(id_data="digits", width=4, epochs=3, batch_size=16, lr=0.05)
