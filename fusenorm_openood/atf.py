@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusenorm_openood import kernels
 from fusenorm_openood.errors import ConfigError, TapError
 
 
@@ -26,8 +27,9 @@ def atf(
 
     In every channel the norm is the root of the mean of the k largest energies. Channels are
     weighted by how concentrated their energy is in space, and k grows with the mean spatial
-    entropy of the sample. The computation runs in float64, so the order of the pixels, the batch
-    size and the memory format change nothing but the last digits.
+    entropy of the sample. A kernel computes it where :func:`fusenorm_openood.kernels.backend` has
+    one for the device, else torch, in float64; either way the order of the pixels, the batch size
+    and the memory format change nothing but the last digits of float32.
 
     Args:
         x: feature maps ``[B, C, H, W]``, floating point.
@@ -63,13 +65,18 @@ def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
             f"atf takes floating-point feature maps [B, C, H, W] with at least one pixel, "
             f"found {x.dtype} of shape {list(x.shape)}: tap a module that returns such maps"
         )
-    device, dtype = x.device, x.dtype if x.dtype == torch.float64 else torch.float32
-    if device.type == "mps":  # has no float64
-        x = x.cpu()
-    _, C, H, W = x.shape
-    N = H * W
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    maps = x.flatten(2)
+    norms = kernels.norms(maps, settings)
+    if norms is None:
+        norms = _eager(maps.cpu() if x.device.type == "mps" else maps, settings)  # has no float64
+    return norms.to(x.device, dtype)
 
-    a = x.flatten(2).abs()
+
+def _eager(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
+    """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]`` by torch: on any device."""
+    _, C, N = x.shape
+    a = x.abs()
     # h <= 1 bounds k for the whole batch: one selection, and nothing is asked of the device.
     k_bound = min(N, max(math.floor(s.k_max * N) for s in settings) + 1)
     top = a.topk(k_bound).values.double().square().cumsum(-1)  # sums of the k largest [B, C, k]
@@ -87,7 +94,7 @@ def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
         last = (k.long() - 1).unsqueeze(-1).expand(-1, C, -1)  # [B, C, 1]; NaN gives any index,
         mean = top.gather(-1, last.clamp(0, k_bound - 1)).squeeze(-1) / k  # and stays NaN here
         norms.append((w * mean.sqrt()).sum(-1))
-    return torch.stack(norms).to(device, dtype)
+    return torch.stack(norms)
 
 
 def _entropy(a: Tensor, eps: float) -> Tensor:

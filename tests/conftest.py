@@ -2,6 +2,8 @@
 
 import os
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,16 @@ def shortened_digits(data_root: Path, home: Path, train: int, others: int) -> Pa
         lines = path.read_text().splitlines(keepends=True)
         (lists / path.name).write_text("".join(lines[: train if "train" in path.name else others]))
     return home
+
+
+@contextmanager
+def forced_backend(name: str) -> Iterator[None]:
+    """Have one backend compute ATF, Triton's in its interpreter where there is no CUDA device."""
+    if name != "torch":
+        pytest.importorskip(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSENORM_KERNEL", name)
+        yield
 
 
 @pytest.fixture

@@ -1,11 +1,15 @@
+import os
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusenorm_openood import atf
+import fusenorm_openood
+from fusenorm_openood.atf import FeatureNorm, atf_each
 from fusenorm_openood.errors import ConfigError, TapError
+from tests.conftest import forced_backend
 from tests.oracle import assert_atf_close, atf_oracle
 
 SIZES = [(1, 1), (1, 7), (2, 2), (3, 5), (8, 8), (16, 9), (32, 32), (64, 64)]
@@ -22,6 +26,22 @@ KINDS = [
     "tiny",
     "mixed",
 ]
+
+
+@pytest.fixture(params=["torch", "numba", "triton"], autouse=True, scope="module")
+def backend(request):
+    """Every test of this file holds for every backend."""
+    with forced_backend(request.param):
+        yield request.param
+
+
+def atf(x: torch.Tensor, **chosen: float) -> torch.Tensor:
+    return fusenorm_openood.atf(x.to(device()), **chosen).cpu()
+
+
+def device() -> str:
+    on_cuda = os.environ["FUSENORM_KERNEL"] == "triton" and torch.cuda.is_available()
+    return "cuda" if on_cuda else "cpu"
 
 
 def maps(kind: str, height: int, width: int, batch: int = 3, channels: int = 6) -> torch.Tensor:
@@ -93,7 +113,7 @@ def test_equals_the_oracle_everywhere(shape, k, alpha, seed):
     assert_atf_close(atf(x, **chosen), x.numpy(), rtol=1e-5, **chosen)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**31), batch=st.integers(1, 5))
 def test_pixel_order_channel_order_batch_size_and_sign_change_nothing(seed, batch):
     generator = torch.Generator().manual_seed(seed)
@@ -114,6 +134,38 @@ def test_memory_format_changes_nothing():
     torch.testing.assert_close(atf(x.contiguous(memory_format=torch.channels_last)), norms)
     torch.testing.assert_close(atf(wide[..., ::2]), norms)
     torch.testing.assert_close(atf(x.transpose(2, 3).contiguous().transpose(2, 3)), norms)
+
+
+def test_several_settings_at_once_are_those_of_each():
+    x = maps("relu", 16, 9).to(device())
+    chosen = [FeatureNorm(), FeatureNorm(alpha=0.5), FeatureNorm(0.3, 1.0, eps=1e-4)]
+    norms = atf_each(x, chosen)
+    assert norms.shape == (3, 3)
+    for row, setting in zip(norms, chosen, strict=True):
+        torch.testing.assert_close(row, fusenorm_openood.atf(x, *setting))
+
+
+def test_many_channels_and_pixels_make_several_tiles():
+    for shape in ((2, 130, 3, 3), (1, 3, 128, 128)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
+        for y in (x, x.contiguous(memory_format=torch.channels_last)):
+            assert_atf_close(atf(y), x.numpy(), rtol=1e-5)
+
+
+def test_equal_magnitudes_count_once_each():
+    x = torch.randint(0, 4, (3, 5, 12, 12), generator=torch.Generator().manual_seed(0)).float()
+    assert_atf_close(atf(x), x.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [1e-300, 1e-38, 1e-12, 1e-2, 100.0])
+def test_eps_of_any_size(eps):
+    assert_atf_close(atf(maps("relu", 8, 8), eps=eps), maps("relu", 8, 8).numpy(), 1e-5, eps=eps)
+
+
+def test_gradient_flows_where_it_is_asked_for():
+    x = maps("normal", 8, 8).requires_grad_()
+    (gradient,) = torch.autograd.grad(fusenorm_openood.atf(x).sum(), x)
+    assert gradient.abs().sum() > 0
 
 
 def test_input_is_unmodified_and_an_empty_batch_is_empty():
