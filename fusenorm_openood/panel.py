@@ -10,8 +10,13 @@ from torch import Tensor, nn
 from fusenorm_openood.atf import FeatureNorm, atf_each
 from fusenorm_openood.experts import Output, odin_direction, odin_step, score_logits
 from fusenorm_openood.forward import Pass, forward_pass
+from fusenorm_openood.gradient import ConstantBatchNorm
 from fusenorm_openood.react import react_logits
 from fusenorm_openood.taps import undisturbed
+
+# Images that a CPU takes at a time: feature maps of more are too large for the allocator to keep,
+# so that every page of them is asked of the operating system anew.
+CPU_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -55,34 +60,41 @@ class Panel:
             images: ``[B, C, H, W]`` on its device.
             thresholds: where ReAct clips, by percentile; see :func:`react_thresholds`.
         """
+        size = CPU_BATCH if images.device.type == "cpu" else len(images)
+        with undisturbed(net):
+            scored = [self._scores(net, p, thresholds) for p in torch.split(images, size)]
+        scores, preds = zip(*scored, strict=True)
+        return torch.cat(scores, dim=1), torch.cat(preds)
 
+    def _scores(
+        self, net: nn.Module, images: Tensor, thresholds: Mapping[float, float]
+    ) -> tuple[Tensor, Tensor]:
         def clipped(done: Pass, output: Output) -> Tensor:
             q = output.react_percentile
             return react_logits(net, done, None if q is None else thresholds[q])
 
         reduce = partial(atf_each, settings=self.norms)
         moved: dict[Output, Tensor] = {}
-        with undisturbed(net):
-            if any(output.needs_gradient for output in self.outputs):
-                # One pass for the taps and for the gradients, which stop at the image.
-                with torch.inference_mode(False), torch.enable_grad():
-                    leaf = images.detach().clone().requires_grad_()
-                    first = forward_pass(net, leaf, self.taps, reduce)
-                    moved = self._perturbed(leaf, lambda output: clipped(first, output))
-            else:
-                with torch.no_grad():
-                    first = forward_pass(net, images, self.taps, reduce)
+        if any(output.needs_gradient for output in self.outputs):
+            # One pass for the taps and for the gradients, which stop at the image.
+            with torch.inference_mode(False), torch.enable_grad(), ConstantBatchNorm():
+                leaf = images.detach().clone().requires_grad_()
+                first = forward_pass(net, leaf, self.taps, reduce)
+                moved = self._perturbed(leaf, lambda output: clipped(first, output))
+        else:
             with torch.no_grad():
-                scored = [
-                    score_logits(
-                        output.output,
-                        clipped(forward_pass(net, moved[output]), output)
-                        if output in moved
-                        else clipped(first, output),
-                        output.temperature,
-                    )
-                    for output in self.outputs
-                ]
+                first = forward_pass(net, images, self.taps, reduce)
+        with torch.no_grad():
+            scored = [
+                score_logits(
+                    output.output,
+                    clipped(forward_pass(net, moved[output]), output)
+                    if output in moved
+                    else clipped(first, output),
+                    output.temperature,
+                )
+                for output in self.outputs
+            ]
         norms = first.norms.transpose(0, 1).flatten(0, 1)  # [L, S, B] -> [S * L, B]
         return torch.cat([norms.to(scored[0]), torch.stack(scored)]), first.pred
 

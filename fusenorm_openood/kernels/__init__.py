@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -116,6 +117,7 @@ def _suits(x: Tensor, chosen: str, settings: Sequence[tuple[float, float, float,
     )
 
 
+@cache
 def _is_installed(package: str) -> bool:
     return find_spec(package) is not None
 
