@@ -79,6 +79,8 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("--aps", action="store_true", help="search settings on the validation pair (APS_mode)")
     add("--sweep", action="append", default=[], metavar="KEY=LIST", help="values to add to it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--amp", choices=["bf16"], help="run the network in bfloat16 where it is safe")
+    add("--channels-last", action="store_true", help="memory format of feature maps and weights")
     add("--num-workers", type=_whole, default=2, help="processes that load images (default: 2)")
     add("--engine", default="auto", choices=["auto", "native", "openood"], help="who evaluates")
     add("--no-progress", action="store_true", help="no progress bars")

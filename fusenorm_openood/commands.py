@@ -5,6 +5,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,10 @@ def eval(args: Namespace) -> None:
     tables = []
     for run, net in networks.items():
         net.to(device)
-        result = evaluate_run(net, benchmark, config, engine, run, args)
+        if args.channels_last:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext():
+            result = evaluate_run(net, benchmark, config, engine, run, args)
         tables.append(result.table)
         if args.save_score and not args.validation:
             scores = pickle.dumps(result.scores, pickle.HIGHEST_PROTOCOL)

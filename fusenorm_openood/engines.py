@@ -122,6 +122,7 @@ def _beyond_openood(args: Namespace, benchmark: Benchmark) -> list[str]:
     """What OpenOOD's evaluator cannot do of what is asked for."""
     beyond = {
         "--id-data digits": benchmark.name == "digits",
+        "--amp": args.amp,
         "--compare": args.compare,
         "--validation": args.validation,
     }

@@ -16,7 +16,8 @@ class Pass(NamedTuple):
 
     norms: feature norms ``[L, B]``, one row a tap.
     feature: input of the last linear layer ``[B, D]``, None for a network without one.
-    logits: what OOD scores are computed from ``[B, K]``.
+    logits: what OOD scores are computed from ``[B, K]``, float32 at least: the last linear layer
+        is applied in full precision where autocast or the network's own weights are half.
     pred: predicted classes ``[B]``.
     """
 
@@ -43,11 +44,12 @@ def forward_pass(
     head = final_linear(net)
     features: list[Tensor] = []
 
-    def keep_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def keep_input(module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> Tensor:
         features.append(args[0])
+        return _in_full(module, args[0], output)
 
     run = net.forward_ood_inference if scores_apart(net) else net
-    handle = head.register_forward_pre_hook(keep_input) if head is not None else None
+    handle = head.register_forward_hook(keep_input) if head is not None else None
     try:
         with listening(net, taps, reduce) as heard:
             logits = run(images)  # type: ignore[operator]
@@ -80,8 +82,20 @@ def _classify(
         logits: Tensor = net(images)
         return logits
     # T2FNorm: the feature that was captured is divided by tau or not, normalised it is the same.
-    classified: Tensor = head(F.normalize(feature, dim=-1) / tau)
-    return classified
+    return apply_head(head, F.normalize(feature, dim=-1) / tau)
+
+
+def apply_head(head: nn.Linear, feature: Tensor) -> Tensor:
+    """Logits ``[B, K]`` of features ``[B, D]``, in float32 at least; see :class:`Pass`."""
+    return _in_full(head, feature, head(feature))
+
+
+def _in_full(head: nn.Linear, feature: Tensor, logits: Tensor) -> Tensor:
+    if logits.dtype not in (torch.float16, torch.bfloat16):
+        return logits
+    bias = None if head.bias is None else head.bias.float()
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.linear(feature.float(), head.weight.float(), bias)
 
 
 def scores_apart(net: nn.Module) -> bool:

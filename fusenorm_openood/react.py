@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.forward import Pass, device_of, final_linear, forward_pass
+from fusenorm_openood.forward import Pass, apply_head, device_of, final_linear, forward_pass
 from fusenorm_openood.scoring import batches, not_finite
 from fusenorm_openood.statistics import ActivationSample
 from fusenorm_openood.taps import undisturbed
@@ -51,8 +51,7 @@ def react_logits(net: nn.Module, done: Pass, threshold: float | None) -> Tensor:
     head = final_linear(net)
     if head is None or done.feature is None:
         raise _no_head(net)
-    logits: Tensor = head(done.feature.clamp(max=threshold))
-    return logits
+    return apply_head(head, done.feature.clamp(max=threshold))
 
 
 def _head_gives(net: nn.Module, done: Pass) -> bool:
@@ -62,7 +61,7 @@ def _head_gives(net: nn.Module, done: Pass) -> bool:
         head is not None
         and done.feature is not None
         and done.logits.shape == (len(done.feature), head.out_features)
-        and torch.allclose(head(done.feature), done.logits, rtol=1e-3, atol=1e-4)
+        and torch.allclose(apply_head(head, done.feature), done.logits, rtol=1e-3, atol=1e-4)
     )
 
 

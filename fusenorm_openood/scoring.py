@@ -51,11 +51,14 @@ class ExpertScorer(ABC):
     def _collect(
         self, loader: Iterable[Any], progress: bool, desc: str
     ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
-        rows = []
+        rows, waiting = [], []
         for images, labels in batches(loader, progress, desc):
-            experts, pred = self._checked_scores(images)
-            label = torch.full_like(pred, -1) if labels is None else torch.as_tensor(labels)
-            rows.append((experts, pred.cpu().numpy(), label.cpu().numpy()))
+            scores, pred = self._expert_scores(self._moved(images))
+            waiting.append((images, scores, pred, labels))
+            # A device scores one batch while the next is loaded and sent to it.
+            if scores.device.type == "cpu" or len(waiting) > 1:
+                rows.append(self._read(*waiting.pop(0)))
+        rows += [self._read(*batch) for batch in waiting]
         if not rows:
             raise DataError(f"the loader gave no batch ({desc}): give it at least one image")
         experts, pred, label = zip(*rows, strict=True)
@@ -65,11 +68,17 @@ class ExpertScorer(ABC):
             np.concatenate(label).astype(np.int64),
         )
 
-    def _checked_scores(self, images: Tensor) -> tuple[NDArray[Any], Tensor]:
-        scores, pred = self._expert_scores(images.to(device_of(self.net), non_blocking=True))
-        experts: NDArray[Any] = scores.cpu().numpy()  # the one time a batch waits for the device
+    def _moved(self, images: Tensor) -> Tensor:
+        return images.to(device_of(self.net), non_blocking=True)
+
+    def _read(
+        self, images: Tensor, scores: Tensor, pred: Tensor, labels: Any = None
+    ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+        """Scores, predictions and labels of a batch on the host, which waits for the device."""
+        experts: NDArray[Any] = scores.cpu().numpy()
         self._check_finite(images, experts)
-        return experts, pred
+        label = torch.full_like(pred, -1) if labels is None else torch.as_tensor(labels)
+        return experts, pred.cpu().numpy(), label.cpu().numpy()
 
     def _check_finite(self, images: Tensor, experts: NDArray[Any]) -> None:
         if not np.isfinite(experts).all():
@@ -112,7 +121,8 @@ class Detector(ExpertScorer):
             NonFiniteError: NaN or infinity in the images or in the features they give.
         """
         self._check_fitted()
-        experts, pred = self._checked_scores(checked_images(images))
+        scores, pred = self._expert_scores(self._moved(checked_images(images)))
+        experts, *_ = self._read(images, scores, pred)
         conf = torch.from_numpy(self.confidence(experts))
         conf = conf.float() if images.device.type == "mps" else conf
         return pred.to(images.device), conf.to(images.device)
