@@ -85,7 +85,7 @@ def eval(args: Namespace) -> None:
     for run, net in networks.items():
         net.to(device)
         if args.channels_last:
-            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            net.to(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext():
             result = evaluate_run(net, benchmark, config, engine, run, args)
         tables.append(result.table)
