@@ -10,6 +10,8 @@ from torch import Tensor
 from fusenorm_openood import kernels
 from fusenorm_openood.errors import ConfigError, TapError
 
+IN_CACHE = 2**18  # values that a CPU works on at a time
+
 
 class FeatureNorm(NamedTuple):
     """Settings of one feature norm; see :func:`atf`."""
@@ -69,7 +71,10 @@ def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
     maps = x.flatten(2)
     norms = kernels.norms(maps, settings)
     if norms is None:
-        norms = _eager(maps.cpu() if x.device.type == "mps" else maps, settings)  # has no float64
+        maps = maps.cpu() if x.device.type == "mps" else maps  # has no float64
+        size = max(1, IN_CACHE // maps[:1].numel()) if maps.device.type == "cpu" else len(maps)
+        parts = [_eager(part, settings) for part in torch.split(maps, max(1, size))]
+        norms = torch.cat(parts, dim=1)
     return norms.to(x.device, dtype)
 
 

@@ -53,36 +53,50 @@ def norms(x: Tensor, settings: Sequence[tuple[float, float, float]], eps: float)
     out = np.empty((len(settings), len(x)))
     with _lock:
         most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-        numba.set_num_threads(min(torch.get_num_threads(), most))
-        _norms(bits, channels_last, np.array(settings, dtype=np.float64), eps, out)
+        threads = min(torch.get_num_threads(), most)
+        numba.set_num_threads(threads)
+        _norms(bits, channels_last, np.array(settings, dtype=np.float64), eps, threads, out)
     return torch.from_numpy(out)
 
 
 @njit(fastmath=_ARITHMETIC, cache=True, error_model="numpy", parallel=True)
-def _norms(x, channels_last, settings, eps, out):
-    for b in prange(x.shape[0]):
-        _norm(x[b], channels_last, settings, eps, out[:, b])
+def _norms(x, channels_last, settings, eps, threads, out):
+    B = x.shape[0]
+    for thread in prange(threads):
+        work = _workspace(x[0], channels_last)
+        for b in range(B * thread // threads, B * (thread + 1) // threads):
+            _norm(x[b], channels_last, settings, eps, work, out[:, b])
 
 
 @_compiled
-def _norm(x, channels_last, settings, eps, out):
-    """Norms of one sample, ``[C, N]`` or ``[N, C]``."""
+def _workspace(x, channels_last):
+    """Memory that a thread uses for all of its samples: the magnitudes of one, and more."""
     C, N = (x.shape[1], x.shape[0]) if channels_last else x.shape
     by_row = not channels_last and (N >= ROW or C < LANES)
-    tiles = 1 if by_row else (C + LANES - 1) // LANES
-    row = np.empty(N if by_row else 0, np.int32)
-    tile = np.empty((tiles, N if not by_row else 0, LANES), np.int32)
-    spread, rms = np.empty(C if by_row else tiles * LANES), np.empty(C if by_row else tiles * LANES)
+    tiles = 0 if by_row else (C + LANES - 1) // LANES
+    return (
+        np.empty(N if by_row else 0, np.int32),
+        np.empty((tiles, N, LANES), np.int32),
+        np.empty(max(C, tiles * LANES)),
+        np.empty(max(C, tiles * LANES)),
+        np.empty(LANES),
+    )
 
-    if by_row:
+
+@_compiled
+def _norm(x, channels_last, settings, eps, work, out):
+    """Norms of one sample, ``[C, N]`` or ``[N, C]``."""
+    row, tiles, spread, rms, tops = work
+    C, N = (x.shape[1], x.shape[0]) if channels_last else x.shape
+
+    if row.size:
         for c in range(C):
             _load_row(x[c], row)
             spread[c], rms[c] = _row_spread(row, eps)
-    else:
-        for g in range(tiles):
-            lanes = slice(g * LANES, (g + 1) * LANES)
-            _load_tile(x, channels_last, g * LANES, tile[g])
-            _tile_spread(tile[g], eps, spread[lanes], rms[lanes])
+    for g in range(len(tiles)):
+        here = slice(g * LANES, (g + 1) * LANES)
+        _load_tile(x, channels_last, g * LANES, tiles[g])
+        _tile_spread(tiles[g], eps, spread[here], rms[here])
 
     total = spread[:C].sum()  # of 1 - h
     h = 1 - total / C
@@ -95,20 +109,18 @@ def _norm(x, channels_last, settings, eps, out):
         plain = (1 - alpha) / (total + eps)
         w_total = plain * total + alpha + eps
         guess, norm = 1.2, 0.0  # the k-th largest magnitude, in units of the channel's rms
-        if by_row:
+        if row.size:
             for c in range(C):
                 _load_row(x[c], row)
                 top, kth = _row_top(row, k, guess * rms[c])
                 norm += (plain * spread[c] + alpha / C) / w_total * math.sqrt(top / k)
                 if rms[c] > 0:
                     guess = (guess + kth / rms[c]) / 2
-        else:
-            tops = np.empty(LANES)
-            for g in range(tiles):
-                _tile_top(tile[g], k, rms[g * LANES : (g + 1) * LANES], tops)
-                for lane in range(min(LANES, C - g * LANES)):
-                    w = (plain * spread[g * LANES + lane] + alpha / C) / w_total
-                    norm += w * math.sqrt(tops[lane] / k)
+        for g in range(len(tiles)):
+            _tile_top(tiles[g], k, rms[g * LANES : (g + 1) * LANES], tops)
+            for lane in range(min(LANES, C - g * LANES)):
+                w = (plain * spread[g * LANES + lane] + alpha / C) / w_total
+                norm += w * math.sqrt(tops[lane] / k)
         out[s] = norm
 
 
@@ -226,6 +238,7 @@ def _tile_spread(tile, eps, spread, rms):
 @_compiled
 def _tile_top(tile, k, rms, tops):
     """As :func:`_row_top`, a channel a lane; a lane that is done keeps low = high."""
+    # Allocated here, the compiler knows that none overlaps another: it can vectorise.
     t, above = np.zeros(LANES, np.int32), np.empty(LANES, np.int32)
     low, high = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
     above_low, above_high = np.empty(LANES, np.int32), np.zeros(LANES, np.int32)
@@ -247,16 +260,13 @@ def _tile_top(tile, k, rms, tops):
         _tile_above(tile, t, above)
         searching = ZERO
         for c in range(LANES):
-            if high[c] - low[c] > I1:
-                if above[c] == k:
-                    low[c] = t[c]
-                    high[c] = t[c]
-                elif above[c] > k:
-                    low[c] = t[c]
-                    above_low[c] = above[c]
-                else:
-                    high[c] = t[c]
-                    above_high[c] = above[c]
+            # Selections, not branches: so they are vectorised. An exact count sets both ends.
+            is_open = high[c] - low[c] > I1
+            up, down = is_open & (above[c] >= k), is_open & (above[c] <= k)
+            low[c] = t[c] if up else low[c]
+            above_low[c] = above[c] if up else above_low[c]
+            high[c] = t[c] if down else high[c]
+            above_high[c] = above[c] if down else above_high[c]
             searching += np.int32(high[c] - low[c] > I1)
         step += 1
         for c in range(LANES):

@@ -1,0 +1,82 @@
+"""The detectors that a user would pick instead, from pytorch-ood: ``pip install pytorch-ood``."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fusenorm_openood import FuseNorm
+
+
+class Peer(NamedTuple):
+    """A detector, made and not yet fitted.
+
+    layers: "all" for one that looks at several layers, "last" for one that does not.
+    fit: takes a loader; None where there is nothing to fit.
+    score: takes images ``[B, 3, H, W]``.
+    """
+
+    layers: str
+    fit: Callable[[Any], Any] | None
+    score: Callable[[Tensor], Any]
+
+
+def make_peers(net: nn.Module, classes: int) -> dict[str, Callable[[], Peer]]:
+    """Functions that make each detector around a ResNet of four stages, without what is absent."""
+    ours = {
+        "FuseNorm (energy)": lambda: _ours(FuseNorm(net, output="energy", react_percentile=None)),
+        "FuseNorm (energy, ReAct)": lambda: _ours(FuseNorm(net, output="energy")),
+        "FuseNorm (ODIN, ReAct)": lambda: _ours(FuseNorm(net)),
+    }
+    try:
+        from pytorch_ood import detector as d
+    except ImportError:
+        return ours
+
+    def features(x: Tensor) -> Tensor:
+        found: Tensor = net.features(x)
+        return found
+
+    def maps(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    stem = [net.conv1, net.bn1, nn.ReLU(), *([net.maxpool] if hasattr(net, "maxpool") else [])]
+    layers = [nn.Sequential(*stem, net.layer1), net.layer2, net.layer3, net.layer4]
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.fc)
+    weight, bias = net.fc.weight.detach(), net.fc.bias.detach()
+    dimension = min(64, net.fc.in_features // 2)
+    theirs = {
+        "MSP": lambda: _theirs(d.MaxSoftmax(net), fitted=True),
+        "Energy": lambda: _theirs(d.EnergyBased(net), fitted=True),
+        "ODIN": lambda: _theirs(d.ODIN(net, eps=0.01), fitted=True),
+        "ReAct": lambda: _theirs(d.ReAct(maps, head)),
+        "KNN": lambda: _theirs(d.KNN(features)),
+        "ViM": lambda: _theirs(d.ViM(features, d=dimension, w=weight, b=bias)),
+        "Mahalanobis": lambda: _theirs(d.Mahalanobis(features)),
+        "GradNorm": lambda: _theirs(d.GradNorm(net), fitted=True),
+        "Mahalanobis, all layers": lambda: _theirs(d.MultiMahalanobis(layers), layers="all"),
+        "Gram": lambda: _theirs(d.Gram(head, layers, classes), layers="all"),
+    }
+    return {**theirs, **ours}
+
+
+def _ours(detector: FuseNorm) -> Peer:
+    return Peer("all", detector.fit, detector.score)
+
+
+def _theirs(detector: Any, layers: str = "last", fitted: bool = False) -> Peer:
+    def score(images: Tensor) -> Tensor:
+        with (
+            torch.enable_grad() if "Grad" in type(detector).__mro__[1].__name__ else torch.no_grad()
+        ):
+            scores: Tensor = detector.predict(images)
+            return scores
+
+    def fit(loader: DataLoader[Any]) -> None:
+        detector.fit(loader)
+
+    return Peer(layers, None if fitted else fit, score)

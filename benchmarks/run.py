@@ -1,0 +1,323 @@
+"""How fast FuseNorm is on the machine at hand, as ratios measured in one run.
+
+    python benchmarks/run.py [--quick] [--only atf postprocess peers growth] [--json FILE]
+
+Networks have random weights and images are noise, so that no data is needed. X_vs_Y is the time of
+X over that of Y, the median over rounds in which both took turns. Leave the machine idle meanwhile.
+"""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import copy_bandwidth, median, peak_mebibytes, ratio, seconds
+from peers import make_peers
+from published import atf_loop, forward, odin_react
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fusenorm_openood import FuseNormPostprocessor, atf, kernels
+from fusenorm_openood.config import config_root, read_config
+from fusenorm_openood.networks import ResNet18_32x32, ResNet18_224x224, ResNet50
+from fusenorm_openood.taps import residual_blocks
+
+CLASSES = 10
+# Blocks of each shape (channels, height), how many there are, and the batch.
+SHAPES: dict[str, tuple[int, list[tuple[int, int, int]]]] = {
+    "resnet18-32x32": (64, [(64, 32, 2), (128, 16, 2), (256, 8, 2), (512, 4, 2)]),
+    "resnet18-224x224": (16, [(64, 56, 2), (128, 28, 2), (256, 14, 2), (512, 7, 2)]),
+    "resnet50-224x224": (16, [(256, 56, 3), (512, 28, 4), (1024, 14, 6), (2048, 7, 3)]),
+}
+NETWORKS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
+    "resnet18-32x32": (ResNet18_32x32, 32),
+    "resnet18-224x224": (ResNet18_224x224, 224),
+    "resnet50-224x224": (ResNet50, 224),
+}
+OUTPUTS = [(output, q) for q in (None, 90.0) for output in ("msp", "mls", "energy", "odin")]
+
+
+class Report:
+    """What was measured: printed as it comes, kept for the JSON."""
+
+    def __init__(self) -> None:
+        self.ratios: dict[str, float] = {}
+        self.rows: list[dict[str, Any]] = []
+
+    def ratio(self, name: str, value: float) -> None:
+        self.ratios[name] = round(value, 4)
+
+    def row(self, section: str, **cells: Any) -> None:
+        self.rows.append({"section": section, **cells})
+        print("  ".join(f"{key} {_text(value)}" for key, value in cells.items()), flush=True)
+
+
+def benchmark_atf(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
+    """ATF of each shape: a loop over samples, torch on the batch, the kernel."""
+    threads = torch.get_num_threads()
+    chosen = kernels.backend(device)
+    bandwidth = copy_bandwidth(device)
+    print(
+        f"\nATF: kernel {chosen.name} ({chosen.reason}), "
+        f"copy {bandwidth / 1e9:.1f} GB/s, {threads} threads"
+    )
+    for network, (batch, shapes) in list(SHAPES.items())[: 1 if quick else None]:
+        totals: dict[str, list[float]] = {}
+        for channels, size, blocks in shapes:
+            x = torch.randn(batch, channels, size, size, device=device).relu_()
+            works = {"loop": lambda x=x: atf_loop(x), "eager": lambda x=x: _eager(x)}
+            if chosen.name != "torch":
+                works["kernel"] = lambda x=x: atf(x)
+                if device.type == "cpu" and threads > 1:
+                    works["one_thread_loop"] = lambda x=x: _on_one_thread(lambda: atf_loop(x))
+                    works["one_thread"] = lambda x=x: _on_one_thread(lambda: atf(x))
+            taken = seconds(works, rounds, device)
+            for name, values in taken.items():
+                total = totals.setdefault(name, [0.0] * rounds)
+                totals[name] = [t + blocks * v for t, v in zip(total, values, strict=True)]
+            speed = x.numel() * x.element_size() / median(taken.get("kernel", taken["eager"]))
+            against = _ratios(taken)
+            for name, value in against.items():
+                report.ratio(f"atf/{network}/{channels}x{size}x{size}/{name}", value)
+            report.row(
+                "atf", network=network, shape=f"{batch}x{channels}x{size}x{size}",
+                **{f"{n}_ms": 1e3 * median(v) for n, v in taken.items()},
+                **against, of_copy_bandwidth=speed / bandwidth,
+            )  # fmt: skip
+        for name, value in _ratios(totals).items():
+            report.ratio(f"atf/{network}/{name}", value)
+        report.row("atf", network=network, shape="all blocks", **_ratios(totals))
+
+
+def _ratios(taken: dict[str, list[float]]) -> dict[str, float]:
+    pairs = {
+        "eager_vs_loop": ("eager", "loop"),
+        "kernel_vs_loop": ("kernel", "loop"),
+        "kernel_vs_loop_one_thread": ("one_thread", "one_thread_loop"),
+        "one_thread_vs_all": ("one_thread", "kernel"),
+    }
+    return {n: ratio(taken, a, b) for n, (a, b) in pairs.items() if a in taken and b in taken}
+
+
+def _eager(x: torch.Tensor) -> torch.Tensor:
+    forced = os.environ.get(kernels.VARIABLE)
+    os.environ[kernels.VARIABLE] = "torch"
+    try:
+        return atf(x)
+    finally:
+        del os.environ[kernels.VARIABLE]
+        if forced:
+            os.environ[kernels.VARIABLE] = forced
+
+
+def _on_one_thread(work: Callable[[], Any]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        work()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def benchmark_postprocess(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
+    """The whole postprocess over the plain forward pass of the same batch."""
+    print("\npostprocess over the plain forward pass of the same batch")
+    cases = [("resnet18-32x32", 64), ("resnet18-32x32", 200), ("resnet50-224x224", 16)]
+    for network, batch in cases[:1] if quick else cases:
+        for amp in (False,) if quick else (False, True):
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                case = f"{network}-b{batch}" + "-bf16" * amp
+                outputs = OUTPUTS[2:8:5] if quick else OUTPUTS
+                often = rounds if batch == 64 else max(rounds // 3, 3)
+                _benchmark_case(report, case, *_setting(network, batch, device), outputs, often)
+
+
+def _benchmark_case(
+    report: Report,
+    case: str,
+    net: nn.Module,
+    images: torch.Tensor,
+    outputs: list[tuple[str, float | None]],
+    rounds: int,
+) -> None:
+    device = images.device
+    id_images = torch.randn(32, *images.shape[1:], generator=torch.Generator().manual_seed(2))
+    loaders = {"val": DataLoader(TensorDataset(id_images), 16)}
+    works: dict[str, Callable[[], Any]] = {"forward": forward(net, images)}
+    for output, percentile in outputs:
+        postprocessor = _postprocessor(output, percentile)
+        postprocessor.setup(net, loaders, None)
+        name = output + "_react" * bool(percentile)
+        works[name] = lambda p=postprocessor: p.postprocess(net, images)
+    works["published"] = lambda: odin_react(net, images, residual_blocks(net), threshold=1.0)
+    taken = seconds(works, rounds, device)
+    memory = {name: peak_mebibytes(work, device) for name, work in works.items()}
+    for name in works:
+        over = ratio(taken, name, "forward")
+        report.row(
+            "postprocess", case=case, output=name, ms=1e3 * median(taken[name]),
+            vs_forward=over, peak_mebibytes=memory[name],
+        )  # fmt: skip
+        if name != "forward":
+            report.ratio(f"postprocess/{case}/{name}_vs_forward", over)
+            if memory[name] and memory["forward"]:
+                more = memory[name] / memory["forward"]
+                report.ratio(f"postprocess/{case}/{name}_memory_vs_forward", more)
+    value = ratio(taken, "odin_react", "published")
+    report.ratio(f"postprocess/{case}/odin_react_vs_published", value)
+    print(f"odin_react over the published way: {value:.2f}", flush=True)
+
+
+def benchmark_peers(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
+    """The same network and images scored by FuseNorm and by pytorch-ood's detectors."""
+    network, batch, fitted_on = "resnet18-32x32", 16 if quick else 64, 32 if quick else 500
+    print(f"\npeers: {network}, batches of {batch}, fitted on {fitted_on} images")
+    net, images = _setting(network, batch, device)
+    net.requires_grad_(True)
+    labels = torch.arange(fitted_on) % CLASSES
+    loader = DataLoader(
+        TensorDataset(_images(network, fitted_on).to(device), labels.to(device)), batch
+    )
+    makers = make_peers(net, CLASSES)
+    if len(makers) == 3:
+        print("pytorch-ood is not installed (pip install pytorch-ood): FuseNorm alone")
+    works: dict[str, Callable[[], Any]] = {"forward": forward(net, images)}
+    fits, memory, layers = {"forward": 0.0}, {}, {"forward": "last"}
+    for name, make in makers.items():
+        if quick and name in ("Gram", "GradNorm"):  # minutes
+            continue
+        peer = make()
+        fit = peer.fit
+        fits[name] = (
+            median(seconds({name: lambda f=fit: f(loader)}, 1, device)[name]) if fit else 0.0
+        )
+        works[name] = lambda p=peer: p.score(images)
+        layers[name] = peer.layers
+    taken = seconds(works, rounds, device)
+    memory = {name: peak_mebibytes(work, device) for name, work in works.items()}
+    for name in works:
+        report.row(
+            "peers", method=name, layers=layers[name], fit_s=fits[name],
+            ms_per_image=1e3 * median(taken[name]) / batch,
+            vs_forward=ratio(taken, name, "forward"), peak_mebibytes=memory[name],
+        )  # fmt: skip
+        if name.startswith("FuseNorm") or name == "forward":
+            continue
+        key = name.lower().replace(", ", "-").replace(" ", "-")
+        report.ratio(
+            f"peers/{network}-b{batch}/energy_vs_{key}", ratio(taken, "FuseNorm (energy)", name)
+        )
+
+
+def benchmark_growth(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
+    """Growth with the number of images and with their resolution; 1 is linear in the pixels."""
+    print("\ngrowth")
+    net, _ = _setting("resnet18-32x32", 1, device)
+    base = 16 if quick else 64
+    detector = _postprocessor("energy", None)
+    detector.setup(net, {"val": DataLoader(TensorDataset(torch.randn(32, 3, 32, 32)), 16)}, None)
+
+    def infer(count: int, size: int) -> Callable[[], Any]:
+        loader = DataLoader(TensorDataset(torch.randn(count, 3, size, size)), base)
+        return lambda: detector.inference(net, loader, progress=False)
+
+    cases = {
+        "images": [(base * n, 32, n) for n in ((1, 4) if quick else (1, 4, 16))],
+        "pixels": [(base // 2, 32 * n, n * n) for n in (1, 2, 4)],
+    }
+    for name, sizes in cases.items():
+        works = {str(factor): infer(count, size) for count, size, factor in sizes}
+        taken = seconds(works, rounds, device)
+        memory = [peak_mebibytes(work, device) for work in works.values()]
+        factors = [factor for *_, factor in sizes]
+        times = [median(taken[str(factor)]) for factor in factors]
+        exponent = np.polyfit(np.log(factors), np.log(times), 1)[0]
+        report.ratio(f"growth/{name}/exponent", exponent)
+        report.row("growth", of=name, factors=factors, seconds=times, peak_mebibytes=memory,
+                   exponent=exponent)  # fmt: skip
+        if name == "images" and all(memory):
+            report.ratio(f"growth/{name}/memory_last_vs_first", memory[-1] / memory[0])
+
+
+def _setting(network: str, batch: int, device: torch.device) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    net = NETWORKS[network][0](CLASSES).eval().requires_grad_(True).to(device)
+    return net, _images(network, batch).to(device)
+
+
+def _images(network: str, count: int) -> torch.Tensor:
+    size = NETWORKS[network][1]
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def _postprocessor(output: str, percentile: float | None) -> FuseNormPostprocessor:
+    config = read_config(config_root() / "postprocessors" / "fusenorm.yml")
+    changes = {"output": output, "react_percentile": percentile}
+    config["postprocessor"]["postprocessor_args"].update(changes)
+    return FuseNormPostprocessor(config)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    names = {"cuda": lambda: torch.cuda.get_device_name(device)}
+    versions = {}
+    for package in ("fusenorm-openood", "torch", "numba", "triton", "pytorch-ood", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": names.get(device.type, _processor)(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "kernel": kernels.backend(device)._asdict(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (found or [platform.processor()])[0] + f", {os.cpu_count()} cores"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=["atf", "postprocess", "peers", "growth"])
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, help="of each measurement (default: 9; quick: 2)")
+    parser.add_argument("--quick", action="store_true", help="a minute, and rougher figures")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rounds = args.rounds or (2 if args.quick else 9)
+    report, machine = Report(), _machine(args.device)
+    print(json.dumps(machine))
+    sections: dict[str, Callable[[], None]] = {
+        "atf": lambda: benchmark_atf(report, args.device, rounds, args.quick),
+        "postprocess": lambda: benchmark_postprocess(report, args.device, rounds, args.quick),
+        "peers": lambda: benchmark_peers(report, args.device, rounds, args.quick),
+        "growth": lambda: benchmark_growth(report, args.device, min(rounds, 3), args.quick),
+    }
+    for name in args.only or sections:
+        sections[name]()
+        if args.json:  # after each section: what is measured is not lost
+            found = {"machine": machine, "ratios": report.ratios, "rows": report.rows}
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
