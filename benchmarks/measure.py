@@ -17,18 +17,21 @@ Work = Callable[[], Any]
 def seconds(works: Mapping[str, Work], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each work in every round; a round does all of them, one after another."""
     taken: dict[str, list[float]] = {name: [] for name in works}
-    for name, work in works.items():
-        work()  # compiles, fills caches
-        if name in taken and device.type == "cuda":
-            torch.cuda.synchronize(device)
+    for work in works.values():
+        once(work, device)  # compiles, fills caches
     for _ in range(rounds):
         for name, work in works.items():
-            started = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            taken[name].append(time.perf_counter() - started)
+            taken[name].append(once(work, device))
     return taken
+
+
+def once(work: Work, device: torch.device) -> float:
+    """Seconds of a work, to the end of what it asked of the device."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
 
 
 def median(values: list[float]) -> float:

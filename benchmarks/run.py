@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import copy_bandwidth, median, peak_mebibytes, ratio, seconds
+from measure import copy_bandwidth, median, once, peak_mebibytes, ratio, seconds
 from peers import make_peers
 from published import atf_loop, forward, odin_react
 from torch import nn
@@ -176,7 +176,7 @@ def _benchmark_case(
 
 def benchmark_peers(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
     """The same network and images scored by FuseNorm and by pytorch-ood's detectors."""
-    network, batch, fitted_on = "resnet18-32x32", 16 if quick else 64, 32 if quick else 500
+    network, batch, fitted_on = "resnet18-32x32", 16 if quick else 64, 64 if quick else 500
     print(f"\npeers: {network}, batches of {batch}, fitted on {fitted_on} images")
     net, images = _setting(network, batch, device)
     net.requires_grad_(True)
@@ -194,9 +194,7 @@ def benchmark_peers(report: Report, device: torch.device, rounds: int, quick: bo
             continue
         peer = make()
         fit = peer.fit
-        fits[name] = (
-            median(seconds({name: lambda f=fit: f(loader)}, 1, device)[name]) if fit else 0.0
-        )
+        fits[name] = once(lambda f=fit: f(loader), device) if fit else 0.0
         works[name] = lambda p=peer: p.score(images)
         layers[name] = peer.layers
     taken = seconds(works, rounds, device)

@@ -72,8 +72,8 @@ def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
     norms = kernels.norms(maps, settings)
     if norms is None:
         maps = maps.cpu() if x.device.type == "mps" else maps  # has no float64
-        size = max(1, IN_CACHE // maps[:1].numel()) if maps.device.type == "cpu" else len(maps)
-        parts = [_eager(part, settings) for part in torch.split(maps, max(1, size))]
+        size = IN_CACHE // maps.shape[1:].numel() if maps.device.type == "cpu" else len(maps)
+        parts = [_eager(part, settings) for part in torch.split(maps, max(size, 1))]
         norms = torch.cat(parts, dim=1)
     return norms.to(x.device, dtype)
 
