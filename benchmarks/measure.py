@@ -14,13 +14,21 @@ import torch
 Work = Callable[[], Any]
 
 
-def seconds(works: Mapping[str, Work], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each work in every round; a round does all of them, one after another."""
+def seconds(
+    works: Mapping[str, Work], rounds: int, device: torch.device, settled: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of each work in every round; a round does all of them, one after another.
+
+    ``settled``: each is done once more before it is timed, so that it does not pay for the memory
+    that the one before it took from the process or gave back.
+    """
     taken: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         once(work, device)  # compiles, fills caches
     for _ in range(rounds):
         for name, work in works.items():
+            if settled:
+                work()
             taken[name].append(once(work, device))
     return taken
 

@@ -52,27 +52,30 @@ def make_peers(net: nn.Module, classes: int) -> dict[str, Callable[[], Peer]]:
     theirs = {
         "MSP": lambda: _theirs(d.MaxSoftmax(net), fitted=True),
         "Energy": lambda: _theirs(d.EnergyBased(net), fitted=True),
-        "ODIN": lambda: _theirs(d.ODIN(net, eps=0.01), fitted=True),
+        "ODIN": lambda: _theirs(d.ODIN(net, eps=0.01), fitted=True, gradient=True),
         "ReAct": lambda: _theirs(d.ReAct(maps, head)),
         "KNN": lambda: _theirs(d.KNN(features)),
         "ViM": lambda: _theirs(d.ViM(features, d=dimension, w=weight, b=bias)),
         "Mahalanobis": lambda: _theirs(d.Mahalanobis(features)),
-        "GradNorm": lambda: _theirs(d.GradNorm(net), fitted=True),
+    }
+    # Last those whose memory the process gives back, for which the next one would pay.
+    heavy = {
         "Mahalanobis, all layers": lambda: _theirs(d.MultiMahalanobis(layers), layers="all"),
         "Gram": lambda: _theirs(d.Gram(head, layers, classes), layers="all"),
+        "GradNorm": lambda: _theirs(d.GradNorm(net), fitted=True, gradient=True),
     }
-    return {**theirs, **ours}
+    return {**theirs, **ours, **heavy}
 
 
 def _ours(detector: FuseNorm) -> Peer:
     return Peer("all", detector.fit, detector.score)
 
 
-def _theirs(detector: Any, layers: str = "last", fitted: bool = False) -> Peer:
+def _theirs(
+    detector: Any, layers: str = "last", fitted: bool = False, gradient: bool = False
+) -> Peer:
     def score(images: Tensor) -> Tensor:
-        with (
-            torch.enable_grad() if "Grad" in type(detector).__mro__[1].__name__ else torch.no_grad()
-        ):
+        with torch.set_grad_enabled(gradient):
             scores: Tensor = detector.predict(images)
             return scores
 

@@ -197,7 +197,7 @@ def benchmark_peers(report: Report, device: torch.device, rounds: int, quick: bo
         fits[name] = once(lambda f=fit: f(loader), device) if fit else 0.0
         works[name] = lambda p=peer: p.score(images)
         layers[name] = peer.layers
-    taken = seconds(works, rounds, device)
+    taken = seconds(works, rounds, device, settled=True)
     memory = {name: peak_mebibytes(work, device) for name, work in works.items()}
     for name in works:
         report.row(

@@ -90,7 +90,7 @@ def run_trials(names: Sequence[str]) -> dict[str, Trial]:
     """Make trials in another process; one that kills its process leaves the others untouched.
 
     Args:
-        names: modules to import, or ``devices`` or ``engine``.
+        names: modules to import, or ``devices``, ``kernels`` or ``engine``.
     """
     trials: dict[str, Trial] = {}
     while remaining := [name for name in names if name not in trials]:
@@ -114,7 +114,7 @@ def run_trials(names: Sequence[str]) -> dict[str, Trial]:
 
 def answer(names: Sequence[str]) -> None:
     """Make the trials and print their ends, a line each: what runs in the other process."""
-    special = {"devices": _devices, "engine": _engine}
+    special = {"devices": _devices, "kernels": _kernels, "engine": _engine}
     for name in names:
         try:
             trial = Trial(special[name]() if name in special else import_module(name).__name__)
@@ -148,10 +148,11 @@ def openood_commit() -> str | None:
 
 def _findings(args: Namespace) -> Iterator[Finding]:
     yield Finding("ok", "python", f"{platform.python_version()}, {sys.executable}")
-    trials = run_trials([*REQUIRED.values(), "devices", "engine"])
+    trials = run_trials([*REQUIRED.values(), "devices", "kernels", "engine"])
     for package, module in REQUIRED.items():
         yield _package(package, trials[module])
     yield _simple("devices", trials["devices"])
+    yield _simple("kernels", trials["kernels"])
     engine = trials["engine"]
     fix = "python -m pip install --upgrade torch torchvision" if engine.error else ""
     if any(trials[module].error for module in REQUIRED.values()):
@@ -246,6 +247,20 @@ def _devices() -> str:
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     mps = torch.backends.mps.is_available()
     return f"cpu ({os.cpu_count()} cores), CUDA: {', '.join(cuda) or 'none'}, MPS: {mps}"
+
+
+def _kernels() -> str:
+    """What computes feature norms on each device, once it has computed one."""
+    import torch
+
+    from fusenorm_openood import atf
+    from fusenorm_openood.kernels import backend
+
+    used = []
+    for device in ("cpu", *["cuda"] * torch.cuda.is_available()):
+        atf(torch.ones(1, 2, 4, 4, device=device))
+        used.append(f"{device}: {backend(device).name}, {backend(device).reason}")
+    return "; ".join(used)
 
 
 def _engine() -> str:

@@ -1,6 +1,6 @@
 # Sourced by the other scripts: sets ROOT, the project root, and puts the project's virtual
 # environment ROOT/.venv first on PATH. On first use, and whenever pyproject.toml has changed, it
-# installs what the caller asks for: environment [EXTRA]. run_training trains a network.
+# installs what the caller asks for, its kernels without more: environment [EXTRA]. run_training trains a network.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -22,8 +22,8 @@ python_for_venv() {
 }
 
 environment() {
-    local extra=${1:-} venv=$ROOT/.venv stamp python
-    stamp=$venv/.installed-${extra:-base}
+    local extra=${1:-fast} venv=$ROOT/.venv stamp python
+    stamp=$venv/.installed-$extra
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         python=$(python_for_venv) || exit 1
         echo "creating .venv with $("$python" --version)"
@@ -34,8 +34,8 @@ environment() {
         fi
     fi
     if ! cmp -s "$ROOT/pyproject.toml" "$stamp"; then
-        echo "installing fusenorm-openood${extra:+[$extra]} into .venv; the first time this takes some minutes (torch)"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$ROOT${extra:+[$extra]}" ||
+        echo "installing fusenorm-openood[$extra] into .venv; the first time this takes some minutes (torch)"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$ROOT[$extra]" ||
             fail "installation failed: see pip's message above"
         cp "$ROOT/pyproject.toml" "$stamp"
     fi

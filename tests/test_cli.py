@@ -92,6 +92,18 @@ def test_every_single_expert_runs_under_openoods_name(root, name, capsys):
     assert "farood" in capsys.readouterr().out
 
 
+def test_bfloat16_and_channels_last_give_about_the_same_table(root, capsys):
+    tables = []
+    for flags in ([], ["--amp", "bf16", "--channels-last"]):
+        out = root[1] / f"out{len(flags)}"
+        save = ["--save-csv", "--output-dir", str(out), "--set", "output=energy"]
+        assert main(evaluation(root, *flags, *save)) == 0
+        tables.append(pd.read_csv(out / "ood" / "fusenorm.csv", index_col=0)["AUROC"])
+    auroc = [table.str.split().str[0].astype(float) for table in tables]
+    assert (auroc[0] - auroc[1]).abs().max() < 2
+    assert not tables[0].equals(tables[1])  # the flags do something
+
+
 def test_the_script_takes_the_flags_of_openoods(root):
     data_root, runs = root
     done = subprocess.run(
@@ -245,7 +257,7 @@ def test_scripts_say_what_is_missing(script, tmp_path):
     venv.mkdir(parents=True)
     (venv / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (venv / "python").chmod(0o755)
-    shutil.copy(SCRIPTS.parent / "pyproject.toml", project / ".venv" / ".installed-base")
+    shutil.copy(SCRIPTS.parent / "pyproject.toml", project / ".venv" / ".installed-fast")
     env = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}
     done = subprocess.run(
         ["bash", str(project / f"scripts/ood/fusenorm/{script}_test_fusenorm.sh"),

@@ -17,6 +17,7 @@ from fusenorm_openood.errors import (
     ZeroRangeError,
 )
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
+from fusenorm_openood.panel import CPU_BATCH
 from fusenorm_openood.scoring import batches
 from tests.conftest import CLASSES, assert_undisturbed, make_loader, make_net, state_of
 
@@ -333,3 +334,39 @@ def test_worker_processes_work(net, loader):
         FuseNorm(net, output="energy").fit(parallel).score(IMAGES),
         FuseNorm(net, output="energy").fit(loader).score(IMAGES),
     )
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_scores_under_autocast_are_close_and_not_half(net, loader, output):
+    full = FuseNorm(net, output=output).fit(loader).infer(loader)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = FuseNorm(net, output=output).fit(loader).infer(loader)
+    assert np.corrcoef(full.experts.ravel(), half.experts.ravel())[0, 1] > 0.99
+    assert len(np.unique(half.experts[-1])) == len(half.conf)  # bfloat16 would have tied many
+
+
+def test_a_network_in_channels_last_scores_the_same(net, loader):
+    scores = FuseNorm(net, output="energy").fit(loader).score(IMAGES)
+    net.to(memory_format=torch.channels_last)
+    nhwc = FuseNorm(net, output="energy").fit(loader).score(IMAGES)
+    torch.testing.assert_close(nhwc, scores, rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_larger_than_a_cpu_takes_at_a_time_is_scored_whole(net, loader):
+    images = torch.randn(2 * CPU_BATCH + 1, 3, 16, 16)
+    detector = FuseNorm(net, output="odin").fit(loader)
+    by_parts = torch.cat([detector.score(part) for part in images.split(50)])
+    torch.testing.assert_close(detector.score(images), by_parts, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_device_waits_for_the_host_only_where_scores_are_read(net, loader):
+    net.cuda()
+    detector = FuseNorm(net, output="energy").fit(loader)
+    images = IMAGES.cuda()
+    detector.score(images)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        detector._expert_scores(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

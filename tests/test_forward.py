@@ -68,3 +68,19 @@ def test_undisturbed_restores_every_module_and_parameter(net):
         assert not any(p.requires_grad for p in net.parameters())
         raise KeyError
     assert_undisturbed(net, before)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, "autocast"])
+def test_logits_are_computed_in_full_precision_where_the_network_is_half(net, half):
+    images = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        full = forward_pass(net, images)
+        if half != "autocast":
+            net, images = net.to(half), images.to(half)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"):
+            done = forward_pass(net, images, ["layer1.0"], lambda x: x.float().mean((1, 2, 3)))
+        exact = done.feature.float() @ net.fc.weight.float().T + net.fc.bias.float()
+    assert done.feature.dtype == torch.bfloat16
+    assert done.logits.dtype == torch.float32
+    torch.testing.assert_close(done.logits, exact)
+    torch.testing.assert_close(done.logits, full.logits, rtol=0.1, atol=0.1)

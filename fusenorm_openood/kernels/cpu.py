@@ -10,6 +10,7 @@ is that of the magnitudes.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from threading import Lock
 
@@ -36,7 +37,8 @@ SQRT_HALF = np.int32(0x3F3504F3)  # the bits of sqrt(1/2)
 ONE, HALF, LN2 = np.float32(1), np.float32(0.5), np.float32(math.log(2))
 C0, C1, C2, C3, C4, C5, C6 = (np.float32(c) for c in COEFFICIENTS)
 
-_lock = Lock()  # not every threading layer of numba may be entered twice at once
+_lock = Lock()  # not every threading layer of numba may be entered twice at once,
+_process = os.getpid()  # nor from a process that was forked off
 
 
 def norms(x: Tensor, settings: Sequence[tuple[float, float, float]], eps: float) -> Tensor:
@@ -51,21 +53,31 @@ def norms(x: Tensor, settings: Sequence[tuple[float, float, float]], eps: float)
     if x.dtype == torch.float16:
         bits = bits.view(np.uint16)  # so are the two halves told apart
     out = np.empty((len(settings), len(x)))
-    with _lock:
-        most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-        threads = min(torch.get_num_threads(), most)
-        numba.set_num_threads(threads)
-        _norms(bits, channels_last, np.array(settings, dtype=np.float64), eps, threads, out)
+    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    threads = min(torch.get_num_threads(), most)
+    given = (bits, channels_last, np.array(settings, dtype=np.float64), eps, out)
+    if threads == 1 or os.getpid() != _process:
+        _share(*given, 0, 1)
+    else:
+        with _lock:
+            numba.set_num_threads(threads)
+            _norms(*given, threads)
     return torch.from_numpy(out)
 
 
 @njit(fastmath=_ARITHMETIC, cache=True, error_model="numpy", parallel=True)
-def _norms(x, channels_last, settings, eps, threads, out):
-    B = x.shape[0]
+def _norms(x, channels_last, settings, eps, out, threads):
     for thread in prange(threads):
-        work = _workspace(x[0], channels_last)
-        for b in range(B * thread // threads, B * (thread + 1) // threads):
-            _norm(x[b], channels_last, settings, eps, work, out[:, b])
+        _share(x, channels_last, settings, eps, out, thread, threads)
+
+
+@_compiled
+def _share(x, channels_last, settings, eps, out, thread, threads):
+    """The samples that one of several threads is to do."""
+    B = x.shape[0]
+    work = _workspace(x[0], channels_last)
+    for b in range(B * thread // threads, B * (thread + 1) // threads):
+        _norm(x[b], channels_last, settings, eps, work, out[:, b])
 
 
 @_compiled
