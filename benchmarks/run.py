@@ -1,6 +1,6 @@
 """How fast FuseNorm is on the machine at hand, as ratios measured in one run.
 
-    python benchmarks/run.py [--quick] [--only atf postprocess peers growth] [--json FILE]
+    python benchmarks/run.py [--quick] [--only atf postprocess peers growth startup] [--json FILE]
 
 Networks have random weights and images are noise, so that no data is needed. X_vs_Y is the time of
 X over that of Y, the median over rounds in which both took turns. Leave the machine idle meanwhile.
@@ -10,6 +10,8 @@ import argparse
 import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,6 +42,7 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
     "resnet18-224x224": (ResNet18_224x224, 224),
     "resnet50-224x224": (ResNet50, 224),
 }
+SECTIONS = ["atf", "postprocess", "peers", "growth", "startup"]
 OUTPUTS = [(output, q) for q in (None, 90.0) for output in ("msp", "mls", "energy", "odin")]
 
 
@@ -243,6 +246,27 @@ def benchmark_growth(report: Report, device: torch.device, rounds: int, quick: b
             report.ratio(f"growth/{name}/memory_last_vs_first", memory[-1] / memory[0])
 
 
+def benchmark_startup(report: Report, rounds: int) -> None:
+    """What a user waits for before anything happens, each in a process of its own."""
+    print("\nstart-up")
+    python = [sys.executable, "-c"]
+    commands = {
+        "torch": [*python, "import torch"],
+        "package": [*python, "import torch, fusenorm_openood"],
+        "detector": [*python, "import torch; from fusenorm_openood import FuseNorm"],
+        "help": [sys.executable, "-m", "fusenorm_openood.cli", "--help"],
+    }
+    works = {
+        name: lambda c=command: subprocess.run(c, check=True, stdout=subprocess.DEVNULL)
+        for name, command in commands.items()
+    }
+    taken = seconds(works, rounds, torch.device("cpu"))
+    for name in works:
+        over = ratio(taken, name, "torch")
+        report.row("startup", of=name, seconds=median(taken[name]), vs_import_torch=over)
+        report.ratio(f"startup/{name}_vs_import_torch", over)
+
+
 def _setting(network: str, batch: int, device: torch.device) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     net = NETWORKS[network][0](CLASSES).eval().requires_grad_(True).to(device)
@@ -293,7 +317,9 @@ def _processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=["atf", "postprocess", "peers", "growth"])
+    parser.add_argument(
+        "--only", nargs="+", choices=["atf", "postprocess", "peers", "growth", "startup"]
+    )
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, help="of each measurement (default: 9; quick: 2)")
@@ -309,6 +335,7 @@ def main() -> None:
         "postprocess": lambda: benchmark_postprocess(report, args.device, rounds, args.quick),
         "peers": lambda: benchmark_peers(report, args.device, rounds, args.quick),
         "growth": lambda: benchmark_growth(report, args.device, min(rounds, 3), args.quick),
+        "startup": lambda: benchmark_startup(report, 1 if args.quick else rounds),
     }
     for name in args.only or sections:
         sections[name]()

@@ -60,7 +60,7 @@ class Panel:
             images: ``[B, C, H, W]`` on its device.
             thresholds: where ReAct clips, by percentile; see :func:`react_thresholds`.
         """
-        size = CPU_BATCH if images.device.type == "cpu" else len(images)
+        size = CPU_BATCH if images.device.type == "cpu" else len(images) or 1
         with undisturbed(net):
             scored = [self._scores(net, p, thresholds) for p in torch.split(images, size)]
         scores, preds = zip(*scored, strict=True)
