@@ -63,6 +63,7 @@ class Report:
 
 def benchmark_atf(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
     """ATF of each shape: a loop over samples, torch on the batch, the kernel."""
+    torch.manual_seed(0)
     threads = torch.get_num_threads()
     chosen = kernels.backend(device)
     bandwidth = copy_bandwidth(device)
@@ -317,9 +318,7 @@ def _processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", nargs="+", choices=["atf", "postprocess", "peers", "growth", "startup"]
-    )
+    parser.add_argument("--only", nargs="+", choices=SECTIONS)
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, help="of each measurement (default: 9; quick: 2)")

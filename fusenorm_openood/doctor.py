@@ -254,12 +254,16 @@ def _kernels() -> str:
     import torch
 
     from fusenorm_openood import atf
+    from fusenorm_openood.errors import ConfigError
     from fusenorm_openood.kernels import backend
 
     used = []
     for device in ("cpu", *["cuda"] * torch.cuda.is_available()):
-        atf(torch.ones(1, 2, 4, 4, device=device))
-        used.append(f"{device}: {backend(device).name}, {backend(device).reason}")
+        try:
+            atf(torch.ones(1, 2, 4, 4, device=device))
+            used.append(f"{device}: {backend(device).name}, {backend(device).reason}")
+        except ConfigError as error:
+            used.append(f"{device}: {error}")
     return "; ".join(used)
 
 

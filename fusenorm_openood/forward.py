@@ -16,8 +16,8 @@ class Pass(NamedTuple):
 
     norms: feature norms ``[L, B]``, one row a tap.
     feature: input of the last linear layer ``[B, D]``, None for a network without one.
-    logits: what OOD scores are computed from ``[B, K]``, float32 at least: the last linear layer
-        is applied in full precision where autocast or the network's own weights are half.
+    logits: what OOD scores are computed from ``[B, K]``, float32 at least: a last linear
+        layer is applied in full precision where autocast or the network's own weights are half.
     pred: predicted classes ``[B]``.
     """
 
@@ -43,13 +43,14 @@ def forward_pass(
     """
     head = final_linear(net)
     features: list[Tensor] = []
+    outputs: list[Tensor] = []
 
-    def keep_input(module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         features.append(args[0])
-        return _in_full(module, args[0], output)
+        outputs.append(output)
 
     run = net.forward_ood_inference if scores_apart(net) else net
-    handle = head.register_forward_hook(keep_input) if head is not None else None
+    handle = head.register_forward_hook(keep) if head is not None else None
     try:
         with listening(net, taps, reduce) as heard:
             logits = run(images)  # type: ignore[operator]
@@ -62,6 +63,8 @@ def forward_pass(
             f"{type(net).__name__} returns {found}, no logits [B, K] of at least two classes: "
             "wrap it so that its forward returns them"
         )
+    if head is not None and outputs and logits is outputs[-1]:
+        logits = _in_full(head, features[-1], logits)
     norms = (
         torch.stack([heard[name] for name in taps]) if taps else logits.new_empty(0, len(images))
     )

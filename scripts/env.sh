@@ -1,6 +1,7 @@
 # Sourced by the other scripts: sets ROOT, the project root, and puts the project's virtual
 # environment ROOT/.venv first on PATH. On first use, and whenever pyproject.toml has changed, it
-# installs what the caller asks for, its kernels without more: environment [EXTRA]. run_training trains a network.
+# installs what the caller asks for: environment [EXTRA], with the CPU's kernel if it names none.
+# run_training trains a network.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -70,6 +70,20 @@ def test_undisturbed_restores_every_module_and_parameter(net):
     assert_undisturbed(net, before)
 
 
+def test_a_linear_layer_before_the_last_one_stays_half():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+            self.proj = nn.Linear(4, 4)  # the last by its name, not by its place
+
+        def forward(self, x):
+            return self.fc(self.proj(x.flatten(1)))
+
+    net, images = Odd().bfloat16(), torch.randn(2, 1, 2, 2).bfloat16()
+    assert torch.equal(forward_pass(net, images).logits, net(images))
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, "autocast"])
 def test_logits_are_computed_in_full_precision_where_the_network_is_half(net, half):
     images = torch.randn(5, 3, 16, 16)

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from fusenorm_openood.experts import odin_direction
+from fusenorm_openood import FuseNorm
 from fusenorm_openood.gradient import ConstantBatchNorm
-from tests.conftest import make_net
+from tests.conftest import make_loader, make_net
 
 
 def through(net: nn.Module, images: torch.Tensor, constant: bool):
@@ -60,7 +60,13 @@ def test_training_mode_is_left_to_torch():
 
 
 def test_odin_builds_no_gradient_of_weights():
-    net, images = make_net().requires_grad_(False), torch.randn(2, 3, 16, 16).requires_grad_()
-    odin_direction(images, net(images), 1000.0)
-    assert all(p.grad is None for p in net.parameters())
-    assert images.grad is None
+    net, asked = make_net().requires_grad_(True), []
+    detector = FuseNorm(net, output="odin").fit(make_loader())
+    net.layer1.register_forward_hook(
+        lambda *_: asked.append(
+            (torch.is_grad_enabled(), any(p.requires_grad for p in net.parameters()))
+        )
+    )
+    detector.score(torch.randn(2, 3, 16, 16))
+    assert asked == [(True, False), (False, False)]  # the images' gradient, then no gradient
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())

@@ -44,8 +44,9 @@ def backend(device: torch.device | str = "cpu") -> Backend:
     """The backend that computes ATF of feature maps on a device, and why it is that one.
 
     The environment variable ``FUSENORM_KERNEL`` forces one: ``torch``, ``numba`` or ``triton``.
-    With any of them float64 maps, maps of one pixel, those above 16,384 pixels on CUDA, and maps
-    that ask for a gradient are computed by torch.
+    With any of them torch computes what a kernel does not: float64 maps, empty batches, maps of one
+    pixel, of more than 2^14 on CUDA or 2^24 on a CPU, maps that ask for a gradient, and norms with
+    an eps outside 1e-30 to 1e30.
 
     Raises:
         ConfigError: an unknown name in the variable, or a backend that the device lacks.
@@ -58,7 +59,7 @@ def backend(device: torch.device | str = "cpu") -> Backend:
         raise ConfigError(
             f"{VARIABLE}={forced} unknown: set it to torch, {', '.join(_COMPILED)}, or not at all"
         )
-    reasons = [f"there is no kernel for {kind}"]
+    reasons = [f"there is no {forced}{' ' * bool(forced)}kernel for {kind}"]
     for name, compiled in _COMPILED.items():
         if forced not in ("", name) or not (compiled.device == kind or _interpreted(forced)):
             continue
@@ -70,7 +71,7 @@ def backend(device: torch.device | str = "cpu") -> Backend:
             why = f"{VARIABLE} forces it" if forced else f"{compiled.package} is installed"
             return Backend(name, why)
     if forced:
-        raise ConfigError(f"{VARIABLE}={forced} cannot be had: {reasons[0]}")
+        raise _not_to_be_had(forced, reasons[0])
     return Backend("torch", reasons[0])
 
 
@@ -93,9 +94,9 @@ def norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> T
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
-        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         if os.environ.get(VARIABLE):
-            raise ConfigError(f"{VARIABLE}={chosen} cannot be had: {why}") from error
+            raise _not_to_be_had(chosen, why) from error
         _failed[chosen] = why
         warnings.warn(
             f"the {chosen} kernel failed, so torch computes the feature norms, more slowly ({why})",
@@ -116,6 +117,10 @@ def _suits(x: Tensor, chosen: str, settings: Sequence[tuple[float, float, float,
         and all(1e-30 <= eps <= 1e30 for *_, eps in settings)
         and not (x.requires_grad and torch.is_grad_enabled())
     )
+
+
+def _not_to_be_had(forced: str, why: str) -> ConfigError:
+    return ConfigError(f"{VARIABLE}={forced} cannot be had ({why}): set it to torch, or not at all")
 
 
 @cache

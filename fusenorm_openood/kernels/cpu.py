@@ -12,6 +12,7 @@ is that of the magnitudes.
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from threading import Lock
 
 import numba
@@ -28,7 +29,16 @@ LANES = 64  # channels side by side: a whole number of vector registers anywhere
 ROW = 256  # pixels from which a row keeps the vector units busy
 
 _ARITHMETIC = {"reassoc", "contract", "nsz"}  # NaN and infinity keep their meaning
-_compiled = njit(fastmath=_ARITHMETIC, cache=True, error_model="numpy")
+
+
+def _jit(function, **options):
+    options |= {"fastmath": _ARITHMETIC, "error_model": "numpy"}
+    try:
+        return njit(function, cache=True, **options)
+    except RuntimeError:  # no folder where compiled code could be kept
+        return njit(function, **options)
+
+
 _inlined = njit(fastmath=_ARITHMETIC, inline="always", error_model="numpy")
 
 ZERO, I1, MAGNITUDE = np.int32(0), np.int32(1), np.int32(0x7FFFFFFF)
@@ -59,19 +69,23 @@ def norms(x: Tensor, settings: Sequence[tuple[float, float, float]], eps: float)
     if threads == 1 or os.getpid() != _process:
         _share(*given, 0, 1)
     else:
+        before = numba.get_num_threads()
         with _lock:
             numba.set_num_threads(threads)
-            _norms(*given, threads)
+            try:
+                _norms(*given, threads)
+            finally:
+                numba.set_num_threads(before)
     return torch.from_numpy(out)
 
 
-@njit(fastmath=_ARITHMETIC, cache=True, error_model="numpy", parallel=True)
+@partial(_jit, parallel=True)
 def _norms(x, channels_last, settings, eps, out, threads):
     for thread in prange(threads):
         _share(x, channels_last, settings, eps, out, thread, threads)
 
 
-@_compiled
+@_jit
 def _share(x, channels_last, settings, eps, out, thread, threads):
     """The samples that one of several threads is to do."""
     B = x.shape[0]
@@ -80,7 +94,7 @@ def _share(x, channels_last, settings, eps, out, thread, threads):
         _norm(x[b], channels_last, settings, eps, work, out[:, b])
 
 
-@_compiled
+@_jit
 def _workspace(x, channels_last):
     """Memory that a thread uses for all of its samples: the magnitudes of one, and more."""
     C, N = (x.shape[1], x.shape[0]) if channels_last else x.shape
@@ -95,7 +109,7 @@ def _workspace(x, channels_last):
     )
 
 
-@_compiled
+@_jit
 def _norm(x, channels_last, settings, eps, work, out):
     """Norms of one sample, ``[C, N]`` or ``[N, C]``."""
     row, tiles, spread, rms, tops = work
@@ -139,13 +153,13 @@ def _norm(x, channels_last, settings, eps, work, out):
 # One channel: a row [N].
 
 
-@_compiled
+@_jit
 def _load_row(x, row):
     for i in range(row.size):
         row[i] = _magnitude(x[i])
 
 
-@_compiled
+@_jit
 def _row_spread(row, eps):
     """The spread 1 - h of a channel and the root of its mean energy."""
     N = row.size
@@ -163,7 +177,7 @@ def _row_spread(row, eps):
     return _spread(total, energy, N, eps), math.sqrt(energy / N)
 
 
-@_compiled
+@_jit
 def _row_top(row, k, guess):
     """The sum of the k largest energies, and the k-th largest magnitude or one just below it."""
     t, above = ZERO, _above(row, ZERO)
@@ -195,7 +209,7 @@ def _row_top(row, k, guess):
     return top + (k - above) * kth * kth, kth
 
 
-@_compiled
+@_jit
 def _above(row, t):
     count = ZERO
     for i in range(row.size):
@@ -206,7 +220,7 @@ def _above(row, t):
 # LANES channels side by side: a tile [N, LANES].
 
 
-@_compiled
+@_jit
 def _load_tile(x, channels_last, first, tile):
     N = tile.shape[0]
     C = min(LANES, (x.shape[1] if channels_last else x.shape[0]) - first)
@@ -222,7 +236,7 @@ def _load_tile(x, channels_last, first, tile):
                 tile[i, c] = _magnitude(x[first + c, i])
 
 
-@_compiled
+@_jit
 def _tile_spread(tile, eps, spread, rms):
     """As :func:`_row_spread`, a channel a lane."""
     N = tile.shape[0]
@@ -247,7 +261,7 @@ def _tile_spread(tile, eps, spread, rms):
         rms[c] = math.sqrt(energy[c] / N)
 
 
-@_compiled
+@_jit
 def _tile_top(tile, k, rms, tops):
     """As :func:`_row_top`, a channel a lane; a lane that is done keeps low = high."""
     # Allocated here, the compiler knows that none overlaps another: it can vectorise.
@@ -293,7 +307,7 @@ def _tile_top(tile, k, rms, tops):
             tops[c] += a * a
 
 
-@_compiled
+@_jit
 def _tile_above(tile, t, above):
     above[:] = 0
     for i in range(tile.shape[0]):

@@ -3,7 +3,8 @@
 
 A program works through one sample under one setting, tile by tile of channels, twice: once for
 the spread 1 - h of each channel, from which k follows, and once for the k largest energies; the
-second time the sample comes from the device's cache. The mathematics is that of the CPU's kernel.
+second time the sample comes from the device's cache, if that holds one for each multiprocessor.
+The mathematics is that of the CPU's kernel.
 """
 
 from collections.abc import Sequence

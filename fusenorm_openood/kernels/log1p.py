@@ -1,5 +1,6 @@
 """The logarithm near 1, as the kernels compute it."""
 
+# numba's cache does not see a change here: change cpu.py with it.
 # log(1 + r) = r - r^2/2 + r^3 (c0 + c1 r + ... + c6 r^6) for sqrt(1/2) <= 1 + r <= sqrt(2), with
 # relative errors below 2e-7: numpy's Chebyshev fit to 400 Chebyshev nodes, in powers of r.
 COEFFICIENTS = (
