@@ -75,9 +75,9 @@ def test_without_numba_the_reason_says_how_to_get_it(monkeypatch):
     assert "numba is not installed: pip install 'fusenorm-openood[fast]'" in said.stdout
 
 
-def test_a_kernel_that_fails_is_warned_of_once_and_torch_takes_over(monkeypatch):
+def test_a_kernel_that_fails_is_warned_of_once_and_torch_takes_over(monkeypatch, tmp_path):
     pytest.importorskip("numba")
-    said = run(SCORE, monkeypatch, NUMBA_DISABLE_JIT="1")
+    said = run(SCORE, monkeypatch, NUMBA_DISABLE_JIT="1", NUMBA_CACHE_DIR=str(tmp_path))
     assert said.returncode == 0, said.stderr
     count, warning, chosen = said.stdout.splitlines()
     assert count == "1"
@@ -86,9 +86,10 @@ def test_a_kernel_that_fails_is_warned_of_once_and_torch_takes_over(monkeypatch)
     assert "numba failed: " in chosen
 
 
-def test_a_kernel_that_fails_where_it_is_forced_is_an_error(monkeypatch):
+def test_a_kernel_that_fails_where_it_is_forced_is_an_error(monkeypatch, tmp_path):
     pytest.importorskip("numba")
-    said = run(SCORE, monkeypatch, NUMBA_DISABLE_JIT="1", FUSENORM_KERNEL="numba")
+    broken = {"NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    said = run(SCORE, monkeypatch, FUSENORM_KERNEL="numba", **broken)
     assert said.returncode == 1
     assert "ConfigError: FUSENORM_KERNEL=numba cannot be had (" in said.stderr
 

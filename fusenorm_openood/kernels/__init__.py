@@ -14,7 +14,7 @@ from torch import Tensor
 from fusenorm_openood.errors import ConfigError
 
 VARIABLE = "FUSENORM_KERNEL"
-Kernel = Callable[[Tensor, Sequence[tuple[float, float, float]], float], Tensor]
+Kernel = Callable[[Tensor, Sequence[tuple[float, float, float, float]]], Tensor]
 
 
 class Backend(NamedTuple):
@@ -85,12 +85,7 @@ def norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> T
     if chosen == "torch" or not _suits(x, chosen, settings):
         return None
     try:
-        kernel: Kernel = import_module(f"{__name__}.{_COMPILED[chosen].module}").norms
-        rows = dict.fromkeys(range(len(settings)), x)
-        for eps in dict.fromkeys(eps for *_, eps in settings):
-            alike = [i for i, (*_, other) in enumerate(settings) if other == eps]
-            rows.update(zip(alike, kernel(x, [settings[i][:3] for i in alike], eps), strict=True))
-        out = torch.stack(list(rows.values()))
+        return _kernel(chosen)(x, settings)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
@@ -104,7 +99,12 @@ def norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> T
             stacklevel=2,
         )
         return None
-    return out
+
+
+@cache
+def _kernel(name: str) -> Kernel:
+    kernel: Kernel = import_module(f"{__name__}.{_COMPILED[name].module}").norms
+    return kernel
 
 
 def _suits(x: Tensor, chosen: str, settings: Sequence[tuple[float, float, float, float]]) -> bool:

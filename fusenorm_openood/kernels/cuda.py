@@ -15,9 +15,9 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from fusenorm_openood.kernels.log1p import COEFFICIENTS
+from fusenorm_openood.kernels.logarithm import LOG1P
 
-C0, C1, C2, C3, C4, C5, C6 = (tl.constexpr(c) for c in COEFFICIENTS)
+C0, C1, C2, C3, C4, C5, C6 = (tl.constexpr(c) for c in LOG1P)
 SQRT_HALF = tl.constexpr(0x3F3504F3)  # the bits of sqrt(1/2)
 MANTISSA = tl.constexpr(0x7FFFFF)
 INFINITY = tl.constexpr(0x7F800000)
@@ -25,11 +25,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 TILE = 4096  # magnitudes that a program holds at a time
 
 
-def norms(x: Tensor, settings: Sequence[tuple[float, float, float]], eps: float) -> Tensor:
-    """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]`` under ``(k_min, k_max, alpha)``.
+def norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> Tensor:
+    """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]``.
 
-    The maps are float32, float16 or bfloat16, of any strides, with N > 1. Nothing waits for the
-    device.
+    The maps are float32, float16 or bfloat16, of any strides, with N > 1; ``settings`` are
+    ``(k_min, k_max, alpha, eps)``. Nothing waits for the device.
     """
     B, C, N = x.shape
     pixels = triton.next_power_of_2(N)
@@ -37,7 +37,7 @@ def norms(x: Tensor, settings: Sequence[tuple[float, float, float]], eps: float)
     out = x.new_empty(len(settings), B, dtype=torch.float64)
     spreads = x.new_empty(len(settings), B, C, dtype=torch.float32)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        for s, (k_min, k_max, alpha) in enumerate(settings):
+        for s, (k_min, k_max, alpha, eps) in enumerate(settings):
             _norm[(B,)](
                 x, spreads[s], out[s], C, N, *x.stride(),
                 k_min, k_max, alpha, eps, channels, pixels,

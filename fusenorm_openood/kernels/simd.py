@@ -1,0 +1,278 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
+"""Vectors of LANES numbers in numba: what a compiler would have to guess, said outright.
+
+Operators and functions work lane by lane on vectors of one kind; a comparison gives a mask, for
+:func:`where`. LLVM splits a vector where a register holds fewer lanes.
+"""
+
+import operator
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, models, overload, register_model
+
+LANES = 16
+BLOCK = 8  # rows and columns that :func:`transpose` swaps: as many as fit in registers
+
+
+class Vector(types.Type):
+    """LANES numbers of one type."""
+
+    def __init__(self, element, element_ir):
+        self.element, self.ir = element, ir.VectorType(element_ir, LANES)
+        super().__init__(f"{element}x{LANES}")
+
+
+@register_model(Vector)
+class _Model(models.PrimitiveModel):
+    def __init__(self, manager, vector):
+        super().__init__(manager, vector, vector.ir)
+
+
+I32 = Vector(types.int32, ir.IntType(32))
+F32 = Vector(types.float32, ir.FloatType())
+F64 = Vector(types.float64, ir.DoubleType())
+MASK = Vector(types.boolean, ir.IntType(1))
+_VECTORS = {vector.element: vector for vector in (I32, F32, F64)}
+_NAMES = {I32: "i32", F32: "f32", F64: "f64"}
+
+
+def _unary(result, emit):
+    @intrinsic
+    def operation(context, a):
+        return result(a)(a), lambda context, builder, signature, given: emit(builder, *given)
+
+    return operation
+
+
+def _binary(result, emit):
+    @intrinsic
+    def operation(context, a, b):
+        return result(a)(a, b), lambda context, builder, signature, given: emit(builder, *given)
+
+    return operation
+
+
+def _ternary(result, emit):
+    @intrinsic
+    def operation(context, a, b, c):
+        return result(b)(a, b, c), lambda context, builder, signature, given: emit(builder, *given)
+
+    return operation
+
+
+def _same(a):
+    return a
+
+
+def _element(a):
+    return a.element
+
+
+def _define(symbol, emit, kinds, result=_same):
+    """Give an operator a meaning for vectors of some kinds."""
+    operation = _binary(result, emit)
+
+    @overload(symbol)
+    def overloaded(a, b):
+        return (lambda a, b: operation(a, b)) if a == b and a in kinds else None
+
+
+def _comparison(sign):
+    def emit(builder, a, b):
+        integers = isinstance(a.type.element, ir.IntType)
+        return (builder.icmp_signed if integers else builder.fcmp_ordered)(sign, a, b)
+
+    return emit
+
+
+for _symbol, _for_integers, _for_floats in (
+    (operator.add, ir.IRBuilder.add, ir.IRBuilder.fadd),
+    (operator.sub, ir.IRBuilder.sub, ir.IRBuilder.fsub),
+    (operator.mul, ir.IRBuilder.mul, ir.IRBuilder.fmul),
+):
+    _define(_symbol, _for_integers, (I32,))
+    _define(_symbol, _for_floats, (F32, F64))
+_define(operator.truediv, ir.IRBuilder.fdiv, (F32, F64))
+_define(operator.rshift, ir.IRBuilder.ashr, (I32,))
+_define(operator.and_, ir.IRBuilder.and_, (I32, MASK))
+for _symbol, _sign in ((operator.gt, ">"), (operator.lt, "<"), (operator.ge, ">="),
+                       (operator.le, "<="), (operator.eq, "==")):  # fmt: skip
+    _define(_symbol, _comparison(_sign), (I32, F32, F64), lambda a: MASK)
+
+
+def _llvm(builder, name, result, arguments, fastmath=()):
+    """A call of one of LLVM's own functions."""
+    found = builder.module.globals.get(name)
+    if found is None:
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        found = ir.Function(builder.module, kind, name)
+    return builder.call(found, arguments, fastmath=fastmath)
+
+
+def _lanewise(name):
+    def emit(builder, *arguments):
+        element = "f32" if arguments[0].type == F32.ir else "f64"
+        return _llvm(builder, f"llvm.{name}.v{LANES}{element}", arguments[0].type, arguments)
+
+    return emit
+
+
+def _bitcast(to):
+    def emit(builder, a):
+        return builder.bitcast(a, to.ir if isinstance(a.type, ir.VectorType) else to.ir.element)
+
+    return emit
+
+
+def _sum(builder, a):
+    if a.type == I32.ir:
+        return _llvm(builder, f"llvm.vector.reduce.add.v{LANES}i32", a.type.element, [a])
+    element = "f32" if a.type == F32.ir else "f64"
+    name, start = f"llvm.vector.reduce.fadd.v{LANES}{element}", ir.Constant(a.type.element, -0.0)
+    return _llvm(builder, name, a.type.element, [start, a], fastmath=("reassoc",))
+
+
+def _any(builder, a):
+    bits = builder.bitcast(a, ir.IntType(LANES))
+    return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
+
+
+def _splat(builder, a):
+    vector = ir.VectorType(a.type, LANES)
+    none, index = ir.Constant(vector, ir.Undefined), ir.IntType(32)
+    first = builder.insert_element(none, a, index(0))
+    return builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(index, LANES), None))
+
+
+# A vector with one number in every lane.
+every = _unary(lambda a: _VECTORS[a], _splat)
+# Of all lanes: their sum, the largest integer, whether a mask holds in any.
+lane_sum = _unary(_element, _sum)
+lane_max = _unary(
+    _element,
+    lambda b, a: _llvm(b, f"llvm.vector.reduce.smax.v{LANES}i32", a.type.element, [a]),
+)
+in_any_lane = _unary(_element, _any)
+
+# where(mask, a, b): a where the mask holds, else b. holds(mask): -1 where it does, else 0.
+where = _ternary(_same, ir.IRBuilder.select)
+holds = _unary(lambda a: I32, lambda b, a: b.sext(a, I32.ir))
+# Of integers.
+larger = _binary(_same, lambda b, x, y: b.select(b.icmp_signed(">", x, y), x, y))
+smaller = _binary(_same, lambda b, x, y: b.select(b.icmp_signed("<", x, y), x, y))
+# fma(a, b, c): a b + c, rounded once.
+fma = _ternary(_same, _lanewise("fma"))
+sqrt = _unary(_same, _lanewise("sqrt"))
+
+# The number that a bit pattern means, and back; of vectors and of single numbers.
+as_float = _unary(lambda a: F32 if a == I32 else types.float32, _bitcast(F32))
+as_bits = _unary(lambda a: I32 if a == F32 else types.int32, _bitcast(I32))
+# The same number as another type.
+to_float = _unary(lambda a: F32, lambda b, a: b.sitofp(a, F32.ir))
+to_double = _unary(lambda a: F64, lambda b, a: b.fpext(a, F64.ir))
+to_single = _unary(lambda a: F32, lambda b, a: b.fptrunc(a, F32.ir))
+
+
+def _at(context, builder, signature, number, given, vector):
+    """A pointer to a vector in an array ``[N]``, given as an argument before its index."""
+    data = context.make_array(signature.args[number])(context, builder, given[number]).data
+    return builder.bitcast(builder.gep(data, [given[number + 1]]), vector.as_pointer())
+
+
+@intrinsic
+def load(context, array, at):
+    """The LANES numbers of an array ``[N]`` from a place on."""
+    vector = _VECTORS[array.dtype]
+
+    def build(context, builder, signature, given):
+        loaded = builder.load(_at(context, builder, signature, 0, given, vector.ir))
+        loaded.align = array.dtype.bitwidth // 8
+        return loaded
+
+    return vector(array, types.intp), build
+
+
+@intrinsic
+def store(context, array, at, vector):
+    """Put a vector into an array ``[N]`` from a place on."""
+
+    def build(context, builder, signature, given):
+        place = _at(context, builder, signature, 0, given, vector.ir)
+        builder.store(given[2], place).align = array.dtype.bitwidth // 8
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, vector), build
+
+
+@intrinsic
+def transpose(context, source, at, stride, target, to, mask):
+    """Copy BLOCK rows of BLOCK integers as columns, under a bit mask.
+
+    The rows begin ``stride`` numbers apart in ``source``, from ``at`` on; the columns are part of
+    rows of LANES numbers in ``target``, from ``to`` on.
+    """
+    vector, intp = ir.VectorType(ir.IntType(32), BLOCK), ir.IntType(64)
+
+    def build(context, builder, signature, given):
+        def place(number, step):
+            index = builder.add(given[number + 1], step)
+            moved = {number: given[number], number + 1: index}
+            return _at(context, builder, signature, number, moved, vector)
+
+        rows = []
+        for n in range(BLOCK):
+            rows.append(builder.load(place(0, builder.mul(given[2], intp(n)))))
+            rows[-1].align = 4
+        distance = BLOCK // 2
+        while distance:  # blocks of that size off the diagonal change places
+            for n in range(BLOCK):
+                if not n & distance:
+                    a, b = rows[n], rows[n + distance]
+                    ours = [BLOCK + i - distance if i & distance else i for i in range(BLOCK)]
+                    theirs = [BLOCK + i if i & distance else i + distance for i in range(BLOCK)]
+                    rows[n] = builder.shuffle_vector(a, b, ir.Constant(vector, ours))
+                    rows[n + distance] = builder.shuffle_vector(a, b, ir.Constant(vector, theirs))
+            distance //= 2
+        none = ir.Constant(vector, ir.Undefined)
+        first = builder.insert_element(none, given[5], ir.IntType(32)(0))
+        kept = builder.shuffle_vector(first, none, ir.Constant(vector, None))
+        for n, row in enumerate(rows):
+            builder.store(builder.and_(row, kept), place(3, intp(n * LANES))).align = 4
+        return context.get_dummy_value()
+
+    return types.none(source, types.int64, types.int64, target, types.int64, types.int32), build
+
+
+@intrinsic
+def prefetch(context, address):
+    """Have the memory at an address brought to the cache; any address will do."""
+
+    def build(context, builder, signature, given):
+        number, pointer = ir.IntType(32), builder.inttoptr(given[0], ir.IntType(8).as_pointer())
+        arguments = [pointer, number(0), number(3), number(1)]  # read, to the nearest cache, data
+        _llvm(builder, "llvm.prefetch.p0i8", ir.VoidType(), arguments)
+        return context.get_dummy_value()
+
+    return types.none(types.intp), build
+
+
+@intrinsic
+def pointer_to(context, address):
+    """A pointer to what is at an address."""
+
+    def build(context, builder, signature, given):
+        return builder.inttoptr(given[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.intp), build
+
+
+@intrinsic
+def fetch_add(context, array, more):
+    """The first number of an array, to which more is added in the same moment."""
+
+    def build(context, builder, signature, given):
+        data = context.make_array(array)(context, builder, given[0]).data
+        return builder.atomic_rmw("add", data, given[1], "monotonic")
+
+    return array.dtype(array, array.dtype), build
