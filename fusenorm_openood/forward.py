@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.taps import listening
 
+PIXELS = 2**14  # of the images that one thread of a CPU takes at a time
+
 
 class Pass(NamedTuple):
     """What one forward pass over ``B`` images gives.
@@ -74,6 +76,18 @@ def forward_pass(
         with torch.no_grad():
             classified = _classify(net, images, head, feature)
     return Pass(norms, feature, logits, classified.detach().argmax(dim=1))
+
+
+def parts(images: Tensor) -> tuple[Tensor, ...]:
+    """Images ``[B, C, H, W]``, as many at a time as a network takes without paying for it.
+
+    A CPU's caches hold the feature maps of few, and the allocator hands those of many to the
+    operating system and back with every layer; a device takes all.
+    """
+    pixels = images.shape[2:].numel()
+    few = torch.get_num_threads() * max(PIXELS // pixels, 2) if pixels else 1
+    size = few if images.device.type == "cpu" else len(images)
+    return torch.split(images, max(size, 1))
 
 
 def _classify(

@@ -1,7 +1,7 @@
 """OpenOOD's postprocessors, each shown a network as it is to be scored."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.forward import final_linear, forward_pass, scores_apart
 from fusenorm_openood.openood_bridge import base_postprocessor, openood_module
 from fusenorm_openood.postprocessor import FuseNormPostprocessor
-from fusenorm_openood.taps import undisturbed
+from fusenorm_openood.taps import undisturbed, without_weight_gradients
 
 # The network that OpenOOD wraps around the one to be scored, by postprocessor.
 WRAPPERS = {
@@ -92,7 +92,10 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
         core = self._core(net)
         shown = self._shown(core)
         perturbs = self.name in PERTURBING
-        with undisturbed(core) if perturbs else nullcontext():
+        with ExitStack() as stack:
+            if perturbs:
+                stack.enter_context(undisturbed(core))
+                stack.enter_context(without_weight_gradients(core))
             pred, conf = self.inner.postprocess(shown, data)
         if perturbs or shown is not core or scores_apart(core):
             with torch.no_grad():

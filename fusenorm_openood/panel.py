@@ -9,14 +9,10 @@ from torch import Tensor, nn
 
 from fusenorm_openood.atf import FeatureNorm, atf_each
 from fusenorm_openood.experts import Output, odin_direction, odin_step, score_logits
-from fusenorm_openood.forward import Pass, forward_pass
+from fusenorm_openood.forward import Pass, forward_pass, parts
 from fusenorm_openood.gradient import ConstantBatchNorm
 from fusenorm_openood.react import react_logits
 from fusenorm_openood.taps import undisturbed
-
-# Images that a CPU takes at a time: feature maps of more are too large for the allocator to keep,
-# so that every page of them is asked of the operating system anew.
-CPU_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -60,9 +56,8 @@ class Panel:
             images: ``[B, C, H, W]`` on its device.
             thresholds: where ReAct clips, by percentile; see :func:`react_thresholds`.
         """
-        size = CPU_BATCH if images.device.type == "cpu" else len(images) or 1
         with undisturbed(net):
-            scored = [self._scores(net, p, thresholds) for p in torch.split(images, size)]
+            scored = [self._scores(net, part, thresholds) for part in parts(images)]
         scores, preds = zip(*scored, strict=True)
         return torch.cat(scores, dim=1), torch.cat(preds)
 

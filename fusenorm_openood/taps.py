@@ -159,18 +159,30 @@ def listening(
 
 @contextmanager
 def undisturbed(net: nn.Module) -> Iterator[None]:
-    """Put a network in evaluation mode without weight gradients, and leave it as it was found."""
+    """Put a network in evaluation mode, and leave it as it was found."""
     modes = {module: module.training for module in net.modules()}
-    gradients = {p: p.requires_grad for p in net.parameters()}
     try:
         net.eval()
-        net.requires_grad_(False)
         yield
     finally:
         for module, training in modes.items():
             module.training = training
-        for p, requires_grad in gradients.items():
-            p.requires_grad_(requires_grad)
+
+
+@contextmanager
+def without_weight_gradients(net: nn.Module) -> Iterator[None]:
+    """Have no weight of a network ask for a gradient, for a backward pass that somebody else does.
+
+    Within autocast each pass casts such weights anew: what differentiates by the images alone,
+    with :func:`torch.autograd.grad`, goes without.
+    """
+    asking = [p for p in net.parameters() if p.requires_grad]
+    try:
+        net.requires_grad_(False)
+        yield
+    finally:
+        for p in asking:
+            p.requires_grad_()
 
 
 def _parent(name: str) -> str:

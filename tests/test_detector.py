@@ -16,8 +16,8 @@ from fusenorm_openood.errors import (
     TapError,
     ZeroRangeError,
 )
+from fusenorm_openood.forward import PIXELS, parts
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
-from fusenorm_openood.panel import CPU_BATCH
 from fusenorm_openood.scoring import batches
 from tests.conftest import CLASSES, assert_undisturbed, make_loader, make_net, state_of
 
@@ -352,8 +352,18 @@ def test_a_network_in_channels_last_scores_the_same(net, loader):
     torch.testing.assert_close(nhwc, scores, rtol=1e-3, atol=1e-3)
 
 
+def test_a_cpu_takes_two_large_images_a_thread_and_a_device_takes_all():
+    images = torch.empty(3, 3, 1000, 1000, device="meta")
+    assert [len(part) for part in parts(images)] == [3]
+    assert len(parts(images[:0])) == 1
+    images = torch.empty(1, 1, 1, 1).expand(5 * torch.get_num_threads(), 3, 1000, 1000)
+    assert len(parts(images)) == 3
+
+
 def test_a_batch_larger_than_a_cpu_takes_at_a_time_is_scored_whole(net, loader):
-    images = torch.randn(2 * CPU_BATCH + 1, 3, 16, 16)
+    at_once = torch.get_num_threads() * PIXELS // 16**2
+    images = torch.randn(2 * at_once + 1, 3, 16, 16)
+    assert [len(part) for part in parts(images)] == [at_once, at_once, 1]
     detector = FuseNorm(net, output="odin").fit(loader)
     by_parts = torch.cat([detector.score(part) for part in images.split(50)])
     torch.testing.assert_close(detector.score(images), by_parts, rtol=1e-3, atol=1e-3)

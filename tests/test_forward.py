@@ -5,7 +5,7 @@ from torch import nn
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward import device_of, final_linear, forward_pass, scores_apart
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
-from fusenorm_openood.taps import undisturbed
+from fusenorm_openood.taps import undisturbed, without_weight_gradients
 from tests.conftest import assert_undisturbed, state_of
 
 
@@ -63,7 +63,7 @@ def test_undisturbed_restores_every_module_and_parameter(net):
     net.layer2.eval()
     net.layer3.requires_grad_(False)
     before = state_of(net)
-    with pytest.raises(KeyError), undisturbed(net):
+    with pytest.raises(KeyError), undisturbed(net), without_weight_gradients(net):
         assert not any(m.training for m in net.modules())
         assert not any(p.requires_grad for p in net.parameters())
         raise KeyError

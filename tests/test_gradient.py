@@ -60,13 +60,15 @@ def test_training_mode_is_left_to_torch():
 
 
 def test_odin_builds_no_gradient_of_weights():
-    net, asked = make_net().requires_grad_(True), []
+    net, modes, built = make_net().requires_grad_(True), [], []
     detector = FuseNorm(net, output="odin").fit(make_loader())
-    net.layer1.register_forward_hook(
-        lambda *_: asked.append(
-            (torch.is_grad_enabled(), any(p.requires_grad for p in net.parameters()))
-        )
-    )
-    detector.score(torch.randn(2, 3, 16, 16))
-    assert asked == [(True, False), (False, False)]  # the images' gradient, then no gradient
+    net.layer1.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    for p in net.parameters():
+        p.register_hook(built.append)
+    images = torch.randn(2, 3, 16, 16)
+    detector.score(images)
+    assert modes == [True, False]  # the images' gradient, then no gradient
+    assert not built
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
+    net(images).sum().backward()
+    assert len(built) == len(list(net.parameters()))  # as a backward pass would
