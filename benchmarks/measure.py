@@ -1,35 +1,43 @@
 """Time and memory of pieces of work, measured side by side."""
 
-import ctypes
 import gc
+import os
+import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 Work = Callable[[], Any]
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's
 
 
 def seconds(
-    works: Mapping[str, Work], rounds: int, device: torch.device, settled: bool = False
+    works: Mapping[str, Work],
+    rounds: int,
+    device: torch.device,
+    settled: bool = False,
+    warm: bool = True,
 ) -> dict[str, list[float]]:
-    """Seconds of each work in every round; a round does all of them, one after another.
+    """Seconds of each work in every round; a round does all of them, in an order of its own.
 
     ``settled``: each is done once more before it is timed, so that it does not pay for the memory
     that the one before it took from the process or gave back.
     """
     taken: dict[str, list[float]] = {name: [] for name in works}
-    for work in works.values():
+    for work in works.values() if warm else ():
         once(work, device)  # compiles, fills caches
+    order = list(works)
+    shuffle = random.Random(0).shuffle
     for _ in range(rounds):
-        for name, work in works.items():
+        shuffle(order)
+        for name in order:
             if settled:
-                work()
-            taken[name].append(once(work, device))
+                works[name]()
+            taken[name].append(once(works[name], device))
     return taken
 
 
@@ -59,24 +67,17 @@ def copy_bandwidth(device: torch.device, mebibytes: int = 256) -> float:
     return 2 * source.numel() * source.element_size() / median(taken)
 
 
-def peak_mebibytes(work: Work, device: torch.device) -> float | None:
-    """Memory that a work holds at most beyond what was held before; None where none can say."""
+def peak_mebibytes(work: Work, device: torch.device) -> float:
+    """Memory of the tensors that a work, done before, holds at most beyond what was held then."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    if not sys.platform.startswith("linux"):
-        return None
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _resident("VmRSS")
-    work()
-    return (_resident("VmHWM") - before) / 1024
-
-
-def _resident(name: str) -> int:
-    """A line of the process's memory, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    taken = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate((bytes_ for _, bytes_ in taken), initial=0)) / 2**20

@@ -78,14 +78,15 @@ def forward_pass(
     return Pass(norms, feature, logits, classified.detach().argmax(dim=1))
 
 
-def parts(images: Tensor) -> tuple[Tensor, ...]:
+def parts(images: Tensor, with_graph: bool = False) -> tuple[Tensor, ...]:
     """Images ``[B, C, H, W]``, as many at a time as a network takes without paying for it.
 
-    A CPU's caches hold the feature maps of few, and the allocator hands those of many to the
-    operating system and back with every layer; a device takes all.
+    A CPU's caches hold the feature maps of few, half as many with a graph for gradients, and the
+    allocator hands those of many to the operating system and back with every layer; a device
+    takes all.
     """
-    pixels = images.shape[2:].numel()
-    few = torch.get_num_threads() * max(PIXELS // pixels, 2) if pixels else 1
+    pixels = images.shape[2:].numel() * (1 + with_graph)
+    few = torch.get_num_threads() * max(PIXELS // pixels, 2 - with_graph) if pixels else 1
     size = few if images.device.type == "cpu" else len(images)
     return torch.split(images, max(size, 1))
 

@@ -56,8 +56,9 @@ class Panel:
             images: ``[B, C, H, W]`` on its device.
             thresholds: where ReAct clips, by percentile; see :func:`react_thresholds`.
         """
+        with_graph = any(output.needs_gradient for output in self.outputs)
         with undisturbed(net):
-            scored = [self._scores(net, part, thresholds) for part in parts(images)]
+            scored = [self._scores(net, p, thresholds) for p in parts(images, with_graph)]
         scores, preds = zip(*scored, strict=True)
         return torch.cat(scores, dim=1), torch.cat(preds)
 

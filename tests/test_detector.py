@@ -364,6 +364,7 @@ def test_a_batch_larger_than_a_cpu_takes_at_a_time_is_scored_whole(net, loader):
     at_once = torch.get_num_threads() * PIXELS // 16**2
     images = torch.randn(2 * at_once + 1, 3, 16, 16)
     assert [len(part) for part in parts(images)] == [at_once, at_once, 1]
+    assert len(parts(images, with_graph=True)[0]) == at_once // 2
     detector = FuseNorm(net, output="odin").fit(loader)
     by_parts = torch.cat([detector.score(part) for part in images.split(50)])
     torch.testing.assert_close(detector.score(images), by_parts, rtol=1e-3, atol=1e-3)
