@@ -162,6 +162,19 @@ def test_many_channels_and_pixels_make_several_tiles():
         assert_atf_close(atf(x), x.numpy(), rtol=1e-5)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    channels=st.integers(1, 40),
+    size=st.tuples(st.integers(1, 26), st.integers(1, 26)),
+    k=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(sorted),
+    kind=st.sampled_from(["normal", "relu", "sparse", "constants", "nearly", "dead"]),
+)
+def test_equals_the_oracle_for_any_number_of_channels_and_pixels(channels, size, k, kind):
+    x = maps(kind, *size, batch=2, channels=channels)
+    chosen = {"k_min": k[0], "k_max": k[1]}
+    assert_atf_close(atf(x, **chosen), x.numpy(), rtol=1e-5, **chosen)
+
+
 def test_equal_magnitudes_count_once_each():
     x = torch.randint(0, 4, (3, 5, 12, 12), generator=torch.Generator().manual_seed(0)).float()
     assert_atf_close(atf(x), x.numpy(), rtol=1e-5)

@@ -109,6 +109,28 @@ def test_numba_computes_the_same_on_any_number_of_threads(threads):
         torch.set_num_threads(before)
 
 
+def test_numba_has_threads_of_its_own_where_torch_has_none_of_openmp(monkeypatch):
+    pytest.importorskip("numba")
+    from fusenorm_openood.kernels import cpu
+
+    x = torch.randn(7, 40, 5, 5)
+    with forced_backend("numba"):
+        norms = atf(x)
+        monkeypatch.setattr(cpu, "_openmp", lambda: None)
+        assert torch.equal(atf(x), norms)
+
+
+def test_compiled_code_is_kept_until_a_source_changes(monkeypatch, tmp_path):
+    pytest.importorskip("numba")
+    script = "from fusenorm_openood.kernels import cpu; print(cpu._work._cache_hits)"
+    changed = "import zlib; f = zlib.crc32; zlib.crc32 = lambda *a: f(*a) + 1\n"
+    kept = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    hits = [
+        run(code, monkeypatch, **kept).stdout.strip() for code in (script, script, changed + script)
+    ]
+    assert hits == ["0", "1", "0"]
+
+
 def test_without_a_folder_for_compiled_code_the_kernel_works(monkeypatch):
     pytest.importorskip("numba")
     nowhere = "from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
