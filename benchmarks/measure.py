@@ -24,8 +24,8 @@ def seconds(
 ) -> dict[str, list[float]]:
     """Seconds of each work in every round; a round does all of them, in an order of its own.
 
-    ``settled``: each is done once more before it is timed, so that it does not pay for the memory
-    that the one before it took from the process or gave back.
+    ``settled``: each is done once more before it is timed, so that it does not pay for the state
+    that the one before it left memory, caches and threads in.
     """
     taken: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values() if warm else ():

@@ -197,6 +197,10 @@ def _norms(sample, maps, settings, groups, known, out):
     C, N, by_row = maps.C, maps.N, maps.by_row
     spread, energy, rms, unit, high, nonzero = known
     step = 1 if by_row else LANES  # channels of a group
+    # What is read next is brought closer, a vector's share with every vector.
+    size = 4 if maps.format == 0 else 2
+    step_bytes = step * size * (1 if maps.channels_last else N)
+    share = size * (C if maps.channels_last else LANES)
     measured, total = math.nan, math.nan
     for s in range(len(settings)):
         k_min, k_max, alpha, eps = settings[s]
@@ -204,8 +208,8 @@ def _norms(sample, maps, settings, groups, known, out):
             for c in range(0, C, step):
                 group = groups[0 if by_row else c // step]
                 _fill(group, sample, maps, c)
-                ahead = _place(sample, maps, c + step)
-                terms, energies, units, highs, counts = _measure(group, maps, eps, ahead)
+                ahead = sample + (c // step + 1) * step_bytes
+                terms, energies, units, highs, counts = _measure(group, maps, eps, ahead, share)
                 store(spread, c, terms)
                 store(energy, c, energies)
                 store(unit, c, units)
@@ -219,12 +223,12 @@ def _norms(sample, maps, settings, groups, known, out):
         k = np.int32(min(max(math.floor((k_min + (k_max - k_min) * h) * N), 1), N))
         guess = every(GUESS)
         for c in range(0, C, step):
-            group = groups[0 if by_row else c // step]
+            group, ahead = groups[0 if by_row else c // step], sample + (c + 1) * step_bytes
             if by_row:
                 _fill(group, sample, maps, c)
             units, highs = _known(unit, c, by_row), _known(high, c, by_row)
             counts = _known(nonzero, c, by_row)
-            roots, kth = _top(group, by_row, k, units, highs, counts, guess)
+            roots, kth = _top(group, by_row, k, units, highs, counts, guess, ahead, share)
             store(rms, c, roots)
             guess = where(kth > every(F_ZERO), (guess + kth) * every(F_HALF), guess)
         out[s] = _weighted(spread, rms, C, total, alpha, eps)
@@ -263,13 +267,6 @@ def _joined(sums, by_row):
 
 
 # Reading a group.
-
-
-@_inlined
-def _place(sample, maps, c):
-    """The address of a channel of a sample."""
-    size = 4 if maps.format == 0 else 2
-    return sample + c * size * (1 if maps.channels_last else maps.N)
 
 
 @_jit
@@ -356,7 +353,7 @@ def _magnitude_of(x):
 
 
 @_jit
-def _measure(group, maps, eps, ahead):
+def _measure(group, maps, eps, ahead, share):
     """Of the channels of a group all that is needed but k.
 
     Their sums of q log(q + floor), with q = N p and floor = N eps; energies; 1 / rms, or as much
@@ -375,8 +372,7 @@ def _measure(group, maps, eps, ahead):
 
     scale = to_single(sqrt(every(float(N)) / (energy + every(eps))))
     floor = every(np.float32(N * eps))
-    stride = (maps.C if maps.channels_last else LANES) * (4 if maps.format == 0 else 2)
-    terms = _joined(_entropy_terms(group, scale, floor, ahead, stride), by_row)
+    terms = _joined(_entropy_terms(group, scale, floor, ahead, share), by_row)
     if in_any_lane(terms < every(EVEN * N)):
         padding = every(float(group.size - N)) if by_row else every(0.0)  # 0 has a divergence of 1
         divergence = _joined(_divergence(group, scale, floor), by_row) - padding
@@ -386,13 +382,13 @@ def _measure(group, maps, eps, ahead):
 
 
 @_jit
-def _entropy_terms(group, scale, floor, ahead, stride):
-    """Sums of q log(q + floor), q = (a scale)^2; meanwhile what is read next comes closer."""
+def _entropy_terms(group, scale, floor, ahead, share):
+    """Sums of q log(q + floor), q = (a scale)^2."""
     sums = every(0.0)
     for start in range(0, group.size, PART):
         part = every(F_ZERO)
         for at in range(start, min(start + PART, group.size), LANES):
-            prefetch(ahead + at // LANES * stride)
+            prefetch(ahead + at // LANES * share)
             root = as_float(load(group, at)) * scale
             q = root * root
             bits = as_bits(q + floor) - every(SQRT_HALF)
@@ -442,7 +438,7 @@ def _divergence(group, scale, floor):
 
 
 @_jit
-def _top(group, by_row, k, unit, high, nonzero, guess):
+def _top(group, by_row, k, unit, high, nonzero, guess, ahead, share):
     """Roots of the mean of the k largest energies; the k-th largest magnitudes times unit, about.
 
     The search ends where k - 1, k or k + 1 magnitudes are larger than t; then one comes on top, or
@@ -472,6 +468,8 @@ def _top(group, by_row, k, unit, high, nonzero, guess):
     for start in range(0, group.size, PART):
         part = every(F_ZERO)
         for at in range(start, min(start + PART, group.size), LANES):
+            if by_row:
+                prefetch(ahead + at // LANES * share)
             bits = load(group, at)
             more = bits > high
             below = larger(below, where(more, every(ZERO), bits))
