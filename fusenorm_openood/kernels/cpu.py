@@ -65,6 +65,7 @@ MANTISSA, MANTISSA_BITS = np.int32(0x7FFFFF), np.int32(23)
 SQRT_HALF = np.int32(0x3F3504F3)  # the bits of sqrt(1/2)
 F_ZERO, F_HALF, F_ONE, F_LARGE = (np.float32(x) for x in (0, 0.5, 1, 2.0**126))
 LN2 = math.log(2)
+LANE = np.arange(LANES, dtype=np.int32)
 C0, C1, C2, C3, C4, C5, C6 = (np.float32(c) for c in LOG1P)
 L0, L1, L2, L3, L4, L5, L6 = (np.float32(c) for c in LOG2)
 
@@ -374,8 +375,8 @@ def _measure(group, maps, eps, ahead, share):
     floor = every(np.float32(N * eps))
     terms = _joined(_entropy_terms(group, scale, floor, ahead, share), by_row)
     if in_any_lane(terms < every(EVEN * N)):
-        padding = every(float(group.size - N)) if by_row else every(0.0)  # 0 has a divergence of 1
-        divergence = _joined(_divergence(group, scale, floor), by_row) - padding
+        size = N if by_row else group.size
+        divergence = _joined(_divergence(group, size, scale, floor), by_row)
         terms = divergence - every(N * eps) / (energy + every(eps))
     unit = every(F_ONE) / to_single(sqrt(energy * every(1 / N)))
     return terms, energy, where(unit < every(F_LARGE), unit, every(F_LARGE)), high, nonzero
@@ -403,8 +404,10 @@ def _entropy_terms(group, scale, floor, ahead, share):
 
 
 @_jit
-def _divergence(group, scale, floor):
+def _divergence(group, size, scale, floor):
     """Sums of q log(q + floor) - q + 1, q = (a scale)^2, to a few units in the last place.
+
+    Of ``size`` numbers; of what pads the group to whole vectors the divergence would be 1.
 
     For floor = 0 a term is at least 0 and vanishes to second order at q = 1, so that the sum over
     pixels keeps its digits where the energy is spread almost evenly; the sum of q is known. The
@@ -429,7 +432,9 @@ def _divergence(group, scale, floor):
             series = fma(fma(every(C6), rr, fma(every(C5), r, every(C4))), rr * rr, low)
             tail = rr * fma(series, r, every(-F_HALF))  # log(1 + r) - r
             log = fma(to_float(exponent), every(np.float32(LN2)), r + tail)
-            part = part + fma(d, log, where(near, floor + tail, log - d))
+            term = fma(d, log, where(near, floor + tail, log - d))
+            inside = load(LANE, 0) < every(np.int32(size - at))
+            part = part + where(inside, term, every(F_ZERO))
         sums = sums + to_double(part)
     return sums
 
