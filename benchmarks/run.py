@@ -131,11 +131,15 @@ def _on_one_thread(work: Callable[[], Any]) -> None:
         torch.set_num_threads(threads)
 
 
-def benchmark_postprocess(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
+def benchmark_postprocess(
+    report: Report, device: torch.device, rounds: int, quick: bool, networks: list[str]
+) -> None:
     """The whole postprocess over the plain forward pass of the same batch."""
     print("\npostprocess over the plain forward pass of the same batch")
     cases = [("resnet18-32x32", 64), ("resnet18-32x32", 200), ("resnet50-224x224", 16)]
     for network, batch in cases[:1] if quick else cases:
+        if network not in networks:
+            continue
         for amp in (False,) if quick else (False, True):
             if amp and (slower := _bfloat16_over_float32(device)) > 3:
                 print(f"bfloat16 takes {slower:.0f} times as long as float32 here: left out")
@@ -342,6 +346,9 @@ def _processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS)
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="of postprocess"
+    )
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, help="of each measurement (default: 9; quick: 1)")
@@ -354,7 +361,9 @@ def main() -> None:
     print(json.dumps(machine))
     sections: dict[str, Callable[[], None]] = {
         "atf": lambda: benchmark_atf(report, args.device, rounds, args.quick),
-        "postprocess": lambda: benchmark_postprocess(report, args.device, rounds, args.quick),
+        "postprocess": lambda: benchmark_postprocess(
+            report, args.device, rounds, args.quick, args.networks
+        ),
         "peers": lambda: benchmark_peers(report, args.device, rounds, args.quick),
         "growth": lambda: benchmark_growth(report, args.device, min(rounds, 3), args.quick),
         "startup": lambda: benchmark_startup(report, rounds, args.quick),

@@ -82,13 +82,13 @@ def parts(images: Tensor, with_graph: bool = False) -> tuple[Tensor, ...]:
     """Images ``[B, C, H, W]``, as many at a time as a network takes without paying for it.
 
     A CPU's caches hold the feature maps of few, half as many with a graph for gradients, and the
-    allocator hands those of many to the operating system and back with every layer; a device
-    takes all.
+    allocator hands those of many to the operating system and back with every layer; with too few
+    the weights are what is read all the time. A device takes all.
     """
-    pixels = images.shape[2:].numel() * (1 + with_graph)
-    few = torch.get_num_threads() * max(PIXELS // pixels, 2 - with_graph) if pixels else 1
-    size = few if images.device.type == "cpu" else len(images)
-    return torch.split(images, max(size, 1))
+    if images.device.type != "cpu":
+        return (images,)
+    of_a_thread = max(PIXELS // max(images.shape[2:].numel(), 1), 4)
+    return torch.split(images, torch.get_num_threads() * of_a_thread // (1 + with_graph))
 
 
 def _classify(

@@ -185,6 +185,12 @@ def test_eps_of_any_size(eps):
     assert_atf_close(atf(maps("relu", 8, 8), eps=eps), maps("relu", 8, 8).numpy(), 1e-5, eps=eps)
 
 
+def test_settings_may_be_integers():
+    x = maps("relu", 8, 8)
+    whole = {"k_min": 1, "k_max": 1, "alpha": 1, "eps": 1}
+    assert_atf_close(atf(x, **whole), x.numpy(), 1e-5, **whole)
+
+
 def test_gradient_flows_where_it_is_asked_for():
     x = maps("normal", 8, 8).requires_grad_()
     (gradient,) = torch.autograd.grad(fusenorm_openood.atf(x).sum(), x)

@@ -352,12 +352,13 @@ def test_a_network_in_channels_last_scores_the_same(net, loader):
     torch.testing.assert_close(nhwc, scores, rtol=1e-3, atol=1e-3)
 
 
-def test_a_cpu_takes_two_large_images_a_thread_and_a_device_takes_all():
+def test_a_cpu_takes_four_large_images_a_thread_and_a_device_takes_all():
     images = torch.empty(3, 3, 1000, 1000, device="meta")
     assert [len(part) for part in parts(images)] == [3]
     assert len(parts(images[:0])) == 1
     images = torch.empty(1, 1, 1, 1).expand(5 * torch.get_num_threads(), 3, 1000, 1000)
-    assert len(parts(images)) == 3
+    assert len(parts(images)) == 2
+    assert len(parts(images, with_graph=True)) == 3
 
 
 def test_a_batch_larger_than_a_cpu_takes_at_a_time_is_scored_whole(net, loader):

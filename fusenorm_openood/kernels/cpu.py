@@ -109,7 +109,7 @@ def norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> T
     groups, vectors = (1, -(-N // LANES)) if by_row else (-(-C // LANES), N)
     maps = Maps(_FORMATS[x.dtype], by_row, channels_last, B, C, N, groups, vectors * LANES)
     threads = 1 if os.getpid() != _process else min(torch.get_num_threads(), B)
-    given, taken = np.array(settings), np.zeros(2, np.int64)
+    given, taken = np.array(settings, np.float64), np.zeros(2, np.int64)
     out = np.full((len(settings), B), np.nan)  # in case a thread ends early, out of memory say
     scratch = _scratch(threads * maps.groups * maps.size)
     places = (array.ctypes.data for array in (given, out, taken, scratch))
