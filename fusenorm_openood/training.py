@@ -90,10 +90,17 @@ def train(
         DataError: labels that the network has no class for.
         NonFiniteError: the loss turned NaN or infinite; the last good checkpoint stays.
         CheckpointError: the folder holds a run of another recipe, or ``init`` does not fit.
+        ConfigError: ``channels_last`` on a CPU with a network that is too narrow for it.
     """
     folder, device, process = Path(folder), torch.device(device), process or Process()
     best, unfinished = folder / "best.ckpt", folder / "unfinished.ckpt"
     check_recipe(folder / "recipe.yml", recipe)
+    if channels_last and device.type == "cpu" and recipe.width < 8:
+        # https://github.com/uxlfoundation/oneDNN/issues/6035
+        raise ConfigError(
+            f"width = {recipe.width} found: below 8, oneDNN gets gradients in channels_last wrong, "
+            "train without channels_last"
+        )
     if best.is_file() and not unfinished.is_file():
         return best
     images, val = benchmark.id["train"].images(), benchmark.id["val"].images()

@@ -202,7 +202,7 @@ def test_several_processes_train_together(few, tmp_path):
 def test_memory_format_and_precision_train_the_same_kind_of_weights(
     few, tmp_path, amp, channels_last
 ):
-    recipe = replace(RECIPE, amp=amp, epochs=1, lr=1e-4)
+    recipe = replace(RECIPE, width=8, amp=amp, epochs=1, lr=1e-4)
     best = train(recipe, few, tmp_path, channels_last=channels_last, progress=False)
     state = weights(best)
     assert all(v.dtype in (torch.float32, torch.int64) for v in state.values())
@@ -211,6 +211,12 @@ def test_memory_format_and_precision_train_the_same_kind_of_weights(
     if not amp:
         plain = weights(train(recipe, few, tmp_path / "plain", progress=False))
         torch.testing.assert_close(state, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_too_narrow_for_channels_last_is_refused(few, tmp_path):
+    with pytest.raises(ConfigError, match="width = 4 found: below 8"):
+        train(RECIPE, few, tmp_path, channels_last=True, progress=False)
+    assert not any(tmp_path.iterdir())
 
 
 def test_training_starts_from_a_checkpoint_of_either_kind(few, tmp_path, digits):
