@@ -202,13 +202,20 @@ def _norms(sample, maps, settings, groups, known, out):
     size = 4 if maps.format == 0 else 2
     step_bytes = step * size * (1 if maps.channels_last else N)
     share = size * (C if maps.channels_last else LANES)
+    in_place = by_row and maps.format == 0 and N % LANES == 0
     measured, total = math.nan, math.nan
     for s in range(len(settings)):
         k_min, k_max, alpha, eps = settings[s]
         if eps != measured:
             for c in range(0, C, step):
                 group = groups[0 if by_row else c // step]
-                _fill(group, sample, maps, c)
+                if in_place:
+                    row = _row(sample, maps, c)
+                    in_place = not _any_below_zero(row)
+                if in_place:
+                    group = row
+                else:
+                    _fill(group, sample, maps, c)
                 ahead = sample + (c // step + 1) * step_bytes
                 terms, energies, units, highs, counts = _measure(group, maps, eps, ahead, share)
                 store(spread, c, terms)
@@ -225,7 +232,9 @@ def _norms(sample, maps, settings, groups, known, out):
         guess = every(GUESS)
         for c in range(0, C, step):
             group, ahead = groups[0 if by_row else c // step], sample + (c + 1) * step_bytes
-            if by_row:
+            if in_place:
+                group = _row(sample, maps, c)
+            elif by_row:
                 _fill(group, sample, maps, c)
             units, highs = _known(unit, c, by_row), _known(high, c, by_row)
             counts = _known(nonzero, c, by_row)
@@ -268,6 +277,20 @@ def _joined(sums, by_row):
 
 
 # Reading a group.
+
+
+@_inlined
+def _row(sample, maps, c):
+    """A channel of a float32 map where it lies, as bits."""
+    return carray(pointer_to(sample + c * maps.N * 4), maps.N, np.int32)
+
+
+@_jit
+def _any_below_zero(row):
+    signs = every(ZERO)
+    for at in range(0, row.size, LANES):
+        signs = signs | load(row, at)
+    return in_any_lane(signs < every(ZERO))
 
 
 @_jit
@@ -374,7 +397,8 @@ def _measure(group, maps, eps, ahead, share):
     scale = to_single(sqrt(every(float(N)) / (energy + every(eps))))
     floor = every(np.float32(N * eps))
     terms = _joined(_entropy_terms(group, scale, floor, ahead, share), by_row)
-    if in_any_lane(terms < every(EVEN * N)):
+    # Not where all is 0, for the sums are, too.
+    if in_any_lane((terms < every(EVEN * N)) & (nonzero > every(ZERO))):
         size = N if by_row else group.size
         divergence = _joined(_divergence(group, size, scale, floor), by_row)
         terms = divergence - every(N * eps) / (energy + every(eps))
@@ -394,9 +418,8 @@ def _entropy_terms(group, scale, floor, ahead, share):
             q = root * root
             bits = as_bits(q + floor) - every(SQRT_HALF)
             r = as_float((bits & every(MANTISSA)) + every(SQRT_HALF)) - every(F_ONE)
-            rr = r * r
-            low = fma(fma(every(L3), r, every(L2)), rr, fma(every(L1), r, every(L0)))
-            series = fma(fma(every(L6), rr, fma(every(L5), r, every(L4))), rr * rr, low)
+            series = fma(fma(fma(every(L6), r, every(L5)), r, every(L4)), r, every(L3))
+            series = fma(fma(fma(series, r, every(L2)), r, every(L1)), r, every(L0))
             log2 = fma(series, r, to_float(bits >> every(MANTISSA_BITS)))
             part = fma(q, log2, part)
         sums = sums + to_double(part)

@@ -96,6 +96,7 @@ for _symbol, _for_integers, _for_floats in (
 _define(operator.truediv, ir.IRBuilder.fdiv, (F32, F64))
 _define(operator.rshift, ir.IRBuilder.ashr, (I32,))
 _define(operator.and_, ir.IRBuilder.and_, (I32, MASK))
+_define(operator.or_, ir.IRBuilder.or_, (I32,))
 for _symbol, _sign in ((operator.gt, ">"), (operator.lt, "<"), (operator.ge, ">="),
                        (operator.le, "<="), (operator.eq, "==")):  # fmt: skip
     _define(_symbol, _comparison(_sign), (I32, F32, F64), lambda a: MASK)
