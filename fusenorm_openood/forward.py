@@ -78,6 +78,18 @@ def forward_pass(
     return Pass(norms, feature, logits, classified.detach().argmax(dim=1))
 
 
+def joined(passes: Sequence[Pass]) -> Pass:
+    """One pass from those of the parts of a batch, without their graphs."""
+    norms, features, logits, preds = zip(*passes, strict=True)
+    known = [feature.detach() for feature in features if feature is not None]
+    return Pass(
+        torch.cat(norms, dim=-1),
+        torch.cat(known) if known else None,
+        torch.cat([part.detach() for part in logits]),
+        torch.cat(preds),
+    )
+
+
 def parts(images: Tensor, with_graph: bool = False) -> tuple[Tensor, ...]:
     """Images ``[B, C, H, W]``, as many at a time as a network takes without paying for it.
 

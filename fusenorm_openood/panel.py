@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.atf import FeatureNorm, atf_each
 from fusenorm_openood.experts import Output, odin_direction, odin_step, score_logits
-from fusenorm_openood.forward import Pass, forward_pass, parts
+from fusenorm_openood.forward import Pass, forward_pass, joined, parts
 from fusenorm_openood.gradient import ConstantBatchNorm
 from fusenorm_openood.react import react_logits
 from fusenorm_openood.taps import undisturbed
@@ -56,9 +55,8 @@ class Panel:
             images: ``[B, C, H, W]`` on its device.
             thresholds: where ReAct clips, by percentile; see :func:`react_thresholds`.
         """
-        with_graph = any(output.needs_gradient for output in self.outputs)
         with undisturbed(net):
-            scored = [self._scores(net, p, thresholds) for p in parts(images, with_graph)]
+            scored = [self._scores(net, part, thresholds) for part in parts(images)]
         scores, preds = zip(*scored, strict=True)
         return torch.cat(scores, dim=1), torch.cat(preds)
 
@@ -69,17 +67,14 @@ class Panel:
             q = output.react_percentile
             return react_logits(net, done, None if q is None else thresholds[q])
 
-        reduce = partial(atf_each, settings=self.norms)
         moved: dict[Output, Tensor] = {}
         if any(output.needs_gradient for output in self.outputs):
-            # One pass for the taps and for the gradients, which stop at the image.
-            with torch.inference_mode(False), torch.enable_grad(), ConstantBatchNorm():
-                leaf = images.detach().clone().requires_grad_()
-                first = forward_pass(net, leaf, self.taps, reduce)
-                moved = self._perturbed(leaf, lambda output: clipped(first, output))
+            begun = [self._with_graph(net, part, clipped) for part in parts(images, True)]
+            first = joined([done for done, _ in begun])
+            moved = {o: torch.cat([images_of[o] for _, images_of in begun]) for o in begun[0][1]}
         else:
             with torch.no_grad():
-                first = forward_pass(net, images, self.taps, reduce)
+                first = forward_pass(net, images, self.taps, self._reduce)
         with torch.no_grad():
             scored = [
                 score_logits(
@@ -93,6 +88,18 @@ class Panel:
             ]
         norms = first.norms.transpose(0, 1).flatten(0, 1)  # [L, S, B] -> [S * L, B]
         return torch.cat([norms.to(scored[0]), torch.stack(scored)]), first.pred
+
+    def _reduce(self, feature_map: Tensor) -> Tensor:
+        return atf_each(feature_map, self.norms)
+
+    def _with_graph(
+        self, net: nn.Module, images: Tensor, clipped: Callable[[Pass, Output], Tensor]
+    ) -> tuple[Pass, dict[Output, Tensor]]:
+        """One pass for the taps and for the gradients, which stop at the image; ODIN's images."""
+        with torch.inference_mode(False), torch.enable_grad(), ConstantBatchNorm():
+            leaf = images.detach().clone().requires_grad_()
+            first = forward_pass(net, leaf, self.taps, self._reduce)
+            return first, self._perturbed(leaf, lambda output: clipped(first, output))
 
     def _perturbed(
         self, leaf: Tensor, logits_of: Callable[[Output], Tensor]
