@@ -1,18 +1,83 @@
 """Time and memory of pieces of work, measured side by side."""
 
 import gc
+import multiprocessing
 import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import accumulate
-from typing import Any
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
 
 import torch
 
 Work = Callable[[], Any]
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's
+
+
+class Made(NamedTuple):
+    """A piece of work, and the seconds that its preparation took."""
+
+    work: Work
+    prepared_s: float = 0.0
+
+
+class Apart:
+    """Pieces of work, each in a process of its own that does nothing else.
+
+    What a process did before decides how long its allocator takes over large tensors: within one
+    process the same forward pass was seen to take 1.0 or 1.5 seconds, by what else ran there.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Made]], device: torch.device) -> None:
+        """Prepare works one after another; ``makers`` are pickled."""
+        self._device = device
+        self._pipes: dict[str, Connection] = {}
+        self.prepared_s: dict[str, float] = {}
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "numba", "pytorch_ood.detector"])
+        for name, make in makers.items():
+            self._pipes[name], theirs = context.Pipe()
+            arguments = (theirs, make, torch.get_num_threads())
+            context.Process(target=_serve, args=arguments, daemon=True).start()
+            theirs.close()
+            self.prepared_s[name] = self._pipes[name].recv()
+
+    def __enter__(self) -> "Apart":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self._pipes.values():
+            pipe.close()
+
+    def seconds(self, rounds: int) -> dict[str, list[float]]:
+        """As :func:`seconds` says, in the works' own processes."""
+        return in_turns({name: partial(self._ask, name, once) for name in self._pipes}, rounds)
+
+    def peak_mebibytes(self, name: str) -> float:
+        """Memory of the tensors of one of the works; see :func:`peak_mebibytes`."""
+        return self._ask(name, peak_mebibytes)
+
+    def _ask(self, name: str, measure: Callable[[Work, torch.device], float]) -> float:
+        self._pipes[name].send((measure, self._device))
+        answer: float = self._pipes[name].recv()
+        return answer
+
+
+def _serve(pipe: Connection, make: Callable[[], Made], threads: int) -> None:
+    """Measure a work as often as the other end of the pipe asks."""
+    torch.set_num_threads(threads)
+    made = make()
+    pipe.send(made.prepared_s)
+    while True:
+        try:
+            measure, device = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(measure(made.work, device))
 
 
 def seconds(
@@ -24,20 +89,29 @@ def seconds(
 ) -> dict[str, list[float]]:
     """Seconds of each work in every round; a round does all of them, in an order of its own.
 
+    ``warm``: each is done once before the first round: that compiles, and fills caches.
     ``settled``: each is done once more before it is timed, so that it does not pay for the state
     that the one before it left memory, caches and threads in.
     """
-    taken: dict[str, list[float]] = {name: [] for name in works}
-    for work in works.values() if warm else ():
-        once(work, device)  # compiles, fills caches
-    order = list(works)
+    timed = {name: partial(once, work, device) for name, work in works.items()}
+    return in_turns(timed, rounds, settled, warm)
+
+
+def in_turns(
+    timed: Mapping[str, Callable[[], float]], rounds: int, settled: bool = False, warm: bool = True
+) -> dict[str, list[float]]:
+    """What :func:`seconds` says, of works that tell the seconds that they took."""
+    taken: dict[str, list[float]] = {name: [] for name in timed}
+    for work in timed.values() if warm else ():
+        work()
+    order = list(timed)
     shuffle = random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
             if settled:
-                works[name]()
-            taken[name].append(once(works[name], device))
+                timed[name]()
+            taken[name].append(timed[name]())
     return taken
 
 

@@ -57,14 +57,11 @@ def make_peers(net: nn.Module, classes: int) -> dict[str, Callable[[], Peer]]:
         "KNN": lambda: _theirs(d.KNN(features)),
         "ViM": lambda: _theirs(d.ViM(features, d=dimension, w=weight, b=bias)),
         "Mahalanobis": lambda: _theirs(d.Mahalanobis(features)),
-    }
-    # Last those whose memory the process gives back, for which the next one would pay.
-    heavy = {
         "Mahalanobis, all layers": lambda: _theirs(d.MultiMahalanobis(layers), layers="all"),
         "Gram": lambda: _theirs(d.Gram(head, layers, classes), layers="all"),
         "GradNorm": lambda: _theirs(d.GradNorm(net), fitted=True, gradient=True),
     }
-    return {**theirs, **ours, **heavy}
+    return theirs | ours
 
 
 def _ours(detector: FuseNorm) -> Peer:

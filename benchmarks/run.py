@@ -13,13 +13,14 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measure import copy_bandwidth, median, once, peak_mebibytes, ratio, seconds
+from measure import Apart, Made, copy_bandwidth, median, once, peak_mebibytes, ratio, seconds
 from peers import make_peers
 from published import atf_loop, forward, odin_react
 from torch import nn
@@ -44,6 +45,7 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
     "resnet50-224x224": (ResNet50, 224),
 }
 SECTIONS = ["atf", "postprocess", "peers", "growth", "startup"]
+SLOW_PEERS = ("Gram", "GradNorm")
 OUTPUTS = [(output, q) for q in (None, 90.0) for output in ("msp", "mls", "energy", "odin")]
 
 
@@ -144,12 +146,8 @@ def benchmark_postprocess(
             if amp and (slower := _bfloat16_over_float32(device)) > 3:
                 print(f"bfloat16 takes {slower:.0f} times as long as float32 here: left out")
                 break
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                case = f"{network}-b{batch}" + "-bf16" * amp
-                outputs = OUTPUTS[2:8:5] if quick else OUTPUTS  # energy; ODIN with ReAct
-                often = rounds if batch == 64 else max(rounds // 3, 3)
-                setting = _setting(network, batch, device)
-                _benchmark_case(report, case, *setting, outputs, often, quick)
+            outputs = OUTPUTS[2:8:5] if quick else OUTPUTS  # energy; ODIN with ReAct
+            _benchmark_case(report, (network, batch, device, amp), outputs, rounds, quick)
 
 
 def _bfloat16_over_float32(device: torch.device) -> float:
@@ -166,27 +164,19 @@ def _bfloat16_over_float32(device: torch.device) -> float:
 
 def _benchmark_case(
     report: Report,
-    case: str,
-    net: nn.Module,
-    images: torch.Tensor,
+    case_of: tuple[str, int, torch.device, bool],
     outputs: list[tuple[str, float | None]],
     rounds: int,
     quick: bool,
 ) -> None:
-    device = images.device
-    id_images = torch.randn(32, *images.shape[1:], generator=torch.Generator().manual_seed(2))
-    loaders = {"val": DataLoader(TensorDataset(id_images), 16)}
-    works: dict[str, Callable[[], Any]] = {"forward": forward(net, images)}
-    works["forward_in_parts"] = lambda: [forward(net, part)() for part in parts(images)]
-    for output, percentile in outputs:
-        postprocessor = _postprocessor(output, percentile)
-        postprocessor.setup(net, loaders, None)
-        name = output + "_react" * bool(percentile)
-        works[name] = lambda p=postprocessor: p.postprocess(net, images)
-    works["published"] = lambda: odin_react(net, images, residual_blocks(net), threshold=1.0)
-    # One batch follows another: what others did to memory before is nothing to time.
-    taken = seconds(works, rounds, device, settled=not quick)
-    memory = {n: None if quick else peak_mebibytes(work, device) for n, work in works.items()}
+    network, batch, device, amp = case_of
+    case = f"{network}-b{batch}" + "-bf16" * amp
+    names = [output + "_react" * bool(q) for output, q in outputs]
+    works = ["forward", "forward_in_parts", *names, "published"]
+    makers = {name: partial(make_work, name, *case_of) for name in works}
+    with Apart(makers, device) as apart:
+        taken = apart.seconds(rounds)
+        memory = {n: None if quick else apart.peak_mebibytes(n) for n in works}
     for name in works:
         over = ratio(taken, name, "forward")
         report.row(
@@ -205,32 +195,48 @@ def _benchmark_case(
     print(f"odin_react over the published way: {value:.2f}", flush=True)
 
 
+def make_work(name: str, network: str, batch: int, device: torch.device, amp: bool) -> Made:
+    """A forward pass of a batch, or what is done with it instead: by name, an output expert's."""
+    net, images = _setting(network, batch, device)
+    precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
+    postprocessor = None
+    if name not in ("forward", "forward_in_parts", "published"):
+        output, _, react = name.partition("_")
+        postprocessor = _postprocessor(output, 90.0 if react else None)
+        generator = torch.Generator().manual_seed(2)
+        id_images = torch.randn(32, *images.shape[1:], generator=generator)
+        with precision():
+            postprocessor.setup(net, {"val": DataLoader(TensorDataset(id_images), 16)}, None)
+
+    def work() -> None:
+        with precision():
+            if postprocessor is not None:
+                postprocessor.postprocess(net, images)
+            elif name == "published":
+                odin_react(net, images, residual_blocks(net), threshold=1.0)
+            else:
+                for part in [images] if name == "forward" else parts(images):
+                    forward(net, part)()
+
+    return Made(work)
+
+
 def benchmark_peers(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
     """The same network and images scored by FuseNorm and by pytorch-ood's detectors."""
     network, batch, fitted_on = "resnet18-32x32", 16 if quick else 64, 64 if quick else 500
     print(f"\npeers: {network}, batches of {batch}, fitted on {fitted_on} images")
-    net, images = _setting(network, batch, device)
-    net.requires_grad_(True)
-    labels = torch.arange(fitted_on) % CLASSES
-    loader = DataLoader(
-        TensorDataset(_images(network, fitted_on).to(device), labels.to(device)), batch
-    )
-    makers = make_peers(net, CLASSES)
-    if len(makers) == 3:
+    peers = make_peers(_setting(network, 1, device)[0], CLASSES)
+    if len(peers) == 3:
         print("pytorch-ood is not installed (pip install pytorch-ood): FuseNorm alone")
-    works: dict[str, Callable[[], Any]] = {"forward": forward(net, images)}
-    fits, memory, layers = {"forward": 0.0}, {}, {"forward": "last"}
-    for name, make in makers.items():
-        if quick and name in ("Gram", "GradNorm"):  # minutes
-            continue
-        peer = make()
-        fit = peer.fit
-        fits[name] = once(lambda f=fit: f(loader), device) if fit else 0.0
-        works[name] = lambda p=peer: p.score(images)
-        layers[name] = peer.layers
-    taken = seconds(works, rounds, device, settled=not quick)
-    memory = {n: None if quick else peak_mebibytes(work, device) for n, work in works.items()}
-    for name in works:
+    layers = {"forward": "last"} | {name: make().layers for name, make in peers.items()}
+    if quick:  # the others take minutes
+        layers = {name: layers[name] for name in layers if name not in SLOW_PEERS}
+    makers = {n: partial(make_peer_work, n, network, batch, fitted_on, device) for n in layers}
+    with Apart(makers, device) as apart:
+        taken = apart.seconds(rounds)
+        memory = {n: None if quick else apart.peak_mebibytes(n) for n in makers}
+        fits = apart.prepared_s
+    for name in makers:
         report.row(
             "peers", method=name, layers=layers[name], fit_s=fits[name],
             ms_per_image=1e3 * median(taken[name]) / batch,
@@ -242,6 +248,21 @@ def benchmark_peers(report: Report, device: torch.device, rounds: int, quick: bo
         report.ratio(
             f"peers/{network}-b{batch}/energy_vs_{key}", ratio(taken, "FuseNorm (energy)", name)
         )
+
+
+def make_peer_work(
+    name: str, network: str, batch: int, fitted_on: int, device: torch.device
+) -> Made:
+    """A batch scored by a detector that was fitted, or by name the plain forward pass."""
+    net, images = _setting(network, batch, device)
+    if name == "forward":
+        return Made(forward(net, images))
+    labels = torch.arange(fitted_on) % CLASSES
+    fitting = TensorDataset(_images(network, fitted_on).to(device), labels.to(device))
+    peer = make_peers(net, CLASSES)[name]()
+    fit = peer.fit
+    fit_s = once(lambda: fit(DataLoader(fitting, batch)), device) if fit else 0.0
+    return Made(lambda: peer.score(images), fit_s)
 
 
 def benchmark_growth(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
