@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 Work = Callable[[], Any]
+# What takes long to import, if it is there; a process that is forked off has it.
+PRELOAD = ["torch", "numba", "sklearn.metrics", "openood.postprocessors", "pytorch_ood.detector"]
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's
 
 
@@ -38,11 +40,11 @@ class Apart:
         self._pipes: dict[str, Connection] = {}
         self.prepared_s: dict[str, float] = {}
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "numba", "pytorch_ood.detector"])
+        context.set_forkserver_preload(PRELOAD)
         for name, make in makers.items():
             self._pipes[name], theirs = context.Pipe()
             arguments = (theirs, make, torch.get_num_threads())
-            context.Process(target=_serve, args=arguments, daemon=True).start()
+            context.Process(target=_serve, args=arguments).start()
             theirs.close()
             self.prepared_s[name] = self._pipes[name].recv()
 

@@ -45,7 +45,7 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
     "resnet50-224x224": (ResNet50, 224),
 }
 SECTIONS = ["atf", "postprocess", "peers", "growth", "startup"]
-SLOW_PEERS = ("Gram", "GradNorm")
+QUICK_PEERS = ("forward", "MSP", "KNN", "Mahalanobis, all layers", "FuseNorm (energy)")
 OUTPUTS = [(output, q) for q in (None, 90.0) for output in ("msp", "mls", "energy", "odin")]
 
 
@@ -229,8 +229,8 @@ def benchmark_peers(report: Report, device: torch.device, rounds: int, quick: bo
     if len(peers) == 3:
         print("pytorch-ood is not installed (pip install pytorch-ood): FuseNorm alone")
     layers = {"forward": "last"} | {name: make().layers for name, make in peers.items()}
-    if quick:  # the others take minutes
-        layers = {name: layers[name] for name in layers if name not in SLOW_PEERS}
+    if quick:
+        layers = {name: layers[name] for name in QUICK_PEERS if name in layers}
     makers = {n: partial(make_peer_work, n, network, batch, fitted_on, device) for n in layers}
     with Apart(makers, device) as apart:
         taken = apart.seconds(rounds)
