@@ -16,6 +16,7 @@ SIZES = [(1, 1), (1, 7), (2, 2), (3, 5), (8, 8), (16, 9), (32, 32), (64, 64)]
 KINDS = [
     "normal",
     "relu",
+    "half",
     "sparse",
     "constant",
     "constants",
@@ -58,6 +59,8 @@ def maps(kind: str, height: int, width: int, batch: int = 3, channels: int = 6) 
     ramp = torch.linspace(0.1, 3, channels).view(1, -1, 1, 1)
     if kind == "relu":
         return x.relu()
+    if kind == "half":
+        return torch.cat([x[:, : channels // 2].relu(), x[:, channels // 2 :]], dim=1)
     if kind == "sparse":
         return x * (torch.rand(x.shape, generator=generator) > 0.97)
     if kind == "constant":
