@@ -202,6 +202,7 @@ def _norms(sample, maps, settings, groups, known, out):
     size = 4 if maps.format == 0 else 2
     step_bytes = step * size * (1 if maps.channels_last else N)
     share = size * (C if maps.channels_last else LANES)
+    # Rows are read where they lie until one has a sign, as none has after a ReLU.
     in_place = by_row and maps.format == 0 and N % LANES == 0
     measured, total = math.nan, math.nan
     for s in range(len(settings)):
