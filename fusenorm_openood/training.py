@@ -95,14 +95,14 @@ def train(
     folder, device, process = Path(folder), torch.device(device), process or Process()
     best, unfinished = folder / "best.ckpt", folder / "unfinished.ckpt"
     check_recipe(folder / "recipe.yml", recipe)
+    if best.is_file() and not unfinished.is_file():
+        return best
     if channels_last and device.type == "cpu" and recipe.width < 8:
         # https://github.com/uxlfoundation/oneDNN/issues/6035
         raise ConfigError(
             f"width = {recipe.width} found: below 8, oneDNN gets gradients in channels_last wrong, "
             "train without channels_last"
         )
-    if best.is_file() and not unfinished.is_file():
-        return best
     images, val = benchmark.id["train"].images(), benchmark.id["val"].images()
     for listed in (images, val):
         check_labels(listed, benchmark.num_classes)
