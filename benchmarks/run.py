@@ -27,10 +27,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusenorm_openood import FuseNormPostprocessor, atf, kernels
-from fusenorm_openood.config import config_root, read_config
-from fusenorm_openood.forward import parts
+from fusenorm_openood.configs import config_root, read_config
+from fusenorm_openood.listening.passes import parts
+from fusenorm_openood.listening.taps import residual_blocks
 from fusenorm_openood.networks import ResNet18_32x32, ResNet18_224x224, ResNet50
-from fusenorm_openood.taps import residual_blocks
 
 CLASSES = 10
 # Blocks of each shape (channels, height), how many there are, and the batch.

@@ -1,44 +1,45 @@
 """FuseNorm: out-of-distribution detection by fusing feature norms, a plugin for OpenOOD."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Names are imported where they are first used: neither torch nor OpenOOD loads before that.
+# Public names are imported on first use, so that importing the package loads neither torch nor
+# OpenOOD.
 _HOME = {
-    "FuseNorm": "detector",
-    "FuseNormPostprocessor": "postprocessor",
-    "IDStatistics": "statistics",
-    "Settings": "settings",
-    "atf": "atf",
-    "compute_id_statistics": "statistics",
-    "fuse": "fusion",
+    "FuseNorm": "detectors.fusenorm",
+    "FuseNormPostprocessor": "openood.postprocessor",
+    "IDStatistics": "method.statistics",
+    "Settings": "method.settings",
+    "atf": "method.atf",
+    "compute_id_statistics": "method.statistics",
+    "fuse": "method.fusion",
     "load_network": "networks",
-    "normalise": "statistics",
+    "normalise": "method.statistics",
     "on_device": "devices",
-    "ood_metrics": "metrics",
-    "register": "openood_bridge",
-    "tap_candidates": "taps",
+    "ood_metrics": "method.metrics",
+    "register": "openood.register",
+    "tap_candidates": "listening.taps",
 }
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from fusenorm_openood.atf import atf as atf
-    from fusenorm_openood.detector import FuseNorm as FuseNorm
+    from fusenorm_openood.detectors.fusenorm import FuseNorm as FuseNorm
     from fusenorm_openood.devices import on_device as on_device
-    from fusenorm_openood.fusion import fuse as fuse
-    from fusenorm_openood.metrics import ood_metrics as ood_metrics
+    from fusenorm_openood.listening.taps import tap_candidates as tap_candidates
+    from fusenorm_openood.method.atf import atf as atf
+    from fusenorm_openood.method.fusion import fuse as fuse
+    from fusenorm_openood.method.metrics import ood_metrics as ood_metrics
+    from fusenorm_openood.method.settings import Settings as Settings
+    from fusenorm_openood.method.statistics import IDStatistics as IDStatistics
+    from fusenorm_openood.method.statistics import compute_id_statistics as compute_id_statistics
+    from fusenorm_openood.method.statistics import normalise as normalise
     from fusenorm_openood.networks import load_network as load_network
-    from fusenorm_openood.openood_bridge import register as register
-    from fusenorm_openood.postprocessor import FuseNormPostprocessor as FuseNormPostprocessor
-    from fusenorm_openood.settings import Settings as Settings
-    from fusenorm_openood.statistics import IDStatistics as IDStatistics
-    from fusenorm_openood.statistics import compute_id_statistics as compute_id_statistics
-    from fusenorm_openood.statistics import normalise as normalise
-    from fusenorm_openood.taps import tap_candidates as tap_candidates
+    from fusenorm_openood.openood.postprocessor import (
+        FuseNormPostprocessor as FuseNormPostprocessor,
+    )
+    from fusenorm_openood.openood.register import register as register
 
 
 def __getattr__(name: str) -> Any:
@@ -51,14 +52,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps the submodule ``atf``, once imported, from hiding the function ``atf``."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fusenorm_openood.errors import ConfigError
@@ -66,3 +67,9 @@ def find_device(name: str) -> torch.device:
             f"device {name!r} cannot be used ({reason}): choose auto or cpu"
         ) from None
     return device
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """The device of a network's first parameter; the CPU for a network without parameters."""
+    parameter = next(net.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

@@ -2,7 +2,7 @@
 
 import sys
 
-from fusenorm_openood.cli import main
+from fusenorm_openood.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["eval", *sys.argv[1:]]))

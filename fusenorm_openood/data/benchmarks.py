@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from fusenorm_openood.config import config_root, lookup, read_config
-from fusenorm_openood.data.imagelist import ImageList
-from fusenorm_openood.data.preprocessing import (
+from fusenorm_openood.configs import config_root, lookup, read_config
+from fusenorm_openood.data.lists import ImageList
+from fusenorm_openood.data.sources import benchmark_names, under
+from fusenorm_openood.data.transforms import (
     Normalization,
     Transform,
     eval_transform,
     normalization,
     plain_transform,
 )
-from fusenorm_openood.data.sources import benchmark_names, under
-from fusenorm_openood.data.sources import how_to_get as how_to_get
 from fusenorm_openood.errors import ConfigError, DataError
 
 
@@ -39,6 +38,7 @@ class Benchmark:
     """An ID data set with all that OpenOOD tests it against."""
 
     name: str
+    data_root: Path
     num_classes: int
     pre_size: int
     image_size: int
@@ -107,6 +107,7 @@ def load_benchmark(name: str, data_root: str | Path = "data") -> Benchmark:
 
     return Benchmark(
         name=name,
+        data_root=Path(data_root),
         num_classes=lookup(dataset, "num_classes"),
         pre_size=pre_size,
         image_size=image_size,

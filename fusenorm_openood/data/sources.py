@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fusenorm_openood.config import config_root, read_config
+from fusenorm_openood.configs import config_root, read_config
 
 _DRIVE = "https://drive.google.com/file/d/"
 # Checkpoints of three training runs: OpenOOD's by cross-entropy, and T2FNorm's.

@@ -48,3 +48,20 @@ class T2FNormNet(nn.Module):
     def _classify(self, feature: Tensor) -> Tensor:
         logits: Tensor = self.backbone.fc(feature)  # type: ignore[operator]
         return logits
+
+
+def scores_apart(net: nn.Module) -> bool:
+    """Whether a network scores by other logits than it classifies by, as T2FNorm's does."""
+    return hasattr(net, "forward_ood_inference")
+
+
+def classification_feature(net: nn.Module, feature: Tensor) -> Tensor | None:
+    """The feature ``[B, D]`` that a T2FNorm network classifies by, from the one it scores by.
+
+    Dividing a feature by tau does not change its direction. None for any other network; OpenOOD's
+    ``T2FNormNet`` has the same attributes as ours.
+    """
+    tau = getattr(net, "tau", None)
+    if not (isinstance(tau, Tensor) and hasattr(net, "backbone") and scores_apart(net)):
+        return None
+    return F.normalize(feature, dim=-1) / tau

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fusenorm_openood import load_network
-from fusenorm_openood.openood_bridge import openood_installed
+from fusenorm_openood.openood.bridge import openood_installed
 
 RUNS = {
     "base": "cifar10_resnet18_32x32_base_e8_lr0.15_default",

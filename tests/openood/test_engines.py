@@ -10,13 +10,14 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
 from fusenorm_openood import on_device
-from fusenorm_openood.cli import main as fusenorm
+from fusenorm_openood.benchmark.evaluation import evaluate
+from fusenorm_openood.cli.main import main as fusenorm
+from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
-from fusenorm_openood.engines import detector_for, read_postprocessor
+from fusenorm_openood.detectors.configuration import detector_for
 from fusenorm_openood.errors import CheckpointError, ConfigError
-from fusenorm_openood.evaluation import evaluate
-from fusenorm_openood.main import main
-from fusenorm_openood.openood_bridge import evaluate_with_openood
+from fusenorm_openood.openood.evaluator import evaluate_with_openood
+from fusenorm_openood.openood.pipelines import main
 from tests.conftest import assert_undisturbed, state_of
 
 # FuseNorm's gradients are ODIN's, which is here by itself.
@@ -49,7 +50,7 @@ def test_three_engines_print_the_same_table(
 ):
     from openood.evaluation_api import Evaluator
 
-    from fusenorm_openood.openood_adapter import make_postprocessor
+    from fusenorm_openood.openood.adapter import make_postprocessor
 
     monkeypatch.chdir(home)
     net, changes = networks[root], CHANGES.get(name, [])
@@ -63,7 +64,7 @@ def test_three_engines_print_the_same_table(
 
     benchmark = load_benchmark("cifar10", "data")
     for fsood, table in tables.items():
-        detector = detector_for(name, config, benchmark)(net)
+        detector = detector_for(name, config, benchmark.norm[1])(net)
         native = evaluate(detector, benchmark, fsood, progress=False).table
         assert list(native.index) == list(table.index)
         assert printed(native) == printed(table)
@@ -81,7 +82,7 @@ def test_three_engines_print_the_same_table(
 
 @pytest.mark.parametrize("root", ["base", "t2fnorm"])
 def test_knn_is_the_distance_to_the_kth_neighbour(home, networks, root):
-    from fusenorm_openood.openood_adapter import make_postprocessor
+    from fusenorm_openood.openood.adapter import make_postprocessor
 
     net = networks[root]
     config = read_postprocessor("knn", None, ["K=3"])
@@ -116,7 +117,7 @@ def test_a_t2fnorm_network_is_scored_by_its_scoring_logits(networks, name):
     """The oracle: OpenOOD's postprocessor on a plain network of the same scoring logits."""
     from openood.networks.resnet18_32x32 import ResNet18_32x32
 
-    from fusenorm_openood.openood_adapter import make_postprocessor
+    from fusenorm_openood.openood.adapter import make_postprocessor
 
     net = networks["t2fnorm"]
     plain = ResNet18_32x32()
@@ -144,7 +145,7 @@ def test_a_t2fnorm_network_is_scored_by_its_scoring_logits(networks, name):
 def test_a_wrapper_that_is_there_already_is_not_wrapped_again(networks, home):
     from openood.networks.react_net import ReactNet
 
-    from fusenorm_openood.openood_adapter import make_postprocessor
+    from fusenorm_openood.openood.adapter import make_postprocessor
 
     net = networks["t2fnorm"]
     react = make_postprocessor("react", read_postprocessor("react", None, []), "cifar10")
@@ -158,7 +159,7 @@ def test_a_wrapper_that_is_there_already_is_not_wrapped_again(networks, home):
 
 
 def test_what_cannot_be_made_is_named(networks):
-    from fusenorm_openood.openood_adapter import make_postprocessor
+    from fusenorm_openood.openood.adapter import make_postprocessor
 
     with pytest.raises(ConfigError, match=r"'fusenrom' unknown: choose among .*fusenorm, gen, gm"):
         make_postprocessor("fusenrom", {"postprocessor": {"name": "msp"}}, "cifar10")
@@ -193,7 +194,7 @@ def test_a_truncated_image_is_told_in_one_sentence(home, networks, tmp_path, mon
     from PIL import ImageFile
 
     from fusenorm_openood.errors import DataError
-    from fusenorm_openood.openood_adapter import make_postprocessor
+    from fusenorm_openood.openood.adapter import make_postprocessor
 
     lists = tmp_path / "benchmark_imglist" / "cifar10"
     lists.mkdir(parents=True)

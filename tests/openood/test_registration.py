@@ -13,13 +13,14 @@ import torch
 import yaml
 
 from fusenorm_openood import FuseNormPostprocessor, load_network, on_device, register
-from fusenorm_openood.config import config_root
+from fusenorm_openood.configs import config_root
 from fusenorm_openood.errors import CheckpointError
-from fusenorm_openood.main import find_config, main, read_configs
 from fusenorm_openood.networks import T2FNormNet
-from fusenorm_openood.openood_bridge import names_known_to, openood_config_root
+from fusenorm_openood.openood.bridge import openood_config_root
+from fusenorm_openood.openood.pipelines import find_config, main, read_configs
+from fusenorm_openood.openood.register import names_known_to
 from tests.openood.test_engines import run_main
-from tests.test_postprocessor import config
+from tests.without_openood.test_postprocessor import config
 
 DATA = ["configs/datasets/cifar10/cifar10.yml", "configs/datasets/cifar10/cifar10_ood.yml"]
 TRAIN = [
@@ -256,7 +257,7 @@ def test_a_head_for_other_classes_is_left_out_for_training_only(checkpoints):
     from openood.networks.utils import get_network
     from openood.utils import Config
 
-    from fusenorm_openood.main import load_checkpoint
+    from fusenorm_openood.openood.pipelines import load_checkpoint
 
     path = str(checkpoints["base"])
     section = {"name": "resnet18_32x32", "num_classes": 4, "num_gpus": 0}

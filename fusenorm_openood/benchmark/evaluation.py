@@ -1,0 +1,127 @@
+"""A detector on a benchmark: near-OOD, far-OOD and full-spectrum tables."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from fusenorm_openood.benchmark.tables import COLUMNS, with_means
+from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
+from fusenorm_openood.detectors.base import Detector, Scored
+from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.method.metrics import accuracy, ood_metrics
+
+
+class Evaluation(NamedTuple):
+    """What one detector reaches on one benchmark.
+
+    table: metrics in percent, a row a data set and one for each mean, OpenOOD's columns.
+    compare: AUROC / FPR@95 in percent, a row an expert, a column a data set or mean.
+    scores: predictions, confidences and labels in the nested dict that OpenOOD saves.
+    """
+
+    table: pd.DataFrame
+    compare: pd.DataFrame
+    scores: dict[str, Any]
+
+
+def evaluate(
+    detector: Detector,
+    benchmark: Benchmark,
+    fsood: bool = False,
+    validation: bool = False,
+    batch_size: int = 200,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Fit a detector on a benchmark's ID validation images, and test it.
+
+    Args:
+        detector: a detector around the network to test; one that is fitted is taken as it is.
+        benchmark: images that are all there; see :meth:`Benchmark.missing`.
+        fsood: count covariate-shifted ID images as ID.
+        validation: test on the validation pair instead, ID validation images against OOD
+            validation images: settings are chosen there, never on what is tested.
+        batch_size, num_workers: of the loaders.
+        progress: show a bar for each data set.
+
+    Raises:
+        ConfigError: ``fsood`` for a benchmark without covariate-shifted images.
+    """
+    check_fsood(benchmark, fsood)
+
+    def infer(image_set: ImageSet, name: str) -> Scored:
+        return detector.infer(loader(image_set), progress, name)
+
+    def loader(image_set: ImageSet) -> Any:
+        return image_loader(image_set, batch_size, num_workers)
+
+    if not detector.is_fitted:
+        detector.fit(loader(benchmark.id["val"]), progress)
+    test = infer(benchmark.id["val" if validation else "test"], benchmark.name)
+    csid = {name: infer(s, name) for name, s in benchmark.csid.items()} if fsood else {}
+    groups: dict[str, dict[str, Scored]] = {"valood": {}, "nearood": {}, "farood": {}}
+    if validation:
+        groups["valood"] = {"val": infer(benchmark.val_ood, "val")}
+    else:
+        groups["nearood"] = {name: infer(s, name) for name, s in benchmark.near.items()}
+        groups["farood"] = {name: infer(s, name) for name, s in benchmark.far.items()}
+
+    known = [test, *csid.values()]
+    id_conf = np.concatenate([s.conf for s in known])
+    id_experts = np.concatenate([s.experts for s in known], axis=1)
+    acc = accuracy(
+        np.concatenate([s.pred for s in known]), np.concatenate([s.label for s in known])
+    )
+    rows = with_means(_each(groups, lambda s: ood_metrics(id_conf, s.conf)))
+    table = pd.DataFrame([[*row, acc] for row in rows.values()], list(rows), COLUMNS) * 100
+    compared = with_means(_each(groups, lambda s: _expert_metrics(id_experts, s.experts)))
+    fused = {n: f"{100 * rows[n][1]:.2f} / {100 * rows[n][0]:.2f}" for n in rows}
+    single = {
+        expert: {n: "{:.2f} / {:.2f}".format(*100 * compared[n][i]) for n in compared}
+        for i, expert in enumerate(detector.rows)
+    }
+    compare = pd.DataFrame({"fused": fused, **single}).T
+    return Evaluation(table, compare, _scores(test, csid, groups))
+
+
+def check_fsood(benchmark: Benchmark, fsood: bool) -> None:
+    """ConfigError for full-spectrum on a benchmark without covariate-shifted ID images."""
+    if fsood and not benchmark.csid:
+        raise ConfigError(f"{benchmark.name} has no covariate-shifted ID images: leave out --fsood")
+
+
+def _expert_metrics(id_experts: Any, ood_experts: Any) -> Any:
+    """AUROC and FPR@95 of each expert ``[L, 2]``."""
+    pairs = zip(id_experts, ood_experts, strict=True)
+    return np.array([[m.auroc, m.fpr95] for m in (ood_metrics(i, o) for i, o in pairs)])
+
+
+def _each(
+    groups: dict[str, dict[str, Scored]], figures: Callable[[Scored], Any]
+) -> dict[str, dict[str, Any]]:
+    """Figures of every data set of every group."""
+    return {group: {n: figures(s) for n, s in sets.items()} for group, sets in groups.items()}
+
+
+def _scores(
+    test: Scored, csid: dict[str, Scored], groups: dict[str, dict[str, Scored]]
+) -> dict[str, Any]:
+    def listed(s: Scored) -> list[Any]:
+        return [s.pred, s.conf, s.label]
+
+    return {
+        "id": {"train": None, "val": None, "test": listed(test)},
+        "csid": {name: listed(s) for name, s in csid.items()},
+        "ood": {
+            "val": next(map(listed, groups["valood"].values()), None),
+            "near": {name: listed(s) for name, s in groups["nearood"].items()},
+            "far": {name: listed(s) for name, s in groups["farood"].items()},
+        },
+        "id_preds": torch.from_numpy(test.pred),
+        "id_labels": torch.from_numpy(test.label),
+        "csid_preds": {name: torch.from_numpy(s.pred) for name, s in csid.items()},
+        "csid_labels": {name: torch.from_numpy(s.label) for name, s in csid.items()},
+    }

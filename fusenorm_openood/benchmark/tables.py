@@ -1,0 +1,37 @@
+"""Tables in OpenOOD's format: one row per data set, and one per group of them with its mean."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+COLUMNS = ["FPR@95", "AUROC", "AUPR_IN", "AUPR_OUT", "ACC"]
+
+
+def with_means(groups: Mapping[str, Mapping[str, ArrayLike]]) -> dict[str, NDArray[np.float64]]:
+    """Figures by data set, and after the data sets of each group the group's mean.
+
+    Args:
+        groups: ``{group: {data set: figures}}``, for example ``{"nearood": {"tin": ...}}``; a
+            group without data sets is left out.
+    """
+    rows: dict[str, NDArray[np.float64]] = {}
+    for group, sets in groups.items():
+        if sets:
+            figures = {name: np.asarray(values, np.float64) for name, values in sets.items()}
+            rows |= figures
+            rows[group] = np.mean(list(figures.values()), axis=0)
+    return rows
+
+
+def summarise(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """``mean ± std`` over the tables of several training runs, as OpenOOD writes it."""
+    stacked = np.stack([table.to_numpy() for table in tables])
+    mean, std = stacked.mean(axis=0), stacked.std(axis=0)
+    cells = [
+        [f"{m:.2f} \u00b1 {s:.2f}" for m, s in zip(*row, strict=True)]
+        for row in zip(mean, std, strict=True)
+    ]
+    summary: pd.DataFrame = pd.DataFrame(cells, tables[0].index, list(tables[0].columns))
+    return summary

@@ -1,0 +1,176 @@
+"""Who evaluates a postprocessor: this package (``native``) or OpenOOD's ``Evaluator``."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from fusenorm_openood.benchmark.evaluation import Evaluation, evaluate
+from fusenorm_openood.configs import lookup
+from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
+from fusenorm_openood.detectors.base import Detector
+from fusenorm_openood.detectors.configuration import NATIVE, detector_for, read_fusenorm
+from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.search import search
+from fusenorm_openood.errors import ConfigError, OpenOODError
+from fusenorm_openood.files import write_whole
+from fusenorm_openood.openood.bridge import openood_installed
+from fusenorm_openood.openood.evaluator import csid_of_evaluator, evaluate_with_openood
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be evaluated, and how.
+
+    Attributes:
+        postprocessor: its name.
+        config: its configuration; see :func:`read_postprocessor`.
+        benchmark: what it is tested on.
+        fsood, validation: see :func:`evaluate`.
+        compare: also score every expert.
+        amp: the network runs in bfloat16 where it is safe.
+        batch_size, num_workers, progress: how images are worked through.
+        trials: the folder that a search writes its trials under; None = it writes none.
+    """
+
+    postprocessor: str
+    config: dict[str, Any]
+    benchmark: Benchmark
+    fsood: bool = False
+    validation: bool = False
+    compare: bool = False
+    amp: bool = False
+    batch_size: int = 200
+    num_workers: int = 0
+    progress: bool = False
+    trials: Path | None = None
+
+    @property
+    def searches(self) -> bool:
+        """Whether settings are searched on the validation pair first."""
+        return bool(lookup(self.config, "postprocessor").get("APS_mode"))
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the postprocessor needs no OpenOOD."""
+        return self.postprocessor in NATIVE
+
+    def image_sets(self) -> Iterator[ImageSet]:
+        """All images that will be read."""
+        yield from self.benchmark.tested(self.fsood, self.validation)
+        if self.searches and not self.validation:  # which reads it anyway
+            yield self.benchmark.val_ood
+
+    def detector(self, net: nn.Module) -> Detector:
+        """The native engine's detector around a network."""
+        return detector_for(self.postprocessor, self.config, self.benchmark.norm[1])(net)
+
+
+def find_engine(job: Job, asked: str = "auto") -> str:
+    """``native`` or ``openood``: the engine that was asked for, if it can do the job.
+
+    ``auto`` is OpenOOD's evaluator for FuseNorm, where it can do the job, and for what the native
+    engine does not have.
+
+    Raises:
+        ConfigError: the engine asked for cannot do the job.
+        OpenOODError: OpenOOD was asked for and is missing or broken.
+    """
+    reasons = _beyond_openood(job, asked) if asked != "native" else []
+    engine = asked
+    if asked == "auto":
+        able = openood_installed() and not reasons
+        first = job.postprocessor == "fusenorm" or not job.is_native
+        engine = "openood" if able and first else "native"
+    elif asked == "openood" and reasons:
+        way_out = "choose --engine native" if job.is_native else "leave it out"
+        raise ConfigError(f"--engine openood cannot do {reasons[0]}: {way_out}")
+    if engine == "native" and not job.is_native:
+        why = f", and --engine openood cannot do {reasons[0]}" if reasons else ""
+        raise ConfigError(
+            f"--engine native has no postprocessor {job.postprocessor!r}{why}: "
+            f"choose among {', '.join(NATIVE)}"
+        )
+    if engine == "native" and job.searches and job.postprocessor != "fusenorm":
+        raise ConfigError(
+            f"APS_mode: True found, and the native engine searches no {job.postprocessor}: "
+            "install OpenOOD and choose --engine openood, or set APS_mode to False"
+        )
+    return engine
+
+
+def evaluate_run(job: Job, engine: str, net: nn.Module, run: str = "") -> Evaluation:
+    """Evaluate the network of one training run; ``run`` is its name, for messages and files."""
+    if engine == "openood":
+        from fusenorm_openood.openood.adapter import make_postprocessor  # imports OpenOOD
+
+        table, scores = evaluate_with_openood(
+            net,
+            make_postprocessor(job.postprocessor, job.config, job.benchmark.name),
+            job.benchmark.name,
+            job.benchmark.data_root,
+            job.batch_size,
+            job.num_workers,
+            job.fsood,
+            job.progress,
+        )
+        return Evaluation(table, pd.DataFrame(), scores)
+    detector = _searched(job, net, run) if job.searches else job.detector(net)
+    if job.compare and isinstance(detector, FuseNorm):
+        detector.with_companions()
+    return evaluate(
+        detector,
+        job.benchmark,
+        job.fsood,
+        job.validation,
+        job.batch_size,
+        job.num_workers,
+        job.progress,
+    )
+
+
+def _searched(job: Job, net: nn.Module, run: str) -> FuseNorm:
+    """The detector with the settings that the validation pair prefers; prints which."""
+    settings, sweep, _ = read_fusenorm(job.config)
+    id_loader, ood_loader = (
+        image_loader(image_set, job.batch_size, job.num_workers)
+        for image_set in (job.benchmark.id["val"], job.benchmark.val_ood)
+    )
+    found = search(net, settings, sweep, id_loader, ood_loader, job.progress)
+    chosen = ", ".join(f"{name} = {getattr(found.settings, name)}" for name in sweep)
+    print(
+        f"search over {len(found.trials)} combinations{f', run {run}' * bool(run)}: "
+        f"validation AUROC {100 * found.auroc:.2f} with {chosen}",
+        flush=True,
+    )
+    if job.trials is not None:
+        path = job.trials / run / "aps" / f"{job.postprocessor}.csv"
+        write_whole(path, lambda file: found.trials.to_csv(file, index=False))
+    return FuseNorm(net, found.settings).with_calibration(found.calibration)
+
+
+def _beyond_openood(job: Job, asked: str) -> list[str]:
+    """What OpenOOD's evaluator cannot do of a job."""
+    beyond = {
+        "--id-data digits": job.benchmark.name == "digits",
+        "--amp": job.amp,
+        "--compare": job.compare,
+        "--validation": job.validation,
+    }
+    reasons = [reason for reason, needed in beyond.items() if needed]
+    if reasons or not openood_installed():
+        return reasons
+    try:
+        shifted = bool(csid_of_evaluator(job.benchmark.name))
+    except OpenOODError:
+        if asked == "openood":
+            raise
+        return ["without an OpenOOD that can be imported"]
+    if job.fsood and not shifted:
+        return [f"--fsood with --id-data {job.benchmark.name}"]
+    # OpenOOD's evaluator opens every list of its own, and downloads what it misses.
+    missing = job.benchmark.missing(job.benchmark.every(shifted))
+    return [f"without all its files ({m})" for m in missing]

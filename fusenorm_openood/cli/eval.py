@@ -1,0 +1,108 @@
+"""``fusenorm eval``: evaluate a postprocessor on all training runs under a root."""
+
+import pickle
+import sys
+from argparse import ArgumentParser, Namespace
+from contextlib import nullcontext
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from fusenorm_openood.benchmark.evaluation import check_fsood
+from fusenorm_openood.benchmark.networks import load_runs
+from fusenorm_openood.benchmark.runs import unfinished
+from fusenorm_openood.benchmark.tables import summarise
+from fusenorm_openood.cli import options
+from fusenorm_openood.cli.engines import Job, evaluate_run, find_engine
+from fusenorm_openood.cli.inputs import check_files, check_networks, ensure_digits
+from fusenorm_openood.cli.postprocessors import check_postprocessor, read_postprocessor
+from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.devices import find_device
+from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.files import check_writable, write_whole
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    options.add_results(parser)
+    options.add_data(parser)
+    add = parser.add_argument
+    add("--batch-size", type=options.positive, default=200, help="images at a time (default: 200)")
+    add("--save-csv", action="store_true", help="write OUTPUT/ood/NAME.csv (fsood/, val/)")
+    add("--save-score", action="store_true", help="write scores to OUTPUT/s0/scores/NAME.pkl")
+    add("--validation", action="store_true", help="test on the validation pair, to choose settings")
+    add("--compare", action="store_true", help="also print AUROC / FPR@95 of every expert")
+    add("--config", help="YAML of the postprocessor (default: this package's)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one argument of it")
+    add("--aps", action="store_true", help="search settings on the validation pair (APS_mode)")
+    add("--sweep", action="append", default=[], metavar="KEY=LIST", help="values to add to it")
+    add("--amp", choices=["bf16"], help="run the network in bfloat16 where it is safe")
+    add("--channels-last", action="store_true", help="memory format of feature maps and weights")
+    add("--engine", default="auto", choices=["auto", "native", "openood"], help="who evaluates")
+    options.add_computing(parser)
+
+
+def run(args: Namespace) -> int:
+    """Check everything that can be checked, then evaluate run by run and print the table."""
+    device = find_device(args.device)
+    benchmark = load_benchmark(args.id_data, args.data_root)
+    if args.validation and args.fsood:
+        raise ConfigError("--validation and --fsood exclude each other: leave out one")
+    check_fsood(benchmark, args.fsood)
+    name, progress = args.postprocessor, not args.no_progress
+    config = read_postprocessor(name, args.config, args.set, args.sweep, args.aps)
+    check_postprocessor(name, config, benchmark)
+    output = Path(args.output_dir or args.root)
+    if args.save_csv or args.save_score:
+        check_writable(output, "--output-dir")
+    if benchmark.name == "digits":
+        ensure_digits(args.data_root, args.root, progress)
+    job = Job(
+        postprocessor=name,
+        config=config,
+        benchmark=benchmark,
+        fsood=args.fsood,
+        validation=args.validation,
+        compare=args.compare,
+        amp=bool(args.amp),
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        progress=progress,
+        trials=output if args.save_csv else None,
+    )
+    checkpoints = check_files(benchmark, args.root, job.image_sets())
+    networks = load_runs(checkpoints, benchmark.num_classes)
+    check_networks(job, networks, checkpoints)
+    engine = find_engine(job, args.engine)
+
+    print(f"{name} on {args.id_data}: engine {engine}, device {device}", flush=True)
+    for checkpoint in filter(unfinished, checkpoints.values()):
+        print(f"fusenorm: training {checkpoint.parent} is not finished", file=sys.stderr)
+    tables = []
+    for run_name, net in networks.items():
+        net.to(device)
+        if args.channels_last:
+            net.to(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16) if job.amp else nullcontext():
+            result = evaluate_run(job, engine, net, run_name)
+        net.cpu()
+        tables.append(result.table)
+        if args.save_score and not args.validation:
+            scores = pickle.dumps(result.scores, pickle.HIGHEST_PROTOCOL)
+            path = output / run_name / "scores" / f"{name}.pkl"
+            write_whole(path, lambda file, scores=scores: file.write_bytes(scores))  # type: ignore[misc]
+        if args.compare:
+            print(f"\nAUROC / FPR@95, run {run_name or args.root}:\n{_text(result.compare)}")
+    table = summarise(tables)
+    print(f"\n{name}, {args.id_data}, {len(tables)} run(s), mean ± std in percent:")
+    print(_text(table))
+    if args.save_csv:
+        folder = "val" if args.validation else "fsood" if args.fsood else "ood"
+        path = output / folder / f"{name}.csv"
+        write_whole(path, table.to_csv)
+        print(f"saved {path}")
+    return 0
+
+
+def _text(table: pd.DataFrame) -> str:
+    return table.to_string(justify="right")

@@ -1,0 +1,44 @@
+"""``fusenorm leaderboard``: an entry for OpenOOD's leaderboard, from what an evaluation saved."""
+
+import shlex
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from fusenorm_openood.benchmark.evaluation import check_fsood
+from fusenorm_openood.benchmark.leaderboard import leaderboard_entry
+from fusenorm_openood.benchmark.networks import load_runs
+from fusenorm_openood.benchmark.runs import find_checkpoints
+from fusenorm_openood.cli import options
+from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.errors import DataError
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    options.add_results(parser)
+    options.add_data(parser)
+
+
+def run(args: Namespace) -> int:
+    """Print the entry in Markdown, from the CSV and the checkpoints of a root."""
+    benchmark = load_benchmark(args.id_data, args.data_root)
+    check_fsood(benchmark, args.fsood)
+    checkpoints = find_checkpoints(args.root)
+    csv = results_csv(args)
+    networks = load_runs(checkpoints, benchmark.num_classes)
+    print(leaderboard_entry(args.postprocessor, benchmark, args.fsood, checkpoints, networks, csv))
+    return 0
+
+
+def results_csv(args: Namespace) -> Path:
+    """The CSV that an evaluation saved; DataError that names the command for it where it is not."""
+    folder = Path(args.output_dir or args.root) / ("fsood" if args.fsood else "ood")
+    path = folder / f"{args.postprocessor}.csv"
+    if path.is_file():
+        return path
+    command = ["fusenorm", "eval", "--id-data", args.id_data, "--root", args.root,
+               "--data-root", args.data_root, "--postprocessor", args.postprocessor,
+               *(["--output-dir", args.output_dir] if args.output_dir else []),
+               *(["--fsood"] if args.fsood else []), "--save-csv"]  # fmt: skip
+    others = ", ".join(sorted(file.name for file in folder.glob("*.csv")))
+    beside = f" (beside it there are: {others})" if others else ""
+    raise DataError(f"results {path} are missing{beside}: '{shlex.join(command)}' makes them")

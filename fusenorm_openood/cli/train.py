@@ -1,0 +1,70 @@
+"""``fusenorm train``: train a network, or resume a run that was interrupted."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from fusenorm_openood.cli import options
+from fusenorm_openood.cli.inputs import check_images
+from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.data.digits import write_digits
+from fusenorm_openood.devices import find_device
+from fusenorm_openood.files import check_writable
+from fusenorm_openood.training.loop import train
+from fusenorm_openood.training.processes import processes
+from fusenorm_openood.training.recipes import find_recipe
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    options.add_data(parser)
+    add = parser.add_argument
+    add("--method", default="t2fnorm", help="t2fnorm, or base for cross-entropy alone")
+    recipe = "(default: the data set's published recipe)"
+    add("--epochs", type=options.positive, help=recipe)
+    add("--lr", type=float, help=f"learning rate at the start {recipe}")
+    add("--tau", type=float, help=f"T2FNorm's temperature {recipe}")
+    add("--batch-size", type=options.positive, help=f"of one process {recipe}")
+    add("--seed", type=options.whole, default=0)
+    add("--init", metavar="CKPT", help="start from this checkpoint, plain or T2FNorm's")
+    add("--results-dir", default="results", help="where the run's folder goes (default: results)")
+    add("--amp", choices=["bf16"], help="compute in bfloat16 where it is safe")
+    add("--channels-last", action="store_true", help="memory format of images and weights")
+    options.add_computing(parser)
+
+
+def run(args: Namespace) -> int:
+    """Train, in as many processes as ``torchrun`` started, and print the checkpoint."""
+    given = {name: getattr(args, name) for name in ("epochs", "lr", "tau", "batch_size")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    recipe = find_recipe(
+        args.id_data,
+        method=args.method,
+        seed=args.seed,
+        amp=bool(args.amp),
+        init=args.init,
+        **changes,
+    )
+    benchmark = load_benchmark(args.id_data, args.data_root)
+    folder = Path(args.results_dir) / recipe.run_name
+    check_writable(folder, "--results-dir")
+    device = find_device(args.device)
+    with processes(device) as process:
+        if args.id_data == "digits":
+            if process.leads:
+                write_digits(args.data_root)
+            process.wait()
+        check_images(benchmark, [benchmark.id["train"], benchmark.id["val"]])
+        if process.leads:
+            print(f"training {folder} on {device}", flush=True)
+        best = train(
+            recipe,
+            benchmark,
+            folder,
+            device,
+            args.num_workers,
+            args.channels_last,
+            not args.no_progress,
+            process,
+        )
+        if process.leads:
+            print(f"network: {best}")
+    return 0

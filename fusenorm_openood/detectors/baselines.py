@@ -1,0 +1,153 @@
+"""Single output experts as postprocessors of their own, under OpenOOD's names and conventions."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fusenorm_openood.configs import config_root, lookup, read_config
+from fusenorm_openood.detectors.base import Detector
+from fusenorm_openood.errors import CheckpointError, ConfigError, NotFittedError
+from fusenorm_openood.listening.modes import undisturbed
+from fusenorm_openood.listening.passes import forward_pass
+from fusenorm_openood.listening.react import react_logits, react_thresholds
+from fusenorm_openood.method.experts import (
+    PROBABILITY,
+    Output,
+    energy,
+    mls,
+    msp,
+    odin_perturb,
+)
+from fusenorm_openood.networks.t2fnorm import scores_apart
+
+
+class Kind(NamedTuple):
+    """A single expert as a postprocessor: its title in tables, the arguments it must be given."""
+
+    title: str
+    arguments: tuple[str, ...] = ()
+
+
+BASELINES = {
+    "msp": Kind("MSP"),
+    "mls": Kind("MLS"),
+    "ebo": Kind("Energy", ("temperature",)),
+    "odin": Kind("ODIN", ("temperature", "noise")),
+    "react": Kind("ReAct", ("percentile",)),
+    "t2fnorm": Kind("T2FNorm"),
+}
+
+
+class Baseline(Detector):
+    """One output expert, scored in float32 exactly as OpenOOD scores it, ties included.
+
+    Args:
+        net: any network that returns logits; T2FNorm's scores by its scoring logits.
+        name: ``msp``, ``mls``, ``ebo``, ``odin``, ``react`` or ``t2fnorm``.
+        input_std: standard deviations that the images were divided by, for ODIN's step.
+        args: the postprocessor's arguments, all of them.
+
+    Raises:
+        ConfigError: an unknown postprocessor, or arguments that are not its own.
+        CheckpointError: ``t2fnorm`` on a network that is none.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        name: str,
+        input_std: tuple[float, ...] | None = None,
+        **args: float,
+    ) -> None:
+        super().__init__(net)
+        check_baseline(name, args)
+        if name == "t2fnorm" and not scores_apart(net):
+            raise CheckpointError(
+                f"t2fnorm scores a network trained with T2FNorm, found a {type(net).__name__}: "
+                "give such a checkpoint, or choose another postprocessor"
+            )
+        self.experts = (name,)
+        self.output = output_of(name, args, input_std)
+        self._thresholds: dict[float, float] = {}
+
+    def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
+        """Find ReAct's threshold on ID images; the other experts have nothing to fit."""
+        percentiles = [q for q in (self.output.react_percentile,) if q is not None]
+        self._thresholds = react_thresholds(self.net, loader, percentiles, progress)
+        return self
+
+    @property
+    def threshold_(self) -> float | None:
+        """Where ReAct clips, once it is fitted."""
+        return next(iter(self._thresholds.values()), None)
+
+    def _check_fitted(self) -> None:
+        if self.output.react_percentile is not None and self.threshold_ is None:
+            raise NotFittedError("this ReAct has no threshold: call fit(loader) first")
+
+    def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        name, temperature, noise, input_std, _ = self.output
+        with undisturbed(self.net):
+            if name == "odin":
+                with torch.inference_mode(False), torch.enable_grad():
+                    leaf = images.detach().clone().requires_grad_()
+                    first = forward_pass(self.net, leaf)
+                    images = odin_perturb(leaf, first.logits, temperature, noise, input_std)
+                with torch.no_grad():
+                    score = msp(forward_pass(self.net, images).logits, temperature)
+                return score.unsqueeze(0), first.pred
+            with torch.no_grad():
+                first = forward_pass(self.net, images)
+                logits = react_logits(self.net, first, self.threshold_)
+        if name == "mls":
+            score = mls(logits)
+        else:
+            score = (energy if name == "energy" else msp)(logits, temperature)
+        return score.unsqueeze(0), first.pred
+
+    def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
+        conf: NDArray[Any] = experts[0]
+        return conf
+
+
+def output_of(
+    name: str, args: Mapping[str, float], input_std: tuple[float, ...] | None = None
+) -> Output:
+    """The output expert that a baseline is, under its arguments."""
+    if name in ("msp", "t2fnorm"):
+        return Output(PROBABILITY, 1.0)
+    if name == "react":
+        return Output("energy", 1.0, react_percentile=args["percentile"])
+    if name == "odin":
+        return Output("odin", args["temperature"], args["noise"], input_std)
+    return Output("mls", 1.0) if name == "mls" else Output("energy", args["temperature"])
+
+
+def default_args(name: str) -> dict[str, float]:
+    """A baseline's arguments in ``configs/postprocessors``, which are OpenOOD's."""
+    config = read_config(config_root() / "postprocessors" / f"{name}.yml")
+    return lookup(config, "postprocessor").get("postprocessor_args") or {}
+
+
+def check_baseline(name: str, args: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless a postprocessor of that name takes these arguments."""
+    if name not in BASELINES:
+        raise ConfigError(f"postprocessor {name!r} unknown: choose {', '.join(BASELINES)}")
+    arguments = BASELINES[name].arguments
+    if set(args) != set(arguments):
+        raise ConfigError(
+            f"postprocessor {name!r} with the arguments {sorted(args)} found: "
+            f"its arguments are {sorted(arguments)}"
+        )
+    for key, value in args.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        least, most = (0, 100) if key == "percentile" else (0, math.inf)
+        if not number or not least <= value < most or (value == 0 and key != "noise"):
+            raise ConfigError(
+                f"{key} = {value!r} is no {key} for {name!r}: choose one from {least} to {most}"
+            )

@@ -1,0 +1,109 @@
+"""ReAct: clipping the penultimate feature at a percentile of its ID activations."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fusenorm_openood.devices import device_of
+from fusenorm_openood.errors import DataError, TapError
+from fusenorm_openood.listening.batches import batches, not_finite
+from fusenorm_openood.listening.modes import undisturbed
+from fusenorm_openood.listening.passes import Pass, apply_head, final_linear, forward_pass
+
+
+def react_thresholds(
+    net: nn.Module, loader: Iterable[Any], percentiles: Sequence[float], progress: bool = False
+) -> dict[float, float]:
+    """Percentiles of the penultimate activations of ID images, where ReAct clips; in one pass.
+
+    Raises:
+        TapError: a network whose logits are not those of a final linear layer.
+        NonFiniteError: an image, or the feature it gives, that is not finite.
+        DataError: a loader without images.
+
+    Source: Sun et al., NeurIPS 2021.
+    """
+    if not percentiles:
+        return {}
+    sample = ActivationSample()
+    with undisturbed(net), torch.no_grad():
+        for images, _ in batches(loader, progress, "ReAct"):
+            done = forward_pass(net, images.to(device_of(net), non_blocking=True))
+            if done.feature is None:
+                raise _no_head(net)
+            feature = done.feature.float().cpu().numpy()
+            if not np.isfinite(feature).all():
+                image = int(np.argwhere(~np.isfinite(feature))[0, 0])
+                raise not_finite(images, image, "a penultimate feature that is not finite")
+            if sample.is_empty and not _head_gives(net, done):
+                raise _no_head(net)
+            sample.update(feature)
+    return {q: sample.percentile(q) for q in percentiles}
+
+
+def react_logits(net: nn.Module, done: Pass, threshold: float | None) -> Tensor:
+    """Logits of a pass, its penultimate feature clipped at the threshold, if there is one."""
+    if threshold is None:
+        return done.logits
+    head = final_linear(net)
+    if head is None or done.feature is None:
+        raise _no_head(net)
+    return apply_head(head, done.feature.clamp(max=threshold))
+
+
+class ActivationSample:
+    """Percentiles of a stream of features in bounded memory.
+
+    Exact up to ``limit`` values; beyond, an even sample: every second, fourth, ... image.
+    """
+
+    def __init__(self, limit: int = 2**24) -> None:
+        self.limit = limit
+        self._kept: list[NDArray[np.float32]] = []
+        self._values = self._images = 0
+        self._stride = 1
+
+    @property
+    def is_empty(self) -> bool:
+        return self._images == 0
+
+    def update(self, feature: NDArray[np.float32]) -> None:
+        """Add the features ``[B, D]`` of one batch."""
+        kept = feature[-self._images % self._stride :: self._stride].copy()
+        self._images += len(feature)
+        self._kept.append(kept)
+        self._values += kept.size
+        while self._values > self.limit and self._values > feature.shape[1]:
+            self._stride *= 2
+            halved = np.concatenate(self._kept)[::2].copy()
+            self._kept, self._values = [halved], halved.size
+
+    def percentile(self, q: float) -> float:
+        """The q-th percentile, q in [0, 100], of all values kept."""
+        if self._values == 0:
+            raise DataError(
+                "no ID activation found for ReAct's percentile: fit on a loader of images"
+            )
+        return float(np.percentile(np.concatenate(self._kept), q))
+
+
+def _head_gives(net: nn.Module, done: Pass) -> bool:
+    """Whether the final linear layer, and nothing behind it, makes the logits."""
+    head = final_linear(net)
+    return (
+        head is not None
+        and done.feature is not None
+        and done.logits.shape == (len(done.feature), head.out_features)
+        and torch.allclose(apply_head(head, done.feature), done.logits, rtol=1e-3, atol=1e-4)
+    )
+
+
+def _no_head(net: nn.Module) -> TapError:
+    return TapError(
+        f"ReAct needs a final linear layer that gives the logits, and "
+        f"{type(net).__name__} has none: choose react_percentile=None"
+    )

@@ -1,0 +1,78 @@
+"""ID statistics: what is normal for each expert, and scores measured against it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
+
+
+@dataclass(frozen=True)
+class IDStatistics:
+    """Statistics of each expert's scores on ID images, each array ``[L]``."""
+
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+    lower: NDArray[np.float64]
+    upper: NDArray[np.float64]
+
+
+def compute_id_statistics(
+    scores: ArrayLike,
+    percentile_low: float = 1.0,
+    percentile_high: float = 99.9,
+    names: Sequence[str] | None = None,
+) -> IDStatistics:
+    """Mean, standard deviation and two percentiles of each expert's ID scores.
+
+    Args:
+        scores: ID scores ``[L, N]``, one row an expert, larger = more in-distribution.
+        percentile_low, percentile_high: percentiles in [0, 100] that become 0 and 1.
+        names: the experts' names ``[L]``, for messages.
+
+    Raises:
+        ConfigError: percentiles out of order or outside [0, 100].
+        DataError: not an array ``[L, N]``, or no samples.
+        NonFiniteError: NaN or infinity among the scores.
+        ZeroRangeError: an expert whose two percentiles coincide.
+
+    Source: ``compute_id_statistics`` in the FuseNorm repository.
+    """
+    check_percentiles(percentile_low, percentile_high)
+    s = np.asarray(scores, dtype=np.float64)
+    if s.ndim != 2 or s.shape[1] == 0:
+        raise DataError(f"ID scores of shape {s.shape} found: [experts, images] with images needed")
+    labels = [f"expert {i}" for i in range(len(s))] if names is None else list(names)
+    for name, row in zip(labels, s, strict=True):
+        if not np.isfinite(row).all():
+            raise NonFiniteError(
+                f"ID scores of {name!r} hold {np.count_nonzero(~np.isfinite(row))} values that "
+                "are not finite: look for NaN in the ID images or the network's weights"
+            )
+    lower, upper = np.percentile(s, [percentile_low, percentile_high], axis=1)
+    for name, low, high in zip(labels, lower, upper, strict=True):
+        if not high > low:
+            raise ZeroRangeError(
+                f"percentiles {percentile_low} and {percentile_high} of the ID scores of {name!r} "
+                f"are both {low:.6g}: leave this expert out, or fit on more and different images"
+            )
+    return IDStatistics(s.mean(axis=1), s.std(axis=1) + 1e-8, lower, upper)
+
+
+def normalise(scores: ArrayLike, statistics: IDStatistics) -> NDArray[np.float64]:
+    """z = (s - lower) / (upper - lower) for scores ``[L, N]``: ID scores fill the unit interval."""
+    s = np.asarray(scores, dtype=np.float64)
+    lower, upper = statistics.lower[:, None], statistics.upper[:, None]
+    z: NDArray[np.float64] = (s - lower) / (upper - lower)
+    return z
+
+
+def check_percentiles(low: float, high: float) -> None:
+    """Raise ConfigError unless 0 <= low < high <= 100."""
+    if not 0 <= low < high <= 100:
+        raise ConfigError(
+            f"percentile_low = {low} and percentile_high = {high} span no range: "
+            "choose 0 <= low < high <= 100"
+        )

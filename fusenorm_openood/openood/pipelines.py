@@ -1,0 +1,231 @@
+"""OpenOOD's ``main.py`` with FuseNorm known, on any device.
+
+python -m fusenorm_openood.main --config A.yml B.yml ... [--device cpu] [--key value ...]
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusenorm_openood.configs import config_root, lookup
+from fusenorm_openood.detectors.configuration import read_fusenorm
+from fusenorm_openood.devices import find_device, on_device
+from fusenorm_openood.errors import CheckpointError, ConfigError, FuseNormError
+from fusenorm_openood.networks.checkpoints import load_state
+from fusenorm_openood.openood.adapter import adapted
+from fusenorm_openood.openood.bridge import file_errors, openood_module, replaced, whole_images
+from fusenorm_openood.openood.register import names_known_to, register
+
+# Who looks up the name that a section of the configuration gives.
+LOOKUPS = {
+    "pipeline": ("pipelines.utils", "get_pipeline"),
+    "network": ("networks.utils", "get_network"),
+    "trainer": ("trainers.utils", "get_trainer"),
+    "evaluator": ("evaluators.utils", "get_evaluator"),
+    "postprocessor": ("postprocessors.utils", "get_postprocessor"),
+    "recorder": ("recorders.utils", "get_recorder"),
+}
+TESTING = ("dataset", "ood_dataset", "network", "preprocessor", "postprocessor")
+SECTIONS = {
+    "train": ("dataset", "network", "preprocessor", "trainer", "optimizer"),
+    "test_ood": TESTING,
+    "test_ood_aps": TESTING,
+}
+# Networks of OpenOOD's that read other checkpoints than state dicts, or none.
+NO_STATE_DICT = ("bit", "vit")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a pipeline of OpenOOD's; 0 = done, 1 = an error that stands in one sentence on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusenorm_openood.main",
+        description="OpenOOD's main.py with FuseNorm known. --KEY VALUE changes the configuration.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        required=True,
+        help="YAML files, OpenOOD's or this package's; of two values for a key the last holds",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    args, changes = parser.parse_known_args(argv)
+    try:
+        device = find_device(args.device)
+        register()
+        config = read_configs([find_config(path) for path in args.config], changes)
+        check_config(config, device)
+        openood_module("utils").launch(
+            run_pipeline,
+            config.num_gpus,
+            num_machines=config.num_machines,
+            machine_rank=config.machine_rank,
+            dist_url="auto",
+            args=(config, str(device)),
+        )
+    except FuseNormError as error:
+        print(f"fusenorm_openood.main: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fusenorm_openood.main: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def find_config(path: str) -> str:
+    """A configuration file as it is given, or this package's of that name under ``configs/``."""
+    inside = Path(path).parts[:1] == ("configs",)
+    packaged = config_root().joinpath(*Path(path).parts[1:])
+    found = Path(path) if Path(path).is_file() or not inside else packaged
+    if not found.is_file():
+        siblings = ", ".join(sorted(p.name for p in found.parent.glob("*.yml")))
+        raise ConfigError(
+            f"configuration {path} is no file; in {found.parent} there are: {siblings or 'none'}"
+        )
+    return str(found)
+
+
+def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> Any:
+    """OpenOOD's configuration of these files, with ``--key value`` changes, read by OpenOOD.
+
+    Raises:
+        ConfigError: files or changes that it cannot read.
+    """
+    before = sys.argv
+    try:
+        sys.argv = [before[0], "--config", *paths, *changes]
+        return openood_module("utils").setup_config()
+    except KeyError as error:
+        raise ConfigError(
+            f"key {error} stands in none of the configurations {', '.join(paths)}: "
+            "add the one with it, or correct the key"
+        ) from error
+    except Exception as error:  # OpenOOD checks nothing, and evaluates what follows a colon
+        raise ConfigError(
+            f"the configuration cannot be read ({type(error).__name__}: {error}): "
+            "give YAML files of mappings, and changes as --key value"
+        ) from error
+    finally:
+        sys.argv = before
+
+
+def check_config(config: Any, device: torch.device) -> None:
+    """Raise ConfigError for what OpenOOD would stumble over, before any work."""
+    pipeline = lookup(config, "pipeline", "name")
+    for section in SECTIONS.get(pipeline, ()):
+        lookup(config, section)
+    for section, (module, function) in LOOKUPS.items():
+        # Tests record without a recorder: their section has no name.
+        if section in config and (section != "recorder" or "name" in config.recorder):
+            name = lookup(config, section, "name")
+            known = names_known_to(getattr(openood_module(module), function))
+            if name not in known:
+                raise ConfigError(f"{section} {name!r} unknown: choose among {', '.join(known)}")
+    if "postprocessor" in config and config.postprocessor.name == "fusenorm":
+        read_fusenorm(config)
+    searching = "postprocessor" in config and config.postprocessor.get("APS_mode")
+    if searching and "evaluator" in config and config.evaluator.name == "fsood":
+        raise ConfigError(
+            "APS_mode: True found, and OpenOOD's evaluator 'fsood' searches nothing: take the "
+            "pipeline test_ood.yml with --evaluator.ood_scheme fsood, or set APS_mode to False"
+        )
+    for key in ("num_gpus", "num_machines", "machine_rank"):
+        lookup(config, key)
+    processes = config.num_gpus * config.num_machines
+    if processes > 1 and (device.type != "cuda" or not pipeline.startswith("train")):
+        raise ConfigError(
+            f"num_gpus: {config.num_gpus}, num_machines: {config.num_machines} found: pipeline "
+            f"{pipeline!r} on {device} runs in one process: choose 1 of both"
+        )
+    asks = config.save_output and config.merge_option == "default"
+    if asks and Path(config.output_dir).is_dir() and not (sys.stdin and sys.stdin.isatty()):
+        raise ConfigError(
+            f"output directory {config.output_dir} exists: add --merge_option merge to write into "
+            "it, or --mark NAME for another"
+        )
+
+
+def run_pipeline(config: Any, device: str) -> None:
+    """Run the pipeline that a configuration describes; the process is left as it was found."""
+    register()  # again, for this may be another process
+    pipelines = openood_module("pipelines")
+    get_postprocessor = openood_module("postprocessors.utils").get_postprocessor
+    get_network = openood_module("networks.utils").get_network
+
+    def get_adapted(config: Any) -> Any:
+        return adapted(get_postprocessor(config), config.postprocessor.name)
+
+    def get_loaded(network: Any) -> Any:
+        head_may_differ = not config.pipeline.name.startswith("test")
+        return load_checkpoint(get_network, network, head_may_differ)
+
+    with ExitStack() as stack:
+        for context in (
+            on_device(device),
+            whole_images(),
+            file_errors(),
+            process_restored(),
+            replaced(get_postprocessor, get_adapted),
+            replaced(get_network, get_loaded),
+        ):
+            stack.enter_context(context)
+        pipelines.get_pipeline(config).run()
+
+
+def load_checkpoint(
+    get_network: Callable[[Any], Any], config: Any, head_may_differ: bool = False
+) -> Any:
+    """OpenOOD's network of a configuration, with the whole of its checkpoint on any device.
+
+    OpenOOD leaves out what does not fit, be it everything, and reads a checkpoint that was saved
+    on CUDA on CUDA only.
+
+    Args:
+        get_network: OpenOOD's function of that name.
+        config: the section ``network``.
+        head_may_differ: whether the last layer may stay as it is, for another number of classes.
+
+    Raises:
+        CheckpointError: a checkpoint that cannot be read, or that lacks parts of the network.
+    """
+    path = config.checkpoint
+    if not config.pretrained or not isinstance(path, str) or config.name in NO_STATE_DICT:
+        return get_network(config)
+    built = get_network(type(config)(config, pretrained=False))
+    if not isinstance(built, nn.Module):  # a dict of networks, loaded in its own way
+        return get_network(config)
+    net = built.module if isinstance(built, nn.parallel.DistributedDataParallel) else built
+    state, own = load_state(path), net.state_dict()
+    wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
+    heads = ("fc.weight", "fc.bias", "backbone.fc.weight", "backbone.fc.bias")
+    lacking = [k for k in wrong if not (head_may_differ and k in heads)]
+    if lacking:
+        trained = "a T2FNorm network" if "tau" in state else "a plain network"
+        raise CheckpointError(
+            f"checkpoint {path}, of {trained}, does not fit the network {config.name!r}: "
+            f"{len(lacking)} of its {len(own)} tensors are missing or of another shape, "
+            f"{lacking[0]} say; give the configs/networks/*.yml that it was trained with"
+        )
+    net.load_state_dict({k: state[k] for k in own if k not in wrong}, strict=False)
+    return built
+
+
+@contextmanager
+def process_restored() -> Iterator[None]:
+    """Take back what OpenOOD changes in the process: standard output, and cuDNN's search."""
+    stdout, benchmark = sys.stdout, torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        logger, sys.stdout = sys.stdout, stdout
+        torch.backends.cudnn.benchmark = benchmark
+        if logger is not stdout and hasattr(logger, "console"):
+            logger.console = io.StringIO()  # it closes the console it writes to when it goes
+            logger.close()

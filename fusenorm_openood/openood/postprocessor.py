@@ -1,0 +1,162 @@
+"""FuseNorm behind OpenOOD's postprocessor contract."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fusenorm_openood.detectors.bank import ScoreBank, bank_for
+from fusenorm_openood.detectors.configuration import read_fusenorm
+from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm, calibrate
+from fusenorm_openood.detectors.search import UNUSABLE, choose
+from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
+from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
+from fusenorm_openood.openood.bridge import base_postprocessor
+
+
+class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
+    """FuseNorm for OpenOOD's evaluators, a subclass of its ``BasePostprocessor``.
+
+    Pickles without the network, and scores the same after unpickling.
+
+    Args:
+        config: OpenOOD's configuration, or any mapping of the same keys: ``postprocessor`` with
+            ``APS_mode``, ``postprocessor_args`` (every setting of :class:`Settings`) and
+            ``postprocessor_sweep`` (lists of values to search, by setting).
+
+    Raises:
+        ConfigError: a missing or unknown key, or a value out of range.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        self.settings, self.args_dict, self.APS_mode = read_fusenorm(config)
+        self.hyperparam_search_done = False
+        self.setup_flag = False
+        self.calibration: Calibration | None = None
+        self._unusable: FuseNormError | None = None
+        self._fitted_on: tuple[nn.Module, Iterable[Any]] | None = None
+        self._bank: ScoreBank | None = None
+
+    def setup(
+        self, net: nn.Module, id_loader_dict: Mapping[str, Any], ood_loader_dict: Any = None
+    ) -> None:
+        """Fit the ID statistics on the ID validation images; a second call changes nothing.
+
+        With ``APS_mode``, the images of both validation loaders are scored under every combination
+        of the sweep, each image once: the search that follows needs the network no more.
+
+        Args:
+            net: the network to be scored with.
+            id_loader_dict: OpenOOD's ID loaders; ``"val"`` is read.
+            ood_loader_dict: OpenOOD's OOD loaders; ``"val"`` is read for a search.
+        """
+        if "val" not in id_loader_dict:
+            raise DataError(
+                f"ID loaders {', '.join(id_loader_dict) or 'none'} found: FuseNorm fits on 'val'"
+            )
+        self._fitted_on = net, id_loader_dict["val"]
+        if self.setup_flag:
+            return
+        if self.APS_mode and not self.hyperparam_search_done:
+            if not ood_loader_dict or "val" not in ood_loader_dict:
+                raise DataError(
+                    f"OOD loaders {', '.join(ood_loader_dict or ()) or 'none'} found: "
+                    "a search (APS_mode: True) validates on 'val'"
+                )
+            self._bank = bank_for(net, self.settings, self.args_dict)
+            self._bank.fit(id_loader_dict["val"]).add(ood_loader_dict["val"])
+            # OpenOOD's loop ends in a TypeError where no combination is usable, this in a sentence.
+            choose(self._bank, self.settings, self.args_dict, ood_loader_dict["val"])
+            self.setup_flag = True
+        else:
+            self._fit()
+
+    def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
+        """Predictions ``[B]`` and confidences ``[B]``, larger = more in-distribution."""
+        return self._detector(net).predict(data)
+
+    def inference(
+        self, net: nn.Module, data_loader: Iterable[Any], progress: bool = True
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+        """Predictions, confidences and labels ``[N]`` of a loader, on the network's own device."""
+        bank = self._bank
+        if bank is None or bank.net is not net or not bank.holds(data_loader):
+            scored = self._detector(net).infer(data_loader, progress)
+        elif self._unusable is None and bank.knows(self.settings):
+            scored = bank.scored(self.settings, data_loader)
+        elif self._unusable is None:
+            scored = self._detector(net).infer(data_loader, progress)
+        else:
+            # The search must pass over these settings and go on: an AUROC of 0 is never the best.
+            warnings.warn(f"passed over: {self._unusable}", RuntimeWarning, stacklevel=2)
+            scored = bank.worst(data_loader)
+        return scored.pred, scored.conf, scored.label
+
+    def set_hyperparam(self, hyperparam: list[Any]) -> None:
+        """Take one value for each key of ``args_dict``, in its order, and recompute what follows.
+
+        The ID images are scored anew only where the expert scores change. That needs the network
+        and the images of :meth:`setup`; an unpickled postprocessor must be set up again. Within
+        the sweep of a search nothing is scored anew, and values that do not go together are an
+        error not here, but where images other than the validation ones are scored with them.
+        """
+        if len(hyperparam) != len(self.args_dict):
+            raise ConfigError(
+                f"{len(hyperparam)} hyperparameters {hyperparam} found: give one each for "
+                f"{', '.join(self.args_dict) or 'nothing'}"
+            )
+        values = dict(zip(self.args_dict, hyperparam, strict=True))
+        before, self._unusable = self.settings, None
+        if self._bank is None:
+            self.settings = before.replace(**values)
+            self._refit(before)
+            return
+        self.calibration = None
+        try:
+            self.settings = before.replace(**values)
+            if self._bank.knows(self.settings):
+                self.calibration = self._bank.calibration(self.settings)
+        except UNUSABLE as error:
+            self._unusable = error
+
+    def get_hyperparam(self) -> list[Any]:
+        """The present value of each key of ``args_dict``, in its order."""
+        return [getattr(self.settings, name) for name in self.args_dict]
+
+    def _refit(self, before: Settings) -> None:
+        changed = {n for n, v in vars(self.settings).items() if v != getattr(before, n)}
+        if self.calibration is None or not changed:
+            return
+        if changed <= FUSION_SETTINGS:
+            c = self.calibration
+            self.calibration = calibrate(c.experts, c.id_scores, c.react_thresholds, self.settings)
+        else:
+            self.setup_flag, self.calibration = False, None
+            if self._fitted_on is not None:
+                self._fit()
+
+    def _fit(self) -> None:
+        if self._fitted_on is not None:
+            net, id_loader = self._fitted_on
+            if self._bank is not None and self._bank.knows(self.settings):
+                self.calibration = self._bank.calibration(self.settings)
+            else:
+                self.calibration = FuseNorm(net, self.settings).fit(id_loader).calibration_
+            self.setup_flag = True
+
+    def _detector(self, net: nn.Module) -> FuseNorm:
+        if self._unusable is not None:
+            raise self._unusable
+        if self.calibration is None and self._bank is not None:
+            self._fit()  # scores are asked for before the search
+        if self.calibration is None:
+            raise NotFittedError("FuseNorm has no ID statistics: call setup(net, loaders) first")
+        return FuseNorm(net, self.settings).with_calibration(self.calibration)
+
+    def __getstate__(self) -> dict[str, Any]:
+        ready = self.setup_flag and self.calibration is not None  # else the scores are in the bank
+        return {**vars(self), "_fitted_on": None, "_bank": None, "setup_flag": ready}

@@ -1,0 +1,65 @@
+"""FuseNorm under its name in OpenOOD, and the names that OpenOOD knows."""
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fusenorm_openood import configs
+from fusenorm_openood.openood.bridge import openood_module, rebind
+from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
+
+
+def register() -> None:
+    """Make ``fusenorm`` a name everywhere OpenOOD looks a postprocessor up.
+
+    That is its ``Evaluator`` (``postprocessor_name="fusenorm"``), ``get_postprocessor`` of its
+    evaluation API, and the pipelines that its YAML files describe. None of its files is touched,
+    other names mean what they did, and a second call changes nothing. Where OpenOOD's folder of
+    configurations has no ``postprocessors/fusenorm.yml``, this package's is read.
+
+    Raises:
+        OpenOODError: OpenOOD is absent or broken.
+    """
+    api = openood_module("evaluation_api.postprocessor")
+    api.postprocessors["fusenorm"] = FuseNormPostprocessor
+    by_name: Callable[..., Any] = api.get_postprocessor
+    by_config: Callable[..., Any] = openood_module("postprocessors.utils").get_postprocessor
+
+    @functools.wraps(by_name)
+    def get_by_name(config_root: str, postprocessor_name: str, id_data_name: str) -> Any:
+        if postprocessor_name == "fusenorm":
+            own = Path(config_root, "postprocessors", "fusenorm.yml")
+            config_root = config_root if own.is_file() else str(configs.config_root())
+        return by_name(config_root, postprocessor_name, id_data_name)
+
+    @functools.wraps(by_config)
+    def get_by_config(config: Any) -> Any:
+        if config.postprocessor.name == "fusenorm":
+            return FuseNormPostprocessor(config)
+        return by_config(config)
+
+    pairs: list[tuple[Any, Any]] = [(by_name, get_by_name), (by_config, get_by_config)]
+    for original, knowing in pairs:
+        if not hasattr(original, "knows_fusenorm"):
+            knowing.knows_fusenorm = True
+            rebind(original, knowing)
+
+
+def names_known_to(function: Callable[..., Any]) -> list[str]:
+    """The names that one of OpenOOD's ``get_...`` functions knows: they stand in its source only.
+
+    Such a function looks a name up in a dict that it builds, or compares it with one after another.
+    """
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    nodes: list[ast.expr | None] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            nodes += node.keys
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq):
+            nodes += node.comparators
+    names = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return sorted(names | {"fusenorm"} if hasattr(function, "knows_fusenorm") else names)

@@ -1,0 +1,239 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from fusenorm_openood import FuseNorm, Settings, load_network
+from fusenorm_openood.benchmark.evaluation import evaluate
+from fusenorm_openood.benchmark.networks import load_runs
+from fusenorm_openood.benchmark.runs import find_checkpoints, parse_root_name
+from fusenorm_openood.benchmark.tables import COLUMNS, summarise
+from fusenorm_openood.cli.main import main
+from fusenorm_openood.configs import config_root, read_config
+from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.errors import CheckpointError, ConfigError
+from fusenorm_openood.networks import ResNet18_32x32, ResNet18_224x224, T2FNormNet, WideResNet
+
+ROWS = ["digit8", "digit9", "nearood", "china", "flower", "noise", "stripes", "farood"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(digits):
+    data_root, checkpoint = digits
+    benchmark, net = load_benchmark("digits", data_root), load_network(checkpoint)
+    settings = Settings.from_mapping(
+        read_config(config_root() / "postprocessors" / "fusenorm.yml")["postprocessor"][
+            "postprocessor_args"
+        ]
+    )
+    fused = evaluate(FuseNorm(net, settings).with_companions(), benchmark, progress=False)
+    return fused, evaluate(Baseline(net, "msp"), benchmark, progress=False)
+
+
+def test_fusenorm_reaches_its_figures_on_digits(evaluated):
+    fused, msp = (e.table for e in evaluated)
+    assert fused.ACC["farood"] >= 97
+    assert fused.AUROC["farood"] >= 97
+    assert fused.AUROC["nearood"] >= 93
+    assert fused.AUROC["farood"] >= msp.AUROC["farood"] + 10
+
+
+def test_the_table_is_openoods(evaluated):
+    table = evaluated[0].table
+    assert list(table.index) == ROWS
+    assert list(table.columns) == COLUMNS
+    assert table.ACC.nunique() == 1
+    near = table.loc[["digit8", "digit9"]].mean()
+    np.testing.assert_allclose(table.loc["nearood"], near)
+    np.testing.assert_allclose(table.loc["farood"], table.loc[ROWS[3:7]].mean())
+
+
+def test_scores_give_the_table(evaluated):
+    fused = evaluated[0]
+    _, known, label = fused.scores["id"]["test"]
+    _, unknown, ood_label = fused.scores["ood"]["near"]["digit9"]
+    is_ood = [0] * len(known) + [1] * len(unknown)
+    auroc = roc_auc_score(is_ood, -np.concatenate([known, unknown]))
+    assert fused.table.AUROC["digit9"] == pytest.approx(100 * auroc)
+    assert set(label) == set(range(7))
+    assert set(ood_label) == {-1}
+    assert fused.scores["id_preds"].shape == fused.scores["id_labels"].shape == (len(known),)
+
+
+def test_compare_holds_every_expert_beside_the_fused_score(evaluated):
+    fused, msp = evaluated
+    assert list(fused.compare.columns) == ROWS
+    assert list(fused.compare.index[[0, 1, 9, 10]]) == ["fused", "layer1.0", "output", "msp"]
+    assert fused.compare.loc["fused", "farood"] == "{AUROC:.2f} / {FPR@95:.2f}".format(
+        **fused.table.loc["farood"]
+    )
+    # The log-odds of the top class rank as its probability does.
+    auroc = float(fused.compare.loc["msp", "nearood"].split(" / ")[0])
+    assert auroc == pytest.approx(msp.table.AUROC["nearood"], abs=0.02)
+
+
+def test_the_validation_pair_is_tested_alone(digits):
+    data_root, checkpoint = digits
+    detector = FuseNorm(load_network(checkpoint), output="energy", weights=(0.3, 1))
+    e = evaluate(detector, load_benchmark("digits", data_root), validation=True, progress=False)
+    assert list(e.table.index) == ["val", "valood"]
+    assert len(e.scores["ood"]["val"][1]) == 179
+    assert e.scores["ood"]["near"] == {}
+
+
+def test_full_spectrum_needs_shifted_images(digits):
+    data_root, checkpoint = digits
+    with pytest.raises(ConfigError, match="digits has no covariate-shifted ID images"):
+        evaluate(
+            FuseNorm(load_network(checkpoint)), load_benchmark("digits", data_root), fsood=True
+        )
+
+
+def test_runs_are_summarised_as_mean_and_population_deviation():
+    tables = [pd.DataFrame([[a, 50.0]], ["near"], ["AUROC", "ACC"]) for a in (90.0, 92.0, 97.0)]
+    summary = summarise(tables)
+    assert summary.loc["near", "AUROC"] == "93.00 ± 2.94"
+    assert summary.loc["near", "ACC"] == "50.00 ± 0.00"
+
+
+def test_the_csv_is_written_as_openood_writes_it(tmp_path):
+    """Population deviation, two decimals, an unnamed first column."""
+    table = pd.DataFrame([[1.005, 2, 3, 4, 5], [2, 3, 4, 5, 6]], ["tin", "nearood"], COLUMNS)
+    summarise([table, table + 1]).to_csv(tmp_path / "msp.csv")
+    assert (tmp_path / "msp.csv").read_text(encoding="utf-8").splitlines() == [
+        ",FPR@95,AUROC,AUPR_IN,AUPR_OUT,ACC",
+        "tin,1.50 ± 0.50,2.50 ± 0.50,3.50 ± 0.50,4.50 ± 0.50,5.50 ± 0.50",
+        "nearood,2.50 ± 0.50,3.50 ± 0.50,4.50 ± 0.50,5.50 ± 0.50,6.50 ± 0.50",
+    ]
+
+
+def test_runs_are_found_under_a_root(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*s0/best\.ckpt"):
+        find_checkpoints(tmp_path)
+    (tmp_path / "ckpt.pth").touch()
+    assert find_checkpoints(tmp_path) == {"": tmp_path / "ckpt.pth"}
+    for run in ("s1", "s0", "scores"):
+        (tmp_path / run).mkdir()
+        if run != "scores":
+            (tmp_path / run / "best.ckpt").touch()
+    assert list(find_checkpoints(tmp_path)) == ["s0", "s1"]
+    (tmp_path / "s2").mkdir()
+    with pytest.raises(CheckpointError, match=r"s2 holds no best\.ckpt"):
+        find_checkpoints(tmp_path)
+
+
+def test_a_root_without_runs_is_told_with_what_is_there_instead(tmp_path):
+    def told(root):
+        with pytest.raises(CheckpointError) as error:
+            find_checkpoints(root)
+        return str(error.value)
+
+    assert told(tmp_path / "x").endswith(f"found: there is no folder {tmp_path / 'x'}")
+    assert told(tmp_path).endswith(f"found: {tmp_path} is empty")
+    (tmp_path / "scores").mkdir()
+    for name in "abcdef":
+        (tmp_path / name).touch()
+    assert told(tmp_path).endswith("holds a, b, c, d, e and 2 more")
+    assert told(tmp_path / "a").endswith(f"{tmp_path / 'a'} is a file")
+    (tmp_path / "run" / "s0").mkdir(parents=True)
+    (tmp_path / "run" / "s0" / "best.ckpt").touch()
+    assert told(tmp_path).endswith(f"training runs are in {tmp_path / 'run'}: give that folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cifar100_resnet18_32x32_base_e100_lr0.1_default",
+         ("cifar100", "resnet18_32x32", "base", 100, "0.1")),
+        ("imagenet_t2fnorm_net_t2fnorm_e30_lr1e-05",
+         ("imagenet", "t2fnorm_net", "t2fnorm", 30, "1e-05")),
+        ("my_network", None),
+        ("imagenet_resnet50_tvsv1_base_default", None),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_root_is_read(name, expected):
+    assert parse_root_name(f"results/{name}") == expected
+
+
+def saved(tmp_path, **networks):
+    checkpoints = {run: tmp_path / run / "best.ckpt" for run in networks}
+    for run, net in networks.items():
+        checkpoints[run].parent.mkdir()
+        torch.save(net.state_dict(), checkpoints[run])
+    return checkpoints
+
+
+@pytest.mark.parametrize(
+    ("other", "kind"),
+    [
+        (ResNet18_32x32(7, width=8), "ResNet18_32x32 of width 8 (CrossEntropy, 7 classes)"),
+        (ResNet18_32x32(5, width=4), "ResNet18_32x32 of width 4 (CrossEntropy, 5 classes)"),
+        (WideResNet(10, 1, 7), "WRN-10-1 (CrossEntropy, 7 classes)"),
+        (ResNet18_224x224(7), "ResNet18_224x224 (CrossEntropy, 7 classes)"),
+        (
+            T2FNormNet(ResNet18_32x32(7, width=4), 7),
+            "ResNet18_32x32 of width 4 (T2FNorm, 7 classes)",
+        ),
+    ],
+)
+def test_runs_of_different_kinds_are_refused_by_name(tmp_path, other, kind, capsys):
+    first = ResNet18_32x32(7, width=4)
+    checkpoints = saved(tmp_path, s0=first, s1=first, s2=other)
+    with pytest.raises(CheckpointError) as error:
+        load_runs(checkpoints, 7)
+    message = str(error.value)
+    plain = "ResNet18_32x32 of width 4 (CrossEntropy, 7 classes)"
+    assert f"{checkpoints['s0']} is a {plain}, {checkpoints['s2']} is a {kind}" in message
+
+
+def test_runs_of_one_kind_are_loaded_and_their_classes_checked(tmp_path):
+    checkpoints = saved(tmp_path, s0=ResNet18_32x32(4, width=4), s1=ResNet18_32x32(4, width=4))
+    assert list(load_runs(checkpoints, 4)) == ["s0", "s1"]
+    with pytest.raises(CheckpointError, match="tells 4 classes apart and the ID data set has 10"):
+        load_runs(checkpoints, 10)
+
+
+def command(digits, root, *args):
+    return ["eval", "--id-data", "digits", "--data-root", str(digits[0]), "--root", str(root),
+            "--num-workers", "0", "--no-progress", *args]  # fmt: skip
+
+
+def test_eval_refuses_runs_of_different_kinds_before_any_is_scored(digits, tmp_path, capsys):
+    saved(tmp_path, s0=load_network(digits[1]), s1=T2FNormNet(ResNet18_32x32(7), 7))
+    assert main(command(digits, tmp_path)) == 1
+    captured = capsys.readouterr()
+    assert "runs of different kinds under one root" in captured.err
+    assert captured.out == ""
+
+
+def test_eval_names_the_run_that_the_postprocessor_cannot_score(digits, tmp_path, capsys):
+    saved(tmp_path, s0=load_network(digits[1]))
+    assert main(command(digits, tmp_path, "--postprocessor", "t2fnorm")) == 1
+    captured = capsys.readouterr()
+    assert f"{tmp_path / 's0' / 'best.ckpt'}: t2fnorm scores a network trained" in captured.err
+    assert captured.out == ""
+
+
+def test_full_spectrum_on_digits_is_refused_before_anything_is_made(tmp_path, capsys):
+    assert main(command((tmp_path / "data",), tmp_path / "root", "--fsood")) == 1
+    assert "digits has no covariate-shifted ID images: leave out --fsood" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_covariate_shifted_list_that_is_absent_is_named(tmp_path, capsys):
+    benchmark = load_benchmark("cifar10", tmp_path)
+    image = tmp_path / "images_classic" / "x.png"
+    image.parent.mkdir()
+    image.touch()
+    for image_set in benchmark.tested():
+        image_set.imagelist.parent.mkdir(parents=True, exist_ok=True)
+        image_set.imagelist.write_text("x.png 0\n")
+    saved(tmp_path, s0=ResNet18_32x32(10, width=4))
+    given = ["eval", "--root", str(tmp_path), "--data-root", str(tmp_path), "--fsood"]
+    assert main(given) == 1
+    error = capsys.readouterr().err
+    assert "cifar10 needs files that are missing" in error
+    assert f"image list {tmp_path}/benchmark_imglist/cifar10/test_cifar10c.txt cannot" in error
+    assert error.count("cannot be read") == 1

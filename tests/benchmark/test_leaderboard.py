@@ -1,0 +1,220 @@
+import hashlib
+import os
+import shlex
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+
+from fusenorm_openood.benchmark.leaderboard import FULL_SIZES, read_results, splits
+from fusenorm_openood.benchmark.tables import COLUMNS
+from fusenorm_openood.cli.main import main
+from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.data.sources import benchmark_names
+from fusenorm_openood.errors import DataError
+from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
+
+CIFAR10_ROWS = ["cifar100", "tin", "nearood", "mnist", "svhn", "texture", "places365", "farood"]
+NAME = "cifar10_t2fnorm_net_t2fnorm_e100_lr0.1_alpha0.1_default"
+
+
+def fields(text):
+    """Field -> value of an entry."""
+    lines = [line for line in text.splitlines() if line.startswith("- **`")]
+    return {line.split("`")[1]: line.split("**: ")[1] for line in lines}
+
+
+def save_run(root, run, net):
+    (root / run).mkdir(parents=True)
+    torch.save(net.state_dict(), root / run / "best.ckpt")
+    return root / run / "best.ckpt"
+
+
+def save_results(path, rows, cell="90.00 ± 1.00"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame([[cell] * 5] * len(rows), rows, COLUMNS)
+    table.loc["nearood", "AUROC"] = cell.replace("90", "91")
+    table.loc["farood", "AUROC"] = cell.replace("90", "92")
+    table["ACC"] = cell.replace("90", "94")
+    table.to_csv(path)
+
+
+def t2fnorm(classes=10):
+    net = T2FNormNet(ResNet18_32x32(classes, width=4), classes)
+    net.set_tau(0.1)
+    return net
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A root of two T2FNorm runs on CIFAR-10, with results newer than they are."""
+    root = tmp_path / NAME
+    for run in ("s0", "s1"):
+        os.utime(save_run(root, run, t2fnorm()), (1e9, 1e9))
+    save_results(root / "ood" / "fusenorm.csv", CIFAR10_ROWS)
+    return root
+
+
+@pytest.fixture
+def lists(tmp_path):
+    """A data root that has OpenOOD's lists for CIFAR-10 in full length, and no image."""
+    data_root = tmp_path / "data"
+    for split in splits(load_benchmark("cifar10", data_root), fsood=True):
+        split.imagelist.parent.mkdir(parents=True, exist_ok=True)
+        split.imagelist.write_text("x.png 0\n" * split.full)
+    return data_root
+
+
+def entry(root, data_root, *args):
+    return main(["leaderboard", "--root", str(root), "--data-root", str(data_root), *args])
+
+
+def test_the_fields_are_those_of_openoods_template(root, lists, capsys):
+    assert entry(root, lists) == 0
+    text = capsys.readouterr().out
+    assert fields(text) == {
+        "Training": "T2FNorm",
+        "Postprocessor": "FuseNorm",
+        "Near-OOD AUROC": "91.00 ± 1.00",
+        "Far-OOD AUROC": "92.00 ± 1.00",
+        "ID Accuracy": "94.00 ± 1.00",
+        "Outlier Data": "No",
+        "Model Arch.": "ResNet18_32x32 of width 4",
+        "Additional Description": "100 epochs, learning rate 0.1, tau 0.1, mean ± std over "
+        "2 training runs (s0, s1), cifar10 benchmark, OOD",
+    }
+    assert "Warning" not in text
+    for run in ("s0", "s1"):
+        digest = hashlib.sha256((root / run / "best.ckpt").read_bytes()).hexdigest()
+        assert f"| `{NAME}/{run}/best.ckpt` | `{digest}` |" in text
+    assert "| near-OOD | `test_tin.txt` | 7793 | 7793 |" in text
+    assert "test_cifar10c" not in text
+
+
+def test_what_eval_saved_is_what_is_entered(digits, tmp_path, capsys):
+    data_root, checkpoint = digits
+    given = ["--id-data", "digits", "--root", str(checkpoint.parent.parent),
+             "--data-root", str(data_root), "--output-dir", str(tmp_path),
+             "--postprocessor", "msp"]  # fmt: skip
+    assert main(["leaderboard", *given]) == 1
+    error = capsys.readouterr().err
+    assert f"results {tmp_path / 'ood' / 'msp.csv'} are missing" in error
+    command = shlex.split(error.split("'")[1])
+    assert command[0] == "fusenorm"
+    assert main([*command[1:], "--num-workers", "0", "--no-progress"]) == 0
+    capsys.readouterr()
+
+    assert main(["leaderboard", *given]) == 0
+    text = capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "ood" / "msp.csv", index_col=0)
+    found = fields(text)
+    assert found["Training"] == "CrossEntropy"
+    assert found["Near-OOD AUROC"] == table.AUROC["nearood"]
+    assert found["Far-OOD AUROC"] == table.AUROC["farood"]
+    assert found["ID Accuracy"] == table.ACC["farood"]
+    assert "digits is no benchmark of OpenOOD" in text
+    assert "| far-OOD | `test_noise.txt` | 400 | unknown |" in text
+    assert text.count("Warning") == 1
+
+
+def test_short_lists_are_warned_of(root, lists, capsys):
+    (lists / "benchmark_imglist/cifar10/test_svhn.txt").write_text("x.png 0\n" * 3)
+    (lists / "benchmark_imglist/cifar10/test_mnist.txt").unlink()
+    assert entry(root, lists) == 0
+    text = capsys.readouterr().out
+    assert "figures on subsets are no leaderboard figures" in text
+    assert "in full: test_svhn 3 of 26032 images." in text
+    assert "the image lists test_mnist.txt cannot be read" in text
+    assert "| far-OOD | `test_mnist.txt` | unknown | 70000 |" in text
+
+
+def test_checkpoints_newer_than_the_results_are_warned_of(root, lists, capsys):
+    later = (root / "ood" / "fusenorm.csv").stat().st_mtime + 10
+    os.utime(root / "s1" / "best.ckpt", (later, later))
+    assert entry(root, lists) == 0
+    assert f"{NAME}/s1/best.ckpt is newer than {NAME}/ood/fusenorm.csv" in capsys.readouterr().out
+
+
+def test_results_of_another_number_of_runs_are_warned_of(root, lists, capsys):
+    save_results(root / "ood" / "fusenorm.csv", CIFAR10_ROWS, "90.00 ± 0.00")
+    assert entry(root, lists) == 0
+    assert "is of a single run, and 2 training runs are there" in capsys.readouterr().out
+    save_results(root / "ood" / "fusenorm.csv", CIFAR10_ROWS)
+    shutil.rmtree(root / "s1")
+    assert entry(root, lists) == 0
+    assert "deviates between runs, and 1 training run is there" in capsys.readouterr().out
+
+
+def test_plain_figures_as_of_openoods_script_for_imagenet(root, lists, capsys):
+    shutil.rmtree(root / "s1")
+    save_results(root / "ood" / "fusenorm.csv", CIFAR10_ROWS, "90.00")
+    assert entry(root, lists) == 0
+    text = capsys.readouterr().out
+    assert fields(text)["Near-OOD AUROC"] == "91.00"
+    assert "Warning" not in text
+
+
+def test_full_spectrum_results_are_entered_as_such(root, lists, capsys):
+    assert entry(root, lists, "--fsood") == 1
+    assert f"results {root / 'fsood' / 'fusenorm.csv'} are missing" in capsys.readouterr().err
+    save_results(root / "fsood" / "fusenorm.csv", CIFAR10_ROWS)
+    assert entry(root, lists, "--fsood") == 0
+    text = capsys.readouterr().out
+    assert "full-spectrum: covariate-shifted ID images count as ID" in text
+    assert "| covariate-shifted ID | `test_cifar10c.txt` | 10000 | 10000 |" in text
+
+
+def test_a_trainer_not_known_here_is_left_to_the_user(root, lists, capsys):
+    other = root.rename(root.with_name("cifar10_resnet18_32x32_oe_e100_lr0.1_lam0.5_default"))
+    assert entry(other, lists) == 0
+    text = capsys.readouterr().out
+    assert fields(text)["Training"] == "oe"
+    assert fields(text)["Outlier Data"] == "(to be filled in)"
+    assert "whether it uses outlier data has to be filled in" in text
+
+
+def test_a_folder_named_after_another_training_is_warned_of(root, lists, capsys):
+    other = root.rename(root.with_name("cifar10_resnet18_32x32_base_e100_lr0.1_default"))
+    assert entry(other, lists) == 0
+    text = capsys.readouterr().out
+    assert fields(text)["Training"] == "T2FNorm"
+    assert "named after CrossEntropy training" in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "cell", "message"),
+    [
+        (["digit8", "nearood", "farood"], "90.00 ± 1.00", "results on cifar10 have cifar100, tin"),
+        (CIFAR10_ROWS, "nan ± nan", "has 'nan ± nan' as FPR@95 of cifar100"),
+    ],
+)
+def test_results_that_are_none_of_this_benchmark_are_refused(tmp_path, rows, cell, message):
+    save_results(tmp_path / "x.csv", rows, cell)
+    with pytest.raises(DataError, match=message):
+        read_results(tmp_path / "x.csv", load_benchmark("cifar10"))
+
+
+def test_a_file_that_is_no_csv_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"x\.csv cannot be read"):
+        read_results(tmp_path / "x.csv", load_benchmark("cifar10"))
+
+
+def test_runs_of_different_kinds_are_refused(root, lists, capsys):
+    save_run(root, "s2", ResNet18_32x32(10, width=4))
+    assert entry(root, lists) == 1
+    error = capsys.readouterr().err
+    assert f"{root / 's0' / 'best.ckpt'} is a ResNet18_32x32 of width 4 (T2FNorm, 10" in error
+    assert f"{root / 's2' / 'best.ckpt'} is a ResNet18_32x32 of width 4 (CrossEntropy" in error
+
+
+def test_full_sizes_are_of_lists_that_the_benchmarks_have():
+    assert set(FULL_SIZES) == set(benchmark_names()) - {"digits"}
+    for name, sizes in FULL_SIZES.items():
+        tested = {s.imagelist.stem: s.full for s in splits(load_benchmark(name), fsood=True)}
+        assert set(sizes) <= set(tested)
+        assert {stem for stem, full in tested.items() if full is None} <= {
+            "test_imagenet_es",
+            "test_cifar100c",
+        }

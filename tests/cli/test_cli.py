@@ -1,0 +1,289 @@
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from fusenorm_openood import __version__
+from fusenorm_openood.cli.engines import Job
+from fusenorm_openood.cli.inputs import check_files
+from fusenorm_openood.cli.main import main
+from fusenorm_openood.cli.postprocessors import read_postprocessor
+from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.devices import find_device
+from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.openood.bridge import openood_installed
+from tests.conftest import shortened_digits
+
+NO_VIM = (
+    "--engine native has no postprocessor 'vim', and --engine openood cannot do --id-data digits"
+    if openood_installed()
+    else "postprocessor 'vim' unknown: choose among fusenorm, msp, mls, ebo, odin, react, t2fnorm, "
+    "or install OpenOOD, which has more: bash scripts/install_openood.sh installs it"
+)
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def fusenorm(*args, **options):
+    command = [sys.executable, "-m", "fusenorm_openood.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture
+def root(digits, tmp_path):
+    """A root of one training run, and where its data are."""
+    data_root, checkpoint = digits
+    shutil.copytree(checkpoint.parent.parent, tmp_path / "run")
+    return data_root, tmp_path / "run"
+
+
+def evaluation(root, *args):
+    data_root, runs = root
+    return ["eval", "--id-data", "digits", "--root", str(runs), "--data-root", str(data_root),
+            "--num-workers", "0", "--no-progress", *args]  # fmt: skip
+
+
+def test_version_and_help_need_no_torch():
+    code = (
+        "import sys; from fusenorm_openood.cli.main import main\n"
+        "try: main(['--version'])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'openood' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"fusenorm {__version__}"
+
+
+def test_eval_prints_the_table_and_saves_what_it_is_told(root):
+    done = fusenorm(*evaluation(root, "--compare", "--save-csv", "--save-score"))
+    assert done.returncode == 0, done.stderr
+    assert "engine native, device cpu" in done.stdout
+    assert "AUROC / FPR@95, run s0" in done.stdout
+    table = pd.read_csv(root[1] / "ood" / "fusenorm.csv", index_col=0)
+    assert list(table.columns) == ["FPR@95", "AUROC", "AUPR_IN", "AUPR_OUT", "ACC"]
+    for cell in table.loc["farood"]:
+        assert cell in done.stdout
+    scores = pickle.loads((root[1] / "s0" / "scores" / "fusenorm.pkl").read_bytes())
+    assert len(scores["ood"]["far"]["noise"][1]) == 400
+    assert not list(root[1].rglob("*.tmp"))
+
+
+def test_several_runs_give_mean_and_deviation(root, capsys):
+    _, runs = root
+    state = torch.load(runs / "s0" / "best.ckpt", weights_only=True)
+    (runs / "s1").mkdir()
+    torch.save(
+        {k: v + 0.02 * torch.randn_like(v) if v.ndim == 4 else v for k, v in state.items()},
+        runs / "s1" / "best.ckpt",
+    )
+    assert main(evaluation(root, "--postprocessor", "ebo", "--save-csv")) == 0
+    assert "2 run(s)" in capsys.readouterr().out
+    table = pd.read_csv(runs / "ood" / "ebo.csv", index_col=0)
+    assert not table["AUROC"].str.endswith("± 0.00").all()
+
+
+@pytest.mark.parametrize("name", ["msp", "mls", "ebo", "odin", "react"])
+def test_every_single_expert_runs_under_openoods_name(root, name, capsys):
+    assert main(evaluation(root, "--postprocessor", name, "--compare")) == 0
+    assert "farood" in capsys.readouterr().out
+
+
+def test_bfloat16_and_channels_last_give_about_the_same_table(root, capsys):
+    tables = []
+    for flags in ([], ["--amp", "bf16", "--channels-last"]):
+        out = root[1] / f"out{len(flags)}"
+        save = ["--save-csv", "--output-dir", str(out), "--set", "output=energy"]
+        assert main(evaluation(root, *flags, *save)) == 0
+        tables.append(pd.read_csv(out / "ood" / "fusenorm.csv", index_col=0)["AUROC"])
+    auroc = [table.str.split().str[0].astype(float) for table in tables]
+    assert (auroc[0] - auroc[1]).abs().max() < 2
+    assert not tables[0].equals(tables[1])  # the flags do something
+
+
+def test_the_script_takes_the_flags_of_openoods(root):
+    data_root, runs = root
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "eval_ood.py"), "--root", str(runs),
+         "--postprocessor", "msp", "--id-data", "digits", "--batch-size", "100",
+         "--data-root", str(data_root)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "nearood" in done.stdout
+
+
+def test_a_configuration_of_ones_own(root, tmp_path, capsys):
+    own = tmp_path / "own.yml"
+    own.write_text(
+        (SCRIPTS.parent / "configs/postprocessors/fusenorm.yml")
+        .read_text()
+        .replace("output: odin", "output: energy")
+    )
+    assert main(evaluation(root, "--config", str(own), "--set", "strong=[output]")) == 1
+    assert "do not weigh 1 strong experts" in capsys.readouterr().err
+    own_set = ["--set", "strong=[output]", "--set", "weights=null"]
+    assert main(evaluation(root, "--config", str(own), *own_set)) == 0
+    own.write_text(own.read_text().replace("alpha", "alhpa"))
+    assert main(evaluation(root, "--config", str(own))) == 1
+    assert "setting 'alhpa' unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--postprocessor", "vim"], NO_VIM),
+        (["--id-data", "svhn"], "ID data set 'svhn' unknown: choose cifar10"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["--engine", "openood"], "--engine openood cannot do --id-data digits: choose --engine"),
+        (["--postprocessor", "t2fnorm"], "t2fnorm scores a network trained with T2FNorm"),
+        (["--set", "alpha"], "--set alpha found: give KEY=VALUE"),
+        (["--set", "alhpa=1"], "setting 'alhpa' unknown"),
+        (["--set", "alpha=[1"], "is no YAML"),
+        (["--fsood"], "no covariate-shifted ID images"),
+        (["--fsood", "--validation"], "exclude each other"),
+        (["--postprocessor", "react", "--set", "percentile=200"], "percentile = 200 is no perc"),
+        (["--postprocessor", "odin", "--set", "temperature=hot"], "temperature = 'hot' is no t"),
+        (["--config", "nowhere.yml"], "nowhere.yml cannot be read"),
+        (["--output-dir", "/dev/null/x", "--save-csv"], "give --output-dir another"),
+    ],
+)
+def test_errors_are_one_sentence_and_exit_code_1(root, args, message, capsys):
+    assert main(evaluation(root, *args)) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_missing_files_are_told_in_one_message_before_any_work(tmp_path, capsys):
+    args = [
+        "--id-data",
+        "cifar10",
+        "--root",
+        str(tmp_path / "r"),
+        "--data-root",
+        str(tmp_path / "d"),
+    ]
+    assert main(["eval", *args]) == 1
+    error = capsys.readouterr().err
+    assert "benchmark_imglist/cifar10/val_cifar10.txt" in error
+    assert "and 5 more" in error
+    assert "r/s0/best.ckpt" in error
+    assert "scripts/download/download.py" in error
+
+
+def test_a_truncated_run_is_found_before_the_first_is_scored(root, capsys):
+    (root[1] / "s1").mkdir()
+    whole = (root[1] / "s0" / "best.ckpt").read_bytes()
+    (root[1] / "s1" / "best.ckpt").write_bytes(whole[:1000])
+    assert main(evaluation(root)) == 1
+    captured = capsys.readouterr()
+    assert "s1/best.ckpt of 1000 bytes cannot be read" in captured.err
+    assert "farood" not in captured.out
+
+
+def test_an_image_that_is_corrupt_is_named_with_its_line(root, tmp_path):
+    data_root = tmp_path / "data"
+    shutil.copytree(root[0], data_root)
+    (data_root / "images_digits/test_china/0003.png").write_bytes(b"no image")
+    done = fusenorm(*evaluation((data_root, root[1])), "--num-workers", "1")
+    assert done.returncode == 1
+    assert "test_china.txt, line 4: image" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_settings_are_searched_before_the_test(root, tmp_path, capsys):
+    sweep = ["--sweep", "k_min=[0.1]", "--sweep", "alpha=[0.0]", "--sweep", "base=[2, 20]"]
+    own = ["--set", "output=energy", "--output-dir", str(tmp_path), "--save-csv"]
+    assert main(evaluation(root, "--aps", *sweep, *own)) == 0
+    out = capsys.readouterr().out
+    assert "search over 10 combinations, run s0: validation AUROC" in out
+    trials = pd.read_csv(tmp_path / "s0" / "aps" / "fusenorm.csv")
+    best = trials.loc[trials["AUROC"].idxmax()]
+    assert len(trials) == 10
+    chosen = ["--set", f"weights={best['weights']}", "--set", f"base={best['base']}"]
+    searched = (tmp_path / "ood" / "fusenorm.csv").read_text()
+    assert main(evaluation(root, *chosen, *own)) == 0
+    assert (tmp_path / "ood" / "fusenorm.csv").read_text() == searched
+
+
+def test_a_search_asks_for_its_images_before_any_work(root, tmp_path):
+    data_root, runs = root
+    few = shortened_digits(data_root, tmp_path / "few", 20, 20)
+    (few / "benchmark_imglist" / "digits" / "val_digit7.txt").unlink()
+    job = Job(
+        postprocessor="fusenorm",
+        config=read_postprocessor("fusenorm"),
+        benchmark=load_benchmark("digits", few),
+    )
+    assert list(check_files(job.benchmark, runs, job.image_sets())) == ["s0"]
+    job = replace(job, config=read_postprocessor("fusenorm", aps_mode=True))
+    with pytest.raises(DataError, match=r"val_digit7\.txt cannot be read"):
+        check_files(job.benchmark, runs, job.image_sets())
+
+
+def test_what_cannot_be_searched_is_refused(root, capsys):
+    assert main(evaluation(root, "--postprocessor", "odin", "--aps")) == 1
+    assert "the native engine searches no odin" in capsys.readouterr().err
+    assert main(evaluation(root, "--aps", "--sweep", "bsae=[2]")) == 1
+    assert "setting 'bsae' unknown" in capsys.readouterr().err
+    assert main(evaluation(root, "--aps", "--sweep", "base")) == 1
+    assert "--sweep base found: give KEY=VALUE" in capsys.readouterr().err
+
+
+def test_validation_leaves_the_scores_of_the_test_alone(root):
+    assert main(evaluation(root, "--validation", "--save-csv", "--save-score")) == 0
+    assert (root[1] / "val" / "fusenorm.csv").is_file()
+    assert not (root[1] / "s0" / "scores").exists()
+
+
+def test_digits_and_taps(digits, capsys):
+    data_root, checkpoint = digits
+    assert (
+        main(["digits", "--data-root", str(data_root), "--root", str(checkpoint.parent.parent)])
+        == 0
+    )
+    assert str(checkpoint) in capsys.readouterr().out
+    assert main(["taps", str(checkpoint), "--image-size", "24"]) == 0
+    assert "* layer4.0, BasicBlock, [128, 3, 3]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["cifar10", "cifar100", "imagenet200", "imagenet"])
+def test_scripts_say_what_is_missing(script, tmp_path):
+    """The scripts themselves, in an environment that is there already."""
+    project = tmp_path / "project"
+    shutil.copytree(SCRIPTS, project / "scripts")
+    shutil.copy(SCRIPTS.parent / "pyproject.toml", project)
+    venv = project / ".venv" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (venv / "python").chmod(0o755)
+    shutil.copy(SCRIPTS.parent / "pyproject.toml", project / ".venv" / ".installed-fast")
+    env = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}
+    done = subprocess.run(
+        ["bash", str(project / f"scripts/ood/fusenorm/{script}_test_fusenorm.sh"),
+         "--data-root", "elsewhere"],
+        capture_output=True, text=True, check=False, env=env, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"elsewhere/benchmark_imglist/{script}/val_{script}.txt" in done.stderr
+    assert "checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_devices_are_found():
+    assert find_device("cpu").type == "cpu"
+    assert find_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(ConfigError, match="device 'tpu' cannot be used"):
+        find_device("tpu")
+
+
+def test_a_change_fills_an_empty_section(tmp_path):
+    own = tmp_path / "own.yml"
+    own.write_text("postprocessor:\n  name: fusenorm\n  postprocessor_sweep:\n")
+    read = read_postprocessor("fusenorm", own, sweep=["base=[2, 20]"])
+    assert read["postprocessor"]["postprocessor_sweep"] == {"base": [2, 20]}

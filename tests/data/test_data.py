@@ -1,0 +1,205 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from fusenorm_openood.configs import lookup, read_config
+from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
+from fusenorm_openood.data.digits import ID_CLASSES, digits_image_sets, write_digits
+from fusenorm_openood.data.lists import ImageList
+from fusenorm_openood.data.sources import benchmark_names, how_to_get
+from fusenorm_openood.data.transforms import (
+    eval_transform,
+    normalization,
+    plain_transform,
+    train_transform,
+)
+from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.listening.batches import batches
+
+HALF = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+TRANSFORM = plain_transform(HALF)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A list of three images in two formats, one grey and one with an alpha channel."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / "a/grey.png")
+    Image.fromarray(rng.integers(0, 255, (8, 8, 4), np.uint8)).save(tmp_path / "a/alpha.png")
+    Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(tmp_path / "a/rgb.jpg")
+    (tmp_path / "list.txt").write_text("a/grey.png 3\na/alpha.png -1\na/rgb.jpg 0\n")
+    return tmp_path
+
+
+def test_a_list_gives_images_and_labels(images):
+    listed = ImageList(images / "list.txt", images, TRANSFORM)
+    assert [listed[i]["label"] for i in range(len(listed))] == [3, -1, 0]
+    assert all(listed[i]["data"].shape == (3, 8, 8) for i in range(3))
+    assert listed.first_missing() is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_missing_and_corrupt_images_are_named_with_their_line(images, workers):
+    (images / "a/alpha.png").unlink()
+    listed = ImageList(images / "list.txt", images, TRANSFORM)
+    assert "list.txt, line 2: image" in listed.first_missing()
+    assert "alpha.png is missing" in listed.first_missing()
+    message = r"list\.txt, line 2: image .*alpha\.png cannot be read \(missing\): restore"
+    with pytest.raises(DataError, match=message) as error:
+        list(batches(DataLoader(listed, 3, num_workers=workers)))
+    assert "\n" not in str(error.value)
+    whole = (images / "a/rgb.jpg").read_bytes()
+    for content in (b"", b"no image", whole[: len(whole) // 2]):
+        (images / "a/rgb.jpg").write_bytes(content)
+        with pytest.raises(DataError, match=r"list\.txt, line 3: image .*rgb\.jpg cannot be read"):
+            listed[2]
+
+
+def test_lists_that_cannot_be_read_are_named(images):
+    with pytest.raises(DataError, match=r"nothing\.txt cannot be read: No such file"):
+        ImageList(images / "nothing.txt", images, TRANSFORM)
+    (images / "list.txt").write_text("")
+    with pytest.raises(DataError, match=r"list\.txt is empty"):
+        ImageList(images / "list.txt", images, TRANSFORM)
+    (images / "list.txt").write_text("a/grey.png 3\na/alpha.png\n")
+    with pytest.raises(DataError, match=r"list\.txt, line 2: 'a/alpha\.png' found, 'path label'"):
+        ImageList(images / "list.txt", images, TRANSFORM)
+
+
+def test_test_images_are_resized_cropped_and_normalised():
+    image = Image.fromarray(np.full((60, 40, 3), 255, np.uint8))
+    out = eval_transform(32, 24, HALF)(image)
+    assert out.shape == (3, 24, 24)
+    torch.testing.assert_close(out, torch.full_like(out, 2.0))
+
+
+def test_training_images_move_and_mirror():
+    image = Image.fromarray(np.arange(64 * 3, dtype=np.uint8).reshape(8, 8, 3))
+    torch.manual_seed(0)
+    straight = {
+        tuple(train_transform(8, 8, HALF, flip=False)(image).flatten().tolist()) for _ in range(99)
+    }
+    mirrored = {
+        tuple(train_transform(8, 8, HALF, flip=True)(image).flatten().tolist()) for _ in range(99)
+    }
+    assert len(straight) == 9
+    assert len(mirrored) == 18
+
+
+def test_unknown_names_are_named_with_the_known_ones():
+    with pytest.raises(
+        ConfigError, match="'svhn' unknown: choose cifar10, cifar100, digits, imagenet"
+    ):
+        load_benchmark("svhn")
+    with pytest.raises(ConfigError, match="'cinic' unknown: choose among cifar10"):
+        normalization("cinic")
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "near", "far", "csid"),
+    [
+        (
+            "cifar10",
+            10,
+            ["cifar100", "tin"],
+            ["mnist", "svhn", "texture", "places365"],
+            ["cifar10c"],
+        ),
+        (
+            "cifar100",
+            100,
+            ["cifar10", "tin"],
+            ["mnist", "svhn", "texture", "places365"],
+            ["cifar100c"],
+        ),
+        (
+            "imagenet200",
+            200,
+            ["ssb_hard", "ninco"],
+            ["inaturalist", "textures", "openimage_o"],
+            ["imagenet_v2", "imagenet_c", "imagenet_r"],
+        ),
+        (
+            "imagenet",
+            1000,
+            ["ssb_hard", "ninco"],
+            ["inaturalist", "textures", "openimage_o"],
+            ["imagenet_v2", "imagenet_c", "imagenet_r", "imagenet_es"],
+        ),
+        ("digits", 7, ["digit8", "digit9"], ["china", "flower", "noise", "stripes"], []),
+    ],
+)
+def test_benchmarks_are_openoods(name, classes, near, far, csid, tmp_path):
+    b = load_benchmark(name, tmp_path)
+    assert name in benchmark_names()
+    assert (b.num_classes, list(b.near), list(b.far), list(b.csid)) == (classes, near, far, csid)
+    assert b.id["test"].imagelist == tmp_path / f"benchmark_imglist/{name}/test_{name}.txt"
+    assert len(b.missing(b.tested())) == 2 + len(near) + len(far)
+    assert len(b.missing(b.tested(fsood=True))) == 2 + len(near) + len(far) + len(csid)
+    assert len(b.missing(b.tested(validation=True))) == 2
+    assert len(b.missing(b.every())) == 4 + len(near) + len(far) + len(csid)
+    assert (name == "digits") == ("fusenorm digits" in how_to_get(name))
+    if "imagenet_c" in csid:
+        image = Image.new("RGB", (224, 224))
+        assert b.csid["imagenet_c"].transform(image).shape == (3, 224, 224)
+        assert b.csid["imagenet_r"].transform(Image.new("RGB", (300, 500))).shape == (3, 224, 224)
+
+
+def test_digits_sets_share_no_image_and_hold_what_they_say():
+    sets = digits_image_sets()
+    known = [name for name in sets if name.endswith("digits")]
+    assert set(np.concatenate([sets[name][1] for name in known])) == set(range(ID_CLASSES))
+    assert sum(len(sets[name][0]) for name in known) == 1264
+    split = {name: {image.tobytes() for image in sets[name][0]} for name in known}
+    assert not split["train_digits"] & split["test_digits"]
+    assert not split["val_digits"] & split["test_digits"]
+    for name, (images, labels) in sets.items():
+        assert images.shape == (len(labels), 24, 24)
+        assert images.dtype == np.uint8
+        if name not in known:
+            assert set(labels) == {-1}
+    again = digits_image_sets()
+    assert all(np.array_equal(sets[name][0], again[name][0]) for name in sets)
+
+
+def test_digits_are_written_once_and_whole(digits, tmp_path):
+    data_root, _ = digits
+    b = load_benchmark("digits", data_root)
+    assert b.missing(b.every()) == []
+    before = b.id["test"].imagelist.stat().st_mtime_ns
+    write_digits(data_root)
+    assert b.id["test"].imagelist.stat().st_mtime_ns == before
+    copy = tmp_path / "copy"
+    shutil.copytree(data_root, copy)
+    (copy / "images_digits/train_digits/0007.png").unlink()
+    copied = load_benchmark("digits", copy)
+    assert "train_digits.txt, line 8" in copied.missing(copied.every())[0]
+    write_digits(copy)
+    assert copied.missing(copied.every()) == []
+    images, labels = next(iter(batches(image_loader(b.id["test"], 64))))
+    assert images.shape == (64, 3, 24, 24)
+    assert labels.max() < ID_CLASSES
+
+
+def test_digits_cannot_be_written_over_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="give --data-root a folder"):
+        write_digits(tmp_path / "file")
+
+
+def test_configurations_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"no\.yml cannot be read \(No such file"):
+        read_config(tmp_path / "no.yml")
+    (tmp_path / "bad.yml").write_text("a: [1")
+    with pytest.raises(ConfigError, match=r"bad\.yml is no YAML"):
+        read_config(tmp_path / "bad.yml")
+    (tmp_path / "list.yml").write_text("- 1")
+    with pytest.raises(ConfigError, match="holds list in the place of a mapping"):
+        read_config(tmp_path / "list.yml")
+    with pytest.raises(ConfigError, match=r"'a\.c' is missing in the configuration: found b there"):
+        lookup({"a": {"b": 1}}, "a", "c")

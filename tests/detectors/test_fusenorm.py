@@ -1,0 +1,384 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from fusenorm_openood import FuseNorm, Settings, atf, compute_id_statistics, fuse, normalise
+from fusenorm_openood.errors import (
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    NotFittedError,
+    TapError,
+    ZeroRangeError,
+)
+from fusenorm_openood.listening.batches import batches
+from fusenorm_openood.listening.passes import PIXELS, parts
+from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
+from tests.conftest import CLASSES, assert_undisturbed, make_loader, make_net, state_of
+
+OUTPUTS = ["msp", "mls", "energy", "odin"]
+IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+
+
+def published_way(net, id_images, images, output, react, temperature, noise):
+    """FuseNorm in the published order: norms, then ReAct, then ODIN, each in passes of its own."""
+    blocks = [b for stage in (1, 2, 3, 4) for b in getattr(net, f"layer{stage}")]
+
+    def norms(x):
+        rows, x = [], F.relu(net.bn1(net.conv1(x)))
+        for block in blocks:
+            x = block(x)
+            rows.append(atf(x))
+        return torch.stack(rows).double()
+
+    with torch.no_grad():
+        _, features = net(id_images, return_feature=True)
+    threshold = np.percentile(features.numpy(), react) if react else float("inf")
+
+    def logits(x):
+        return net.fc(net(x, return_feature=True)[1].clip(max=threshold))
+
+    def out(x):
+        if output == "odin":
+            x = x.clone().requires_grad_()
+            y = logits(x) / temperature
+            F.cross_entropy(y, y.argmax(1)).backward()
+            x = (x - noise * torch.where(x.grad >= 0, 1.0, -1.0)).detach()
+        with torch.no_grad():
+            y = logits(x).double() / temperature
+        if output in ("odin", "msp"):
+            p = y.softmax(1).amax(1)
+            return torch.log(p) - torch.log1p(-p)
+        return temperature * y.logsumexp(1) if output == "energy" else temperature * y.amax(1)
+
+    def scores(x):
+        with torch.no_grad():
+            n = norms(x)
+        return torch.cat([n, out(x)[None]]).detach().numpy()
+
+    z = normalise(scores(images), compute_id_statistics(scores(id_images), 1, 99.9))
+    return fuse(z[[6, 8]], z[[0, 1, 2, 3, 4, 5, 7]])
+
+
+@pytest.mark.parametrize("react", [90.0, None])
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_equals_the_published_way_of_separate_passes(net, output, react):
+    loader = make_loader()
+    id_images = torch.cat([images for images, _ in loader])
+    detector = FuseNorm(net, output=output, react_percentile=react).fit(loader)
+    temperature = 1000 if output == "odin" else 1
+    expected = published_way(net, id_images, IMAGES, output, react, temperature, 0.01)
+    np.testing.assert_allclose(detector.score(IMAGES), expected, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_the_network_leaves_as_it_came(net, loader, output):
+    net.train()
+    net.layer1.eval()
+    net.layer2.requires_grad_(False)
+    before = state_of(net)
+    FuseNorm(net, output=output).fit(loader).score(IMAGES)
+    assert_undisturbed(net, before)
+
+
+@pytest.mark.parametrize("output", ["energy", "odin"])
+def test_batch_size_memory_format_and_grad_mode_change_nothing(net, output):
+    scores = FuseNorm(net, output=output).fit(make_loader(batch_size=60)).score(IMAGES)
+    detector = FuseNorm(net, output=output).fit(make_loader(batch_size=7))
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(
+        torch.cat([detector.score(i) for i in IMAGES.split(2)]), scores, **close
+    )
+    nhwc = IMAGES.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(detector.score(nhwc), scores, **close)
+    with torch.no_grad():
+        torch.testing.assert_close(detector.score(IMAGES), scores, **close)
+    with torch.inference_mode():
+        torch.testing.assert_close(detector.score(IMAGES.clone()), scores, **close)
+
+
+def test_every_kind_of_loader_gives_the_same(net, loader):
+    detector = FuseNorm(net, output="energy").fit(loader)
+    scores = detector.score_loader(loader)
+    as_dicts = [{"data": images, "label": labels} for images, labels in loader]
+    alone = [images for images, _ in loader]
+    assert torch.equal(detector.score_loader(as_dicts), scores)
+    assert torch.equal(detector.score_loader(alone), scores)
+    assert scores.dtype == torch.float64
+    inferred = detector.infer(as_dicts)
+    assert inferred.label.tolist() == torch.cat([labels for _, labels in loader]).tolist()
+    assert set(detector.infer(alone).label) == {-1}
+    assert inferred.experts.shape == (9, 60)
+
+
+def test_predictions_are_the_networks_own(net, loader):
+    detector = FuseNorm(net).fit(loader)
+    pred, conf = detector.predict(IMAGES)
+    with torch.no_grad():
+        assert torch.equal(pred, net(IMAGES).argmax(1))
+    assert torch.equal(conf, detector.score(IMAGES))
+
+
+def test_far_images_score_lower(net):
+    detector = FuseNorm(net, output="energy").fit(make_loader(200))
+    known = detector.score_loader(make_loader(100, seed=9))
+    unknown = detector.score_loader(make_loader(100, seed=9, scale=5.0))
+    assert known.median() > unknown.median()
+
+
+def test_strong_experts_by_number_name_and_default(net):
+    assert FuseNorm(net).strong == ("layer4.0", "output")
+    assert FuseNorm(net, taps="stages").strong == ("layer4.1", "output")
+    assert FuseNorm(net, strong=[2, "layer1.0"]).strong == ("layer2.0", "layer1.0")
+    with pytest.raises(ConfigError, match="name each once"):
+        FuseNorm(net, strong=[2, "layer2.0"])
+    with pytest.raises(ConfigError, match="strong expert 8 is out of range: there are 8 taps"):
+        FuseNorm(net, strong=[8])
+    with pytest.raises(
+        ConfigError, match=r"'layer5\.0' unknown: the experts are layer1\.0, .*output"
+    ):
+        FuseNorm(net, strong=["layer5.0"])
+
+
+def test_settings_come_whole_or_one_by_one(net):
+    settings = Settings(alpha=0.5)
+    assert FuseNorm(net, settings, base=5).settings == Settings(alpha=0.5, base=5)
+    with pytest.raises(ConfigError, match="setting 'alhpa' unknown: the settings are taps"):
+        FuseNorm(net, alhpa=0.5)
+
+
+def test_t2fnorm_networks_score_by_their_scoring_logits(loader):
+    net = T2FNormNet(make_net(), CLASSES)
+    net.set_tau(0.1)
+    detector = FuseNorm(net, output="energy", react_percentile=None).fit(loader)
+    assert detector.strong == ("backbone.layer4.0", "output")
+    with torch.no_grad():
+        expected = net.forward_ood_inference(IMAGES).double().logsumexp(1)
+        pred = net(IMAGES).argmax(1)
+    experts = detector.infer([IMAGES])
+    np.testing.assert_allclose(experts.experts[-1], expected, rtol=1e-6)
+    assert experts.pred.tolist() == pred.tolist()
+
+
+def test_saturated_softmax_is_no_zero_range(loader):
+    net = make_net()
+    with torch.no_grad():
+        net.fc.weight *= 1000
+    for output in ("msp", "odin"):
+        assert torch.isfinite(
+            FuseNorm(net, output=output, temperature=1.0).fit(loader).score(IMAGES)
+        ).all()
+
+
+def test_companions_take_no_part_in_the_fusion(net, loader):
+    plain = FuseNorm(net).fit(loader).infer(loader)
+    detector = FuseNorm(net).with_companions().fit(loader)
+    compared = detector.infer(loader)
+    np.testing.assert_allclose(compared.conf, plain.conf)
+    assert detector.rows[9:] == ("msp", "mls", "energy", "msp+react", "mls+react", "energy+react")
+    assert compared.experts.shape == (15, 60)
+    assert FuseNorm(net, react_percentile=None).with_companions().companions == (
+        "msp",
+        "mls",
+        "energy",
+    )
+
+
+def test_a_detector_and_its_calibration_pickle(net, loader):
+    detector = FuseNorm(net).fit(loader)
+    scores = detector.score(IMAGES)
+    assert torch.equal(pickle.loads(pickle.dumps(detector)).score(IMAGES), scores)
+    calibration = pickle.loads(pickle.dumps(detector.calibration_))
+    assert torch.equal(FuseNorm(net).with_calibration(calibration).score(IMAGES), scores)
+    with pytest.raises(ConfigError, match="fit again"):
+        FuseNorm(net, taps="stages").with_calibration(calibration)
+
+
+def test_scoring_before_fitting_is_an_error(net, loader):
+    for ask in (
+        lambda d: d.score(IMAGES),
+        lambda d: d.score_loader(loader),
+        lambda d: d.infer(loader),
+    ):
+        with pytest.raises(NotFittedError, match="call fit"):
+            ask(FuseNorm(net))
+
+
+@pytest.mark.parametrize("empty", [[], [(torch.empty(0, 3, 16, 16), torch.empty(0))]])
+@pytest.mark.parametrize("react", [90.0, None])
+def test_an_empty_loader_is_an_error(net, loader, empty, react):
+    with pytest.raises(DataError, match="loader"):
+        FuseNorm(net, react_percentile=react).fit(empty)
+    with pytest.raises(DataError, match="gave no batch"):
+        FuseNorm(net, react_percentile=react).fit(loader).score_loader(empty)
+
+
+def test_a_loader_that_can_be_read_once_is_an_error(net, loader):
+    with pytest.raises(DataError, match="a generator found, which can be read only once"):
+        FuseNorm(net).fit(batch for batch in loader)
+
+
+@pytest.mark.parametrize("images", [IMAGES[0], IMAGES.numpy(), (IMAGES * 9).to(torch.uint8)])
+def test_images_of_another_kind_are_an_error(net, loader, images):
+    with pytest.raises(DataError, match=r"in the place of images \[B, C, H, W\]"):
+        FuseNorm(net, output="energy").fit(loader).score(images)
+
+
+@pytest.mark.parametrize("batch", [torch.randn(3, 16), "images", {"image": IMAGES}, (None, 1)])
+def test_a_batch_of_another_kind_is_an_error(batch):
+    with pytest.raises(DataError, match=r"in the place of images \[B, C, H, W\]"):
+        list(batches([batch]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("output", ["energy", "odin"])
+def test_images_that_are_not_finite_are_named(net, loader, output, bad):
+    detector = FuseNorm(net, output=output).fit(loader)
+    images = IMAGES.clone()
+    images[3, 0, 2, 2] = bad
+    before = state_of(net)
+    with pytest.raises(NonFiniteError, match=r"image 3 of the batch .* the image itself holds NaN"):
+        detector.score(images)
+    for react in (90.0, None):
+        with pytest.raises(NonFiniteError, match=r"image 3 .* the image itself"):
+            FuseNorm(net, output=output, react_percentile=react).fit([images])
+    assert_undisturbed(net, before)
+
+
+def test_features_that_are_not_finite_are_named(net, loader):
+    with torch.no_grad():
+        net.layer3[0].conv1.weight *= float("nan")
+    with pytest.raises(NonFiniteError, match=r"'layer3\.0'; the image is finite, so the network"):
+        FuseNorm(net, react_percentile=None).fit(loader)
+    with pytest.raises(NonFiniteError, match=r"penultimate feature .* the image is finite"):
+        FuseNorm(net).fit(loader)
+
+
+def test_constant_id_scores_are_an_error(net):
+    with pytest.raises(ZeroRangeError, match=r"ID scores of 'layer1\.0' are both"):
+        FuseNorm(net).fit([IMAGES[:1].repeat(4, 1, 1, 1)])
+
+
+class Headless(nn.Module):
+    """A network whose logits do not come from a linear layer."""
+
+    def __init__(self, scaled: bool = False):
+        super().__init__()
+        self.block = ResNet18_32x32(CLASSES, width=4).layer1
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.last = nn.Linear(4, CLASSES) if scaled else nn.Conv2d(4, CLASSES, 1)
+        self.scaled = scaled
+
+    def forward(self, x):
+        y = self.block(self.stem(x))
+        return 7 * self.last(y.mean((2, 3))) if self.scaled else self.last(y).mean((2, 3))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_react_without_a_linear_head_is_an_error_that_leaves_the_network_alone(loader, scaled):
+    net = Headless(scaled)
+    before = state_of(net)
+    with pytest.raises(TapError, match="Headless has none: choose react_percentile=None"):
+        FuseNorm(net).fit(loader)
+    assert_undisturbed(net, before)
+    for output in OUTPUTS:
+        assert torch.isfinite(
+            FuseNorm(net, output=output, react_percentile=None).fit(loader).score(IMAGES)
+        ).all()
+
+
+def test_a_silent_tap_is_an_error_that_leaves_the_network_alone(net, loader):
+    net.spare = nn.Conv2d(3, 3, 1)
+    before = state_of(net)
+    with pytest.raises(TapError, match="'spare' never fired"):
+        FuseNorm(net, taps=["layer1", "spare"]).fit(loader)
+    assert_undisturbed(net, before)
+
+
+def test_an_exception_in_the_network_leaves_it_alone(net, loader):
+    detector = FuseNorm(net).fit(loader)
+    before = state_of(net)
+    with pytest.raises(RuntimeError):
+        detector.score(torch.randn(2, 5, 16, 16))
+    assert_undisturbed(net, before)
+
+
+def test_forward_passes_are_shared(net, loader):
+    """One pass for experts without gradient; ODIN adds one for its perturbed image."""
+    calls = []
+    handle = net.conv1.register_forward_hook(lambda *_: calls.append(1))
+    for output, passes in (("energy", 1), ("odin", 2)):
+        detector = FuseNorm(net, output=output).fit(loader)
+        calls.clear()
+        detector.score(IMAGES)
+        assert len(calls) == passes
+    handle.remove()
+
+
+def test_memory_keeps_no_feature_map(net):
+    """What fit keeps is one number an expert and image."""
+    detector = FuseNorm(net, output="energy").fit(make_loader(64))
+    assert detector.calibration_.id_scores.shape == (9, 64)
+    held = len(pickle.dumps(detector.calibration_))
+    assert held < 8 * 9 * 64 + 4096
+
+
+def test_worker_processes_work(net, loader):
+    parallel = DataLoader(loader.dataset, 16, num_workers=1)
+    assert torch.equal(
+        FuseNorm(net, output="energy").fit(parallel).score(IMAGES),
+        FuseNorm(net, output="energy").fit(loader).score(IMAGES),
+    )
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_scores_under_autocast_are_close_and_not_half(net, loader, output):
+    full = FuseNorm(net, output=output).fit(loader).infer(loader)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = FuseNorm(net, output=output).fit(loader).infer(loader)
+    assert np.corrcoef(full.experts.ravel(), half.experts.ravel())[0, 1] > 0.99
+    assert len(np.unique(half.experts[-1])) == len(half.conf)  # bfloat16 would have tied many
+
+
+def test_a_network_in_channels_last_scores_the_same(net, loader):
+    scores = FuseNorm(net, output="energy").fit(loader).score(IMAGES)
+    net.to(memory_format=torch.channels_last)
+    nhwc = FuseNorm(net, output="energy").fit(loader).score(IMAGES)
+    torch.testing.assert_close(nhwc, scores, rtol=1e-3, atol=1e-3)
+
+
+def test_a_cpu_takes_four_large_images_a_thread_and_a_device_takes_all():
+    images = torch.empty(3, 3, 1000, 1000, device="meta")
+    assert [len(part) for part in parts(images)] == [3]
+    assert len(parts(images[:0])) == 1
+    images = torch.empty(1, 1, 1, 1).expand(5 * torch.get_num_threads(), 3, 1000, 1000)
+    assert len(parts(images)) == 2
+    assert len(parts(images, with_graph=True)) == 3
+
+
+def test_a_batch_larger_than_a_cpu_takes_at_a_time_is_scored_whole(net, loader):
+    at_once = torch.get_num_threads() * PIXELS // 16**2
+    images = torch.randn(2 * at_once + 1, 3, 16, 16)
+    assert [len(part) for part in parts(images)] == [at_once, at_once, 1]
+    assert len(parts(images, with_graph=True)[0]) == at_once // 2
+    detector = FuseNorm(net, output="odin").fit(loader)
+    by_parts = torch.cat([detector.score(part) for part in images.split(50)])
+    torch.testing.assert_close(detector.score(images), by_parts, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_device_waits_for_the_host_only_where_scores_are_read(net, loader):
+    net.cuda()
+    detector = FuseNorm(net, output="energy").fit(loader)
+    images = IMAGES.cuda()
+    detector.score(images)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        detector._expert_scores(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

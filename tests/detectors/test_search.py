@@ -1,0 +1,280 @@
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fusenorm_openood import FuseNorm
+from fusenorm_openood.detectors.bank import ScoreBank, bank_for
+from fusenorm_openood.detectors.search import search
+from fusenorm_openood.detectors.sweep import candidates
+from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
+from fusenorm_openood.method.metrics import ood_metrics
+from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
+from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
+from tests.without_openood.test_postprocessor import config
+
+SWEEP = {
+    "k_min": [0.1, 0.3],
+    "alpha": [0.0, 0.5],
+    "output": ["energy", "odin"],
+    "react_percentile": [None, 85.0],
+    "weights": [None, (0.3, 1.0)],
+    "base": [2.0, 20.0],
+    "cap": [0.5, 1.0],
+    "percentile_low": [1.0, 2.0],
+}
+BASE = Settings(k_max=0.4, noise=0.02)
+
+
+def passes(net: nn.Module) -> list[int]:
+    """Counts the images of every forward pass from now on."""
+    images: list[int] = []
+    net.conv1.register_forward_hook(lambda module, args, output: images.append(len(args[0])))
+    return images
+
+
+def test_combinations_stand_in_openoods_order():
+    found = [c.values for c in candidates(Settings(), {"base": [2, 20], "cap": [0.5, 1, 2]})]
+    assert [(v["base"], v["cap"]) for v in found] == [
+        *((2, 0.5), (20, 0.5)),
+        *((2, 1), (20, 1)),
+        *((2, 2), (20, 2)),
+    ]
+
+
+def test_the_bank_says_what_a_detector_of_these_settings_says(net, loader):
+    unknown = make_loader(seed=5, scale=2.0)
+    before = state_of(net)
+    bank = bank_for(net, BASE, SWEEP).fit(loader).add(unknown)
+    assert_undisturbed(net, before)
+    combined = candidates(BASE, SWEEP)
+    assert len(combined) == 2**8
+    for candidate in combined[::41]:
+        detector = FuseNorm(net, candidate.settings).fit(loader)
+        for images in (loader, unknown):
+            expected, found = detector.infer(images), bank.scored(candidate.settings, images)
+            np.testing.assert_allclose(found.conf, expected.conf, rtol=1e-9, atol=1e-9)
+            np.testing.assert_array_equal(found.pred, expected.pred)
+            np.testing.assert_array_equal(found.label, expected.label)
+            np.testing.assert_allclose(found.experts, expected.experts, rtol=1e-6)
+
+
+def test_a_search_takes_the_first_combination_of_the_highest_auroc(net, loader):
+    unknown = make_loader(seed=5, scale=2.0)
+    sweep = {"output": ["msp", "energy"], "weights": [None, (0.0, 1.0)], "base": [2.0, 20.0]}
+    found = search(net, Settings(react_percentile=None), sweep, loader, unknown)
+    aurocs = []
+    for candidate in candidates(Settings(react_percentile=None), sweep):
+        d = FuseNorm(net, candidate.settings).fit(loader)
+        aurocs.append(ood_metrics(d.score_loader(loader), d.score_loader(unknown)).auroc)
+    np.testing.assert_allclose(found.trials["AUROC"] / 100, aurocs)
+    assert (
+        found.settings
+        == candidates(Settings(react_percentile=None), sweep)[int(np.argmax(aurocs))].settings
+    )
+    assert found.auroc == pytest.approx(max(aurocs))
+    ready = FuseNorm(net, found.settings).with_calibration(found.calibration)
+    fitted = FuseNorm(net, found.settings).fit(loader)
+    torch.testing.assert_close(ready.score_loader(unknown), fitted.score_loader(unknown))
+
+
+def test_equal_combinations_give_the_first(net, loader):
+    # Without a penalty the cap is of no matter: three combinations are equal.
+    sweep = {"cap": [0.7, 0.5, 1.0], "base": [1.0]}
+    found = search(net, Settings(output="energy"), sweep, loader, make_loader(seed=5))
+    assert found.trials["AUROC"].nunique() == 1
+    assert found.settings.cap == 0.7
+
+
+def test_every_image_passes_once_however_many_combinations(net, loader):
+    unknown = make_loader(seed=5)
+    images = passes(net)
+    sweep = {name: SWEEP[name] for name in SWEEP if name not in ("output", "react_percentile")}
+    search(net, Settings(k_max=0.4, output="energy", react_percentile=None), sweep, loader, unknown)
+    assert sum(images) == 60 + 60
+    images.clear()
+    sweep["react_percentile"] = [85.0, 90.0, 95.0]
+    search(net, Settings(k_max=0.4, output="energy"), sweep, loader, unknown)
+    assert sum(images) == 60 + 60 + 60  # once more over the ID images, for ReAct's thresholds
+
+
+def test_odin_shares_gradients_and_adds_a_pass_for_each_noise(net, loader):
+    unknown = make_loader(seed=5)
+    images = passes(net)
+    sweep = {"noise": [0.01, 0.02, 0.0], "base": [2.0, 20.0], "alpha": [0.0, 0.5]}
+    search(net, Settings(react_percentile=None), sweep, loader, unknown)
+    assert sum(images) == 3 * (60 + 60)  # noise 0 moves no image
+
+
+def constant_expert(net: nn.Module) -> nn.Module:
+    """A network whose first block gives all images the same feature norm, and not the same map."""
+
+    def ranks(module, args, output):
+        return output.flatten(2).argsort(-1).argsort(-1).view_as(output) / output[0, 0].numel()
+
+    net.layer1[0].register_forward_hook(ranks)
+    return net
+
+
+def test_combinations_that_cannot_be_used_are_passed_over_with_a_reason(net, loader):
+    unknown = make_loader(seed=5)
+    sweep = {"percentile_low": [1.0, 30.0], "percentile_high": [20.0, 99.9], "base": [2.0]}
+    found = search(net, Settings(output="energy"), sweep, loader, unknown)
+    assert found.trials["AUROC"].isna().tolist() == [False, True, False, False]
+    assert "span no range" in found.trials["unusable"][1]
+    taps = [("layer1.0", "layer4.0"), ("layer2.0", "layer4.0")]
+    found = search(constant_expert(net), Settings(output="energy"), {"taps": taps}, loader, unknown)
+    assert found.trials["AUROC"].isna().tolist() == [True, False]
+    assert "'layer1.0' are both" in found.trials["unusable"][0]
+    assert found.settings.taps == taps[1]
+
+
+def test_a_search_without_a_usable_combination_says_so(net, loader):
+    taps = [("layer1.0", "layer4.0")]
+    net = constant_expert(net)
+    with pytest.raises(ConfigError, match="none of 1 combinations is usable"):
+        search(net, Settings(output="energy"), {"taps": taps}, loader, make_loader(seed=5))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({}, "postprocessor_sweep is empty"),
+        ({"base": [20.0, 0.5]}, r"postprocessor_sweep.base: base = 0\.5"),
+        ({"bsae": [2]}, "'bsae' unknown"),
+        ({"strong": [["layer9"]]}, "'layer9' unknown"),
+    ],
+)
+def test_sweeps_that_cannot_be_searched_are_refused(net, loader, sweep, message):
+    with pytest.raises(ConfigError, match=message):
+        search(net, Settings(output="energy"), sweep, loader, make_loader(seed=5))
+
+
+def test_values_that_only_go_together_are_taken():
+    sweep = {"strong": ["auto", ["output"]], "weights": [[0.3, 1.0], [1.0]]}
+    outcomes = [isinstance(c.settings, Settings) for c in candidates(Settings(), sweep)]
+    assert outcomes == [True, False, False, True]
+
+
+def test_an_image_that_is_not_finite_ends_the_search(net):
+    images = torch.randn(4, 3, 16, 16)
+    images[2, 0, 0, 0] = torch.nan
+    bank = ScoreBank(net, [Settings(output="energy", react_percentile=None)])
+    with pytest.raises(NonFiniteError, match="image 2 of the batch"):
+        bank.fit([(images, None)])
+
+
+def openoods_search(p: FuseNormPostprocessor, net, known, unknown) -> list[float]:
+    """The loop of OpenOOD's evaluators, written from its behaviour."""
+    aurocs = []
+    for candidate in candidates(p.settings, p.args_dict):
+        p.set_hyperparam(list(candidate.values.values()))
+        conf = [p.inference(net, loader, False)[1] for loader in (known, unknown)]
+        aurocs.append(ood_metrics(*conf).auroc)
+    best = int(np.argmax(aurocs))
+    p.set_hyperparam(list(candidates(p.settings, p.args_dict)[best].values.values()))
+    p.hyperparam_search_done = True
+    return aurocs
+
+
+def searching(sweep: dict) -> FuseNormPostprocessor:
+    c = config(sweep, output="energy", temperature=None)
+    c["postprocessor"]["APS_mode"] = True
+    return FuseNormPostprocessor(c)
+
+
+def test_the_postprocessor_is_searched_without_another_pass(net, loader):
+    unknown = make_loader(seed=5, scale=2.0)
+    sweep = {"alpha": [0.0, 0.5], "weights": [[0.3, 1.0], [1.0, 1.0]], "base": [2, 20]}
+    p = searching(sweep)
+    images = passes(net)
+    p.setup(net, {"val": loader}, {"val": unknown})
+    aurocs = openoods_search(p, net, loader, unknown)
+    assert sum(images) == 3 * 60
+    found = search(net, searching(sweep).settings, sweep, loader, unknown)
+    np.testing.assert_allclose(found.trials["AUROC"] / 100, aurocs)
+    assert p.settings == found.settings
+    data = torch.randn(4, 3, 16, 16)
+    fresh = FuseNorm(net, found.settings).fit(loader)
+    torch.testing.assert_close(p.postprocess(net, data)[1], fresh.score(data))
+
+
+def test_the_postprocessor_scores_before_the_search_and_outside_the_sweep(net, loader):
+    p = searching({"base": [2]})
+    p.setup(net, {"val": loader}, {"val": make_loader(seed=5)})
+    fresh = FuseNorm(net, p.settings).fit(loader)
+    assert p.settings.base == 20
+    np.testing.assert_allclose(p.inference(net, loader)[1], fresh.score_loader(loader))
+    other = make_net(seed=2)
+    expected = FuseNorm(other, p.settings).with_calibration(p.calibration)
+    np.testing.assert_allclose(p.inference(other, loader)[1], expected.score_loader(loader))
+
+
+def test_unusable_values_get_the_lowest_auroc_and_score_nothing_else(net, loader):
+    unknown = make_loader(seed=5)
+    p = searching({"taps": [["layer1.0", "layer4.0"], ["layer2.0", "layer4.0"]]})
+    net = constant_expert(net)
+    p.setup(net, {"val": loader}, {"val": unknown})
+    with pytest.warns(RuntimeWarning, match="passed over: .*'layer1.0' are both"):
+        aurocs = openoods_search(p, net, loader, unknown)
+    assert aurocs[0] == 0 < aurocs[1]
+    assert p.settings.taps == ("layer2.0", "layer4.0")
+    p.set_hyperparam([("layer1.0", "layer4.0")])
+    with pytest.raises(ZeroRangeError):
+        p.postprocess(net, torch.randn(2, 3, 16, 16))
+    with pytest.raises(ZeroRangeError):
+        p.inference(net, make_loader(seed=6))
+
+
+def test_where_no_values_are_usable_setup_says_so(net, loader):
+    p = searching({"taps": [["layer1.0", "layer4.0"]]})
+    with pytest.raises(ConfigError, match="none of 1 combinations is usable"):
+        p.setup(constant_expert(net), {"val": loader}, {"val": make_loader(seed=5)})
+    assert not p.setup_flag
+
+
+def test_values_under_which_ood_images_have_no_finite_score_get_the_lowest_auroc(net, loader):
+    unknown = make_loader(seed=5, scale=2.0)
+
+    def overflow(module, args, output):
+        return output * torch.where(args[0].std() > 1.5, torch.inf, 1.0)
+
+    # No tap of the second combination, and a branch that leads nowhere.
+    net.side = nn.Identity()
+    net.side.register_forward_hook(overflow)
+    net.conv1.register_forward_hook(lambda module, args, output: (net.side(args[0]), output)[1])
+    p = searching({"taps": [["side", "layer4.0"], ["layer2.0", "layer4.0"]]})
+    p.setup(net, {"val": loader}, {"val": unknown})
+    with pytest.warns(RuntimeWarning, match="passed over: expert 'side' gives scores that are"):
+        aurocs = openoods_search(p, net, loader, unknown)
+    assert aurocs[0] == 0 < aurocs[1]
+    found = search(net, p.settings, p.args_dict, loader, unknown)
+    assert found.trials["AUROC"].isna().tolist() == [True, False]
+
+
+def test_pickled_before_its_search_it_is_set_up_again(net, loader):
+    unknown = make_loader(seed=5)
+    p = searching({"base": [2.0, 20.0]})
+    p.setup(net, {"val": loader}, {"val": unknown})
+    again = pickle.loads(pickle.dumps(p))
+    assert not again.setup_flag
+    again.setup(net, {"val": loader}, {"val": unknown})
+    assert openoods_search(again, net, loader, unknown) == openoods_search(p, net, loader, unknown)
+    assert pickle.loads(pickle.dumps(p)).setup_flag
+
+
+def test_a_search_needs_ood_validation_images(net, loader):
+    p = searching({"base": [2]})
+    with pytest.raises(DataError, match="OOD loaders none found: a search"):
+        p.setup(net, {"val": loader})
+    assert not p.setup_flag
+
+
+def test_a_search_warns_of_nothing_where_all_goes_well(net, loader):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search(net, Settings(output="energy"), {"base": [2.0]}, loader, make_loader(seed=5))

@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch import nn
+
+from fusenorm_openood.devices import device_of
+from fusenorm_openood.errors import TapError
+from fusenorm_openood.listening.modes import undisturbed, without_weight_gradients
+from fusenorm_openood.listening.passes import final_linear, forward_pass
+from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
+from fusenorm_openood.networks.t2fnorm import scores_apart
+from tests.conftest import assert_undisturbed, state_of
+
+
+def test_one_pass_gives_feature_logits_and_predictions(net):
+    images = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        done = forward_pass(net, images)
+        logits, feature = net(images, return_feature=True)
+    assert torch.equal(done.logits, logits)
+    assert torch.equal(done.feature, feature)
+    assert torch.equal(done.pred, logits.argmax(1))
+    assert done.norms.shape == (0, 5)
+
+
+def test_t2fnorm_scores_and_classifies_by_different_logits():
+    torch.manual_seed(0)
+    net = T2FNormNet(ResNet18_32x32(4, width=4), 4).eval()
+    net.set_tau(0.1)
+    with torch.no_grad():
+        net.backbone.fc.bias.copy_(torch.tensor([0.0, 9, -9, 3]))
+        images = torch.randn(32, 3, 16, 16)
+        done = forward_pass(net, images)
+        assert torch.equal(done.logits, net.forward_ood_inference(images))
+        assert torch.equal(done.pred, net(images).argmax(1))
+    assert scores_apart(net)
+    assert not scores_apart(net.backbone)
+
+
+def test_any_network_may_score_by_other_logits_than_it_classifies_by(net):
+    net.forward_ood_inference = lambda x: -net(x)
+    images = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        done = forward_pass(net, images)
+        assert torch.equal(done.logits, -net(images))
+        assert torch.equal(done.pred, net(images).argmax(1))
+
+
+@pytest.mark.parametrize("layer", [nn.Flatten(0), nn.Linear(4, 1)])
+def test_what_gives_no_logits_is_refused(layer):
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Conv2d(3, 1, 1), nn.Flatten(), layer)
+    with pytest.raises(TapError, match="no logits"):
+        forward_pass(net, torch.randn(2, 3, 8, 8))
+
+
+def test_final_linear_and_device():
+    assert final_linear(nn.Conv2d(3, 3, 1)) is None
+    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4))
+    assert final_linear(net) is net[2]
+    assert device_of(net) == torch.device("cpu")
+    assert device_of(nn.ReLU()) == torch.device("cpu")
+
+
+def test_undisturbed_restores_every_module_and_parameter(net):
+    net.train()
+    net.layer2.eval()
+    net.layer3.requires_grad_(False)
+    before = state_of(net)
+    with pytest.raises(KeyError), undisturbed(net), without_weight_gradients(net):
+        assert not any(m.training for m in net.modules())
+        assert not any(p.requires_grad for p in net.parameters())
+        raise KeyError
+    assert_undisturbed(net, before)
+
+
+def test_a_linear_layer_before_the_last_one_stays_half():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+            self.proj = nn.Linear(4, 4)  # the last by its name, not by its place
+
+        def forward(self, x):
+            return self.fc(self.proj(x.flatten(1)))
+
+    net, images = Odd().bfloat16(), torch.randn(2, 1, 2, 2).bfloat16()
+    assert torch.equal(forward_pass(net, images).logits, net(images))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, "autocast"])
+def test_logits_are_computed_in_full_precision_where_the_network_is_half(net, half):
+    images = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        full = forward_pass(net, images)
+        if half != "autocast":
+            net, images = net.to(half), images.to(half)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"):
+            done = forward_pass(net, images, ["layer1.0"], lambda x: x.float().mean((1, 2, 3)))
+        exact = done.feature.float() @ net.fc.weight.float().T + net.fc.bias.float()
+    assert done.feature.dtype == torch.bfloat16
+    assert done.logits.dtype == torch.float32
+    torch.testing.assert_close(done.logits, exact)
+    torch.testing.assert_close(done.logits, full.logits, rtol=0.1, atol=0.1)

@@ -1,0 +1,165 @@
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from fusenorm_openood import tap_candidates
+from fusenorm_openood.errors import TapError
+from fusenorm_openood.listening.taps import (
+    first_of_last_stage,
+    listening,
+    residual_blocks,
+    resolve_taps,
+    stage_ends,
+)
+from fusenorm_openood.networks import (
+    ResNet18_32x32,
+    ResNet18_224x224,
+    ResNet50,
+    T2FNormNet,
+    WideResNet,
+)
+from tests.conftest import assert_undisturbed, make_net, state_of
+
+BLOCKS_OF_RESNET18 = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("net", "count", "ends", "strong"),
+    [
+        (ResNet18_32x32(width=2), 8, ["layer1.1", "layer2.1", "layer3.1", "layer4.1"], "layer4.0"),
+        (ResNet18_224x224(), 8, ["layer1.1", "layer2.1", "layer3.1", "layer4.1"], "layer4.0"),
+        (ResNet50(), 16, ["layer1.2", "layer2.3", "layer3.5", "layer4.2"], "layer4.0"),
+        (
+            WideResNet(16, 1),
+            6,
+            ["block1.layer.1", "block2.layer.1", "block3.layer.1"],
+            "block3.layer.0",
+        ),
+        (torchvision.models.resnet18(), 8, [f"layer{s}.1" for s in (1, 2, 3, 4)], "layer4.0"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_residual_blocks_stages_and_the_strong_tap(net, count, ends, strong):
+    blocks = residual_blocks(net)
+    assert len(blocks) == count
+    assert stage_ends(blocks) == ends
+    assert first_of_last_stage(net, blocks) == strong
+    assert first_of_last_stage(net, ends) == ends[-1]
+
+
+def test_without_stages_the_last_tap_is_strong():
+    net = torchvision.models.mobilenet_v2()
+    blocks = residual_blocks(net)
+    assert len(blocks) == 17
+    assert first_of_last_stage(net, blocks) == "features.17"
+
+
+def test_taps_of_a_wrapped_network_carry_its_prefix():
+    net = T2FNormNet(ResNet18_32x32(width=2), 10)
+    assert resolve_taps(net, "blocks") == tuple(f"backbone.{n}" for n in BLOCKS_OF_RESNET18)
+
+
+def test_named_taps_and_their_strong_one(net):
+    names = ["layer1", "layer2", "layer4"]
+    assert resolve_taps(net, names) == tuple(names)
+    assert first_of_last_stage(net, names) == "layer4"
+
+
+@pytest.mark.parametrize(
+    ("taps", "message"),
+    [
+        (["layer4.2"], r"no module 'layer4\.2': choose among .*layer4\.1"),
+        (["nowhere"], r"no module 'nowhere': choose among layer1\.0"),
+        ([], "at least one"),
+        (["layer1", "layer1"], "each once"),
+        ("everything", "taps = 'everything' unknown"),
+    ],
+)
+def test_wrong_names_are_named(net, taps, message):
+    with pytest.raises(TapError, match=message):
+        resolve_taps(net, taps)
+
+
+def test_a_network_without_blocks_says_how_to_find_taps():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(TapError, match="tap_candidates"):
+        resolve_taps(net, "blocks")
+
+
+def test_candidates_have_names_classes_and_shapes(net):
+    net.train()
+    before = state_of(net)
+    candidates = {c.name: c for c in tap_candidates(net, torch.randn(2, 3, 16, 16))}
+    assert_undisturbed(net, before)
+    assert candidates["layer3.0"] == ("layer3.0", "BasicBlock", (2, 16, 4, 4))
+    assert "fc" not in candidates
+    assert set(BLOCKS_OF_RESNET18) < set(candidates)
+
+
+def test_listening_gives_the_modules_outputs(net):
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad(), listening(net, ["layer1", "layer2"], torch.clone) as heard:
+        net(images)
+    with torch.no_grad():
+        first = net.layer1(torch.relu(net.bn1(net.conv1(images))))
+        torch.testing.assert_close(heard["layer1"], first)
+        torch.testing.assert_close(heard["layer2"], net.layer2(first))
+
+
+def test_hooks_are_gone_after_an_exception_in_the_pass(net):
+    before = state_of(net)
+    with pytest.raises(RuntimeError), listening(net, ["layer1"], torch.clone):
+        net(torch.randn(2, 4, 16, 16))
+    assert_undisturbed(net, before)
+
+
+def test_hooks_are_gone_after_an_exception_in_the_reduction(net):
+    def fail(x):
+        raise KeyError("reduction")
+
+    before = state_of(net)
+    with pytest.raises(KeyError), listening(net, ["layer1"], fail):
+        net(torch.randn(2, 3, 16, 16))
+    assert_undisturbed(net, before)
+
+
+class Odd(nn.Module):
+    """A network with modules that must not be tapped."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.unused = nn.Conv2d(3, 3, 3)
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.fc(self.conv(self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("tap", "message"),
+    [
+        ("unused", "'unused' never fired"),
+        ("conv", "'conv' fired twice"),
+        ("fc", r"'fc' returns \[2, 2\], no feature map"),
+    ],
+)
+def test_taps_that_give_no_single_map_are_named(tap, message):
+    net = Odd()
+    before = state_of(net)
+    with pytest.raises(TapError, match=message), listening(net, [tap], torch.clone):
+        net(torch.randn(2, 3, 8, 8))
+    assert_undisturbed(net, before)
+    assert "conv" not in [c.name for c in tap_candidates(net, torch.randn(1, 3, 8, 8))]
+
+
+def test_two_listeners_share_a_network():
+    net = make_net()
+    images = torch.randn(2, 3, 16, 16)
+    with (
+        listening(net, ["layer1"], torch.clone) as one,
+        listening(net, ["layer1"], torch.clone) as two,
+    ):
+        net(images)
+    assert torch.equal(one["layer1"], two["layer1"])

@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from fusenorm_openood import compute_id_statistics, normalise
+from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
+from fusenorm_openood.listening.react import ActivationSample
+
+SCORES = np.random.default_rng(0).normal(size=(3, 500)) * [[1], [10], [1e-4]]
+
+
+def test_statistics_are_numpys():
+    s = compute_id_statistics(SCORES, 1, 99.9)
+    np.testing.assert_array_equal(s.mean, SCORES.mean(axis=1))
+    np.testing.assert_array_equal(s.std, SCORES.std(axis=1) + 1e-8)
+    np.testing.assert_array_equal(s.lower, [np.percentile(row, 1) for row in SCORES])
+    np.testing.assert_array_equal(s.upper, [np.percentile(row, 99.9) for row in SCORES])
+
+
+@given(arrays(np.float64, (2, 30), elements=st.floats(-1e6, 1e6), unique=True))
+def test_percentiles_become_zero_and_one_and_order_stays(scores):
+    z = normalise(scores, compute_id_statistics(scores, 0, 100))
+    assert z.min() == 0
+    assert z.max() == pytest.approx(1)
+    assert (np.diff(z[0][np.argsort(scores[0])]) >= 0).all()
+
+
+def test_normalisation_ignores_shift_and_scale():
+    moved = 3 + 7 * SCORES
+    np.testing.assert_allclose(
+        normalise(moved, compute_id_statistics(moved)),
+        normalise(SCORES, compute_id_statistics(SCORES)),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+def test_a_constant_expert_is_named():
+    scores = np.vstack([SCORES[0], np.full(500, 2.5)])
+    with pytest.raises(ZeroRangeError, match=r"'output' are both 2\.5.*leave this expert out"):
+        compute_id_statistics(scores, names=["layer1", "output"])
+
+
+def test_scores_that_are_not_finite_are_named():
+    with pytest.raises(NonFiniteError, match="'expert 1' hold 1 values"):
+        compute_id_statistics(np.array([[0, 1.0], [0, np.nan]]))
+
+
+@pytest.mark.parametrize("scores", [np.zeros((2, 0)), np.zeros(5)])
+def test_no_samples_are_an_error(scores):
+    with pytest.raises(DataError, match=r"shape"):
+        compute_id_statistics(scores)
+
+
+@pytest.mark.parametrize(("low", "high"), [(50, 50), (99, 1), (-1, 50), (1, 101)])
+def test_percentiles_out_of_order_are_named(low, high):
+    with pytest.raises(ConfigError, match=f"percentile_low = {low}"):
+        compute_id_statistics(SCORES, low, high)
+
+
+def test_activation_sample_is_exact_up_to_its_limit():
+    features = np.random.default_rng(1).normal(size=(97, 8)).astype(np.float32)
+    sample = ActivationSample(limit=97 * 8)
+    assert sample.is_empty
+    for part in np.array_split(features, 7):
+        sample.update(part)
+    assert sample.percentile(90) == pytest.approx(np.percentile(features, 90), rel=1e-7)
+
+
+def test_activation_sample_is_even_and_bounded_beyond_its_limit():
+    features = np.repeat(np.arange(5000, dtype=np.float32)[:, None], 3, axis=1)
+    sample = ActivationSample(limit=900)
+    for part in np.array_split(features, 113):
+        sample.update(part)
+        assert sum(kept.size for kept in sample._kept) <= 900
+    kept = np.concatenate(sample._kept)[:, 0]
+    assert len(set(np.diff(kept))) == 1  # every s-th image, across all batches
+    assert sample.percentile(90) == pytest.approx(4500, rel=0.01)
+
+
+def test_activation_sample_keeps_an_image_larger_than_its_limit():
+    sample = ActivationSample(limit=2)
+    sample.update(np.ones((3, 5), dtype=np.float32))
+    assert sample.percentile(50) == 1
+
+
+def test_activation_sample_without_images_is_an_error():
+    with pytest.raises(DataError, match="no ID activation"):
+        ActivationSample().percentile(90)

@@ -1,0 +1,358 @@
+import csv
+import itertools
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from fusenorm_openood import load_network
+from fusenorm_openood.cli.main import main
+from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
+from fusenorm_openood.networks.checkpoints import load_backbone
+from fusenorm_openood.training.loop import train, train_digits, train_epoch
+from fusenorm_openood.training.processes import processes, threads
+from fusenorm_openood.training.recipes import Recipe, find_recipe
+from fusenorm_openood.training.resume import keep
+from tests.conftest import shortened_digits
+
+
+@pytest.fixture(scope="module")
+def few(digits, tmp_path_factory):
+    """The digits benchmark with 96 training and 20 validation images."""
+    home = tmp_path_factory.mktemp("few")
+    return load_benchmark("digits", shortened_digits(digits[0], home, 96, 20))
+
+
+RECIPE = Recipe(id_data="digits", width=4, epochs=3, batch_size=16, lr=0.05)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("method", ["base", "t2fnorm"])
+def test_the_first_20_steps_equal_plain_torch(method):
+    recipe = Recipe(id_data="digits", width=4, epochs=2, lr=0.1, method=method, tau=0.1)
+    torch.manual_seed(0)
+    net, twin = recipe.build(3), recipe.build(3)
+    twin.load_state_dict(net.state_dict())
+    images, labels = torch.randn(80, 3, 8, 8), torch.randint(0, 3, (80,))
+    loader = DataLoader(TensorDataset(images, labels), 4)
+
+    optimiser = torch.optim.SGD(
+        net.parameters(), recipe.lr, recipe.momentum, weight_decay=5e-4, nesterov=True
+    )
+    loss = train_epoch(net, optimiser, loader, recipe)
+
+    plain = torch.optim.SGD(twin.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
+    twin.train()
+    losses = []
+    for step, (x, y) in enumerate(loader):
+        plain.param_groups[0]["lr"] = 1e-6 + (0.1 - 1e-6) * (1 + math.cos(math.pi * step / 40)) / 2
+        if method == "t2fnorm":
+            _, feature = twin.backbone(x, return_feature=True)
+            logits = twin.backbone.fc(torch.nn.functional.normalize(feature, dim=1) / twin.tau)
+        else:
+            logits = twin(x)
+        losses.append(torch.nn.functional.cross_entropy(logits, y))
+        plain.zero_grad()
+        losses[-1].backward()
+        plain.step()
+    assert len(losses) == 20
+    assert loss == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
+    for trained, expected in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_writes_what_openood_and_load_network_read(few, tmp_path):
+    random_state = torch.get_rng_state()
+    best = train(RECIPE, few, tmp_path, progress=False)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.ckpt", "log.csv", "recipe.yml"]
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert all(value.dtype != torch.float16 for value in weights(best).values())
+    assert load_network(best).fc.out_features == 7
+    written = best.stat().st_mtime_ns
+    assert train(RECIPE, few, tmp_path, progress=False) == best
+    assert best.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("method", ["base", "t2fnorm"])
+def test_interrupted_and_resumed_the_weights_are_bit_identical(few, tmp_path, method, monkeypatch):
+    recipe = replace(RECIPE, method=method)
+    through = train(recipe, few, tmp_path / "through", progress=False)
+
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train_epoch(*args, **kwargs)
+
+    monkeypatch.setattr("fusenorm_openood.training.loop.train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, few, tmp_path / "cut", progress=False)
+    assert (tmp_path / "cut" / "unfinished.ckpt").is_file()
+    monkeypatch.undo()
+    torch.rand(100)  # what happened in between is of no matter
+    cut = train(recipe, few, tmp_path / "cut", progress=False)
+    expected, found = weights(through), weights(cut)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    logs = [(tmp_path / run / "log.csv").read_text() for run in ("through", "cut")]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_that_is_cut_between_two_files_is_no_finished_run(few, tmp_path, monkeypatch):
+    through = train(RECIPE, few, tmp_path / "through", progress=False)
+    folder = tmp_path / "cut"
+
+    def cut(path, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        "fusenorm_openood.training.loop.log", cut
+    )  # best.ckpt of an epoch is written
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, few, folder, progress=False)
+    assert (folder / "best.ckpt").is_file()
+    monkeypatch.undo()
+    monkeypatch.setattr("fusenorm_openood.training.loop.keep", after(2, KeyboardInterrupt, keep))
+    with pytest.raises(KeyboardInterrupt):  # an epoch is in the table that was not kept
+        train(RECIPE, few, folder, progress=False)
+    assert len((folder / "log.csv").read_text().splitlines()) == 4
+    monkeypatch.undo()
+    cut_short = train(RECIPE, few, folder, progress=False)
+    torch.testing.assert_close(weights(cut_short), weights(through), rtol=0, atol=0)
+    logs = [(tmp_path / run / "log.csv").read_text() for run in ("through", "cut")]
+    assert logs[0] == logs[1]
+
+
+def test_a_best_checkpoint_that_was_removed_is_made_again(few, tmp_path, monkeypatch):
+    monkeypatch.setattr("fusenorm_openood.training.loop.keep", after(3, KeyboardInterrupt, keep))
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, few, tmp_path, progress=False)
+    monkeypatch.undo()
+    (tmp_path / "best.ckpt").unlink()
+    monkeypatch.setattr("fusenorm_openood.training.loop.validation_accuracy", lambda *_: 0.0)
+    best = train(RECIPE, few, tmp_path, progress=False)
+    assert load_network(best).fc.out_features == 7
+
+
+def after(calls, error, function):
+    """A function that raises an error instead of its call of that number, counted from 0."""
+    count = itertools.count()
+
+    def failing(*args):
+        if next(count) == calls:
+            raise error
+        return function(*args)
+
+    return failing
+
+
+def test_a_killed_process_goes_on_where_it_stopped(digits, few, tmp_path):
+    command = [
+        sys.executable, "-m", "fusenorm_openood.cli", "train", "--id-data", "digits",
+        "--data-root", str(few.id["train"].imagelist.parents[2]), "--results-dir", str(tmp_path),
+        "--epochs", "4", "--num-workers", "0", "--no-progress", "--device", "cpu",
+    ]  # fmt: skip
+    folder = tmp_path / find_recipe("digits", epochs=4, method="t2fnorm").run_name
+    with subprocess.Popen(command, start_new_session=True) as process:
+        while not (folder / "log.csv").is_file():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert (folder / "unfinished.ckpt").is_file()
+    begun = len((folder / "log.csv").read_text().splitlines())
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"network: {folder / 'best.ckpt'}" in done.stdout
+    assert 2 <= begun <= len((folder / "log.csv").read_text().splitlines()) == 5
+    assert not (folder / "unfinished.ckpt").exists()
+    assert isinstance(load_network(folder / "best.ckpt"), T2FNormNet)
+
+
+def test_several_processes_train_together(few, tmp_path):
+    data_root = few.id["train"].imagelist.parents[2]
+    subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            "-m", "fusenorm_openood.cli", "train", "--id-data", "digits", "--data-root",
+            str(data_root), "--results-dir", str(tmp_path), "--epochs", "2", "--no-progress",
+            "--num-workers", "0", "--device", "cpu",
+        ],
+        check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    folder = tmp_path / find_recipe("digits", epochs=2, method="t2fnorm").run_name
+    assert sorted(p.name for p in folder.iterdir()) == ["best.ckpt", "log.csv", "recipe.yml"]
+    assert not any(key.startswith("module.") for key in weights(folder / "best.ckpt"))
+    assert load_network(folder / "best.ckpt").tau == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("amp", "channels_last"), [(True, False), (False, True), (True, True)])
+def test_memory_format_and_precision_train_the_same_kind_of_weights(
+    few, tmp_path, amp, channels_last
+):
+    recipe = replace(RECIPE, width=8, amp=amp, epochs=1, lr=1e-4)
+    best = train(recipe, few, tmp_path, channels_last=channels_last, progress=False)
+    state = weights(best)
+    assert all(v.dtype in (torch.float32, torch.int64) for v in state.values())
+    assert all(v.is_contiguous() for v in state.values())
+    assert all(v.isfinite().all() for v in state.values())
+    if not amp:
+        plain = weights(train(recipe, few, tmp_path / "plain", progress=False))
+        torch.testing.assert_close(state, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_too_narrow_for_channels_last_is_refused(few, tmp_path):
+    with pytest.raises(ConfigError, match="width = 4 found: below 8"):
+        train(RECIPE, few, tmp_path, channels_last=True, progress=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_training_starts_from_a_checkpoint_of_either_kind(few, tmp_path, digits):
+    net = load_network(digits[1])
+    plain = find_recipe("digits").build(7)
+    wrapped = find_recipe("digits", method="t2fnorm").build(7)
+    load_backbone(wrapped, digits[1])
+    torch.save(wrapped.state_dict(), tmp_path / "t2fnorm.ckpt")
+    load_backbone(plain, tmp_path / "t2fnorm.ckpt")
+    for target in (wrapped.backbone, plain):
+        for key, value in net.state_dict().items():
+            assert torch.equal(target.state_dict()[key], value)
+    assert wrapped.tau == pytest.approx(0.1)
+    with pytest.raises(CheckpointError, match="does not fit a ResNet18_32x32"):
+        train(replace(RECIPE, init=str(digits[1])), few, tmp_path / "run", progress=False)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(few, tmp_path, monkeypatch):
+    rates = iter([0.01] * 6 + [1e30] * 100)
+    monkeypatch.setattr(Recipe, "learning_rate", lambda *_: next(rates))
+    with pytest.raises(NonFiniteError, match=r"the loss is (nan|inf) at step (\d+): the last good"):
+        train(RECIPE, few, tmp_path, progress=False)
+    assert all(v.isfinite().all() for v in weights(tmp_path / "best.ckpt").values())
+    kept = weights(tmp_path / "unfinished.ckpt")
+    assert kept["progress"][0] == 1
+    assert all(v.isfinite().all() for v in kept["net"].values())
+
+
+def test_the_step_of_a_loss_that_is_not_finite_is_named():
+    recipe = Recipe(id_data="digits", width=4, epochs=1)
+    net = recipe.build(2)
+    images = torch.zeros(30, 3, 8, 8)
+    images[22] = torch.nan
+    loader = DataLoader(TensorDataset(images, torch.zeros(30, dtype=torch.long)), 2)
+    optimiser = torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.raises(NonFiniteError, match="the loss is nan at step 12"):
+        train_epoch(net, optimiser, loader, recipe)
+
+
+def test_labels_that_the_network_has_no_class_for_are_refused(few, tmp_path):
+    imagelist = few.id["train"].imagelist
+    text = imagelist.read_text()
+    try:
+        imagelist.write_text(re.sub(r" \d+\n", " 7\n", text, count=1))
+        with pytest.raises(DataError, match=r"line 1: .* has the label 7, .* classes 0 to 6"):
+            train(RECIPE, few, tmp_path, progress=False)
+    finally:
+        imagelist.write_text(text)
+
+
+def test_a_run_of_another_recipe_is_not_gone_on_with(few, tmp_path):
+    begun = replace(RECIPE, epochs=1)
+    train(begun, few, tmp_path, progress=False)
+    for change in ({"lr": 0.01}, {"batch_size": 8}, {"init": "other.ckpt"}):
+        with pytest.raises(CheckpointError, match=f"holds a run with {next(iter(change))} = "):
+            train(replace(begun, **change), few, tmp_path, progress=False)
+    (tmp_path / "unfinished.ckpt").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="cannot be read: remove it"):
+        train(begun, few, tmp_path, progress=False)
+
+
+def test_runs_have_openoods_names():
+    names = {
+        ("cifar10", "t2fnorm"): "cifar10_t2fnorm_net_t2fnorm_e100_lr0.1_alpha0.1_default/s0",
+        ("imagenet200", "t2fnorm"): "imagenet200_t2fnorm_net_t2fnorm_e90_lr0.1_alpha0.1_default/s0",
+        ("imagenet", "t2fnorm"): "imagenet_t2fnorm_net_t2fnorm_e30_lr0.001_alpha0.05_default/s0",
+        ("cifar100", "base"): "cifar100_resnet18_32x32_base_e100_lr0.1_default/s0",
+    }
+    for (id_data, method), name in names.items():
+        assert find_recipe(id_data, method=method).run_name == name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "t2fn"}, "training method 't2fn' unknown: choose base, t2fnorm"),
+        ({"lr": 0.0}, "lr = 0.0 found: choose a number above 0"),
+        ({"tau": math.inf}, "tau = inf found"),
+        ({"epochs": -1}, "epochs = -1 found"),
+    ],
+)
+def test_recipes_that_cannot_be_used_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        find_recipe("cifar10", **change)
+    with pytest.raises(ConfigError, match="ID data set 'mnist' unknown: choose cifar10"):
+        find_recipe("mnist")
+
+
+def test_zero_is_no_absent_option(capsys):
+    assert main(["train", "--id-data", "digits", "--lr", "0"]) == 1
+    assert "lr = 0.0 found: choose a number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:1"])
+def test_several_processes_need_a_device_each(device, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = pytest.raises(ConfigError, match=f"2 processes on device {device} found")
+    with refused, processes(torch.device(device)):
+        pass
+
+
+def test_the_command_says_which_images_are_missing(tmp_path, capsys):
+    args = ["train", "--id-data", "cifar10", "--data-root", str(tmp_path)]
+    assert main([*args, "--results-dir", str(tmp_path / "results")]) == 1
+    assert "train_cifar10.txt cannot be read" in capsys.readouterr().err
+
+
+def test_digits_are_trained_once_and_reach_97_percent(digits):
+    data_root, checkpoint = digits
+    written = checkpoint.stat().st_mtime_ns
+    assert train_digits(data_root, checkpoint.parent.parent, progress=False) == checkpoint
+    assert checkpoint.stat().st_mtime_ns == written
+    rows = list(csv.DictReader((checkpoint.parent / "log.csv").open()))
+    assert max(float(row["val_acc"]) for row in rows) >= 97
+
+
+def test_resnet18_learns_a_toy_problem():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(64, 3, 8, 8, generator=generator)
+    labels = (images.mean((1, 2, 3)) > 0).long()
+    loader = DataLoader(TensorDataset(images, labels), 16)
+    torch.manual_seed(0)
+    net = ResNet18_32x32(2, width=4)
+    recipe = Recipe(id_data="digits", epochs=8, lr=0.05)
+    optimiser = torch.optim.SGD(net.parameters(), 0.05, 0.9, weight_decay=5e-4, nesterov=True)
+    losses = [train_epoch(net, optimiser, loader, recipe, epoch) for epoch in range(8)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), threads(1):
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == before

@@ -1,0 +1,93 @@
+"""Postprocessors in OpenOOD's manner around T2FNorm networks; tests/openood has OpenOOD's own."""
+
+import pickle
+
+import pytest
+import torch
+
+from fusenorm_openood.errors import CheckpointError
+from fusenorm_openood.networks import T2FNormNet
+from fusenorm_openood.openood.adapter import AdaptedPostprocessor, ScoringView
+from fusenorm_openood.openood.register import names_known_to
+from tests.conftest import CLASSES, assert_undisturbed, make_net, state_of
+
+IMAGES = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+class MaxLogit:
+    """The least of OpenOOD's postprocessors, with a parameter to search."""
+
+    config = None
+
+    def __init__(self):
+        self.args_dict, self.shown = {"scale": [1, 2]}, None
+
+    def setup(self, net, id_loader_dict, ood_loader_dict):
+        self.shown = type(net).__name__
+
+    def postprocess(self, net, data):
+        data.requires_grad = True
+        logits = net(data)
+        logits.sum().backward()
+        return torch.zeros(len(data), dtype=torch.int64), logits.detach().amax(1)
+
+
+@pytest.fixture
+def t2fnorm():
+    net = T2FNormNet(make_net(), CLASSES).eval()
+    net.set_tau(0.1)
+    return net
+
+
+def test_the_view_gives_scoring_logits_and_the_feature_they_are_linear_in(t2fnorm):
+    view = ScoringView(t2fnorm)
+    with torch.no_grad():
+        logits, feature = view(IMAGES, return_feature=True)
+        assert torch.equal(view(IMAGES), t2fnorm.forward_ood_inference(IMAGES))
+        torch.testing.assert_close(view.get_fc_layer()(feature), logits)
+    weight, bias = view.get_fc()
+    torch.testing.assert_close(
+        feature @ torch.from_numpy(weight).T + torch.from_numpy(bias), logits
+    )
+
+
+def test_scores_are_of_the_view_and_classes_of_the_network(t2fnorm):
+    before = state_of(t2fnorm)
+    adapted = AdaptedPostprocessor(MaxLogit(), "odin")
+    adapted.setup(t2fnorm, {}, {})
+    assert adapted.shown == "ScoringView"
+    pred, conf = adapted.postprocess(t2fnorm, IMAGES.clone())
+    assert_undisturbed(t2fnorm, before)
+    with torch.no_grad():
+        torch.testing.assert_close(conf, t2fnorm.forward_ood_inference(IMAGES).amax(1))
+        assert torch.equal(pred, t2fnorm(IMAGES).argmax(1))
+
+
+def test_a_plain_network_is_shown_as_it_is(net):
+    adapted = AdaptedPostprocessor(MaxLogit(), "mls")
+    adapted.setup(net, {}, {})
+    assert adapted.shown == "ResNet18_32x32"
+    pred, conf = adapted.postprocess(net, IMAGES.clone())
+    assert not pred.any()
+    torch.testing.assert_close(conf, net(IMAGES).detach().amax(1))
+
+
+def test_the_rest_is_the_inner_postprocessors_and_pickles():
+    adapted = AdaptedPostprocessor(MaxLogit(), "mls")
+    again = pickle.loads(pickle.dumps(adapted))
+    assert again.args_dict == {"scale": [1, 2]}
+    assert not hasattr(again, "setup_flag")
+
+
+def test_t2fnorm_is_for_t2fnorm_networks(net):
+    with pytest.raises(CheckpointError, match="found a ResNet18_32x32: give such a checkpoint"):
+        AdaptedPostprocessor(MaxLogit(), "t2fnorm").setup(net, {}, {})
+
+
+def test_names_stand_in_the_source():
+    def get_thing(name):
+        if name == "last":
+            return 3
+        return {"first": 1, "second": 2}[name]
+
+    assert names_known_to(get_thing) == ["first", "last", "second"]

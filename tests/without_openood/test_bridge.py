@@ -1,0 +1,37 @@
+"""With OpenOOD absent or broken."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fusenorm_openood.errors import OpenOODError
+from fusenorm_openood.openood import bridge
+from fusenorm_openood.openood.bridge import MinimalBasePostprocessor, base_postprocessor
+
+
+def test_without_openood_the_base_is_minimal(monkeypatch):
+    monkeypatch.setattr(bridge, "find_spec", lambda name: None)
+    assert base_postprocessor() is MinimalBasePostprocessor
+    with pytest.raises(
+        OpenOODError, match="OpenOOD is not installed: bash scripts/install_openood"
+    ):
+        bridge.openood_module("evaluation_api")
+
+
+def test_a_broken_openood_is_told_and_does_not_stop_the_rest(tmp_path):
+    (tmp_path / "openood").mkdir()
+    (tmp_path / "openood" / "__init__.py").write_text("raise AttributeError('np.sctypes is gone')")
+    code = (
+        "import warnings; warnings.simplefilter('always')\n"
+        "from fusenorm_openood import FuseNormPostprocessor as P\n"
+        "assert P.__base__.__name__ == 'MinimalBasePostprocessor'\n"
+        "from fusenorm_openood import register\n"
+        "register()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": f"{tmp_path}:{':'.join(p for p in sys.path if p)}", "PATH": ""},
+    )  # fmt: skip
+    assert "RuntimeWarning: FuseNormPostprocessor is no subclass of OpenOOD" in done.stderr
+    assert "OpenOODError: OpenOOD is installed and cannot be imported" in done.stderr

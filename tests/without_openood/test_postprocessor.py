@@ -1,0 +1,166 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from fusenorm_openood import FuseNorm, FuseNormPostprocessor
+from fusenorm_openood.configs import config_root
+from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
+from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
+
+IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+SWEEP = {"base": [2, 20], "strong": ["auto", ["output"]], "k_max": [0.25, 0.5]}
+
+
+def config(sweep=None, **args):
+    c = yaml.safe_load((config_root() / "postprocessors" / "fusenorm.yml").read_text())
+    c["postprocessor"]["postprocessor_args"].update({"weights": None, **args})
+    if sweep is not None:
+        c["postprocessor"]["postprocessor_sweep"] = sweep
+    return c
+
+
+@pytest.fixture
+def as_dicts():
+    return [{"data": images, "label": labels} for images, labels in make_loader()]
+
+
+@pytest.fixture
+def ready(net, as_dicts):
+    p = FuseNormPostprocessor(config(SWEEP))
+    p.setup(net, {"val": as_dicts, "train": None, "test": None}, {})
+    return p
+
+
+def test_contract(ready, net, as_dicts):
+    assert ready.setup_flag
+    assert not ready.APS_mode
+    assert not ready.hyperparam_search_done
+    assert ready.args_dict == SWEEP
+    before = state_of(net)
+    pred, conf, label = ready.inference(net, as_dicts, progress=False)
+    assert_undisturbed(net, before)
+    assert pred.dtype == label.dtype == np.int64
+    assert label.tolist() == torch.cat([b["label"] for b in as_dicts]).tolist()
+    assert pred.shape == conf.shape == (60,)
+
+
+def test_scores_are_the_detectors(ready, net, as_dicts):
+    p = FuseNormPostprocessor(config())
+    detector = FuseNorm(net, p.settings).fit(as_dicts)
+    pred, conf = ready.postprocess(net, IMAGES)
+    assert torch.equal(conf, detector.score(IMAGES))
+    assert torch.equal(pred, detector.predict(IMAGES)[0])
+
+
+def test_pickles_after_setup_and_scores_the_same(ready, net, as_dicts):
+    pickled = pickle.dumps(ready)
+    assert len(pickled) < 20_000  # neither the network nor the images are in it
+    again = pickle.loads(pickled)
+    again.setup(net, {"val": None}, {})
+    assert torch.equal(again.postprocess(net, IMAGES)[1], ready.postprocess(net, IMAGES)[1])
+
+
+@pytest.mark.parametrize(
+    "values", [[2, "auto", 0.25], [20, ["output"], 0.25], [2, ["output"], 0.5]]
+)
+def test_hyperparameters_recompute_all_that_follows(ready, net, as_dicts, values):
+    ready.set_hyperparam(values)
+    assert ready.get_hyperparam() == [
+        values[0],
+        tuple(values[1]) if isinstance(values[1], list) else values[1],
+        values[2],
+    ]
+    base, strong, k_max = values
+    fresh = FuseNormPostprocessor(config(base=base, strong=strong, k_max=k_max))
+    fresh.setup(net, {"val": as_dicts})
+    assert torch.equal(ready.postprocess(net, IMAGES)[1], fresh.postprocess(net, IMAGES)[1])
+    ready.set_hyperparam([20, "auto", 0.25])
+    original = FuseNormPostprocessor(config())
+    original.setup(net, {"val": as_dicts})
+    assert torch.equal(ready.postprocess(net, IMAGES)[1], original.postprocess(net, IMAGES)[1])
+
+
+def test_fusion_settings_change_without_another_pass(ready, net):
+    calls = []
+    net.conv1.register_forward_hook(lambda *_: calls.append(1))
+    ready.set_hyperparam([2, ["output"], 0.25])
+    ready.postprocess(net, IMAGES)
+    assert len(calls) == 2  # ODIN's two passes over these images, none over the ID images
+
+
+def test_pickled_after_a_search_it_scores_the_same(ready, net):
+    ready.set_hyperparam([20, "auto", 0.5])
+    again = pickle.loads(pickle.dumps(ready))
+    assert again.setup_flag
+    assert torch.equal(again.postprocess(net, IMAGES)[1], ready.postprocess(net, IMAGES)[1])
+    again.set_hyperparam([20, "auto", 0.25])
+    with pytest.raises(NotFittedError, match="call setup"):
+        again.postprocess(net, IMAGES)
+    assert not again.setup_flag
+
+
+def test_setup_flag_spares_a_second_fit(ready, net):
+    ready.setup(net, {"val": []}, {})
+    ready.postprocess(net, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: c["postprocessor"]["postprocessor_args"].pop("alpha"),
+            "'alpha' is missing: the settings are",
+        ),
+        (
+            lambda c: c["postprocessor"]["postprocessor_args"].update(alhpa=1),
+            "'alhpa' unknown: the settings are",
+        ),
+        (lambda c: c["postprocessor"].pop("APS_mode"), "'postprocessor.APS_mode' is missing"),
+        (
+            lambda c: c["postprocessor"].pop("postprocessor_sweep"),
+            "'postprocessor.postprocessor_sweep' is missing",
+        ),
+        (
+            lambda c: c["postprocessor"].update(postprocessor_sweep={"bsae": [1]}),
+            "'bsae' unknown: the settings are",
+        ),
+        (
+            lambda c: c["postprocessor"].update(postprocessor_sweep={"base": 1}),
+            "postprocessor_sweep.base = 1: give a list",
+        ),
+        (
+            lambda c: c["postprocessor"].update(postprocessor_sweep={"base": [20, 0.1]}),
+            r"base = 0\.1",
+        ),
+        (lambda c: c["postprocessor"].update(APS_mod=True), "'postprocessor.APS_mod' unknown"),
+        (lambda c: c["postprocessor"].update(APS_mode="False"), "APS_mode = 'False' found"),
+        (lambda c: c.pop("postprocessor"), "'postprocessor' is missing"),
+    ],
+)
+def test_configurations_with_a_typo_are_refused(change, message):
+    c = config()
+    change(c)
+    with pytest.raises(ConfigError, match=message):
+        FuseNormPostprocessor(c)
+
+
+def test_wrong_use_is_named(net):
+    p = FuseNormPostprocessor(config())
+    with pytest.raises(NotFittedError, match="call setup"):
+        p.postprocess(net, IMAGES)
+    with pytest.raises(DataError, match="ID loaders train found: FuseNorm fits on 'val'"):
+        p.setup(net, {"train": []})
+    with pytest.raises(
+        ConfigError, match=r"2 hyperparameters \[1, 2\] found: give one each for k_min"
+    ):
+        p.set_hyperparam([1, 2])
+    with pytest.raises(FuseNormError):
+        p.setup(net, {"val": []})
+    assert not p.setup_flag
+
+
+def test_another_network_of_the_same_kind_can_be_scored_with_it(ready):
+    assert torch.isfinite(ready.postprocess(make_net(seed=3), IMAGES)[1]).all()
