@@ -1,4 +1,4 @@
-"""``fusenorm compare``: FuseNorm and single experts on the training runs under several roots."""
+"""`fusenorm compare`: FuseNorm and single experts on the training runs under several roots."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -21,14 +21,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--root", required=True, nargs="+", help="folders of training runs, or of one checkpoint")
     options.add_data(parser)
-    add("--config", help="YAML whose sweep is searched (default: this package's)")
-    add("--batch-size", type=options.positive, default=200, help="images at a time (default: 200)")
+    add("--config", help="YAML file with the sweep to search (default: this package's)")
+    add("--batch-size", type=options.positive, default=200, help="images per batch (default: 200)")
     add("--csv", metavar="FILE", help="also write the table to this file")
     options.add_computing(parser)
 
 
 def run(args: Namespace) -> int:
-    """Print one table: a row per root and method, AUROC as the mean over the root's runs."""
+    """Print one table with a row per root and method; AUROC is the mean over a root's runs."""
     device = find_device(args.device)
     benchmark = load_benchmark(args.id_data, args.data_root)
     config = read_config(args.config or config_root() / "postprocessors" / "fusenorm.yml")

@@ -1,4 +1,4 @@
-"""The configuration of a postprocessor, this package's or OpenOOD's, as the command line asks."""
+"""The configuration of a postprocessor, with changes from the command line."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +18,16 @@ def read_postprocessor(
     sweep: Sequence[str] = (),
     aps_mode: bool = False,
 ) -> dict[str, Any]:
-    """The configuration of a postprocessor, with ``KEY=VALUE`` changes to arguments and sweep.
+    """The configuration of a postprocessor, with `KEY=VALUE` changes to its arguments and sweep.
 
-    It is this package's, or else OpenOOD's of that name.
+    Without a path, this package's configuration of that name is read, or else OpenOOD's.
 
     Raises:
-        ConfigError: a postprocessor that is not known here, or a change of another form.
+        ConfigError: an unknown postprocessor, or a change that is not `KEY=VALUE`.
     """
     if name not in NATIVE and not openood_installed():
         raise ConfigError(
-            f"postprocessor {name!r} unknown: choose among {', '.join(NATIVE)}, or install "
+            f"unknown postprocessor {name!r}: choose from {', '.join(NATIVE)}, or install "
             f"OpenOOD, which has more: {INSTALL}"
         )
     if path is None:
@@ -42,7 +42,9 @@ def read_postprocessor(
         for change in given:
             key, equals, value = change.partition("=")
             if not equals:
-                raise ConfigError(f"{option} {change} found: give KEY=VALUE, alpha=0.5 say")
+                raise ConfigError(
+                    f"{option} must be KEY=VALUE, for example alpha=0.5, got {change!r}"
+                )
             section[part] = {**(section.get(part) or {}), key: parse_yaml(value)}
     if aps_mode:
         section["APS_mode"] = True
@@ -50,7 +52,7 @@ def read_postprocessor(
 
 
 def check_postprocessor(name: str, config: dict[str, Any], benchmark: Benchmark) -> None:
-    """Raise ConfigError unless a postprocessor of that name and configuration can be made."""
+    """Raise ConfigError unless the postprocessor can be built from its configuration."""
     if name in NATIVE:
         detector_for(name, config)
     else:
