@@ -1,4 +1,4 @@
-"""OpenOOD's Evaluator, its pipelines and the native engine: one answer, for any postprocessor."""
+"""OpenOOD's Evaluator, its pipelines and the native engine agree for every postprocessor."""
 
 import pickle
 
@@ -20,7 +20,7 @@ from fusenorm_openood.openood.evaluator import evaluate_with_openood
 from fusenorm_openood.openood.pipelines import main
 from tests.conftest import assert_undisturbed, state_of
 
-# FuseNorm's gradients are ODIN's, which is here by itself.
+# FuseNorm's gradients are those of ODIN, which is tested separately.
 CHANGES = {"fusenorm": ["output=energy"]}
 NETWORKS = {"base": "resnet18_32x32", "t2fnorm": "t2fnorm_net"}
 
@@ -114,7 +114,7 @@ def test_knn_is_the_distance_to_the_kth_neighbour(home, networks, root):
 
 @pytest.mark.parametrize("name", ["ash", "scale", "vim", "gen", "t2fnorm"])
 def test_a_t2fnorm_network_is_scored_by_its_scoring_logits(networks, name):
-    """The oracle: OpenOOD's postprocessor on a plain network of the same scoring logits."""
+    """The oracle is OpenOOD's postprocessor on a plain network with the same scoring logits."""
     from openood.networks.resnet18_32x32 import ResNet18_32x32
 
     from fusenorm_openood.openood.adapter import make_postprocessor
@@ -142,7 +142,7 @@ def test_a_t2fnorm_network_is_scored_by_its_scoring_logits(networks, name):
         assert torch.equal(pred, net(images).argmax(1))
 
 
-def test_a_wrapper_that_is_there_already_is_not_wrapped_again(networks, home):
+def test_a_wrapped_network_is_not_wrapped_again(networks, home):
     from openood.networks.react_net import ReactNet
 
     from fusenorm_openood.openood.adapter import make_postprocessor
@@ -158,21 +158,21 @@ def test_a_wrapper_that_is_there_already_is_not_wrapped_again(networks, home):
     assert torch.equal(scored[1], wrapped[1])
 
 
-def test_what_cannot_be_made_is_named(networks):
+def test_postprocessors_that_cannot_be_built_raise(networks):
     from fusenorm_openood.openood.adapter import make_postprocessor
 
-    with pytest.raises(ConfigError, match=r"'fusenrom' unknown: choose among .*fusenorm, gen, gm"):
+    with pytest.raises(ConfigError, match=r"'fusenrom': choose from .*fusenorm, gen, gm"):
         make_postprocessor("fusenrom", {"postprocessor": {"name": "msp"}}, "cifar10")
-    with pytest.raises(ConfigError, match="'knn' cannot be made from its configuration"):
+    with pytest.raises(ConfigError, match="'knn' cannot be built from its configuration"):
         make_postprocessor("knn", {"postprocessor": {"name": "knn"}}, "cifar10")
     with pytest.raises(ConfigError, match="'msp' has no parameters to search"):
         make_postprocessor("msp", {"postprocessor": {"APS_mode": True}}, "cifar10")
     t2fnorm = make_postprocessor("t2fnorm", {"postprocessor": {"name": "msp"}}, "cifar10")
-    with pytest.raises(CheckpointError, match="found a ResNet18_32x32: give such a checkpoint"):
+    with pytest.raises(CheckpointError, match="got a ResNet18_32x32: use such a checkpoint"):
         t2fnorm.setup(networks["base"], {}, {})
 
 
-def test_the_command_takes_openoods_postprocessors(home, bench, tmp_path, capsys):
+def test_the_command_accepts_openoods_postprocessors(home, bench, tmp_path, capsys):
     from tests.openood.conftest import RUNS
 
     args = ["eval", "--id-data", "cifar10", "--data-root", str(home / "data"), "--num-workers", "0"]
@@ -185,12 +185,12 @@ def test_the_command_takes_openoods_postprocessors(home, bench, tmp_path, capsys
     assert fusenorm([*args, *knn, "--engine", "native"]) == 1
     assert "--engine native has no postprocessor 'knn': choose" in capsys.readouterr().err
     assert fusenorm([*args, *knn, "--validation"]) == 1
-    assert "and --engine openood cannot do --validation" in capsys.readouterr().err
+    assert "and --engine openood does not support --validation" in capsys.readouterr().err
     assert fusenorm([*args, "--postprocessor", "nearest"]) == 1
     assert "nearest.yml cannot be read" in capsys.readouterr().err
 
 
-def test_a_truncated_image_is_told_in_one_sentence(home, networks, tmp_path, monkeypatch):
+def test_a_truncated_image_is_reported_in_one_sentence(home, networks, tmp_path, monkeypatch):
     from PIL import ImageFile
 
     from fusenorm_openood.errors import DataError
