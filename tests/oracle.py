@@ -1,4 +1,4 @@
-"""ATF sample by sample and channel by channel in float64, written from its formula."""
+"""ATF sample by sample and channel by channel in float64, written from its definition."""
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def norm_of(channels, weights, k):
 
 
 def assert_atf_close(actual, x, rtol, **settings):
-    """Equal to the oracle; k may differ by one where k_ratio N is within 1e-5 N of an integer."""
+    """Equal to the oracle; k may be off by one if k_ratio N is within 1e-5 N of an integer."""
     expected, ks = atf_oracle(x, **settings)
     n = x.shape[2] * x.shape[3]
     for got, want, (k_real, channels, w) in zip(np.asarray(actual), expected, ks, strict=True):
