@@ -33,5 +33,9 @@ class CheckpointError(FuseNormError, ValueError):
     """A checkpoint that is missing, damaged, or made for another network."""
 
 
+class DamagedFileError(CheckpointError):
+    """A checkpoint whose content is not what was written: truncated, altered, or no checkpoint."""
+
+
 class OpenOODError(FuseNormError, RuntimeError):
     """Something was asked of OpenOOD that is not to be had here."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusenorm_openood.networks import ResNet18_32x32
-from fusenorm_openood.training.loop import train_digits
+from fusenorm_openood.training.digits import train_digits
 
 CLASSES = 4
 

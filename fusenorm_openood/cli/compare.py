@@ -9,7 +9,7 @@ from fusenorm_openood.benchmark.comparison import compare
 from fusenorm_openood.benchmark.networks import load_runs
 from fusenorm_openood.benchmark.runs import find_checkpoints
 from fusenorm_openood.cli import options
-from fusenorm_openood.cli.inputs import check_images
+from fusenorm_openood.cli.inputs import check_images, check_readable
 from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.detectors.configuration import read_fusenorm
@@ -35,7 +35,9 @@ def run(args: Namespace) -> int:
     sweep = read_fusenorm(config).sweep
     if args.csv:
         check_writable(Path(args.csv).parent, "--csv")
-    check_images(benchmark, [*benchmark.tested(), benchmark.val_ood])
+    image_sets = [*benchmark.tested(), benchmark.val_ood]
+    check_images(benchmark, image_sets)
+    check_readable(image_sets)
     networks = {
         root: load_runs(find_checkpoints(root), benchmark.num_classes) for root in args.root
     }

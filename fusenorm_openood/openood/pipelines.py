@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from fusenorm_openood.configs import config_root, lookup
+from fusenorm_openood.data.images import truncated_images_read
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.devices import find_device, on_device
 from fusenorm_openood.errors import CheckpointError, ConfigError, FuseNormError
 from fusenorm_openood.networks.checkpoints import load_state
 from fusenorm_openood.openood.adapter import adapted
-from fusenorm_openood.openood.bridge import file_errors, openood_module, replaced, whole_images
+from fusenorm_openood.openood.bridge import file_errors, openood_module, replaced
 from fusenorm_openood.openood.register import names_known_to, register
 
 # OpenOOD's function that resolves the name given in each section of the configuration.
@@ -169,7 +170,7 @@ def run_pipeline(config: Any, device: str) -> None:
     with ExitStack() as stack:
         for context in (
             on_device(device),
-            whole_images(),
+            truncated_images_read(),
             file_errors(),
             process_restored(),
             replaced(get_postprocessor, get_adapted),

@@ -9,7 +9,7 @@ from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.method.settings import Settings
-from fusenorm_openood.training.loop import train_digits
+from fusenorm_openood.training.digits import train_digits
 from tests.conftest import shortened_digits
 
 SWEEP = {"weights": [[0.3, 1.0], [1.0, 1.0]], "base": [2, 20]}

@@ -11,7 +11,7 @@ from fusenorm_openood.detectors.bank import ScoreBank, bank_for
 from fusenorm_openood.detectors.search import search
 from fusenorm_openood.detectors.sweep import candidates
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
-from fusenorm_openood.method.metrics import ood_metrics
+from fusenorm_openood.method.metrics import OODMetrics, ood_metrics
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
 from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
@@ -88,6 +88,20 @@ def test_of_equal_combinations_the_first_is_selected(net, loader):
     found = search(net, Settings(output="energy"), sweep, loader, make_loader(seed=5))
     assert found.trials["AUROC"].nunique() == 1
     assert found.settings.cap == 0.7
+
+
+def test_aurocs_with_equal_percentages_are_distinguished(net, loader, monkeypatch):
+    close = [0.10001335006675034, np.nextafter(0.10001335006675034, 1)]
+    assert 100 * close[0] == 100 * close[1]
+    aurocs = iter(close)
+    monkeypatch.setattr(
+        "fusenorm_openood.detectors.search.ood_metrics",
+        lambda *_: OODMetrics(0.0, next(aurocs), 0.0, 0.0),
+    )
+    unknown = make_loader(seed=5)
+    found = search(net, Settings(output="energy"), {"cap": [0.5, 1.0]}, loader, unknown)
+    assert found.settings.cap == 1.0
+    assert found.auroc == close[1]
 
 
 def test_every_image_is_passed_once_however_many_combinations_are_tried(net, loader):

@@ -115,9 +115,7 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path):
     cut = tmp_path / "cut.ckpt"
     for size in (0, 100, len(good.read_bytes()) // 2):
         cut.write_bytes(good.read_bytes()[:size])
-        with pytest.raises(
-            CheckpointError, match=f"of {size} bytes cannot be read: it may be truncated"
-        ):
+        with pytest.raises(CheckpointError, match=f"of {size} bytes cannot be read: it is damaged"):
             load_network(cut)
     other = save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "mobile.ckpt")
     with pytest.raises(
@@ -137,7 +135,7 @@ class Evil:
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
         load_network(save({"x": Evil()}, tmp_path / "evil.ckpt"))
 
 
