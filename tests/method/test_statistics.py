@@ -104,5 +104,5 @@ def test_activation_sample_keeps_an_image_larger_than_its_limit():
 
 
 def test_activation_sample_without_images_is_an_error():
-    with pytest.raises(DataError, match="no ID activation"):
+    with pytest.raises(DataError, match="needs at least one ID image"):
         ActivationSample().percentile(90)
