@@ -1,4 +1,4 @@
-"""ATF sample by sample and channel by channel in float64, written from its definition."""
+"""ATF sample by sample and channel by channel in float64, written from its formula."""
 
 import numpy as np
 
@@ -38,17 +38,6 @@ def norm_of(channels, weights, k):
     )
 
 
-<<<<<<< HEAD
-def assert_atf_close(actual, x, rtol, **settings):
-    """Equal to the oracle; k may be off by one if k_ratio N is within 1e-5 N of an integer."""
-    expected, ks = atf_oracle(x, **settings)
-    n = x.shape[2] * x.shape[3]
-    for got, want, (k_real, channels, w) in zip(np.asarray(actual), expected, ks, strict=True):
-        allowed = [want]
-        if abs(k_real - round(k_real)) <= 1e-5 * n:
-            near = {max(1, round(k_real) - 1), min(n, max(1, round(k_real)))}
-            allowed += [norm_of(channels, w, k) for k in near]
-=======
 def assert_atf_close(actual, x, rtol, k_min=0.1, k_max=0.25, **others):
     """Equal to the oracle, but that h may differ from the oracle's by 1e-5 where it decides on k."""
     x = np.asarray(x)
@@ -57,6 +46,5 @@ def assert_atf_close(actual, x, rtol, k_min=0.1, k_max=0.25, **others):
     for got, want, (h, channels, w) in zip(np.asarray(actual), expected, parts, strict=True):
         few, many = (k_oracle(x.dtype.type, h + d, k_min, k_max, n) for d in (-1e-5, 1e-5))
         allowed = [want] + [norm_of(channels, w, k) for k in range(few, many + 1) if few < many]
->>>>>>> kernels
         errors = [abs(got - value) / max(abs(value), 1e-300) for value in allowed]
         assert min(errors) <= rtol or got == want, (x.shape, got, want, few, many)
