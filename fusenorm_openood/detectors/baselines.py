@@ -23,7 +23,7 @@ from fusenorm_openood.method.experts import (
     msp,
     odin_perturb,
 )
-from fusenorm_openood.networks.t2fnorm import scores_apart
+from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 
 
 class Kind(NamedTuple):
@@ -66,7 +66,7 @@ class Baseline(Detector):
     ) -> None:
         super().__init__(net)
         check_baseline(name, args)
-        if name == "t2fnorm" and not scores_apart(net):
+        if name == "t2fnorm" and not has_scoring_logits(net):
             raise CheckpointError(
                 "postprocessor 't2fnorm' needs a network trained with T2FNorm, got a "
                 f"{type(net).__name__}: use such a checkpoint, or another postprocessor"

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.taps import listening
-from fusenorm_openood.networks.t2fnorm import classification_feature, scores_apart
+from fusenorm_openood.networks.t2fnorm import classification_feature, has_scoring_logits
 
 PIXELS = 2**14  # image pixels that one CPU thread processes at a time
 
@@ -53,7 +53,7 @@ def forward_pass(
         features.append(args[0])
         outputs.append(output)
 
-    run = net.forward_ood_inference if scores_apart(net) else net
+    run = net.forward_ood_inference if has_scoring_logits(net) else net
     handle = head.register_forward_hook(keep) if head is not None else None
     try:
         with listening(net, taps, reduce) as heard:
@@ -74,7 +74,7 @@ def forward_pass(
     )
     feature = features[-1] if features and features[-1].ndim == 2 else None
     classified = logits
-    if scores_apart(net):
+    if has_scoring_logits(net):
         with torch.no_grad():
             classified = _classify(net, images, head, feature)
     return Pass(norms, feature, logits, classified.detach().argmax(dim=1))

@@ -12,7 +12,7 @@ from fusenorm_openood.configs import lookup
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.listening.modes import undisturbed, without_weight_gradients
 from fusenorm_openood.listening.passes import final_linear, forward_pass
-from fusenorm_openood.networks.t2fnorm import scores_apart
+from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 from fusenorm_openood.openood.bridge import base_postprocessor, openood_module
 from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
 
@@ -99,7 +99,7 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
                 stack.enter_context(undisturbed(core))
                 stack.enter_context(without_weight_gradients(core))
             pred, conf = self.inner.postprocess(view, data)
-        if perturbs or view is not core or scores_apart(core):
+        if perturbs or view is not core or has_scoring_logits(core):
             with torch.no_grad():
                 pred = core(data).argmax(1)
         return pred, conf
@@ -112,14 +112,14 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
     def _view(self, core: Any) -> Any:
         """The network as the inner postprocessor sees it."""
         if self.name == "t2fnorm":
-            if not scores_apart(core):
+            if not has_scoring_logits(core):
                 raise CheckpointError(
                     "postprocessor 't2fnorm' needs a network trained with T2FNorm, got a "
                     f"{type(core).__name__}: use such a checkpoint, or another postprocessor"
                 )
             return core
         wrapper = self._wrapper()
-        scored = ScoringView(core) if scores_apart(core) else core
+        scored = ScoringView(core) if has_scoring_logits(core) else core
         return scored if wrapper is None else wrapper(scored)
 
     def _wrapper(self) -> Any:

@@ -148,7 +148,7 @@ def test_strong_experts_by_number_name_and_default(net):
 def test_settings_can_be_given_as_an_object_or_by_name(net):
     settings = Settings(alpha=0.5)
     assert FuseNorm(net, settings, base=5).settings == Settings(alpha=0.5, base=5)
-    with pytest.raises(ConfigError, match="setting 'alhpa' unknown: the settings are taps"):
+    with pytest.raises(ConfigError, match="unknown setting 'alhpa': the settings are taps"):
         FuseNorm(net, alhpa=0.5)
 
 

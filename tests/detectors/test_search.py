@@ -158,8 +158,8 @@ def test_a_search_without_a_usable_combination_raises(net, loader):
     ("sweep", "message"),
     [
         ({}, "postprocessor_sweep is empty"),
-        ({"base": [20.0, 0.5]}, r"postprocessor_sweep.base: base = 0\.5"),
-        ({"bsae": [2]}, "'bsae' unknown"),
+        ({"base": [20.0, 0.5]}, r"postprocessor_sweep.base: base must be >= 1.* got base=0\.5"),
+        ({"bsae": [2]}, "unknown setting 'bsae'"),
         ({"strong": [["layer9"]]}, "unknown strong expert 'layer9'"),
     ],
 )

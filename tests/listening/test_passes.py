@@ -7,7 +7,7 @@ from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.modes import undisturbed, without_weight_gradients
 from fusenorm_openood.listening.passes import final_linear, forward_pass
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
-from fusenorm_openood.networks.t2fnorm import scores_apart
+from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 from tests.conftest import assert_undisturbed, state_of
 
 
@@ -32,8 +32,8 @@ def test_t2fnorm_scores_and_classifies_with_different_logits():
         done = forward_pass(net, images)
         assert torch.equal(done.logits, net.forward_ood_inference(images))
         assert torch.equal(done.pred, net(images).argmax(1))
-    assert scores_apart(net)
-    assert not scores_apart(net.backbone)
+    assert has_scoring_logits(net)
+    assert not has_scoring_logits(net.backbone)
 
 
 def test_any_network_may_have_separate_scoring_logits(net):

@@ -233,11 +233,11 @@ def test_a_missing_key_is_reported(home, tmp_path, monkeypatch, capsys, key):
     (tmp_path / "own.yml").write_text(yaml.safe_dump(lacking))
     files = [*DATA, *TRAIN[1:3], "configs/pipelines/test/test_ood.yml", str(tmp_path / "own.yml")]
     assert main(["--config", *files, "--device", "cpu", "--output_dir", str(tmp_path)]) == 1
-    assert f"key 'postprocessor.{key}' is missing in the conf" in capsys.readouterr().err
+    assert f"key 'postprocessor.{key}' is missing from the conf" in capsys.readouterr().err
     assert main(["--config", *files[1:], "--device", "cpu"]) == 1
     assert "key 'dataset.name' is missing from the conf" in capsys.readouterr().err
     assert main(["--config", *files[:1], *files[2:], "--device", "cpu"]) == 1
-    assert "key 'ood_dataset' is missing in the configuration" in capsys.readouterr().err
+    assert "key 'ood_dataset' is missing from the configuration" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

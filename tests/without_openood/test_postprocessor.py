@@ -116,7 +116,7 @@ def test_setup_flag_prevents_a_second_fit(ready, net):
         ),
         (
             lambda c: c["postprocessor"]["postprocessor_args"].update(alhpa=1),
-            "'alhpa' unknown: the settings are",
+            "unknown setting 'alhpa': the settings are",
         ),
         (lambda c: c["postprocessor"].pop("APS_mode"), "'postprocessor.APS_mode' is missing"),
         (
@@ -125,7 +125,7 @@ def test_setup_flag_prevents_a_second_fit(ready, net):
         ),
         (
             lambda c: c["postprocessor"].update(postprocessor_sweep={"bsae": [1]}),
-            "'bsae' unknown: the settings are",
+            "unknown setting 'bsae': the settings are",
         ),
         (
             lambda c: c["postprocessor"].update(postprocessor_sweep={"base": 1}),
@@ -133,7 +133,7 @@ def test_setup_flag_prevents_a_second_fit(ready, net):
         ),
         (
             lambda c: c["postprocessor"].update(postprocessor_sweep={"base": [20, 0.1]}),
-            r"base = 0\.1",
+            r"got base=0\.1",
         ),
         (lambda c: c["postprocessor"].update(APS_mod=True), "unknown key 'postprocessor.APS_mod'"),
         (
