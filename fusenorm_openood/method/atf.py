@@ -83,11 +83,12 @@ def adaptive_k(h: Tensor, k_min: float, k_max: float, N: int) -> Tensor:
 
 
 def _by_torch(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> Tensor:
-    """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]`` on any device, part by part."""
+    """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]`` on any device."""
     x = x.cpu() if x.device.type == "mps" else x  # has no float64
-    size = IN_CACHE // x.shape[1:].numel() if x.device.type == "cpu" else x.shape[0]
-    parts = [_norms(part, settings) for part in torch.split(x, max(size, 1))]
-    return torch.cat(parts, dim=1)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return _norms(x, settings)
+    size = max(IN_CACHE // x.shape[1:].numel(), 1)
+    return torch.cat([_norms(part, settings) for part in torch.split(x, size)], dim=1)
 
 
 def _norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> Tensor:
