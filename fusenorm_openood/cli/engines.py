@@ -1,7 +1,8 @@
 """Evaluate a postprocessor with this package (`native`) or with OpenOOD's `Evaluator`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,23 @@ class Job:
         if self.searches and not self.validation:  # validation reads it anyway
             yield self.benchmark.val_ood
 
-    def detector(self, net: nn.Module) -> Detector:
-        """The native engine's detector for a network."""
-        return detector_for(self.postprocessor, self.config, self.benchmark.norm[1])(net)
+    @cached_property
+    def detector(self) -> Callable[[nn.Module], Detector]:
+        """The native engine's detector, as a function of the network."""
+        return detector_for(self.postprocessor, self.config, self.benchmark.norm[1])
+
+    def check(self) -> None:
+        """Raise ConfigError unless the postprocessor can be made from its configuration."""
+        if self.is_native:
+            _ = self.detector
+        else:
+            self.openood_postprocessor()
+
+    def openood_postprocessor(self) -> Any:
+        """OpenOOD's postprocessor, or ours for its evaluator."""
+        from fusenorm_openood.openood.adapter import make_postprocessor  # imports OpenOOD
+
+        return make_postprocessor(self.postprocessor, self.config, self.benchmark.name)
 
 
 def find_engine(job: Job, requested: str = "auto") -> str:
@@ -105,11 +120,9 @@ def find_engine(job: Job, requested: str = "auto") -> str:
 def evaluate_run(job: Job, engine: str, net: nn.Module, run: str = "") -> Evaluation:
     """Evaluate the network of one training run; `run` names it in messages and files."""
     if engine == "openood":
-        from fusenorm_openood.openood.adapter import make_postprocessor  # imports OpenOOD
-
         table, scores = evaluate_with_openood(
             net,
-            make_postprocessor(job.postprocessor, job.config, job.benchmark.name),
+            job.openood_postprocessor(),
             job.benchmark.name,
             job.benchmark.data_root,
             job.batch_size,

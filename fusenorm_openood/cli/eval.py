@@ -16,7 +16,7 @@ from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.engines import Job, evaluate_run, find_engine
 from fusenorm_openood.cli.inputs import check_files, check_networks, ensure_digits
-from fusenorm_openood.cli.postprocessors import check_postprocessor, read_postprocessor
+from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.devices import find_device
 from fusenorm_openood.errors import ConfigError
@@ -50,16 +50,10 @@ def run(args: Namespace) -> int:
         raise ConfigError("--validation and --fsood cannot be combined: leave one out")
     check_fsood(benchmark, args.fsood)
     name, progress = args.postprocessor, not args.no_progress
-    config = read_postprocessor(name, args.config, args.set, args.sweep, args.aps)
-    check_postprocessor(name, config, benchmark)
     output = Path(args.output_dir or args.root)
-    if args.save_csv or args.save_score:
-        check_writable(output, "--output-dir")
-    if benchmark.name == "digits":
-        ensure_digits(args.data_root, args.root, progress)
     job = Job(
         postprocessor=name,
-        config=config,
+        config=read_postprocessor(name, args.config, args.set, args.sweep, args.aps),
         benchmark=benchmark,
         fsood=args.fsood,
         validation=args.validation,
@@ -70,6 +64,11 @@ def run(args: Namespace) -> int:
         progress=progress,
         trials=output if args.save_csv else None,
     )
+    job.check()
+    if args.save_csv or args.save_score:
+        check_writable(output, "--output-dir")
+    if benchmark.name == "digits":
+        ensure_digits(args.data_root, args.root, progress)
     checkpoints = check_files(benchmark, args.root, job.image_sets())
     networks = load_runs(checkpoints, benchmark.num_classes)
     check_networks(job, networks, checkpoints)

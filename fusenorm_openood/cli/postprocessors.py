@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fusenorm_openood.configs import config_root, lookup, parse_yaml, read_config
-from fusenorm_openood.data.benchmarks import Benchmark
-from fusenorm_openood.detectors.configuration import NATIVE, detector_for
+from fusenorm_openood.detectors.configuration import NATIVE
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.openood.bridge import INSTALL, openood_config_root, openood_installed
 
@@ -49,13 +48,3 @@ def read_postprocessor(
     if aps_mode:
         section["APS_mode"] = True
     return config
-
-
-def check_postprocessor(name: str, config: dict[str, Any], benchmark: Benchmark) -> None:
-    """Raise ConfigError unless the postprocessor can be built from its configuration."""
-    if name in NATIVE:
-        detector_for(name, config)
-    else:
-        from fusenorm_openood.openood.adapter import make_postprocessor  # imports OpenOOD
-
-        make_postprocessor(name, config, benchmark.name)
