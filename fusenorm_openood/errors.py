@@ -22,7 +22,7 @@ class NonFiniteError(FuseNormError, ValueError):
 
 
 class ZeroRangeError(FuseNormError, ValueError):
-    """An expert gives (almost) all ID images the same score, so that it cannot be normalised."""
+    """An expert that gives (almost) all ID images the same score, and so cannot be normalised."""
 
 
 class DataError(FuseNormError, ValueError):
@@ -34,7 +34,7 @@ class CheckpointError(FuseNormError, ValueError):
 
 
 class DamagedFileError(CheckpointError):
-    """A checkpoint whose content is not what was written: truncated, altered, or no checkpoint."""
+    """A file that is truncated or altered, or not a checkpoint at all."""
 
 
 class OpenOODError(FuseNormError, RuntimeError):

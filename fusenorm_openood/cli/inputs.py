@@ -1,4 +1,4 @@
-"""What a command reads, checked before any work: images, checkpoints, networks."""
+"""Check what a command reads before any work: images, checkpoints, networks."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -20,10 +20,10 @@ from fusenorm_openood.training.recipes import METHODS
 def check_files(
     benchmark: Benchmark, root: str | Path, image_sets: Iterable[ImageSet]
 ) -> dict[str, Path]:
-    """The checkpoints of all training runs, once all images that will be read are known to exist.
+    """The checkpoints of all training runs, after checking all images that will be read.
 
     Raises:
-        DataError, CheckpointError: something is missing or cannot be read; one message says all
+        DataError, CheckpointError: something is missing or cannot be read; the message lists all
             of it.
     """
     problems: list[str] = []
@@ -43,23 +43,25 @@ def check_files(
         listed = "\n  - ".join(problems)
         raise kind(
             f"{benchmark.name} needs files that are missing:\n  - {listed}\n"
-            f"{how_to_get(benchmark.name)}. Or say where they are: --data-root, --root."
+            f"{how_to_get(benchmark.name)}. Or give their location with --data-root and --root."
         )
     return checkpoints
 
 
 def check_images(benchmark: Benchmark, image_sets: Iterable[ImageSet]) -> None:
-    """DataError that says how to get a benchmark of which images or lists are missing."""
+    """Raise DataError, saying how to get the benchmark, if images or lists are missing."""
     missing = benchmark.missing(image_sets)
     if missing:
-        raise DataError(f"{missing[0]}: {how_to_get(benchmark.name)}. Or give --data-root.")
+        raise DataError(
+            f"{missing[0]}: {how_to_get(benchmark.name)}. Or give the location with --data-root."
+        )
 
 
 def check_readable(image_sets: Iterable[ImageSet]) -> None:
-    """Warn of all truncated images, which are read as OpenOOD reads them, missing rows in grey.
+    """Warn about truncated images, which are read as in OpenOOD, with missing rows in grey.
 
     Raises:
-        DataError: images that cannot be read; it names all of them.
+        DataError: images that cannot be read; the message lists all of them.
     """
     faults = [fault for image_set in image_sets for fault in image_set.images().faults()]
     truncated = [where for where, fault in faults if fault == "truncated"]
@@ -67,8 +69,8 @@ def check_readable(image_sets: Iterable[ImageSet]) -> None:
     if truncated:
         listed = "\n  - ".join(truncated)
         print(
-            f"fusenorm: {len(truncated)} truncated image(s), read as OpenOOD reads them, their "
-            f"missing rows in grey:\n  - {listed}",
+            f"fusenorm: {len(truncated)} truncated image(s), read as in OpenOOD, with missing rows "
+            f"in grey:\n  - {listed}",
             file=sys.stderr,
         )
     if unreadable:
@@ -81,7 +83,7 @@ def check_readable(image_sets: Iterable[ImageSet]) -> None:
 def check_networks(
     job: Job, networks: Mapping[str, nn.Module], checkpoints: Mapping[str, Path]
 ) -> None:
-    """Refuse a network that the detector cannot work on, before any is scored; name its run."""
+    """Raise, naming the run, if a network is unsuitable for the detector, before any is scored."""
     for run, net in networks.items() if job.is_native else ():
         try:
             job.detector(net)
@@ -90,13 +92,13 @@ def check_networks(
 
 
 def ensure_digits(data_root: str | Path, root: str | Path, progress: bool = False) -> None:
-    """Make what the digits benchmark needs and does not have yet: images, a trained network."""
+    """Create what the digits benchmark is missing: its images, its trained network."""
     try:
         find_checkpoints(root)
         write_digits(data_root)
     except CheckpointError:
         check_writable(Path(root), "--root")
-        # The folder's name says how its network is to be trained.
+        # The name of the folder determines the training method.
         name = parse_root_name(root)
         method = name.trainer if name and name.trainer in METHODS else "base"
         train_digits(data_root, root, method=method, progress=progress)

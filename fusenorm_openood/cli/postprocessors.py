@@ -27,7 +27,7 @@ def read_postprocessor(
     if name not in NATIVE and not openood_installed():
         raise ConfigError(
             f"unknown postprocessor {name!r}: choose from {', '.join(NATIVE)}, or install "
-            f"OpenOOD, which has more: {INSTALL}"
+            f"OpenOOD, which has more, with '{INSTALL}'"
         )
     if path is None:
         ours = config_root() / "postprocessors" / f"{name}.yml"

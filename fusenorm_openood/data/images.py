@@ -1,4 +1,4 @@
-"""Image files: read as OpenOOD reads them, and checked without decoding those that look whole."""
+"""Image files: read as in OpenOOD, and checked without decoding those that look complete."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,22 +9,22 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 # What PIL raises for a file that it cannot decode.
 UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError)
-# How files of the usual formats begin and end.
+# First and last bytes of files in the usual formats.
 _ENDS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xae\x42\x60\x82"))
 
 
 class TruncatedImageWarning(UserWarning):
-    """An image file that ends too early was read, its missing rows filled with grey."""
+    """A truncated image file was read with its missing rows filled with grey."""
 
 
 def read_image(path: Path) -> Image.Image:
     """An image in RGB.
 
-    A truncated file is read as OpenOOD reads it, its missing rows filled with grey, with a
-    `TruncatedImageWarning`.
+    A truncated file is read as in OpenOOD, with its missing rows filled with grey, and a
+    `TruncatedImageWarning` is issued.
 
     Raises:
-        FileNotFoundError, or another of `UNREADABLE`: no image can be read from the file.
+        FileNotFoundError, or another of `UNREADABLE`: the file cannot be read as an image.
     """
     try:
         with Image.open(path) as file:
@@ -36,7 +36,7 @@ def read_image(path: Path) -> Image.Image:
         with truncated_images_read(), Image.open(path) as file:
             image = file.convert("RGB")
         warnings.warn(
-            f"image {path} is truncated: its missing rows are read as grey, as OpenOOD reads them",
+            f"image {path} is truncated: its missing rows are filled with grey, as in OpenOOD",
             TruncatedImageWarning,
             stacklevel=2,
         )
@@ -44,9 +44,9 @@ def read_image(path: Path) -> Image.Image:
 
 
 def find_fault(path: Path) -> str | None:
-    """``"truncated"``, ``"missing"`` or why an image cannot be read; None for a whole one.
+    """`"truncated"`, `"missing"` or why an image cannot be read; None if it is intact.
 
-    A JPEG or PNG file whose first and last bytes are as they should be is not decoded.
+    A JPEG or PNG file with the expected first and last bytes is not decoded.
     """
     try:
         with path.open("rb") as file:

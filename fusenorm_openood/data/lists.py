@@ -1,4 +1,4 @@
-"""OpenOOD's image lists: one line an image, its path and its label."""
+"""OpenOOD's image lists: one line per image, with its path and its label."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def read_imagelist(path: Path) -> list[tuple[str, int]]:
     """Image paths and labels of a list, -1 for OOD images.
 
     Raises:
-        DataError: the list is missing, empty, or has a line that is not ``path label``.
+        DataError: the list is missing, empty, or has a line that is not `path label`.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -29,19 +29,19 @@ def read_imagelist(path: Path) -> list[tuple[str, int]]:
             entries.append((name, int(label)))
         except ValueError:
             raise DataError(
-                f"{path}, line {number}: {line!r} found, 'path label' with a whole number needed"
+                f"{path}, line {number}: must be 'path label' with an integer label, got {line!r}"
             ) from None
     if not entries:
-        raise DataError(f"image list {path} is empty: it names one image a line, 'path label'")
+        raise DataError(f"image list {path} is empty: it must have one line 'path label' per image")
     return entries
 
 
 class ImageList(Dataset[dict[str, Any]]):
-    """The images of a list, as OpenOOD gives them: ``{"data": [3, H, W], "label": int}``.
+    """The images of a list, in OpenOOD's format: `{"data": [3, H, W], "label": int}`.
 
     Raises:
-        DataError: see :func:`read_imagelist`; and, when an image is asked for, a file that is
-            missing or no whole image.
+        DataError: see `read_imagelist`; on access to an image, also a file that is missing or
+            cannot be read.
     """
 
     def __init__(self, path: Path, data_dir: Path, transform: Transform) -> None:
@@ -64,14 +64,14 @@ class ImageList(Dataset[dict[str, Any]]):
         return {"data": self.transform(image), "label": label}
 
     def first_missing(self) -> str | None:
-        """A sentence about the first image that is not on disk, without reading any."""
+        """A message about the first image that does not exist, None if all do; reads no image."""
         for number, (name, _) in enumerate(self.entries, start=1):
             if not os.path.isfile(self.data_dir / name):
                 return f"{self.path}, line {number}: image {self.data_dir / name} is missing"
         return None
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """Where each faulty image stands and its fault; see `find_fault`. Every file is opened."""
+        """The position and the fault of each faulty image; see `find_fault`. Opens every file."""
         for number, (name, _) in enumerate(self.entries, start=1):
             path = self.data_dir / name
             if (fault := find_fault(path)) is not None:

@@ -1,1 +1,1 @@
-"""One pass over somebody else's network: taps, features, gradients, ReAct, panels of experts."""
+"""One pass through an arbitrary network: taps, features, gradients, ReAct, panels of experts."""

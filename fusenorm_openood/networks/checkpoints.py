@@ -1,4 +1,4 @@
-"""From a checkpoint file to a network: what it is shows in its keys."""
+"""Load networks from checkpoint files; the keys determine the architecture."""
 
 import pickle
 import re
@@ -25,18 +25,18 @@ ARCHITECTURES = "ResNet18_32x32, ResNet18_224x224, ResNet50, WideResNet, T2FNorm
 
 
 def load_network(path: str | Path, num_classes: int | None = None) -> nn.Module:
-    """The network of a checkpoint, in float32 on the CPU, ready to score.
+    """The network of a checkpoint, in float32 on the CPU and in evaluation mode.
 
-    Takes state dicts of OpenOOD's networks, plain or T2FNorm's, also with the ``module.`` prefix
-    of data-parallel training, under a key ``state_dict``, or in half precision.
+    Accepts state dicts of OpenOOD's networks, plain or T2FNorm's, also with the prefix `module.`
+    of data-parallel training, under a key `state_dict`, or in half precision.
 
     Args:
         path: checkpoint file.
-        num_classes: number of classes expected; None = as in the checkpoint.
+        num_classes: expected number of classes; None = as in the checkpoint.
 
     Raises:
-        CheckpointError: the file is missing or damaged, is no checkpoint of a known network, or
-            has another number of classes.
+        CheckpointError: the file is missing or damaged, holds no known network, or has another
+            number of classes.
     """
     state = load_state(path)
     t2fnorm = "tau" in state and any(key.startswith("backbone.") for key in state)
@@ -45,8 +45,8 @@ def load_network(path: str | Path, num_classes: int | None = None) -> nn.Module:
     build = _recognise(plain)
     if build is None or "fc.weight" not in plain:
         raise CheckpointError(
-            f"{path} holds no network that is known here, its keys begin "
-            f"{', '.join(sorted(state)[:3])}: known are {ARCHITECTURES}"
+            f"{path} must hold the state dict of a known network ({ARCHITECTURES}), got the keys "
+            f"{', '.join(sorted(state)[:3])}, ..."
         )
     classes = len(plain["fc.weight"])
     if num_classes is not None:
@@ -58,17 +58,17 @@ def load_network(path: str | Path, num_classes: int | None = None) -> nn.Module:
         net.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{path} looks like a {type(net).__name__} and does not fit it "
-            f"({str(error).splitlines()[-1].strip()}): known are {ARCHITECTURES}"
+            f"{path} looks like a {type(net).__name__} but does not fit it "
+            f"({str(error).splitlines()[-1].strip()}): the known networks are {ARCHITECTURES}"
         ) from None
     return net.eval()
 
 
 def load_backbone(net: nn.Module, path: str | Path) -> None:
-    """Give a network the weights of a checkpoint, either of them plain or T2FNorm's.
+    """Load a checkpoint's weights into a network; each may be plain or T2FNorm's.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or of another architecture or class count.
+        CheckpointError: the checkpoint is damaged or does not fit the network.
     """
     state = load_state(path)
     plain = {key.removeprefix("backbone."): v for key, v in state.items() if key != "tau"}
@@ -83,16 +83,16 @@ def load_backbone(net: nn.Module, path: str | Path) -> None:
 
 
 def check_classes(path: str | Path, classes: int, num_classes: int) -> None:
-    """CheckpointError unless a checkpoint has as many classes as the ID data set."""
+    """Raise CheckpointError unless a checkpoint has as many classes as the ID data set."""
     if classes != num_classes:
         raise CheckpointError(
-            f"{path} tells {classes} classes apart and the ID data set has {num_classes}: "
-            "give the checkpoint and the ID data set that belong together"
+            f"{path} must have {num_classes} classes, as the ID data set does, got {classes}: use "
+            "a checkpoint and an ID data set that belong together"
         )
 
 
 def load_state(path: str | Path) -> State:
-    """The state dict in a checkpoint file, read without running any code in it.
+    """The state dict in a checkpoint file, loaded without running any code from it.
 
     Raises:
         CheckpointError: the file is missing or damaged, or holds something else.
@@ -106,19 +106,22 @@ def load_state(path: str | Path) -> State:
         or not state
         or not all(torch.is_tensor(v) for v in state.values())
     ):
-        raise CheckpointError(f"{path} holds no state dict: save net.state_dict() with torch.save")
+        raise CheckpointError(
+            f"{path} must hold a state dict, got another {type(state).__name__}: save "
+            "net.state_dict() with torch.save"
+        )
     return {str(key).removeprefix("module."): value for key, value in state.items()}
 
 
 def read_saved(path: Path) -> Any:
-    """What ``torch.save`` wrote to a file, on the CPU; tensors and plain containers only.
+    """The content of a file written by `torch.save`, on the CPU; tensors and containers only.
 
-    Other errors than those of the file itself, such as running out of memory, pass through.
+    Errors that are not the file's fault, such as running out of memory, are passed on.
 
     Raises:
-        DamagedFileError: the file is truncated or altered, or ``torch.save`` did not write it.
-        CheckpointError: the file is missing, cannot be opened, or holds objects that only running
-            code could restore.
+        DamagedFileError: the file is truncated or altered, or was not written by `torch.save`.
+        CheckpointError: the file is missing, cannot be opened, or holds objects that cannot be
+            loaded without running code.
     """
     try:
         with path.open("rb") as file:
@@ -131,25 +134,25 @@ def read_saved(path: Path) -> Any:
         f"checkpoint {path} of {path.stat().st_size} bytes cannot be read: it is damaged or was "
         "not written by torch.save, copy it again"
     )
-    # A damaged archive may load all the same, with other numbers: its checksums tell.
-    if is_archive and not _is_whole(path):
+    # A damaged archive may still load, with wrong numbers, so its checksums are verified.
+    if is_archive and not _is_intact(path):
         raise damaged
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower():
             raise CheckpointError(
-                f"checkpoint {path} holds more than tensors, which only running its code could "
-                "load: save net.state_dict() instead"
+                f"checkpoint {path} holds more than tensors, which cannot be loaded without "
+                "running its code: save net.state_dict() instead"
             ) from None
         raise damaged from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError) as error:
-        if is_archive or "memory" in str(error):  # the file is whole, or not to blame
+        if is_archive or "memory" in str(error):  # the file is intact, or not at fault
             raise
         raise damaged from None
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     """Whether every member of a zip archive matches its checksum."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -159,7 +162,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _recognise(state: State) -> Callable[[int], nn.Module] | None:
-    """A function from the number of classes to the plain network with such keys."""
+    """A function from the number of classes to the plain network with these keys, if known."""
     stem = state.get("conv1.weight")
     if stem is None or stem.ndim != 4:
         return None

@@ -1,1 +1,1 @@
-"""Training classifiers by cross-entropy and by T2FNorm."""
+"""Train classifiers with cross-entropy and with T2FNorm."""

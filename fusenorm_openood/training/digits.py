@@ -1,4 +1,4 @@
-"""The network of the digits benchmark."""
+"""Train the network of the digits benchmark."""
 
 from pathlib import Path
 
@@ -15,16 +15,16 @@ def train_digits(
     method: str = "base",
     progress: bool = True,
 ) -> Path:
-    """Write the digits benchmark and train a network on it, each unless it is there already.
+    """Write the digits benchmark and train a network on it, unless they already exist.
 
     Args:
-        data_root: where the images and lists go.
-        root: folder of the training runs; this one goes into its subfolder ``s<seed>``.
-        seed, method: of the recipe.
-        progress: show a bar.
+        data_root: folder for the images and lists.
+        root: folder of the training runs; this run is saved in its subfolder `s<seed>`.
+        seed, method: settings of the recipe.
+        progress: whether to show a progress bar.
 
     Returns:
-        The checkpoint's path.
+        The path of the checkpoint.
     """
     recipe = find_recipe("digits", seed=seed, method=method)
     write_digits(data_root)

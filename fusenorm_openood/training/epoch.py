@@ -1,4 +1,4 @@
-"""One epoch of training, and the accuracy that is reached."""
+"""One epoch of training, and the validation accuracy."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -17,7 +17,7 @@ from fusenorm_openood.listening.batches import batches
 from fusenorm_openood.method.metrics import accuracy
 from fusenorm_openood.training.recipes import Recipe
 
-CHECK_EVERY = 50  # steps between two looks at the loss, each of which waits for the device
+CHECK_EVERY = 50  # steps between checks of the loss, each of which waits for the device
 
 
 def train_epoch(
@@ -29,10 +29,10 @@ def train_epoch(
     memory_format: torch.memory_format = torch.contiguous_format,
     bar: "tqdm[Any] | None" = None,
 ) -> float:
-    """One pass over the training images; the mean loss.
+    """Train for one pass over the training images, and return the mean loss.
 
     Raises:
-        NonFiniteError: the loss turned NaN or infinite, within the last ``CHECK_EVERY`` steps.
+        NonFiniteError: the loss became NaN or infinite within the last `CHECK_EVERY` steps.
     """
     model.train()
     device = device_of(model)
@@ -59,7 +59,7 @@ def train_epoch(
 
 @torch.no_grad()
 def validation_accuracy(net: nn.Module, loader: Iterable[Any]) -> float:
-    """Share of right predictions over a loader; leaves the network in evaluation mode."""
+    """Accuracy over a loader; leaves the network in evaluation mode."""
     net.eval()
     device = device_of(net)
     rows = [(net(images.to(device)).argmax(1).cpu(), labels) for images, labels in batches(loader)]
@@ -68,11 +68,11 @@ def validation_accuracy(net: nn.Module, loader: Iterable[Any]) -> float:
 
 
 def check_losses(losses: list[Tensor], before: int) -> None:
-    """NonFiniteError at the first loss of an epoch that is not finite."""
+    """Raise NonFiniteError if a loss is not finite, naming the first such step."""
     finite = torch.stack(losses).isfinite()
     if not finite.all():
         step = int((~finite).nonzero()[0, 0])
         raise NonFiniteError(
             f"the loss is {losses[step].item()} at step {before + step + 1}: the last good "
-            "checkpoint is kept; train with a smaller learning rate"
+            "checkpoint is kept; lower the learning rate"
         )

@@ -1,4 +1,4 @@
-"""Training a classifier by cross-entropy or T2FNorm, with OpenOOD's optimiser and schedule."""
+"""Train a classifier with cross-entropy or T2FNorm, with OpenOOD's optimiser and schedule."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +19,7 @@ from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.files import write_whole
 from fusenorm_openood.networks.checkpoints import State, load_backbone
 from fusenorm_openood.training.epoch import train_epoch, validation_accuracy
-from fusenorm_openood.training.processes import Process, threads, together
+from fusenorm_openood.training.processes import Process, data_parallel, threads
 from fusenorm_openood.training.recipes import Recipe
 from fusenorm_openood.training.resume import Progress, check_recipe, keep, resume
 
@@ -34,31 +34,31 @@ def train(
     progress: bool = True,
     process: Process | None = None,
 ) -> Path:
-    """Train a network on a benchmark's ID images, or go on where an interrupted run stopped.
+    """Train a network on a benchmark's ID images, or resume an interrupted run.
 
-    After each epoch everything that the next one needs is written, so that an interrupted run
-    ends with the same weights: on a CPU to the last bit, with as many processes and workers as
-    before. Several processes share the work, each with batches of its own; the first one writes.
+    Everything that the next epoch needs is saved after each one, so that a resumed run ends with
+    the same weights: on a CPU they are bitwise the same with the same number of processes and
+    workers. Several processes share the work, each with its own batches; the first one writes.
 
     Args:
-        recipe: what is trained, and how.
-        benchmark: the images, all there; see :meth:`Benchmark.missing`.
-        folder: of the run; ``best.ckpt`` is the epoch of the best validation accuracy, the last
-            one of equals.
-        device: where to train.
-        num_workers: processes that load images.
-        channels_last: memory format of images and weights.
-        progress: show a bar.
-        process: this one among several, see :func:`processes`; None = it trains alone.
+        recipe: what to train, and how.
+        benchmark: a benchmark whose images all exist; see `Benchmark.missing`.
+        folder: folder of the run; `best.ckpt` is from the epoch with the best validation accuracy,
+            the last one if several are equal.
+        device: device to train on.
+        num_workers: number of processes that load images.
+        channels_last: whether images and weights use the channels-last memory format.
+        progress: whether to show a progress bar.
+        process: this process among several, see `processes`; None = a single process.
 
     Returns:
-        The path of ``best.ckpt``; a run that is there already is not trained again.
+        The path of `best.ckpt`; a finished run is not trained again.
 
     Raises:
-        DataError: labels that the network has no class for.
-        NonFiniteError: the loss turned NaN or infinite; the last good checkpoint stays.
-        CheckpointError: the folder holds a run of another recipe, or ``init`` does not fit.
-        ConfigError: ``channels_last`` on a CPU with a network that is too narrow for it; a batch
+        DataError: labels outside the network's classes.
+        NonFiniteError: the loss became NaN or infinite; the last good checkpoint is kept.
+        CheckpointError: the folder holds a run of another recipe, or `init` does not fit.
+        ConfigError: `channels_last` on a CPU with a network that is too narrow for it, or a batch
             that the processes cannot share evenly.
     """
     folder, device, process = Path(folder), torch.device(device), process or Process()
@@ -72,7 +72,7 @@ def train(
         check_labels(listed.images(), benchmark.num_classes)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     devices = [device] if device.type == "cuda" else []
-    # Two threads for digits, so that the weights are the same on machines with more.
+    # Two threads for digits, so that the weights do not depend on the number of cores.
     few = threads(2) if benchmark.name == "digits" else nullcontext()
     with few, torch.random.fork_rng(devices):
         torch.manual_seed(recipe.seed)
@@ -85,14 +85,14 @@ def train(
         if process.leads and not unfinished.is_file():
             settings = yaml.safe_dump(recipe.as_dict(), sort_keys=False)
             write_whole(folder / "recipe.yml", lambda file: file.write_text(settings))
-            # From here on best.ckpt alone is a finished run, and never one that was cut short.
+            # From here on, best.ckpt without unfinished.ckpt means that the run is finished.
             keep(unfinished, net, optimiser, done)
-        if process.leads and done.epochs and not best.is_file():  # removed by hand
+        if process.leads and done.epochs and not best.is_file():  # deleted by the user
             write_whole(best, partial(torch.save, state_on_cpu(net)))
             done = done._replace(best_accuracy=-1.0)
         loader = make_loader(benchmark, batch_size, recipe.seed, process, num_workers, device)
         val_loader = image_loader(benchmark.id["val"], num_workers=num_workers)
-        model = together(net, process, device)
+        model = data_parallel(net, process, device)
         with tqdm(
             total=recipe.epochs * len(loader),
             initial=done.epochs * len(loader),
@@ -101,7 +101,7 @@ def train(
             disable=not (progress and process.leads),
         ) as bar:
             for epoch in range(done.epochs, recipe.epochs):
-                # Every epoch starts from a random state of its own: nothing to keep but its number.
+                # Every epoch has its own random state, so only its number has to be saved.
                 torch.manual_seed(epoch_seed(recipe.seed, epoch, process.rank))
                 if isinstance(loader.sampler, DistributedSampler):
                     loader.sampler.set_epoch(epoch)
@@ -121,7 +121,7 @@ def train(
 
 
 def make_optimiser(recipe: Recipe, net: nn.Module) -> SGD:
-    """SGD with Nesterov momentum and weight decay, as OpenOOD trains."""
+    """SGD with Nesterov momentum and weight decay, as in OpenOOD."""
     return SGD(
         net.parameters(),
         recipe.lr,
@@ -139,7 +139,7 @@ def make_loader(
     num_workers: int,
     device: torch.device,
 ) -> DataLoader[Any]:
-    """Augmented training images in random order, ``batch_size`` at a time for this process."""
+    """Augmented training images in random order, in this process's batches of `batch_size`."""
     images = benchmark.id["train"].images()
     images.transform = train_transform(
         benchmark.pre_size,
@@ -162,32 +162,32 @@ def make_loader(
 
 
 def epoch_seed(seed: int, epoch: int, rank: int) -> int:
-    """The seed of one process's order and augmentation in one epoch, another for each."""
+    """The seed of one process's order and augmentation in one epoch, different for each."""
     return (seed * 10_000 + epoch) * 1_000 + rank
 
 
 def check_memory_format(recipe: Recipe, device: torch.device, channels_last: bool) -> None:
-    """ConfigError for channels_last on a CPU with a network that is too narrow for it."""
+    """Raise ConfigError for channels_last on a CPU with a network that is too narrow for it."""
     if channels_last and device.type == "cpu" and recipe.width < 8:
         # https://github.com/uxlfoundation/oneDNN/issues/6035
         raise ConfigError(
-            f"width = {recipe.width} found: below 8, oneDNN gets gradients in channels_last wrong, "
-            "train without channels_last"
+            "width must be >= 8 for channels_last on a CPU, below which oneDNN computes wrong "
+            f"gradients, got {recipe.width}: train without channels_last"
         )
 
 
 def check_labels(images: ImageList, num_classes: int) -> None:
-    """DataError unless all labels are classes of a network."""
+    """Raise DataError unless all labels are among the network's classes."""
     for number, (name, label) in enumerate(images.entries, start=1):
         if not 0 <= label < num_classes:
             raise DataError(
-                f"{images.path}, line {number}: {name} has the label {label}, and the network has "
-                f"the classes 0 to {num_classes - 1}: give the list of this data set"
+                f"{images.path}, line {number}: the label of {name} must be one of the network's "
+                f"classes 0 to {num_classes - 1}, got {label}: use the list of this data set"
             )
 
 
 def log(path: Path, epoch: int, loss: float, reached: float) -> None:
-    """Add an epoch to the run's table, or put it in the place of one that was not kept."""
+    """Append an epoch to the run's log, in place of a row whose epoch was not completed."""
     lines = path.read_text(encoding="utf-8").splitlines() if epoch and path.is_file() else []
     lines = lines[: epoch + 1] or ["epoch,loss,val_acc"]
     lines.append(f"{epoch + 1},{loss:.4f},{100 * reached:.2f}")
@@ -195,5 +195,5 @@ def log(path: Path, epoch: int, loss: float, reached: float) -> None:
 
 
 def state_on_cpu(net: nn.Module) -> State:
-    """A network's weights as a checkpoint holds them."""
+    """A network's weights, as saved in a checkpoint."""
     return {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}

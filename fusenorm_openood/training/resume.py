@@ -1,4 +1,4 @@
-"""Where a training run stands, kept after every epoch so that an interrupted one can resume."""
+"""The state of a training run, saved after every epoch so that an interrupted run can resume."""
 
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,14 @@ from fusenorm_openood.training.recipes import Recipe
 
 
 class Progress(NamedTuple):
-    """Where a training run stands after an epoch."""
+    """The progress of a training run after an epoch."""
 
     epochs: int
     best_accuracy: float
 
 
 def keep(path: Path, net: nn.Module, optimiser: SGD, done: Progress) -> None:
-    """Write all that the next epoch needs."""
+    """Save everything that the next epoch needs."""
     content = {
         "net": net.state_dict(),
         "optimiser": optimiser.state_dict(),
@@ -33,12 +33,12 @@ def keep(path: Path, net: nn.Module, optimiser: SGD, done: Progress) -> None:
 
 
 def resume(path: Path, net: nn.Module, optimiser: SGD) -> Progress:
-    """Bring network and optimiser to where an interrupted run stopped, if there is one.
+    """Restore network and optimiser from an interrupted run, if there is one.
 
     Raises:
-        DamagedFileError: a file that is not what was written.
-        CheckpointError: a file that cannot be opened, or that holds no run of this network. Other
-            errors, such as a device's lack of memory, pass through: the file is good.
+        DamagedFileError: the file is damaged.
+        CheckpointError: the file cannot be opened, or holds no run of this network. Other errors,
+            such as running out of memory, are passed on, since the file is intact.
     """
     if not path.is_file():
         return Progress(0, -1.0)
@@ -57,7 +57,7 @@ def resume(path: Path, net: nn.Module, optimiser: SGD) -> Progress:
 
 
 def _fits(state: Any, net: nn.Module) -> bool:
-    """Whether a state dict has the names and shapes of a network's own."""
+    """Whether a state dict has the names and shapes of the network's."""
     own = {name: value.shape for name, value in net.state_dict().items()}
     return isinstance(state, dict) and own == {
         n: getattr(v, "shape", None) for n, v in state.items()
@@ -65,13 +65,13 @@ def _fits(state: Any, net: nn.Module) -> bool:
 
 
 def check_recipe(path: Path, recipe: Recipe) -> None:
-    """CheckpointError where a folder holds a run, finished or not, of another recipe."""
+    """Raise CheckpointError if a folder holds a run of another recipe, finished or not."""
     if not path.is_file():  # no run, or one that was trained elsewhere
         return
-    begun, asked = read_config(path), recipe.as_dict()
-    other = [name for name in asked if begun.get(name) != asked[name]]
+    begun, requested = read_config(path), recipe.as_dict()
+    other = [name for name in requested if begun.get(name) != requested[name]]
     if other:
         raise CheckpointError(
-            f"{path.parent} holds a run with {other[0]} = {begun.get(other[0])}, and "
-            f"{asked[other[0]]} is asked for: ask for the same, or give another folder"
+            f"{other[0]} must be {begun.get(other[0])}, as in the run in {path.parent}, got "
+            f"{requested[other[0]]}: use the same recipe or another folder"
         )

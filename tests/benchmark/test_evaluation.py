@@ -191,7 +191,9 @@ def test_runs_of_different_kinds_are_rejected_by_name(tmp_path, other, kind, cap
 def test_runs_of_the_same_kind_are_loaded_and_their_classes_checked(tmp_path):
     checkpoints = saved(tmp_path, s0=ResNet18_32x32(4, width=4), s1=ResNet18_32x32(4, width=4))
     assert list(load_runs(checkpoints, 4)) == ["s0", "s1"]
-    with pytest.raises(CheckpointError, match="tells 4 classes apart and the ID data set has 10"):
+    with pytest.raises(
+        CheckpointError, match="must have 10 classes, as the ID data set does, got 4"
+    ):
         load_runs(checkpoints, 10)
 
 

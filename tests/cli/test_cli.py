@@ -26,7 +26,7 @@ NO_VIM = (
     "--id-data digits"
     if openood_installed()
     else "unknown postprocessor 'vim': choose from fusenorm, msp, mls, ebo, odin, react, t2fnorm, "
-    "or install OpenOOD, which has more: bash scripts/install_openood.sh installs it"
+    "or install OpenOOD, which has more, with 'bash scripts/install_openood.sh'"
 )
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -138,7 +138,7 @@ def test_a_custom_configuration(root, tmp_path, capsys):
     ("args", "message"),
     [
         (["--postprocessor", "vim"], NO_VIM),
-        (["--id-data", "svhn"], "ID data set 'svhn' unknown: choose cifar10"),
+        (["--id-data", "svhn"], "unknown ID data set 'svhn': choose from cifar10"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--engine", "openood"], "--engine openood does not support --id-data digits: choose"),
         (

@@ -67,7 +67,9 @@ def test_unreadable_lists_are_reported(images):
     with pytest.raises(DataError, match=r"list\.txt is empty"):
         ImageList(images / "list.txt", images, TRANSFORM)
     (images / "list.txt").write_text("a/grey.png 3\na/alpha.png\n")
-    with pytest.raises(DataError, match=r"list\.txt, line 2: 'a/alpha\.png' found, 'path label'"):
+    with pytest.raises(
+        DataError, match=r"list\.txt, line 2: must be 'path label' .*, got 'a/alpha\.png'"
+    ):
         ImageList(images / "list.txt", images, TRANSFORM)
 
 
@@ -93,7 +95,7 @@ def test_training_images_are_cropped_and_flipped():
 
 def test_errors_for_unknown_names_list_the_known_ones():
     with pytest.raises(
-        ConfigError, match="'svhn' unknown: choose cifar10, cifar100, digits, imagenet"
+        ConfigError, match="unknown ID data set 'svhn': choose from cifar10, cifar100, digits"
     ):
         load_benchmark("svhn")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Truncated and unreadable images: found before any work, and read as OpenOOD reads them."""
+"""Truncated and unreadable images: found before any work, and read as in OpenOOD."""
 
 import warnings
 
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_whole_images_have_no_fault(folder, kind):
+def test_intact_images_have_no_fault(folder, kind):
     path = folder[0] / f"whole.{kind}"
     assert find_fault(path) is None
     path.write_bytes(path.read_bytes() + bytes(100))  # some programs append data
@@ -58,7 +58,7 @@ def test_unreadable_images_are_found(folder, tmp_path):
     assert "cannot identify" in find_fault(tmp_path / "text.png")
 
 
-def test_all_faults_of_all_lists_are_named_at_once(folder, capsys):
+def test_all_faults_of_all_lists_are_reported_at_once(folder, capsys):
     home, cut = folder
     cut("png", 0.9)
     cut("jpg", 0.01)
@@ -67,16 +67,16 @@ def test_all_faults_of_all_lists_are_named_at_once(folder, capsys):
     image_sets = [ImageSet(home / name, home, lambda image: image) for name in ("list.txt",)]
     with pytest.raises(DataError) as error:
         check_readable([*image_sets, ImageSet(home / "other.txt", home, lambda image: image)])
-    told = capsys.readouterr().err
-    assert "2 truncated image(s)" in told
-    assert f"list.txt, line 2: image {home / 'cut.png'}" in told
-    assert f"other.txt, line 2: image {home / 'cut.png'}" in told
+    warning = capsys.readouterr().err
+    assert "2 truncated image(s)" in warning
+    assert f"list.txt, line 2: image {home / 'cut.png'}" in warning
+    assert f"other.txt, line 2: image {home / 'cut.png'}" in warning
     assert "2 image(s) cannot be read" in str(error.value)
     assert f"list.txt, line 3: image {home / 'cut.jpg'}" in str(error.value)
     assert f"other.txt, line 1: image {home / 'gone.png'} (missing)" in str(error.value)
 
 
-def test_whole_lists_are_checked_in_silence(folder, capsys):
+def test_intact_lists_give_no_warning(folder, capsys):
     home, _ = folder
     (home / "list.txt").write_text("".join(f"whole.{kind} 0\n" for kind in FORMATS))
     with warnings.catch_warnings():

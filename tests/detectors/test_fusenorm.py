@@ -214,7 +214,7 @@ def test_scoring_before_fitting_is_an_error(net, loader):
 def test_an_empty_loader_is_an_error(net, loader, empty, react):
     with pytest.raises(DataError, match="loader"):
         FuseNorm(net, react_percentile=react).fit(empty)
-    with pytest.raises(DataError, match="gave no batch"):
+    with pytest.raises(DataError, match="loader must give at least one image, got none"):
         FuseNorm(net, react_percentile=react).fit(loader).score_loader(empty)
 
 
@@ -225,13 +225,17 @@ def test_a_loader_that_can_be_read_only_once_is_an_error(net, loader):
 
 @pytest.mark.parametrize("images", [IMAGES[0], IMAGES.numpy(), (IMAGES * 9).to(torch.uint8)])
 def test_images_of_another_kind_are_an_error(net, loader, images):
-    with pytest.raises(DataError, match=r"in the place of images \[B, C, H, W\]"):
+    with pytest.raises(
+        DataError, match=r"images must be a floating-point tensor \[B, C, H, W\], got"
+    ):
         FuseNorm(net, output="energy").fit(loader).score(images)
 
 
 @pytest.mark.parametrize("batch", [torch.randn(3, 16), "images", {"image": IMAGES}, (None, 1)])
 def test_a_batch_of_another_kind_is_an_error(batch):
-    with pytest.raises(DataError, match=r"in the place of images \[B, C, H, W\]"):
+    with pytest.raises(
+        DataError, match=r"images must be a floating-point tensor \[B, C, H, W\], got"
+    ):
         list(batches([batch]))
 
 
@@ -242,7 +246,7 @@ def test_non_finite_images_are_reported(net, loader, output, bad):
     images = IMAGES.clone()
     images[3, 0, 2, 2] = bad
     before = state_of(net)
-    with pytest.raises(NonFiniteError, match=r"image 3 of the batch .* the image itself holds NaN"):
+    with pytest.raises(NonFiniteError, match=r"image 3 of the batch .* the image itself contains NaN"):
         detector.score(images)
     for react in (90.0, None):
         with pytest.raises(NonFiniteError, match=r"image 3 .* the image itself"):

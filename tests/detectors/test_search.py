@@ -139,7 +139,7 @@ def test_unusable_combinations_are_skipped_with_a_reason(net, loader):
     sweep = {"percentile_low": [1.0, 30.0], "percentile_high": [20.0, 99.9], "base": [2.0]}
     found = search(net, Settings(output="energy"), sweep, loader, unknown)
     assert found.trials["AUROC"].isna().tolist() == [False, True, False, False]
-    assert "span no range" in found.trials["unusable"][1]
+    assert "must satisfy 0 <= low < high <= 100" in found.trials["unusable"][1]
     taps = [("layer1.0", "layer4.0"), ("layer2.0", "layer4.0")]
     found = search(constant_expert(net), Settings(output="energy"), {"taps": taps}, loader, unknown)
     assert found.trials["AUROC"].isna().tolist() == [True, False]

@@ -68,7 +68,7 @@ def test_errors_for_missing_and_misspelt_settings_list_the_valid_ones(name):
         ({"strong": ["output"], "weights": [1, 2]}, "each of the 1 strong experts"),
         ({"base": 0.5}, "base must be >= 1.* got base=0.5"),
         ({"cap": -1}, "cap >= 0.* cap=-1"),
-        ({"percentile_low": 99.95}, "percentile_low = 99.95"),
+        ({"percentile_low": 99.95}, "percentile_low=99.95"),
         ({"taps": 4}, "taps must be a string or a list of names, got 4"),
         ({"nothing": 4}, "unknown setting 'nothing'"),
     ],

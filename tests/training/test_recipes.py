@@ -1,4 +1,4 @@
-"""Recipes: read from the YAML files that OpenOOD's pipelines read, batches shared by processes."""
+"""Recipes, read from the YAML files of OpenOOD's pipelines, and batches shared by processes."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from fusenorm_openood.training.recipes import Recipe, find_recipe
         ("digits", "resnet18_32x32", 16, 0.05, 64, 0.1),
     ],
 )
-def test_recipes_are_those_published(id_data, network, epochs, lr, batch_size, tau):
+def test_recipes_equal_the_published_ones(id_data, network, epochs, lr, batch_size, tau):
     recipe = find_recipe(id_data, method="t2fnorm", init="weights.pth")
     assert (recipe.network, recipe.epochs, recipe.lr) == (network, epochs, lr)
     assert (recipe.batch_size, recipe.tau) == (batch_size, tau)

@@ -1,4 +1,4 @@
-"""Resuming: only a file that is damaged is called so."""
+"""Resuming a run: only a damaged file is called damaged."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_a_damaged_run_is_called_damaged(run, damage):
     path, net, optimiser = run
     content = bytearray(path.read_bytes())
     if damage == "altered":
-        content[len(content) // 2] ^= 0xFF  # torch loads this without a word, as other numbers
+        content[len(content) // 2] ^= 0xFF  # torch loads this without an error, as other numbers
     else:
         content = content[: len(content) - 500] if damage == "truncated" else b""
     path.write_bytes(content)
@@ -50,7 +50,7 @@ def test_a_damaged_run_is_called_damaged(run, damage):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, KeyboardInterrupt])
-def test_a_lack_of_memory_is_not_the_files_fault(run, error, monkeypatch):
+def test_running_out_of_memory_is_not_blamed_on_the_file(run, error, monkeypatch):
     path, net, optimiser = run
 
     def fail(*args, **kwargs):
@@ -64,7 +64,7 @@ def test_a_lack_of_memory_is_not_the_files_fault(run, error, monkeypatch):
     assert resume(path, net, optimiser) == Progress(1, 0.5)
 
 
-def test_a_file_that_may_not_be_opened_is_not_called_damaged(run, tmp_path):
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(run, tmp_path):
     _, net, optimiser = run
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -18,7 +18,7 @@ def test_without_openood_it_says_so(monkeypatch, capsys):
     err = capsys.readouterr().err
     assert err.splitlines() == [
         "fusenorm_openood.main: OpenOOD is not installed: "
-        "bash scripts/install_openood.sh installs it"
+        "install it with 'bash scripts/install_openood.sh'"
     ]
 
 
