@@ -119,9 +119,7 @@ def _kernel(name: str, device: torch.device, by_torch: Norms) -> Norms:
     return kernel
 
 
-def _supports(
-    name: str, x: Tensor, settings: Sequence[tuple[float, float, float, float]]
-) -> bool:
+def _supports(name: str, x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> bool:
     """Whether a kernel computes these maps to the last digits that float32 has."""
     return (
         x.dtype in _HALF_OR_SINGLE
