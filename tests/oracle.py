@@ -39,7 +39,7 @@ def norm_of(channels, weights, k):
 
 
 def assert_atf_close(actual, x, rtol, k_min=0.1, k_max=0.25, **others):
-    """Equal to the oracle, but that h may differ from the oracle's by 1e-5 where it decides on k."""
+    """Equal to the oracle, where h may differ by 1e-5 from the oracle's as it decides on k."""
     x = np.asarray(x)
     expected, parts = atf_oracle(x, k_min, k_max, **others)
     n = x[0, 0].size
