@@ -1,5 +1,6 @@
 """What a command reads, checked before any work: images, checkpoints, networks."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.data.sources import how_to_get
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, TapError
 from fusenorm_openood.files import check_writable
-from fusenorm_openood.training.loop import train_digits
+from fusenorm_openood.training.digits import train_digits
 from fusenorm_openood.training.recipes import METHODS
 
 
@@ -22,9 +23,11 @@ def check_files(
     """The checkpoints of all training runs, once all images that will be read are known to exist.
 
     Raises:
-        DataError, CheckpointError: something is missing; one message says all of it.
+        DataError, CheckpointError: something is missing or cannot be read; one message says all
+            of it.
     """
     problems: list[str] = []
+    image_sets = list(image_sets)
     missing = benchmark.missing(image_sets)
     if missing:
         problems += [*missing[:3], *([f"and {len(missing) - 3} more"] if len(missing) > 3 else [])]
@@ -33,6 +36,8 @@ def check_files(
         checkpoints = find_checkpoints(root)
     except CheckpointError as error:
         problems.append(str(error))
+    if not missing:
+        check_readable(image_sets)
     if problems:
         kind = DataError if missing else CheckpointError
         listed = "\n  - ".join(problems)
@@ -48,6 +53,29 @@ def check_images(benchmark: Benchmark, image_sets: Iterable[ImageSet]) -> None:
     missing = benchmark.missing(image_sets)
     if missing:
         raise DataError(f"{missing[0]}: {how_to_get(benchmark.name)}. Or give --data-root.")
+
+
+def check_readable(image_sets: Iterable[ImageSet]) -> None:
+    """Warn of all truncated images, which are read as OpenOOD reads them, missing rows in grey.
+
+    Raises:
+        DataError: images that cannot be read; it names all of them.
+    """
+    faults = [fault for image_set in image_sets for fault in image_set.images().faults()]
+    truncated = [where for where, fault in faults if fault == "truncated"]
+    unreadable = [f"{where} ({fault})" for where, fault in faults if fault != "truncated"]
+    if truncated:
+        listed = "\n  - ".join(truncated)
+        print(
+            f"fusenorm: {len(truncated)} truncated image(s), read as OpenOOD reads them, their "
+            f"missing rows in grey:\n  - {listed}",
+            file=sys.stderr,
+        )
+    if unreadable:
+        listed = "\n  - ".join(unreadable)
+        raise DataError(
+            f"{len(unreadable)} image(s) cannot be read:\n  - {listed}\nRestore these files."
+        )
 
 
 def check_networks(

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from fusenorm_openood.cli import options
-from fusenorm_openood.cli.inputs import check_images
+from fusenorm_openood.cli.inputs import check_images, check_readable
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.devices import find_device
@@ -22,7 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--epochs", type=options.positive, help=recipe)
     add("--lr", type=float, help=f"learning rate at the start {recipe}")
     add("--tau", type=float, help=f"T2FNorm's temperature {recipe}")
-    add("--batch-size", type=options.positive, help=f"of one process {recipe}")
+    add("--batch-size", type=options.positive, help=f"images per step, over all processes {recipe}")
     add("--seed", type=options.whole, default=0)
     add("--init", metavar="CKPT", help="start from this checkpoint, plain or T2FNorm's")
     add("--results-dir", default="results", help="where the run's folder goes (default: results)")
@@ -52,8 +52,10 @@ def run(args: Namespace) -> int:
             if process.leads:
                 write_digits(args.data_root)
             process.wait()
-        check_images(benchmark, [benchmark.id["train"], benchmark.id["val"]])
+        image_sets = [benchmark.id["train"], benchmark.id["val"]]
+        check_images(benchmark, image_sets)
         if process.leads:
+            check_readable(image_sets)
             print(f"training {folder} on {device}", flush=True)
         best = train(
             recipe,

@@ -1,12 +1,13 @@
 """OpenOOD's image lists: one line an image, its path and its label."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from fusenorm_openood.data.images import UNREADABLE, find_fault, read_image
 from fusenorm_openood.data.transforms import Transform
 from fusenorm_openood.errors import DataError
 
@@ -53,9 +54,8 @@ class ImageList(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         name, label = self.entries[index]
         try:
-            with Image.open(self.data_dir / name) as file:
-                image = file.convert("RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            image = read_image(self.data_dir / name)
+        except UNREADABLE as error:
             reason = "missing" if isinstance(error, FileNotFoundError) else str(error)
             raise DataError(
                 f"{self.path}, line {index + 1}: image {self.data_dir / name} cannot be read "
@@ -69,3 +69,10 @@ class ImageList(Dataset[dict[str, Any]]):
             if not os.path.isfile(self.data_dir / name):
                 return f"{self.path}, line {number}: image {self.data_dir / name} is missing"
         return None
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """Where each faulty image stands and its fault; see `find_fault`. Every file is opened."""
+        for number, (name, _) in enumerate(self.entries, start=1):
+            path = self.data_dir / name
+            if (fault := find_fault(path)) is not None:
+                yield f"{self.path}, line {number}: image {path}", fault

@@ -66,7 +66,7 @@ def choose(
     ood_loader: Iterable[Any],
 ) -> Found:
     """What :func:`search` finds, from the scores that a bank holds of both loaders."""
-    combined, rows = candidates(base, sweep), []
+    combined, rows, aurocs = candidates(base, sweep), [], []
     for values, settings in combined:
         auroc, reason = np.nan, ""
         try:
@@ -76,13 +76,13 @@ def choose(
             auroc = ood_metrics(known.conf, unknown.conf).auroc
         except UNUSABLE as error:
             reason = str(error)
+        aurocs.append(auroc)
         rows.append({**values, "AUROC": 100 * auroc, "unusable": reason})
-    trials = pd.DataFrame(rows)
-    if trials["AUROC"].isna().all():
+    if np.isnan(aurocs).all():
         raise ConfigError(
             f"none of {len(rows)} combinations is usable, the first because {rows[0]['unusable']}"
         )
-    best = int(trials["AUROC"].idxmax())
+    best = int(np.nanargmax(aurocs))  # percentages would round different values to one
     settings = combined[best].settings
     assert isinstance(settings, Settings)  # it has an AUROC
-    return Found(settings, bank.calibration(settings), trials["AUROC"][best] / 100, trials)
+    return Found(settings, bank.calibration(settings), aurocs[best], pd.DataFrame(rows))

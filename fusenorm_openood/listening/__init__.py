@@ -1,0 +1,1 @@
+"""One pass over somebody else's network: taps, features, gradients, ReAct, panels of experts."""

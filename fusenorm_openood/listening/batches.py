@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -35,7 +36,11 @@ def checked_images(images: Any) -> Tensor:
 def batches(
     loader: Iterable[Any], progress: bool = False, desc: str = ""
 ) -> Iterator[tuple[Tensor, Any]]:
-    """Images and labels (or None) of each batch, whatever kind of batch the loader gives."""
+    """Images and labels (or None) of each batch, whatever kind of batch the loader gives.
+
+    Raises:
+        DataError: a batch of another kind, or with another number of labels than of images.
+    """
     for batch in _told_plainly(tqdm(loader, desc=desc, disable=not progress, leave=False)):
         if isinstance(batch, dict):
             images, labels = batch.get("data"), batch.get("label")
@@ -44,8 +49,18 @@ def batches(
         else:
             images, labels = batch, None
         images = checked_images(images)
+        if isinstance(labels, Tensor | np.ndarray | list | tuple):
+            _check_labels(labels, images)
         if len(images):
             yield images, labels
+
+
+def _check_labels(labels: Any, images: Tensor) -> None:
+    count = len(labels) if getattr(labels, "ndim", 1) else 0
+    if count != len(images):
+        raise DataError(
+            f"a batch of {len(images)} images has {count} labels: give one label per image, or none"
+        )
 
 
 def _told_plainly(loader: Iterable[Any]) -> Iterator[Any]:

@@ -30,12 +30,18 @@ def ood_metrics(id_conf: ArrayLike, ood_conf: ArrayLike) -> OODMetrics:
         AUROC, AUPR with ID as the positive class, AUPR with OOD as the positive class.
 
     Raises:
-        DataError: one of the two is empty.
+        DataError: one of the two is empty or not one-dimensional.
         NonFiniteError: NaN or infinity among the confidences.
 
     Source: OpenOOD v1.5, whose AUPR is the trapezoidal area under the precision-recall curve.
     """
-    id_conf, ood_conf = np.asarray(id_conf), np.asarray(ood_conf)
+    id_conf = np.asarray(id_conf, dtype=np.float64)  # unsigned integers have no negative
+    ood_conf = np.asarray(ood_conf, dtype=np.float64)
+    if id_conf.ndim != 1 or ood_conf.ndim != 1:
+        raise DataError(
+            f"confidences must be one number per image, got arrays of shape {id_conf.shape} (ID) "
+            f"and {ood_conf.shape} (OOD): give [N] and [M]"
+        )
     if id_conf.size == 0 or ood_conf.size == 0:
         raise DataError(
             f"{id_conf.size} ID and {ood_conf.size} OOD confidences found: metrics need both"

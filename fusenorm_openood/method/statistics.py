@@ -8,6 +8,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
 
+# Networks compute in float32: a range this small, beside the scores themselves, is rounding.
+ROUNDING = 32 * float(np.finfo(np.float32).eps)
+
 
 @dataclass(frozen=True)
 class IDStatistics:
@@ -36,7 +39,7 @@ def compute_id_statistics(
         ConfigError: percentiles out of order or outside [0, 100].
         DataError: not an array ``[L, N]``, or no samples.
         NonFiniteError: NaN or infinity among the scores.
-        ZeroRangeError: an expert whose two percentiles coincide.
+        ZeroRangeError: an expert whose two percentiles coincide, but for rounding in float32.
 
     Source: ``compute_id_statistics`` in the FuseNorm repository.
     """
@@ -53,7 +56,7 @@ def compute_id_statistics(
             )
     lower, upper = np.percentile(s, [percentile_low, percentile_high], axis=1)
     for name, low, high in zip(labels, lower, upper, strict=True):
-        if not high > low:
+        if not high - low > ROUNDING * max(abs(low), abs(high)):
             raise ZeroRangeError(
                 f"percentiles {percentile_low} and {percentile_high} of the ID scores of {name!r} "
                 f"are both {low:.6g}: leave this expert out, or fit on more and different images"
@@ -62,8 +65,17 @@ def compute_id_statistics(
 
 
 def normalise(scores: ArrayLike, statistics: IDStatistics) -> NDArray[np.float64]:
-    """z = (s - lower) / (upper - lower) for scores ``[L, N]``: ID scores fill the unit interval."""
+    """z = (s - lower) / (upper - lower) for scores ``[L, N]``: ID scores fill the unit interval.
+
+    Raises:
+        DataError: scores that are not ``[L, N]`` with one row per expert of the statistics.
+    """
     s = np.asarray(scores, dtype=np.float64)
+    if s.ndim != 2 or len(s) != len(statistics.lower):
+        raise DataError(
+            f"scores must be [experts, images] with {len(statistics.lower)} experts, as in the "
+            f"ID statistics, got shape {s.shape}"
+        )
     lower, upper = statistics.lower[:, None], statistics.upper[:, None]
     z: NDArray[np.float64] = (s - lower) / (upper - lower)
     return z

@@ -1,13 +1,17 @@
 """From a checkpoint file to a network: what it is shows in its keys."""
 
+import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fusenorm_openood.errors import CheckpointError
+from fusenorm_openood.errors import CheckpointError, DamagedFileError
 from fusenorm_openood.networks.resnet import (
     ResNet18_32x32,
     ResNet18_224x224,
@@ -88,17 +92,13 @@ def check_classes(path: str | Path, classes: int, num_classes: int) -> None:
 
 
 def load_state(path: str | Path) -> State:
-    """The state dict in a checkpoint file, read without running any code in it."""
+    """The state dict in a checkpoint file, read without running any code in it.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds something else.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} not found: give the path of a state dict")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # damaged files make torch raise errors of many kinds
-        raise CheckpointError(
-            f"checkpoint {path} of {path.stat().st_size} bytes cannot be read: it may be "
-            "truncated, then copy it again, or hold more than tensors, then save net.state_dict()"
-        ) from None
+    state = read_saved(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if (
@@ -108,6 +108,54 @@ def load_state(path: str | Path) -> State:
     ):
         raise CheckpointError(f"{path} holds no state dict: save net.state_dict() with torch.save")
     return {str(key).removeprefix("module."): value for key, value in state.items()}
+
+
+def read_saved(path: Path) -> Any:
+    """What ``torch.save`` wrote to a file, on the CPU; tensors and plain containers only.
+
+    Other errors than those of the file itself, such as running out of memory, pass through.
+
+    Raises:
+        DamagedFileError: the file is truncated or altered, or ``torch.save`` did not write it.
+        CheckpointError: the file is missing, cannot be opened, or holds objects that only running
+            code could restore.
+    """
+    try:
+        with path.open("rb") as file:
+            is_archive = file.read(2) == b"PK"
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} not found: give the path of a file") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be opened: {error.strerror}") from None
+    damaged = DamagedFileError(
+        f"checkpoint {path} of {path.stat().st_size} bytes cannot be read: it is damaged or was "
+        "not written by torch.save, copy it again"
+    )
+    # A damaged archive may load all the same, with other numbers: its checksums tell.
+    if is_archive and not _is_whole(path):
+        raise damaged
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower():
+            raise CheckpointError(
+                f"checkpoint {path} holds more than tensors, which only running its code could "
+                "load: save net.state_dict() instead"
+            ) from None
+        raise damaged from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError) as error:
+        if is_archive or "memory" in str(error):  # the file is whole, or not to blame
+            raise
+        raise damaged from None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether every member of a zip archive matches its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, NotImplementedError, zlib.error, EOFError):
+        return False
 
 
 def _recognise(state: State) -> Callable[[int], nn.Module] | None:

@@ -28,10 +28,9 @@ class MinimalBasePostprocessor:
 
 
 @contextmanager
-def whole_images() -> Iterator[None]:
-    """Keep PIL from taking truncated images for whole ones, as OpenOOD, when imported, lets it."""
+def pil_restored() -> Iterator[None]:
+    """Take back what importing OpenOOD changes in the process: PIL reads truncated images."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         yield
     finally:
@@ -52,7 +51,7 @@ def openood_module(name: str) -> Any:
     if not openood_installed():
         raise OpenOODError(f"OpenOOD is not installed: {INSTALL}")
     try:
-        with whole_images():
+        with pil_restored():
             return import_module(f"openood.{name}")
     except Exception as error:  # it imports all its methods and what they need; any may fail
         raise OpenOODError(

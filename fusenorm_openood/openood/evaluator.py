@@ -6,9 +6,10 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from fusenorm_openood.data.images import truncated_images_read
 from fusenorm_openood.devices import device_of, on_device
 from fusenorm_openood.errors import OpenOODError
-from fusenorm_openood.openood.bridge import file_errors, openood_module, whole_images
+from fusenorm_openood.openood.bridge import file_errors, openood_module
 
 
 def csid_of_evaluator(id_name: str) -> list[str]:
@@ -38,7 +39,7 @@ def evaluate_with_openood(
         raise OpenOODError(
             f"OpenOOD's evaluator has no ID data set {id_name!r}: choose --engine native"
         )
-    with on_device(device_of(net)), whole_images(), file_errors():
+    with on_device(device_of(net)), truncated_images_read(), file_errors():
         evaluator = api.Evaluator(
             net,
             id_name=id_name,

@@ -1,0 +1,1 @@
+"""Training classifiers by cross-entropy and by T2FNorm."""

@@ -1,4 +1,4 @@
-"""How networks are trained: OpenOOD's settings, by ID data set and method."""
+"""How networks are trained: the published settings, by ID data set and training method."""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fusenorm_openood.configs import config_root, lookup, read_config
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.networks import (
     ResNet18_32x32,
@@ -14,7 +15,7 @@ from fusenorm_openood.networks import (
     T2FNormNet,
 )
 
-METHODS = ("base", "t2fnorm")
+METHODS = {"base": "baseline", "t2fnorm": "train_t2fnorm"}  # method -> configs/pipelines/train
 NETWORKS: dict[str, type[nn.Module]] = {
     "resnet18_32x32": ResNet18_32x32,
     "resnet18_224x224": ResNet18_224x224,
@@ -30,7 +31,8 @@ class Recipe:
         id_data: the ID data set.
         method: ``base`` (cross-entropy) or ``t2fnorm``.
         network: the classifier, or T2FNorm's backbone; width: channels of its first stage.
-        epochs, lr, batch_size: of SGD, the batch of one process.
+        epochs, lr: of SGD.
+        batch_size: images per step, over all processes together.
         tau: T2FNorm's temperature.
         seed: of the weights, of the order of the images and of their augmentation.
         amp: compute in bfloat16 where it is safe (the weights stay in float32).
@@ -57,14 +59,20 @@ class Recipe:
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(
-                f"training method {self.method!r} unknown: choose {', '.join(METHODS)}"
-            )
         for name in ("epochs", "lr", "batch_size", "tau"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} = {value} found: choose a number above 0")
+
+    def batch_per_process(self, processes: int) -> int:
+        """Images per step of one of several processes; ConfigError if they cannot share evenly."""
+        share, rest = divmod(self.batch_size, processes)
+        if rest:
+            raise ConfigError(
+                f"batch_size must be a multiple of the number of processes, got batch_size="
+                f"{self.batch_size} for {processes} processes"
+            )
+        return share
 
     @property
     def run_name(self) -> str:
@@ -94,21 +102,45 @@ class Recipe:
         return asdict(self)
 
 
-_RECIPES = {
-    "cifar10": Recipe(id_data="cifar10"),
-    "cifar100": Recipe(id_data="cifar100"),
-    "imagenet200": Recipe(id_data="imagenet200", network="resnet18_224x224", epochs=90),
-    "imagenet": Recipe(id_data="imagenet", network="resnet50", epochs=30, lr=0.001, tau=0.05),
-    "digits": Recipe(id_data="digits", width=16, epochs=16, lr=0.05, batch_size=64),
-}
-
-
 def find_recipe(id_data: str, **changes: Any) -> Recipe:
     """The published recipe of an ID data set, with some values changed.
 
+    It is read from ``configs/pipelines/train``, ``configs/datasets`` (the batch) and
+    ``configs/recipes`` (what the data set differs in), which OpenOOD's pipelines read, too.
+
     Raises:
-        ConfigError: a data set without a recipe, or a value that cannot be used.
+        ConfigError: a data set without a recipe, a value that cannot be used, or no ``init`` for a
+            recipe that fine-tunes.
     """
-    if id_data not in _RECIPES:
-        raise ConfigError(f"ID data set {id_data!r} unknown: choose {', '.join(_RECIPES)}")
-    return replace(_RECIPES[id_data], **changes)
+    root = config_root()
+    known = sorted(path.stem for path in (root / "recipes").glob("*.yml"))
+    if id_data not in known:
+        raise ConfigError(f"unknown ID data set {id_data!r}: choose {', '.join(known)}")
+    method = changes.get("method", Recipe.method)
+    if method not in METHODS:
+        raise ConfigError(f"unknown training method {method!r}: choose {', '.join(METHODS)}")
+    pipeline = read_config(root / "pipelines" / "train" / f"{METHODS[method]}.yml")
+    dataset = read_config(root / "datasets" / id_data / f"{id_data}.yml")
+    own = read_config(root / "recipes" / f"{id_data}.yml")
+
+    optimiser = {**lookup(pipeline, "optimizer"), **own.get("optimizer", {})}
+    trainer = {**lookup(pipeline, "trainer"), **own.get("trainer", {})}
+    backbone = lookup(own, "network", "backbone")
+    published = Recipe(
+        id_data=id_data,
+        network=lookup(backbone, "name"),
+        width=backbone.get("width", Recipe.width),
+        epochs=lookup(optimiser, "num_epochs"),
+        lr=lookup(optimiser, "lr"),
+        momentum=lookup(optimiser, "momentum"),
+        weight_decay=lookup(optimiser, "weight_decay"),
+        batch_size=lookup(dataset, "dataset", "train", "batch_size"),
+        tau=trainer.get("trainer_args", {}).get("tau", Recipe.tau),
+    )
+    recipe = replace(published, **changes)
+    if backbone.get("pretrained") and recipe.init is None:
+        raise ConfigError(
+            f"the recipe of {id_data} fine-tunes a trained {recipe.network} for {recipe.epochs} "
+            "epochs, and init is missing: give the checkpoint to start from (--init)"
+        )
+    return recipe

@@ -2,15 +2,16 @@
 
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import SGD
 
 from fusenorm_openood.configs import read_config
-from fusenorm_openood.errors import CheckpointError
+from fusenorm_openood.errors import CheckpointError, DamagedFileError
 from fusenorm_openood.files import write_whole
+from fusenorm_openood.networks.checkpoints import read_saved
 from fusenorm_openood.training.recipes import Recipe
 
 
@@ -32,18 +33,35 @@ def keep(path: Path, net: nn.Module, optimiser: SGD, done: Progress) -> None:
 
 
 def resume(path: Path, net: nn.Module, optimiser: SGD) -> Progress:
-    """Bring network and optimiser to where an interrupted run stopped, if there is one."""
+    """Bring network and optimiser to where an interrupted run stopped, if there is one.
+
+    Raises:
+        DamagedFileError: a file that is not what was written.
+        CheckpointError: a file that cannot be opened, or that holds no run of this network. Other
+            errors, such as a device's lack of memory, pass through: the file is good.
+    """
     if not path.is_file():
         return Progress(0, -1.0)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        net.load_state_dict(content["net"])
-        optimiser.load_state_dict(content["optimiser"])
-        return Progress(*content["progress"])
-    except Exception:  # damaged files make torch raise errors of many kinds
+        content = read_saved(path)
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}, or remove it to start the run again") from None
+    keys = {"net", "optimiser", "progress"}
+    if not isinstance(content, dict) or set(content) != keys or not _fits(content["net"], net):
         raise CheckpointError(
-            f"unfinished run {path} cannot be read: remove it to start again"
-        ) from None
+            f"{path} holds no interrupted run of a {type(net).__name__}: remove it to start again"
+        )
+    net.load_state_dict(content["net"])
+    optimiser.load_state_dict(content["optimiser"])
+    return Progress(*content["progress"])
+
+
+def _fits(state: Any, net: nn.Module) -> bool:
+    """Whether a state dict has the names and shapes of a network's own."""
+    own = {name: value.shape for name, value in net.state_dict().items()}
+    return isinstance(state, dict) and own == {
+        n: getattr(v, "shape", None) for n, v in state.items()
+    }
 
 
 def check_recipe(path: Path, recipe: Recipe) -> None:

@@ -60,5 +60,23 @@ def test_empty_and_not_finite_are_refused():
         accuracy([1, 2, 3], [1, 2])
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint64, np.int8, np.float16, bool])
+def test_confidences_of_any_type_rank_as_numbers(dtype):
+    id_conf, ood_conf = np.array([200, 100, 50, 3]), np.array([3, 60, 10, 0])
+    if dtype is not np.uint8:
+        id_conf, ood_conf = id_conf // 2, ood_conf // 2
+    given = ood_metrics(id_conf.astype(dtype), ood_conf.astype(dtype))
+    as_float = ood_metrics(
+        id_conf.astype(dtype).astype(float), ood_conf.astype(dtype).astype(float)
+    )
+    assert given == as_float
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 3), ()])
+def test_confidences_of_another_shape_are_refused(shape):
+    with pytest.raises(DataError, match=r"one number per image, got arrays of shape"):
+        ood_metrics(np.ones(shape), np.ones(3))
+
+
 def test_accuracy():
     assert accuracy([1, 2, 3, 4], [1, 2, 0, 0]) == 0.5

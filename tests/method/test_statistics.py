@@ -43,6 +43,23 @@ def test_a_constant_expert_is_named():
         compute_id_statistics(scores, names=["layer1", "output"])
 
 
+@pytest.mark.parametrize("level", [0.1, 1.0, -30.0, 1e4])
+def test_an_expert_that_is_constant_but_for_rounding_is_named(level):
+    rng = np.random.default_rng(0)
+    rounded = np.float32(level) * (1 + np.float32(1.2e-7) * rng.integers(-4, 5, 500))
+    with pytest.raises(ZeroRangeError, match="leave this expert out"):
+        compute_id_statistics(rounded[None])
+    narrow = level * (1 + 4e-5 * rng.random(500))  # ODIN's range at a temperature of 1000
+    assert np.isfinite(compute_id_statistics(narrow[None]).upper).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 500), (3, 500), (500,), (2, 5, 100)])
+def test_scores_of_other_experts_are_not_broadcast(shape):
+    statistics = compute_id_statistics(SCORES[:2])
+    with pytest.raises(DataError, match="with 2 experts, as in the ID statistics, got shape"):
+        normalise(np.zeros(shape), statistics)
+
+
 def test_scores_that_are_not_finite_are_named():
     with pytest.raises(NonFiniteError, match="'expert 1' hold 1 values"):
         compute_id_statistics(np.array([[0, 1.0], [0, np.nan]]))

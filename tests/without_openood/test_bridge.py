@@ -19,7 +19,7 @@ def test_without_openood_the_base_is_minimal(monkeypatch):
         bridge.openood_module("evaluation_api")
 
 
-def test_a_broken_openood_is_told_and_does_not_stop_the_rest(tmp_path):
+def test_a_broken_openood_is_reported_and_the_rest_still_works(tmp_path):
     (tmp_path / "openood").mkdir()
     (tmp_path / "openood" / "__init__.py").write_text("raise AttributeError('np.sctypes is gone')")
     code = (

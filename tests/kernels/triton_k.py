@@ -1,0 +1,13 @@
+"""The rule for k of the Triton kernel, as a kernel of its own."""
+
+import triton
+from triton import language as tl
+
+from fusenorm_openood.kernels.cuda import _adaptive_k
+
+
+@triton.jit
+def store_k(h, k_min, k_max, N, k):
+    i = tl.program_id(0)
+    found = _adaptive_k(tl.load(h + i), tl.load(k_min + i), tl.load(k_max + i), tl.load(N + i))
+    tl.store(k + i, found)
