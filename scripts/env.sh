@@ -35,7 +35,7 @@ environment() {
 suffices() { # suffices ENVIRONMENT EXTRA
     local modules="fusenorm_openood torch"
     case $2 in
-    test) modules+=" pytest pytest_cov xdist hypothesis sybil" ;;
+    test) modules+=" pytest pytest_cov xdist hypothesis" ;;
     dev) modules+=" ruff mypy importlinter" ;;
     esac
     (cd / && "$1/bin/python" -c '

@@ -17,8 +17,8 @@ def may_read(x: Tensor) -> bool:
         type(x) is not Tensor
         or x.layout != torch.strided
         or (x.requires_grad and torch.is_grad_enabled())
-        or forward_ad.unpack_dual(x).tangent is not None
-        or torch.jit.is_tracing()
+        or forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or _get_current_dispatch_mode() is not None
     ):
         return False
@@ -29,7 +29,7 @@ def may_read(x: Tensor) -> bool:
     if x.data_ptr() == 0:
         return False
     last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    return (last + 1) * x.element_size() <= storage.nbytes()
+    return bool((last + 1) * x.element_size() <= storage.nbytes())
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -72,14 +72,14 @@ def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
     return kernels.norms(x.flatten(2), settings, _by_torch).to(x.device, dtype)
 
 
-def adaptive_k(h: Tensor, k_min: float, k_max: float, N: int) -> Tensor:
-    """How many of N pixels are averaged at mean entropy h; h may have any shape.
+def adaptive_k(h: Tensor, k_min: float, k_max: float, pixels: int) -> Tensor:
+    """How many pixels of a map are averaged at mean entropy h; h may have any shape.
 
     The document's arithmetic, in the precision of h: in float32, k_min = k_max = 0.29 of 100
     pixels are 29, in float64 they are 28.
     """
     k_ratio = k_min + (k_max - k_min) * h
-    return (k_ratio * N).long().clamp(1, N)
+    return (k_ratio * pixels).long().clamp(1, pixels)
 
 
 def _by_torch(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> Tensor:

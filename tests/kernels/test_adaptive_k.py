@@ -26,8 +26,8 @@ def document_rule() -> CodeType:
     return compile("\n".join(rule), "document", "exec")
 
 
-def document_k(entropy_mean: Tensor, k_min: float, k_max: float, H: int, W: int) -> Tensor:
-    given = {"entropy_mean": entropy_mean, "k_min": k_min, "k_max": k_max, "H": H, "W": W}
+def document_k(entropy_mean: Tensor, k_min: float, k_max: float, side: int) -> Tensor:
+    given = {"entropy_mean": entropy_mean, "k_min": k_min, "k_max": k_max, "H": side, "W": side}
     exec(document_rule(), given)
     return given["k_vals"]
 
@@ -50,7 +50,7 @@ def cases() -> list[tuple[float, float, float, int]]:
 @cache
 def expected(dtype: torch.dtype) -> list[int]:
     return [
-        int(document_k(torch.tensor([h], dtype=dtype), k_min, k_max, side, side))
+        int(document_k(torch.tensor([h], dtype=dtype), k_min, k_max, side))
         for h, k_min, k_max, side in cases()
     ]
 
@@ -114,7 +114,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton_k import store_k
 
-types = dict(h="*fp64", k_min="*fp64", k_max="*fp64", N="*i32", k="*i32")
+types = dict(h="*fp64", k_min="*fp64", k_max="*fp64", pixels="*i32", k="*i32")
 source = ASTSource(store_k, types, {})
 compiled = compile(source, GPUTarget("cuda", 90, 32), dict(enable_fp_fusion=True))
 print([line.split()[0] for line in compiled.asm["ptx"].splitlines() if "f32" in line])

@@ -7,7 +7,7 @@ from fusenorm_openood.kernels.cuda import _adaptive_k
 
 
 @triton.jit
-def store_k(h, k_min, k_max, N, k):
+def store_k(h, k_min, k_max, pixels, k):
     i = tl.program_id(0)
-    found = _adaptive_k(tl.load(h + i), tl.load(k_min + i), tl.load(k_max + i), tl.load(N + i))
-    tl.store(k + i, found)
+    low, high = tl.load(k_min + i), tl.load(k_max + i)
+    tl.store(k + i, _adaptive_k(tl.load(h + i), low, high, tl.load(pixels + i)))
