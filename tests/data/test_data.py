@@ -11,12 +11,7 @@ from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.data.digits import ID_CLASSES, digits_image_sets, write_digits
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.data.sources import benchmark_names, how_to_get
-from fusenorm_openood.data.transforms import (
-    eval_transform,
-    normalization,
-    plain_transform,
-    train_transform,
-)
+from fusenorm_openood.data.transforms import normalization, plain_transform, train_transform
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.listening.batches import batches
 
@@ -69,13 +64,6 @@ def test_lists_that_cannot_be_read_are_named(images):
     (images / "list.txt").write_text("a/grey.png 3\na/alpha.png\n")
     with pytest.raises(DataError, match=r"list\.txt, line 2: 'a/alpha\.png' found, 'path label'"):
         ImageList(images / "list.txt", images, TRANSFORM)
-
-
-def test_test_images_are_resized_cropped_and_normalised():
-    image = Image.fromarray(np.full((60, 40, 3), 255, np.uint8))
-    out = eval_transform(32, 24, HALF)(image)
-    assert out.shape == (3, 24, 24)
-    torch.testing.assert_close(out, torch.full_like(out, 2.0))
 
 
 def test_training_images_move_and_mirror():
