@@ -2,7 +2,7 @@
 """Vectors of LANES numbers in numba: what a compiler would have to guess, said outright.
 
 Operators and functions work lane by lane on vectors of one kind; a comparison gives a mask, for
-:func:`where`. LLVM splits a vector where a register holds fewer lanes.
+`where`. LLVM splits a vector where a register holds fewer lanes.
 """
 
 import operator
@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 
 LANES = 16
-BLOCK = 8  # rows and columns that :func:`transpose` swaps: as many as fit in registers
+BLOCK = 8  # rows and columns that `transpose` swaps: as many as fit in registers
 
 
 class Vector(types.Type):
