@@ -246,7 +246,9 @@ def test_non_finite_images_are_reported(net, loader, output, bad):
     images = IMAGES.clone()
     images[3, 0, 2, 2] = bad
     before = state_of(net)
-    with pytest.raises(NonFiniteError, match=r"image 3 of the batch .* the image itself contains NaN"):
+    with pytest.raises(
+        NonFiniteError, match=r"image 3 of the batch .* the image itself contains NaN"
+    ):
         detector.score(images)
     for react in (90.0, None):
         with pytest.raises(NonFiniteError, match=r"image 3 .* the image itself"):
