@@ -6,21 +6,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fusenorm_openood.data.benchmarks import Benchmark, load_benchmark
 from fusenorm_openood.networks import ResNet18_32x32
 from fusenorm_openood.training.digits import train_digits
 
 CLASSES = 4
 
 
-def make_net(seed: int = 0) -> nn.Module:
+def make_net(seed: int = 0, classes: int = CLASSES) -> nn.Module:
     """A small ResNet-18 with running statistics that make its features differ between images."""
     torch.manual_seed(seed)
-    net = ResNet18_32x32(CLASSES, width=4)
+    net = ResNet18_32x32(classes, width=4)
     with torch.no_grad():
         net(torch.randn(64, 3, 16, 16))
     return net.eval()
@@ -61,6 +64,21 @@ def shortened_digits(data_root: Path, home: Path, train: int, others: int) -> Pa
         lines = path.read_text().splitlines(keepends=True)
         (lists / path.name).write_text("".join(lines[: train if "train" in path.name else others]))
     return home
+
+
+def drawn_benchmark(name: str, data_root: Path, images: int = 2) -> Benchmark:
+    """A benchmark whose lists hold so many drawn images of 40x60 pixels each, of class 0."""
+    benchmark, rng = load_benchmark(name, data_root), np.random.default_rng(0)
+    for image_set in benchmark.every():
+        image_set.imagelist.parent.mkdir(parents=True, exist_ok=True)
+        image_set.data_dir.mkdir(exist_ok=True)
+        files = [f"{image_set.imagelist.stem}_{number}.png" for number in range(images)]
+        for file in files:
+            pixels = rng.integers(0, 256, (40, 60, 3), np.uint8)
+            Image.fromarray(pixels).save(image_set.data_dir / file)
+        label = 0 if image_set in (*benchmark.id.values(), *benchmark.csid.values()) else -1
+        image_set.imagelist.write_text("".join(f"{file} {label}\n" for file in files))
+    return benchmark
 
 
 @contextmanager

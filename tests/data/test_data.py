@@ -11,12 +11,7 @@ from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.data.digits import ID_CLASSES, digits_image_sets, write_digits
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.data.sources import benchmark_names, how_to_get
-from fusenorm_openood.data.transforms import (
-    eval_transform,
-    normalization,
-    plain_transform,
-    train_transform,
-)
+from fusenorm_openood.data.transforms import normalization, plain_transform, train_transform
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.listening.batches import batches
 
@@ -71,13 +66,6 @@ def test_unreadable_lists_are_reported(images):
         DataError, match=r"list\.txt, line 2: must be 'path label' .*, got 'a/alpha\.png'"
     ):
         ImageList(images / "list.txt", images, TRANSFORM)
-
-
-def test_test_images_are_resized_cropped_and_normalised():
-    image = Image.fromarray(np.full((60, 40, 3), 255, np.uint8))
-    out = eval_transform(32, 24, HALF)(image)
-    assert out.shape == (3, 24, 24)
-    torch.testing.assert_close(out, torch.full_like(out, 2.0))
 
 
 def test_training_images_are_cropped_and_flipped():

@@ -1,5 +1,9 @@
 """The rule for k of the Triton kernel, as a kernel of its own."""
 
+import pytest
+
+pytest.importorskip("triton")
+
 import triton
 from triton import language as tl
 

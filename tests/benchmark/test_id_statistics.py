@@ -1,0 +1,69 @@
+"""Which images a detector learns from: those of the ID validation list, and no others."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fusenorm_openood import FuseNorm
+from fusenorm_openood.benchmark.evaluation import evaluate
+from fusenorm_openood.cli.engines import Job, evaluate_run
+from fusenorm_openood.cli.postprocessors import read_postprocessor
+from fusenorm_openood.data.benchmarks import image_loader
+from fusenorm_openood.data.lists import ImageList
+from fusenorm_openood.detectors.baselines import Baseline
+from tests import document
+from tests.conftest import drawn_benchmark, make_net
+
+IMAGES = 6
+VAL, VAL_OOD = ["val_cifar10.txt"] * IMAGES, ["val_tin.txt"] * IMAGES
+
+
+@pytest.fixture
+def benchmark(tmp_path):
+    return drawn_benchmark("cifar10", tmp_path, IMAGES)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The name of the list of every image that is read."""
+    names, get = [], ImageList.__getitem__
+
+    def watched(self, index):
+        names.append(self.path.name)
+        return get(self, index)
+
+    monkeypatch.setattr(ImageList, "__getitem__", watched)
+    return names
+
+
+def each_tested_list_once(benchmark):
+    names = [s.imagelist.name for s in benchmark.tested(fsood=True)]
+    return Counter(dict.fromkeys(names, IMAGES)) - Counter(VAL)
+
+
+def test_fusenorm_reads_the_validation_list_for_react_and_for_the_statistics(benchmark, read):
+    detector = FuseNorm(make_net(classes=10))
+    evaluate(detector, benchmark, fsood=True, progress=False)
+    assert read[: 2 * IMAGES] == VAL + VAL
+    assert Counter(read[2 * IMAGES :]) == each_tested_list_once(benchmark)
+    known = detector.infer(image_loader(benchmark.id["val"])).experts
+    s = detector.calibration_.statistics
+    expected = document.compute_id_statistics(known, 1, 99.9)
+    np.testing.assert_allclose([s.mean, s.std, s.lower, s.upper], expected, rtol=1e-6)
+
+
+def test_react_reads_the_validation_list_for_its_threshold(benchmark, read):
+    evaluate(
+        Baseline(make_net(classes=10), "react", percentile=90.0), benchmark, True, progress=False
+    )
+    assert read[:IMAGES] == VAL
+    assert Counter(read[IMAGES:]) == each_tested_list_once(benchmark)
+
+
+def test_a_search_reads_the_validation_pair_before_the_test(benchmark, read):
+    config = read_postprocessor("fusenorm", None, ["output=energy"], ["base=[2, 20]"], True)
+    job = Job(postprocessor="fusenorm", config=config, benchmark=benchmark, fsood=True)
+    evaluate_run(job, "native", make_net(classes=10))
+    assert read[: 3 * IMAGES] == VAL + VAL + VAL_OOD
+    assert Counter(read[3 * IMAGES :]) == each_tested_list_once(benchmark)

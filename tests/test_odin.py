@@ -1,0 +1,75 @@
+"""ODIN's step from its formula to the tables: where the gradient is zero, and in which unit."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch.nn import functional as F
+
+from fusenorm_openood import FuseNorm
+from fusenorm_openood.benchmark import comparison
+from fusenorm_openood.cli.engines import Job, evaluate_run
+from fusenorm_openood.cli.postprocessors import read_postprocessor
+from fusenorm_openood.method.experts import odin_perturb
+from tests.conftest import drawn_benchmark, make_net
+from tests.preprocessing import PREPROCESSING
+
+CIFAR10_STD = PREPROCESSING["cifar10"].std
+
+
+def odin(net, images, noise, std=(1, 1, 1)):
+    """Probability of the predicted class, by OpenOOD's formula, at temperature 1000."""
+    images = images.clone().requires_grad_()
+    logits = net(images) / 1000
+    F.cross_entropy(logits, logits.argmax(1)).backward()
+    sign = torch.ge(images.grad, 0).float() * 2 - 1
+    moved = images.detach() - noise * sign / torch.tensor(std).view(1, 3, 1, 1)
+    with torch.no_grad():
+        return (net(moved).double() / 1000).softmax(1).amax(1)
+
+
+def images_of(image_set):
+    listed = image_set.images()
+    return torch.stack([listed[i]["data"] for i in range(len(listed))])
+
+
+def test_a_gradient_of_zero_counts_as_positive():
+    images = torch.ones(1, 1, 1, 3, requires_grad=True)
+    score = (images * torch.tensor([-1.0, 0.0, 2.0])).sum((1, 2, 3))  # 1, so class 0
+    moved = odin_perturb(images, torch.stack([score, -score], dim=1), noise=0.5)
+    assert moved.flatten().tolist() == [0.5, 0.5, 1.5]
+
+
+@pytest.mark.parametrize("std", [None, (0.1, 0.2, 0.5)])
+def test_fusenorm_divides_the_step_by_input_std(net, loader, std):
+    images = torch.randn(7, 3, 16, 16)
+    detector = FuseNorm(net, noise=0.02, input_std=std, react_percentile=None).fit(loader)
+    p = odin(net, images, 0.02, std or (1, 1, 1))
+    np.testing.assert_allclose(detector.infer([images]).experts[-1], torch.logit(p), rtol=1e-4)
+
+
+def test_a_table_of_odin_counts_the_step_in_pixels_before_normalisation(tmp_path):
+    benchmark, net = drawn_benchmark("cifar10", tmp_path), make_net(classes=10)
+    config = read_postprocessor("odin", None, ["noise=0.05"])
+    job = Job(postprocessor="odin", config=config, benchmark=benchmark)
+    _, conf, _ = evaluate_run(job, "native", net).scores["id"]["test"]
+    images = images_of(benchmark.id["test"])
+    np.testing.assert_allclose(conf, odin(net, images, 0.05, CIFAR10_STD), rtol=1e-6)
+
+
+def test_a_comparison_counts_the_step_of_odin_alike(tmp_path, monkeypatch):
+    benchmark, net = drawn_benchmark("cifar10", tmp_path, 10), make_net(classes=10)
+    defaults = comparison.default_args
+    large_step = {"odin": {"temperature": 1000.0, "noise": 0.5}}
+    monkeypatch.setattr(
+        comparison, "default_args", lambda name: large_step.get(name, defaults(name))
+    )
+    table = comparison.compare(net, benchmark, {"base": [2, 20]}, progress=False).table
+
+    def auroc(std):
+        known, unknown = benchmark.id["test"], benchmark.near["tin"]
+        conf = torch.cat([odin(net, images_of(s), 0.5, std) for s in (known, unknown)])
+        return 100 * roc_auc_score([1] * 10 + [0] * 10, conf)
+
+    assert table.tin["ODIN"] == pytest.approx(auroc(CIFAR10_STD))
+    assert table.tin["ODIN"] != pytest.approx(auroc((1, 1, 1)))
