@@ -1,4 +1,4 @@
-"""Which Python environment the scripts choose, in a project whose environments are stand-ins."""
+"""Which Python environment the scripts choose, tested with mock environments."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ PROJECT = Path(__file__).parent.parent
 
 
 def environment(folder: Path, works: bool = True) -> Path:
-    """An environment whose Python is the one that runs, or one that can import nothing."""
+    """An environment with the Python that runs the tests, or with one that imports nothing."""
     python = folder / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(
@@ -24,7 +24,7 @@ def environment(folder: Path, works: bool = True) -> Path:
 
 @pytest.fixture
 def project(tmp_path):
-    """A project with its scripts and an environment that is installed already."""
+    """A project with its scripts and an environment that is already installed."""
     project = tmp_path / "project"
     shutil.copytree(PROJECT / "scripts", project / "scripts")
     shutil.copy(PROJECT / "pyproject.toml", project)
@@ -34,7 +34,7 @@ def project(tmp_path):
 
 
 def chosen(project: Path, **variables: Path) -> list[str]:
-    """The lines that a script prints when it asks for its environment, which comes last."""
+    """The lines that a script prints when it chooses its environment, which comes last."""
     clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
     shown = 'command -v python && echo "$PYTHON_ENVIRONMENT"'
     code = f". {project}/scripts/env.sh && environment && {shown}"
@@ -59,7 +59,7 @@ def test_the_active_environment_is_used_where_it_can_import_the_package(
     ]
 
 
-def test_an_active_environment_without_the_package_is_left_alone(project, tmp_path):
+def test_an_active_environment_without_the_package_is_not_used(project, tmp_path):
     active = environment(tmp_path / "active", works=False)
     said, folder = chosen(project, VIRTUAL_ENV=active)
     assert said.startswith(f"the active environment {active} lacks what this script needs")
@@ -89,7 +89,9 @@ def test_the_tests_need_more_of_an_environment_than_the_package(project, tmp_pat
 
 
 @pytest.mark.parametrize(("processes", "way"), [("1", "fusenorm"), ("4", "torchrun")])
-def test_training_is_started_in_as_many_processes(project, tmp_path, processes, way):
+def test_training_is_started_in_the_requested_number_of_processes(
+    project, tmp_path, processes, way
+):
     for name in ("fusenorm", "torchrun"):
         stub = tmp_path / "bin" / name
         stub.parent.mkdir(exist_ok=True)
@@ -109,7 +111,7 @@ def test_training_is_started_in_as_many_processes(project, tmp_path, processes, 
     assert done.stdout.strip() == expected[way]
 
 
-def test_a_number_of_processes_that_is_none_is_refused(project):
+def test_an_invalid_number_of_processes_is_rejected(project):
     code = f". {project}/scripts/env.sh; NPROC=two run_training"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1

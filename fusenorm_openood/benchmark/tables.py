@@ -1,4 +1,4 @@
-"""Tables in OpenOOD's format: one row per data set, and one per group of them with its mean."""
+"""Tables in OpenOOD's format: one row per data set, and one per group with its mean."""
 
 from collections.abc import Mapping, Sequence
 

@@ -51,7 +51,7 @@ _CHILD = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `breaks` = the native engine cannot work like this."""
+    """One line of the report; `breaks` = it keeps the native engine from working."""
 
     state: str  # ok, missing, broken
     name: str

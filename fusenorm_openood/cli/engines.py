@@ -71,14 +71,14 @@ class Job:
         return detector_for(self.postprocessor, self.config, self.benchmark.norm[1])
 
     def check(self) -> None:
-        """Raise ConfigError unless the postprocessor can be made from its configuration."""
+        """Raise ConfigError unless the postprocessor can be built from its configuration."""
         if self.is_native:
             _ = self.detector
         else:
             self.openood_postprocessor()
 
     def openood_postprocessor(self) -> Any:
-        """OpenOOD's postprocessor, or ours for its evaluator."""
+        """OpenOOD's postprocessor, or this package's, for OpenOOD's evaluator."""
         from fusenorm_openood.openood.adapter import make_postprocessor  # imports OpenOOD
 
         return make_postprocessor(self.postprocessor, self.config, self.benchmark.name)

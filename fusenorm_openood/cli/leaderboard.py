@@ -44,5 +44,5 @@ def results_csv(args: Namespace) -> Path:
                *(["--output-dir", args.output_dir] if args.output_dir else []),
                *(["--fsood"] if args.fsood else []), "--save-csv"]  # fmt: skip
     others = ", ".join(sorted(file.name for file in folder.glob("*.csv")))
-    beside = f" (the folder contains {others})" if others else ""
-    raise DataError(f"{path} does not exist{beside}: create it with '{shlex.join(command)}'")
+    contents = f" (the folder contains {others})" if others else ""
+    raise DataError(f"{path} does not exist{contents}: create it with '{shlex.join(command)}'")

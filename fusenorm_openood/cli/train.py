@@ -1,4 +1,4 @@
-"""`fusenorm train`: train a network, or resume a run that was interrupted."""
+"""`fusenorm train`: train a network, or resume an interrupted run."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path

@@ -22,7 +22,7 @@ from fusenorm_openood.method.statistics import IDStatistics, compute_id_statisti
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `FuseNorm.fit` learns; it holds no network, and pickles."""
+    """What `FuseNorm.fit` learns; it can be pickled without the network."""
 
     experts: tuple[str, ...]
     react_thresholds: dict[float, float]

@@ -64,7 +64,7 @@ def _check_labels(labels: Any, images: Tensor) -> None:
 
 
 def _without_traceback(loader: Iterable[Any]) -> Iterator[Any]:
-    """A loader whose DataErrors from worker processes come without a traceback in their message."""
+    """A loader that raises a DataError from a worker process without the worker's traceback."""
     try:
         yield from loader
     except DataError as error:

@@ -40,7 +40,7 @@ def forward_pass(
     """Run a network once and record its taps, its penultimate feature and its logits.
 
     A network that uses different logits for scoring than for classification, such as T2FNorm's,
-    has a method `forward_ood_inference`, which then returns the logits.
+    returns them from a method `forward_ood_inference`; they are then the logits of the pass.
 
     Raises:
         TapError: an unusable tap (see `listening`), or logits that are not `[B, K]`.

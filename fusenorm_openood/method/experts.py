@@ -86,7 +86,7 @@ def odin_perturb(
 def odin_direction(
     images: Tensor, logits: Tensor, temperature: float, keep_graph: bool = False
 ) -> Tensor:
-    """Whether each pixel of `images` grows the loss of the predicted class: `[B, C, H, W]`."""
+    """Whether increasing a pixel increases the loss of the predicted class: `[B, C, H, W]`."""
     target = logits.detach().argmax(dim=1)
     loss = F.cross_entropy(logits.float() / temperature, target, reduction="sum")
     # Only the sign matters: a power of two close to T avoids underflow in half precision.

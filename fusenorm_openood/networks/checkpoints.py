@@ -107,8 +107,8 @@ def load_state(path: str | Path) -> State:
         or not all(torch.is_tensor(v) for v in state.values())
     ):
         raise CheckpointError(
-            f"{path} must hold a state dict, got another {type(state).__name__}: save "
-            "net.state_dict() with torch.save"
+            f"{path} must hold a non-empty state dict of tensors, got a {type(state).__name__}: "
+            "save net.state_dict() with torch.save"
         )
     return {str(key).removeprefix("module."): value for key, value in state.items()}
 

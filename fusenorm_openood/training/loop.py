@@ -73,8 +73,8 @@ def train(
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     devices = [device] if device.type == "cuda" else []
     # Two threads for digits, so that the weights do not depend on the number of cores.
-    few = threads(2) if benchmark.name == "digits" else nullcontext()
-    with few, torch.random.fork_rng(devices):
+    limited = threads(2) if benchmark.name == "digits" else nullcontext()
+    with limited, torch.random.fork_rng(devices):
         torch.manual_seed(recipe.seed)
         net = recipe.build(benchmark.num_classes)
         if recipe.init is not None:

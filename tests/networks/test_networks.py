@@ -125,7 +125,9 @@ def test_checkpoints_that_do_not_fit_are_rejected(tmp_path):
     state = {k: v for k, v in net.state_dict().items() if not k.startswith("layer3.1")}
     with pytest.raises(CheckpointError, match="looks like a ResNet18_32x32 but does not fit it"):
         load_network(save(state, tmp_path / "partial.ckpt"))
-    with pytest.raises(CheckpointError, match="must hold a state dict, got another list"):
+    with pytest.raises(
+        CheckpointError, match="must hold a non-empty state dict of tensors, got a list"
+    ):
         load_network(save([1, 2], tmp_path / "list.ckpt"))
 
 

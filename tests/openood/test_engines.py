@@ -186,7 +186,7 @@ def test_the_command_accepts_openoods_postprocessors(home, bench, tmp_path, caps
 
 @pytest.fixture
 def with_a_broken_image(home, tmp_path):
-    """A function that writes one ID test image, whole but for its end, and gives its data root."""
+    """A function that writes one truncated ID test image and returns its data root."""
     lists = tmp_path / "benchmark_imglist" / "cifar10"
     lists.mkdir(parents=True)
     for path in (home / "data" / "benchmark_imglist" / "cifar10").glob("*.txt"):
@@ -225,7 +225,7 @@ def test_truncated_images_are_read_alike_by_both_engines(networks, with_a_broken
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_told_in_one_sentence(networks, with_a_broken_image, workers):
+def test_an_unreadable_image_is_reported_in_one_sentence(networks, with_a_broken_image, workers):
     data_root = with_a_broken_image(0.01)
     msp = make_postprocessor("msp", {"postprocessor": {"name": "msp"}}, "cifar10")
     with pytest.raises(DataError, match=r"cannot read or write a file \([^\n]*\)"):

@@ -12,7 +12,7 @@ from fusenorm_openood.openood import bridge
 from fusenorm_openood.openood.pipelines import find_config, main, process_restored
 
 
-def test_without_openood_it_says_so(monkeypatch, capsys):
+def test_without_openood_it_reports_that_openood_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(bridge, "find_spec", lambda name: None)
     assert main(["--config", "configs/networks/resnet50.yml", "--device", "cpu"]) == 1
     err = capsys.readouterr().err
