@@ -28,7 +28,8 @@ class ScoreBank(ExpertScorer):
         outputs: output experts that will be needed on their own.
 
     Raises:
-        ConfigError, TapError: settings that do not fit the network.
+        ConfigError: settings that do not fit the network.
+        TapError: taps that do not fit the network.
     """
 
     def __init__(

@@ -33,9 +33,6 @@ class Calibration:
 class FuseNorm(Detector):
     """OOD detector that fuses the feature norms of all residual blocks with an output expert.
 
-    >>> detector = FuseNorm(net, alpha=0.5).fit(id_loader)  # doctest: +SKIP
-    >>> confidence = detector.score(images)                 # doctest: +SKIP
-
     Args:
         net: any network that returns logits `[B, K]`; it is left unchanged.
         settings: all settings at once; None = the published ones.
@@ -47,7 +44,8 @@ class FuseNorm(Detector):
         calibration_: ID statistics, after `fit`.
 
     Raises:
-        ConfigError, TapError: settings that do not fit the network.
+        ConfigError: settings that do not fit the network.
+        TapError: taps that do not fit the network.
     """
 
     def __init__(self, net: nn.Module, settings: Settings | None = None, **changes: Any) -> None:

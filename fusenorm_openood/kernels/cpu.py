@@ -5,16 +5,17 @@
 patterns of float32: those of numbers >= 0 sort as the numbers do, so that the k largest can be
 found by comparing integers, and a bit pattern is itself a cheap, rough logarithm.
 
-**Rows and tiles.** A vector has LANES = 16 numbers. The channels of a sample are worked through in
-*groups*, each a sequence of whole vectors with one of two layouts:
+**Rows and tiles.** A vector has LANES = 16 numbers. A sample is worked through by *groups* of
+channels, each a sequence of whole vectors with one of two layouts:
 
-    a row:  one channel, LANES of its pixels per vector; for large maps
+    a row:  one channel, LANES of its pixels per vector; for large maps and for few channels
+            (here a map of 97 pixels)
 
                             lane 0   lane 1         lane 15
                 vector 0    pixel 0  pixel 1   ...  pixel 15
                 vector 1    pixel 16 pixel 17  ...  pixel 31
                 ...
-                the last    pixel 96 0         ...  0          padded with 0
+                vector 6    pixel 96 0         ...  0          padded with 0
 
     a tile: LANES channels, one pixel of each per vector; for small maps and channels_last
 

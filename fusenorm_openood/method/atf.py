@@ -14,7 +14,7 @@ IN_CACHE = 2**18  # values that a CPU works on at a time
 
 
 class FeatureNorm(NamedTuple):
-    """Settings of one feature norm; see :func:`atf`."""
+    """Settings of one feature norm; see `atf`."""
 
     k_min: float = 0.1
     k_max: float = 0.25
@@ -30,7 +30,7 @@ def atf(
     In every channel the norm is the root of the mean of the k largest energies. Channels are
     weighted by how concentrated their energy is in space, and k grows with the mean spatial
     entropy of the sample. A compiled kernel computes it where
-    :func:`fusenorm_openood.kernels.backend` has one for the device, else torch, in float64; either
+    `fusenorm_openood.kernels.backend` has one for the device, else torch, in float64; either
     way the order of the pixels, the batch size and the memory format change nothing but the last
     digits of float32.
 
@@ -57,7 +57,7 @@ def atf(
 
 
 def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
-    """The norms ``[S, B]`` of :func:`atf` under several settings, for little more than one.
+    """The norms ``[S, B]`` of `atf` under several settings, for little more than one.
 
     All settings share the energies, and all with the same ``eps`` the entropies, too.
     """

@@ -46,7 +46,8 @@ def fuse(
         strong: normalised scores `[S, N]` of the experts that carry the decision, S >= 1.
         weak: normalised scores `[W, N]` of the experts that can only lower it; W may be 0.
         weights: one weight >= 0 per strong expert, scaled to sum to 1; None = equal weights.
-        base, cap: see `penalty`.
+        base: see `penalty`.
+        cap: see `penalty`.
 
     Returns:
         Confidences `[N]`, larger = more in-distribution.

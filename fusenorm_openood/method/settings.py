@@ -18,7 +18,10 @@ class Settings:
 
     Attributes:
         taps: `"blocks"`, `"stages"` or module names; see `resolve_taps`.
-        k_min, k_max, alpha, eps: parameters of the feature norm; see `atf`.
+        k_min: smallest fraction of pixels to average; see `atf`.
+        k_max: largest fraction of pixels to average; see `atf`.
+        alpha: share of the uniform weight in each channel weight; see `atf`.
+        eps: keeps divisions and logarithms finite; see `atf`.
         output: output expert: `msp`, `mls`, `energy` or `odin`.
         temperature: temperature of the output expert; None = 1000 for ODIN, 1 otherwise.
         noise: ODIN's step size on normalised pixels; 0 = no step and no gradient.
@@ -28,8 +31,10 @@ class Settings:
         strong: strong experts, each a tap's name, a tap's number (from 0) or `"output"`;
             `"auto"` = the first tap of the last stage and the output expert.
         weights: one weight per strong expert; None = equal weights.
-        base, cap: parameters of the penalty; see `penalty`.
-        percentile_low, percentile_high: percentiles of the ID scores that are mapped to 0 and 1.
+        base: how steeply the penalty grows; see `penalty`.
+        cap: largest penalty; see `penalty`.
+        percentile_low: percentile of the ID scores that is mapped to 0.
+        percentile_high: percentile of the ID scores that is mapped to 1.
 
     Raises:
         ConfigError: a value outside its range.

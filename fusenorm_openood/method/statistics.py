@@ -32,7 +32,8 @@ def compute_id_statistics(
 
     Args:
         scores: ID scores `[L, N]`, one row per expert, larger = more in-distribution.
-        percentile_low, percentile_high: percentiles in [0, 100] that are mapped to 0 and 1.
+        percentile_low: percentile in [0, 100] that is mapped to 0.
+        percentile_high: percentile in [0, 100] that is mapped to 1.
         names: the experts' names `[L]`, for error messages.
 
     Raises:
