@@ -1,10 +1,6 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
 """SIMD vectors of LANES numbers in numba, explicit rather than left to LLVM's vectoriser.
 
-<<<<<<< HEAD
-Operators and functions work lane by lane on vectors of one kind; a comparison gives a mask, for
-`where`. LLVM splits a vector where a register holds fewer lanes.
-=======
 A vector is a numba type of its own, for int32 (``I32``), float32 (``F32``), float64 (``F64``) or
 truth values (``MASK``), and one LLVM vector in compiled code; LLVM splits it where a register holds
 fewer lanes. Arithmetic works lane by lane on two vectors of one type. A comparison gives a mask,
@@ -15,7 +11,6 @@ for :func:`where`. ``load`` and ``store`` move vectors between registers and arr
     store(array, at, as_bits(kept))
 
 Each function is a numba intrinsic: a rule for its type, and one that emits LLVM instructions.
->>>>>>> kernels
 """
 
 import operator
@@ -25,11 +20,7 @@ from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 
 LANES = 16
-<<<<<<< HEAD
-BLOCK = 8  # rows and columns that `transpose` swaps: as many as fit in registers
-=======
 BLOCK = 8  # rows and columns that :func:`transpose` exchanges: as many as fit in registers
->>>>>>> kernels
 
 
 class Vector(types.Type):
