@@ -1,4 +1,4 @@
-"""The detectors that a user would pick instead, from pytorch-ood: ``pip install pytorch-ood``."""
+"""Alternative detectors from pytorch-ood (`pip install pytorch-ood`)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,11 +11,12 @@ from fusenorm_openood import FuseNorm
 
 
 class Peer(NamedTuple):
-    """A detector, made and not yet fitted.
+    """A detector before fitting.
 
-    layers: "all" for one that looks at several layers, "last" for one that does not.
-    fit: takes a loader; None where there is nothing to fit.
-    score: takes images ``[B, 3, H, W]``.
+    Attributes:
+        layers: "all" if it uses several layers, "last" otherwise.
+        fit: takes a loader; None if there is nothing to fit.
+        score: takes images `[B, 3, H, W]`.
     """
 
     layers: str
@@ -24,7 +25,7 @@ class Peer(NamedTuple):
 
 
 def make_peers(net: nn.Module, classes: int) -> dict[str, Callable[[], Peer]]:
-    """Functions that make each detector around a ResNet of four stages, without what is absent."""
+    """Functions that build each installed detector for a ResNet with four stages."""
     ours = {
         "FuseNorm (energy)": lambda: _ours(FuseNorm(net, output="energy", react_percentile=None)),
         "FuseNorm (energy, ReAct)": lambda: _ours(FuseNorm(net, output="energy")),

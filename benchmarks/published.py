@@ -1,4 +1,4 @@
-"""ATF and ODIN the way they were published, written from their formulas: what we compare with."""
+"""ATF and ODIN as published, written from their formulas, as a reference for timings."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 def atf_loop(
     x: Tensor, k_min: float = 0.1, k_max: float = 0.25, alpha: float = 0.0, eps: float = 1e-8
 ) -> Tensor:
-    """ATF of feature maps ``[B, C, H, W]``, a sample at a time, for each has its own k."""
+    """ATF of feature maps `[B, C, H, W]`, one sample at a time, since each has its own k."""
     e = x.flatten(2).square()
     _, channels, pixels = e.shape
     p = e / (e.sum(-1, keepdim=True) + eps)
@@ -30,9 +30,9 @@ def atf_loop(
 def odin_react(
     net: nn.Module, images: Tensor, blocks: list[str], threshold: float, noise: float = 0.01
 ) -> tuple[Tensor, Tensor]:
-    """Norms ``[L, B]`` of one pass, and ODIN's score ``[B]`` under ReAct of two more.
+    """Norms `[L, B]` from one pass, and ODIN's score `[B]` with ReAct from two more passes.
 
-    The gradient is computed with ``backward``, those of the weights along with it.
+    The gradient is computed with `backward`, which computes those of the weights as well.
     """
     maps: list[Tensor] = []
     hooks = [net.get_submodule(n).register_forward_hook(lambda m, i, o: maps.append(o))
@@ -57,7 +57,7 @@ def odin_react(
 
 
 def forward(net: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    """The plain forward pass that everything is compared with."""
+    """The plain forward pass, to which everything is compared."""
 
     def run() -> Tensor:
         with torch.no_grad():

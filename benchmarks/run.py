@@ -1,9 +1,9 @@
-"""How fast FuseNorm is on the machine at hand, as ratios measured in one run.
+"""Measure the speed of FuseNorm on this machine, as ratios within one run.
 
     python benchmarks/run.py [--quick] [--only atf postprocess peers growth startup] [--json FILE]
 
 Networks have random weights and images are noise, so that no data is needed. X_vs_Y is the time of
-X over that of Y, the median over rounds in which both took turns. Leave the machine idle meanwhile.
+X divided by that of Y, the median over rounds that run both. Leave the machine otherwise idle.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import Apart, Made, copy_bandwidth, median, once, peak_mebibytes, ratio, seconds
+from measure import Isolated, Prepared, copy_bandwidth, median, once, peak_mebibytes, ratio, seconds
 from peers import make_peers
 from published import atf_loop, forward, odin_react
 from torch import nn
@@ -33,7 +33,7 @@ from fusenorm_openood.listening.taps import residual_blocks
 from fusenorm_openood.networks import ResNet18_32x32, ResNet18_224x224, ResNet50
 
 CLASSES = 10
-# Blocks of each shape (channels, height), how many there are, and the batch.
+# Batch size, and for each shape of feature map: channels, height, number of blocks.
 SHAPES: dict[str, tuple[int, list[tuple[int, int, int]]]] = {
     "resnet18-32x32": (64, [(64, 32, 2), (128, 16, 2), (256, 8, 2), (512, 4, 2)]),
     "resnet18-224x224": (16, [(64, 56, 2), (128, 28, 2), (256, 14, 2), (512, 7, 2)]),
@@ -50,7 +50,7 @@ OUTPUTS = [(output, q) for q in (None, 90.0) for output in ("msp", "mls", "energ
 
 
 class Report:
-    """What was measured: printed as it comes, kept for the JSON."""
+    """The measurements: printed as they come, and kept for the JSON file."""
 
     def __init__(self) -> None:
         self.ratios: dict[str, float] = {}
@@ -65,7 +65,7 @@ class Report:
 
 
 def benchmark_atf(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
-    """ATF of each shape: a loop over samples, torch on the batch, the kernel."""
+    """ATF of each shape with a loop over samples, with torch on the batch, and with the kernel."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     chosen = kernels.backend(device)
@@ -78,14 +78,14 @@ def benchmark_atf(report: Report, device: torch.device, rounds: int, quick: bool
         totals: dict[str, list[float]] = {}
         for channels, size, blocks in shapes:
             x = torch.randn(batch, channels, size, size, device=device).relu_()
-            works = {"loop": lambda x=x: atf_loop(x), "eager": lambda x=x: _eager(x)}
+            tasks = {"loop": lambda x=x: atf_loop(x), "eager": lambda x=x: _eager(x)}
             if chosen.name != "torch":
-                works["kernel"] = lambda x=x: atf(x)
+                tasks["kernel"] = lambda x=x: atf(x)
                 if device.type == "cpu" and threads > 1:
-                    works["one_thread_loop"] = lambda x=x: _on_one_thread(lambda: atf_loop(x))
-                    works["one_thread"] = lambda x=x: _on_one_thread(lambda: atf(x))
-            # In a network a map has just been written, and the threads are awake.
-            taken = seconds(works, rounds, device, settled=True)
+                    tasks["one_thread_loop"] = lambda x=x: _on_one_thread(lambda: atf_loop(x))
+                    tasks["one_thread"] = lambda x=x: _on_one_thread(lambda: atf(x))
+            # As in a network, where the map has just been written and the threads are awake.
+            taken = seconds(tasks, rounds, device, settled=True)
             for name, values in taken.items():
                 total = totals.setdefault(name, [0.0] * rounds)
                 totals[name] = [t + blocks * v for t, v in zip(total, values, strict=True)]
@@ -124,11 +124,11 @@ def _eager(x: torch.Tensor) -> torch.Tensor:
             os.environ[kernels.VARIABLE] = forced
 
 
-def _on_one_thread(work: Callable[[], Any]) -> None:
+def _on_one_thread(task: Callable[[], Any]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        work()
+        task()
     finally:
         torch.set_num_threads(threads)
 
@@ -136,22 +136,22 @@ def _on_one_thread(work: Callable[[], Any]) -> None:
 def benchmark_postprocess(
     report: Report, device: torch.device, rounds: int, quick: bool, networks: list[str]
 ) -> None:
-    """The whole postprocess over the plain forward pass of the same batch."""
-    print("\npostprocess over the plain forward pass of the same batch")
+    """Complete postprocessing relative to the plain forward pass of the same batch."""
+    print("\npostprocess relative to the plain forward pass of the same batch")
     cases = [("resnet18-32x32", 64), ("resnet18-32x32", 200), ("resnet50-224x224", 16)]
     for network, batch in cases[:1] if quick else cases:
         if network not in networks:
             continue
         for amp in (False,) if quick else (False, True):
             if amp and (slower := _bfloat16_over_float32(device)) > 3:
-                print(f"bfloat16 takes {slower:.0f} times as long as float32 here: left out")
+                print(f"bfloat16 takes {slower:.0f} times as long as float32 here: skipped")
                 break
             outputs = OUTPUTS[2:8:5] if quick else OUTPUTS  # energy; ODIN with ReAct
             _benchmark_case(report, (network, batch, device, amp), outputs, rounds, quick)
 
 
 def _bfloat16_over_float32(device: torch.device) -> float:
-    """How long a forward pass takes in bfloat16, which some processors only emulate."""
+    """Time of a forward pass in bfloat16, which some processors only emulate, over float32."""
     net, images = _setting("resnet18-32x32", 1, device)
 
     def half() -> None:
@@ -172,12 +172,12 @@ def _benchmark_case(
     network, batch, device, amp = case_of
     case = f"{network}-b{batch}" + "-bf16" * amp
     names = [output + "_react" * bool(q) for output, q in outputs]
-    works = ["forward", "forward_in_parts", *names, "published"]
-    makers = {name: partial(make_work, name, *case_of) for name in works}
-    with Apart(makers, device) as apart:
-        taken = apart.seconds(rounds)
-        memory = {n: None if quick else apart.peak_mebibytes(n) for n in works}
-    for name in works:
+    tasks = ["forward", "forward_in_parts", *names, "published"]
+    makers = {name: partial(make_task, name, *case_of) for name in tasks}
+    with Isolated(makers, device) as isolated:
+        taken = isolated.seconds(rounds)
+        memory = {n: None if quick else isolated.peak_mebibytes(n) for n in tasks}
+    for name in tasks:
         over = ratio(taken, name, "forward")
         report.row(
             "postprocess", case=case, output=name, ms=1e3 * median(taken[name]),
@@ -192,11 +192,11 @@ def _benchmark_case(
                 report.ratio(f"postprocess/{case}/{name}_memory_vs_forward", more)
     value = ratio(taken, "odin_react", "published")
     report.ratio(f"postprocess/{case}/odin_react_vs_published", value)
-    print(f"odin_react over the published way: {value:.2f}", flush=True)
+    print(f"odin_react relative to the published implementation: {value:.2f}", flush=True)
 
 
-def make_work(name: str, network: str, batch: int, device: torch.device, amp: bool) -> Made:
-    """A forward pass of a batch, or what is done with it instead: by name, an output expert's."""
+def make_task(name: str, network: str, batch: int, device: torch.device, amp: bool) -> Prepared:
+    """The named task on a batch: a forward pass, or postprocessing with an output expert."""
     net, images = _setting(network, batch, device)
     precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
     postprocessor = None
@@ -208,7 +208,7 @@ def make_work(name: str, network: str, batch: int, device: torch.device, amp: bo
         with precision():
             postprocessor.setup(net, {"val": DataLoader(TensorDataset(id_images), 16)}, None)
 
-    def work() -> None:
+    def task() -> None:
         with precision():
             if postprocessor is not None:
                 postprocessor.postprocess(net, images)
@@ -218,7 +218,7 @@ def make_work(name: str, network: str, batch: int, device: torch.device, amp: bo
                 for part in [images] if name == "forward" else parts(images):
                     forward(net, part)()
 
-    return Made(work)
+    return Prepared(task)
 
 
 def benchmark_peers(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
@@ -227,15 +227,15 @@ def benchmark_peers(report: Report, device: torch.device, rounds: int, quick: bo
     print(f"\npeers: {network}, batches of {batch}, fitted on {fitted_on} images")
     peers = make_peers(_setting(network, 1, device)[0], CLASSES)
     if len(peers) == 3:
-        print("pytorch-ood is not installed (pip install pytorch-ood): FuseNorm alone")
+        print("pytorch-ood is not installed (pip install pytorch-ood): only FuseNorm is measured")
     layers = {"forward": "last"} | {name: make().layers for name, make in peers.items()}
     if quick:
         layers = {name: layers[name] for name in QUICK_PEERS if name in layers}
-    makers = {n: partial(make_peer_work, n, network, batch, fitted_on, device) for n in layers}
-    with Apart(makers, device) as apart:
-        taken = apart.seconds(rounds)
-        memory = {n: None if quick else apart.peak_mebibytes(n) for n in makers}
-        fits = apart.prepared_s
+    makers = {n: partial(make_peer_task, n, network, batch, fitted_on, device) for n in layers}
+    with Isolated(makers, device) as isolated:
+        taken = isolated.seconds(rounds)
+        memory = {n: None if quick else isolated.peak_mebibytes(n) for n in makers}
+        fits = isolated.prepared_s
     for name in makers:
         report.row(
             "peers", method=name, layers=layers[name], fit_s=fits[name],
@@ -250,23 +250,23 @@ def benchmark_peers(report: Report, device: torch.device, rounds: int, quick: bo
         )
 
 
-def make_peer_work(
+def make_peer_task(
     name: str, network: str, batch: int, fitted_on: int, device: torch.device
-) -> Made:
-    """A batch scored by a detector that was fitted, or by name the plain forward pass."""
+) -> Prepared:
+    """The named task on a batch: scoring with a fitted detector, or the plain forward pass."""
     net, images = _setting(network, batch, device)
     if name == "forward":
-        return Made(forward(net, images))
+        return Prepared(forward(net, images))
     labels = torch.arange(fitted_on) % CLASSES
     fitting = TensorDataset(_images(network, fitted_on).to(device), labels.to(device))
     peer = make_peers(net, CLASSES)[name]()
     fit = peer.fit
     fit_s = once(lambda: fit(DataLoader(fitting, batch)), device) if fit else 0.0
-    return Made(lambda: peer.score(images), fit_s)
+    return Prepared(lambda: peer.score(images), fit_s)
 
 
 def benchmark_growth(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
-    """Growth with the number of images and with their resolution; 1 is linear in the pixels."""
+    """Growth of time with the number of images and with their resolution; 1 = linear in pixels."""
     print("\ngrowth")
     net, _ = _setting("resnet18-32x32", 1, device)
     base = 16 if quick else 64
@@ -282,9 +282,9 @@ def benchmark_growth(report: Report, device: torch.device, rounds: int, quick: b
         "pixels": [(base // 2, 32 * n, n * n) for n in ((1, 2) if quick else (1, 2, 4))],
     }
     for name, sizes in cases.items():
-        works = {str(factor): infer(count, size) for count, size, factor in sizes}
-        taken = seconds(works, rounds, device)
-        memory = [None if quick else peak_mebibytes(work, device) for work in works.values()]
+        tasks = {str(factor): infer(count, size) for count, size, factor in sizes}
+        taken = seconds(tasks, rounds, device)
+        memory = [None if quick else peak_mebibytes(task, device) for task in tasks.values()]
         factors = [factor for *_, factor in sizes]
         times = [median(taken[str(factor)]) for factor in factors]
         exponent = np.polyfit(np.log(factors), np.log(times), 1)[0]
@@ -296,7 +296,7 @@ def benchmark_growth(report: Report, device: torch.device, rounds: int, quick: b
 
 
 def benchmark_startup(report: Report, rounds: int, quick: bool) -> None:
-    """What a user waits for before anything happens, each in a process of its own."""
+    """Start-up times, each in its own process."""
     print("\nstart-up")
     python = [sys.executable, "-c"]
     commands = {
@@ -305,12 +305,12 @@ def benchmark_startup(report: Report, rounds: int, quick: bool) -> None:
         "detector": [*python, "import torch; from fusenorm_openood import FuseNorm"],
         "help": [sys.executable, "-m", "fusenorm_openood.cli", "--help"],
     }
-    works = {
+    tasks = {
         name: lambda c=command: subprocess.run(c, check=True, stdout=subprocess.DEVNULL)
         for name, command in commands.items()
     }
-    taken = seconds(works, rounds, torch.device("cpu"), warm=not quick)
-    for name in works:
+    taken = seconds(tasks, rounds, torch.device("cpu"), warm=not quick)
+    for name in tasks:
         over = ratio(taken, name, "torch")
         report.row("startup", of=name, seconds=median(taken[name]), vs_import_torch=over)
         report.ratio(f"startup/{name}_vs_import_torch", over)
@@ -368,12 +368,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS)
     parser.add_argument(
-        "--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS], help="of postprocess"
+        "--networks",
+        nargs="+",
+        choices=NETWORKS,
+        default=[*NETWORKS],
+        help="networks of the section postprocess",
     )
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, help="of each measurement (default: 9; quick: 1)")
-    parser.add_argument("--quick", action="store_true", help="a minute, and rougher figures")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds per measurement (default: 9, with --quick 1)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="about a minute, with less precise results"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -391,7 +399,7 @@ def main() -> None:
     }
     for name in args.only or sections:
         sections[name]()
-        if args.json:  # after each section: what is measured is not lost
+        if args.json:  # after each section, so that no measurement is lost
             found = {"machine": machine, "ratios": report.ratios, "rows": report.rows}
             args.json.write_text(json.dumps(found, indent=1) + "\n")
 

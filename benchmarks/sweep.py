@@ -1,8 +1,8 @@
-"""What a search costs: its time over that of one plain inference of the two validation loaders.
+"""Time of a search relative to one plain inference on the two validation loaders.
 
     python benchmarks/sweep.py [--images 400] [--threads 2]
 
-Prints, for each output expert, seconds and their ratio, from one run on the machine at hand.
+Prints seconds and their ratio for each output expert, from one run on this machine.
 The network is OpenOOD's ResNet-18 for 32x32 images with random weights; the images are noise.
 """
 
@@ -34,7 +34,7 @@ EXPERTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=400, help="in each of the two loaders")
+    parser.add_argument("--images", type=int, default=400, help="images in each of the two loaders")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -56,9 +56,9 @@ def main() -> None:
         )
 
 
-def seconds(work) -> float:
+def seconds(task) -> float:
     started = time.perf_counter()
-    work()
+    task()
     return time.perf_counter() - started
 
 

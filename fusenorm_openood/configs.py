@@ -1,4 +1,4 @@
-"""Reading configuration files in OpenOOD's schema."""
+"""Read configuration files in OpenOOD's schema."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,45 +10,45 @@ from fusenorm_openood.errors import ConfigError
 
 
 def config_root() -> Path:
-    """The folder of this package's configurations: inside the wheel, or beside the checkout."""
+    """The folder of this package's configurations, in the wheel or in the checkout."""
     package = Path(__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; ConfigError where there is none."""
+    """The mapping in a YAML file; ConfigError if there is none."""
     path = Path(path)
     try:
         config = parse_yaml(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         siblings = ", ".join(sorted(p.stem for p in path.parent.glob("*.yml")))
         raise ConfigError(
-            f"configuration {path} cannot be read ({error.strerror}); "
-            f"beside it there are: {siblings or 'none'}"
+            f"configuration {path} cannot be read ({error.strerror}): its folder contains "
+            f"{siblings or 'no YAML files'}"
         ) from None
     if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds {type(config).__name__} in the place of a mapping")
+        raise ConfigError(f"{path} must contain a mapping, got {type(config).__name__}")
     return config
 
 
 def parse_yaml(text: str, source: str | Path = "the value") -> Any:
-    """What a YAML text says; ConfigError where it is none."""
+    """The value of a YAML text; ConfigError if it is invalid."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is no YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def lookup(config: Mapping[str, Any], *keys: str) -> Any:
-    """The value under nested keys; ConfigError that names the first missing one."""
+    """The value under nested keys; ConfigError naming the first key that is missing."""
     value: Any = config
     for depth, key in enumerate(keys):
         if not isinstance(value, Mapping) or key not in value:
             known = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
             raise ConfigError(
-                f"key {'.'.join(keys[: depth + 1])!r} is missing in the configuration: "
-                f"found {known or 'nothing'} there"
+                f"key {'.'.join(keys[: depth + 1])!r} is missing from the configuration: "
+                f"found only {known or 'nothing'}"
             )
         value = value[key]
     return value

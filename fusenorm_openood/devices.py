@@ -1,4 +1,4 @@
-"""Which device to compute on, and running code there that was written for CUDA."""
+"""Choose a device, and run code that was written for CUDA on it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from fusenorm_openood.errors import ConfigError
 
 
-class _CudaIs(TorchFunctionMode):
-    """Takes tensors that are told ``.cuda()`` to another device, modules with them."""
+class _RedirectCuda(TorchFunctionMode):
+    """Redirects `.cuda()` of tensors, and so of modules, to another device."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -34,11 +34,11 @@ class _CudaIs(TorchFunctionMode):
 
 @contextmanager
 def on_device(device: str | torch.device) -> Iterator[None]:
-    """Within this block, ``.cuda()`` of any tensor or module takes it to ``device``.
+    """Context in which `.cuda()` moves any tensor or module to `device`.
 
-    OpenOOD sends all it computes on to CUDA; so its evaluators, pipelines and trainers run on a
-    CPU, or on MPS, as they do on CUDA. Nothing is patched: other threads see nothing of it, and
-    nothing is left when the block is.
+    OpenOOD moves everything to CUDA; in this context its evaluators, pipelines and trainers run on
+    a CPU or on MPS as well. Nothing is patched: other threads are unaffected, and nothing remains
+    afterwards.
 
     >>> with on_device("cpu"):
     ...     torch.ones(2).cuda().device
@@ -48,12 +48,12 @@ def on_device(device: str | torch.device) -> Iterator[None]:
     if device == torch.device("cuda"):
         yield
         return
-    with _CudaIs(device):
+    with _RedirectCuda(device):
         yield
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name, ``auto`` being the best one there is."""
+    """The device of that name; `auto` is the best one available."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

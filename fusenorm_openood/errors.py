@@ -1,20 +1,20 @@
-"""The exceptions of this package: each message names the thing, the value found and the way out."""
+"""The exceptions of this package; each message names the thing, the value found and the way out."""
 
 
 class FuseNormError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of all errors that this package raises deliberately."""
 
 
 class ConfigError(FuseNormError, ValueError):
-    """A setting, a configuration file or a command-line value that cannot be used."""
+    """An invalid setting, configuration file or command-line value."""
 
 
 class TapError(FuseNormError, ValueError):
-    """A place in the network that cannot be listened to, or that stayed silent."""
+    """A module that cannot be tapped, or that was never called."""
 
 
 class NotFittedError(FuseNormError, RuntimeError):
-    """A score was asked for before the ID statistics were fitted."""
+    """A score was requested before the ID statistics were fitted."""
 
 
 class NonFiniteError(FuseNormError, ValueError):
@@ -22,7 +22,7 @@ class NonFiniteError(FuseNormError, ValueError):
 
 
 class ZeroRangeError(FuseNormError, ValueError):
-    """An expert gives (almost) all ID images the same score, so that it cannot be normalised."""
+    """An expert that gives (almost) all ID images the same score, and so cannot be normalised."""
 
 
 class DataError(FuseNormError, ValueError):
@@ -33,5 +33,9 @@ class CheckpointError(FuseNormError, ValueError):
     """A checkpoint that is missing, damaged, or made for another network."""
 
 
+class DamagedFileError(CheckpointError):
+    """A file that is truncated or altered, or not a checkpoint at all."""
+
+
 class OpenOODError(FuseNormError, RuntimeError):
-    """Something was asked of OpenOOD that is not to be had here."""
+    """OpenOOD is missing or broken, or does not support what was requested."""

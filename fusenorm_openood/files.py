@@ -1,4 +1,4 @@
-"""Writing files that are whole or not there."""
+"""Write files completely or not at all."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from fusenorm_openood.errors import ConfigError
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file under a temporary name, then rename it to ``path``."""
+    """Create a file with `write` under a temporary name, then rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -19,11 +19,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """ConfigError unless files can be written into a folder, which is made where it is missing."""
+    """Raise ConfigError unless a folder is writable; it is created if it does not exist."""
     try:
         write_whole(folder / ".writable", Path.touch)
-        (folder / ".writable").unlink(missing_ok=True)  # several processes may try at once
+        (folder / ".writable").unlink(missing_ok=True)  # several processes may check at once
     except OSError as error:
         raise ConfigError(
-            f"nothing can be written to {folder} ({error.strerror}): give {option} another folder"
+            f"folder {folder} is not writable ({error.strerror}): choose another with {option}"
         ) from None

@@ -1,4 +1,4 @@
-"""``python -m fusenorm_openood.main``: see :mod:`fusenorm_openood.openood.pipelines`."""
+"""Run `fusenorm_openood.openood.pipelines` as `python -m fusenorm_openood.main`."""
 
 import sys
 

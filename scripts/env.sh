@@ -1,7 +1,13 @@
-# Sourced by the other scripts: sets ROOT, the project root, and puts the project's virtual
-# environment ROOT/.venv first on PATH. On first use, and whenever pyproject.toml has changed, it
-# installs what the caller asks for: environment [EXTRA], with the CPU's kernel if it names none.
-# run_training trains a network.
+# Sourced by the other scripts. Sets ROOT, the project root, and defines
+#   environment [EXTRA]     chooses the Python environment and puts it first on PATH
+#   run_training ARGUMENTS  'fusenorm train' in $NPROC processes that share each batch
+#
+# The environment is
+#   1. the folder $FUSENORM_VENV, where that is set,
+#   2. else the active environment (virtualenv or conda), where it can import the package,
+#   3. else ROOT/.venv.
+# 1 and 3 are created on first use, and the package with the extra (default: fast, the CPU kernel)
+# is installed into them whenever pyproject.toml has changed; 2 is used as it is.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -10,7 +16,60 @@ fail() {
     exit 1
 }
 
-python_for_venv() {
+environment() {
+    local extra=${1:-fast} active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}} venv=${FUSENORM_VENV:-$ROOT/.venv}
+    if [ -z "${FUSENORM_VENV:-}" ] && [ -n "$active" ] && ! [ "$active" -ef "$venv" ]; then
+        if suffices "$active" "$extra"; then
+            echo "using the active environment $active"
+            use "$active"
+            return
+        fi
+        echo "the active environment $active lacks what this script needs, so $venv is used; to use" \
+            "yours: python -m pip install -e '$ROOT[$extra]'"
+    fi
+    install_into "$venv" "$extra"
+    use "$venv"
+}
+
+# Whether an environment can import the package and what an extra is for.
+suffices() { # suffices ENVIRONMENT EXTRA
+    local modules="fusenorm_openood torch"
+    case $2 in
+    test) modules+=" pytest pytest_cov xdist hypothesis" ;;
+    dev) modules+=" ruff mypy importlinter" ;;
+    esac
+    (cd / && "$1/bin/python" -c '
+import sys
+from importlib.util import find_spec
+sys.exit(not all(map(find_spec, sys.argv[1:])))' $modules 2>/dev/null)
+}
+
+use() { # use ENVIRONMENT
+    PYTHON_ENVIRONMENT=$1
+    PATH=$1/bin:$PATH
+    export PATH
+}
+
+install_into() { # install_into FOLDER EXTRA
+    local venv=$1 extra=$2 stamp=$1/.installed-$2 python
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        python=$(find_python) || exit 1
+        echo "creating $venv with $("$python" --version)"
+        rm -rf "$venv"
+        if ! "$python" -m venv "$venv"; then
+            rm -rf "$venv"
+            fail "cannot create a virtual environment: is python3-venv installed?"
+        fi
+    fi
+    if ! cmp -s "$ROOT/pyproject.toml" "$stamp"; then
+        echo "installing fusenorm-openood[$extra] into $venv; the first time this takes minutes (torch)"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$ROOT[$extra]" ||
+            fail "installation failed: see pip's message above"
+        cp "$ROOT/pyproject.toml" "$stamp"
+    fi
+}
+
+find_python() {
     local candidate
     for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10; do
         [ -n "$candidate" ] || continue
@@ -19,36 +78,13 @@ python_for_venv() {
             return
         fi
     done
-    fail "no Python 3.10 to 3.13 found: install one, or set PYTHON to it"
+    fail "found no Python 3.10 to 3.13: install one, or set PYTHON to it"
 }
 
-environment() {
-    local extra=${1:-fast} venv=$ROOT/.venv stamp python
-    stamp=$venv/.installed-$extra
-    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-        python=$(python_for_venv) || exit 1
-        echo "creating .venv with $("$python" --version)"
-        rm -rf "$venv"
-        if ! "$python" -m venv "$venv"; then
-            rm -rf "$venv"
-            fail "no virtual environment could be made: is python3-venv installed?"
-        fi
-    fi
-    if ! cmp -s "$ROOT/pyproject.toml" "$stamp"; then
-        echo "installing fusenorm-openood[$extra] into .venv; the first time this takes some minutes (torch)"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$ROOT[$extra]" ||
-            fail "installation failed: see pip's message above"
-        cp "$ROOT/pyproject.toml" "$stamp"
-    fi
-    PATH=$venv/bin:$PATH
-    export PATH
-}
-
-# 'fusenorm train' in $NPROC processes that share the work: run_training ARGUMENTS.
 run_training() {
     case ${NPROC:-1} in
     1) fusenorm train "$@" ;;
-    *[!0-9]* | 0*) fail "NPROC=$NPROC found: give the number of processes" ;;
+    *[!0-9]* | 0*) fail "NPROC must be the number of processes, got $NPROC" ;;
     *) torchrun --standalone --nproc-per-node "$NPROC" -m fusenorm_openood.cli train "$@" ;;
     esac
 }

@@ -1,4 +1,4 @@
-"""Near-OOD and far-OOD tables, with the flags of OpenOOD's script of this name."""
+"""Near-OOD and far-OOD tables, with the flags of OpenOOD's script of the same name."""
 
 import sys
 

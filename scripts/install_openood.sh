@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs OpenOOD, which is on no package index, into .venv: from the checkout $OPENOOD_SOURCE,
-# else from ~/.cache/fusenorm/OpenOOD, else from its public address, at the commit that
-# this project is tested with. What is there already is left as it is.
+# Installs OpenOOD, which is on no package index, into the environment that the scripts use (see
+# env.sh): from the checkout $OPENOOD_SOURCE, else from ~/.cache/fusenorm/OpenOOD, else from its
+# public address, at the commit that this project is tested with.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 environment
@@ -9,13 +9,13 @@ source=${OPENOOD_SOURCE:-}
 [ -d "$source" ] && source=$(cd "$source" && pwd)
 cd "$ROOT"
 python -c 'import sys; sys.exit(sys.version_info >= (3, 13))' ||
-    fail "OpenOOD needs numpy 1, which Python 3.13 cannot have: set PYTHON to an older one and remove .venv"
-command -v git >/dev/null || fail "OpenOOD comes by git, which is not installed: install git"
+    fail "OpenOOD needs numpy 1, which Python 3.13 does not support: use Python 3.10 to 3.12 (set PYTHON)"
+command -v git >/dev/null || fail "OpenOOD is installed with git, which is missing: install git"
 
 commit=3c35632
 [ -n "$source" ] || { [ -d ~/.cache/fusenorm/OpenOOD ] && source=~/.cache/fusenorm/OpenOOD; } ||
     source=https://github.com/Jingkang50/OpenOOD
-checkout=.venv/openood-$commit
+checkout=$PYTHON_ENVIRONMENT/openood-$commit
 
 # Before anything is installed: without a source the environment stays as it is.
 if ! [ -d "$checkout" ]; then
@@ -23,22 +23,22 @@ if ! [ -d "$checkout" ]; then
     rm -rf "$checkout.part"
     export GIT_TERMINAL_PROMPT=0
     { git clone --quiet "$source" "$checkout.part" && git -C "$checkout.part" checkout --quiet "$commit"; } 2>/dev/null ||
-        fail "OpenOOD at commit $commit cannot be had from $source: set OPENOOD_SOURCE to a checkout of it"
+        fail "cannot get OpenOOD at commit $commit from $source: set OPENOOD_SOURCE to a checkout of it"
 fi
-environment openood
 install() { python -m pip install --quiet --disable-pip-version-check "$@"; }
-# libmr builds against the numpy that is installed, so not in an environment of its own.
+install -e "$ROOT[openood]" || fail "installation failed: see pip's message above"
+# libmr builds against the installed numpy, not in an isolated build environment.
 python -c 'import libmr' 2>/dev/null ||
     { install setuptools wheel cython && install --no-build-isolation libmr; } ||
-    fail "libmr, which OpenOOD imports, could not be built: see pip's message above, it needs a C++ compiler"
+    fail "cannot build libmr, which OpenOOD imports: see pip's message above; it needs a C++ compiler"
 [ -d "$checkout" ] || mv "$checkout.part" "$checkout"
-# Its packages are imported from the checkout: OpenOOD's own requirements name releases that are
-# not to be had any more, and its configurations lie beside the package.
-python - "$PWD/$checkout" <<'PY'
+# Its packages are imported from the checkout: its own requirements name releases that no longer
+# exist, and its configurations lie beside the package.
+python - "$checkout" <<'PY'
 import pathlib, sys, sysconfig
 pathlib.Path(sysconfig.get_path("purelib"), "openood-checkout.pth").write_text(sys.argv[1] + "\n")
 PY
-python -W ignore - <<'PY' || fail "OpenOOD is installed and cannot be imported: see Python's message above, or remove .venv and start anew"
+python -W ignore - <<'PY' || fail "OpenOOD is installed but cannot be imported: see Python's message above"
 import importlib.metadata as metadata
 import openood.evaluation_api, openood.pipelines, openood.trainers  # noqa: E401
 names = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "pandas", "faiss-cpu", "libmr")

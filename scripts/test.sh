@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Runs the test suite, in an environment that it sets up on first use. Arguments go to pytest;
+# Runs the test suite, one process per core. Arguments go to pytest (-n 0 runs them in one process);
 # without any, coverage is measured, too.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 environment test
 cd "$ROOT"
 [ $# -gt 0 ] || set -- --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
-exec python -m pytest "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # each process has a core
+exec python -m pytest -n auto "$@"

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fusenorm_openood.data.benchmarks import Benchmark, load_benchmark
 from fusenorm_openood.networks import ResNet18_32x32
-from fusenorm_openood.training.loop import train_digits
+from fusenorm_openood.training.digits import train_digits
 
 CLASSES = 4
 
 
 def make_net(seed: int = 0, classes: int = CLASSES) -> nn.Module:
-    """A small ResNet-18 with batch statistics that make its features differ between images."""
+    """A small ResNet-18 with running statistics that make its features differ between images."""
     torch.manual_seed(seed)
     net = ResNet18_32x32(classes, width=4)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def make_loader(n: int = 60, seed: int = 1, batch_size: int = 16, scale: float =
 
 
 def state_of(net: nn.Module) -> tuple:
-    """All that a detector must leave on a network as it found it."""
+    """Everything about a network that a detector must leave unchanged."""
     return (
         {name: m.training for name, m in net.named_modules()},
         {name: p.requires_grad for name, p in net.named_parameters()},
@@ -83,7 +83,7 @@ def drawn_benchmark(name: str, data_root: Path, images: int = 2) -> Benchmark:
 
 @contextmanager
 def forced_backend(name: str) -> Iterator[None]:
-    """Have one backend compute ATF, Triton's in its interpreter where there is no CUDA device."""
+    """Compute ATF with one backend; without a CUDA device, Triton's runs in its interpreter."""
     if name != "torch":
         pytest.importorskip(name)
     with pytest.MonkeyPatch.context() as patch:
@@ -103,17 +103,17 @@ def loader() -> DataLoader:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Data root and checkpoint of the digits benchmark, its network trained once a session."""
+    """Data root and checkpoint of the digits benchmark, its network trained once per session."""
     home = tmp_path_factory.mktemp("digits")
     return home / "data", train_digits(home / "data", home / "run", progress=False)
 
 
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Data root and results of real CIFAR-10 images, where FUSENORM_BENCH_DATA says."""
+    """Data root and results for real CIFAR-10 images, from the folder FUSENORM_BENCH_DATA."""
     place = os.environ.get("FUSENORM_BENCH_DATA")
     if not place:
-        pytest.skip("FUSENORM_BENCH_DATA is not set: no real CIFAR-10 images to test on")
+        pytest.skip("needs real CIFAR-10 images: set FUSENORM_BENCH_DATA to their folder")
     home = tmp_path_factory.mktemp("bench")
     with tarfile.open(Path(place) / "cifar10_mini.tar.xz") as archive:
         archive.extractall(home, filter="data")

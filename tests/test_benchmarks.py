@@ -1,4 +1,4 @@
-"""The benchmarks run; what they measure is for an idle machine."""
+"""The benchmarks run; their figures are only meaningful on an idle machine."""
 
 import json
 import subprocess

@@ -7,7 +7,7 @@ from torch import nn
 from fusenorm_openood import on_device
 
 
-def test_cuda_means_the_device_within_the_block():
+def test_cuda_means_the_device_within_the_context():
     net, images = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), torch.ones(3, 2)
     weight = net[0].weight
     with on_device("meta"):
@@ -24,7 +24,7 @@ def test_cuda_means_the_device_within_the_block():
         assert net(images.cuda()).device.type == "cpu"
 
 
-def test_nothing_is_left_behind():
+def test_nothing_remains_after_the_context():
     before = torch.Tensor.cuda, nn.Module.cuda
     seen = []
 
@@ -45,6 +45,6 @@ def test_nothing_is_left_behind():
         torch.ones(1).cuda("cuda:99")
 
 
-def test_cuda_itself_is_left_alone():
+def test_cuda_itself_is_unaffected():
     with on_device("cuda"), pytest.raises((RuntimeError, AssertionError)):
         torch.ones(1).cuda("cuda:99")

@@ -4,7 +4,7 @@ from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.files import check_writable, write_whole
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     def write_half(path):
         path.write_text("half")
         raise KeyError
@@ -16,9 +16,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert [p.read_text() for p in (tmp_path / "run").iterdir()] == ["whole"]
 
 
-def test_a_folder_that_cannot_be_written_is_named_with_its_option(tmp_path):
+def test_the_error_for_a_folder_that_is_not_writable_names_the_option(tmp_path):
     check_writable(tmp_path / "new", "--root")
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"nothing can be written to .*file.*give --root another"):
+    with pytest.raises(
+        ConfigError, match=r"folder .*file.*is not writable .*choose another with --root"
+    ):
         check_writable(tmp_path / "file", "--root")

@@ -5,7 +5,7 @@ import sys
 import fusenorm_openood
 
 
-def test_every_public_name_is_there():
+def test_every_public_name_is_importable():
     for name in fusenorm_openood.__all__:
         assert getattr(fusenorm_openood, name) is not None
         assert name in dir(fusenorm_openood)
@@ -18,7 +18,7 @@ def test_import_loads_neither_torch_nor_openood():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_no_public_name_is_a_module_too():
+def test_no_public_name_is_also_a_module():
     modules = {module.name for module in pkgutil.iter_modules(fusenorm_openood.__path__)}
     assert not modules & set(fusenorm_openood.__all__)
 

@@ -1,0 +1,1 @@
+"""Training runs on a benchmark: tables, comparisons, leaderboard entries."""

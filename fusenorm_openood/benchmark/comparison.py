@@ -1,4 +1,4 @@
-"""One table of many methods on many networks, every image passed over once for all of them."""
+"""One table of several methods on one network, each image scored once for all of them."""
 
 from typing import Any, NamedTuple
 
@@ -14,9 +14,9 @@ from fusenorm_openood.detectors.search import Found, choose
 from fusenorm_openood.detectors.sweep import swept
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.settings import Settings
-from fusenorm_openood.networks.t2fnorm import scores_apart
+from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 
-SINGLE = ("msp", "ebo", "odin", "react")  # experts that stand beside FuseNorm
+SINGLE = ("msp", "ebo", "odin", "react")  # single experts to compare with FuseNorm
 GRADIENT_FREE: dict[str, list[Any]] = {
     "output": ["msp", "mls", "energy"],
     "react_percentile": [None, 85.0, 90.0, 95.0],
@@ -24,7 +24,7 @@ GRADIENT_FREE: dict[str, list[Any]] = {
 
 
 class Comparison(NamedTuple):
-    """AUROC in percent ``[methods, data sets]``, and what the two searches found."""
+    """AUROC in percent `[methods, data sets]`, and the results of the two searches."""
 
     table: pd.DataFrame
     found: dict[str, Found]
@@ -38,15 +38,15 @@ def compare(
     num_workers: int = 0,
     progress: bool = True,
 ) -> Comparison:
-    """Single experts and FuseNorm on one network: as published, and as two searches set it.
+    """Compare single experts on one network with FuseNorm, as published and as searched.
 
     Args:
-        net: the network, plain or T2FNorm's.
-        benchmark: images that are all there.
-        sweep: what the searches vary on the validation pair; the one without gradients also
-            varies the output expert and ReAct.
-        batch_size, num_workers: of the loaders.
-        progress: show bars.
+        net: the network, plain or trained with T2FNorm.
+        benchmark: a benchmark whose images all exist.
+        sweep: values that both searches try on the validation pair; the search without gradients
+            also varies the output expert and ReAct.
+        batch_size, num_workers: settings of the data loaders.
+        progress: whether to show progress bars.
     """
 
     def loader(image_set: ImageSet) -> Any:
@@ -73,7 +73,7 @@ def compare(
         images = loader(image_set)
         bank.add(images, progress)
         conf = {name: bank.output(output, images) for name, output in baselines.items()}
-        if scores_apart(net):  # T2FNorm's postprocessor is MSP of the scoring logits
+        if has_scoring_logits(net):  # T2FNorm's postprocessor is MSP of the scoring logits
             conf = {"MSP (T2FNorm)" if name == "MSP" else name: c for name, c in conf.items()}
         conf |= {name: bank.scored(settings, images).conf for name, settings in fused.items()}
         bank.forget(images)

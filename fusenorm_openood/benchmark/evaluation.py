@@ -1,4 +1,4 @@
-"""A detector on a benchmark: near-OOD, far-OOD and full-spectrum tables."""
+"""Evaluate a detector on a benchmark: near-OOD, far-OOD and full-spectrum tables."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,11 +15,12 @@ from fusenorm_openood.method.metrics import accuracy, ood_metrics
 
 
 class Evaluation(NamedTuple):
-    """What one detector reaches on one benchmark.
+    """Results of one detector on one benchmark.
 
-    table: metrics in percent, a row a data set and one for each mean, OpenOOD's columns.
-    compare: AUROC / FPR@95 in percent, a row an expert, a column a data set or mean.
-    scores: predictions, confidences and labels in the nested dict that OpenOOD saves.
+    Attributes:
+        table: metrics in percent, one row per data set and per mean, with OpenOOD's columns.
+        compare: AUROC / FPR@95 in percent, one row per expert, one column per data set or mean.
+        scores: predictions, confidences and labels, in the nested dict that OpenOOD saves.
     """
 
     table: pd.DataFrame
@@ -39,16 +40,16 @@ def evaluate(
     """Fit a detector on a benchmark's ID validation images, and test it.
 
     Args:
-        detector: a detector around the network to test; one that is fitted is taken as it is.
-        benchmark: images that are all there; see :meth:`Benchmark.missing`.
-        fsood: count covariate-shifted ID images as ID.
-        validation: test on the validation pair instead, ID validation images against OOD
-            validation images: settings are chosen there, never on what is tested.
-        batch_size, num_workers: of the loaders.
-        progress: show a bar for each data set.
+        detector: detector for the network to test; it is fitted unless it already is.
+        benchmark: a benchmark whose images all exist; see `Benchmark.missing`.
+        fsood: whether covariate-shifted ID images count as ID.
+        validation: whether to test on the validation pair instead, ID validation images against
+            OOD validation images; choose settings there, never on test images.
+        batch_size, num_workers: settings of the data loaders.
+        progress: whether to show a progress bar per data set.
 
     Raises:
-        ConfigError: ``fsood`` for a benchmark without covariate-shifted images.
+        ConfigError: `fsood` for a benchmark without covariate-shifted images.
     """
     check_fsood(benchmark, fsood)
 
@@ -88,13 +89,13 @@ def evaluate(
 
 
 def check_fsood(benchmark: Benchmark, fsood: bool) -> None:
-    """ConfigError for full-spectrum on a benchmark without covariate-shifted ID images."""
+    """Raise ConfigError for `fsood` on a benchmark without covariate-shifted ID images."""
     if fsood and not benchmark.csid:
         raise ConfigError(f"{benchmark.name} has no covariate-shifted ID images: leave out --fsood")
 
 
 def _expert_metrics(id_experts: Any, ood_experts: Any) -> Any:
-    """AUROC and FPR@95 of each expert ``[L, 2]``."""
+    """AUROC and FPR@95 of each expert `[L, 2]`."""
     pairs = zip(id_experts, ood_experts, strict=True)
     return np.array([[m.auroc, m.fpr95] for m in (ood_metrics(i, o) for i, o in pairs)])
 
@@ -102,7 +103,7 @@ def _expert_metrics(id_experts: Any, ood_experts: Any) -> Any:
 def _each(
     groups: dict[str, dict[str, Scored]], figures: Callable[[Scored], Any]
 ) -> dict[str, dict[str, Any]]:
-    """Figures of every data set of every group."""
+    """The figures of every data set in every group."""
     return {group: {n: figures(s) for n, s in sets.items()} for group, sets in groups.items()}
 
 

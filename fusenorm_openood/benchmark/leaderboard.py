@@ -1,4 +1,4 @@
-"""An entry of OpenOOD's leaderboard, filled in from saved results and the checkpoints behind them.
+"""An entry for OpenOOD's leaderboard, filled in from saved results and their checkpoints.
 
 The fields are those of OpenOOD's issue template for leaderboard entries.
 """
@@ -28,9 +28,9 @@ _LARGE = {
     "test_openimage_o": 15869,
 }
 _SMALL = {"test_mnist": 70000, "test_svhn": 26032, "test_texture": 5640}
-# Images in OpenOOD v1.5's lists, benchmark by benchmark: counted in the lists that the public
-# repositories glhr/COOkeD, glhr/ood-labelnoise and moxime/ooddict carry; OpenOOD's issue 259
-# confirms test_tin. The list of ImageNet-ES was not to be had.
+# Number of images in each list of OpenOOD v1.5, counted in the copies in the public repositories
+# glhr/COOkeD, glhr/ood-labelnoise and moxime/ooddict; OpenOOD's issue 259 confirms test_tin. The
+# list of ImageNet-ES was not available.
 FULL_SIZES: dict[str, dict[str, int]] = {
     "cifar10": {
         **_SMALL,
@@ -66,7 +66,7 @@ FULL_SIZES: dict[str, dict[str, int]] = {
         "test_imagenet_v2": 10000,
     },
 }
-# As the leaderboard writes them; any other is written as it is.
+# Names on the leaderboard; any other name is used as it is.
 _POSTPROCESSORS = {
     "fusenorm": "FuseNorm",
     "t2fnorm": "T2FNorm",
@@ -76,13 +76,13 @@ _POSTPROCESSORS = {
     "odin": "ODIN",
     "react": "ReAct",
 }
-# OpenOOD's trainers that use ID images alone, and the names of what they do.
+# OpenOOD's trainers that use only ID images, and their names on the leaderboard.
 _TRAININGS = {"base": "CrossEntropy", "t2fnorm": "T2FNorm"}
 _CELL = re.compile(r"\d+\.\d+(?: \u00b1 (\d+\.\d+))?")
 
 
 class Split(NamedTuple):
-    """An image list that was tested on: images it names here and in OpenOOD, None = unknown."""
+    """A tested image list, with its number of images here and in OpenOOD (None = unknown)."""
 
     role: str
     imagelist: Path
@@ -91,10 +91,10 @@ class Split(NamedTuple):
 
 
 def read_results(path: Path, benchmark: Benchmark) -> pd.DataFrame:
-    """A results CSV of OpenOOD's or of ``fusenorm eval``, its cells as they are written.
+    """A results CSV of OpenOOD or of `fusenorm eval`, with its cells as text.
 
     Raises:
-        DataError: another table than that of the benchmark, or a figure that is none.
+        DataError: not a table of the benchmark, or a cell that is not a percentage.
     """
     try:
         table: pd.DataFrame = pd.read_csv(path, index_col=0, dtype=str, keep_default_na=False)
@@ -105,16 +105,16 @@ def read_results(path: Path, benchmark: Benchmark) -> pd.DataFrame:
     rows = [*benchmark.near, "nearood", *benchmark.far, "farood"]
     if list(table.columns) != COLUMNS or list(table.index) != rows:
         raise DataError(
-            f"{path} holds the rows {', '.join(map(str, table.index)) or 'none'} under the columns "
-            f"{', '.join(map(str, table.columns)) or 'none'}: results on {benchmark.name} have "
-            f"{', '.join(rows)} under {', '.join(COLUMNS)}"
+            f"{path} must have the rows {', '.join(rows)} and the columns {', '.join(COLUMNS)}, as "
+            f"results on {benchmark.name} do, got the rows {', '.join(map(str, table.index))} and "
+            f"the columns {', '.join(map(str, table.columns))}: evaluate again with --save-csv"
         )
     for name, row in table.iterrows():
         for column, cell in row.items():
             if not _CELL.fullmatch(str(cell)):
                 raise DataError(
-                    f"{path} has {cell!r} as {column} of {name}: a percentage, or mean \u00b1 "
-                    "std, is needed; evaluate again with --save-csv"
+                    f"{column} of {name} in {path} must be a percentage or mean \u00b1 std, got "
+                    f"{cell!r}: evaluate again with --save-csv"
                 )
     return table
 
@@ -144,17 +144,17 @@ def leaderboard_entry(
     networks: Mapping[str, nn.Module],
     csv: Path,
 ) -> str:
-    """The entry in Markdown: the template's fields, warnings, results, checkpoints, image lists.
+    """The entry in Markdown: the template's fields, warnings, results, checkpoints and lists.
 
     Args:
         postprocessor: name of the postprocessor, as in OpenOOD.
-        benchmark: what was tested on.
-        fsood: the results are full-spectrum.
-        checkpoints, networks: of each training run, all of one kind.
-        csv: the results; see :func:`read_results`.
+        benchmark: the benchmark of the results.
+        fsood: whether the results are full-spectrum.
+        checkpoints, networks: by training run, all of one kind.
+        csv: file with the results; see `read_results`.
 
     Raises:
-        DataError: a CSV that holds no results on the benchmark.
+        DataError: the CSV file holds no results on the benchmark.
     """
     table, net = read_results(csv, benchmark), next(iter(networks.values()))
     run, path = next(iter(checkpoints.items()))
@@ -190,11 +190,11 @@ def leaderboard_entry(
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read piece by piece."""
+    """Hexadecimal SHA-256 of a file, read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -212,7 +212,7 @@ def _description(
 
 def _list_warnings(benchmark: Benchmark, tested: Sequence[Split]) -> list[str]:
     if benchmark.name not in FULL_SIZES:
-        return [f"{benchmark.name} is no benchmark of OpenOOD: it has no leaderboard."]
+        return [f"{benchmark.name} is not an OpenOOD benchmark and has no leaderboard."]
     missing = [s.imagelist.name for s in tested if s.images is None]
     other = [
         f"{s.imagelist.stem} {s.images} of {s.full}"
@@ -222,13 +222,13 @@ def _list_warnings(benchmark: Benchmark, tested: Sequence[Split]) -> list[str]:
     warnings = []
     if other:
         warnings.append(
-            "figures on subsets are no leaderboard figures, and these image lists are not "
-            f"OpenOOD's in full: {', '.join(other)} images."
+            "results on subsets do not belong on the leaderboard, and these image lists differ in "
+            f"length from OpenOOD's: {', '.join(other)} images."
         )
     if missing:
         warnings.append(
-            f"the image lists {', '.join(missing)} cannot be read under the data root, so whether "
-            "the figures are of OpenOOD's full lists is not known."
+            f"the image lists {', '.join(missing)} cannot be read under the data root, so it is "
+            "unknown whether the results are on OpenOOD's full lists."
         )
     return warnings
 
@@ -239,18 +239,18 @@ def _run_warnings(table: pd.DataFrame, csv: Path, checkpoints: Mapping[str, Path
     stds = [m[1] for row in table.to_numpy() for c in row if (m := _CELL.fullmatch(c))]
     varies = any(std is not None and float(std) > 0 for std in stds)
     warnings = [
-        f"training {_short(p)} is not finished." for p in checkpoints.values() if unfinished(p)
+        f"training run {_short(p)} is not finished." for p in checkpoints.values() if unfinished(p)
     ]
     if newer:
         warnings.append(
-            f"{', '.join(newer)} is newer than {_short(csv)}, which may be of an earlier one: "
-            "evaluate again."
+            f"{', '.join(newer)} {'are' if len(newer) > 1 else 'is'} newer than {_short(csv)}, "
+            "whose results may belong to an earlier checkpoint: evaluate again."
         )
     if varies != (len(checkpoints) > 1):
-        found = "deviates between runs" if varies else "is of a single run"
+        found = "several runs" if varies else "a single run"
         warnings.append(
-            f"{_short(csv)} {found}, and {len(checkpoints)} training run"
-            f"{'s are' if len(checkpoints) > 1 else ' is'} there: evaluate again."
+            f"{_short(csv)} holds results of {found}, but the root has {len(checkpoints)} training "
+            f"run{'s' if len(checkpoints) > 1 else ''}: evaluate again."
         )
     return warnings
 
@@ -260,12 +260,12 @@ def _training_warnings(kind: NetworkKind, name: RootName | None) -> list[str]:
         return []
     if name.trainer in _TRAININGS:
         return [
-            f"the folder is named after {_TRAININGS[name.trainer]} training, and its checkpoints "
-            f"are of {kind.training} training by their keys."
+            f"the folder is named after {_TRAININGS[name.trainer]} training, but the keys of its "
+            f"checkpoints are those of {kind.training} training."
         ]
     return [
-        f"the trainer {name.trainer} is not known here, so whether it uses outlier data has to be "
-        "filled in by hand."
+        f"the trainer {name.trainer} is unknown to this package: fill in by hand whether it uses "
+        "outlier data."
     ]
 
 
@@ -277,7 +277,7 @@ def _size(path: Path) -> int | None:
 
 
 def _short(path: Path) -> str:
-    """A path from its root on: what lies above is the machine's."""
+    """The last three parts of a path, which do not depend on the machine."""
     return "/".join(path.resolve().parts[-3:])
 
 

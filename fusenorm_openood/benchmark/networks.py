@@ -1,4 +1,4 @@
-"""The networks of the training runs under one root."""
+"""Load the networks of the training runs under one root."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,23 +11,23 @@ from fusenorm_openood.networks.kind import network_kind
 
 
 def load_runs(checkpoints: Mapping[str, Path], num_classes: int) -> dict[str, nn.Module]:
-    """The networks of the training runs under one root, which must be of one kind.
+    """The networks of the training runs under one root, which must be of the same kind.
 
     Args:
-        checkpoints: run -> file; see :func:`find_checkpoints`.
+        checkpoints: file by run; see `find_checkpoints`.
         num_classes: number of classes of the ID data set.
 
     Raises:
-        CheckpointError: a file that holds no known network; runs that differ in architecture,
-            training method or number of classes; another number of classes than the data set's.
+        CheckpointError: a file without a known network; runs that differ in architecture,
+            training method or number of classes; a number of classes other than the data set's.
     """
     networks = {run: load_network(path) for run, path in checkpoints.items()}
     (first, kind), *others = [(run, network_kind(net)) for run, net in networks.items()]
     for run, other in others:
         if other != kind:
             raise CheckpointError(
-                f"runs of different kinds under one root: {checkpoints[first]} is a {kind}, "
-                f"{checkpoints[run]} is a {other}: give each kind a root of its own"
+                f"all runs under one root must be of the same kind, got {checkpoints[first]}, a "
+                f"{kind}, and {checkpoints[run]}, a {other}: use a separate root for each kind"
             )
     check_classes(checkpoints[first], kind.classes, num_classes)
     return networks

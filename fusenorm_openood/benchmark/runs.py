@@ -1,4 +1,4 @@
-"""Training runs on disk: folders ``s0``, ``s1``, ... under a root that OpenOOD named."""
+"""Training runs on disk: folders `s0`, `s1`, ... under a root named as OpenOOD does."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from fusenorm_openood.errors import CheckpointError
 
 
 class RootName(NamedTuple):
-    """What OpenOOD's name of a root says: data set, network, trainer, epochs, learning rate."""
+    """The parts of a root's name: data set, network, trainer, epochs, learning rate."""
 
     dataset: str
     network: str
@@ -21,7 +21,7 @@ _ROOT_NAME = re.compile(r"([^_]+)_(.+)_([^_]+)_e(\d+)_lr(\d[\d.]*(?:e-?\d+)?)(?:
 
 
 def parse_root_name(root: str | Path) -> RootName | None:
-    """What the name of a root says, if it follows OpenOOD's scheme.
+    """The parts of a root's name, None if it does not follow OpenOOD's scheme.
 
     >>> parse_root_name("results/cifar10_t2fnorm_net_t2fnorm_e100_lr0.1_alpha0.1_default")
     RootName(dataset='cifar10', network='t2fnorm_net', trainer='t2fnorm', epochs=100, lr='0.1')
@@ -34,10 +34,10 @@ def parse_root_name(root: str | Path) -> RootName | None:
 
 
 def find_checkpoints(root: str | Path) -> dict[str, Path]:
-    """The checkpoint of each training run ``s0``, ``s1``, ... under a root, or in the root itself.
+    """The checkpoint of each training run `s0`, `s1`, ... under a root, or in the root itself.
 
     Raises:
-        CheckpointError: there is none, or a run lacks its own.
+        CheckpointError: there is no checkpoint, or a run has none.
     """
     root = Path(root)
     found = _runs(root)
@@ -48,25 +48,25 @@ def find_checkpoints(root: str | Path) -> dict[str, Path]:
     ]
     if incomplete:
         raise CheckpointError(
-            f"training run {root / incomplete[0]} holds no best.ckpt: finish or remove it"
+            f"training run {root / incomplete[0]} has no best.ckpt: finish or remove it"
         )
     for name in ("best.ckpt", "ckpt.pth"):
         if not found and (root / name).is_file():
             return {"": root / name}
     if not found:
         raise CheckpointError(
-            f"no checkpoint {root / 's0' / 'best.ckpt'} (nor s1, s2, ...) found: {_inside(root)}"
+            f"no checkpoint {root / 's0' / 'best.ckpt'} (or s1, s2, ...) found: {_inside(root)}"
         )
     return found
 
 
 def unfinished(checkpoint: Path) -> bool:
-    """Whether the training that writes a checkpoint has been cut short, or is still under way."""
+    """Whether the training run of a checkpoint was interrupted, or is still running."""
     return checkpoint.with_name("unfinished.ckpt").is_file()
 
 
 def find_roots(folder: str | Path) -> dict[Path, list[str]]:
-    """The roots in a folder, which may be a root itself, and the runs of each."""
+    """The roots in a folder, which may itself be a root, and the runs of each."""
     folder = Path(folder)
     inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     return {root: list(runs) for root in (folder, *inside) if (runs := _runs(root))}
@@ -78,12 +78,12 @@ def _runs(root: Path) -> dict[str, Path]:
 
 
 def _inside(root: Path, most: int = 5) -> str:
-    """What stands in the place of a root's runs."""
+    """What a root contains instead of training runs."""
     if not root.is_dir():
-        return f"{root} is a file" if root.exists() else f"there is no folder {root}"
+        return f"{root} is a file" if root.exists() else f"{root} does not exist"
     roots = list(find_roots(root))
     if roots:
-        return f"training runs are in {roots[0]}: give that folder"
+        return f"use {roots[0]}, which contains training runs"
     names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
     rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{root} holds {', '.join(names[:most])}{rest}" if names else f"{root} is empty"
+    return f"{root} contains {', '.join(names[:most])}{rest}" if names else f"{root} is empty"

@@ -1,4 +1,4 @@
-"""Tables in OpenOOD's format: one row per data set, and one per group of them with its mean."""
+"""Tables in OpenOOD's format: one row per data set, and one per group with its mean."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,10 +10,10 @@ COLUMNS = ["FPR@95", "AUROC", "AUPR_IN", "AUPR_OUT", "ACC"]
 
 
 def with_means(groups: Mapping[str, Mapping[str, ArrayLike]]) -> dict[str, NDArray[np.float64]]:
-    """Figures by data set, and after the data sets of each group the group's mean.
+    """Figures by data set, with the mean of each group after its data sets.
 
     Args:
-        groups: ``{group: {data set: figures}}``, for example ``{"nearood": {"tin": ...}}``; a
+        groups: `{group: {data set: figures}}`, for example `{"nearood": {"tin": ...}}`; a
             group without data sets is left out.
     """
     rows: dict[str, NDArray[np.float64]] = {}
@@ -26,7 +26,7 @@ def with_means(groups: Mapping[str, Mapping[str, ArrayLike]]) -> dict[str, NDArr
 
 
 def summarise(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """``mean ± std`` over the tables of several training runs, as OpenOOD writes it."""
+    """`mean ± std` over the tables of several training runs, in OpenOOD's format."""
     stacked = np.stack([table.to_numpy() for table in tables])
     mean, std = stacked.mean(axis=0), stacked.std(axis=0)
     cells = [

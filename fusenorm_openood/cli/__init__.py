@@ -1,1 +1,1 @@
-"""The command ``fusenorm``: one module per subcommand, its arguments beside what it does."""
+"""The command `fusenorm`: one module per subcommand, with its arguments."""

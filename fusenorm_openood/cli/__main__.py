@@ -1,4 +1,4 @@
-"""``python -m fusenorm_openood.cli``: the command ``fusenorm``."""
+"""Run the command `fusenorm` as `python -m fusenorm_openood.cli`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``fusenorm compare``: FuseNorm and single experts on the training runs under several roots."""
+"""`fusenorm compare`: FuseNorm and single experts on the training runs under several roots."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -9,7 +9,7 @@ from fusenorm_openood.benchmark.comparison import compare
 from fusenorm_openood.benchmark.networks import load_runs
 from fusenorm_openood.benchmark.runs import find_checkpoints
 from fusenorm_openood.cli import options
-from fusenorm_openood.cli.inputs import check_images
+from fusenorm_openood.cli.inputs import check_images, check_readable
 from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.detectors.configuration import read_fusenorm
@@ -21,21 +21,23 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--root", required=True, nargs="+", help="folders of training runs, or of one checkpoint")
     options.add_data(parser)
-    add("--config", help="YAML whose sweep is searched (default: this package's)")
-    add("--batch-size", type=options.positive, default=200, help="images at a time (default: 200)")
+    add("--config", help="YAML file with the sweep to search (default: this package's)")
+    add("--batch-size", type=options.positive, default=200, help="images per batch (default: 200)")
     add("--csv", metavar="FILE", help="also write the table to this file")
     options.add_computing(parser)
 
 
 def run(args: Namespace) -> int:
-    """Print one table: a row per root and method, AUROC as the mean over the root's runs."""
+    """Print one table with a row per root and method; AUROC is the mean over a root's runs."""
     device = find_device(args.device)
     benchmark = load_benchmark(args.id_data, args.data_root)
     config = read_config(args.config or config_root() / "postprocessors" / "fusenorm.yml")
     sweep = read_fusenorm(config).sweep
     if args.csv:
         check_writable(Path(args.csv).parent, "--csv")
-    check_images(benchmark, [*benchmark.tested(), benchmark.val_ood])
+    image_sets = [*benchmark.tested(), benchmark.val_ood]
+    check_images(benchmark, image_sets)
+    check_readable(image_sets)
     networks = {
         root: load_runs(find_checkpoints(root), benchmark.num_classes) for root in args.root
     }

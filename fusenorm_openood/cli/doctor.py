@@ -1,6 +1,6 @@
-"""What is installed, what is missing for which feature, and the fix.
+"""`fusenorm doctor`: what is installed, what is missing, which feature needs it, and the fix.
 
-Nothing that may be broken is imported here: every trial runs in a process of its own.
+Packages that may be broken are not imported in this process: trials run in a subprocess.
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 from fusenorm_openood.benchmark.runs import find_roots
 from fusenorm_openood.cli import options
 
-# Distribution -> module. All are needed by the native engine.
+# Distribution -> module; the native engine needs all of them.
 REQUIRED = {
     "torch": "torch",
     "torchvision": "torchvision",
@@ -37,12 +37,12 @@ OPENOOD = {
     "openood.pipelines": "OpenOOD's YAML pipelines",
     "openood.trainers": "OpenOOD's trainers",
 }
-OPENOOD_COMMIT = "3c35632"  # the one that this package is tested with
+OPENOOD_COMMIT = "3c35632"  # the commit that this package is tested with
 OPTIONAL = ("numba", "triton")
 INSTALL_OPENOOD = "bash scripts/install_openood.sh"
-TIMEOUT = 300  # seconds for the trials of one process
+TIMEOUT = 300  # seconds that a subprocess may take for its trials
 
-_MARK = "fusenorm-trial:"  # begins a line of a trial's answer, among what packages print
+_MARK = "fusenorm-trial:"  # marks the result of a trial in the output
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from fusenorm_openood.cli.doctor import answer; answer(sys.argv[2:])"
@@ -51,7 +51,7 @@ _CHILD = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; ``breaks`` = the native engine does not work so."""
+    """One line of the report; `breaks` = it keeps the native engine from working."""
 
     state: str  # ok, missing, broken
     name: str
@@ -66,7 +66,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Trial:
-    """How an import or another trial ended: an error says why, ``absent`` = there is no such."""
+    """Outcome of an import or another trial; `absent` = the package is not installed."""
 
     detail: str
     error: bool = False
@@ -76,12 +76,12 @@ class Trial:
 def add_arguments(parser: ArgumentParser) -> None:
     options.add_data_root(parser)
     parser.add_argument(
-        "--root", default="results", help="where training runs are looked for (default: results)"
+        "--root", default="results", help="folder to search for training runs (default: results)"
     )
 
 
 def run(args: Namespace) -> int:
-    """Print what works, what does not and the fix; 0 = the native engine works, 1 = it does not."""
+    """Print what works, what does not and how to fix it; 0 = the native engine works, else 1."""
     findings = []
     for finding in _findings(args.data_root, args.root):
         print(finding, flush=True)
@@ -95,10 +95,10 @@ def run(args: Namespace) -> int:
 
 
 def run_trials(names: Sequence[str]) -> dict[str, Trial]:
-    """Make trials in another process; one that kills its process leaves the others untouched.
+    """Run trials in a subprocess; a trial that kills its process does not affect the others.
 
     Args:
-        names: modules to import, or ``devices``, ``kernels`` or ``engine``.
+        names: modules to import, or `devices`, `kernels` or `engine`.
     """
     trials: dict[str, Trial] = {}
     while remaining := [name for name in names if name not in trials]:
@@ -109,7 +109,7 @@ def run_trials(names: Sequence[str]) -> dict[str, Trial]:
             )
             output, end = done.stdout, f"its process died with status {done.returncode}"
         except subprocess.TimeoutExpired as error:
-            output, end = error.stdout or b"", f"it gave no answer in {TIMEOUT} seconds"
+            output, end = error.stdout or b"", f"no answer within {TIMEOUT} seconds"
         for line in output.decode(errors="replace").splitlines():
             if line.startswith(_MARK):
                 name, *trial = json.loads(line.removeprefix(_MARK))
@@ -121,7 +121,7 @@ def run_trials(names: Sequence[str]) -> dict[str, Trial]:
 
 
 def answer(names: Sequence[str]) -> None:
-    """Make the trials and print their ends, a line each: what runs in the other process."""
+    """Run the trials and print one result per line; this is the body of the subprocess."""
     special = {"devices": _devices, "kernels": _kernels, "engine": _engine}
     for name in names:
         try:
@@ -135,7 +135,7 @@ def answer(names: Sequence[str]) -> None:
 
 
 def openood_commit() -> str | None:
-    """The commit of the OpenOOD that would be imported, None if it cannot be known."""
+    """The commit of the OpenOOD that would be imported, or None if unknown."""
     spec = find_spec("openood")
     places = list(spec.submodule_search_locations or []) if spec else []
     checkout = Path(places[0]).parent if places else None
@@ -164,7 +164,7 @@ def _findings(data_root: str, results: str) -> Iterator[Finding]:
     engine = trials["engine"]
     fix = "python -m pip install --upgrade torch torchvision" if engine.error else ""
     if any(trials[module].error for module in REQUIRED.values()):
-        fix = ""  # what is wrong stands above
+        fix = ""  # the fix is that of the package reported above
     yield _simple("native engine", engine, fix, breaks=engine.error)
     yield from _openood()
     for package in OPTIONAL:
@@ -193,7 +193,7 @@ def _simple(name: str, trial: Trial, fix: str = "", breaks: bool = False) -> Fin
 
 def _openood() -> Iterator[Finding]:
     fix = INSTALL_OPENOOD
-    if sys.version_info >= (3, 13):  # it needs numpy 1
+    if sys.version_info >= (3, 13):  # OpenOOD needs numpy 1
         fix = f"rm -rf .venv && PYTHON=python3.12 {INSTALL_OPENOOD}"
     if find_spec("openood") is None:
         yield Finding("missing", "OpenOOD", f"needed for {', '.join(OPENOOD.values())}", fix)
@@ -213,18 +213,18 @@ def _openood() -> Iterator[Finding]:
 
 
 def _files(data_root: str, results: str) -> Iterator[Finding]:
-    """Lists and training runs of each benchmark; images are not looked for, there are many."""
+    """Image lists and training runs of each benchmark; there are too many images to check."""
     from fusenorm_openood.data.sources import DOWNLOAD, benchmark_names, list_paths
 
     roots = find_roots(results)
-    wanting = []
+    incomplete = []
     for name in benchmark_names():
         lists = list_paths(name, data_root)
         missing = [path.name for path in lists if not path.is_file()]
         detail = f"{len(lists) - len(missing)} of {len(lists)} image lists under {data_root}"
         if 0 < len(missing) < len(lists):
             rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            detail += f", without {', '.join(missing[:3])}{rest}"
+            detail += f", missing {', '.join(missing[:3])}{rest}"
         found = [
             f"{root} ({', '.join(runs)})"
             for root, runs in roots.items()
@@ -236,10 +236,10 @@ def _files(data_root: str, results: str) -> Iterator[Finding]:
         if not complete and name == "digits":
             fix = shlex.join(["fusenorm", "digits", "--data-root", data_root])
         elif not complete:
-            wanting.append(name)
+            incomplete.append(name)
         yield Finding("ok" if complete else "missing", name, detail, fix)
-    if wanting:
-        yield Finding("missing", "data", f"needed for --id-data {', '.join(wanting)}", DOWNLOAD)
+    if incomplete:
+        yield Finding("missing", "data", f"needed for --id-data {', '.join(incomplete)}", DOWNLOAD)
 
 
 def _version(package: str) -> str | None:
@@ -258,7 +258,7 @@ def _devices() -> str:
 
 
 def _kernels() -> str:
-    """What computes feature norms on each device, once it has computed one."""
+    """The backend that computes feature norms on each device, after computing one."""
     import torch
 
     from fusenorm_openood import atf
@@ -276,7 +276,7 @@ def _kernels() -> str:
 
 
 def _engine() -> str:
-    """Fit and score with a small network, through every package that the native engine needs."""
+    """Fit and score a small network, using every package that the native engine needs."""
     import torch
 
     import fusenorm_openood.cli.eval  # noqa: F401  evaluation, tables, lists
@@ -285,7 +285,7 @@ def _engine() -> str:
 
     torch.manual_seed(0)
     net, images = ResNet18_32x32(4, width=4), torch.randn(32, 3, 16, 16)
-    net(images)  # batch statistics, so that features differ between images
+    net(images)  # updates the running statistics, so that features differ between images
     conf = FuseNorm(net.eval()).fit([images]).score(images)
     if not torch.isfinite(conf).all():
         raise ArithmeticError("confidences of a small network are not finite")

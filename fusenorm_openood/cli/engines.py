@@ -1,7 +1,8 @@
-"""Who evaluates a postprocessor: this package (``native``) or OpenOOD's ``Evaluator``."""
+"""Evaluate a postprocessor with this package (`native`) or with OpenOOD's `Evaluator`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,17 @@ from fusenorm_openood.openood.evaluator import csid_of_evaluator, evaluate_with_
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be evaluated, and how.
+    """What to evaluate, and how.
 
     Attributes:
-        postprocessor: its name.
-        config: its configuration; see :func:`read_postprocessor`.
-        benchmark: what it is tested on.
-        fsood, validation: see :func:`evaluate`.
-        compare: also score every expert.
-        amp: the network runs in bfloat16 where it is safe.
-        batch_size, num_workers, progress: how images are worked through.
-        trials: the folder that a search writes its trials under; None = it writes none.
+        postprocessor: name of the postprocessor.
+        config: configuration of the postprocessor; see `read_postprocessor`.
+        benchmark: benchmark to test on.
+        fsood, validation: see `evaluate`.
+        compare: whether every expert is scored as well.
+        amp: whether the network runs in bfloat16 where that is safe.
+        batch_size, num_workers, progress: how images are loaded, and whether progress is shown.
+        trials: folder under which a search saves its trials, or None to save none.
     """
 
     postprocessor: str
@@ -50,66 +51,78 @@ class Job:
 
     @property
     def searches(self) -> bool:
-        """Whether settings are searched on the validation pair first."""
+        """Whether the settings are searched on the validation pair first."""
         return bool(lookup(self.config, "postprocessor").get("APS_mode"))
 
     @property
     def is_native(self) -> bool:
-        """Whether the postprocessor needs no OpenOOD."""
+        """Whether the postprocessor works without OpenOOD."""
         return self.postprocessor in NATIVE
 
     def image_sets(self) -> Iterator[ImageSet]:
-        """All images that will be read."""
+        """All image sets that will be read."""
         yield from self.benchmark.tested(self.fsood, self.validation)
-        if self.searches and not self.validation:  # which reads it anyway
+        if self.searches and not self.validation:  # validation reads it anyway
             yield self.benchmark.val_ood
 
-    def detector(self, net: nn.Module) -> Detector:
-        """The native engine's detector around a network."""
-        return detector_for(self.postprocessor, self.config, self.benchmark.norm[1])(net)
+    @cached_property
+    def detector(self) -> Callable[[nn.Module], Detector]:
+        """The native engine's detector, as a function of the network."""
+        return detector_for(self.postprocessor, self.config, self.benchmark.norm[1])
+
+    def check(self) -> None:
+        """Raise ConfigError unless the postprocessor can be built from its configuration."""
+        if self.is_native:
+            _ = self.detector
+        else:
+            self.openood_postprocessor()
+
+    def openood_postprocessor(self) -> Any:
+        """OpenOOD's postprocessor, or this package's, for OpenOOD's evaluator."""
+        from fusenorm_openood.openood.adapter import make_postprocessor  # imports OpenOOD
+
+        return make_postprocessor(self.postprocessor, self.config, self.benchmark.name)
 
 
-def find_engine(job: Job, asked: str = "auto") -> str:
-    """``native`` or ``openood``: the engine that was asked for, if it can do the job.
+def find_engine(job: Job, requested: str = "auto") -> str:
+    """The engine for a job, `native` or `openood`.
 
-    ``auto`` is OpenOOD's evaluator for FuseNorm, where it can do the job, and for what the native
-    engine does not have.
+    `auto` selects OpenOOD's evaluator for FuseNorm, if it supports the job, and for postprocessors
+    that the native engine does not have.
 
     Raises:
-        ConfigError: the engine asked for cannot do the job.
-        OpenOODError: OpenOOD was asked for and is missing or broken.
+        ConfigError: the requested engine does not support the job.
+        OpenOODError: OpenOOD was requested and is missing or broken.
     """
-    reasons = _beyond_openood(job, asked) if asked != "native" else []
-    engine = asked
-    if asked == "auto":
+    reasons = _unsupported_by_openood(job, requested) if requested != "native" else []
+    engine = requested
+    if requested == "auto":
         able = openood_installed() and not reasons
         first = job.postprocessor == "fusenorm" or not job.is_native
         engine = "openood" if able and first else "native"
-    elif asked == "openood" and reasons:
-        way_out = "choose --engine native" if job.is_native else "leave it out"
-        raise ConfigError(f"--engine openood cannot do {reasons[0]}: {way_out}")
+    elif requested == "openood" and reasons:
+        way_out = "--engine native" if job.is_native else f"from {', '.join(NATIVE)}"
+        raise ConfigError(f"--engine openood {reasons[0]}: choose {way_out}")
     if engine == "native" and not job.is_native:
-        why = f", and --engine openood cannot do {reasons[0]}" if reasons else ""
+        why = f", and --engine openood {reasons[0]}" if reasons else ""
         raise ConfigError(
             f"--engine native has no postprocessor {job.postprocessor!r}{why}: "
-            f"choose among {', '.join(NATIVE)}"
+            f"choose from {', '.join(NATIVE)}"
         )
     if engine == "native" and job.searches and job.postprocessor != "fusenorm":
         raise ConfigError(
-            f"APS_mode: True found, and the native engine searches no {job.postprocessor}: "
-            "install OpenOOD and choose --engine openood, or set APS_mode to False"
+            f"the native engine cannot search settings for {job.postprocessor!r}: install OpenOOD "
+            "and choose --engine openood, or set APS_mode to False"
         )
     return engine
 
 
 def evaluate_run(job: Job, engine: str, net: nn.Module, run: str = "") -> Evaluation:
-    """Evaluate the network of one training run; ``run`` is its name, for messages and files."""
+    """Evaluate the network of one training run; `run` names it in messages and files."""
     if engine == "openood":
-        from fusenorm_openood.openood.adapter import make_postprocessor  # imports OpenOOD
-
         table, scores = evaluate_with_openood(
             net,
-            make_postprocessor(job.postprocessor, job.config, job.benchmark.name),
+            job.openood_postprocessor(),
             job.benchmark.name,
             job.benchmark.data_root,
             job.batch_size,
@@ -133,7 +146,7 @@ def evaluate_run(job: Job, engine: str, net: nn.Module, run: str = "") -> Evalua
 
 
 def _searched(job: Job, net: nn.Module, run: str) -> FuseNorm:
-    """The detector with the settings that the validation pair prefers; prints which."""
+    """The detector with the best settings on the validation pair, which are printed."""
     settings, sweep, _ = read_fusenorm(job.config)
     id_loader, ood_loader = (
         image_loader(image_set, job.batch_size, job.num_workers)
@@ -152,25 +165,25 @@ def _searched(job: Job, net: nn.Module, run: str) -> FuseNorm:
     return FuseNorm(net, found.settings).with_calibration(found.calibration)
 
 
-def _beyond_openood(job: Job, asked: str) -> list[str]:
-    """What OpenOOD's evaluator cannot do of a job."""
-    beyond = {
+def _unsupported_by_openood(job: Job, requested: str) -> list[str]:
+    """Why OpenOOD's evaluator cannot do a job; empty if it can."""
+    unsupported = {
         "--id-data digits": job.benchmark.name == "digits",
         "--amp": job.amp,
         "--compare": job.compare,
         "--validation": job.validation,
     }
-    reasons = [reason for reason, needed in beyond.items() if needed]
+    reasons = [f"does not support {option}" for option, used in unsupported.items() if used]
     if reasons or not openood_installed():
         return reasons
     try:
         shifted = bool(csid_of_evaluator(job.benchmark.name))
     except OpenOODError:
-        if asked == "openood":
+        if requested == "openood":
             raise
-        return ["without an OpenOOD that can be imported"]
+        return ["cannot import OpenOOD"]
     if job.fsood and not shifted:
-        return [f"--fsood with --id-data {job.benchmark.name}"]
-    # OpenOOD's evaluator opens every list of its own, and downloads what it misses.
+        return [f"does not support --fsood with --id-data {job.benchmark.name}"]
+    # OpenOOD's evaluator opens every list of the benchmark, and downloads those that are missing.
     missing = job.benchmark.missing(job.benchmark.every(shifted))
-    return [f"without all its files ({m})" for m in missing]
+    return [f"needs all files of the benchmark ({m})" for m in missing]

@@ -1,4 +1,4 @@
-"""``fusenorm eval``: evaluate a postprocessor on all training runs under a root."""
+"""`fusenorm eval`: evaluate a postprocessor on all training runs under a root."""
 
 import pickle
 import sys
@@ -16,7 +16,7 @@ from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.engines import Job, evaluate_run, find_engine
 from fusenorm_openood.cli.inputs import check_files, check_networks, ensure_digits
-from fusenorm_openood.cli.postprocessors import check_postprocessor, read_postprocessor
+from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.devices import find_device
 from fusenorm_openood.errors import ConfigError
@@ -27,39 +27,33 @@ def add_arguments(parser: ArgumentParser) -> None:
     options.add_results(parser)
     options.add_data(parser)
     add = parser.add_argument
-    add("--batch-size", type=options.positive, default=200, help="images at a time (default: 200)")
-    add("--save-csv", action="store_true", help="write OUTPUT/ood/NAME.csv (fsood/, val/)")
+    add("--batch-size", type=options.positive, default=200, help="images per batch (default: 200)")
+    add("--save-csv", action="store_true", help="write OUTPUT/ood/NAME.csv (or fsood/, val/)")
     add("--save-score", action="store_true", help="write scores to OUTPUT/s0/scores/NAME.pkl")
     add("--validation", action="store_true", help="test on the validation pair, to choose settings")
     add("--compare", action="store_true", help="also print AUROC / FPR@95 of every expert")
-    add("--config", help="YAML of the postprocessor (default: this package's)")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one argument of it")
+    add("--config", help="YAML file of the postprocessor (default: this package's)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="set one of its arguments")
     add("--aps", action="store_true", help="search settings on the validation pair (APS_mode)")
-    add("--sweep", action="append", default=[], metavar="KEY=LIST", help="values to add to it")
-    add("--amp", choices=["bf16"], help="run the network in bfloat16 where it is safe")
-    add("--channels-last", action="store_true", help="memory format of feature maps and weights")
-    add("--engine", default="auto", choices=["auto", "native", "openood"], help="who evaluates")
+    add("--sweep", action="append", default=[], metavar="KEY=LIST", help="add values to the sweep")
+    add("--amp", choices=["bf16"], help="run the network in bfloat16 where that is safe")
+    add("--channels-last", action="store_true", help="use the channels-last memory format")
+    add("--engine", default="auto", choices=["auto", "native", "openood"], help="what evaluates")
     options.add_computing(parser)
 
 
 def run(args: Namespace) -> int:
-    """Check everything that can be checked, then evaluate run by run and print the table."""
+    """Check all inputs, then evaluate one run after another and print the table."""
     device = find_device(args.device)
     benchmark = load_benchmark(args.id_data, args.data_root)
     if args.validation and args.fsood:
-        raise ConfigError("--validation and --fsood exclude each other: leave out one")
+        raise ConfigError("--validation and --fsood cannot be combined: leave one out")
     check_fsood(benchmark, args.fsood)
     name, progress = args.postprocessor, not args.no_progress
-    config = read_postprocessor(name, args.config, args.set, args.sweep, args.aps)
-    check_postprocessor(name, config, benchmark)
     output = Path(args.output_dir or args.root)
-    if args.save_csv or args.save_score:
-        check_writable(output, "--output-dir")
-    if benchmark.name == "digits":
-        ensure_digits(args.data_root, args.root, progress)
     job = Job(
         postprocessor=name,
-        config=config,
+        config=read_postprocessor(name, args.config, args.set, args.sweep, args.aps),
         benchmark=benchmark,
         fsood=args.fsood,
         validation=args.validation,
@@ -70,6 +64,11 @@ def run(args: Namespace) -> int:
         progress=progress,
         trials=output if args.save_csv else None,
     )
+    job.check()
+    if args.save_csv or args.save_score:
+        check_writable(output, "--output-dir")
+    if benchmark.name == "digits":
+        ensure_digits(args.data_root, args.root, progress)
     checkpoints = check_files(benchmark, args.root, job.image_sets())
     networks = load_runs(checkpoints, benchmark.num_classes)
     check_networks(job, networks, checkpoints)
@@ -77,7 +76,7 @@ def run(args: Namespace) -> int:
 
     print(f"{name} on {args.id_data}: engine {engine}, device {device}", flush=True)
     for checkpoint in filter(unfinished, checkpoints.values()):
-        print(f"fusenorm: training {checkpoint.parent} is not finished", file=sys.stderr)
+        print(f"fusenorm: training run {checkpoint.parent} is not finished", file=sys.stderr)
     tables = []
     for run_name, net in networks.items():
         net.to(device)

@@ -1,4 +1,4 @@
-"""``fusenorm leaderboard``: an entry for OpenOOD's leaderboard, from what an evaluation saved."""
+"""`fusenorm leaderboard`: an entry for OpenOOD's leaderboard, from saved results."""
 
 import shlex
 from argparse import ArgumentParser, Namespace
@@ -30,7 +30,11 @@ def run(args: Namespace) -> int:
 
 
 def results_csv(args: Namespace) -> Path:
-    """The CSV that an evaluation saved; DataError that names the command for it where it is not."""
+    """The CSV file that an evaluation saved.
+
+    Raises:
+        DataError: the file does not exist; the message names the command that creates it.
+    """
     folder = Path(args.output_dir or args.root) / ("fsood" if args.fsood else "ood")
     path = folder / f"{args.postprocessor}.csv"
     if path.is_file():
@@ -40,5 +44,5 @@ def results_csv(args: Namespace) -> Path:
                *(["--output-dir", args.output_dir] if args.output_dir else []),
                *(["--fsood"] if args.fsood else []), "--save-csv"]  # fmt: skip
     others = ", ".join(sorted(file.name for file in folder.glob("*.csv")))
-    beside = f" (beside it there are: {others})" if others else ""
-    raise DataError(f"results {path} are missing{beside}: '{shlex.join(command)}' makes them")
+    contents = f" (the folder contains {others})" if others else ""
+    raise DataError(f"{path} does not exist{contents}: create it with '{shlex.join(command)}'")

@@ -4,20 +4,20 @@ from argparse import ArgumentParser, ArgumentTypeError
 
 
 def add_data(parser: ArgumentParser) -> None:
-    """``--id-data`` and ``--data-root``: the benchmark and its images."""
+    """`--id-data` and `--data-root`: the benchmark and its images."""
     names = "cifar10, cifar100, imagenet200, imagenet, digits"
     parser.add_argument("--id-data", default="cifar10", help=f"{names} (default: cifar10)")
     add_data_root(parser)
 
 
 def add_data_root(parser: ArgumentParser) -> None:
-    """``--data-root``: the folder of images and lists."""
+    """`--data-root`: the folder of images and lists."""
     help = "images and lists in OpenOOD's layout (default: data)"
     parser.add_argument("--data-root", default="data", help=help)
 
 
 def add_computing(parser: ArgumentParser) -> None:
-    """``--device``, ``--num-workers`` and ``--no-progress``: how images are worked through."""
+    """`--device`, `--num-workers` and `--no-progress`: how images are processed."""
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--num-workers", type=whole, default=2, help="processes that load images (default: 2)")
@@ -25,30 +25,30 @@ def add_computing(parser: ArgumentParser) -> None:
 
 
 def add_no_progress(parser: ArgumentParser) -> None:
-    """``--no-progress``."""
-    parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+    """`--no-progress`."""
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
 
 
 def add_results(parser: ArgumentParser) -> None:
-    """``--root``, ``--postprocessor``, ``--fsood`` and ``--output-dir``: whose results."""
+    """`--root`, `--postprocessor`, `--fsood` and `--output-dir`: which results."""
     add = parser.add_argument
     add("--root", required=True, help="folder of training runs s0, s1, ... with best.ckpt")
     add(
         "--postprocessor",
         default="fusenorm",
-        help="fusenorm, t2fnorm, msp, mls, ebo, odin, react; with OpenOOD, any of its own",
+        help="fusenorm, t2fnorm, msp, mls, ebo, odin, react; with OpenOOD, also any of OpenOOD's",
     )
     add("--fsood", action="store_true", help="full-spectrum: covariate-shifted images count as ID")
-    add("--output-dir", help="where results go (default: the root)")
+    add("--output-dir", help="folder for results (default: the root)")
 
 
 def whole(text: str, least: int = 0) -> int:
-    """A whole number of at least ``least``, for argparse."""
+    """An integer >= `least`, for argparse."""
     if not (text.isdecimal() and int(text) >= least):
-        raise ArgumentTypeError(f"{text!r}: give a whole number of at least {least}")
+        raise ArgumentTypeError(f"must be an integer >= {least}, got {text!r}")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
+    """An integer >= 1, for argparse."""
     return whole(text, least=1)

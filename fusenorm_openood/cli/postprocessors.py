@@ -1,12 +1,11 @@
-"""The configuration of a postprocessor, this package's or OpenOOD's, as the command line asks."""
+"""The configuration of a postprocessor, with changes from the command line."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fusenorm_openood.configs import config_root, lookup, parse_yaml, read_config
-from fusenorm_openood.data.benchmarks import Benchmark
-from fusenorm_openood.detectors.configuration import NATIVE, detector_for
+from fusenorm_openood.detectors.configuration import NATIVE
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.openood.bridge import INSTALL, openood_config_root, openood_installed
 
@@ -18,17 +17,17 @@ def read_postprocessor(
     sweep: Sequence[str] = (),
     aps_mode: bool = False,
 ) -> dict[str, Any]:
-    """The configuration of a postprocessor, with ``KEY=VALUE`` changes to arguments and sweep.
+    """The configuration of a postprocessor, with `KEY=VALUE` changes to its arguments and sweep.
 
-    It is this package's, or else OpenOOD's of that name.
+    Without a path, this package's configuration of that name is read, or else OpenOOD's.
 
     Raises:
-        ConfigError: a postprocessor that is not known here, or a change of another form.
+        ConfigError: an unknown postprocessor, or a change that is not `KEY=VALUE`.
     """
     if name not in NATIVE and not openood_installed():
         raise ConfigError(
-            f"postprocessor {name!r} unknown: choose among {', '.join(NATIVE)}, or install "
-            f"OpenOOD, which has more: {INSTALL}"
+            f"unknown postprocessor {name!r}: choose from {', '.join(NATIVE)}, or install "
+            f"OpenOOD, which has more, with '{INSTALL}'"
         )
     if path is None:
         ours = config_root() / "postprocessors" / f"{name}.yml"
@@ -42,18 +41,10 @@ def read_postprocessor(
         for change in given:
             key, equals, value = change.partition("=")
             if not equals:
-                raise ConfigError(f"{option} {change} found: give KEY=VALUE, alpha=0.5 say")
+                raise ConfigError(
+                    f"{option} must be KEY=VALUE, for example alpha=0.5, got {change!r}"
+                )
             section[part] = {**(section.get(part) or {}), key: parse_yaml(value)}
     if aps_mode:
         section["APS_mode"] = True
     return config
-
-
-def check_postprocessor(name: str, config: dict[str, Any], benchmark: Benchmark) -> None:
-    """Raise ConfigError unless a postprocessor of that name and configuration can be made."""
-    if name in NATIVE:
-        detector_for(name, config)
-    else:
-        from fusenorm_openood.openood.adapter import make_postprocessor  # imports OpenOOD
-
-        make_postprocessor(name, config, benchmark.name)

@@ -1,4 +1,4 @@
-"""``fusenorm taps``: the modules of a checkpoint's network that can be tapped."""
+"""`fusenorm taps`: the modules of a checkpoint's network that can be tapped."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -15,11 +15,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Print every module that returns one feature map, and mark the default choice."""
+    """Print every module that returns one feature map, and mark those tapped by default."""
     net = load_network(args.checkpoint)
     default = resolve_taps(net, "blocks")
     images = torch.zeros(1, 3, args.image_size, args.image_size)
-    print("    module, class, shape of its output for one image; * = tapped by default")
+    print("    module, class, output shape for one image; * = tapped by default")
     for name, kind, shape in tap_candidates(net, images):
         print(f"  {'*' if name in default else ' '} {name}, {kind}, {list(shape[1:])}")
     return 0

@@ -1,10 +1,10 @@
-"""``fusenorm train``: train a network, or resume a run that was interrupted."""
+"""`fusenorm train`: train a network, or resume an interrupted run."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from fusenorm_openood.cli import options
-from fusenorm_openood.cli.inputs import check_images
+from fusenorm_openood.cli.inputs import check_images, check_readable
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.devices import find_device
@@ -17,22 +17,22 @@ from fusenorm_openood.training.recipes import find_recipe
 def add_arguments(parser: ArgumentParser) -> None:
     options.add_data(parser)
     add = parser.add_argument
-    add("--method", default="t2fnorm", help="t2fnorm, or base for cross-entropy alone")
+    add("--method", default="t2fnorm", help="t2fnorm, or base for plain cross-entropy")
     recipe = "(default: the data set's published recipe)"
     add("--epochs", type=options.positive, help=recipe)
-    add("--lr", type=float, help=f"learning rate at the start {recipe}")
+    add("--lr", type=float, help=f"initial learning rate {recipe}")
     add("--tau", type=float, help=f"T2FNorm's temperature {recipe}")
-    add("--batch-size", type=options.positive, help=f"of one process {recipe}")
+    add("--batch-size", type=options.positive, help=f"images per step, over all processes {recipe}")
     add("--seed", type=options.whole, default=0)
     add("--init", metavar="CKPT", help="start from this checkpoint, plain or T2FNorm's")
-    add("--results-dir", default="results", help="where the run's folder goes (default: results)")
-    add("--amp", choices=["bf16"], help="compute in bfloat16 where it is safe")
-    add("--channels-last", action="store_true", help="memory format of images and weights")
+    add("--results-dir", default="results", help="parent folder of the run (default: results)")
+    add("--amp", choices=["bf16"], help="compute in bfloat16 where that is safe")
+    add("--channels-last", action="store_true", help="use the channels-last memory format")
     options.add_computing(parser)
 
 
 def run(args: Namespace) -> int:
-    """Train, in as many processes as ``torchrun`` started, and print the checkpoint."""
+    """Train, in as many processes as `torchrun` started, and print the checkpoint."""
     given = {name: getattr(args, name) for name in ("epochs", "lr", "tau", "batch_size")}
     changes = {name: value for name, value in given.items() if value is not None}
     recipe = find_recipe(
@@ -52,8 +52,10 @@ def run(args: Namespace) -> int:
             if process.leads:
                 write_digits(args.data_root)
             process.wait()
-        check_images(benchmark, [benchmark.id["train"], benchmark.id["val"]])
+        image_sets = [benchmark.id["train"], benchmark.id["val"]]
+        check_images(benchmark, image_sets)
         if process.leads:
+            check_readable(image_sets)
             print(f"training {folder} on {device}", flush=True)
         best = train(
             recipe,

@@ -1,1 +1,1 @@
-"""Images: OpenOOD's lists and preprocessing, its benchmarks, and one that needs no download."""
+"""Images: OpenOOD's lists, preprocessing and benchmarks, and a benchmark without downloads."""

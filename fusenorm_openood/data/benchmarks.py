@@ -23,7 +23,7 @@ from fusenorm_openood.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class ImageSet:
-    """One image list and the folder that its paths start from."""
+    """An image list, the folder that its paths are relative to, and the transform."""
 
     imagelist: Path
     data_dir: Path
@@ -35,7 +35,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """An ID data set with all that OpenOOD tests it against."""
+    """An ID data set with everything that OpenOOD tests it against."""
 
     name: str
     data_root: Path
@@ -61,11 +61,11 @@ class Benchmark:
             yield from self.csid.values()
 
     def every(self, fsood: bool = True) -> Iterator[ImageSet]:
-        """All image sets of the benchmark, with or without covariate-shifted ones."""
+        """All image sets of the benchmark, with or without the covariate-shifted ones."""
         yield from (self.id["train"], self.val_ood, *self.tested(fsood))
 
     def missing(self, image_sets: Iterable[ImageSet]) -> list[str]:
-        """A sentence for each image set that is not complete on disk; no image is read."""
+        """A message for each image set that is incomplete on disk; no image is read."""
         problems = []
         for image_set in image_sets:
             try:
@@ -78,14 +78,16 @@ class Benchmark:
 
 
 def load_benchmark(name: str, data_root: str | Path = "data") -> Benchmark:
-    """The benchmark of an ID data set, its images under a data root in OpenOOD's layout.
+    """The benchmark of an ID data set, with images under a data root in OpenOOD's layout.
 
     Raises:
-        ConfigError: an unknown name, or a configuration that lacks a key.
+        ConfigError: an unknown name, or an incomplete configuration.
     """
     folder = config_root() / "datasets" / name
     if name not in benchmark_names():
-        raise ConfigError(f"ID data set {name!r} unknown: choose {', '.join(benchmark_names())}")
+        raise ConfigError(
+            f"unknown ID data set {name!r}: choose from {', '.join(benchmark_names())}"
+        )
     dataset = lookup(read_config(folder / f"{name}.yml"), "dataset")
     ood = lookup(read_config(folder / f"{name}_ood.yml"), "ood_dataset")
     shifted = folder / f"{name}_fsood.yml"
@@ -123,6 +125,6 @@ def load_benchmark(name: str, data_root: str | Path = "data") -> Benchmark:
 def image_loader(
     image_set: ImageSet, batch_size: int = 200, num_workers: int = 0
 ) -> DataLoader[Any]:
-    """Batches of an image set in the order of its list, in pinned memory where there is CUDA."""
+    """Batches of an image set in the order of its list, in pinned memory if CUDA is available."""
     pinned = torch.cuda.is_available()
     return DataLoader(image_set.images(), batch_size, num_workers=num_workers, pin_memory=pinned)

@@ -1,8 +1,8 @@
-"""The embedded benchmark: images that ship inside scikit-learn, written in OpenOOD's layout.
+"""The embedded benchmark: images that ship with scikit-learn, written in OpenOOD's layout.
 
-ID are the handwritten digits 0 to 6. Digit 7 is the OOD validation set, 8 and 9 are near-OOD.
-Far-OOD are patches of scikit-learn's two photographs, uniform noise, and stripes. All are grey
-images of 24x24 pixels; the digits are enlarged from 8x8.
+The ID classes are the handwritten digits 0 to 6. Digit 7 is the OOD validation set; 8 and 9 are
+near-OOD. Far-OOD are patches of scikit-learn's two photographs, uniform noise, and stripes. All
+images are greyscale with 24x24 pixels; the digits are upscaled from 8x8.
 """
 
 import shutil
@@ -27,7 +27,7 @@ SIZE = 24
 
 
 def digits_image_sets(seed: int = 0) -> dict[str, Labelled]:
-    """Images and labels of every list of the benchmark, the same for the same seed."""
+    """Images and labels of every list of the benchmark, determined by the seed."""
     rng = np.random.default_rng(seed)
     digits = load_digits()
     images, labels = _enlarged(digits.images), digits.target.astype(np.int64)
@@ -49,10 +49,10 @@ def digits_image_sets(seed: int = 0) -> dict[str, Labelled]:
 
 
 def write_digits(data_root: str | Path, seed: int = 0) -> None:
-    """Write the benchmark's images and lists under a data root, unless they are all there.
+    """Write the benchmark's images and lists under a data root, unless they all exist.
 
     Raises:
-        DataError: the data root cannot be written.
+        DataError: the data root is not writable.
     """
     benchmark = load_benchmark("digits", data_root)
     if not benchmark.missing(benchmark.every()):
@@ -71,7 +71,7 @@ def write_digits(data_root: str | Path, seed: int = 0) -> None:
     except OSError as error:
         raise DataError(
             f"the digits benchmark cannot be written under {root} ({error}): "
-            "give --data-root a folder that can be"
+            "choose a writable folder with --data-root"
         ) from None
 
 
@@ -91,14 +91,14 @@ def _ood(images: Grey) -> Labelled:
 
 
 def _enlarged(images: NDArray[np.float64]) -> Grey:
-    """8x8 images of levels 0 to 16, enlarged by bilinear interpolation."""
+    """8x8 images with levels 0 to 16, upscaled by bilinear interpolation."""
     grey = (images * 255 / 16).round().astype(np.uint8)
     large = [Image.fromarray(i).resize((SIZE, SIZE), Image.Resampling.BILINEAR) for i in grey]
     return np.stack([np.asarray(image) for image in large])
 
 
 def _patches(photograph: NDArray[np.uint8], rng: np.random.Generator) -> Grey:
-    """Random patches of a photograph, in grey."""
+    """Random greyscale patches of a photograph."""
     grey = photograph.mean(axis=2).round().astype(np.uint8)
     rows, columns = (side - SIZE + 1 for side in grey.shape)
     y, x = rng.integers(0, rows, FAR_IMAGES), rng.integers(0, columns, FAR_IMAGES)

@@ -1,4 +1,4 @@
-"""The benchmarks' names, their lists on disk, and where they are to be had."""
+"""The benchmarks' names, their lists on disk, and where to get them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from fusenorm_openood.configs import config_root, read_config
 
 _DRIVE = "https://drive.google.com/file/d/"
-# Checkpoints of three training runs: OpenOOD's by cross-entropy, and T2FNorm's.
+# Checkpoints of three training runs each: with cross-entropy, and with T2FNorm.
 CHECKPOINTS = {
     "cifar10": ("1byGeYxM_PlLjT72wZsMQvP6popJeWBgt", "1FchVmaDodfsSE-eyA6FjnEZ7FtFm0v4u"),
     "cifar100": ("1s-1oNrRtmA0pGefxXJOUVRYpaoAML0C-", "16bEDcPPjPkt4KmnqurfGnI6gPLIwZJc8"),
@@ -22,12 +22,12 @@ DOWNLOAD = (
 
 
 def how_to_get(name: str) -> str:
-    """Where the images, lists and checkpoints of a benchmark are to be had."""
+    """How to get the images, lists and checkpoints of a benchmark."""
     if name == "digits":
-        return "'fusenorm digits' makes the benchmark and its network"
+        return "create the benchmark and its network with 'fusenorm digits'"
     openood, t2fnorm = (f"{_DRIVE}{file}" for file in CHECKPOINTS[name])
     return (
-        f"OpenOOD's download script brings images, lists and checkpoints: {DOWNLOAD}; "
+        f"get images, lists and checkpoints with OpenOOD's download script: {DOWNLOAD}; "
         f"the checkpoints alone are at {openood} (cross-entropy) and {t2fnorm} (T2FNorm)"
     )
 
@@ -38,7 +38,7 @@ def benchmark_names() -> list[str]:
 
 
 def list_paths(name: str, data_root: str | Path) -> list[Path]:
-    """All image lists of a benchmark, whether they are there or not."""
+    """All image lists of a benchmark, whether or not they exist."""
     paths = [
         under(data_root, value)
         for file in sorted((config_root() / "datasets" / name).glob("*.yml"))
@@ -48,7 +48,7 @@ def list_paths(name: str, data_root: str | Path) -> list[Path]:
 
 
 def under(data_root: str | Path, path: str) -> Path:
-    """A path of the configurations, which start from ./data, under another data root."""
+    """A path from the configurations, which starts with ./data, under another data root."""
     return Path(data_root) / Path(path).relative_to("data")
 
 

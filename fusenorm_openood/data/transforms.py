@@ -1,4 +1,4 @@
-"""OpenOOD's preprocessing of test images."""
+"""OpenOOD's preprocessing of training and test images."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,21 +22,21 @@ NORMALIZATIONS: dict[str, Normalization] = {
 
 
 def normalization(name: str) -> Normalization:
-    """Mean and standard deviation under a ``normalization_type``; ConfigError if unknown."""
+    """Mean and standard deviation for a `normalization_type`; ConfigError if it is unknown."""
     if name not in NORMALIZATIONS:
         raise ConfigError(
-            f"normalization_type {name!r} unknown: choose among {', '.join(NORMALIZATIONS)}"
+            f"unknown normalization_type {name!r}: choose from {', '.join(NORMALIZATIONS)}"
         )
     return NORMALIZATIONS[name]
 
 
 def eval_transform(pre_size: int, image_size: int, norm: Normalization) -> Transform:
-    """Resize the shorter side (bilinear), crop the centre, normalise: ``[3, size, size]``."""
+    """Resize the shorter side (bilinear), centre-crop and normalise to `[3, size, size]`."""
     return _compose(*_resized(pre_size, image_size), *_normalised(norm))
 
 
 def plain_transform(norm: Normalization) -> Transform:
-    """Normalise only, for images that come in their final size, as ImageNet-C's do."""
+    """Normalise only, for images that already have their final size, such as ImageNet-C's."""
     return _compose(*_normalised(norm))
 
 
@@ -45,8 +45,8 @@ def train_transform(
 ) -> Transform:
     """OpenOOD's standard augmentation of training images.
 
-    Random crop with a margin of an eighth (4 of 32 pixels), or of random scale and shape
-    (``zoom``, for ImageNet), mirrored where the classes allow it.
+    A random crop with a padding of one eighth (4 of 32 pixels), or with `zoom`, as for ImageNet, a
+    crop of random scale and aspect ratio; with `flip`, also a random horizontal flip.
     """
     mirror = [transforms.RandomHorizontalFlip()] if flip else []
     if zoom:

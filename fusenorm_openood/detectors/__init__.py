@@ -1,0 +1,1 @@
+"""FuseNorm and single experts: fit, score, search."""

@@ -1,4 +1,4 @@
-"""A bank of expert scores: every image passed over once, however many settings are tried."""
+"""A bank of expert scores: each image is scored once, however many settings are tried."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,15 +20,16 @@ from fusenorm_openood.method.settings import Settings
 
 
 class ScoreBank(ExpertScorer):
-    """Expert scores of many settings, each image set passed over once.
+    """Expert scores under many settings, from one pass over each image set.
 
     Args:
-        net: any network; it stays as it is.
-        settings: all settings that will be asked for.
-        outputs: output experts that will be asked for alone.
+        net: any network; it is left unchanged.
+        settings: all settings that will be needed.
+        outputs: output experts that will be needed on their own.
 
     Raises:
-        ConfigError, TapError: settings that do not fit the network.
+        ConfigError: settings that do not fit the network.
+        TapError: taps that do not fit the network.
     """
 
     def __init__(
@@ -48,22 +49,22 @@ class ScoreBank(ExpertScorer):
         self.id_loader: Iterable[Any] = ()
 
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
-        """Score the ID validation images, which every calibration is made from."""
+        """Score the ID validation images, on which every calibration is based."""
         self._kept.clear()
         self._thresholds = react_thresholds(self.net, loader, self.panel.percentiles, progress)
         self.id_loader = loader
         return self.add(loader, progress)
 
     def add(self, loader: Iterable[Any], progress: bool = False) -> Self:
-        """Score the images of a loader under all settings, unless that has been done."""
+        """Score the images of a loader under all settings, unless they already have been."""
         if not self.holds(loader):
             experts, pred, label = self._collect(loader, progress, "APS")
             scored = Scored(np.empty(0), pred, label, experts)
-            self._kept[id(loader)] = loader, scored  # the loader too, so that its id stays its own
+            self._kept[id(loader)] = loader, scored  # keeps the loader, so that its id stays unique
         return self
 
     def narrowed(self, settings: Iterable[Settings], outputs: Iterable[Output] = ()) -> Self:
-        """A bank for fewer settings, with the scores of the loaders that this one holds."""
+        """A bank for a subset of the settings, with the scores that this one already holds."""
         bank = type(self)(self.net, settings, outputs)
         rows = [row for n in bank.panel.norms for row in self.panel.norm_rows(bank.panel.taps, n)]
         rows += [self.panel.output_row(output) for output in bank.panel.outputs]
@@ -73,23 +74,23 @@ class ScoreBank(ExpertScorer):
         return bank
 
     def forget(self, loader: Iterable[Any]) -> None:
-        """Free the scores of a loader's images."""
+        """Discard the scores of a loader's images."""
         del self._kept[id(loader)]
 
     def holds(self, loader: Iterable[Any]) -> bool:
-        """Whether the images of this very loader have been scored."""
+        """Whether the images of this loader object have been scored."""
         return id(loader) in self._kept
 
     def knows(self, settings: Settings) -> bool:
-        """Whether these settings are among those that the bank was made for."""
+        """Whether the bank was built for these settings."""
         return settings in self._detectors
 
     def calibration(self, settings: Settings) -> Calibration:
-        """What :meth:`FuseNorm.fit` would learn under these settings.
+        """What `FuseNorm.fit` would learn under these settings.
 
         Raises:
-            ZeroRangeError, NonFiniteError: settings under which nothing can be learnt, or under
-                which an image of a loader that is held has a score that is not finite.
+            ZeroRangeError, NonFiniteError: the statistics cannot be computed under these settings,
+                or an image of a held loader has a non-finite score.
         """
         detector = self._detectors[settings]
         rows = self._rows(detector)
@@ -98,8 +99,8 @@ class ScoreBank(ExpertScorer):
             if not finite.all():
                 expert = detector.experts[int(finite.argmin())]
                 raise NonFiniteError(
-                    f"expert {expert!r} gives scores that are not finite to finite images: leave "
-                    "it out, or look at the network's weights"
+                    f"expert {expert!r} gives non-finite scores for finite images: leave it out, "
+                    "or check the network's weights"
                 )
         id_scores = self._kept[id(self.id_loader)][1].experts[rows]
         percentile = settings.react_percentile
@@ -107,10 +108,10 @@ class ScoreBank(ExpertScorer):
         return calibrate(detector.experts, id_scores, thresholds, settings)
 
     def scored(self, settings: Settings, loader: Iterable[Any]) -> Scored:
-        """What :meth:`FuseNorm.infer` would say of a loader's images under these settings.
+        """What `FuseNorm.infer` would return for a loader's images under these settings.
 
         Raises:
-            ZeroRangeError, NonFiniteError: settings under which nothing can be learnt.
+            ZeroRangeError, NonFiniteError: as in `calibration`.
         """
         detector = self._detectors[settings].with_calibration(self.calibration(settings))
         scored = self._kept[id(loader)][1]
@@ -118,13 +119,13 @@ class ScoreBank(ExpertScorer):
         return scored._replace(conf=detector.confidence(experts), experts=experts)
 
     def output(self, output: Output, loader: Iterable[Any]) -> NDArray[np.float64]:
-        """Scores ``[N]`` of one output expert alone, larger = more in-distribution."""
+        """Scores `[N]` of a single output expert, larger = more in-distribution."""
         scored = self._kept[id(loader)][1]
         scores: NDArray[np.float64] = scored.experts[self.panel.output_row(output)]
         return scores
 
     def worst(self, loader: Iterable[Any]) -> Scored:
-        """Confidences that rank every ID image below every other: an AUROC of 0."""
+        """Confidences that rank every ID image below every OOD image: an AUROC of 0."""
         scored = self._kept[id(loader)][1]
         rank = 0.0 if loader is self.id_loader else 1.0
         return scored._replace(conf=np.full(len(scored.pred), rank))
@@ -137,7 +138,7 @@ class ScoreBank(ExpertScorer):
         return self.panel.scores(self.net, images, self._thresholds)
 
     def _check_finite(self, images: Tensor, experts: NDArray[Any]) -> None:
-        """An image must be finite; scores that are not only rule out the settings they are of."""
+        """Require finite images; non-finite scores only rule out the settings that use them."""
         finite = images.flatten(1).isfinite().all(dim=1)
         if not finite.all():
             raise not_finite(images, int((~finite).nonzero()[0, 0]), "scores that are not finite")
@@ -147,6 +148,6 @@ def bank_for(net: nn.Module, base: Settings, sweep: Mapping[str, Sequence[Any]])
     """A bank for every combination of a sweep.
 
     Raises:
-        ConfigError: an empty sweep, or a value that no combination can use.
+        ConfigError: an empty sweep, or a value that is invalid in every combination.
     """
     return ScoreBank(net, swept(base, sweep))

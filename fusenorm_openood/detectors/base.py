@@ -1,4 +1,4 @@
-"""What every detector shares: batches, loops, checks."""
+"""What all detectors share: batches, loops and checks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -16,12 +16,13 @@ from fusenorm_openood.listening.batches import batches, checked_images, not_fini
 
 
 class Scored(NamedTuple):
-    """What a detector says of ``N`` images.
+    """Results of a detector on `N` images.
 
-    conf: confidences ``[N]``, larger = more in-distribution.
-    pred: predicted classes ``[N]``.
-    label: labels ``[N]`` as the loader gave them, -1 where it gave none.
-    experts: scores of the single experts ``[L, N]``, larger = more in-distribution.
+    Attributes:
+        conf: confidences `[N]`, larger = more in-distribution.
+        pred: predicted classes `[N]`.
+        label: labels `[N]` from the loader, -1 where it gives none.
+        experts: scores of the experts `[L, N]`, larger = more in-distribution.
     """
 
     conf: NDArray[Any]
@@ -31,7 +32,7 @@ class Scored(NamedTuple):
 
 
 class ExpertScorer(ABC):
-    """Loops, batches and checks; a child says how experts score."""
+    """Loops, batches and checks; a subclass defines how experts score."""
 
     experts: tuple[str, ...]
     companions: tuple[str, ...] = ()
@@ -41,11 +42,11 @@ class ExpertScorer(ABC):
 
     @abstractmethod
     def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert scores ``[L, B]`` and predicted classes ``[B]`` of images on the net's device."""
+        """Expert scores `[L, B]` and predicted classes `[B]` of images on the net's device."""
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Names of the rows of :attr:`Scored.experts`: the experts and their companions."""
+        """Names of the rows of `Scored.experts`: the experts and their companions."""
         return (*self.experts, *self.companions)
 
     def _collect(
@@ -55,12 +56,12 @@ class ExpertScorer(ABC):
         for images, labels in batches(loader, progress, desc):
             scores, pred = self._expert_scores(self._moved(images))
             waiting.append((images, scores, pred, labels))
-            # A device scores one batch while the next is loaded and sent to it.
+            # A GPU scores one batch while the next one is loaded and copied to it.
             if scores.device.type == "cpu" or len(waiting) > 1:
                 rows.append(self._read(*waiting.pop(0)))
         rows += [self._read(*batch) for batch in waiting]
         if not rows:
-            raise DataError(f"the loader gave no batch ({desc}): give it at least one image")
+            raise DataError(f"loader must give at least one image, got none ({desc})")
         experts, pred, label = zip(*rows, strict=True)
         return (
             np.concatenate(experts, axis=1),
@@ -83,28 +84,28 @@ class ExpertScorer(ABC):
     def _check_finite(self, images: Tensor, experts: NDArray[Any]) -> None:
         if not np.isfinite(experts).all():
             expert, image = np.argwhere(~np.isfinite(experts))[0]
-            what = f"the score {experts[expert, image]} under {self.rows[expert]!r}"
+            what = f"the score {experts[expert, image]} from expert {self.rows[expert]!r}"
             raise not_finite(images, int(image), what)
 
 
 class Detector(ExpertScorer):
-    """From images to confidences; a child says how experts score and how they make one."""
+    """Turns images into confidences; a subclass defines the expert scores and their fusion."""
 
     @abstractmethod
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
-        """Learn from ID images what is normal; see :meth:`score_loader` for the loaders taken."""
+        """Fit the detector on ID images; see `score_loader` for the accepted loaders."""
 
     @abstractmethod
     def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
-        """Confidences ``[N]`` from expert scores ``[L, N]``."""
+        """Confidences `[N]` from expert scores `[L, N]`."""
 
     @abstractmethod
     def _check_fitted(self) -> Any:
-        """Raise NotFittedError where :meth:`fit` is still to come."""
+        """Raise NotFittedError if `fit` has to be called first."""
 
     @property
     def is_fitted(self) -> bool:
-        """Whether nothing is left to :meth:`fit`."""
+        """Whether the detector can score without a further call of `fit`."""
         try:
             self._check_fitted()
         except NotFittedError:
@@ -112,13 +113,13 @@ class Detector(ExpertScorer):
         return True
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicted classes ``[B]`` and confidences ``[B]`` of images ``[B, C, H, W]``.
+        """Predicted classes `[B]` and confidences `[B]` of images `[B, C, H, W]`.
 
-        Both are on the device of the images; confidences are float64 where it has that type.
+        Both are on the device of the images; confidences are float64 where it is supported.
 
         Raises:
-            NotFittedError: before :meth:`fit`.
-            NonFiniteError: NaN or infinity in the images or in the features they give.
+            NotFittedError: before `fit`.
+            NonFiniteError: NaN or infinity in the images or in their features.
         """
         self._check_fitted()
         scores, pred = self._expert_scores(self._moved(checked_images(images)))
@@ -128,14 +129,14 @@ class Detector(ExpertScorer):
         return pred.to(images.device), conf.to(images.device)
 
     def score(self, images: Tensor) -> Tensor:
-        """Confidences ``[B]`` of images ``[B, C, H, W]``, larger = more in-distribution."""
+        """Confidences `[B]` of images `[B, C, H, W]`, larger = more in-distribution."""
         return self.predict(images)[1]
 
     def score_loader(self, loader: Iterable[Any], progress: bool = False) -> Tensor:
-        """Confidences ``[N]``, float64 on the CPU, of all images of a loader.
+        """Confidences `[N]`, float64 on the CPU, of all images of a loader.
 
-        A loader gives batches ``(images, labels)``, ``{"data": images, "label": labels}`` or
-        images alone. Memory grows by the expert scores only.
+        A loader gives batches `(images, labels)`, `{"data": images, "label": labels}` or
+        images alone. Memory grows only with the expert scores.
         """
         return torch.from_numpy(self.infer(loader, progress).conf).double()
 
@@ -143,7 +144,7 @@ class Detector(ExpertScorer):
         """Confidences, predictions, labels and expert scores of all images of a loader.
 
         Raises:
-            DataError: a loader without images, or a batch of another kind.
+            DataError: a loader without images, or an unknown kind of batch.
         """
         self._check_fitted()
         experts, pred, label = self._collect(loader, progress, desc)

@@ -1,4 +1,4 @@
-"""Single output experts as postprocessors of their own, under OpenOOD's names and conventions."""
+"""Single output experts as postprocessors, with OpenOOD's names and conventions."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -23,11 +23,11 @@ from fusenorm_openood.method.experts import (
     msp,
     odin_perturb,
 )
-from fusenorm_openood.networks.t2fnorm import scores_apart
+from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 
 
 class Kind(NamedTuple):
-    """A single expert as a postprocessor: its title in tables, the arguments it must be given."""
+    """A single expert as a postprocessor: its title in tables and its required arguments."""
 
     title: str
     arguments: tuple[str, ...] = ()
@@ -44,17 +44,17 @@ BASELINES = {
 
 
 class Baseline(Detector):
-    """One output expert, scored in float32 exactly as OpenOOD scores it, ties included.
+    """One output expert, scored in float32 exactly as in OpenOOD, including ties.
 
     Args:
-        net: any network that returns logits; T2FNorm's scores by its scoring logits.
-        name: ``msp``, ``mls``, ``ebo``, ``odin``, ``react`` or ``t2fnorm``.
-        input_std: standard deviations that the images were divided by, for ODIN's step.
-        args: the postprocessor's arguments, all of them.
+        net: any network that returns logits; a T2FNorm network is scored by its scoring logits.
+        name: `msp`, `mls`, `ebo`, `odin`, `react` or `t2fnorm`.
+        input_std: standard deviations by which the images were divided, for ODIN's step.
+        args: all of the postprocessor's arguments.
 
     Raises:
-        ConfigError: an unknown postprocessor, or arguments that are not its own.
-        CheckpointError: ``t2fnorm`` on a network that is none.
+        ConfigError: an unknown postprocessor, or invalid arguments.
+        CheckpointError: `t2fnorm` with a network that was not trained with T2FNorm.
     """
 
     def __init__(
@@ -66,24 +66,24 @@ class Baseline(Detector):
     ) -> None:
         super().__init__(net)
         check_baseline(name, args)
-        if name == "t2fnorm" and not scores_apart(net):
+        if name == "t2fnorm" and not has_scoring_logits(net):
             raise CheckpointError(
-                f"t2fnorm scores a network trained with T2FNorm, found a {type(net).__name__}: "
-                "give such a checkpoint, or choose another postprocessor"
+                "postprocessor 't2fnorm' needs a network trained with T2FNorm, got a "
+                f"{type(net).__name__}: use such a checkpoint, or another postprocessor"
             )
         self.experts = (name,)
         self.output = output_of(name, args, input_std)
         self._thresholds: dict[float, float] = {}
 
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
-        """Find ReAct's threshold on ID images; the other experts have nothing to fit."""
+        """Fit ReAct's threshold on ID images; the other experts have nothing to fit."""
         percentiles = [q for q in (self.output.react_percentile,) if q is not None]
         self._thresholds = react_thresholds(self.net, loader, percentiles, progress)
         return self
 
     @property
     def threshold_(self) -> float | None:
-        """Where ReAct clips, once it is fitted."""
+        """ReAct's clipping threshold, None before `fit`."""
         return next(iter(self._thresholds.values()), None)
 
     def _check_fitted(self) -> None:
@@ -118,7 +118,7 @@ class Baseline(Detector):
 def output_of(
     name: str, args: Mapping[str, float], input_std: tuple[float, ...] | None = None
 ) -> Output:
-    """The output expert that a baseline is, under its arguments."""
+    """The output expert of a baseline with the given arguments."""
     if name in ("msp", "t2fnorm"):
         return Output(PROBABILITY, 1.0)
     if name == "react":
@@ -129,25 +129,25 @@ def output_of(
 
 
 def default_args(name: str) -> dict[str, float]:
-    """A baseline's arguments in ``configs/postprocessors``, which are OpenOOD's."""
+    """A baseline's arguments in `configs/postprocessors`, which are OpenOOD's."""
     config = read_config(config_root() / "postprocessors" / f"{name}.yml")
     return lookup(config, "postprocessor").get("postprocessor_args") or {}
 
 
 def check_baseline(name: str, args: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless a postprocessor of that name takes these arguments."""
+    """Raise ConfigError unless the name and the arguments are valid."""
     if name not in BASELINES:
-        raise ConfigError(f"postprocessor {name!r} unknown: choose {', '.join(BASELINES)}")
+        raise ConfigError(f"unknown postprocessor {name!r}: choose from {', '.join(BASELINES)}")
     arguments = BASELINES[name].arguments
     if set(args) != set(arguments):
         raise ConfigError(
-            f"postprocessor {name!r} with the arguments {sorted(args)} found: "
-            f"its arguments are {sorted(arguments)}"
+            f"postprocessor {name!r} takes the arguments {sorted(arguments)}, got {sorted(args)}"
         )
     for key, value in args.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        least, most = (0, 100) if key == "percentile" else (0, math.inf)
-        if not number or not least <= value < most or (value == 0 and key != "noise"):
+        most = 100 if key == "percentile" else math.inf
+        if not number or not 0 <= value < most or (value == 0 and key != "noise"):
+            bracket = "[" if key == "noise" else "("
             raise ConfigError(
-                f"{key} = {value!r} is no {key} for {name!r}: choose one from {least} to {most}"
+                f"{key} of {name!r} must be a number in {bracket}0, {most}), got {value!r}"
             )

@@ -1,4 +1,4 @@
-"""From a postprocessor's configuration, in OpenOOD's schema, to a detector."""
+"""Build a detector from a postprocessor's configuration in OpenOOD's schema."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ NATIVE = ("fusenorm", *BASELINES)  # postprocessors that need no OpenOOD
 
 
 class FuseNormConfig(NamedTuple):
-    """What a configuration in OpenOOD's schema says of FuseNorm."""
+    """FuseNorm's settings, their sweep, and whether it is searched."""
 
     settings: Settings
     sweep: dict[str, list[Any]]
@@ -25,7 +25,7 @@ class FuseNormConfig(NamedTuple):
 
 
 def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
-    """Read and check the ``postprocessor`` section of a configuration.
+    """Read and check the `postprocessor` section of a configuration.
 
     Raises:
         ConfigError: a missing or unknown key, or a value out of range.
@@ -37,23 +37,23 @@ def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
     unknown = [key for key in section if key not in keys]
     if unknown:
         raise ConfigError(
-            f"key 'postprocessor.{unknown[0]}' unknown: the keys are {', '.join(keys)}"
+            f"unknown key 'postprocessor.{unknown[0]}': the keys are {', '.join(keys)}"
         )
     if not isinstance(section["APS_mode"], bool):
-        raise ConfigError(f"APS_mode = {section['APS_mode']!r} found: choose True or False")
+        raise ConfigError(f"APS_mode must be True or False, got {section['APS_mode']!r}")
     for key in keys[2:]:
         if not isinstance(section[key] or {}, Mapping):
-            raise ConfigError(
-                f"{key} = {section[key]!r} found: give a mapping of settings, or leave it empty"
-            )
+            raise ConfigError(f"{key} must be a mapping of settings or empty, got {section[key]!r}")
     settings = Settings.from_mapping(dict(section["postprocessor_args"] or {}))
     sweep = dict(section["postprocessor_sweep"] or {})
     check_names(sweep)
     for name, values in sweep.items():
         if not isinstance(values, list) or not values:
-            raise ConfigError(f"postprocessor_sweep.{name} = {values!r}: give a list of values")
+            raise ConfigError(
+                f"postprocessor_sweep.{name} must be a non-empty list of values, got {values!r}"
+            )
     aps_mode = section["APS_mode"]
-    # A sweep that waits for a search need not go with settings that are chosen without it.
+    # Without a search, the sweep need not be compatible with the chosen settings.
     candidates(settings if aps_mode else Settings(), sweep)
     return FuseNormConfig(settings, sweep, aps_mode)
 
@@ -61,15 +61,15 @@ def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
 def detector_for(
     name: str, config: Mapping[str, Any], input_std: tuple[float, ...] | None = None
 ) -> Callable[[nn.Module], Detector]:
-    """A function from a network to the detector that a configuration describes.
+    """A function that builds the configured detector for a network.
 
     Args:
-        name: one of :data:`NATIVE`.
-        config: configuration with the section ``postprocessor``.
-        input_std: standard deviations that images are divided by, for the step of ``odin``.
+        name: one of `NATIVE`.
+        config: configuration with the section `postprocessor`.
+        input_std: standard deviations by which images are divided, for the step of `odin`.
 
     Raises:
-        ConfigError: a configuration that the detector cannot be made from.
+        ConfigError: an invalid configuration.
     """
     if name == "fusenorm":
         settings = read_fusenorm(config).settings

@@ -1,4 +1,4 @@
-"""FuseNorm, the detector: any torch network, no OpenOOD."""
+"""The FuseNorm detector, for any torch network; it does not need OpenOOD."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from fusenorm_openood.method.statistics import IDStatistics, compute_id_statisti
 
 @dataclass(frozen=True)
 class Calibration:
-    """What :meth:`FuseNorm.fit` learns; needs no network, and pickles."""
+    """What `FuseNorm.fit` learns; it can be pickled without the network."""
 
     experts: tuple[str, ...]
     react_thresholds: dict[float, float]
@@ -31,23 +31,21 @@ class Calibration:
 
 
 class FuseNorm(Detector):
-    """OOD detector that fuses feature norms of all residual blocks with an output expert.
-
-    >>> detector = FuseNorm(net, alpha=0.5).fit(id_loader)  # doctest: +SKIP
-    >>> confidence = detector.score(images)                 # doctest: +SKIP
+    """OOD detector that fuses the feature norms of all residual blocks with an output expert.
 
     Args:
-        net: any network that returns logits ``[B, K]``; it stays as it is.
+        net: any network that returns logits `[B, K]`; it is left unchanged.
         settings: all settings at once; None = the published ones.
-        changes: single settings by name; see :class:`Settings`.
+        changes: individual settings by name; see `Settings`.
 
     Attributes:
-        experts: names of the experts: the taps in their order, and ``"output"``.
+        experts: names of the experts: the taps in order, and `"output"`.
         strong: names of the strong experts; the others are weak.
-        calibration_: ID statistics, after :meth:`fit`.
+        calibration_: ID statistics, after `fit`.
 
     Raises:
-        ConfigError, TapError: settings that do not fit the network.
+        ConfigError: settings that do not fit the network.
+        TapError: taps that do not fit the network.
     """
 
     def __init__(self, net: nn.Module, settings: Settings | None = None, **changes: Any) -> None:
@@ -61,17 +59,17 @@ class FuseNorm(Detector):
         self._thresholds: dict[float, float] = {}
 
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
-        """Fit the ID statistics on ID images that are neither trained nor tested on, if possible.
+        """Fit the ID statistics, preferably on ID images used neither for training nor for testing.
 
-        The loader is read twice where ReAct needs a threshold first.
+        The loader is read twice if ReAct needs a threshold.
 
         Raises:
-            ZeroRangeError: an expert that gives all ID images the same score.
-            DataError, NonFiniteError, TapError: images or a network that give no scores.
+            ZeroRangeError: an expert gives all ID images the same score.
+            DataError, NonFiniteError, TapError: images or a network without usable scores.
         """
         if iter(loader) is loader:
             raise DataError(
-                f"a {type(loader).__name__} found, which can be read only once: "
+                f"loader must be readable more than once, got a {type(loader).__name__}: "
                 "fit on a DataLoader or a list of batches"
             )
         self.calibration_ = None
@@ -81,20 +79,20 @@ class FuseNorm(Detector):
         return self
 
     def with_calibration(self, calibration: Calibration) -> Self:
-        """Take the ID statistics of an earlier fit on the same network instead of fitting."""
+        """Use the ID statistics of an earlier fit on the same network instead of fitting."""
         if calibration.experts != self.experts:
             raise ConfigError(
-                f"a calibration of {', '.join(calibration.experts)} found for a detector of "
-                f"{', '.join(self.experts)}: fit again"
+                f"calibration must have the detector's experts {', '.join(self.experts)}, got "
+                f"{', '.join(calibration.experts)}: fit again"
             )
         self._thresholds, self.calibration_ = calibration.react_thresholds, calibration
         return self
 
     def with_companions(self) -> Self:
-        """Also score the output experts that come free with the forward pass, for comparison.
+        """Also score the output experts that need no extra forward pass, for comparison.
 
-        They take no part in the fusion; their scores follow those of the experts in
-        :attr:`Scored.experts`, under the names in :attr:`companions`.
+        They do not take part in the fusion; their scores follow those of the experts in
+        `Scored.experts`, under the names in `companions`.
         """
         percentile = self.settings.react_percentile
         free = [
@@ -141,11 +139,11 @@ class FuseNorm(Detector):
             name = expert if isinstance(expert, str) else self.taps[expert]
             if name not in self.experts:
                 raise ConfigError(
-                    f"strong expert {name!r} unknown: the experts are {', '.join(self.experts)}"
+                    f"unknown strong expert {name!r}: the experts are {', '.join(self.experts)}"
                 )
             strong.append(name)
         if len(set(strong)) != len(strong):
-            raise ConfigError(f"strong experts {', '.join(strong)} found: name each once")
+            raise ConfigError(f"strong must name each expert once, got {', '.join(strong)}")
         return tuple(strong)
 
 
@@ -155,7 +153,7 @@ def calibrate(
     react_thresholds: dict[float, float],
     settings: Settings,
 ) -> Calibration:
-    """ID statistics of expert scores ``[L, N]`` under the settings' percentiles."""
+    """ID statistics of expert scores `[L, N]` at the settings' percentiles."""
     low, high = settings.percentile_low, settings.percentile_high
     statistics = compute_id_statistics(id_scores, low, high, experts)
     return Calibration(experts, react_thresholds, id_scores, statistics)

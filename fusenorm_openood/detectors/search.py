@@ -1,4 +1,4 @@
-"""APS, the search for settings on a validation pair: many combinations, one pass."""
+"""APS, the search for settings on a validation pair: many combinations, one pass over images."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,18 +14,19 @@ from fusenorm_openood.errors import ConfigError, NonFiniteError, ZeroRangeError
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.settings import Settings
 
-# What makes a combination of settings unusable, and not the search.
+# Errors that rule out a combination of settings, but do not end the search.
 UNUSABLE = (ConfigError, ZeroRangeError, NonFiniteError)
 
 
 class Found(NamedTuple):
-    """What a search found.
+    """Result of a search.
 
-    settings: of the best combination.
-    calibration: what was learnt under them.
-    auroc: on the validation pair, in [0, 1].
-    trials: a row a combination in OpenOOD's order, its values and its AUROC in percent, NaN where
-        the combination is unusable, with the reason.
+    Attributes:
+        settings: the settings of the best combination.
+        calibration: the calibration under these settings.
+        auroc: their AUROC on the validation pair, in [0, 1].
+        trials: one row per combination in OpenOOD's order, with its values and its AUROC in
+            percent, or NaN and the reason if the combination is unusable.
     """
 
     settings: Settings
@@ -42,15 +43,15 @@ def search(
     ood_loader: Iterable[Any],
     progress: bool = False,
 ) -> Found:
-    """The settings of the highest AUROC on a validation pair, the first of equals.
+    """The settings with the highest AUROC on a validation pair; among equals, the first.
 
     Args:
-        net: any network; it stays as it is.
-        base: the settings that are not searched.
-        sweep: lists of values by setting.
-        id_loader: ID validation images, which the statistics are fitted on, too.
+        net: any network; it is left unchanged.
+        base: values of the settings that are not searched.
+        sweep: the values to try, by setting.
+        id_loader: ID validation images, on which the statistics are also fitted.
         ood_loader: OOD validation images.
-        progress: show bars.
+        progress: whether to show progress bars.
 
     Raises:
         ConfigError: an empty sweep, or no usable combination in it.
@@ -65,8 +66,8 @@ def choose(
     sweep: Mapping[str, Sequence[Any]],
     ood_loader: Iterable[Any],
 ) -> Found:
-    """What :func:`search` finds, from the scores that a bank holds of both loaders."""
-    combined, rows = candidates(base, sweep), []
+    """The result of `search`, from a bank's scores of both loaders."""
+    combined, rows, aurocs = candidates(base, sweep), [], []
     for values, settings in combined:
         auroc, reason = np.nan, ""
         try:
@@ -76,13 +77,13 @@ def choose(
             auroc = ood_metrics(known.conf, unknown.conf).auroc
         except UNUSABLE as error:
             reason = str(error)
+        aurocs.append(auroc)
         rows.append({**values, "AUROC": 100 * auroc, "unusable": reason})
-    trials = pd.DataFrame(rows)
-    if trials["AUROC"].isna().all():
+    if np.isnan(aurocs).all():
         raise ConfigError(
-            f"none of {len(rows)} combinations is usable, the first because {rows[0]['unusable']}"
+            f"none of {len(rows)} combinations is usable; the first fails: {rows[0]['unusable']}"
         )
-    best = int(trials["AUROC"].idxmax())
+    best = int(np.nanargmax(aurocs))  # not of the percentages, which may round to ties
     settings = combined[best].settings
     assert isinstance(settings, Settings)  # it has an AUROC
-    return Found(settings, bank.calibration(settings), trials["AUROC"][best] / 100, trials)
+    return Found(settings, bank.calibration(settings), aurocs[best], pd.DataFrame(rows))

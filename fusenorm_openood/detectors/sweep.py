@@ -1,4 +1,4 @@
-"""A sweep: lists of values by setting, and every combination of them."""
+"""A sweep: a list of values per setting, and all of their combinations."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,17 +8,17 @@ from fusenorm_openood.method.settings import Settings
 
 
 class Candidate(NamedTuple):
-    """One combination of a sweep: its settings, or why they do not go together."""
+    """One combination of a sweep: its settings, or the error if they are incompatible."""
 
     values: dict[str, Any]
     settings: Settings | ConfigError
 
 
 def candidates(base: Settings, sweep: Mapping[str, Sequence[Any]]) -> list[Candidate]:
-    """Every combination of a sweep's values, in OpenOOD's order: the first key changes fastest.
+    """Every combination of a sweep's values, in OpenOOD's order: the first key varies fastest.
 
     Raises:
-        ConfigError: a value that no combination can use.
+        ConfigError: a value that is invalid in every combination.
     """
     combined: list[dict[str, Any]] = [{}]
     for name, values in sweep.items():
@@ -33,11 +33,11 @@ def candidates(base: Settings, sweep: Mapping[str, Sequence[Any]]) -> list[Candi
 
 
 def swept(base: Settings, sweep: Mapping[str, Sequence[Any]]) -> list[Settings]:
-    """The settings of every combination whose values go together; see :func:`bank_for`."""
+    """The settings of all valid combinations; see `bank_for`."""
     if not sweep:
         raise ConfigError(
             "postprocessor_sweep is empty, so there is nothing to search: "
-            "give it lists of values by setting, or set APS_mode to False"
+            "give a list of values for at least one setting, or set APS_mode to False"
         )
     settings = (candidate.settings for candidate in candidates(base, sweep))
     return [s for s in settings if isinstance(s, Settings)]

@@ -1,4 +1,4 @@
-"""Compiled versions of ATF: which there are, which one is used, and what if it fails."""
+"""Compiled kernels of ATF: which ones exist, which one is used, and what happens if one fails."""
 
 import os
 import warnings
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.kernels.guards import is_out_of_memory, may_read
+from fusenorm_openood.kernels.trial import compare
 
 VARIABLE = "FUSENORM_KERNEL"
-Kernel = Callable[[Tensor, Sequence[tuple[float, float, float, float]]], Tensor]
+Norms = Callable[[Tensor, Sequence[tuple[float, float, float, float]]], Tensor]
 
 
 class Backend(NamedTuple):
-    """What computes ATF on a device: ``torch``, ``numba`` or ``triton``, and why that one."""
+    """What computes ATF on a device (``torch``, ``numba`` or ``triton``), and why."""
 
     name: str
     reason: str
@@ -33,23 +35,24 @@ class _Compiled(NamedTuple):
 
 _COMPILED = {
     "numba": _Compiled("cpu", "cpu", "numba", "pip install 'fusenorm-openood[fast]'"),
-    "triton": _Compiled("cuda", "cuda", "triton", "install torch's CUDA build, which brings it"),
+    "triton": _Compiled("cuda", "cuda", "triton", "install torch's CUDA build, which includes it"),
 }
 _HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
-_PIXELS = 2**14  # of the largest map that the kernel for CUDA holds in registers
+_MOST_PIXELS = {"numba": 2**24, "triton": 2**14}  # exact in float32; fit in registers
 _failed: dict[str, str] = {}
 
 
 def backend(device: torch.device | str = "cpu") -> Backend:
-    """The backend that computes ATF of feature maps on a device, and why it is that one.
+    """The backend that computes ATF of feature maps on a device, and the reason for it.
 
     The environment variable ``FUSENORM_KERNEL`` forces one: ``torch``, ``numba`` or ``triton``.
-    With any of them torch computes what a kernel does not: float64 maps, empty batches, maps of one
-    pixel, of more than 2^14 on CUDA or 2^24 on a CPU, maps that ask for a gradient, and norms with
-    an eps outside 1e-30 to 1e30.
+    Whichever it is, torch computes what a kernel does not support: float64 maps, empty batches,
+    maps of one pixel or of more than 2^14 (CUDA) or 2^24 (CPU), an eps outside 1e-30 to 1e30, maps
+    whose gradient is needed, and tensors whose memory a kernel cannot read or whose computation
+    torch is recording (``torch.func``, ``torch.compile``, ``torch.export``, fake tensors).
 
     Raises:
-        ConfigError: an unknown name in the variable, or a backend that the device lacks.
+        ConfigError: the variable has an unknown value, or names a backend that is not available.
     """
     kind = torch.device(device).type
     forced = os.environ.get(VARIABLE, "")
@@ -57,7 +60,7 @@ def backend(device: torch.device | str = "cpu") -> Backend:
         return Backend("torch", f"{VARIABLE} forces it")
     if forced and forced not in _COMPILED:
         raise ConfigError(
-            f"{VARIABLE}={forced} unknown: set it to torch, {', '.join(_COMPILED)}, or not at all"
+            f"{VARIABLE}={forced} is unknown: set it to torch, {', '.join(_COMPILED)}, or unset it"
         )
     reasons = [f"there is no {forced}{' ' * bool(forced)}kernel for {kind}"]
     for name, compiled in _COMPILED.items():
@@ -71,56 +74,65 @@ def backend(device: torch.device | str = "cpu") -> Backend:
             why = f"{VARIABLE} forces it" if forced else f"{compiled.package} is installed"
             return Backend(name, why)
     if forced:
-        raise _not_to_be_had(forced, reasons[0])
+        raise _not_available(forced, reasons[0])
     return Backend("torch", reasons[0])
 
 
-def norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> Tensor | None:
-    """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]`` by a kernel, None without one.
+def norms(
+    x: Tensor, settings: Sequence[tuple[float, float, float, float]], by_torch: Norms
+) -> Tensor:
+    """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]``, by a kernel where one can.
 
-    A kernel that fails is named in one warning and not asked again; forced, it is an error.
-    ``settings`` are ``(k_min, k_max, alpha, eps)``.
+    ``settings`` are ``(k_min, k_max, alpha, eps)``. ``by_torch`` computes the same with torch: what
+    no kernel supports, and what a kernel is compared with at its first use. A kernel that differs
+    or fails is reported by one warning and not used again in this process; if it was forced, that
+    is a ConfigError. Running out of memory is neither: the error is raised, the kernel stays.
     """
+    if torch.compiler.is_compiling():
+        return by_torch(x, settings)
     chosen = backend(x.device).name
-    if chosen == "torch" or not _suits(x, chosen, settings):
-        return None
+    if chosen == "torch" or not (_supports(chosen, x, settings) and may_read(x)):
+        return by_torch(x, settings)
     try:
-        return _kernel(chosen)(x, settings)
-    except torch.cuda.OutOfMemoryError:
-        raise
+        return _kernel(chosen, x.device, by_torch)(x, settings)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         if os.environ.get(VARIABLE):
-            raise _not_to_be_had(chosen, why) from error
+            raise _not_available(chosen, why) from error
         _failed[chosen] = why
         warnings.warn(
             f"the {chosen} kernel failed, so torch computes the feature norms, more slowly ({why})",
             RuntimeWarning,
             stacklevel=2,
         )
-        return None
+        return by_torch(x, settings)
 
 
 @cache
-def _kernel(name: str) -> Kernel:
-    kernel: Kernel = import_module(f"{__name__}.{_COMPILED[name].module}").norms
+def _kernel(name: str, device: torch.device, by_torch: Norms) -> Norms:
+    """A kernel, compiled, after it has agreed with torch on small maps."""
+    module = import_module(f"{__name__}.{_COMPILED[name].module}")
+    kernel: Norms = module.norms
+    compare(kernel, by_torch, module.TRIALS, device)
     return kernel
 
 
-def _suits(x: Tensor, chosen: str, settings: Sequence[tuple[float, float, float, float]]) -> bool:
+def _supports(name: str, x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> bool:
     """Whether a kernel computes these maps to the last digits that float32 has."""
-    N = x.shape[-1]
     return (
         x.dtype in _HALF_OR_SINGLE
-        and len(x) > 0
-        and 1 < N <= (_PIXELS if chosen == "triton" else 2**24)
+        and x.shape[0] > 0
+        and 1 < x.shape[-1] <= _MOST_PIXELS[name]
         and all(1e-30 <= eps <= 1e30 for *_, eps in settings)
-        and not (x.requires_grad and torch.is_grad_enabled())
     )
 
 
-def _not_to_be_had(forced: str, why: str) -> ConfigError:
-    return ConfigError(f"{VARIABLE}={forced} cannot be had ({why}): set it to torch, or not at all")
+def _not_available(forced: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{VARIABLE}={forced} is not available ({why}): set it to torch, or unset it"
+    )
 
 
 @cache

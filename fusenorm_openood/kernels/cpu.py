@@ -1,13 +1,50 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
-"""ATF on the CPU, compiled by numba: vectors of pixels or of channels, threads over samples.
+"""ATF on the CPU, compiled by numba: SIMD vectors within a sample, threads over samples.
 
-A sample is worked through in *groups* of the bit patterns of magnitudes, vector after vector, in
-one of two shapes. A *row* holds the pixels of one channel, for large maps. A *tile* holds LANES
-channels side by side, a pixel a vector, for small maps and channels_last. What is known of a
-channel is a vector either way: of that channel in every lane, or of a channel a lane.
+**What is computed from.** ATF depends on magnitudes |x| only. They are kept as int32, the bit
+patterns of float32: those of numbers >= 0 sort as the numbers do, so that the k largest can be
+found by comparing integers, and a bit pattern is itself a cheap, rough logarithm.
 
-A group is visited twice: for the spread 1 - h of its channels, from which k follows, and for the
-mean of the k largest energies, by a search among bit patterns, whose order is that of magnitudes.
+**Rows and tiles.** A vector has LANES = 16 numbers. A sample is worked through by *groups* of
+channels, each a sequence of whole vectors with one of two layouts:
+
+    a row:  one channel, LANES of its pixels per vector; for large maps and for few channels
+            (here a map of 97 pixels)
+
+                            lane 0   lane 1         lane 15
+                vector 0    pixel 0  pixel 1   ...  pixel 15
+                vector 1    pixel 16 pixel 17  ...  pixel 31
+                ...
+                vector 6    pixel 96 0         ...  0          padded with 0
+
+    a tile: LANES channels, one pixel of each per vector; for small maps and channels_last
+
+                            lane 0     lane 1           lane 15
+                            channel c  channel c+1 ...  channel c+15
+                vector 0    pixel 0    pixel 0     ...  pixel 0
+                vector 1    pixel 1    pixel 1     ...  pixel 1
+                ...
+                vector N-1  pixel N-1  pixel N-1   ...  pixel N-1
+
+A row would waste most of its lanes on a map of 4x4 = 16 pixels; a tile fills them with as many
+channels, and a channels_last map already lies in memory this way. Both run through the same code:
+it adds up vectors and so has one sum per lane, which is the sum of one channel in a tile; in a row
+the lanes are added up at the end (``_per_channel``). From there on whatever belongs to a channel is
+a vector: in a row the same value in every lane, in a tile one value per channel.
+
+**Phases**, of one sample under one setting. k depends on the entropies of all channels, so that
+every group is visited twice:
+
+    1  for each group    _fill         its magnitudes are brought into the layout
+                         _measure      energy, largest magnitude and 1 - h of each channel
+    2                    _adaptive_k   k, from the mean of h
+    3  for each group    _top_k_rms    root of the mean of the k largest energies
+    4                    _weighted     the sum over channels, weighted
+
+Another setting repeats 2 to 4, and 1 only if it has another eps. Tiles of a whole sample stay in
+the thread's scratch memory from phase 1 to phase 3. A row is filled again, or not at all: a float32
+row whose numbers are all >= 0, as after a ReLU, already consists of the bit patterns of magnitudes
+and is read in place.
 """
 
 import ctypes
@@ -55,10 +92,13 @@ from fusenorm_openood.kernels.simd import (
     where,
 )
 
-ROW = 512  # pixels from which a row keeps the vector units busy
-PART = 32 * LANES  # numbers that are summed in float32, before float64 takes over
-EVEN = 0.125  # mean of q log q below which its sum would lack digits
-GUESS = np.float32(1.2)  # the k-th largest magnitude, in units of the channel's rms
+# Maps [C, N] of each layout and each way of filling it, compared with torch before the first use.
+TRIALS = ((3, 528), (3, 100), (21, 100), (21, 4))
+
+ROW = 512  # pixels from which a row is faster than a tile
+PART = 32 * LANES  # numbers summed in float32 before the sum is added to one in float64
+EVEN = 0.125  # mean of q log q below which its plain sum would lose too many digits
+GUESS = np.float32(1.2)  # first guess of the k-th largest magnitude, in units of the channel's rms
 
 ZERO, ONE, MAGNITUDE = np.int32(0), np.int32(1), np.int32(0x7FFFFFFF)
 MANTISSA, MANTISSA_BITS = np.int32(0x7FFFFF), np.int32(23)
@@ -70,11 +110,14 @@ C0, C1, C2, C3, C4, C5, C6 = (np.float32(c) for c in LOG1P)
 L0, L1, L2, L3, L4, L5, L6 = (np.float32(c) for c in LOG2)
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_process = os.getpid()  # one that was forked off from it has no threads to work with
+_process = os.getpid()  # a process forked from it inherits none of its threads
 
 _jit = njit(error_model="numpy")
 _inlined = njit(error_model="numpy", forceinline=True)
 _summing = njit(error_model="numpy", fastmath={"reassoc", "contract"})  # in any order
+
+
+# From a tensor to a job for threads.
 
 
 class Maps(NamedTuple):
@@ -86,51 +129,60 @@ class Maps(NamedTuple):
     B: Any
     C: Any
     N: Any
-    groups: Any  # that are kept of a sample
-    size: Any  # of one of them
+    groups: Any  # kept in scratch memory for a sample: all tiles, or one row
+    size: Any  # numbers in a group
+    scratch: Any  # bytes of a thread's scratch memory
 
 
-PLACES = ("x", "settings", "out", "taken", "scratch")  # addresses
+PLACES = ("x", "settings", "out", "taken", "scratch_at")  # addresses
 JOB = np.dtype([(name, np.int64) for name in (*PLACES, *Maps._fields, "S")])
+# What phase 1 leaves of each channel for phase 3, and phase 3 for phase 4.
+CHANNEL_BYTES = 3 * 8 + 3 * 4
 _local = local()
 
 
 def norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> Tensor:
     """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]``.
 
-    The maps are float32, float16 or bfloat16, with N > 1; any but C-contiguous ones, and those
-    whose transpose ``[B, N, C]`` is, are copied first. ``settings`` are
-    ``(k_min, k_max, alpha, eps)``, best in an order in which equal eps follow each other.
+    The maps are float32, float16 or bfloat16, with N > 1, contiguous as they are or as
+    ``[B, N, C]``; others are copied first. ``settings`` are ``(k_min, k_max, alpha, eps)``; those
+    with equal eps should follow each other.
     """
     B, C, N = x.shape
     channels_last = not x.is_contiguous() and x.mT.is_contiguous()
     x = x if channels_last else x.contiguous()
     by_row = not channels_last and (N >= ROW or C < LANES)
     groups, vectors = (1, -(-N // LANES)) if by_row else (-(-C // LANES), N)
-    maps = Maps(_FORMATS[x.dtype], by_row, channels_last, B, C, N, groups, vectors * LANES)
+    size = vectors * LANES
+    channels = C + LANES  # the last vector may reach beyond C
+    scratch = groups * size * 4 + channels * CHANNEL_BYTES
+    scratch = -(-scratch // 64) * 64  # threads share no cache line
+    maps = Maps(_FORMATS[x.dtype], by_row, channels_last, B, C, N, groups, size, scratch)
     threads = 1 if os.getpid() != _process else min(torch.get_num_threads(), B)
     given, taken = np.array(settings, np.float64), np.zeros(2, np.int64)
-    out = np.full((len(settings), B), np.nan)  # in case a thread ends early, out of memory say
-    scratch = _scratch(threads * maps.groups * maps.size)
-    places = (array.ctypes.data for array in (given, out, taken, scratch))
+    out = np.empty((len(settings), B))
+    places = (array.ctypes.data for array in (given, out, taken, _scratch(threads * scratch)))
     job = np.array([(x.data_ptr(), *places, *maps, len(settings))], JOB)
     _on_threads(threads, job.ctypes.data)
     return torch.from_numpy(out)
 
 
-def _scratch(size: int) -> NDArray[np.int32]:
-    """Memory that stays with a thread that scores: every page of fresh one would cost a fault."""
+def _scratch(size: int) -> NDArray[np.uint8]:
+    """Memory that is kept for later calls, for fresh memory costs a page fault per page.
+
+    All that compiled code works with is allocated here: it allocates nothing and cannot fail.
+    """
     kept = getattr(_local, "scratch", None)
     if kept is None or kept.size < size:
-        kept = _local.scratch = np.empty(size, np.int32)
+        kept = _local.scratch = np.empty(size, np.uint8)
     return kept
 
 
 def _on_threads(threads: int, job: int) -> None:
     """Have threads do a job together: each takes one sample after another.
 
-    They are those of torch: after a layer these wait for the next one wide awake, and others would
-    have to share the processor with them.
+    The threads are torch's own: those wait actively for the next layer, and others would compete
+    with them for the processor.
     """
     in_torch_threads = _openmp()
     if threads == 1:
@@ -143,7 +195,7 @@ def _on_threads(threads: int, job: int) -> None:
 
 @cache
 def _openmp() -> Any:
-    """What calls a function in each of torch's threads, if they are GNU OpenMP's or alike."""
+    """The function that calls another one in each of torch's threads, if torch uses OpenMP's."""
     try:
         parallel = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):
@@ -160,7 +212,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 @_jit
 def _do(job):
-    """Sample after sample, as long as there are any that nobody has taken."""
+    """What each thread does: sample after sample, as long as there is one that nobody has taken."""
     maps = Maps(
         job.format,
         job.by_row != 0,
@@ -170,39 +222,49 @@ def _do(job):
         job.N,
         job.groups,
         job.size,
+        job.scratch,
     )
     settings = carray(pointer_to(job.settings), (job.S, 4), np.float64)
     out = carray(pointer_to(job.out), (job.S, maps.B), np.float64)
     taken = carray(pointer_to(job.taken), 2, np.int64)
     thread = fetch_add(taken[1:], 1)
-    mine = job.scratch + thread * maps.groups * maps.size * 4
-    groups = carray(pointer_to(mine), (maps.groups, maps.size), np.int32)
+
+    at = job.scratch_at + thread * maps.scratch
+    groups = carray(pointer_to(at), (maps.groups, maps.size), np.int32)
     if maps.by_row:
         groups[0, maps.N :] = 0
-    channels = maps.C + LANES  # for a whole vector of the last one
-    known = (
-        np.empty(channels), np.empty(channels), np.empty(channels),
-        np.empty(channels, np.float32), np.empty(channels, np.int32), np.empty(channels, np.int32),
-    )  # fmt: skip
+    at += maps.groups * maps.size * 4
+    channels = maps.C + LANES
+    per_channel = (
+        carray(pointer_to(at), channels, np.float64),
+        carray(pointer_to(at + 8 * channels), channels, np.float64),
+        carray(pointer_to(at + 16 * channels), channels, np.float64),
+        carray(pointer_to(at + 24 * channels), channels, np.float32),
+        carray(pointer_to(at + 28 * channels), channels, np.int32),
+        carray(pointer_to(at + 32 * channels), channels, np.int32),
+    )
     while True:
         b = fetch_add(taken, 1)
         if b >= maps.B:
             return
         sample = job.x + b * maps.C * maps.N * (4 if maps.format == 0 else 2)
-        _norms(sample, maps, settings, groups, known, out[:, b])
+        _norms(sample, maps, settings, groups, per_channel, out[:, b])
+
+
+# One sample.
 
 
 @_jit
-def _norms(sample, maps, settings, groups, known, out):
-    """Norms of one sample under every setting."""
+def _norms(sample, maps, settings, groups, per_channel, out):
+    """Norms of one sample under every setting: the four phases."""
     C, N, by_row = maps.C, maps.N, maps.by_row
-    spread, energy, rms, unit, high, nonzero = known
+    spread, energy, rms, unit, high, nonzero = per_channel
     step = 1 if by_row else LANES  # channels of a group
-    # What is read next is brought closer, a vector's share with every vector.
+    # The memory of the next group is prefetched: some bytes with every vector of this one.
     size = 4 if maps.format == 0 else 2
-    step_bytes = step * size * (1 if maps.channels_last else N)
-    share = size * (C if maps.channels_last else LANES)
-    # Rows are read where they lie until one has a sign, as none has after a ReLU.
+    group_bytes = step * size * (1 if maps.channels_last else N)
+    vector_bytes = size * (C if maps.channels_last else LANES)
+    # Rows are read in place until one of them has a sign; after a ReLU none has.
     in_place = by_row and maps.format == 0 and N % LANES == 0
     measured, total = math.nan, math.nan
     for s in range(len(settings)):
@@ -217,37 +279,49 @@ def _norms(sample, maps, settings, groups, known, out):
                     group = row
                 else:
                     _fill(group, sample, maps, c)
-                ahead = sample + (c // step + 1) * step_bytes
-                terms, energies, units, highs, counts = _measure(group, maps, eps, ahead, share)
+                following = sample + (c // step + 1) * group_bytes
+                terms, energies, units, highs, counts = _measure(
+                    group, maps, eps, following, vector_bytes
+                )
                 store(spread, c, terms)
                 store(energy, c, energies)
                 store(unit, c, units)
                 store(high, c, highs)
                 store(nonzero, c, counts)
-            measured, total = eps, _finish(spread, energy, C, N, eps)
+            measured, total = eps, _spreads(spread, energy, C, N, eps)
         h = 1 - total / C
         if not math.isfinite(h):
             out[s] = math.nan
             continue
-        k = np.int32(min(max(math.floor((k_min + (k_max - k_min) * h) * N), 1), N))
+        k = _adaptive_k(h, k_min, k_max, N)
         guess = every(GUESS)
         for c in range(0, C, step):
-            group, ahead = groups[0 if by_row else c // step], sample + (c + 1) * step_bytes
+            group, following = groups[0 if by_row else c // step], sample + (c + 1) * group_bytes
             if in_place:
                 group = _row(sample, maps, c)
             elif by_row:
                 _fill(group, sample, maps, c)
-            units, highs = _known(unit, c, by_row), _known(high, c, by_row)
-            counts = _known(nonzero, c, by_row)
-            roots, kth = _top(group, by_row, k, units, highs, counts, guess, ahead, share)
+            units, highs = _of_group(unit, c, by_row), _of_group(high, c, by_row)
+            counts = _of_group(nonzero, c, by_row)
+            roots, kth = _top_k_rms(
+                group, by_row, k, units, highs, counts, guess, following, vector_bytes
+            )
             store(rms, c, roots)
+            # Channels of a sample are alike: those done improve the guess for the next.
             guess = where(kth > every(F_ZERO), (guess + kth) * every(F_HALF), guess)
         out[s] = _weighted(spread, rms, C, total, alpha, eps)
 
 
+@_jit
+def _adaptive_k(h, k_min, k_max, N):
+    """How many of N pixels are averaged at mean entropy h: the document's float32 arithmetic."""
+    k_ratio = np.float32(k_min) + np.float32(k_max - k_min) * np.float32(h)
+    return np.int32(min(max(np.int64(k_ratio * np.float32(N)), 1), N))
+
+
 @_summing
-def _finish(spread, energy, C, N, eps):
-    """Make the spread 1 - h of sums of q log(q + floor); the sum over channels."""
+def _spreads(spread, energy, C, N, eps):
+    """Turn sums of q log(q + floor) into 1 - h, in place, and return their sum over channels."""
     total = 0.0
     for c in range(C):
         spread[c] = eps / (energy[c] + eps) + spread[c] / (N * math.log(N))
@@ -257,7 +331,7 @@ def _finish(spread, energy, C, N, eps):
 
 @_summing
 def _weighted(spread, rms, C, total, alpha, eps):
-    """The norm: the sum over channels of weight and root of the mean of the k largest energies."""
+    """The norm: the sum over channels of weight times root of the mean of the k largest."""
     plain = (1 - alpha) / (total + eps)
     norm = 0.0
     for c in range(C):
@@ -266,23 +340,23 @@ def _weighted(spread, rms, C, total, alpha, eps):
 
 
 @_inlined
-def _known(array, c, by_row):
-    """What is known of the channels of a group."""
+def _of_group(array, c, by_row):
+    """What an array over channels holds for the channels of the group that starts at c."""
     return every(array[c]) if by_row else load(array, c)
 
 
 @_inlined
-def _joined(sums, by_row):
+def _per_channel(sums, by_row):
     """Sums of channels from the sums of lanes."""
     return every(lane_sum(sums)) if by_row else sums
 
 
-# Reading a group.
+# Filling a group with magnitudes.
 
 
 @_inlined
 def _row(sample, maps, c):
-    """A channel of a float32 map where it lies, as bits."""
+    """A channel of a float32 map in place, as bits."""
     return carray(pointer_to(sample + c * maps.N * 4), maps.N, np.int32)
 
 
@@ -296,7 +370,7 @@ def _any_below_zero(row):
 
 @_jit
 def _fill(group, sample, maps, c):
-    """Put the magnitudes of a channel, or of LANES channels from it on, into a group."""
+    """Put the magnitudes of channel c into a row, or of channels c to c + LANES - 1 into a tile."""
     x, size = pointer_to(sample), maps.C * maps.N
     if maps.format == 0:
         _fill_from(carray(x, size, np.int32), group, maps, c)
@@ -310,7 +384,7 @@ def _fill(group, sample, maps, c):
 def _fill_from(x, group, maps, c):
     C, N = maps.C, maps.N
     if maps.by_row:
-        row = x[c * N : (c + 1) * N]  # a slice, for an index that may be negative costs
+        row = x[c * N : (c + 1) * N]  # a slice: its indices are known to be >= 0, which is faster
         for i in range(N):
             group[i] = _magnitude(row[i])
         return
@@ -320,7 +394,7 @@ def _fill_from(x, group, maps, c):
     if maps.channels_last:
         for i in range(N):
             pixel, vector = x[i * C + c : i * C + c + count], group[i * LANES : (i + 1) * LANES]
-            if count == LANES:  # as below, unrolled
+            if count == LANES:  # the same with a constant number of steps, which is unrolled
                 for lane in range(LANES):
                     vector[lane] = _magnitude(pixel[lane])
             else:
@@ -334,7 +408,7 @@ def _fill_from(x, group, maps, c):
 
 
 def _fill_blocks(x, group, c, count, N):
-    """Fill a tile block by block, where float32 maps have whole ones: how many lanes it did."""
+    """Fill a tile of float32 by blocks of BLOCK x BLOCK; return how many lanes are done."""
     raise NotImplementedError
 
 
@@ -353,7 +427,7 @@ def _fill_blocks_of(x, group, c, count, N):
 
 
 def _magnitude(x):
-    """The bits of |x| in float32, of x given as the bits of its own type."""
+    """The bits of |x| in float32, from the bits of x in its own format."""
     raise NotImplementedError
 
 
@@ -368,21 +442,21 @@ def _magnitude_of(x):
     def from_float16(x):
         bits = np.int32((np.int32(x) & np.int32(0x7FFF)) << np.int32(13))
         rebased = as_bits(as_float(bits) * np.float32(2.0**112))
-        endless = np.int32(rebased >= np.int32(0x47800000))  # infinity or NaN; else below 65536
-        return np.int32(rebased + endless * np.int32(0x38000000))
+        not_finite = np.int32(rebased >= np.int32(0x47800000))  # finite ones are below 65536
+        return np.int32(rebased + not_finite * np.int32(0x38000000))
 
     return {types.int32: from_float32, types.int16: from_bfloat16, types.uint16: from_float16}[x]
 
 
-# The spread.
+# Phase 1: measuring a group.
 
 
 @_jit
-def _measure(group, maps, eps, ahead, share):
-    """Of the channels of a group all that is needed but k.
+def _measure(group, maps, eps, following, vector_bytes):
+    """All that later phases need of the channels of a group.
 
-    Their sums of q log(q + floor), with q = N p and floor = N eps; energies; 1 / rms, or as much
-    as float32 holds; largest magnitudes; numbers of pixels that are not 0.
+    Sums of q log(q + floor), with q = N p and floor = N eps, from which 1 - h follows; energies;
+    1 / rms, at most 2^126; largest magnitudes; numbers of pixels that are not 0.
     """
     N, by_row = maps.N, maps.by_row
     high, nonzero, energy = every(ZERO), every(ZERO), every(0.0)
@@ -393,30 +467,32 @@ def _measure(group, maps, eps, ahead, share):
         a = to_double(as_float(bits))
         energy = fma(a, a, energy)
     high = every(lane_max(high)) if by_row else high
-    nonzero, energy = _joined(nonzero, by_row), _joined(energy, by_row)
+    nonzero, energy = _per_channel(nonzero, by_row), _per_channel(energy, by_row)
 
     scale = to_single(sqrt(every(float(N)) / (energy + every(eps))))
     floor = every(np.float32(N * eps))
-    terms = _joined(_entropy_terms(group, scale, floor, ahead, share), by_row)
-    # Not where all is 0, for the sums are, too.
+    terms = _per_channel(_entropy_terms(group, scale, floor, following, vector_bytes), by_row)
+    # Channels of nearly even energy once more, with more digits; but not dead ones, whose sum 0
+    # is exact.
     if in_any_lane((terms < every(EVEN * N)) & (nonzero > every(ZERO))):
         size = N if by_row else group.size
-        divergence = _joined(_divergence(group, size, scale, floor), by_row)
+        divergence = _per_channel(_divergence(group, size, scale, floor), by_row)
         terms = divergence - every(N * eps) / (energy + every(eps))
     unit = every(F_ONE) / to_single(sqrt(energy * every(1 / N)))
     return terms, energy, where(unit < every(F_LARGE), unit, every(F_LARGE)), high, nonzero
 
 
 @_jit
-def _entropy_terms(group, scale, floor, ahead, share):
+def _entropy_terms(group, scale, floor, following, vector_bytes):
     """Sums of q log(q + floor), q = (a scale)^2."""
     sums = every(0.0)
     for start in range(0, group.size, PART):
         part = every(F_ZERO)
         for at in range(start, min(start + PART, group.size), LANES):
-            prefetch(ahead + at // LANES * share)
+            prefetch(following + at // LANES * vector_bytes)
             root = as_float(load(group, at)) * scale
             q = root * root
+            # q + floor = 2^e (1 + r) with sqrt(1/2) <= 1 + r < sqrt(2), by its bits
             bits = as_bits(q + floor) - every(SQRT_HALF)
             r = as_float((bits & every(MANTISSA)) + every(SQRT_HALF)) - every(F_ONE)
             series = fma(fma(fma(every(L6), r, every(L5)), r, every(L4)), r, every(L3))
@@ -431,11 +507,12 @@ def _entropy_terms(group, scale, floor, ahead, share):
 def _divergence(group, size, scale, floor):
     """Sums of q log(q + floor) - q + 1, q = (a scale)^2, to a few units in the last place.
 
-    Of ``size`` numbers; of what pads the group to whole vectors the divergence would be 1.
+    Of ``size`` numbers, the padding of a row left out: each number of it would add 1.
 
-    For floor = 0 a term is at least 0 and vanishes to second order at q = 1, so that the sum over
-    pixels keeps its digits where the energy is spread almost evenly; the sum of q is known. The
-    deviation d = q - 1 is computed from the exact product, q itself never.
+    The sum of q is known, so that this gives the sum of q log(q + floor). Where the energy is
+    spread almost evenly, that one is a small difference of large terms; here (floor = 0) every
+    term is at least 0 and vanishes to second order at q = 1, and no digits cancel. The deviation
+    d = q - 1 comes from the exact product; q itself is never rounded.
     """
     sums = every(0.0)
     for start in range(0, group.size, PART):
@@ -463,33 +540,34 @@ def _divergence(group, size, scale, floor):
     return sums
 
 
-# The k largest.
+# Phase 3: the k largest of a group.
 
 
 @_jit
-def _top(group, by_row, k, unit, high, nonzero, guess, ahead, share):
-    """Roots of the mean of the k largest energies; the k-th largest magnitudes times unit, about.
+def _top_k_rms(group, by_row, k, unit, high, nonzero, guess, following, vector_bytes):
+    """Roots of the mean of the k largest energies; the k-th largest magnitudes, in units of rms.
 
-    The search ends where k - 1, k or k + 1 magnitudes are larger than t; then one comes on top, or
-    is taken away. Among equal ones it ends where no number is left between low and high.
+    Per channel a threshold is searched for above which k magnitudes lie, between ``low`` (k or more
+    lie above it) and ``high`` (k or fewer do). It may end with k - 1 or k + 1 above it: then one
+    energy is added or taken away. With ties it ends where no number is left between low and high.
     """
     wanted, one = every(k), every(ONE)
     low, above_low = every(ZERO), nonzero
     few = nonzero <= wanted
     high, above_high = where(few, low, high), where(few, nonzero, low)
     t = as_bits(guess / unit)
-    is_open = high - low > one
+    searching = high - low > one
     step = 0
-    while in_any_lane(is_open):
-        t = where(is_open, larger(smaller(t, high - one), low + one), high)
+    while in_any_lane(searching):
+        t = where(searching, larger(smaller(t, high - one), low + one), high)
         above = every(ZERO)
         for at in range(0, group.size, LANES):
             above = above + holds(load(group, at) > t)
-        above = every(ZERO) - _joined(above, by_row)
-        up, down = is_open & (above >= wanted - one), is_open & (above <= wanted + one)
+        above = every(ZERO) - _per_channel(above, by_row)
+        up, down = searching & (above >= wanted - one), searching & (above <= wanted + one)
         low, above_low = where(up, t, low), where(up, above, above_low)
         high, above_high = where(down, t, high), where(down, above, above_high)
-        is_open = high - low > one
+        searching = high - low > one
         step += 1
         t = _between(low, high, above_low, above_high, wanted, step)
 
@@ -498,7 +576,7 @@ def _top(group, by_row, k, unit, high, nonzero, guess, ahead, share):
         part = every(F_ZERO)
         for at in range(start, min(start + PART, group.size), LANES):
             if by_row:
-                prefetch(ahead + at // LANES * share)
+                prefetch(following + at // LANES * vector_bytes)
             bits = load(group, at)
             more = bits > high
             below = larger(below, where(more, every(ZERO), bits))
@@ -512,15 +590,15 @@ def _top(group, by_row, k, unit, high, nonzero, guess, ahead, share):
     missing = to_float(wanted - above_high)
     last = as_float(where(wanted > above_high, below, beyond)) * unit
     last = where(wanted == above_high, every(F_ZERO), missing * (last * last))
-    mean = to_single((_joined(sums, by_row) + to_double(last)) * every(1 / k))
+    mean = to_single((_per_channel(sums, by_row) + to_double(last)) * every(1 / k))
     return to_double(sqrt(mean) / unit), as_float(high) * unit
 
 
 @_inlined
 def _between(low, high, above_low, above_high, k, step):
-    """The next magnitude to try, in bits: the logarithm of the count is about linear in it.
+    """The next threshold, in bits: interpolated, for the logarithm of the count is about linear.
 
-    A bit pattern is the logarithm that is at hand for nothing. Every fourth step halves.
+    Bit patterns serve as logarithms of the counts. Every fourth step halves the interval instead.
     """
     if step % 4 == 3:
         return low + ((high - low) >> every(ONE))
@@ -530,11 +608,19 @@ def _between(low, high, above_low, above_high, k, step):
     return as_bits(fma(b - a, part, a))
 
 
+# Compiling.
+
+
+def _sources(folder: Path) -> int:
+    """A number that changes with the kernels' sources, of which numba's cache looks at one only."""
+    return sum(zlib.crc32(path.read_bytes()) for path in folder.glob("*.py"))
+
+
 def _compiled(sources: int) -> Any:
-    """What threads run, compiled, and kept until one of the sources changes."""
+    """What threads run, compiled, and kept on disk until the sources change."""
 
     def work(job):
-        sources  # noqa: B018  of the files that are compiled, numba's cache looks at one only
+        sources  # noqa: B018  a variable of the closure is part of the key of numba's cache
         _do(carray(job, 1)[0])
 
     signature = types.void(types.CPointer(from_dtype(JOB)))
@@ -544,5 +630,5 @@ def _compiled(sources: int) -> Any:
         return cfunc(signature)(work)
 
 
-_work = _compiled(sum(zlib.crc32(p.read_bytes()) for p in Path(__file__).parent.glob("*.py")))
+_work = _compiled(_sources(Path(__file__).parent))
 _call = _work.ctypes

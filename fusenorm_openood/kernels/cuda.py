@@ -1,10 +1,15 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
-"""ATF on CUDA devices, compiled by Triton: one kernel launch a feature map, no synchronisation.
+"""ATF on CUDA devices, compiled by Triton: one kernel launch per feature map and setting.
 
-A program works through one sample under one setting, tile by tile of channels, twice: once for
-the spread 1 - h of each channel, from which k follows, and once for the k largest energies; the
-second time the sample comes from the device's cache, if that holds one for each multiprocessor.
-The mathematics is that of the CPU's kernel.
+A program computes the norm of one sample under one setting. It goes through the sample in *tiles*
+of CHANNELS channels by all PIXELS of their maps, both padded to powers of two, and does so twice:
+
+    1  for each tile    1 - h of its channels; then k, from the mean of h
+    2  for each tile    root of the mean of the k largest energies; their sum, weighted
+
+The second time the tiles come from the device's L2 cache, if it holds one sample for each program
+that runs. Nothing waits for the device: k stays on it. The mathematics is that of the CPU kernel,
+which documents it; what differs are sums of products, which not every device rounds only once.
 """
 
 from collections.abc import Sequence
@@ -22,13 +27,15 @@ SQRT_HALF = tl.constexpr(0x3F3504F3)  # the bits of sqrt(1/2)
 MANTISSA = tl.constexpr(0x7FFFFF)
 INFINITY = tl.constexpr(0x7F800000)
 LN2 = tl.constexpr(0.6931471805599453)
-TILE = 4096  # magnitudes that a program holds at a time
+TILE = 4096  # magnitudes in a tile
+# Maps [C, N], compared with torch before the first use; every map compiles a kernel of its own.
+TRIALS = ((5, 100),)
 
 
 def norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> Tensor:
     """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]``.
 
-    The maps are float32, float16 or bfloat16, of any strides, with N > 1; ``settings`` are
+    The maps are float32, float16 or bfloat16, of any strides, with 1 < N <= 2^14; ``settings`` are
     ``(k_min, k_max, alpha, eps)``. Nothing waits for the device.
     """
     B, C, N = x.shape
@@ -72,22 +79,34 @@ def _norm(
         spread = tl.where(first + c < C, spread, 0.0)
         tl.store(spreads + b * C + first + c, spread.to(tl.float32), mask=first + c < C)
         total += tl.sum(spread, 0)
-    tl.debug_barrier()  # the threads that read spreads are not those that wrote them
+    tl.debug_barrier()  # other threads read the spreads than wrote them
 
     h = 1 - total / C
-    k = tl.floor((k_min + (k_max - k_min) * tl.where(h == h, h, 0.0)) * N)
-    k = tl.minimum(tl.maximum(k, 1.0), N).to(tl.int32)
+    k = _adaptive_k(tl.where(h == h, h, 0.0), k_min, k_max, N)
     plain = (1 - alpha) / (total + eps)
     w_total = plain * total + alpha + eps
     norm = tl.zeros((), tl.float64)
     for first in range(0, C, CHANNELS):
         bits = _magnitudes(maps, first + c, n, stride_c, stride_n, C, N)
         magnitudes, unit = _scaled(bits)
-        top = _top(magnitudes, k) / k.to(tl.float32)
+        top = _top_k_sum(magnitudes, k) / k.to(tl.float32)
         spread = tl.load(spreads + b * C + first + c, mask=first + c < C, other=0.0)
         w = (plain * spread.to(tl.float64) + alpha / C) / w_total
         norm += tl.sum(tl.where(first + c < C, w * tl.sqrt(top).to(tl.float64) * unit, 0.0), 0)
     tl.store(out + b, norm)
+
+
+@triton.jit
+def _adaptive_k(h, k_min, k_max, N):
+    """How many of N pixels are averaged at mean entropy h: the document's float32 arithmetic.
+
+    As h <= 1, the minimum changes no value; it keeps the compiler from fusing the product with the
+    sum, which would round only once.
+    """
+    k_range = tl.cast(k_max - k_min, tl.float32)
+    k_ratio = tl.cast(k_min, tl.float32) + tl.minimum(k_range * h.to(tl.float32), k_range)
+    k = tl.floor(k_ratio * N.to(tl.float32))
+    return tl.minimum(tl.maximum(k, 1.0), N).to(tl.int32)
 
 
 @triton.jit
@@ -100,7 +119,7 @@ def _magnitudes(maps, c, n, stride_c, stride_n, C, N):
 
 @triton.jit
 def _scaled(bits):
-    """Magnitudes in a unit of each channel, a power of two, so that no square leaves float32."""
+    """Magnitudes in units of a power of two per channel, so that squares stay within float32."""
     exponent = tl.minimum(tl.maximum(tl.max(bits, 1) >> 23, 1), 253)
     unit = (exponent << 23).to(tl.float32, bitcast=True)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -111,8 +130,7 @@ def _scaled(bits):
 def _divergence(a, scale, floor):
     """q log(q + floor) - q + 1 with q = (a scale)^2; see the CPU's kernel.
 
-    The exact products are those of halves of 12 bits, for not every device adds what it
-    multiplies in one rounding.
+    Products are made exact by halves of 12 bits, for not every device has a fused multiply-add.
     """
     root = a * scale
     a_high, scale_high, root_high = _upper(a), _upper(scale), _upper(root)
@@ -135,13 +153,17 @@ def _divergence(a, scale, floor):
 
 @triton.jit
 def _upper(a):
-    """The upper half of the digits of a number."""
+    """A number cut to the upper 12 bits of its significand."""
     return (a.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _top(magnitudes, k):
-    """The sum of the k largest squares of each row: a search for the k-th largest among bits."""
+def _top_k_sum(magnitudes, k):
+    """The sum of the k largest squares of each channel.
+
+    The k-th largest is found by bisection of bit patterns, which sort as the magnitudes do; ``low``
+    has k or more above it, ``high`` k or fewer.
+    """
     bits = magnitudes.to(tl.int32, bitcast=True)
     high = tl.max(bits, 1)
     low = tl.zeros_like(high) - 1
@@ -149,7 +171,7 @@ def _top(magnitudes, k):
         t = tl.maximum(low + ((high - low) >> 1), 0)
         above = tl.sum((bits > t[:, None]).to(tl.int32), 1)
         high = tl.where(above <= k, t, high)
-        low = tl.where(above < k, low, t)  # an exact count ends a row's search: low = high
+        low = tl.where(above < k, low, t)  # low = high ends a search at exactly k
     t = high[:, None]
     larger = tl.sum(tl.where(bits > t, magnitudes * magnitudes, 0.0), 1)
     kth = high.to(tl.float32, bitcast=True)

@@ -1,8 +1,16 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
-"""Vectors of LANES numbers in numba: what a compiler would have to guess, said outright.
+"""SIMD vectors of LANES numbers in numba, explicit rather than left to LLVM's vectoriser.
 
-Operators and functions work lane by lane on vectors of one kind; a comparison gives a mask, for
-:func:`where`. LLVM splits a vector where a register holds fewer lanes.
+A vector is a numba type of its own, for int32 (``I32``), float32 (``F32``), float64 (``F64``) or
+truth values (``MASK``), and one LLVM vector in compiled code; LLVM splits it where a register holds
+fewer lanes. Arithmetic works lane by lane on two vectors of one type. A comparison gives a mask,
+for :func:`where`. ``load`` and ``store`` move vectors between registers and arrays:
+
+    a = as_float(load(array, at))          # array[at : at + LANES], int32 bits read as float32
+    kept = where(a > every(limit), a, every(np.float32(0)))
+    store(array, at, as_bits(kept))
+
+Each function is a numba intrinsic: a rule for its type, and one that emits LLVM instructions.
 """
 
 import operator
@@ -12,7 +20,7 @@ from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 
 LANES = 16
-BLOCK = 8  # rows and columns that :func:`transpose` swaps: as many as fit in registers
+BLOCK = 8  # rows and columns that :func:`transpose` exchanges: as many as fit in registers
 
 
 class Vector(types.Type):
@@ -35,6 +43,9 @@ F64 = Vector(types.float64, ir.DoubleType())
 MASK = Vector(types.boolean, ir.IntType(1))
 _VECTORS = {vector.element: vector for vector in (I32, F32, F64)}
 _NAMES = {I32: "i32", F32: "f32", F64: "f64"}
+
+
+# An operation of one, two or three arguments: the type of its result, and how to emit it.
 
 
 def _unary(result, emit):
@@ -70,7 +81,7 @@ def _element(a):
 
 
 def _define(symbol, emit, kinds, result=_same):
-    """Give an operator a meaning for vectors of some kinds."""
+    """Overload a Python operator for vectors of some types."""
     operation = _binary(result, emit)
 
     @overload(symbol)
@@ -103,7 +114,7 @@ for _symbol, _sign in ((operator.gt, ">"), (operator.lt, "<"), (operator.ge, ">=
 
 
 def _llvm(builder, name, result, arguments, fastmath=()):
-    """A call of one of LLVM's own functions."""
+    """Call one of LLVM's intrinsics."""
     found = builder.module.globals.get(name)
     if found is None:
         kind = ir.FunctionType(result, [argument.type for argument in arguments])
@@ -146,9 +157,9 @@ def _splat(builder, a):
     return builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(index, LANES), None))
 
 
-# A vector with one number in every lane.
+# every(a): a vector with the number a in every lane.
 every = _unary(lambda a: _VECTORS[a], _splat)
-# Of all lanes: their sum, the largest integer, whether a mask holds in any.
+# Over all lanes: the sum, the largest (of integers), whether a mask is true in any.
 lane_sum = _unary(_element, _sum)
 lane_max = _unary(
     _element,
@@ -156,34 +167,34 @@ lane_max = _unary(
 )
 in_any_lane = _unary(_element, _any)
 
-# where(mask, a, b): a where the mask holds, else b. holds(mask): -1 where it does, else 0.
+# where(mask, a, b): a where the mask is true, else b. holds(mask): -1 where it is true, else 0.
 where = _ternary(_same, ir.IRBuilder.select)
 holds = _unary(lambda a: I32, lambda b, a: b.sext(a, I32.ir))
-# Of integers.
+# The larger and the smaller of two integers, lane by lane.
 larger = _binary(_same, lambda b, x, y: b.select(b.icmp_signed(">", x, y), x, y))
 smaller = _binary(_same, lambda b, x, y: b.select(b.icmp_signed("<", x, y), x, y))
 # fma(a, b, c): a b + c, rounded once.
 fma = _ternary(_same, _lanewise("fma"))
 sqrt = _unary(_same, _lanewise("sqrt"))
 
-# The number that a bit pattern means, and back; of vectors and of single numbers.
+# The float32 that a bit pattern stands for, and back; of vectors and of single numbers.
 as_float = _unary(lambda a: F32 if a == I32 else types.float32, _bitcast(F32))
 as_bits = _unary(lambda a: I32 if a == F32 else types.int32, _bitcast(I32))
-# The same number as another type.
+# The same value in another type: int32 to float32, float32 to float64 and back.
 to_float = _unary(lambda a: F32, lambda b, a: b.sitofp(a, F32.ir))
 to_double = _unary(lambda a: F64, lambda b, a: b.fpext(a, F64.ir))
 to_single = _unary(lambda a: F32, lambda b, a: b.fptrunc(a, F32.ir))
 
 
 def _at(context, builder, signature, number, given, vector):
-    """A pointer to a vector in an array ``[N]``, given as an argument before its index."""
+    """A pointer to a vector in an array: argument ``number``, at the index in the next argument."""
     data = context.make_array(signature.args[number])(context, builder, given[number]).data
     return builder.bitcast(builder.gep(data, [given[number + 1]]), vector.as_pointer())
 
 
 @intrinsic
 def load(context, array, at):
-    """The LANES numbers of an array ``[N]`` from a place on."""
+    """The vector ``array[at : at + LANES]``; the array is not checked to be that long."""
     vector = _VECTORS[array.dtype]
 
     def build(context, builder, signature, given):
@@ -196,7 +207,7 @@ def load(context, array, at):
 
 @intrinsic
 def store(context, array, at, vector):
-    """Put a vector into an array ``[N]`` from a place on."""
+    """Write a vector to ``array[at : at + LANES]``; the array is not checked to be that long."""
 
     def build(context, builder, signature, given):
         place = _at(context, builder, signature, 0, given, vector.ir)
@@ -208,10 +219,9 @@ def store(context, array, at, vector):
 
 @intrinsic
 def transpose(context, source, at, stride, target, to, mask):
-    """Copy BLOCK rows of BLOCK integers as columns, under a bit mask.
+    """Copy a block of BLOCK x BLOCK integers, transposed and with a bit mask applied.
 
-    The rows begin ``stride`` numbers apart in ``source``, from ``at`` on; the columns are part of
-    rows of LANES numbers in ``target``, from ``to`` on.
+    ``target[to + i * LANES + j] = source[at + j * stride + i] & mask`` for i, j < BLOCK.
     """
     vector, intp = ir.VectorType(ir.IntType(32), BLOCK), ir.IntType(64)
 
@@ -226,7 +236,7 @@ def transpose(context, source, at, stride, target, to, mask):
             rows.append(builder.load(place(0, builder.mul(given[2], intp(n)))))
             rows[-1].align = 4
         distance = BLOCK // 2
-        while distance:  # blocks of that size off the diagonal change places
+        while distance:  # exchange the two off-diagonal blocks of that size
             for n in range(BLOCK):
                 if not n & distance:
                     a, b = rows[n], rows[n + distance]
@@ -247,7 +257,7 @@ def transpose(context, source, at, stride, target, to, mask):
 
 @intrinsic
 def prefetch(context, address):
-    """Have the memory at an address brought to the cache; any address will do."""
+    """Ask for the memory at an address to be brought to the cache; any address is allowed."""
 
     def build(context, builder, signature, given):
         number, pointer = ir.IntType(32), builder.inttoptr(given[0], ir.IntType(8).as_pointer())
@@ -270,7 +280,7 @@ def pointer_to(context, address):
 
 @intrinsic
 def fetch_add(context, array, more):
-    """The first number of an array, to which more is added in the same moment."""
+    """The first number of an array; ``more`` is added to it atomically."""
 
     def build(context, builder, signature, given):
         data = context.make_array(array)(context, builder, given[0]).data

@@ -1,8 +1,9 @@
-"""Batches of images, whatever kind of loader gives them."""
+"""Batches of images from any kind of loader."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -11,23 +12,23 @@ from fusenorm_openood.errors import DataError, NonFiniteError
 
 
 def not_finite(images: Tensor, image: int, what: str) -> NonFiniteError:
-    """The error for one image of a batch, which says whether image or network is to blame."""
+    """The error for one image of a batch, which says whether image or network is at fault."""
     way_out = (
-        "the image is finite, so the network overflows: look at its weights"
+        "the image is finite, so the network overflows: check its weights"
         if torch.isfinite(images[image]).all()
-        else "the image itself holds NaN or infinity: repair or leave out that image"
+        else "the image itself contains NaN or infinity: repair it or leave it out"
     )
     return NonFiniteError(f"image {image} of the batch has {what}; {way_out}")
 
 
 def checked_images(images: Any) -> Tensor:
-    """Images ``[B, C, H, W]`` in floating point as they are; DataError for anything else."""
+    """The given images, if they are a floating-point tensor `[B, C, H, W]`; else DataError."""
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
         is_tensor = isinstance(images, Tensor)
         found = f"{images.dtype} {list(images.shape)}" if is_tensor else type(images).__name__
         raise DataError(
-            f"{found} found in the place of images [B, C, H, W] in floating point: give them so, "
-            "and loaders of (images, labels), {'data': images, 'label': labels} or images alone"
+            f"images must be a floating-point tensor [B, C, H, W], got {found}: loaders may give "
+            "(images, labels), {'data': images, 'label': labels} or images alone"
         )
     return images
 
@@ -35,8 +36,12 @@ def checked_images(images: Any) -> Tensor:
 def batches(
     loader: Iterable[Any], progress: bool = False, desc: str = ""
 ) -> Iterator[tuple[Tensor, Any]]:
-    """Images and labels (or None) of each batch, whatever kind of batch the loader gives."""
-    for batch in _told_plainly(tqdm(loader, desc=desc, disable=not progress, leave=False)):
+    """Images and labels (or None) of each batch, for any kind of loader.
+
+    Raises:
+        DataError: an unknown kind of batch, or one with different numbers of images and labels.
+    """
+    for batch in _without_traceback(tqdm(loader, desc=desc, disable=not progress, leave=False)):
         if isinstance(batch, dict):
             images, labels = batch.get("data"), batch.get("label")
         elif isinstance(batch, tuple | list) and len(batch) >= 1:
@@ -44,12 +49,22 @@ def batches(
         else:
             images, labels = batch, None
         images = checked_images(images)
+        if isinstance(labels, Tensor | np.ndarray | list | tuple):
+            _check_labels(labels, images)
         if len(images):
             yield images, labels
 
 
-def _told_plainly(loader: Iterable[Any]) -> Iterator[Any]:
-    """A loader whose worker processes wrap no traceback around an error of ours."""
+def _check_labels(labels: Any, images: Tensor) -> None:
+    count = len(labels) if getattr(labels, "ndim", 1) else 0
+    if count != len(images):
+        raise DataError(
+            f"a batch of {len(images)} images has {count} labels: give one label per image, or none"
+        )
+
+
+def _without_traceback(loader: Iterable[Any]) -> Iterator[Any]:
+    """A loader that raises a DataError from a worker process without the worker's traceback."""
     try:
         yield from loader
     except DataError as error:

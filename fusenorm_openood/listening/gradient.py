@@ -1,4 +1,4 @@
-"""Gradients with respect to images, through a network that itself stays as it is."""
+"""Gradients with respect to images, through a network that is left unchanged."""
 
 from typing import Any
 
@@ -9,10 +9,11 @@ from torch.overrides import TorchFunctionMode
 
 
 class ConstantBatchNorm(TorchFunctionMode):
-    """Within it, batch norm of evaluation mode keeps no feature map for the backward pass.
+    """Context in which batch norm in evaluation mode saves no feature map for the backward pass.
 
-    It is an affine map of constants there, and its gradient needs their product only; autograd
-    keeps the input, too, half of all that a ResNet's graph holds. Outputs are the same bits.
+    In evaluation mode batch norm is an affine map with constant coefficients, and its gradient
+    needs only their product. Autograd saves the input as well, which takes up half of the memory
+    of a ResNet's graph. The outputs are bitwise the same.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Leaving a network as it was found: its modes, and which weights require a gradient."""
+"""Restore the state of a network: its modes, and which weights require a gradient."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,15 +20,15 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_weight_gradients(net: nn.Module) -> Iterator[None]:
-    """Turn off ``requires_grad`` on all weights while other code calls ``backward()``.
+    """Turn off `requires_grad` on all weights while other code calls `backward()`.
 
-    Our own gradients need no such care: :func:`torch.autograd.grad` differentiates with respect to
-    the images alone. Turning weights off there would make autocast cast them anew in every pass.
+    This package's own gradients do not need it: `torch.autograd.grad` differentiates with respect
+    to the images only, and with `requires_grad` off, autocast would cast the weights in every pass.
     """
-    asking = [p for p in net.parameters() if p.requires_grad]
+    required = [p for p in net.parameters() if p.requires_grad]
     try:
         net.requires_grad_(False)
         yield
     finally:
-        for p in asking:
+        for p in required:
             p.requires_grad_()

@@ -1,4 +1,4 @@
-"""A panel of experts: all that one pass over an image can tell."""
+"""A panel of experts: all scores that one pass over the images can provide."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from fusenorm_openood.method.experts import Output, odin_direction, odin_step, s
 
 @dataclass(frozen=True)
 class Panel:
-    """Every feature norm at every tap, and the output experts, each once.
+    """Every feature norm at every tap, and the output experts, each computed once.
 
-    One forward pass serves all of them; each ODIN with its own noise asks for one more, and each
-    with its own temperature or ReAct for a gradient.
+    One forward pass serves all of them. Each distinct ODIN noise needs one more forward pass, and
+    each distinct pair of temperature and ReAct percentile a gradient.
     """
 
     taps: tuple[str, ...]
@@ -28,32 +28,32 @@ class Panel:
 
     @property
     def percentiles(self) -> list[float]:
-        """Percentiles at which some output expert has ReAct clip."""
+        """Percentiles at which ReAct clips for at least one output expert."""
         given = (o.react_percentile for o in self.outputs)
         return list(dict.fromkeys(q for q in given if q is not None))
 
     def rows(self, taps: Iterable[str], norm: FeatureNorm, output: Output) -> list[int]:
-        """Where the scores of one detector stand: its taps in their order, its output expert."""
+        """Row indices of the scores of one detector: its taps in order, then its output expert."""
         return [*self.norm_rows(taps, norm), self.output_row(output)]
 
     def norm_rows(self, taps: Iterable[str], norm: FeatureNorm) -> list[int]:
-        """Where one feature norm stands at each of the taps."""
+        """Row indices of one feature norm at each of the taps."""
         first = self.norms.index(norm) * len(self.taps)
         return [first + self.taps.index(tap) for tap in taps]
 
     def output_row(self, output: Output) -> int:
-        """Where an output expert stands."""
+        """Row index of an output expert."""
         return len(self.norms) * len(self.taps) + self.outputs.index(output)
 
     def scores(
         self, net: nn.Module, images: Tensor, thresholds: Mapping[float, float]
     ) -> tuple[Tensor, Tensor]:
-        """Scores ``[R, B]``, larger = more in-distribution, and predicted classes ``[B]``.
+        """Scores `[R, B]`, larger = more in-distribution, and predicted classes `[B]`.
 
         Args:
-            net: a network; it stays as it is.
-            images: ``[B, C, H, W]`` on its device.
-            thresholds: where ReAct clips, by percentile; see :func:`react_thresholds`.
+            net: a network; it is left unchanged.
+            images: `[B, C, H, W]` on its device.
+            thresholds: ReAct's clipping thresholds by percentile; see `react_thresholds`.
         """
         with undisturbed(net):
             scored = [self._scores(net, part, thresholds) for part in parts(images)]
@@ -95,7 +95,7 @@ class Panel:
     def _with_graph(
         self, net: nn.Module, images: Tensor, clipped: Callable[[Pass, Output], Tensor]
     ) -> tuple[Pass, dict[Output, Tensor]]:
-        """One pass for the taps and for the gradients, which stop at the image; ODIN's images."""
+        """One pass for the taps and the gradients with respect to the images; ODIN's images."""
         with torch.inference_mode(False), torch.enable_grad(), ConstantBatchNorm():
             leaf = images.detach().clone().requires_grad_()
             first = forward_pass(net, leaf, self.taps, self._reduce)
@@ -104,7 +104,7 @@ class Panel:
     def _perturbed(
         self, leaf: Tensor, logits_of: Callable[[Output], Tensor]
     ) -> dict[Output, Tensor]:
-        """ODIN's images for each expert that moves them; experts that can, share a gradient."""
+        """ODIN's perturbed images for each expert that needs them; gradients are shared."""
         moving = [output for output in self.outputs if output.needs_gradient]
         alike: dict[tuple[float, float | None], list[Output]] = {}
         for output in moving:

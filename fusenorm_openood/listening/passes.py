@@ -1,4 +1,4 @@
-"""One forward pass over a network that belongs to somebody else."""
+"""One forward pass through an arbitrary network."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,19 +9,20 @@ from torch.nn import functional as F
 
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.taps import listening
-from fusenorm_openood.networks.t2fnorm import classification_feature, scores_apart
+from fusenorm_openood.networks.t2fnorm import classification_feature, has_scoring_logits
 
-PIXELS = 2**14  # of the images that one thread of a CPU takes at a time
+PIXELS = 2**14  # image pixels that one CPU thread processes at a time
 
 
 class Pass(NamedTuple):
-    """What one forward pass over ``B`` images gives.
+    """Result of one forward pass over `B` images.
 
-    norms: feature norms ``[L, B]``, one row a tap.
-    feature: input of the last linear layer ``[B, D]``, None for a network without one.
-    logits: what OOD scores are computed from ``[B, K]``, float32 at least: a last linear
-        layer is applied in full precision where autocast or the network's own weights are half.
-    pred: predicted classes ``[B]``.
+    Attributes:
+        norms: feature norms `[L, B]`, one row per tap.
+        feature: input `[B, D]` of the last linear layer, None for a network without one.
+        logits: logits `[B, K]` that OOD scores are computed from, at least in float32: a final
+            linear layer is applied in full precision where autocast or its weights are half.
+        pred: predicted classes `[B]`.
     """
 
     norms: Tensor
@@ -36,13 +37,13 @@ def forward_pass(
     taps: Sequence[str] = (),
     reduce: Callable[[Tensor], Tensor] = torch.clone,
 ) -> Pass:
-    """Run a network once and listen to its taps, its penultimate feature and its logits.
+    """Run a network once and record its taps, its penultimate feature and its logits.
 
-    A network that scores by other logits than it classifies by says so with a method
-    ``forward_ood_inference``, as T2FNorm's does; that method gives the logits here.
+    A network that uses different logits for scoring than for classification, such as T2FNorm's,
+    returns them from a method `forward_ood_inference`; they are then the logits of the pass.
 
     Raises:
-        TapError: a tap as in :func:`listening`, or logits that are not ``[B, K]``.
+        TapError: an unusable tap (see `listening`), or logits that are not `[B, K]`.
     """
     head = final_linear(net)
     features: list[Tensor] = []
@@ -52,7 +53,7 @@ def forward_pass(
         features.append(args[0])
         outputs.append(output)
 
-    run = net.forward_ood_inference if scores_apart(net) else net
+    run = net.forward_ood_inference if has_scoring_logits(net) else net
     handle = head.register_forward_hook(keep) if head is not None else None
     try:
         with listening(net, taps, reduce) as heard:
@@ -63,7 +64,7 @@ def forward_pass(
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise TapError(
-            f"{type(net).__name__} returns {found}, no logits [B, K] of at least two classes: "
+            f"{type(net).__name__} must return logits [B, K] of at least two classes, got {found}: "
             "wrap it so that its forward returns them"
         )
     if head is not None and outputs and logits is outputs[-1]:
@@ -73,14 +74,14 @@ def forward_pass(
     )
     feature = features[-1] if features and features[-1].ndim == 2 else None
     classified = logits
-    if scores_apart(net):
+    if has_scoring_logits(net):
         with torch.no_grad():
             classified = _classify(net, images, head, feature)
     return Pass(norms, feature, logits, classified.detach().argmax(dim=1))
 
 
 def joined(passes: Sequence[Pass]) -> Pass:
-    """One pass from those of the parts of a batch, without their graphs."""
+    """Join the passes over the parts of a batch, without their graphs."""
     norms, features, logits, preds = zip(*passes, strict=True)
     known = [feature.detach() for feature in features if feature is not None]
     return Pass(
@@ -92,11 +93,11 @@ def joined(passes: Sequence[Pass]) -> Pass:
 
 
 def parts(images: Tensor, with_graph: bool = False) -> tuple[Tensor, ...]:
-    """Images ``[B, C, H, W]``, as many at a time as a network takes without paying for it.
+    """Split images `[B, C, H, W]` into parts of a size that is fast on their device.
 
-    A CPU's caches hold the feature maps of few, half as many with a graph for gradients, and the
-    allocator hands those of many to the operating system and back with every layer; with too few
-    the weights are what is read all the time. A device takes all.
+    On a CPU, the feature maps of a large part do not fit into the caches, all the less with a graph
+    for gradients, and the allocator returns their memory to the operating system at every layer; a
+    small part spends its time reading weights. On any other device the batch stays whole.
     """
     if images.device.type != "cpu":
         return (images,)
@@ -107,7 +108,7 @@ def parts(images: Tensor, with_graph: bool = False) -> tuple[Tensor, ...]:
 def _classify(
     net: nn.Module, images: Tensor, head: nn.Linear | None, feature: Tensor | None
 ) -> Tensor:
-    """Logits that a network classifies by where it scores by others."""
+    """Logits for classification of a network that uses other logits for scoring."""
     normalised = None if feature is None else classification_feature(net, feature)
     if head is None or normalised is None:
         logits: Tensor = net(images)
@@ -116,7 +117,7 @@ def _classify(
 
 
 def apply_head(head: nn.Linear, feature: Tensor) -> Tensor:
-    """Logits ``[B, K]`` of features ``[B, D]``, in float32 at least; see :class:`Pass`."""
+    """Logits `[B, K]` of features `[B, D]`, at least in float32; see `Pass`."""
     return _in_full(head, feature, head(feature))
 
 

@@ -18,12 +18,12 @@ from fusenorm_openood.listening.passes import Pass, apply_head, final_linear, fo
 def react_thresholds(
     net: nn.Module, loader: Iterable[Any], percentiles: Sequence[float], progress: bool = False
 ) -> dict[float, float]:
-    """Percentiles of the penultimate activations of ID images, where ReAct clips; in one pass.
+    """ReAct's thresholds: percentiles of the penultimate activations of ID images, in one pass.
 
     Raises:
-        TapError: a network whose logits are not those of a final linear layer.
-        NonFiniteError: an image, or the feature it gives, that is not finite.
-        DataError: a loader without images.
+        TapError: the network's logits are not the output of a final linear layer.
+        NonFiniteError: an image or its feature is not finite.
+        DataError: the loader gives no images.
 
     Source: Sun et al., NeurIPS 2021.
     """
@@ -46,7 +46,7 @@ def react_thresholds(
 
 
 def react_logits(net: nn.Module, done: Pass, threshold: float | None) -> Tensor:
-    """Logits of a pass, its penultimate feature clipped at the threshold, if there is one."""
+    """Logits of a pass, with its penultimate feature clipped at the threshold, if any."""
     if threshold is None:
         return done.logits
     head = final_linear(net)
@@ -56,9 +56,9 @@ def react_logits(net: nn.Module, done: Pass, threshold: float | None) -> Tensor:
 
 
 class ActivationSample:
-    """Percentiles of a stream of features in bounded memory.
+    """Percentiles of a stream of features, in bounded memory.
 
-    Exact up to ``limit`` values; beyond, an even sample: every second, fourth, ... image.
+    Exact up to `limit` values; beyond that, from an even sample: every second, fourth, ... image.
     """
 
     def __init__(self, limit: int = 2**24) -> None:
@@ -72,7 +72,7 @@ class ActivationSample:
         return self._images == 0
 
     def update(self, feature: NDArray[np.float32]) -> None:
-        """Add the features ``[B, D]`` of one batch."""
+        """Add the features `[B, D]` of one batch."""
         kept = feature[-self._images % self._stride :: self._stride].copy()
         self._images += len(feature)
         self._kept.append(kept)
@@ -83,16 +83,16 @@ class ActivationSample:
             self._kept, self._values = [halved], halved.size
 
     def percentile(self, q: float) -> float:
-        """The q-th percentile, q in [0, 100], of all values kept."""
+        """The q-th percentile, with q in [0, 100], of all values in the sample."""
         if self._values == 0:
             raise DataError(
-                "no ID activation found for ReAct's percentile: fit on a loader of images"
+                "ReAct needs at least one ID image, got none: fit on a loader that gives images"
             )
         return float(np.percentile(np.concatenate(self._kept), q))
 
 
 def _head_gives(net: nn.Module, done: Pass) -> bool:
-    """Whether the final linear layer, and nothing behind it, makes the logits."""
+    """Whether the logits are the unchanged output of the final linear layer."""
     head = final_linear(net)
     return (
         head is not None
@@ -104,6 +104,6 @@ def _head_gives(net: nn.Module, done: Pass) -> bool:
 
 def _no_head(net: nn.Module) -> TapError:
     return TapError(
-        f"ReAct needs a final linear layer that gives the logits, and "
-        f"{type(net).__name__} has none: choose react_percentile=None"
+        f"ReAct needs a final linear layer that returns the logits, which {type(net).__name__} "
+        "lacks: set react_percentile=None"
     )

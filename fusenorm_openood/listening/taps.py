@@ -1,4 +1,4 @@
-"""Where to listen in a network, and listening."""
+"""Choose the modules of a network to tap, and tap them during a forward pass."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ _RESIDUAL_BLOCK = re.compile(r"(Block|Bottleneck|Residual)$")
 
 
 class TapCandidate(NamedTuple):
-    """A module that returns a feature map: its name, class, and output shape ``[B, C, H, W]``."""
+    """A module that returns a feature map: its name, class, and output shape `[B, C, H, W]`."""
 
     name: str
     kind: str
@@ -26,8 +26,8 @@ class TapCandidate(NamedTuple):
 def residual_blocks(net: nn.Module) -> list[str]:
     """Names of all residual blocks of a network, in the order of its modules.
 
-    A residual block is a module whose class is called so (BasicBlock, Bottleneck, ...) and which
-    holds no other such module.
+    A residual block is a module with a class name such as BasicBlock or Bottleneck that contains no
+    other such module.
     """
     named = [n for n, m in net.named_modules() if n and _RESIDUAL_BLOCK.search(type(m).__name__)]
     return [name for name in named if not any(other.startswith(f"{name}.") for other in named)]
@@ -43,20 +43,22 @@ def resolve_taps(net: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
 
     Args:
         net: any network.
-        taps: ``"blocks"`` (every residual block), ``"stages"`` (the last block of each stage), or
-            the names of modules that return feature maps ``[B, C, H, W]``.
+        taps: `"blocks"` (every residual block), `"stages"` (the last block of each stage), or
+            the names of modules that return feature maps `[B, C, H, W]`.
 
     Raises:
-        TapError: no residual block found, a name that is not in the network, or one named twice.
+        TapError: no residual block, or a name that is unknown or given twice.
     """
     if isinstance(taps, str):
         if taps not in ("blocks", "stages"):
-            raise TapError(f"taps = {taps!r} unknown: choose 'blocks', 'stages' or a list of names")
+            raise TapError(
+                f"taps must be 'blocks', 'stages' or a list of module names, got {taps!r}"
+            )
         blocks = residual_blocks(net)
         if not blocks:
             raise TapError(
-                f"{type(net).__name__} has no module that looks like a residual block: "
-                f"name the modules to tap, tap_candidates(net, images) lists them"
+                f"{type(net).__name__} has no residual block: name the modules to tap, "
+                "tap_candidates(net, images) lists them"
             )
         return tuple(blocks if taps == "blocks" else stage_ends(blocks))
     known = {name for name, _ in net.named_modules() if name}
@@ -65,17 +67,17 @@ def resolve_taps(net: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
             near = [n for n in sorted(known) if n.split(".")[0] == name.split(".")[0]]
             raise TapError(
                 f"{type(net).__name__} has no module {name!r}: "
-                f"choose among {', '.join(near or residual_blocks(net) or sorted(known))}"
+                f"choose from {', '.join(near or residual_blocks(net) or sorted(known))}"
             )
     if len(set(taps)) != len(taps) or not taps:
-        raise TapError(f"taps = {list(taps)} found: name at least one module, each once")
+        raise TapError(f"taps must name at least one module, each once, got {list(taps)}")
     return tuple(taps)
 
 
 def first_of_last_stage(net: nn.Module, names: Sequence[str]) -> str:
-    """The tap that is a strong expert by default: the first in the last of several stages.
+    """The tap that is a strong expert by default: the first one in the last stage.
 
-    It is the last tap where blocks make no stages, or no tap lies in the last one.
+    If the network has fewer than two stages, or no tap in the last one, it is the last tap.
     """
     stages = list(dict.fromkeys(_parent(name) for name in residual_blocks(net)))
     in_last = [name for name in names if len(stages) > 1 and _parent(name) == stages[-1]]
@@ -83,11 +85,11 @@ def first_of_last_stage(net: nn.Module, names: Sequence[str]) -> str:
 
 
 def tap_candidates(net: nn.Module, images: Tensor) -> list[TapCandidate]:
-    """All modules that return one feature map in a forward pass, in the order in which they do.
+    """All modules that return exactly one feature map in a forward pass, in execution order.
 
     Args:
-        net: any network, left as it was found.
-        images: a batch that the network takes, on its device.
+        net: any network; it is left unchanged.
+        images: a batch that the network accepts, on its device.
     """
     found: dict[str, list[TapCandidate]] = {}
     handles = []
@@ -116,12 +118,12 @@ def listening(
 ) -> Iterator[dict[str, Tensor]]:
     """Reduce the feature maps of the named modules during one forward pass.
 
-    Yields a dict that the pass fills with ``reduce(feature map)`` under each module's name. The
-    reduction happens inside the hook, without gradient: no feature map outlives it. The hooks are
-    removed when the block is left, however it is left.
+    Yields a dict that the pass fills with `reduce(feature map)` by module name. The reduction runs
+    inside the hook, without gradients, so no feature map outlives it. The hooks are removed on
+    exit, also after an exception.
 
     Raises:
-        TapError: a tap that returns no feature map, fires twice, or not at all.
+        TapError: a tap that returns no feature map, fires twice or never fires.
     """
     heard: dict[str, Tensor] = {}
 
@@ -130,7 +132,7 @@ def listening(
             if not isinstance(output, Tensor) or output.ndim != 4:
                 shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise TapError(
-                    f"tap {name!r} returns {shape}, no feature map [B, C, H, W]: "
+                    f"tap {name!r} must return a feature map [B, C, H, W], got {shape}: "
                     "tap another module, tap_candidates(net, images) lists them"
                 )
             if name in heard:
@@ -154,7 +156,7 @@ def listening(
     if silent:
         raise TapError(
             f"tap {silent[0]!r} never fired: the forward pass of {type(net).__name__} does not "
-            "call this module; tap another, tap_candidates(net, images) lists them"
+            "call it; tap another module, tap_candidates(net, images) lists them"
         )
 
 

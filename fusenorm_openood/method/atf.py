@@ -14,7 +14,7 @@ IN_CACHE = 2**18  # values that a CPU works on at a time
 
 
 class FeatureNorm(NamedTuple):
-    """Settings of one feature norm; see :func:`atf`."""
+    """Settings of one feature norm; see `atf`."""
 
     k_min: float = 0.1
     k_max: float = 0.25
@@ -29,9 +29,10 @@ def atf(
 
     In every channel the norm is the root of the mean of the k largest energies. Channels are
     weighted by how concentrated their energy is in space, and k grows with the mean spatial
-    entropy of the sample. A kernel computes it where :func:`fusenorm_openood.kernels.backend` has
-    one for the device, else torch, in float64; either way the order of the pixels, the batch size
-    and the memory format change nothing but the last digits of float32.
+    entropy of the sample. A compiled kernel computes it where
+    `fusenorm_openood.kernels.backend` has one for the device, else torch, in float64; either
+    way the order of the pixels, the batch size and the memory format change nothing but the last
+    digits of float32.
 
     Args:
         x: feature maps ``[B, C, H, W]``, floating point.
@@ -56,36 +57,48 @@ def atf(
 
 
 def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
-    """The norms ``[S, B]`` of :func:`atf` under several settings, for little more than one.
+    """The norms ``[S, B]`` of `atf` under several settings, for little more than one.
 
-    All settings share the energies, and all of one ``eps`` the entropies, too.
+    All settings share the energies, and all with the same ``eps`` the entropies, too.
     """
     for setting in settings:
         check_atf_settings(*setting)
     if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
         raise TapError(
             f"atf takes floating-point feature maps [B, C, H, W] with at least one pixel, "
-            f"found {x.dtype} of shape {list(x.shape)}: tap a module that returns such maps"
+            f"got {x.dtype} of shape {list(x.shape)}: tap a module that returns such maps"
         )
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    maps = x.flatten(2)
-    norms = kernels.norms(maps, settings)
-    if norms is None:
-        maps = maps.cpu() if x.device.type == "mps" else maps  # has no float64
-        size = IN_CACHE // maps.shape[1:].numel() if maps.device.type == "cpu" else len(maps)
-        parts = [_eager(part, settings) for part in torch.split(maps, max(size, 1))]
-        norms = torch.cat(parts, dim=1)
-    return norms.to(x.device, dtype)
+    return kernels.norms(x.flatten(2), settings, _by_torch).to(x.device, dtype)
 
 
-def _eager(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
-    """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]`` by torch: on any device."""
+def adaptive_k(h: Tensor, k_min: float, k_max: float, pixels: int) -> Tensor:
+    """How many pixels of a map are averaged at mean entropy h; h may have any shape.
+
+    The document's arithmetic, in the precision of h: in float32, k_min = k_max = 0.29 of 100
+    pixels are 29, in float64 they are 28.
+    """
+    k_ratio = k_min + (k_max - k_min) * h
+    return (k_ratio * pixels).long().clamp(1, pixels)
+
+
+def _by_torch(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> Tensor:
+    """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]`` on any device."""
+    x = x.cpu() if x.device.type == "mps" else x  # has no float64
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return _norms(x, settings)
+    size = max(IN_CACHE // x.shape[1:].numel(), 1)
+    return torch.cat([_norms(part, settings) for part in torch.split(x, size)], dim=1)
+
+
+def _norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> Tensor:
     _, C, N = x.shape
     a = x.abs()
-    # h <= 1 bounds k for the whole batch: one selection, and nothing is asked of the device.
-    k_bound = min(N, max(math.floor(s.k_max * N) for s in settings) + 1)
+    # h <= 1 bounds k for the whole batch, rounding in float32 included: one selection, and no
+    # wait for the device.
+    k_bound = min(N, math.floor(max(k_max for _, k_max, *_ in settings) * N * (1 + 2**-20)) + 1)
     top = a.topk(k_bound).values.double().square().cumsum(-1)  # sums of the k largest [B, C, k]
-    entropies = {eps: _entropy(a, eps) for eps in dict.fromkeys(s.eps for s in settings)}
+    entropies = {eps: _entropy(a, eps) for eps in dict.fromkeys(eps for *_, eps in settings)}
 
     norms = []
     for k_min, k_max, alpha, eps in settings:
@@ -95,10 +108,10 @@ def _eager(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
         w = (1 - alpha) * w + alpha / C
         w = w / (w.sum(-1, keepdim=True) + eps)
 
-        k = ((k_min + (k_max - k_min) * h.mean(-1, keepdim=True)) * N).floor().clamp(1, N)
-        last = (k.long() - 1).unsqueeze(-1).expand(-1, C, -1)  # [B, C, 1]; NaN gives any index,
-        mean = top.gather(-1, last.clamp(0, k_bound - 1)).squeeze(-1) / k  # and stays NaN here
-        norms.append((w * mean.sqrt()).sum(-1))
+        h_mean = h.mean(-1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        k = adaptive_k(h_mean, k_min, k_max, N).view(-1, 1, 1).clamp(max=k_bound)  # if h is NaN
+        mean = top.gather(-1, (k - 1).expand(-1, C, 1)) / k
+        norms.append((w * mean.squeeze(-1).sqrt()).sum(-1))
     return torch.stack(norms)
 
 
@@ -114,11 +127,8 @@ def _entropy(a: Tensor, eps: float) -> Tensor:
 def check_atf_settings(k_min: float, k_max: float, alpha: float, eps: float) -> None:
     """Raise ConfigError unless 0 < k_min <= k_max <= 1, 0 <= alpha <= 1 and eps > 0."""
     if not 0 < k_min <= k_max <= 1:
-        raise ConfigError(
-            f"k_min = {k_min} and k_max = {k_max} are no fractions of the pixels: "
-            "choose 0 < k_min <= k_max <= 1"
-        )
+        raise ConfigError(f"0 < k_min <= k_max <= 1 is required, got {k_min = !s} and {k_max = !s}")
     if not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha = {alpha} is no share of the uniform weight: choose 0 to 1")
+        raise ConfigError(f"alpha must be in [0, 1], got {alpha = !s}")
     if not (eps > 0 and math.isfinite(eps)):
-        raise ConfigError(f"eps = {eps} keeps no division finite: choose a small positive number")
+        raise ConfigError(f"eps must be > 0 and finite, got {eps = !s}")

@@ -12,12 +12,12 @@ from fusenorm_openood.errors import ConfigError
 
 OutputExpert = Literal["msp", "mls", "energy", "odin"]
 OUTPUT_EXPERTS: tuple[str, ...] = get_args(OutputExpert)
-PROBABILITY = "probability"  # MSP as OpenOOD has it, saturation and ties included; not to be fused
+PROBABILITY = "probability"  # MSP as in OpenOOD, with saturation and ties; not for fusion
 DEFAULT_TEMPERATURE: dict[str, float] = {"msp": 1.0, "mls": 1.0, "energy": 1.0, "odin": 1000.0}
 
 
 class Output(NamedTuple):
-    """Settings of one output expert; see :class:`Settings`, where they have the same names."""
+    """Settings of one output expert, named as in `Settings`."""
 
     output: str
     temperature: float
@@ -27,7 +27,7 @@ class Output(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Name in tables, ``energy+react`` say."""
+        """Name in tables, for example `energy+react`."""
         return self.output if self.react_percentile is None else f"{self.output}+react"
 
     @property
@@ -37,23 +37,23 @@ class Output(NamedTuple):
 
 
 def msp(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Maximum softmax probability of logits ``[B, K]`` -> ``[B]`` in (1/K, 1]; saturates at 1."""
+    """Maximum softmax probability of logits `[B, K]` -> `[B]` in (1/K, 1]; saturates at 1."""
     return (logits / temperature).softmax(dim=1).amax(dim=1)
 
 
 def log_odds(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log(p / (1 - p)) of the maximum softmax probability p: ranks as it does, never saturates."""
+    """log(p / (1 - p)) of the maximum softmax probability p: the same ranking, no saturation."""
     top, rest = _top_and_rest(logits / temperature)
     return top - rest.logsumexp(dim=1)
 
 
 def mls(logits: Tensor) -> Tensor:
-    """Maximum logit of ``[B, K]`` -> ``[B]``."""
+    """Maximum logit of `[B, K]` -> `[B]`."""
     return logits.amax(dim=1)
 
 
 def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Negative free energy T logsumexp(logits / T) of ``[B, K]`` -> ``[B]``."""
+    """Negative free energy T logsumexp(logits / T) of `[B, K]` -> `[B]`."""
     return temperature * (logits / temperature).logsumexp(dim=1)
 
 
@@ -64,15 +64,15 @@ def odin_perturb(
     noise: float = 0.01,
     input_std: Sequence[float] | None = None,
 ) -> Tensor:
-    """Move images a step towards their predicted class, as ODIN does before it scores them.
+    """Perturb images towards their predicted class, as ODIN does before scoring them.
 
     Args:
-        images: ``[B, C, H, W]``, the leaf that ``logits`` were computed from, with gradient.
-        logits: ``[B, K]`` with their graph, which is freed.
-        temperature: divides the logits.
-        noise: length of the step in each pixel, in units of the normalised image.
-        input_std: standard deviations ``[C]`` that the images were divided by; then ``noise`` is
-            in units of the image before normalisation (OpenOOD's convention). None = not divided.
+        images: `[B, C, H, W]`, the leaf from which `logits` were computed, requiring gradients.
+        logits: `[B, K]` with their graph, which is freed.
+        temperature: temperature of the softmax.
+        noise: step size per pixel, in units of the normalised image.
+        input_std: standard deviations `[C]` by which the images were divided; `noise` is then in
+            units of the unnormalised image, OpenOOD's convention. None = not divided.
 
     Returns:
         Perturbed images, detached.
@@ -86,10 +86,10 @@ def odin_perturb(
 def odin_direction(
     images: Tensor, logits: Tensor, temperature: float, keep_graph: bool = False
 ) -> Tensor:
-    """Whether each pixel of ``images`` grows the loss of the predicted class: ``[B, C, H, W]``."""
+    """Whether increasing a pixel increases the loss of the predicted class: `[B, C, H, W]`."""
     target = logits.detach().argmax(dim=1)
     loss = F.cross_entropy(logits.float() / temperature, target, reduction="sum")
-    # Only signs count: an exact factor of about T keeps half precision from underflowing to 0.
+    # Only the sign matters: a power of two close to T avoids underflow in half precision.
     scaled = loss * 2.0 ** round(math.log2(temperature))
     (gradient,) = torch.autograd.grad(scaled, images, retain_graph=keep_graph)
     return gradient >= 0
@@ -98,23 +98,23 @@ def odin_direction(
 def odin_step(
     images: Tensor, direction: Tensor, noise: float, input_std: Sequence[float] | None
 ) -> Tensor:
-    """Images ``[B, C, H, W]`` after ODIN's step against a direction; see :func:`odin_perturb`."""
+    """Images `[B, C, H, W]` after ODIN's step against a direction; see `odin_perturb`."""
     step = torch.where(direction, -noise, noise).to(images.dtype)
     if input_std is not None:
         if len(input_std) != images.shape[1]:
             raise ConfigError(
-                f"input_std has {len(input_std)} entries for images of {images.shape[1]} channels: "
-                "give one a channel, or none"
+                f"input_std must have one entry per channel, got {len(input_std)} entries for "
+                f"images with {images.shape[1]} channels"
             )
         step = step / step.new_tensor(input_std).view(1, -1, 1, 1)
     return images.detach() + step
 
 
 def score_logits(name: str, logits: Tensor, temperature: float) -> Tensor:
-    """Score of an output expert inside the fusion, in float64 where the device has it: ``[B]``.
+    """Score `[B]` of an output expert for the fusion, in float64 where the device supports it.
 
-    MSP and ODIN are given as log-odds: the ranks are those of the probability, while the range
-    stays wide where the probability saturates, and is proportional to it near 1/K.
+    MSP and ODIN are returned as log-odds: these rank images as the probability does, but keep a
+    wide range where it saturates, and are linear in it near 1/K.
     """
     logits = logits.detach()
     logits = logits.cpu() if logits.device.type == "mps" else logits
@@ -127,10 +127,10 @@ def score_logits(name: str, logits: Tensor, temperature: float) -> Tensor:
 
 
 def check_output_expert(name: str) -> None:
-    """Raise ConfigError unless ``name`` is an output expert."""
+    """Raise ConfigError unless `name` is an output expert."""
     if name not in OUTPUT_EXPERTS:
         raise ConfigError(
-            f"output expert {name!r} unknown: choose among {', '.join(OUTPUT_EXPERTS)}"
+            f"unknown output expert {name!r}: choose from {', '.join(OUTPUT_EXPERTS)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Strong and weak experts into one confidence."""
+"""Fuse strong and weak experts into one confidence."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from fusenorm_openood.errors import ConfigError, DataError
 
 
 def deviation(z: ArrayLike) -> NDArray[np.float64]:
-    """d = max(0, -z, z - 1): how far a normalised score lies outside the unit interval."""
+    """d = max(0, -z, z - 1): the distance of a normalised score from the unit interval."""
     z = np.asarray(z, dtype=np.float64)
     d: NDArray[np.float64] = np.maximum(0.0, np.maximum(-z, z - 1.0))
     return d
@@ -19,12 +19,12 @@ def penalty(weak: ArrayLike, base: float = 20.0, cap: float = 1.0) -> NDArray[np
     """min(cap, base^D - 1) with D the largest deviation among the weak experts.
 
     Args:
-        weak: normalised scores of the weak experts ``[W, N]``; W may be 0.
-        base: how steeply the penalty grows, at least 1.
-        cap: the largest penalty, at least 0.
+        weak: normalised scores of the weak experts `[W, N]`; W may be 0.
+        base: how steeply the penalty grows, >= 1.
+        cap: the largest penalty, >= 0.
 
     Returns:
-        Penalties ``[N]`` in [0, cap], larger = less in-distribution.
+        Penalties `[N]` in [0, cap], larger = less in-distribution.
     """
     check_penalty(base, cap)
     d = deviation(weak).max(axis=0, initial=0.0)
@@ -40,28 +40,29 @@ def fuse(
     base: float = 20.0,
     cap: float = 1.0,
 ) -> NDArray[np.float64]:
-    """Weighted mean of the strong experts less the penalty of the weak ones.
+    """Weighted mean of the strong experts minus the penalty of the weak ones.
 
     Args:
-        strong: normalised scores ``[S, N]`` of the experts that carry the decision, S >= 1.
-        weak: normalised scores ``[W, N]`` of the experts that can only lower it; W may be 0.
-        weights: one weight a strong expert, at least 0, scaled to the sum 1; None = equal.
-        base, cap: see :func:`penalty`.
+        strong: normalised scores `[S, N]` of the experts that carry the decision, S >= 1.
+        weak: normalised scores `[W, N]` of the experts that can only lower it; W may be 0.
+        weights: one weight >= 0 per strong expert, scaled to sum to 1; None = equal weights.
+        base: see `penalty`.
+        cap: see `penalty`.
 
     Returns:
-        Confidences ``[N]``, larger = more in-distribution.
+        Confidences `[N]`, larger = more in-distribution.
 
     Raises:
-        ConfigError: weights, base or cap that cannot be used.
-        DataError: scores that are not ``[experts, N]`` with one N.
+        ConfigError: invalid weights, base or cap.
+        DataError: scores that are not `[experts, N]` with the same N.
 
-    Source: ``fuse_norm`` in the FuseNorm repository (equal weights, base 20, cap 1).
+    Source: `fuse_norm` in the FuseNorm repository (equal weights, base 20, cap 1).
     """
     strong, weak = (np.asarray(z, dtype=np.float64) for z in (strong, weak))
     if strong.ndim != 2 or weak.ndim != 2 or len(strong) == 0 or strong.shape[1] != weak.shape[1]:
         raise DataError(
-            f"strong scores {strong.shape} and weak scores {weak.shape} do not match: give "
-            "[experts, images] each, the same images, and at least one strong expert"
+            "strong and weak scores must be [experts, images] for the same images, with at least "
+            f"one strong expert, got shapes {strong.shape} and {weak.shape}"
         )
     w = check_weights(weights, len(strong))
     fused: NDArray[np.float64] = w @ strong - penalty(weak, base, cap)
@@ -69,12 +70,12 @@ def fuse(
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> NDArray[np.float64]:
-    """The weights of ``count`` strong experts, scaled to the sum 1; ConfigError if unusable."""
+    """The weights of `count` strong experts, scaled to sum to 1; ConfigError if invalid."""
     w = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
     if w.shape != (count,) or not np.isfinite(w).all() or (w < 0).any() or w.sum() <= 0:
         raise ConfigError(
-            f"weights = {weights} do not weigh {count} strong experts: "
-            "give one number of at least 0 for each, not all 0"
+            f"weights must be one number >= 0 for each of the {count} strong experts, not all 0, "
+            f"got {weights}"
         )
     scaled: NDArray[np.float64] = w / w.sum()
     return scaled
@@ -84,5 +85,5 @@ def check_penalty(base: float, cap: float) -> None:
     """Raise ConfigError unless base >= 1 and cap >= 0, both finite."""
     if not (1 <= base < np.inf and 0 <= cap < np.inf):
         raise ConfigError(
-            f"base = {base} and cap = {cap} make no penalty: choose base >= 1 and cap >= 0, finite"
+            f"base must be >= 1 and cap >= 0, both finite, got base={base} and cap={cap}"
         )

@@ -1,4 +1,4 @@
-"""The settings of FuseNorm: what a user may choose, checked where it is chosen."""
+"""The settings of FuseNorm, validated when they are created."""
 
 import math
 from collections.abc import Mapping
@@ -17,19 +17,24 @@ class Settings:
     """Settings of the detector; the defaults are the published ones.
 
     Attributes:
-        taps: ``"blocks"``, ``"stages"`` or module names; see :func:`resolve_taps`.
-        k_min, k_max, alpha, eps: of the feature norm; see :func:`atf`.
-        output: the output expert: ``msp``, ``mls``, ``energy`` or ``odin``.
-        temperature: of the output expert; None = 1000 for ODIN, else 1.
-        noise: ODIN's step on normalised pixels; 0 = no step and no gradient.
-        input_std: divides ODIN's step channel by channel; None = not divided.
+        taps: `"blocks"`, `"stages"` or module names; see `resolve_taps`.
+        k_min: smallest fraction of pixels to average; see `atf`.
+        k_max: largest fraction of pixels to average; see `atf`.
+        alpha: share of the uniform weight in each channel weight; see `atf`.
+        eps: keeps divisions and logarithms finite; see `atf`.
+        output: output expert: `msp`, `mls`, `energy` or `odin`.
+        temperature: temperature of the output expert; None = 1000 for ODIN, 1 otherwise.
+        noise: ODIN's step size on normalised pixels; 0 = no step and no gradient.
+        input_std: standard deviations that divide ODIN's step per channel; None = no division.
         react_percentile: percentile of the penultimate ID activations at which ReAct clips them
             for the output expert; None = no ReAct.
-        strong: the strong experts, each a tap's name, a tap's number (from 0) or ``"output"``;
-            ``"auto"`` = the first tap of the last stage and the output expert.
-        weights: one weight a strong expert; None = equal.
-        base, cap: of the penalty; see :func:`penalty`.
-        percentile_low, percentile_high: percentiles of the ID scores that become 0 and 1.
+        strong: strong experts, each a tap's name, a tap's number (from 0) or `"output"`;
+            `"auto"` = the first tap of the last stage and the output expert.
+        weights: one weight per strong expert; None = equal weights.
+        base: how steeply the penalty grows; see `penalty`.
+        cap: largest penalty; see `penalty`.
+        percentile_low: percentile of the ID scores that is mapped to 0.
+        percentile_high: percentile of the ID scores that is mapped to 1.
 
     Raises:
         ConfigError: a value outside its range.
@@ -62,51 +67,59 @@ class Settings:
         check_output_expert(self.output)
         check_percentiles(self.percentile_low, self.percentile_high)
         check_penalty(self.base, self.cap)
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature = {self.temperature} divides no logits: choose > 0")
-        if not 0 <= self.noise < math.inf:
-            raise ConfigError(f"noise = {self.noise} is no length of a step: choose at least 0")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ConfigError(f"temperature must be > 0, got {self.temperature}")
+        if not self.noise >= 0:
+            raise ConfigError(f"noise must be >= 0, got {self.noise}")
         if self.input_std is not None and not all(std > 0 for std in self.input_std):
-            raise ConfigError(f"input_std = {self.input_std} divides by no deviation: choose > 0")
+            raise ConfigError(f"input_std must be > 0 in every channel, got {self.input_std}")
         if self.react_percentile is not None and not 0 < self.react_percentile < 100:
             raise ConfigError(
-                f"react_percentile = {self.react_percentile} clips all or nothing: "
-                "choose between 0 and 100, say 90, or none"
+                "react_percentile must be > 0 and < 100, for example 90, or None, got "
+                f"{self.react_percentile}"
             )
         if isinstance(self.strong, str):
             if self.strong != "auto":
-                raise ConfigError(f"strong = {self.strong!r} unknown: choose 'auto' or a list")
+                raise ConfigError(
+                    f"strong must be 'auto' or a list of experts, got {self.strong!r}"
+                )
         elif not self.strong or len(set(self.strong)) != len(self.strong):
-            raise ConfigError(f"strong = {list(self.strong)}: name one expert or more, each once")
+            raise ConfigError(
+                f"strong must name at least one expert, each once, got {list(self.strong)}"
+            )
         if self.weights is not None:
             check_weights(self.weights, 2 if isinstance(self.strong, str) else len(self.strong))
 
     def _check_type(self, name: str, value: Any) -> None:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
         optional = name in ("temperature", "input_std", "react_percentile", "weights")
+        if optional and value is None:
+            return
         if name in ("input_std", "weights"):
+            kind = "a list of numbers"
             right = isinstance(value, tuple) and all(isinstance(v, int | float) for v in value)
         elif name in ("taps", "strong"):
-            item = str if name == "taps" else str | int
+            item, kind = (str, "names") if name == "taps" else (str | int, "names and numbers")
+            kind = f"a string or a list of {kind}"
             right = isinstance(value, str) or (
                 isinstance(value, tuple) and all(isinstance(v, item) for v in value)
             )
+        elif name == "output":
+            kind, right = "a string", isinstance(value, str)
         else:
-            right = isinstance(value, str) if name == "output" else number
-        if not (right or (optional and value is None)):
-            raise ConfigError(
-                f"{name} = {value!r} is of the wrong type: the default is "
-                f"{getattr(type(self), name)!r}"
-            )
+            kind = "a finite number"
+            right = isinstance(value, int | float) and not isinstance(value, bool)
+            right = right and math.isfinite(value)
+        if not right:
+            raise ConfigError(f"{name} must be {kind}{' or None' * optional}, got {value!r}")
 
     @property
     def feature_norm(self) -> FeatureNorm:
-        """What decides the scores of the feature-norm experts."""
+        """The settings that determine the scores of the feature-norm experts."""
         return FeatureNorm(self.k_min, self.k_max, self.alpha, self.eps)
 
     @property
     def output_expert(self) -> Output:
-        """What decides the score of the output expert; its own temperature where none is set."""
+        """The settings that determine the output expert's score, with its default temperature."""
         default = DEFAULT_TEMPERATURE[self.output]
         temperature = default if self.temperature is None else self.temperature
         steps = self.output == "odin" and self.noise > 0
@@ -114,13 +127,13 @@ class Settings:
         return Output(self.output, temperature, noise, input_std, self.react_percentile)
 
     def replace(self, **changes: Any) -> "Settings":
-        """A copy with some settings changed; ConfigError for a setting that does not exist."""
+        """A copy with some settings changed; ConfigError for an unknown setting."""
         check_names(changes)
         return replace(self, **changes)
 
     @classmethod
     def from_mapping(cls, args: Mapping[str, Any]) -> "Settings":
-        """Settings from a configuration that names every one of them, and nothing else."""
+        """Settings from a configuration that gives every setting, and nothing else."""
         check_names(args)
         missing = [name for name in SETTINGS if name not in args]
         if missing:
@@ -131,14 +144,14 @@ class Settings:
 
 
 SETTINGS = tuple(field.name for field in fields(Settings))
-# Changing any other setting changes expert scores, and so asks for the network again.
+# Changing any other setting changes the expert scores, and so needs the network again.
 FUSION_SETTINGS = frozenset(
     ("strong", "weights", "base", "cap", "percentile_low", "percentile_high")
 )
 
 
 def check_names(names: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a name that is no setting."""
+    """Raise ConfigError for a name that is not a setting."""
     for name in names:
         if name not in SETTINGS:
-            raise ConfigError(f"setting {name!r} unknown: the settings are {', '.join(SETTINGS)}")
+            raise ConfigError(f"unknown setting {name!r}: the settings are {', '.join(SETTINGS)}")

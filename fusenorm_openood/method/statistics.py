@@ -1,4 +1,4 @@
-"""ID statistics: what is normal for each expert, and scores measured against it."""
+"""ID statistics of each expert, and the normalisation of scores by them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +8,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
 
+# Networks compute in float32: a range this small relative to the scores is rounding error.
+ROUNDING = 32 * float(np.finfo(np.float32).eps)
+
 
 @dataclass(frozen=True)
 class IDStatistics:
-    """Statistics of each expert's scores on ID images, each array ``[L]``."""
+    """Statistics of each expert's scores on ID images, each array `[L]`."""
 
     mean: NDArray[np.float64]
     std: NDArray[np.float64]
@@ -28,42 +31,55 @@ def compute_id_statistics(
     """Mean, standard deviation and two percentiles of each expert's ID scores.
 
     Args:
-        scores: ID scores ``[L, N]``, one row an expert, larger = more in-distribution.
-        percentile_low, percentile_high: percentiles in [0, 100] that become 0 and 1.
-        names: the experts' names ``[L]``, for messages.
+        scores: ID scores `[L, N]`, one row per expert, larger = more in-distribution.
+        percentile_low: percentile in [0, 100] that is mapped to 0.
+        percentile_high: percentile in [0, 100] that is mapped to 1.
+        names: the experts' names `[L]`, for error messages.
 
     Raises:
         ConfigError: percentiles out of order or outside [0, 100].
-        DataError: not an array ``[L, N]``, or no samples.
+        DataError: scores that are not `[L, N]`, or no images.
         NonFiniteError: NaN or infinity among the scores.
-        ZeroRangeError: an expert whose two percentiles coincide.
+        ZeroRangeError: an expert whose two percentiles are equal up to float32 rounding.
 
-    Source: ``compute_id_statistics`` in the FuseNorm repository.
+    Source: `compute_id_statistics` in the FuseNorm repository.
     """
     check_percentiles(percentile_low, percentile_high)
     s = np.asarray(scores, dtype=np.float64)
     if s.ndim != 2 or s.shape[1] == 0:
-        raise DataError(f"ID scores of shape {s.shape} found: [experts, images] with images needed")
+        raise DataError(
+            f"ID scores must be [experts, images] with at least one image, got shape {s.shape}"
+        )
     labels = [f"expert {i}" for i in range(len(s))] if names is None else list(names)
     for name, row in zip(labels, s, strict=True):
         if not np.isfinite(row).all():
             raise NonFiniteError(
-                f"ID scores of {name!r} hold {np.count_nonzero(~np.isfinite(row))} values that "
-                "are not finite: look for NaN in the ID images or the network's weights"
+                f"ID scores of {name!r} must be finite, got NaN or infinity for "
+                f"{np.count_nonzero(~np.isfinite(row))} images: look for NaN in the ID images or "
+                "the network's weights"
             )
     lower, upper = np.percentile(s, [percentile_low, percentile_high], axis=1)
     for name, low, high in zip(labels, lower, upper, strict=True):
-        if not high > low:
+        if not high - low > ROUNDING * max(abs(low), abs(high)):
             raise ZeroRangeError(
                 f"percentiles {percentile_low} and {percentile_high} of the ID scores of {name!r} "
-                f"are both {low:.6g}: leave this expert out, or fit on more and different images"
+                f"are both {low:.6g}: leave this expert out, or fit on more and more varied images"
             )
     return IDStatistics(s.mean(axis=1), s.std(axis=1) + 1e-8, lower, upper)
 
 
 def normalise(scores: ArrayLike, statistics: IDStatistics) -> NDArray[np.float64]:
-    """z = (s - lower) / (upper - lower) for scores ``[L, N]``: ID scores fill the unit interval."""
+    """z = (s - lower) / (upper - lower) for scores `[L, N]`: ID scores fill the unit interval.
+
+    Raises:
+        DataError: scores that are not `[L, N]` with one row per expert of the statistics.
+    """
     s = np.asarray(scores, dtype=np.float64)
+    if s.ndim != 2 or len(s) != len(statistics.lower):
+        raise DataError(
+            f"scores must be [experts, images] with {len(statistics.lower)} experts, as in the "
+            f"ID statistics, got shape {s.shape}"
+        )
     lower, upper = statistics.lower[:, None], statistics.upper[:, None]
     z: NDArray[np.float64] = (s - lower) / (upper - lower)
     return z
@@ -73,6 +89,6 @@ def check_percentiles(low: float, high: float) -> None:
     """Raise ConfigError unless 0 <= low < high <= 100."""
     if not 0 <= low < high <= 100:
         raise ConfigError(
-            f"percentile_low = {low} and percentile_high = {high} span no range: "
-            "choose 0 <= low < high <= 100"
+            "percentile_low and percentile_high must satisfy 0 <= low < high <= 100, got "
+            f"percentile_low={low} and percentile_high={high}"
         )

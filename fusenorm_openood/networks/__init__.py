@@ -1,4 +1,4 @@
-"""Networks with OpenOOD's state-dict keys, and the way from a checkpoint to one."""
+"""Networks with OpenOOD's state-dict keys, and loading them from checkpoints."""
 
 from fusenorm_openood.networks.checkpoints import load_network
 from fusenorm_openood.networks.resnet import (

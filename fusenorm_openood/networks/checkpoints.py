@@ -1,13 +1,17 @@
-"""From a checkpoint file to a network: what it is shows in its keys."""
+"""Load networks from checkpoint files; the keys determine the architecture."""
 
+import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fusenorm_openood.errors import CheckpointError
+from fusenorm_openood.errors import CheckpointError, DamagedFileError
 from fusenorm_openood.networks.resnet import (
     ResNet18_32x32,
     ResNet18_224x224,
@@ -21,18 +25,18 @@ ARCHITECTURES = "ResNet18_32x32, ResNet18_224x224, ResNet50, WideResNet, T2FNorm
 
 
 def load_network(path: str | Path, num_classes: int | None = None) -> nn.Module:
-    """The network of a checkpoint, in float32 on the CPU, ready to score.
+    """The network of a checkpoint, in float32 on the CPU and in evaluation mode.
 
-    Takes state dicts of OpenOOD's networks, plain or T2FNorm's, also with the ``module.`` prefix
-    of data-parallel training, under a key ``state_dict``, or in half precision.
+    Accepts state dicts of OpenOOD's networks, plain or T2FNorm's, also with the prefix `module.`
+    of data-parallel training, under a key `state_dict`, or in half precision.
 
     Args:
         path: checkpoint file.
-        num_classes: number of classes expected; None = as in the checkpoint.
+        num_classes: expected number of classes; None = as in the checkpoint.
 
     Raises:
-        CheckpointError: the file is missing or damaged, is no checkpoint of a known network, or
-            has another number of classes.
+        CheckpointError: the file is missing or damaged, holds no known network, or has another
+            number of classes.
     """
     state = load_state(path)
     t2fnorm = "tau" in state and any(key.startswith("backbone.") for key in state)
@@ -41,8 +45,8 @@ def load_network(path: str | Path, num_classes: int | None = None) -> nn.Module:
     build = _recognise(plain)
     if build is None or "fc.weight" not in plain:
         raise CheckpointError(
-            f"{path} holds no network that is known here, its keys begin "
-            f"{', '.join(sorted(state)[:3])}: known are {ARCHITECTURES}"
+            f"{path} must hold the state dict of a known network ({ARCHITECTURES}), got the keys "
+            f"{', '.join(sorted(state)[:3])}, ..."
         )
     classes = len(plain["fc.weight"])
     if num_classes is not None:
@@ -54,17 +58,17 @@ def load_network(path: str | Path, num_classes: int | None = None) -> nn.Module:
         net.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{path} looks like a {type(net).__name__} and does not fit it "
-            f"({str(error).splitlines()[-1].strip()}): known are {ARCHITECTURES}"
+            f"{path} looks like a {type(net).__name__} but does not fit it "
+            f"({str(error).splitlines()[-1].strip()}): the known networks are {ARCHITECTURES}"
         ) from None
     return net.eval()
 
 
 def load_backbone(net: nn.Module, path: str | Path) -> None:
-    """Give a network the weights of a checkpoint, either of them plain or T2FNorm's.
+    """Load a checkpoint's weights into a network; each may be plain or T2FNorm's.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or of another architecture or class count.
+        CheckpointError: the checkpoint is damaged or does not fit the network.
     """
     state = load_state(path)
     plain = {key.removeprefix("backbone."): v for key, v in state.items() if key != "tau"}
@@ -79,26 +83,22 @@ def load_backbone(net: nn.Module, path: str | Path) -> None:
 
 
 def check_classes(path: str | Path, classes: int, num_classes: int) -> None:
-    """CheckpointError unless a checkpoint has as many classes as the ID data set."""
+    """Raise CheckpointError unless a checkpoint has as many classes as the ID data set."""
     if classes != num_classes:
         raise CheckpointError(
-            f"{path} tells {classes} classes apart and the ID data set has {num_classes}: "
-            "give the checkpoint and the ID data set that belong together"
+            f"{path} must have {num_classes} classes, as the ID data set does, got {classes}: use "
+            "a checkpoint and an ID data set that belong together"
         )
 
 
 def load_state(path: str | Path) -> State:
-    """The state dict in a checkpoint file, read without running any code in it."""
+    """The state dict in a checkpoint file, loaded without running any code from it.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds something else.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} not found: give the path of a state dict")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # damaged files make torch raise errors of many kinds
-        raise CheckpointError(
-            f"checkpoint {path} of {path.stat().st_size} bytes cannot be read: it may be "
-            "truncated, then copy it again, or hold more than tensors, then save net.state_dict()"
-        ) from None
+    state = read_saved(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if (
@@ -106,12 +106,63 @@ def load_state(path: str | Path) -> State:
         or not state
         or not all(torch.is_tensor(v) for v in state.values())
     ):
-        raise CheckpointError(f"{path} holds no state dict: save net.state_dict() with torch.save")
+        raise CheckpointError(
+            f"{path} must hold a non-empty state dict of tensors, got a {type(state).__name__}: "
+            "save net.state_dict() with torch.save"
+        )
     return {str(key).removeprefix("module."): value for key, value in state.items()}
 
 
+def read_saved(path: Path) -> Any:
+    """The content of a file written by `torch.save`, on the CPU; tensors and containers only.
+
+    Errors that are not the file's fault, such as running out of memory, are passed on.
+
+    Raises:
+        DamagedFileError: the file is truncated or altered, or was not written by `torch.save`.
+        CheckpointError: the file is missing, cannot be opened, or holds objects that cannot be
+            loaded without running code.
+    """
+    try:
+        with path.open("rb") as file:
+            is_archive = file.read(2) == b"PK"
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} not found: give the path of a file") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be opened: {error.strerror}") from None
+    damaged = DamagedFileError(
+        f"checkpoint {path} of {path.stat().st_size} bytes cannot be read: it is damaged or was "
+        "not written by torch.save, copy it again"
+    )
+    # A damaged archive may still load, with wrong numbers, so its checksums are verified.
+    if is_archive and not _is_intact(path):
+        raise damaged
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower():
+            raise CheckpointError(
+                f"checkpoint {path} holds more than tensors, which cannot be loaded without "
+                "running its code: save net.state_dict() instead"
+            ) from None
+        raise damaged from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError) as error:
+        if is_archive or "memory" in str(error):  # the file is intact, or not at fault
+            raise
+        raise damaged from None
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether every member of a zip archive matches its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, NotImplementedError, zlib.error, EOFError):
+        return False
+
+
 def _recognise(state: State) -> Callable[[int], nn.Module] | None:
-    """A function from the number of classes to the plain network with such keys."""
+    """A function from the number of classes to the plain network with these keys, if known."""
     stem = state.get("conv1.weight")
     if stem is None or stem.ndim != 4:
         return None

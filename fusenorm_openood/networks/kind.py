@@ -1,4 +1,4 @@
-"""What kind of network a checkpoint held: how it was trained, its architecture, its classes."""
+"""The kind of a network: how it was trained, its architecture, its number of classes."""
 
 from typing import NamedTuple
 
@@ -22,9 +22,9 @@ class NetworkKind(NamedTuple):
 
 
 def network_kind(net: nn.Module) -> NetworkKind:
-    """The kind of a network that :func:`load_network` gave.
+    """The kind of a network returned by `load_network`.
 
-    A plain network counts as trained by cross-entropy: nothing in its keys says otherwise.
+    A plain network counts as trained with cross-entropy, since nothing in its keys says otherwise.
     """
     training = "T2FNorm" if isinstance(net, T2FNormNet) else "CrossEntropy"
     plain = net.backbone if isinstance(net, T2FNormNet) else net

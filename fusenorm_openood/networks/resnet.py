@@ -1,4 +1,4 @@
-"""Residual networks with OpenOOD's names and state-dict keys: checkpoints move both ways."""
+"""Residual networks with OpenOOD's names and state-dict keys: checkpoints are interchangeable."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from fusenorm_openood.errors import ConfigError
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut."""
+    """Two 3x3 convolutions with a shortcut."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -31,16 +31,16 @@ class BasicBlock(nn.Module):
 
 
 class _FeatureClassifier(nn.Module):
-    """What OpenOOD expects of a classifier: features, a linear layer ``fc``, access to both."""
+    """What OpenOOD expects of a classifier: features, a linear layer `fc`, and access to both."""
 
     fc: nn.Linear
 
     def features(self, x: Tensor) -> Tensor:
-        """Penultimate features ``[B, D]`` of images ``[B, 3, H, W]``."""
+        """Penultimate features `[B, D]` of images `[B, 3, H, W]`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits ``[B, K]``, with the penultimate feature ``[B, D]`` on request."""
+        """Logits `[B, K]`, optionally with the penultimate feature `[B, D]`."""
         feature = self.features(x)
         logits: Tensor = self.fc(feature)
         return (logits, feature) if return_feature else logits
@@ -49,7 +49,7 @@ class _FeatureClassifier(nn.Module):
         return self.fc
 
     def get_fc(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Weight ``[K, D]`` and bias ``[K]`` of the linear layer."""
+        """Weight `[K, D]` and bias `[K]` of the linear layer."""
         return self.fc.weight.detach().cpu().numpy(), self.fc.bias.detach().cpu().numpy()
 
     @property
@@ -62,7 +62,7 @@ class ResNet18_32x32(_FeatureClassifier):
 
     Args:
         num_classes: number of ID classes.
-        width: channels of the first stage; 64 is OpenOOD's.
+        width: number of channels in the first stage; 64 in OpenOOD.
     """
 
     def __init__(self, num_classes: int = 10, width: int = 64) -> None:
@@ -94,7 +94,7 @@ class _TorchvisionResNet(_FeatureClassifier, torchvision_resnet.ResNet):  # type
 
 
 class ResNet18_224x224(_TorchvisionResNet):
-    """ResNet-18 of torchvision, for images of 224x224."""
+    """torchvision's ResNet-18, for 224x224 images."""
 
     def __init__(self, num_classes: int = 1000) -> None:
         torchvision_resnet.ResNet.__init__(
@@ -103,7 +103,7 @@ class ResNet18_224x224(_TorchvisionResNet):
 
 
 class ResNet50(_TorchvisionResNet):
-    """ResNet-50 of torchvision, for images of 224x224."""
+    """torchvision's ResNet-50, for 224x224 images."""
 
     def __init__(self, num_classes: int = 1000) -> None:
         torchvision_resnet.ResNet.__init__(
@@ -112,7 +112,7 @@ class ResNet50(_TorchvisionResNet):
 
 
 class PreActBlock(nn.Module):
-    """Pre-activated residual block of Wide ResNets."""
+    """Pre-activation residual block of Wide ResNets."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class PreActBlock(nn.Module):
 
 
 class WideResNetStage(nn.Module):
-    """A stage of a Wide ResNet; OpenOOD's keys call its blocks ``layer.0``, ``layer.1``, ..."""
+    """A stage of a Wide ResNet; in OpenOOD's keys its blocks are `layer.0`, `layer.1`, ..."""
 
     def __init__(self, blocks: int, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class WideResNetStage(nn.Module):
 
 
 class WideResNet(_FeatureClassifier):
-    """WRN-depth-widen_factor for images of 32x32.
+    """WRN-depth-widen_factor, for 32x32 images.
 
     Raises:
         ConfigError: a depth that is not 6n + 4.
@@ -159,7 +159,7 @@ class WideResNet(_FeatureClassifier):
         super().__init__()
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
-            raise ConfigError(f"depth {depth} found: a Wide ResNet has 6n + 4 layers, say 16 or 28")
+            raise ConfigError(f"depth must be 6n + 4, for example 16 or 28, got {depth}")
         channels = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.block1 = WideResNetStage(blocks, channels[0], channels[1], stride=1)

@@ -1,17 +1,17 @@
-"""T2FNorm's network: the feature is normalised for training, and left as it is for scoring."""
+"""T2FNorm's network: features are normalised for classification, but not for OOD scores."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IMAGENET_CLASSES = 1000  # fine-tuned from ordinary weights, so scored without temperature
+IMAGENET_CLASSES = 1000  # fine-tuned from standard weights, so scored without temperature
 
 
 class T2FNormNet(nn.Module):
-    """A backbone whose classifier sees features of length 1/tau.
+    """A backbone whose classifier receives features of norm 1/tau.
 
     Args:
-        backbone: network with ``forward(x, return_feature=True)`` and a linear layer ``fc``.
+        backbone: network with `forward(x, return_feature=True)` and a linear layer `fc`.
         num_classes: number of ID classes.
 
     Source: Regmi et al., CVPR Workshops 2024; OpenOOD's state-dict keys.
@@ -26,16 +26,16 @@ class T2FNormNet(nn.Module):
         self.register_buffer("tau", torch.tensor(1.0))
 
     def set_tau(self, tau: float) -> None:
-        """Set the temperature, 0.1 in the paper and 0.05 for ImageNet-1k."""
+        """Set the temperature: 0.1 in the paper, 0.05 for ImageNet-1k."""
         self.tau.fill_(tau)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, K]`` of normalised features, for training and classification."""
+        """Logits `[B, K]` of normalised features, for training and classification."""
         feature = F.normalize(self._feature(x), dim=-1) / self.tau
         return self._classify(feature)
 
     def forward_ood_inference(self, x: Tensor) -> Tensor:
-        """Logits ``[B, K]`` of features as they are, for OOD scores."""
+        """Logits `[B, K]` of unnormalised features, for OOD scores."""
         feature = self._feature(x)
         return self._classify(
             feature if self.num_classes == IMAGENET_CLASSES else feature / self.tau
@@ -50,18 +50,18 @@ class T2FNormNet(nn.Module):
         return logits
 
 
-def scores_apart(net: nn.Module) -> bool:
-    """Whether a network scores by other logits than it classifies by, as T2FNorm's does."""
+def has_scoring_logits(net: nn.Module) -> bool:
+    """Whether a network computes OOD scores from separate logits, as T2FNorm's does."""
     return hasattr(net, "forward_ood_inference")
 
 
 def classification_feature(net: nn.Module, feature: Tensor) -> Tensor | None:
-    """The feature ``[B, D]`` that a T2FNorm network classifies by, from the one it scores by.
+    """The feature `[B, D]` for classification with a T2FNorm network, from the one for scoring.
 
     Dividing a feature by tau does not change its direction. None for any other network; OpenOOD's
-    ``T2FNormNet`` has the same attributes as ours.
+    `T2FNormNet` has the same attributes as this package's.
     """
     tau = getattr(net, "tau", None)
-    if not (isinstance(tau, Tensor) and hasattr(net, "backbone") and scores_apart(net)):
+    if not (isinstance(tau, Tensor) and hasattr(net, "backbone") and has_scoring_logits(net)):
         return None
     return F.normalize(feature, dim=-1) / tau

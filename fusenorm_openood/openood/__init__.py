@@ -1,0 +1,1 @@
+"""Everything taken from OpenOOD: base class, postprocessor, registration, pipelines."""

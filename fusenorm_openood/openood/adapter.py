@@ -1,4 +1,4 @@
-"""OpenOOD's postprocessors, each shown a network as it is to be scored."""
+"""OpenOOD's postprocessors, applied to the scoring logits of T2FNorm networks."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,11 +12,11 @@ from fusenorm_openood.configs import lookup
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.listening.modes import undisturbed, without_weight_gradients
 from fusenorm_openood.listening.passes import final_linear, forward_pass
-from fusenorm_openood.networks.t2fnorm import scores_apart
+from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 from fusenorm_openood.openood.bridge import base_postprocessor, openood_module
 from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
 
-# The network that OpenOOD wraps around the one to be scored, by postprocessor.
+# The class in which OpenOOD wraps the network, by postprocessor.
 WRAPPERS = {
     "react": ("react_net", "ReactNet"),
     "ash": ("ash_net", "ASHNet"),
@@ -24,15 +24,15 @@ WRAPPERS = {
     "adascale_a": ("adascale_net", "AdaScaleANet"),
     "adascale_l": ("adascale_net", "AdaScaleLNet"),
 }
-# They differentiate with respect to the images, and predict from perturbed ones.
+# Postprocessors that differentiate with respect to the images and predict from perturbed ones.
 PERTURBING = ("odin", "iodin")
 
 
 class ScoringView(nn.Module):
-    """A T2FNorm network as a plain classifier by the logits that it scores by.
+    """A T2FNorm network presented as a plain classifier that returns its scoring logits.
 
     Args:
-        net: network with a method ``forward_ood_inference`` and a linear layer at its end.
+        net: network with a method `forward_ood_inference` and a final linear layer.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -40,36 +40,37 @@ class ScoringView(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Scoring logits ``[B, K]``, with the feature ``[B, D]`` that they are linear in."""
+        """Scoring logits `[B, K]`, optionally with the feature `[B, D]` that `fc` takes."""
         done = forward_pass(self.net, x)
         if not return_feature:
             return done.logits
         if done.feature is None:
-            raise CheckpointError(f"{type(self.net).__name__} has no linear layer for a feature")
+            raise _no_head(self.net)
         return done.logits, done.feature
 
     @property
     def fc(self) -> nn.Linear:
         fc = final_linear(self.net)
         if fc is None:
-            raise CheckpointError(f"{type(self.net).__name__} has no linear layer for its logits")
+            raise _no_head(self.net)
         return fc
 
     def get_fc_layer(self) -> nn.Linear:
         return self.fc
 
     def get_fc(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Weight ``[K, D]`` and bias ``[K]`` of the linear layer."""
+        """Weight `[K, D]` and bias `[K]` of the linear layer."""
         fc = self.fc
         return fc.weight.detach().cpu().numpy(), fc.bias.detach().cpu().numpy()
 
 
 class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
-    """One of OpenOOD's postprocessors, which scores by what the network is made to score by.
+    """One of OpenOOD's postprocessors, adapted to score T2FNorm networks by their scoring logits.
 
-    A T2FNorm network is shown as :class:`ScoringView`, for ReAct, ASH and SCALE inside OpenOOD's
-    network of that name. Predicted classes stay the network's own. All else, the parameters to
-    search for one, is the inner postprocessor's.
+    The inner postprocessor sees a T2FNorm network as a `ScoringView`, which for ReAct, ASH and
+    SCALE is wrapped in OpenOOD's class of that name. The predicted classes are still the
+    network's. All other attributes, such as the parameters to search, are those of the inner
+    postprocessor.
 
     Args:
         inner: OpenOOD's postprocessor.
@@ -81,44 +82,44 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
         self.inner, self.name = inner, name
 
     def setup(self, net: Any, id_loader_dict: Any, ood_loader_dict: Any) -> None:
-        """Let the inner postprocessor set itself up.
+        """Set up the inner postprocessor.
 
         Raises:
-            CheckpointError: ``t2fnorm`` on a network that is none.
+            CheckpointError: `t2fnorm` with a network that was not trained with T2FNorm.
         """
-        self.inner.setup(self._shown(self._core(net)), id_loader_dict, ood_loader_dict)
+        self.inner.setup(self._view(self._core(net)), id_loader_dict, ood_loader_dict)
 
     def postprocess(self, net: Any, data: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's predictions ``[B]``, and the inner postprocessor's confidences ``[B]``."""
+        """The network's predictions `[B]`, and the inner postprocessor's confidences `[B]`."""
         core = self._core(net)
-        shown = self._shown(core)
+        view = self._view(core)
         perturbs = self.name in PERTURBING
         with ExitStack() as stack:
             if perturbs:
                 stack.enter_context(undisturbed(core))
                 stack.enter_context(without_weight_gradients(core))
-            pred, conf = self.inner.postprocess(shown, data)
-        if perturbs or shown is not core or scores_apart(core):
+            pred, conf = self.inner.postprocess(view, data)
+        if perturbs or view is not core or has_scoring_logits(core):
             with torch.no_grad():
                 pred = core(data).argmax(1)
         return pred, conf
 
     def _core(self, net: Any) -> Any:
-        """The network inside a wrapper of OpenOOD's that is there already."""
+        """The network itself, without the wrapper that OpenOOD may already have put around it."""
         wrapper = self._wrapper()
         return net.backbone if wrapper is not None and isinstance(net, wrapper) else net
 
-    def _shown(self, core: Any) -> Any:
-        """The network as the inner postprocessor is to see it."""
+    def _view(self, core: Any) -> Any:
+        """The network as the inner postprocessor sees it."""
         if self.name == "t2fnorm":
-            if not scores_apart(core):
+            if not has_scoring_logits(core):
                 raise CheckpointError(
-                    f"t2fnorm scores a network trained with T2FNorm, found a {type(core).__name__}:"
-                    " give such a checkpoint, or choose another postprocessor"
+                    "postprocessor 't2fnorm' needs a network trained with T2FNorm, got a "
+                    f"{type(core).__name__}: use such a checkpoint, or another postprocessor"
                 )
             return core
         wrapper = self._wrapper()
-        scored = ScoringView(core) if scores_apart(core) else core
+        scored = ScoringView(core) if has_scoring_logits(core) else core
         return scored if wrapper is None else wrapper(scored)
 
     def _wrapper(self) -> Any:
@@ -128,30 +129,37 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
         return getattr(openood_module(f"networks.{module}"), wrapper)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "inner" or name.startswith("__"):  # asked for while unpickling
+        if name == "inner" or name.startswith("__"):  # looked up during unpickling
             raise AttributeError(name)
         return getattr(self.inner, name)
 
 
-def adapted(postprocessor: Any, name: str) -> Any:
-    """A postprocessor adapted to T2FNorm networks, unless it runs inference by itself.
+def _no_head(net: nn.Module) -> CheckpointError:
+    return CheckpointError(
+        f"{type(net).__name__} has no final linear layer: choose a postprocessor that needs only "
+        "logits, for example msp"
+    )
 
-    FuseNorm's does, and knows such networks.
+
+def adapted(postprocessor: Any, name: str) -> Any:
+    """A postprocessor adapted to T2FNorm networks, unless it overrides `inference`.
+
+    FuseNorm's does, and handles such networks itself.
     """
     own = type(postprocessor).inference is not base_postprocessor().inference
     return postprocessor if own else AdaptedPostprocessor(postprocessor, name)
 
 
 def make_postprocessor(name: str, config: Mapping[str, Any], id_name: str) -> Any:
-    """The postprocessor of that name in OpenOOD, or FuseNorm's, for OpenOOD's evaluator.
+    """FuseNorm's or one of OpenOOD's postprocessors, for OpenOOD's evaluator.
 
     Args:
-        name: any name that OpenOOD's evaluation API knows, or ``fusenorm``.
-        config: configuration with the section ``postprocessor``.
-        id_name: ID data set.
+        name: any name that OpenOOD's evaluation API knows, or `fusenorm`.
+        config: configuration with the section `postprocessor`.
+        id_name: name of the ID data set.
 
     Raises:
-        ConfigError: an unknown name, or a configuration that lacks something.
+        ConfigError: an unknown name, or an incomplete configuration.
         OpenOODError: OpenOOD is absent or broken.
     """
     if name == "fusenorm":
@@ -159,19 +167,19 @@ def make_postprocessor(name: str, config: Mapping[str, Any], id_name: str) -> An
     known = openood_module("evaluation_api.postprocessor").postprocessors
     if name not in known:
         names = ", ".join(sorted({*known, "fusenorm"}))
-        raise ConfigError(f"postprocessor {name!r} unknown: choose among {names}")
+        raise ConfigError(f"unknown postprocessor {name!r}: choose from {names}")
     aps_mode = bool(lookup(config, "postprocessor").get("APS_mode"))
     openood_config = openood_module("utils").Config(dict(config), dataset={"name": id_name})
     try:
         inner = known[name](openood_config)
-    except (AttributeError, KeyError, TypeError) as error:  # OpenOOD checks no configuration
+    except (AttributeError, KeyError, TypeError) as error:  # OpenOOD does not validate it
         raise ConfigError(
-            f"postprocessor {name!r} cannot be made from its configuration "
+            f"postprocessor {name!r} cannot be built from its configuration "
             f"({type(error).__name__}: {error}): see OpenOOD's configs/postprocessors"
         ) from error
     inner.APS_mode, inner.hyperparam_search_done = aps_mode, False
     if aps_mode and not hasattr(inner, "args_dict"):
         raise ConfigError(
-            f"APS_mode: True found, and {name!r} has no parameters to search: set it to False"
+            f"postprocessor {name!r} has no parameters to search: set APS_mode to False"
         )
     return adapted(inner, name)

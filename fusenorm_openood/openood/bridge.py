@@ -1,4 +1,4 @@
-"""The way into OpenOOD: whether it is installed, its modules, its base class."""
+"""Access to OpenOOD: whether it is installed, its modules, its base class."""
 
 import sys
 import warnings
@@ -14,11 +14,11 @@ from torch import nn
 
 from fusenorm_openood.errors import DataError, OpenOODError
 
-INSTALL = "bash scripts/install_openood.sh installs it"
+INSTALL = "bash scripts/install_openood.sh"
 
 
 class MinimalBasePostprocessor:
-    """The part of OpenOOD's ``BasePostprocessor`` that a subclass relies on."""
+    """The part of OpenOOD's `BasePostprocessor` that a subclass relies on."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -28,10 +28,9 @@ class MinimalBasePostprocessor:
 
 
 @contextmanager
-def whole_images() -> Iterator[None]:
-    """Keep PIL from taking truncated images for whole ones, as OpenOOD, when imported, lets it."""
+def pil_restored() -> Iterator[None]:
+    """Restore PIL's setting for truncated images, which importing OpenOOD changes."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         yield
     finally:
@@ -39,37 +38,37 @@ def whole_images() -> Iterator[None]:
 
 
 def openood_installed() -> bool:
-    """Whether a package ``openood`` is there, without importing it."""
+    """Whether a package `openood` is installed, without importing it."""
     return find_spec("openood") is not None
 
 
 def openood_module(name: str) -> Any:
-    """The module ``openood.<name>``.
+    """The module `openood.<name>`.
 
     Raises:
         OpenOODError: OpenOOD is absent or broken.
     """
     if not openood_installed():
-        raise OpenOODError(f"OpenOOD is not installed: {INSTALL}")
+        raise OpenOODError(f"OpenOOD is not installed: install it with '{INSTALL}'")
     try:
-        with whole_images():
+        with pil_restored():
             return import_module(f"openood.{name}")
-    except Exception as error:  # it imports all its methods and what they need; any may fail
+    except Exception as error:  # it imports all its methods' dependencies, and any may fail
         raise OpenOODError(
-            f"OpenOOD is installed and cannot be imported ({type(error).__name__}: {error}): "
-            f"{INSTALL}"
+            f"OpenOOD is installed but cannot be imported ({type(error).__name__}: {error}): "
+            f"install it again with '{INSTALL}'"
         ) from error
 
 
 def base_postprocessor() -> type[Any]:
-    """OpenOOD's ``BasePostprocessor``, or a minimal base of the same contract without OpenOOD."""
+    """OpenOOD's `BasePostprocessor`, or a minimal class with its interface without OpenOOD."""
     if not openood_installed():
         return MinimalBasePostprocessor
     try:
         base: type[Any] = openood_module("postprocessors").BasePostprocessor
     except OpenOODError as error:
         warnings.warn(
-            f"FuseNormPostprocessor is no subclass of OpenOOD's BasePostprocessor: {error}",
+            f"FuseNormPostprocessor is not a subclass of OpenOOD's BasePostprocessor: {error}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -78,16 +77,16 @@ def base_postprocessor() -> type[Any]:
 
 
 def openood_config_root() -> Path:
-    """The folder of OpenOOD's configurations, which lies beside its package."""
+    """The folder of OpenOOD's configurations, which is next to its package."""
     spec = find_spec("openood")
     if spec is None or not spec.submodule_search_locations:
-        raise OpenOODError(f"OpenOOD is not installed: {INSTALL}")
+        raise OpenOODError(f"OpenOOD is not installed: install it with '{INSTALL}'")
     return Path(spec.submodule_search_locations[0]).parent / "configs"
 
 
 @contextmanager
 def replaced(original: Callable[..., Any], other: Callable[..., Any]) -> Iterator[None]:
-    """Put one of OpenOOD's functions out of use for a while, in all of its modules."""
+    """Temporarily replace one of OpenOOD's functions in all of its modules."""
     rebind(original, other)
     try:
         yield
@@ -96,7 +95,7 @@ def replaced(original: Callable[..., Any], other: Callable[..., Any]) -> Iterato
 
 
 def rebind(old: Any, new: Any) -> None:
-    """Give the new value every name that the old one has in OpenOOD's modules."""
+    """Replace a value by another under every name that it has in OpenOOD's modules."""
     for module_name, module in list(sys.modules.items()):
         if module_name.partition(".")[0] == "openood":
             for name in [name for name, value in vars(module).items() if value is old]:
@@ -105,11 +104,11 @@ def rebind(old: Any, new: Any) -> None:
 
 @contextmanager
 def file_errors() -> Iterator[None]:
-    """Tell in one sentence of a file that OpenOOD cannot read or write."""
+    """Report a file that OpenOOD cannot read or write in one sentence."""
     try:
         yield
-    except OSError as error:  # one from a worker process holds a traceback as its message
+    except OSError as error:  # from a worker process, its message is a traceback
         reason = str(error).strip().splitlines()[-1]
         raise DataError(
-            f"OpenOOD cannot read or write a file ({reason}): see that it is there and whole"
+            f"OpenOOD cannot read or write a file ({reason}): check that it exists and is intact"
         ) from error

@@ -1,4 +1,4 @@
-"""FuseNorm behind OpenOOD's postprocessor contract."""
+"""FuseNorm as one of OpenOOD's postprocessors."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -18,14 +18,14 @@ from fusenorm_openood.openood.bridge import base_postprocessor
 
 
 class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
-    """FuseNorm for OpenOOD's evaluators, a subclass of its ``BasePostprocessor``.
+    """FuseNorm for OpenOOD's evaluators, a subclass of its `BasePostprocessor`.
 
-    Pickles without the network, and scores the same after unpickling.
+    It pickles without the network, and gives the same scores after unpickling.
 
     Args:
-        config: OpenOOD's configuration, or any mapping of the same keys: ``postprocessor`` with
-            ``APS_mode``, ``postprocessor_args`` (every setting of :class:`Settings`) and
-            ``postprocessor_sweep`` (lists of values to search, by setting).
+        config: OpenOOD's configuration, or any mapping with the same keys: `postprocessor` with
+            `APS_mode`, `postprocessor_args` (every setting of `Settings`) and
+            `postprocessor_sweep` (lists of values to search, by setting).
 
     Raises:
         ConfigError: a missing or unknown key, or a value out of range.
@@ -44,19 +44,20 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
     def setup(
         self, net: nn.Module, id_loader_dict: Mapping[str, Any], ood_loader_dict: Any = None
     ) -> None:
-        """Fit the ID statistics on the ID validation images; a second call changes nothing.
+        """Fit the ID statistics on the ID validation images; a second call has no effect.
 
-        With ``APS_mode``, the images of both validation loaders are scored under every combination
-        of the sweep, each image once: the search that follows needs the network no more.
+        With `APS_mode`, the images of both validation loaders are scored under every combination
+        of the sweep, each image once, so that the search itself does not run the network.
 
         Args:
-            net: the network to be scored with.
-            id_loader_dict: OpenOOD's ID loaders; ``"val"`` is read.
-            ood_loader_dict: OpenOOD's OOD loaders; ``"val"`` is read for a search.
+            net: network to score with.
+            id_loader_dict: OpenOOD's ID loaders; `"val"` is read.
+            ood_loader_dict: OpenOOD's OOD loaders; `"val"` is read for a search.
         """
         if "val" not in id_loader_dict:
             raise DataError(
-                f"ID loaders {', '.join(id_loader_dict) or 'none'} found: FuseNorm fits on 'val'"
+                "id_loader_dict must contain 'val', the loader that FuseNorm is fitted on, got "
+                f"{', '.join(id_loader_dict) or 'no loader'}"
             )
         self._fitted_on = net, id_loader_dict["val"]
         if self.setup_flag:
@@ -64,25 +65,25 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         if self.APS_mode and not self.hyperparam_search_done:
             if not ood_loader_dict or "val" not in ood_loader_dict:
                 raise DataError(
-                    f"OOD loaders {', '.join(ood_loader_dict or ()) or 'none'} found: "
-                    "a search (APS_mode: True) validates on 'val'"
+                    "ood_loader_dict must contain 'val' for a search (APS_mode: True), got "
+                    f"{', '.join(ood_loader_dict or ()) or 'no loader'}"
                 )
             self._bank = bank_for(net, self.settings, self.args_dict)
             self._bank.fit(id_loader_dict["val"]).add(ood_loader_dict["val"])
-            # OpenOOD's loop ends in a TypeError where no combination is usable, this in a sentence.
+            # Raise a clear error if no combination is usable: OpenOOD's loop raises a TypeError.
             choose(self._bank, self.settings, self.args_dict, ood_loader_dict["val"])
             self.setup_flag = True
         else:
             self._fit()
 
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions ``[B]`` and confidences ``[B]``, larger = more in-distribution."""
+        """Predictions `[B]` and confidences `[B]`, larger = more in-distribution."""
         return self._detector(net).predict(data)
 
     def inference(
         self, net: nn.Module, data_loader: Iterable[Any], progress: bool = True
     ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-        """Predictions, confidences and labels ``[N]`` of a loader, on the network's own device."""
+        """Predictions, confidences and labels `[N]` of a loader, on the network's device."""
         bank = self._bank
         if bank is None or bank.net is not net or not bank.holds(data_loader):
             scored = self._detector(net).infer(data_loader, progress)
@@ -91,23 +92,23 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         elif self._unusable is None:
             scored = self._detector(net).infer(data_loader, progress)
         else:
-            # The search must pass over these settings and go on: an AUROC of 0 is never the best.
-            warnings.warn(f"passed over: {self._unusable}", RuntimeWarning, stacklevel=2)
+            # Let the search continue past these settings: an AUROC of 0 is never the best.
+            warnings.warn(f"settings skipped: {self._unusable}", RuntimeWarning, stacklevel=2)
             scored = bank.worst(data_loader)
         return scored.pred, scored.conf, scored.label
 
     def set_hyperparam(self, hyperparam: list[Any]) -> None:
-        """Take one value for each key of ``args_dict``, in its order, and recompute what follows.
+        """Set one value for each key of `args_dict`, in its order, and refit where necessary.
 
-        The ID images are scored anew only where the expert scores change. That needs the network
-        and the images of :meth:`setup`; an unpickled postprocessor must be set up again. Within
-        the sweep of a search nothing is scored anew, and values that do not go together are an
-        error not here, but where images other than the validation ones are scored with them.
+        The ID images are scored again only if the expert scores change. That requires the network
+        and the images passed to `setup`; an unpickled postprocessor must be set up again. During a
+        search nothing is scored again, and incompatible values raise no error here, but only when
+        images other than the validation images are scored with them.
         """
         if len(hyperparam) != len(self.args_dict):
             raise ConfigError(
-                f"{len(hyperparam)} hyperparameters {hyperparam} found: give one each for "
-                f"{', '.join(self.args_dict) or 'nothing'}"
+                f"hyperparam must have {len(self.args_dict)} values "
+                f"({', '.join(self.args_dict) or 'no sweep'}), got {hyperparam}"
             )
         values = dict(zip(self.args_dict, hyperparam, strict=True))
         before, self._unusable = self.settings, None
@@ -124,7 +125,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             self._unusable = error
 
     def get_hyperparam(self) -> list[Any]:
-        """The present value of each key of ``args_dict``, in its order."""
+        """The current value of each key of `args_dict`, in its order."""
         return [getattr(self.settings, name) for name in self.args_dict]
 
     def _refit(self, before: Settings) -> None:
@@ -152,11 +153,13 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         if self._unusable is not None:
             raise self._unusable
         if self.calibration is None and self._bank is not None:
-            self._fit()  # scores are asked for before the search
+            self._fit()  # images are scored before the search
         if self.calibration is None:
             raise NotFittedError("FuseNorm has no ID statistics: call setup(net, loaders) first")
         return FuseNorm(net, self.settings).with_calibration(self.calibration)
 
     def __getstate__(self) -> dict[str, Any]:
-        ready = self.setup_flag and self.calibration is not None  # else the scores are in the bank
+        ready = (
+            self.setup_flag and self.calibration is not None
+        )  # else the bank, not pickled, has it
         return {**vars(self), "_fitted_on": None, "_bank": None, "setup_flag": ready}

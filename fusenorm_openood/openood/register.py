@@ -1,4 +1,4 @@
-"""FuseNorm under its name in OpenOOD, and the names that OpenOOD knows."""
+"""Register FuseNorm with OpenOOD, and list the names that OpenOOD knows."""
 
 import ast
 import functools
@@ -14,12 +14,12 @@ from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
 
 
 def register() -> None:
-    """Make ``fusenorm`` a name everywhere OpenOOD looks a postprocessor up.
+    """Register the name `fusenorm` wherever OpenOOD looks up a postprocessor.
 
-    That is its ``Evaluator`` (``postprocessor_name="fusenorm"``), ``get_postprocessor`` of its
-    evaluation API, and the pipelines that its YAML files describe. None of its files is touched,
-    other names mean what they did, and a second call changes nothing. Where OpenOOD's folder of
-    configurations has no ``postprocessors/fusenorm.yml``, this package's is read.
+    That is its `Evaluator` (`postprocessor_name="fusenorm"`), `get_postprocessor` of its
+    evaluation API, and the pipelines in its YAML files. None of OpenOOD's files is changed, other
+    names keep their meaning, and a second call has no effect. If OpenOOD's configuration folder
+    has no `postprocessors/fusenorm.yml`, this package's file is read.
 
     Raises:
         OpenOODError: OpenOOD is absent or broken.
@@ -50,9 +50,9 @@ def register() -> None:
 
 
 def names_known_to(function: Callable[..., Any]) -> list[str]:
-    """The names that one of OpenOOD's ``get_...`` functions knows: they stand in its source only.
+    """The names that one of OpenOOD's `get_...` functions knows, read from its source code.
 
-    Such a function looks a name up in a dict that it builds, or compares it with one after another.
+    Such a function looks the name up in a dict literal, or compares it with one name after another.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     nodes: list[ast.expr | None] = []

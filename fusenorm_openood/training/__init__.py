@@ -1,0 +1,1 @@
+"""Train classifiers with cross-entropy and with T2FNorm."""

@@ -1,4 +1,4 @@
-"""The processes that train together, started by ``torchrun``, and their threads."""
+"""The processes that `torchrun` started to train together, and their threads."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from fusenorm_openood.errors import ConfigError
 
 
 class Process(NamedTuple):
-    """This process among those that train together, as ``torchrun`` numbers them."""
+    """This process among those that train together, as numbered by `torchrun`."""
 
     rank: int = 0
     local_rank: int = 0
@@ -24,17 +24,17 @@ class Process(NamedTuple):
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait for all of them to come here."""
+        """Wait until all processes have reached this point."""
         if self.world > 1:
             distributed.barrier()
 
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[Process]:
-    """Join the processes that ``torchrun`` started, if it did.
+    """Join the processes that `torchrun` started, if any.
 
     Raises:
-        ConfigError: a device that several processes cannot train on.
+        ConfigError: a device on which several processes cannot train.
     """
     env = os.environ
     process = Process(*(int(env.get(k, d)) for k, d in _TORCHRUN.items()))
@@ -43,14 +43,14 @@ def processes(device: torch.device) -> Iterator[Process]:
         return
     if device.type not in ("cpu", "cuda") or device.index is not None:
         raise ConfigError(
-            f"{process.world} processes on device {device} found: they train on 'cuda', each on "
-            "a device of its own, or on 'cpu'"
+            f"the device of {process.world} processes must be 'cuda', with one GPU per process, or "
+            f"'cpu', got {str(device)!r}"
         )
     if device.type == "cuda":
         if process.local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"process {process.local_rank} of this machine found, counted from 0, and "
-                f"{torch.cuda.device_count()} CUDA devices: start one process a device"
+                f"the local rank must be < {torch.cuda.device_count()}, the number of CUDA "
+                f"devices, got {process.local_rank}: start one process per device"
             )
         torch.cuda.set_device(process.local_rank)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -63,8 +63,8 @@ def processes(device: torch.device) -> Iterator[Process]:
 _TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
 
 
-def together(net: nn.Module, process: Process, device: torch.device) -> nn.Module:
-    """The network as the processes train it together."""
+def data_parallel(net: nn.Module, process: Process, device: torch.device) -> nn.Module:
+    """The network, wrapped so that all processes train it together."""
     if process.world == 1:
         return net
     if device.type == "cuda":
@@ -75,7 +75,7 @@ def together(net: nn.Module, process: Process, device: torch.device) -> nn.Modul
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch compute on at most so many threads, and give it back those it had."""
+    """Limit torch to `count` threads, and restore the previous number afterwards."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(min(count, before))

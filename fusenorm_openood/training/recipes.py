@@ -1,4 +1,4 @@
-"""How networks are trained: OpenOOD's settings, by ID data set and method."""
+"""How networks are trained: the published settings, by ID data set and training method."""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fusenorm_openood.configs import config_root, lookup, read_config
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.networks import (
     ResNet18_32x32,
@@ -14,7 +15,7 @@ from fusenorm_openood.networks import (
     T2FNormNet,
 )
 
-METHODS = ("base", "t2fnorm")
+METHODS = {"base": "baseline", "t2fnorm": "train_t2fnorm"}  # method -> configs/pipelines/train
 NETWORKS: dict[str, type[nn.Module]] = {
     "resnet18_32x32": ResNet18_32x32,
     "resnet18_224x224": ResNet18_224x224,
@@ -24,20 +25,22 @@ NETWORKS: dict[str, type[nn.Module]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that decides a network's weights, apart from the images and the machine.
+    """Everything that determines a network's weights, apart from the images and the machine.
 
     Attributes:
-        id_data: the ID data set.
-        method: ``base`` (cross-entropy) or ``t2fnorm``.
-        network: the classifier, or T2FNorm's backbone; width: channels of its first stage.
-        epochs, lr, batch_size: of SGD, the batch of one process.
+        id_data: name of the ID data set.
+        method: `base` (cross-entropy) or `t2fnorm`.
+        network: the classifier, or T2FNorm's backbone.
+        width: number of channels in the network's first stage.
+        epochs, lr, momentum, weight_decay: settings of SGD; `lr` is the initial learning rate.
+        batch_size: images per step, over all processes.
         tau: T2FNorm's temperature.
-        seed: of the weights, of the order of the images and of their augmentation.
-        amp: compute in bfloat16 where it is safe (the weights stay in float32).
+        seed: seed of the weights, and of the order and augmentation of the images.
+        amp: whether to compute in bfloat16 where that is safe; the weights stay in float32.
         init: checkpoint to start from, plain or T2FNorm's; None = random weights.
 
     Raises:
-        ConfigError: a value that cannot be used.
+        ConfigError: an invalid value.
 
     Source: the scripts of T2FNorm and OpenOOD v1.5.
     """
@@ -57,18 +60,24 @@ class Recipe:
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(
-                f"training method {self.method!r} unknown: choose {', '.join(METHODS)}"
-            )
         for name in ("epochs", "lr", "batch_size", "tau"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} = {value} found: choose a number above 0")
+                raise ConfigError(f"{name} must be a finite number > 0, got {value}")
+
+    def batch_per_process(self, processes: int) -> int:
+        """Images per step and process; ConfigError if the batch cannot be divided evenly."""
+        share, rest = divmod(self.batch_size, processes)
+        if rest:
+            raise ConfigError(
+                f"batch_size must be a multiple of the number of processes, got batch_size="
+                f"{self.batch_size} for {processes} processes"
+            )
+        return share
 
     @property
     def run_name(self) -> str:
-        """Folder of the training run under OpenOOD's naming, ``s<seed>`` at its end."""
+        """Folder of the training run in OpenOOD's naming scheme, ending in `s<seed>`."""
         base = self.method == "base"
         net = self.network if base else "t2fnorm_net"
         alpha = "" if base else f"_alpha{self.tau:g}"
@@ -76,7 +85,7 @@ class Recipe:
         return f"{self.id_data}_{net}_{self.method}_{epochs}{alpha}_default/s{self.seed}"
 
     def build(self, num_classes: int) -> nn.Module:
-        """The untrained network, its weights drawn from torch's present random state."""
+        """The untrained network, with weights drawn from torch's current random state."""
         args = {} if self.width == Recipe.width else {"width": self.width}
         net = NETWORKS[self.network](num_classes=num_classes, **args)
         if self.method == "base":
@@ -86,7 +95,7 @@ class Recipe:
         return wrapped
 
     def learning_rate(self, step: int, steps: int) -> float:
-        """Cosine from ``lr`` at step 0 down to 1e-6 at the end, as OpenOOD anneals it."""
+        """Cosine schedule from `lr` at step 0 to 1e-6 at the end, as in OpenOOD."""
         floor = 1e-6 / self.lr
         return self.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(step / steps * math.pi)))
 
@@ -94,21 +103,45 @@ class Recipe:
         return asdict(self)
 
 
-_RECIPES = {
-    "cifar10": Recipe(id_data="cifar10"),
-    "cifar100": Recipe(id_data="cifar100"),
-    "imagenet200": Recipe(id_data="imagenet200", network="resnet18_224x224", epochs=90),
-    "imagenet": Recipe(id_data="imagenet", network="resnet50", epochs=30, lr=0.001, tau=0.05),
-    "digits": Recipe(id_data="digits", width=16, epochs=16, lr=0.05, batch_size=64),
-}
-
-
 def find_recipe(id_data: str, **changes: Any) -> Recipe:
     """The published recipe of an ID data set, with some values changed.
 
+    It is read from `configs/pipelines/train`, `configs/datasets` (the batch size) and
+    `configs/recipes` (the differences of the data set), which OpenOOD's pipelines read as well.
+
     Raises:
-        ConfigError: a data set without a recipe, or a value that cannot be used.
+        ConfigError: a data set without a recipe, an invalid value, or a recipe that fine-tunes
+            without `init`.
     """
-    if id_data not in _RECIPES:
-        raise ConfigError(f"ID data set {id_data!r} unknown: choose {', '.join(_RECIPES)}")
-    return replace(_RECIPES[id_data], **changes)
+    root = config_root()
+    known = sorted(path.stem for path in (root / "recipes").glob("*.yml"))
+    if id_data not in known:
+        raise ConfigError(f"unknown ID data set {id_data!r}: choose from {', '.join(known)}")
+    method = changes.get("method", Recipe.method)
+    if method not in METHODS:
+        raise ConfigError(f"unknown training method {method!r}: choose from {', '.join(METHODS)}")
+    pipeline = read_config(root / "pipelines" / "train" / f"{METHODS[method]}.yml")
+    dataset = read_config(root / "datasets" / id_data / f"{id_data}.yml")
+    own = read_config(root / "recipes" / f"{id_data}.yml")
+
+    optimiser = {**lookup(pipeline, "optimizer"), **own.get("optimizer", {})}
+    trainer = {**lookup(pipeline, "trainer"), **own.get("trainer", {})}
+    backbone = lookup(own, "network", "backbone")
+    published = Recipe(
+        id_data=id_data,
+        network=lookup(backbone, "name"),
+        width=backbone.get("width", Recipe.width),
+        epochs=lookup(optimiser, "num_epochs"),
+        lr=lookup(optimiser, "lr"),
+        momentum=lookup(optimiser, "momentum"),
+        weight_decay=lookup(optimiser, "weight_decay"),
+        batch_size=lookup(dataset, "dataset", "train", "batch_size"),
+        tau=trainer.get("trainer_args", {}).get("tau", Recipe.tau),
+    )
+    recipe = replace(published, **changes)
+    if backbone.get("pretrained") and recipe.init is None:
+        raise ConfigError(
+            f"the recipe of {id_data} fine-tunes a trained {recipe.network} for {recipe.epochs} "
+            "epochs, but init is missing: give the checkpoint to start from (--init)"
+        )
+    return recipe

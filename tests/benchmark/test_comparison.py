@@ -9,7 +9,7 @@ from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.method.settings import Settings
-from fusenorm_openood.training.loop import train_digits
+from fusenorm_openood.training.digits import train_digits
 from tests.conftest import shortened_digits
 
 SWEEP = {"weights": [[0.3, 1.0], [1.0, 1.0]], "base": [2, 20]}
@@ -22,7 +22,7 @@ def few(digits, tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["base", "t2fnorm"])
-def test_every_row_is_what_the_method_alone_gives(digits, few, method, tmp_path):
+def test_every_row_equals_the_method_evaluated_alone(digits, few, method, tmp_path):
     checkpoint = digits[1]
     if method == "t2fnorm":
         checkpoint = train_digits(few, tmp_path, method=method, progress=False)
@@ -42,8 +42,8 @@ def test_every_row_is_what_the_method_alone_gives(digits, few, method, tmp_path)
     for name, detector in alone.items():
         expected = evaluate(detector, benchmark, progress=False).table["AUROC"]
         assert list(table.columns) == list(expected.index)
-        # Single experts are scored in float64 here, where OpenOOD's float32 has some ties:
-        # half a pair of 40 x 40 is 0.03.
+        # Single experts are scored in float64 here, while OpenOOD's float32 scores have a few
+        # ties: one tied pair among 40 x 40 changes the AUROC by 0.03.
         np.testing.assert_allclose(table.loc[name], expected, atol=0.1)
     assert found["FuseNorm, searched"].settings.output == "odin"
     assert not found["FuseNorm, searched, no gradient"].settings.output_expert.needs_gradient

@@ -32,7 +32,7 @@ def evaluated(digits):
     return fused, evaluate(Baseline(net, "msp"), benchmark, progress=False)
 
 
-def test_fusenorm_reaches_its_figures_on_digits(evaluated):
+def test_fusenorm_reaches_its_results_on_digits(evaluated):
     fused, msp = (e.table for e in evaluated)
     assert fused.ACC["farood"] >= 97
     assert fused.AUROC["farood"] >= 97
@@ -40,7 +40,7 @@ def test_fusenorm_reaches_its_figures_on_digits(evaluated):
     assert fused.AUROC["farood"] >= msp.AUROC["farood"] + 10
 
 
-def test_the_table_is_openoods(evaluated):
+def test_the_table_has_openoods_format(evaluated):
     table = evaluated[0].table
     assert list(table.index) == ROWS
     assert list(table.columns) == COLUMNS
@@ -50,7 +50,7 @@ def test_the_table_is_openoods(evaluated):
     np.testing.assert_allclose(table.loc["farood"], table.loc[ROWS[3:7]].mean())
 
 
-def test_scores_give_the_table(evaluated):
+def test_the_saved_scores_reproduce_the_table(evaluated):
     fused = evaluated[0]
     _, known, label = fused.scores["id"]["test"]
     _, unknown, ood_label = fused.scores["ood"]["near"]["digit9"]
@@ -62,19 +62,19 @@ def test_scores_give_the_table(evaluated):
     assert fused.scores["id_preds"].shape == fused.scores["id_labels"].shape == (len(known),)
 
 
-def test_compare_holds_every_expert_beside_the_fused_score(evaluated):
+def test_compare_lists_every_expert_next_to_the_fused_score(evaluated):
     fused, msp = evaluated
     assert list(fused.compare.columns) == ROWS
     assert list(fused.compare.index[[0, 1, 9, 10]]) == ["fused", "layer1.0", "output", "msp"]
     assert fused.compare.loc["fused", "farood"] == "{AUROC:.2f} / {FPR@95:.2f}".format(
         **fused.table.loc["farood"]
     )
-    # The log-odds of the top class rank as its probability does.
+    # The log-odds of the top class give the same ranking as its probability.
     auroc = float(fused.compare.loc["msp", "nearood"].split(" / ")[0])
     assert auroc == pytest.approx(msp.table.AUROC["nearood"], abs=0.02)
 
 
-def test_the_validation_pair_is_tested_alone(digits):
+def test_with_validation_only_the_validation_pair_is_tested(digits):
     data_root, checkpoint = digits
     detector = FuseNorm(load_network(checkpoint), output="energy", weights=(0.3, 1))
     e = evaluate(detector, load_benchmark("digits", data_root), validation=True, progress=False)
@@ -83,7 +83,7 @@ def test_the_validation_pair_is_tested_alone(digits):
     assert e.scores["ood"]["near"] == {}
 
 
-def test_full_spectrum_needs_shifted_images(digits):
+def test_full_spectrum_needs_covariate_shifted_images(digits):
     data_root, checkpoint = digits
     with pytest.raises(ConfigError, match="digits has no covariate-shifted ID images"):
         evaluate(
@@ -91,15 +91,15 @@ def test_full_spectrum_needs_shifted_images(digits):
         )
 
 
-def test_runs_are_summarised_as_mean_and_population_deviation():
+def test_runs_are_summarised_as_mean_and_population_standard_deviation():
     tables = [pd.DataFrame([[a, 50.0]], ["near"], ["AUROC", "ACC"]) for a in (90.0, 92.0, 97.0)]
     summary = summarise(tables)
     assert summary.loc["near", "AUROC"] == "93.00 ± 2.94"
     assert summary.loc["near", "ACC"] == "50.00 ± 0.00"
 
 
-def test_the_csv_is_written_as_openood_writes_it(tmp_path):
-    """Population deviation, two decimals, an unnamed first column."""
+def test_the_csv_has_openoods_format(tmp_path):
+    """Population standard deviation, two decimals, an unnamed first column."""
     table = pd.DataFrame([[1.005, 2, 3, 4, 5], [2, 3, 4, 5, 6]], ["tin", "nearood"], COLUMNS)
     summarise([table, table + 1]).to_csv(tmp_path / "msp.csv")
     assert (tmp_path / "msp.csv").read_text(encoding="utf-8").splitlines() == [
@@ -120,26 +120,26 @@ def test_runs_are_found_under_a_root(tmp_path):
             (tmp_path / run / "best.ckpt").touch()
     assert list(find_checkpoints(tmp_path)) == ["s0", "s1"]
     (tmp_path / "s2").mkdir()
-    with pytest.raises(CheckpointError, match=r"s2 holds no best\.ckpt"):
+    with pytest.raises(CheckpointError, match=r"s2 has no best\.ckpt"):
         find_checkpoints(tmp_path)
 
 
-def test_a_root_without_runs_is_told_with_what_is_there_instead(tmp_path):
-    def told(root):
+def test_the_error_for_a_root_without_runs_says_what_it_contains(tmp_path):
+    def message(root):
         with pytest.raises(CheckpointError) as error:
             find_checkpoints(root)
         return str(error.value)
 
-    assert told(tmp_path / "x").endswith(f"found: there is no folder {tmp_path / 'x'}")
-    assert told(tmp_path).endswith(f"found: {tmp_path} is empty")
+    assert message(tmp_path / "x").endswith(f"found: {tmp_path / 'x'} does not exist")
+    assert message(tmp_path).endswith(f"found: {tmp_path} is empty")
     (tmp_path / "scores").mkdir()
     for name in "abcdef":
         (tmp_path / name).touch()
-    assert told(tmp_path).endswith("holds a, b, c, d, e and 2 more")
-    assert told(tmp_path / "a").endswith(f"{tmp_path / 'a'} is a file")
+    assert message(tmp_path).endswith("contains a, b, c, d, e and 2 more")
+    assert message(tmp_path / "a").endswith(f"{tmp_path / 'a'} is a file")
     (tmp_path / "run" / "s0").mkdir(parents=True)
     (tmp_path / "run" / "s0" / "best.ckpt").touch()
-    assert told(tmp_path).endswith(f"training runs are in {tmp_path / 'run'}: give that folder")
+    assert message(tmp_path).endswith(f"use {tmp_path / 'run'}, which contains training runs")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_root_without_runs_is_told_with_what_is_there_instead(tmp_path):
         ("imagenet_resnet50_tvsv1_base_default", None),
     ],
 )  # fmt: skip
-def test_the_name_of_a_root_is_read(name, expected):
+def test_the_name_of_a_root_is_parsed(name, expected):
     assert parse_root_name(f"results/{name}") == expected
 
 
@@ -178,20 +178,22 @@ def saved(tmp_path, **networks):
         ),
     ],
 )
-def test_runs_of_different_kinds_are_refused_by_name(tmp_path, other, kind, capsys):
+def test_runs_of_different_kinds_are_rejected_by_name(tmp_path, other, kind, capsys):
     first = ResNet18_32x32(7, width=4)
     checkpoints = saved(tmp_path, s0=first, s1=first, s2=other)
     with pytest.raises(CheckpointError) as error:
         load_runs(checkpoints, 7)
     message = str(error.value)
     plain = "ResNet18_32x32 of width 4 (CrossEntropy, 7 classes)"
-    assert f"{checkpoints['s0']} is a {plain}, {checkpoints['s2']} is a {kind}" in message
+    assert f"got {checkpoints['s0']}, a {plain}, and {checkpoints['s2']}, a {kind}:" in message
 
 
-def test_runs_of_one_kind_are_loaded_and_their_classes_checked(tmp_path):
+def test_runs_of_the_same_kind_are_loaded_and_their_classes_checked(tmp_path):
     checkpoints = saved(tmp_path, s0=ResNet18_32x32(4, width=4), s1=ResNet18_32x32(4, width=4))
     assert list(load_runs(checkpoints, 4)) == ["s0", "s1"]
-    with pytest.raises(CheckpointError, match="tells 4 classes apart and the ID data set has 10"):
+    with pytest.raises(
+        CheckpointError, match="must have 10 classes, as the ID data set does, got 4"
+    ):
         load_runs(checkpoints, 10)
 
 
@@ -200,11 +202,11 @@ def command(digits, root, *args):
             "--num-workers", "0", "--no-progress", *args]  # fmt: skip
 
 
-def test_eval_refuses_runs_of_different_kinds_before_any_is_scored(digits, tmp_path, capsys):
+def test_eval_rejects_runs_of_different_kinds_before_any_is_scored(digits, tmp_path, capsys):
     saved(tmp_path, s0=load_network(digits[1]), s1=T2FNormNet(ResNet18_32x32(7), 7))
     assert main(command(digits, tmp_path)) == 1
     captured = capsys.readouterr()
-    assert "runs of different kinds under one root" in captured.err
+    assert "all runs under one root must be of the same kind" in captured.err
     assert captured.out == ""
 
 
@@ -212,17 +214,17 @@ def test_eval_names_the_run_that_the_postprocessor_cannot_score(digits, tmp_path
     saved(tmp_path, s0=load_network(digits[1]))
     assert main(command(digits, tmp_path, "--postprocessor", "t2fnorm")) == 1
     captured = capsys.readouterr()
-    assert f"{tmp_path / 's0' / 'best.ckpt'}: t2fnorm scores a network trained" in captured.err
+    assert f"{tmp_path / 's0' / 'best.ckpt'}: postprocessor 't2fnorm' needs" in captured.err
     assert captured.out == ""
 
 
-def test_full_spectrum_on_digits_is_refused_before_anything_is_made(tmp_path, capsys):
+def test_full_spectrum_on_digits_is_rejected_before_anything_is_written(tmp_path, capsys):
     assert main(command((tmp_path / "data",), tmp_path / "root", "--fsood")) == 1
     assert "digits has no covariate-shifted ID images: leave out --fsood" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_covariate_shifted_list_that_is_absent_is_named(tmp_path, capsys):
+def test_a_missing_covariate_shifted_list_is_reported(tmp_path, capsys):
     benchmark = load_benchmark("cifar10", tmp_path)
     image = tmp_path / "images_classic" / "x.png"
     image.parent.mkdir()

@@ -20,7 +20,7 @@ NAME = "cifar10_t2fnorm_net_t2fnorm_e100_lr0.1_alpha0.1_default"
 
 
 def fields(text):
-    """Field -> value of an entry."""
+    """The value of each field of an entry."""
     lines = [line for line in text.splitlines() if line.startswith("- **`")]
     return {line.split("`")[1]: line.split("**: ")[1] for line in lines}
 
@@ -48,7 +48,7 @@ def t2fnorm(classes=10):
 
 @pytest.fixture
 def root(tmp_path):
-    """A root of two T2FNorm runs on CIFAR-10, with results newer than they are."""
+    """A root with two T2FNorm runs on CIFAR-10 and results newer than them."""
     root = tmp_path / NAME
     for run in ("s0", "s1"):
         os.utime(save_run(root, run, t2fnorm()), (1e9, 1e9))
@@ -58,7 +58,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def lists(tmp_path):
-    """A data root that has OpenOOD's lists for CIFAR-10 in full length, and no image."""
+    """A data root with lists of the same lengths as OpenOOD's for CIFAR-10, without images."""
     data_root = tmp_path / "data"
     for split in splits(load_benchmark("cifar10", data_root), fsood=True):
         split.imagelist.parent.mkdir(parents=True, exist_ok=True)
@@ -92,14 +92,14 @@ def test_the_fields_are_those_of_openoods_template(root, lists, capsys):
     assert "test_cifar10c" not in text
 
 
-def test_what_eval_saved_is_what_is_entered(digits, tmp_path, capsys):
+def test_the_entry_holds_what_eval_saved(digits, tmp_path, capsys):
     data_root, checkpoint = digits
     given = ["--id-data", "digits", "--root", str(checkpoint.parent.parent),
              "--data-root", str(data_root), "--output-dir", str(tmp_path),
              "--postprocessor", "msp"]  # fmt: skip
     assert main(["leaderboard", *given]) == 1
     error = capsys.readouterr().err
-    assert f"results {tmp_path / 'ood' / 'msp.csv'} are missing" in error
+    assert f"{tmp_path / 'ood' / 'msp.csv'} does not exist" in error
     command = shlex.split(error.split("'")[1])
     assert command[0] == "fusenorm"
     assert main([*command[1:], "--num-workers", "0", "--no-progress"]) == 0
@@ -113,40 +113,45 @@ def test_what_eval_saved_is_what_is_entered(digits, tmp_path, capsys):
     assert found["Near-OOD AUROC"] == table.AUROC["nearood"]
     assert found["Far-OOD AUROC"] == table.AUROC["farood"]
     assert found["ID Accuracy"] == table.ACC["farood"]
-    assert "digits is no benchmark of OpenOOD" in text
+    assert "digits is not an OpenOOD benchmark" in text
     assert "| far-OOD | `test_noise.txt` | 400 | unknown |" in text
     assert text.count("Warning") == 1
 
 
-def test_short_lists_are_warned_of(root, lists, capsys):
+def test_short_lists_give_a_warning(root, lists, capsys):
     (lists / "benchmark_imglist/cifar10/test_svhn.txt").write_text("x.png 0\n" * 3)
     (lists / "benchmark_imglist/cifar10/test_mnist.txt").unlink()
     assert entry(root, lists) == 0
     text = capsys.readouterr().out
-    assert "figures on subsets are no leaderboard figures" in text
-    assert "in full: test_svhn 3 of 26032 images." in text
+    assert "results on subsets do not belong on the leaderboard" in text
+    assert "from OpenOOD's: test_svhn 3 of 26032 images." in text
     assert "the image lists test_mnist.txt cannot be read" in text
     assert "| far-OOD | `test_mnist.txt` | unknown | 70000 |" in text
 
 
-def test_checkpoints_newer_than_the_results_are_warned_of(root, lists, capsys):
+def test_checkpoints_newer_than_the_results_give_a_warning(root, lists, capsys):
     later = (root / "ood" / "fusenorm.csv").stat().st_mtime + 10
     os.utime(root / "s1" / "best.ckpt", (later, later))
     assert entry(root, lists) == 0
     assert f"{NAME}/s1/best.ckpt is newer than {NAME}/ood/fusenorm.csv" in capsys.readouterr().out
 
 
-def test_results_of_another_number_of_runs_are_warned_of(root, lists, capsys):
+def test_results_of_another_number_of_runs_give_a_warning(root, lists, capsys):
     save_results(root / "ood" / "fusenorm.csv", CIFAR10_ROWS, "90.00 ± 0.00")
     assert entry(root, lists) == 0
-    assert "is of a single run, and 2 training runs are there" in capsys.readouterr().out
+    assert (
+        "holds results of a single run, but the root has 2 training runs:"
+        in capsys.readouterr().out
+    )
     save_results(root / "ood" / "fusenorm.csv", CIFAR10_ROWS)
     shutil.rmtree(root / "s1")
     assert entry(root, lists) == 0
-    assert "deviates between runs, and 1 training run is there" in capsys.readouterr().out
+    assert (
+        "holds results of several runs, but the root has 1 training run:" in capsys.readouterr().out
+    )
 
 
-def test_plain_figures_as_of_openoods_script_for_imagenet(root, lists, capsys):
+def test_plain_percentages_as_in_openoods_script_for_imagenet_are_accepted(root, lists, capsys):
     shutil.rmtree(root / "s1")
     save_results(root / "ood" / "fusenorm.csv", CIFAR10_ROWS, "90.00")
     assert entry(root, lists) == 0
@@ -155,9 +160,9 @@ def test_plain_figures_as_of_openoods_script_for_imagenet(root, lists, capsys):
     assert "Warning" not in text
 
 
-def test_full_spectrum_results_are_entered_as_such(root, lists, capsys):
+def test_full_spectrum_results_are_marked_as_such(root, lists, capsys):
     assert entry(root, lists, "--fsood") == 1
-    assert f"results {root / 'fsood' / 'fusenorm.csv'} are missing" in capsys.readouterr().err
+    assert f"{root / 'fsood' / 'fusenorm.csv'} does not exist" in capsys.readouterr().err
     save_results(root / "fsood" / "fusenorm.csv", CIFAR10_ROWS)
     assert entry(root, lists, "--fsood") == 0
     text = capsys.readouterr().out
@@ -165,16 +170,16 @@ def test_full_spectrum_results_are_entered_as_such(root, lists, capsys):
     assert "| covariate-shifted ID | `test_cifar10c.txt` | 10000 | 10000 |" in text
 
 
-def test_a_trainer_not_known_here_is_left_to_the_user(root, lists, capsys):
+def test_an_unknown_trainer_is_left_to_the_user(root, lists, capsys):
     other = root.rename(root.with_name("cifar10_resnet18_32x32_oe_e100_lr0.1_lam0.5_default"))
     assert entry(other, lists) == 0
     text = capsys.readouterr().out
     assert fields(text)["Training"] == "oe"
     assert fields(text)["Outlier Data"] == "(to be filled in)"
-    assert "whether it uses outlier data has to be filled in" in text
+    assert "fill in by hand whether it uses outlier data" in text
 
 
-def test_a_folder_named_after_another_training_is_warned_of(root, lists, capsys):
+def test_a_folder_named_after_another_training_method_gives_a_warning(root, lists, capsys):
     other = root.rename(root.with_name("cifar10_resnet18_32x32_base_e100_lr0.1_default"))
     assert entry(other, lists) == 0
     text = capsys.readouterr().out
@@ -185,31 +190,39 @@ def test_a_folder_named_after_another_training_is_warned_of(root, lists, capsys)
 @pytest.mark.parametrize(
     ("rows", "cell", "message"),
     [
-        (["digit8", "nearood", "farood"], "90.00 ± 1.00", "results on cifar10 have cifar100, tin"),
-        (CIFAR10_ROWS, "nan ± nan", "has 'nan ± nan' as FPR@95 of cifar100"),
+        (
+            ["digit8", "nearood", "farood"],
+            "90.00 ± 1.00",
+            "must have the rows cifar100, tin, .* as results on cifar10 do, got the rows digit8",
+        ),
+        (
+            CIFAR10_ROWS,
+            "nan ± nan",
+            "FPR@95 of cifar100 in .* must be a percentage .* got 'nan ± nan'",
+        ),
     ],
 )
-def test_results_that_are_none_of_this_benchmark_are_refused(tmp_path, rows, cell, message):
+def test_results_of_another_benchmark_are_rejected(tmp_path, rows, cell, message):
     save_results(tmp_path / "x.csv", rows, cell)
     with pytest.raises(DataError, match=message):
         read_results(tmp_path / "x.csv", load_benchmark("cifar10"))
 
 
-def test_a_file_that_is_no_csv_is_refused(tmp_path):
+def test_a_file_that_is_not_csv_is_rejected(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"x\.csv cannot be read"):
         read_results(tmp_path / "x.csv", load_benchmark("cifar10"))
 
 
-def test_runs_of_different_kinds_are_refused(root, lists, capsys):
+def test_runs_of_different_kinds_are_rejected(root, lists, capsys):
     save_run(root, "s2", ResNet18_32x32(10, width=4))
     assert entry(root, lists) == 1
     error = capsys.readouterr().err
-    assert f"{root / 's0' / 'best.ckpt'} is a ResNet18_32x32 of width 4 (T2FNorm, 10" in error
-    assert f"{root / 's2' / 'best.ckpt'} is a ResNet18_32x32 of width 4 (CrossEntropy" in error
+    assert f"{root / 's0' / 'best.ckpt'}, a ResNet18_32x32 of width 4 (T2FNorm, 10" in error
+    assert f"{root / 's2' / 'best.ckpt'}, a ResNet18_32x32 of width 4 (CrossEntropy" in error
 
 
-def test_full_sizes_are_of_lists_that_the_benchmarks_have():
+def test_full_sizes_belong_to_lists_of_the_benchmarks():
     assert set(FULL_SIZES) == set(benchmark_names()) - {"digits"}
     for name, sizes in FULL_SIZES.items():
         tested = {s.imagelist.stem: s.full for s in splits(load_benchmark(name), fsood=True)}

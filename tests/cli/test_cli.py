@@ -22,10 +22,11 @@ from fusenorm_openood.openood.bridge import openood_installed
 from tests.conftest import shortened_digits
 
 NO_VIM = (
-    "--engine native has no postprocessor 'vim', and --engine openood cannot do --id-data digits"
+    "--engine native has no postprocessor 'vim', and --engine openood does not support "
+    "--id-data digits"
     if openood_installed()
-    else "postprocessor 'vim' unknown: choose among fusenorm, msp, mls, ebo, odin, react, t2fnorm, "
-    "or install OpenOOD, which has more: bash scripts/install_openood.sh installs it"
+    else "unknown postprocessor 'vim': choose from fusenorm, msp, mls, ebo, odin, react, t2fnorm, "
+    "or install OpenOOD, which has more, with 'bash scripts/install_openood.sh'"
 )
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -37,7 +38,7 @@ def fusenorm(*args, **options):
 
 @pytest.fixture
 def root(digits, tmp_path):
-    """A root of one training run, and where its data are."""
+    """The data root, and the root of one training run."""
     data_root, checkpoint = digits
     shutil.copytree(checkpoint.parent.parent, tmp_path / "run")
     return data_root, tmp_path / "run"
@@ -59,7 +60,7 @@ def test_version_and_help_need_no_torch():
     assert done.stdout.strip() == f"fusenorm {__version__}"
 
 
-def test_eval_prints_the_table_and_saves_what_it_is_told(root):
+def test_eval_prints_the_table_and_saves_what_is_requested(root):
     done = fusenorm(*evaluation(root, "--compare", "--save-csv", "--save-score"))
     assert done.returncode == 0, done.stderr
     assert "engine native, device cpu" in done.stdout
@@ -73,7 +74,7 @@ def test_eval_prints_the_table_and_saves_what_it_is_told(root):
     assert not list(root[1].rglob("*.tmp"))
 
 
-def test_several_runs_give_mean_and_deviation(root, capsys):
+def test_several_runs_give_a_mean_and_a_standard_deviation(root, capsys):
     _, runs = root
     state = torch.load(runs / "s0" / "best.ckpt", weights_only=True)
     (runs / "s1").mkdir()
@@ -102,10 +103,10 @@ def test_bfloat16_and_channels_last_give_about_the_same_table(root, capsys):
         tables.append(pd.read_csv(out / "ood" / "fusenorm.csv", index_col=0)["AUROC"])
     auroc = [table.str.split().str[0].astype(float) for table in tables]
     assert (auroc[0] - auroc[1]).abs().max() < 2
-    assert not tables[0].equals(tables[1])  # the flags do something
+    assert not tables[0].equals(tables[1])  # the flags have an effect
 
 
-def test_the_script_takes_the_flags_of_openoods(root):
+def test_the_script_takes_the_same_flags_as_openoods(root):
     data_root, runs = root
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / "eval_ood.py"), "--root", str(runs),
@@ -117,7 +118,7 @@ def test_the_script_takes_the_flags_of_openoods(root):
     assert "nearood" in done.stdout
 
 
-def test_a_configuration_of_ones_own(root, tmp_path, capsys):
+def test_a_custom_configuration(root, tmp_path, capsys):
     own = tmp_path / "own.yml"
     own.write_text(
         (SCRIPTS.parent / "configs/postprocessors/fusenorm.yml")
@@ -125,31 +126,40 @@ def test_a_configuration_of_ones_own(root, tmp_path, capsys):
         .replace("output: odin", "output: energy")
     )
     assert main(evaluation(root, "--config", str(own), "--set", "strong=[output]")) == 1
-    assert "do not weigh 1 strong experts" in capsys.readouterr().err
+    assert "each of the 1 strong experts" in capsys.readouterr().err
     own_set = ["--set", "strong=[output]", "--set", "weights=null"]
     assert main(evaluation(root, "--config", str(own), *own_set)) == 0
     own.write_text(own.read_text().replace("alpha", "alhpa"))
     assert main(evaluation(root, "--config", str(own))) == 1
-    assert "setting 'alhpa' unknown" in capsys.readouterr().err
+    assert "unknown setting 'alhpa'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--postprocessor", "vim"], NO_VIM),
-        (["--id-data", "svhn"], "ID data set 'svhn' unknown: choose cifar10"),
+        (["--id-data", "svhn"], "unknown ID data set 'svhn': choose from cifar10"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
-        (["--engine", "openood"], "--engine openood cannot do --id-data digits: choose --engine"),
-        (["--postprocessor", "t2fnorm"], "t2fnorm scores a network trained with T2FNorm"),
-        (["--set", "alpha"], "--set alpha found: give KEY=VALUE"),
-        (["--set", "alhpa=1"], "setting 'alhpa' unknown"),
-        (["--set", "alpha=[1"], "is no YAML"),
+        (["--engine", "openood"], "--engine openood does not support --id-data digits: choose"),
+        (
+            ["--postprocessor", "t2fnorm"],
+            "postprocessor 't2fnorm' needs a network trained with T2FNorm",
+        ),
+        (["--set", "alpha"], "--set must be KEY=VALUE, for example alpha=0.5, got 'alpha'"),
+        (["--set", "alhpa=1"], "unknown setting 'alhpa'"),
+        (["--set", "alpha=[1"], "is not valid YAML"),
         (["--fsood"], "no covariate-shifted ID images"),
-        (["--fsood", "--validation"], "exclude each other"),
-        (["--postprocessor", "react", "--set", "percentile=200"], "percentile = 200 is no perc"),
-        (["--postprocessor", "odin", "--set", "temperature=hot"], "temperature = 'hot' is no t"),
+        (["--fsood", "--validation"], "--validation and --fsood cannot be combined"),
+        (
+            ["--postprocessor", "react", "--set", "percentile=200"],
+            "percentile of 'react' must be a number in (0, 100), got 200",
+        ),
+        (
+            ["--postprocessor", "odin", "--set", "temperature=hot"],
+            "temperature of 'odin' must be a number in (0, inf), got 'hot'",
+        ),
         (["--config", "nowhere.yml"], "nowhere.yml cannot be read"),
-        (["--output-dir", "/dev/null/x", "--save-csv"], "give --output-dir another"),
+        (["--output-dir", "/dev/null/x", "--save-csv"], "choose another with --output-dir"),
     ],
 )
 def test_errors_are_one_sentence_and_exit_code_1(root, args, message, capsys):
@@ -159,7 +169,7 @@ def test_errors_are_one_sentence_and_exit_code_1(root, args, message, capsys):
     assert "Traceback" not in error
 
 
-def test_missing_files_are_told_in_one_message_before_any_work(tmp_path, capsys):
+def test_missing_files_are_reported_in_one_message_before_any_work(tmp_path, capsys):
     args = [
         "--id-data",
         "cifar10",
@@ -186,7 +196,7 @@ def test_a_truncated_run_is_found_before_the_first_is_scored(root, capsys):
     assert "farood" not in captured.out
 
 
-def test_an_image_that_is_corrupt_is_named_with_its_line(root, tmp_path):
+def test_a_corrupt_image_is_reported_with_its_line(root, tmp_path):
     data_root = tmp_path / "data"
     shutil.copytree(root[0], data_root)
     (data_root / "images_digits/test_china/0003.png").write_bytes(b"no image")
@@ -211,7 +221,7 @@ def test_settings_are_searched_before_the_test(root, tmp_path, capsys):
     assert (tmp_path / "ood" / "fusenorm.csv").read_text() == searched
 
 
-def test_a_search_asks_for_its_images_before_any_work(root, tmp_path):
+def test_a_search_checks_its_images_before_any_work(root, tmp_path):
     data_root, runs = root
     few = shortened_digits(data_root, tmp_path / "few", 20, 20)
     (few / "benchmark_imglist" / "digits" / "val_digit7.txt").unlink()
@@ -226,16 +236,16 @@ def test_a_search_asks_for_its_images_before_any_work(root, tmp_path):
         check_files(job.benchmark, runs, job.image_sets())
 
 
-def test_what_cannot_be_searched_is_refused(root, capsys):
+def test_settings_that_cannot_be_searched_are_rejected(root, capsys):
     assert main(evaluation(root, "--postprocessor", "odin", "--aps")) == 1
-    assert "the native engine searches no odin" in capsys.readouterr().err
+    assert "the native engine cannot search settings for 'odin'" in capsys.readouterr().err
     assert main(evaluation(root, "--aps", "--sweep", "bsae=[2]")) == 1
-    assert "setting 'bsae' unknown" in capsys.readouterr().err
+    assert "unknown setting 'bsae'" in capsys.readouterr().err
     assert main(evaluation(root, "--aps", "--sweep", "base")) == 1
-    assert "--sweep base found: give KEY=VALUE" in capsys.readouterr().err
+    assert "--sweep must be KEY=VALUE" in capsys.readouterr().err
 
 
-def test_validation_leaves_the_scores_of_the_test_alone(root):
+def test_validation_does_not_overwrite_test_scores(root):
     assert main(evaluation(root, "--validation", "--save-csv", "--save-score")) == 0
     assert (root[1] / "val" / "fusenorm.csv").is_file()
     assert not (root[1] / "s0" / "scores").exists()
@@ -253,8 +263,8 @@ def test_digits_and_taps(digits, capsys):
 
 
 @pytest.mark.parametrize("script", ["cifar10", "cifar100", "imagenet200", "imagenet"])
-def test_scripts_say_what_is_missing(script, tmp_path):
-    """The scripts themselves, in an environment that is there already."""
+def test_scripts_report_missing_files(script, tmp_path):
+    """The scripts themselves, in an environment that already exists."""
     project = tmp_path / "project"
     shutil.copytree(SCRIPTS, project / "scripts")
     shutil.copy(SCRIPTS.parent / "pyproject.toml", project)

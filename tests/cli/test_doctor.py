@@ -1,4 +1,4 @@
-"""The report on an installation, in environments that are really broken."""
+"""The report on an installation, in environments that really are broken."""
 
 import os
 import re
@@ -16,7 +16,7 @@ PROJECT = Path(__file__).parents[2]
 
 
 def doctor(tmp_path, *args):
-    """The command in a process of its own, packages under tmp_path first on its path."""
+    """Run the command in a subprocess, with packages under tmp_path first on its path."""
     path = os.pathsep.join([str(tmp_path), str(PROJECT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "fusenorm_openood.cli", "doctor", *args],
@@ -30,7 +30,7 @@ def package(tmp_path, name, text):
     (tmp_path / name / "__init__.py").write_text(text)
 
 
-def test_a_whole_installation_is_reported_with_its_data(digits, tmp_path, capsys):
+def test_a_complete_installation_is_reported_with_its_data(digits, tmp_path, capsys):
     data_root, checkpoint = digits
     results = tmp_path / "results"
     root = results / "digits_resnet18_32x32_base_e16_lr0.05_default"
@@ -47,7 +47,7 @@ def test_a_whole_installation_is_reported_with_its_data(digits, tmp_path, capsys
     assert text.splitlines()[-1] == "the native engine works"
 
 
-def test_a_broken_package_is_named_with_its_fix(tmp_path):
+def test_a_broken_package_is_reported_with_its_fix(tmp_path):
     package(tmp_path, "tqdm", "raise ImportError('half installed')")
     done = doctor(tmp_path)
     assert done.returncode == 1
@@ -58,7 +58,7 @@ def test_a_broken_package_is_named_with_its_fix(tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_broken_torch_and_an_openood_that_dies_do_not_stop_the_report(tmp_path):
+def test_a_broken_torch_and_a_crashing_openood_do_not_stop_the_report(tmp_path):
     package(tmp_path, "torch", "raise ModuleNotFoundError('gone', name='torch')")
     package(tmp_path, "openood", "import os; print('hello'); os.abort()")
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
@@ -83,14 +83,14 @@ def test_a_broken_torch_and_an_openood_that_dies_do_not_stop_the_report(tmp_path
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "digits", "imagenet", "imagenet200"])
-def test_the_lists_looked_for_are_those_of_the_benchmark(name):
+def test_the_expected_lists_are_those_of_the_benchmark(name):
     from fusenorm_openood.data.benchmarks import load_benchmark
 
     benchmark = load_benchmark(name, "elsewhere")
     assert set(list_paths(name, "elsewhere")) == {s.imagelist for s in benchmark.every()}
 
 
-def test_trials_after_one_that_kills_its_process_are_made_all_the_same(tmp_path, monkeypatch):
+def test_a_trial_that_kills_its_process_does_not_stop_the_others(tmp_path, monkeypatch):
     package(tmp_path, "deadly", "import os; os._exit(3)")
     package(tmp_path, "leaving", "raise SystemExit('bye')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -102,7 +102,7 @@ def test_trials_after_one_that_kills_its_process_are_made_all_the_same(tmp_path,
     assert not trials["string"].error
 
 
-def test_the_doctor_names_missing_lists_and_imports_nothing_heavy(tmp_path):
+def test_the_doctor_reports_missing_lists_and_imports_nothing_heavy(tmp_path):
     lists = list_paths("cifar10", tmp_path)
     for path in lists[:-2]:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +113,6 @@ def test_the_doctor_names_missing_lists_and_imports_nothing_heavy(tmp_path):
         "assert not {'torch', 'numpy', 'pandas', 'openood'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    named = f"cifar10: 9 of 11 image lists under {tmp_path}, without {lists[-2].name}"
+    named = f"cifar10: 9 of 11 image lists under {tmp_path}, missing {lists[-2].name}"
     assert named in done.stdout
     assert f"fix: fusenorm digits --data-root {tmp_path}" in done.stdout

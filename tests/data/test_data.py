@@ -21,7 +21,7 @@ TRANSFORM = plain_transform(HALF)
 
 @pytest.fixture
 def images(tmp_path):
-    """A list of three images in two formats, one grey and one with an alpha channel."""
+    """A list of three images in two formats, one greyscale and one with an alpha channel."""
     rng = np.random.default_rng(0)
     (tmp_path / "a").mkdir()
     Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / "a/grey.png")
@@ -31,7 +31,7 @@ def images(tmp_path):
     return tmp_path
 
 
-def test_a_list_gives_images_and_labels(images):
+def test_a_list_returns_images_and_labels(images):
     listed = ImageList(images / "list.txt", images, TRANSFORM)
     assert [listed[i]["label"] for i in range(len(listed))] == [3, -1, 0]
     assert all(listed[i]["data"].shape == (3, 8, 8) for i in range(3))
@@ -39,7 +39,7 @@ def test_a_list_gives_images_and_labels(images):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_missing_and_corrupt_images_are_named_with_their_line(images, workers):
+def test_missing_and_corrupt_images_are_reported_with_their_line(images, workers):
     (images / "a/alpha.png").unlink()
     listed = ImageList(images / "list.txt", images, TRANSFORM)
     assert "list.txt, line 2: image" in listed.first_missing()
@@ -55,18 +55,20 @@ def test_missing_and_corrupt_images_are_named_with_their_line(images, workers):
             listed[2]
 
 
-def test_lists_that_cannot_be_read_are_named(images):
+def test_unreadable_lists_are_reported(images):
     with pytest.raises(DataError, match=r"nothing\.txt cannot be read: No such file"):
         ImageList(images / "nothing.txt", images, TRANSFORM)
     (images / "list.txt").write_text("")
     with pytest.raises(DataError, match=r"list\.txt is empty"):
         ImageList(images / "list.txt", images, TRANSFORM)
     (images / "list.txt").write_text("a/grey.png 3\na/alpha.png\n")
-    with pytest.raises(DataError, match=r"list\.txt, line 2: 'a/alpha\.png' found, 'path label'"):
+    with pytest.raises(
+        DataError, match=r"list\.txt, line 2: must be 'path label' .*, got 'a/alpha\.png'"
+    ):
         ImageList(images / "list.txt", images, TRANSFORM)
 
 
-def test_training_images_move_and_mirror():
+def test_training_images_are_cropped_and_flipped():
     image = Image.fromarray(np.arange(64 * 3, dtype=np.uint8).reshape(8, 8, 3))
     torch.manual_seed(0)
     straight = {
@@ -79,12 +81,14 @@ def test_training_images_move_and_mirror():
     assert len(mirrored) == 18
 
 
-def test_unknown_names_are_named_with_the_known_ones():
+def test_errors_for_unknown_names_list_the_known_ones():
     with pytest.raises(
-        ConfigError, match="'svhn' unknown: choose cifar10, cifar100, digits, imagenet"
+        ConfigError, match="unknown ID data set 'svhn': choose from cifar10, cifar100, digits"
     ):
         load_benchmark("svhn")
-    with pytest.raises(ConfigError, match="'cinic' unknown: choose among cifar10"):
+    with pytest.raises(
+        ConfigError, match="unknown normalization_type 'cinic': choose from cifar10"
+    ):
         normalization("cinic")
 
 
@@ -122,7 +126,7 @@ def test_unknown_names_are_named_with_the_known_ones():
         ("digits", 7, ["digit8", "digit9"], ["china", "flower", "noise", "stripes"], []),
     ],
 )
-def test_benchmarks_are_openoods(name, classes, near, far, csid, tmp_path):
+def test_benchmarks_equal_openoods(name, classes, near, far, csid, tmp_path):
     b = load_benchmark(name, tmp_path)
     assert name in benchmark_names()
     assert (b.num_classes, list(b.near), list(b.far), list(b.csid)) == (classes, near, far, csid)
@@ -138,7 +142,7 @@ def test_benchmarks_are_openoods(name, classes, near, far, csid, tmp_path):
         assert b.csid["imagenet_r"].transform(Image.new("RGB", (300, 500))).shape == (3, 224, 224)
 
 
-def test_digits_sets_share_no_image_and_hold_what_they_say():
+def test_digits_sets_are_disjoint_and_have_the_right_labels():
     sets = digits_image_sets()
     known = [name for name in sets if name.endswith("digits")]
     assert set(np.concatenate([sets[name][1] for name in known])) == set(range(ID_CLASSES))
@@ -155,7 +159,7 @@ def test_digits_sets_share_no_image_and_hold_what_they_say():
     assert all(np.array_equal(sets[name][0], again[name][0]) for name in sets)
 
 
-def test_digits_are_written_once_and_whole(digits, tmp_path):
+def test_digits_are_written_once_and_completely(digits, tmp_path):
     data_root, _ = digits
     b = load_benchmark("digits", data_root)
     assert b.missing(b.every()) == []
@@ -176,18 +180,20 @@ def test_digits_are_written_once_and_whole(digits, tmp_path):
 
 def test_digits_cannot_be_written_over_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="give --data-root a folder"):
+    with pytest.raises(DataError, match="choose a writable folder with --data-root"):
         write_digits(tmp_path / "file")
 
 
-def test_configurations_that_cannot_be_read_are_named(tmp_path):
+def test_unreadable_configurations_are_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"no\.yml cannot be read \(No such file"):
         read_config(tmp_path / "no.yml")
     (tmp_path / "bad.yml").write_text("a: [1")
-    with pytest.raises(ConfigError, match=r"bad\.yml is no YAML"):
+    with pytest.raises(ConfigError, match=r"bad\.yml is not valid YAML"):
         read_config(tmp_path / "bad.yml")
     (tmp_path / "list.yml").write_text("- 1")
-    with pytest.raises(ConfigError, match="holds list in the place of a mapping"):
+    with pytest.raises(ConfigError, match="must contain a mapping, got list"):
         read_config(tmp_path / "list.yml")
-    with pytest.raises(ConfigError, match=r"'a\.c' is missing in the configuration: found b there"):
+    with pytest.raises(
+        ConfigError, match=r"'a\.c' is missing from the configuration: found only b"
+    ):
         lookup({"a": {"b": 1}}, "a", "c")

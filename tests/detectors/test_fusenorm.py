@@ -25,8 +25,8 @@ OUTPUTS = ["msp", "mls", "energy", "odin"]
 IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 
 
-def published_way(net, id_images, images, output, react, temperature, noise):
-    """FuseNorm in the published order: norms, then ReAct, then ODIN, each in passes of its own."""
+def separate_passes(net, id_images, images, output, react, temperature, noise):
+    """FuseNorm as published: norms, then ReAct, then ODIN, each in its own passes."""
     blocks = [b for stage in (1, 2, 3, 4) for b in getattr(net, f"layer{stage}")]
 
     def norms(x):
@@ -67,17 +67,17 @@ def published_way(net, id_images, images, output, react, temperature, noise):
 
 @pytest.mark.parametrize("react", [90.0, None])
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_equals_the_published_way_of_separate_passes(net, output, react):
+def test_equals_the_published_separate_passes(net, output, react):
     loader = make_loader()
     id_images = torch.cat([images for images, _ in loader])
     detector = FuseNorm(net, output=output, react_percentile=react).fit(loader)
     temperature = 1000 if output == "odin" else 1
-    expected = published_way(net, id_images, IMAGES, output, react, temperature, 0.01)
+    expected = separate_passes(net, id_images, IMAGES, output, react, temperature, 0.01)
     np.testing.assert_allclose(detector.score(IMAGES), expected, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_the_network_leaves_as_it_came(net, loader, output):
+def test_the_network_is_left_unchanged(net, loader, output):
     net.train()
     net.layer1.eval()
     net.layer2.requires_grad_(False)
@@ -102,7 +102,7 @@ def test_batch_size_memory_format_and_grad_mode_change_nothing(net, output):
         torch.testing.assert_close(detector.score(IMAGES.clone()), scores, **close)
 
 
-def test_every_kind_of_loader_gives_the_same(net, loader):
+def test_every_kind_of_loader_gives_the_same_scores(net, loader):
     detector = FuseNorm(net, output="energy").fit(loader)
     scores = detector.score_loader(loader)
     as_dicts = [{"data": images, "label": labels} for images, labels in loader]
@@ -116,7 +116,7 @@ def test_every_kind_of_loader_gives_the_same(net, loader):
     assert inferred.experts.shape == (9, 60)
 
 
-def test_predictions_are_the_networks_own(net, loader):
+def test_predictions_are_the_networks(net, loader):
     detector = FuseNorm(net).fit(loader)
     pred, conf = detector.predict(IMAGES)
     with torch.no_grad():
@@ -135,20 +135,20 @@ def test_strong_experts_by_number_name_and_default(net):
     assert FuseNorm(net).strong == ("layer4.0", "output")
     assert FuseNorm(net, taps="stages").strong == ("layer4.1", "output")
     assert FuseNorm(net, strong=[2, "layer1.0"]).strong == ("layer2.0", "layer1.0")
-    with pytest.raises(ConfigError, match="name each once"):
+    with pytest.raises(ConfigError, match="must name each expert once"):
         FuseNorm(net, strong=[2, "layer2.0"])
     with pytest.raises(ConfigError, match="strong expert 8 is out of range: there are 8 taps"):
         FuseNorm(net, strong=[8])
     with pytest.raises(
-        ConfigError, match=r"'layer5\.0' unknown: the experts are layer1\.0, .*output"
+        ConfigError, match=r"expert 'layer5\.0': the experts are layer1\.0, .*output"
     ):
         FuseNorm(net, strong=["layer5.0"])
 
 
-def test_settings_come_whole_or_one_by_one(net):
+def test_settings_can_be_given_as_an_object_or_by_name(net):
     settings = Settings(alpha=0.5)
     assert FuseNorm(net, settings, base=5).settings == Settings(alpha=0.5, base=5)
-    with pytest.raises(ConfigError, match="setting 'alhpa' unknown: the settings are taps"):
+    with pytest.raises(ConfigError, match="unknown setting 'alhpa': the settings are taps"):
         FuseNorm(net, alhpa=0.5)
 
 
@@ -165,7 +165,7 @@ def test_t2fnorm_networks_score_by_their_scoring_logits(loader):
     assert experts.pred.tolist() == pred.tolist()
 
 
-def test_saturated_softmax_is_no_zero_range(loader):
+def test_a_saturated_softmax_has_no_zero_range(loader):
     net = make_net()
     with torch.no_grad():
         net.fc.weight *= 1000
@@ -189,7 +189,7 @@ def test_companions_take_no_part_in_the_fusion(net, loader):
     )
 
 
-def test_a_detector_and_its_calibration_pickle(net, loader):
+def test_a_detector_and_its_calibration_can_be_pickled(net, loader):
     detector = FuseNorm(net).fit(loader)
     scores = detector.score(IMAGES)
     assert torch.equal(pickle.loads(pickle.dumps(detector)).score(IMAGES), scores)
@@ -200,13 +200,13 @@ def test_a_detector_and_its_calibration_pickle(net, loader):
 
 
 def test_scoring_before_fitting_is_an_error(net, loader):
-    for ask in (
+    for score in (
         lambda d: d.score(IMAGES),
         lambda d: d.score_loader(loader),
         lambda d: d.infer(loader),
     ):
         with pytest.raises(NotFittedError, match="call fit"):
-            ask(FuseNorm(net))
+            score(FuseNorm(net))
 
 
 @pytest.mark.parametrize("empty", [[], [(torch.empty(0, 3, 16, 16), torch.empty(0))]])
@@ -214,35 +214,41 @@ def test_scoring_before_fitting_is_an_error(net, loader):
 def test_an_empty_loader_is_an_error(net, loader, empty, react):
     with pytest.raises(DataError, match="loader"):
         FuseNorm(net, react_percentile=react).fit(empty)
-    with pytest.raises(DataError, match="gave no batch"):
+    with pytest.raises(DataError, match="loader must give at least one image, got none"):
         FuseNorm(net, react_percentile=react).fit(loader).score_loader(empty)
 
 
-def test_a_loader_that_can_be_read_once_is_an_error(net, loader):
-    with pytest.raises(DataError, match="a generator found, which can be read only once"):
+def test_a_loader_that_can_be_read_only_once_is_an_error(net, loader):
+    with pytest.raises(DataError, match="loader must be readable more than once, got a generator"):
         FuseNorm(net).fit(batch for batch in loader)
 
 
 @pytest.mark.parametrize("images", [IMAGES[0], IMAGES.numpy(), (IMAGES * 9).to(torch.uint8)])
 def test_images_of_another_kind_are_an_error(net, loader, images):
-    with pytest.raises(DataError, match=r"in the place of images \[B, C, H, W\]"):
+    with pytest.raises(
+        DataError, match=r"images must be a floating-point tensor \[B, C, H, W\], got"
+    ):
         FuseNorm(net, output="energy").fit(loader).score(images)
 
 
 @pytest.mark.parametrize("batch", [torch.randn(3, 16), "images", {"image": IMAGES}, (None, 1)])
 def test_a_batch_of_another_kind_is_an_error(batch):
-    with pytest.raises(DataError, match=r"in the place of images \[B, C, H, W\]"):
+    with pytest.raises(
+        DataError, match=r"images must be a floating-point tensor \[B, C, H, W\], got"
+    ):
         list(batches([batch]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("output", ["energy", "odin"])
-def test_images_that_are_not_finite_are_named(net, loader, output, bad):
+def test_non_finite_images_are_reported(net, loader, output, bad):
     detector = FuseNorm(net, output=output).fit(loader)
     images = IMAGES.clone()
     images[3, 0, 2, 2] = bad
     before = state_of(net)
-    with pytest.raises(NonFiniteError, match=r"image 3 of the batch .* the image itself holds NaN"):
+    with pytest.raises(
+        NonFiniteError, match=r"image 3 of the batch .* the image itself contains NaN"
+    ):
         detector.score(images)
     for react in (90.0, None):
         with pytest.raises(NonFiniteError, match=r"image 3 .* the image itself"):
@@ -250,7 +256,7 @@ def test_images_that_are_not_finite_are_named(net, loader, output, bad):
     assert_undisturbed(net, before)
 
 
-def test_features_that_are_not_finite_are_named(net, loader):
+def test_non_finite_features_are_reported(net, loader):
     with torch.no_grad():
         net.layer3[0].conv1.weight *= float("nan")
     with pytest.raises(NonFiniteError, match=r"'layer3\.0'; the image is finite, so the network"):
@@ -280,10 +286,10 @@ class Headless(nn.Module):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_react_without_a_linear_head_is_an_error_that_leaves_the_network_alone(loader, scaled):
+def test_react_without_a_linear_head_is_an_error_and_leaves_the_network_unchanged(loader, scaled):
     net = Headless(scaled)
     before = state_of(net)
-    with pytest.raises(TapError, match="Headless has none: choose react_percentile=None"):
+    with pytest.raises(TapError, match="which Headless lacks: set react_percentile=None"):
         FuseNorm(net).fit(loader)
     assert_undisturbed(net, before)
     for output in OUTPUTS:
@@ -292,7 +298,7 @@ def test_react_without_a_linear_head_is_an_error_that_leaves_the_network_alone(l
         ).all()
 
 
-def test_a_silent_tap_is_an_error_that_leaves_the_network_alone(net, loader):
+def test_a_tap_that_never_fires_is_an_error_and_leaves_the_network_unchanged(net, loader):
     net.spare = nn.Conv2d(3, 3, 1)
     before = state_of(net)
     with pytest.raises(TapError, match="'spare' never fired"):
@@ -300,7 +306,7 @@ def test_a_silent_tap_is_an_error_that_leaves_the_network_alone(net, loader):
     assert_undisturbed(net, before)
 
 
-def test_an_exception_in_the_network_leaves_it_alone(net, loader):
+def test_an_exception_in_the_network_leaves_it_unchanged(net, loader):
     detector = FuseNorm(net).fit(loader)
     before = state_of(net)
     with pytest.raises(RuntimeError):
@@ -309,7 +315,7 @@ def test_an_exception_in_the_network_leaves_it_alone(net, loader):
 
 
 def test_forward_passes_are_shared(net, loader):
-    """One pass for experts without gradient; ODIN adds one for its perturbed image."""
+    """One pass for the experts without a gradient; ODIN adds one for its perturbed images."""
     calls = []
     handle = net.conv1.register_forward_hook(lambda *_: calls.append(1))
     for output, passes in (("energy", 1), ("odin", 2)):
@@ -320,8 +326,8 @@ def test_forward_passes_are_shared(net, loader):
     handle.remove()
 
 
-def test_memory_keeps_no_feature_map(net):
-    """What fit keeps is one number an expert and image."""
+def test_fit_keeps_no_feature_map(net):
+    """A calibration holds one number per expert and image."""
     detector = FuseNorm(net, output="energy").fit(make_loader(64))
     assert detector.calibration_.id_scores.shape == (9, 64)
     held = len(pickle.dumps(detector.calibration_))
@@ -342,17 +348,17 @@ def test_scores_under_autocast_are_close_and_not_half(net, loader, output):
     with torch.autocast("cpu", torch.bfloat16):
         half = FuseNorm(net, output=output).fit(loader).infer(loader)
     assert np.corrcoef(full.experts.ravel(), half.experts.ravel())[0, 1] > 0.99
-    assert len(np.unique(half.experts[-1])) == len(half.conf)  # bfloat16 would have tied many
+    assert len(np.unique(half.experts[-1])) == len(half.conf)  # bfloat16 scores would contain ties
 
 
-def test_a_network_in_channels_last_scores_the_same(net, loader):
+def test_a_network_in_channels_last_gives_the_same_scores(net, loader):
     scores = FuseNorm(net, output="energy").fit(loader).score(IMAGES)
     net.to(memory_format=torch.channels_last)
     nhwc = FuseNorm(net, output="energy").fit(loader).score(IMAGES)
     torch.testing.assert_close(nhwc, scores, rtol=1e-3, atol=1e-3)
 
 
-def test_a_cpu_takes_four_large_images_a_thread_and_a_device_takes_all():
+def test_a_cpu_processes_four_large_images_per_thread_and_a_device_whole_batches():
     images = torch.empty(3, 3, 1000, 1000, device="meta")
     assert [len(part) for part in parts(images)] == [3]
     assert len(parts(images[:0])) == 1
@@ -361,7 +367,7 @@ def test_a_cpu_takes_four_large_images_a_thread_and_a_device_takes_all():
     assert len(parts(images, with_graph=True)) == 3
 
 
-def test_a_batch_larger_than_a_cpu_takes_at_a_time_is_scored_whole(net, loader):
+def test_a_batch_larger_than_one_part_is_scored_completely(net, loader):
     at_once = torch.get_num_threads() * PIXELS // 16**2
     images = torch.randn(2 * at_once + 1, 3, 16, 16)
     assert [len(part) for part in parts(images)] == [at_once, at_once, 1]
@@ -372,7 +378,7 @@ def test_a_batch_larger_than_a_cpu_takes_at_a_time_is_scored_whole(net, loader):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_device_waits_for_the_host_only_where_scores_are_read(net, loader):
+def test_the_host_waits_for_the_device_only_where_scores_are_read(net, loader):
     net.cuda()
     detector = FuseNorm(net, output="energy").fit(loader)
     images = IMAGES.cuda()

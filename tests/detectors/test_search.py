@@ -11,7 +11,7 @@ from fusenorm_openood.detectors.bank import ScoreBank, bank_for
 from fusenorm_openood.detectors.search import search
 from fusenorm_openood.detectors.sweep import candidates
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
-from fusenorm_openood.method.metrics import ood_metrics
+from fusenorm_openood.method.metrics import OODMetrics, ood_metrics
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
 from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
@@ -31,13 +31,13 @@ BASE = Settings(k_max=0.4, noise=0.02)
 
 
 def passes(net: nn.Module) -> list[int]:
-    """Counts the images of every forward pass from now on."""
+    """A list to which every forward pass from now on appends its number of images."""
     images: list[int] = []
     net.conv1.register_forward_hook(lambda module, args, output: images.append(len(args[0])))
     return images
 
 
-def test_combinations_stand_in_openoods_order():
+def test_combinations_are_in_openoods_order():
     found = [c.values for c in candidates(Settings(), {"base": [2, 20], "cap": [0.5, 1, 2]})]
     assert [(v["base"], v["cap"]) for v in found] == [
         *((2, 0.5), (20, 0.5)),
@@ -46,7 +46,7 @@ def test_combinations_stand_in_openoods_order():
     ]
 
 
-def test_the_bank_says_what_a_detector_of_these_settings_says(net, loader):
+def test_the_bank_gives_the_scores_of_a_detector_with_the_same_settings(net, loader):
     unknown = make_loader(seed=5, scale=2.0)
     before = state_of(net)
     bank = bank_for(net, BASE, SWEEP).fit(loader).add(unknown)
@@ -63,7 +63,7 @@ def test_the_bank_says_what_a_detector_of_these_settings_says(net, loader):
             np.testing.assert_allclose(found.experts, expected.experts, rtol=1e-6)
 
 
-def test_a_search_takes_the_first_combination_of_the_highest_auroc(net, loader):
+def test_a_search_selects_the_first_combination_with_the_highest_auroc(net, loader):
     unknown = make_loader(seed=5, scale=2.0)
     sweep = {"output": ["msp", "energy"], "weights": [None, (0.0, 1.0)], "base": [2.0, 20.0]}
     found = search(net, Settings(react_percentile=None), sweep, loader, unknown)
@@ -82,15 +82,29 @@ def test_a_search_takes_the_first_combination_of_the_highest_auroc(net, loader):
     torch.testing.assert_close(ready.score_loader(unknown), fitted.score_loader(unknown))
 
 
-def test_equal_combinations_give_the_first(net, loader):
-    # Without a penalty the cap is of no matter: three combinations are equal.
+def test_of_equal_combinations_the_first_is_selected(net, loader):
+    # Without a penalty the cap has no effect, so that all three combinations are equal.
     sweep = {"cap": [0.7, 0.5, 1.0], "base": [1.0]}
     found = search(net, Settings(output="energy"), sweep, loader, make_loader(seed=5))
     assert found.trials["AUROC"].nunique() == 1
     assert found.settings.cap == 0.7
 
 
-def test_every_image_passes_once_however_many_combinations(net, loader):
+def test_aurocs_with_equal_percentages_are_distinguished(net, loader, monkeypatch):
+    close = [0.10001335006675034, np.nextafter(0.10001335006675034, 1)]
+    assert 100 * close[0] == 100 * close[1]
+    aurocs = iter(close)
+    monkeypatch.setattr(
+        "fusenorm_openood.detectors.search.ood_metrics",
+        lambda *_: OODMetrics(0.0, next(aurocs), 0.0, 0.0),
+    )
+    unknown = make_loader(seed=5)
+    found = search(net, Settings(output="energy"), {"cap": [0.5, 1.0]}, loader, unknown)
+    assert found.settings.cap == 1.0
+    assert found.auroc == close[1]
+
+
+def test_every_image_is_passed_once_however_many_combinations_are_tried(net, loader):
     unknown = make_loader(seed=5)
     images = passes(net)
     sweep = {name: SWEEP[name] for name in SWEEP if name not in ("output", "react_percentile")}
@@ -102,16 +116,16 @@ def test_every_image_passes_once_however_many_combinations(net, loader):
     assert sum(images) == 60 + 60 + 60  # once more over the ID images, for ReAct's thresholds
 
 
-def test_odin_shares_gradients_and_adds_a_pass_for_each_noise(net, loader):
+def test_odin_shares_gradients_and_adds_one_pass_per_noise(net, loader):
     unknown = make_loader(seed=5)
     images = passes(net)
     sweep = {"noise": [0.01, 0.02, 0.0], "base": [2.0, 20.0], "alpha": [0.0, 0.5]}
     search(net, Settings(react_percentile=None), sweep, loader, unknown)
-    assert sum(images) == 3 * (60 + 60)  # noise 0 moves no image
+    assert sum(images) == 3 * (60 + 60)  # noise 0 perturbs no image
 
 
 def constant_expert(net: nn.Module) -> nn.Module:
-    """A network whose first block gives all images the same feature norm, and not the same map."""
+    """A network whose first block gives all images the same feature norm from different maps."""
 
     def ranks(module, args, output):
         return output.flatten(2).argsort(-1).argsort(-1).view_as(output) / output[0, 0].numel()
@@ -120,12 +134,12 @@ def constant_expert(net: nn.Module) -> nn.Module:
     return net
 
 
-def test_combinations_that_cannot_be_used_are_passed_over_with_a_reason(net, loader):
+def test_unusable_combinations_are_skipped_with_a_reason(net, loader):
     unknown = make_loader(seed=5)
     sweep = {"percentile_low": [1.0, 30.0], "percentile_high": [20.0, 99.9], "base": [2.0]}
     found = search(net, Settings(output="energy"), sweep, loader, unknown)
     assert found.trials["AUROC"].isna().tolist() == [False, True, False, False]
-    assert "span no range" in found.trials["unusable"][1]
+    assert "must satisfy 0 <= low < high <= 100" in found.trials["unusable"][1]
     taps = [("layer1.0", "layer4.0"), ("layer2.0", "layer4.0")]
     found = search(constant_expert(net), Settings(output="energy"), {"taps": taps}, loader, unknown)
     assert found.trials["AUROC"].isna().tolist() == [True, False]
@@ -133,7 +147,7 @@ def test_combinations_that_cannot_be_used_are_passed_over_with_a_reason(net, loa
     assert found.settings.taps == taps[1]
 
 
-def test_a_search_without_a_usable_combination_says_so(net, loader):
+def test_a_search_without_a_usable_combination_raises(net, loader):
     taps = [("layer1.0", "layer4.0")]
     net = constant_expert(net)
     with pytest.raises(ConfigError, match="none of 1 combinations is usable"):
@@ -144,23 +158,23 @@ def test_a_search_without_a_usable_combination_says_so(net, loader):
     ("sweep", "message"),
     [
         ({}, "postprocessor_sweep is empty"),
-        ({"base": [20.0, 0.5]}, r"postprocessor_sweep.base: base = 0\.5"),
-        ({"bsae": [2]}, "'bsae' unknown"),
-        ({"strong": [["layer9"]]}, "'layer9' unknown"),
+        ({"base": [20.0, 0.5]}, r"postprocessor_sweep.base: base must be >= 1.* got base=0\.5"),
+        ({"bsae": [2]}, "unknown setting 'bsae'"),
+        ({"strong": [["layer9"]]}, "unknown strong expert 'layer9'"),
     ],
 )
-def test_sweeps_that_cannot_be_searched_are_refused(net, loader, sweep, message):
+def test_invalid_sweeps_are_rejected(net, loader, sweep, message):
     with pytest.raises(ConfigError, match=message):
         search(net, Settings(output="energy"), sweep, loader, make_loader(seed=5))
 
 
-def test_values_that_only_go_together_are_taken():
+def test_values_that_are_only_valid_together_are_accepted():
     sweep = {"strong": ["auto", ["output"]], "weights": [[0.3, 1.0], [1.0]]}
     outcomes = [isinstance(c.settings, Settings) for c in candidates(Settings(), sweep)]
     assert outcomes == [True, False, False, True]
 
 
-def test_an_image_that_is_not_finite_ends_the_search(net):
+def test_a_non_finite_image_ends_the_search(net):
     images = torch.randn(4, 3, 16, 16)
     images[2, 0, 0, 0] = torch.nan
     bank = ScoreBank(net, [Settings(output="energy", react_percentile=None)])
@@ -169,7 +183,7 @@ def test_an_image_that_is_not_finite_ends_the_search(net):
 
 
 def openoods_search(p: FuseNormPostprocessor, net, known, unknown) -> list[float]:
-    """The loop of OpenOOD's evaluators, written from its behaviour."""
+    """The search loop of OpenOOD's evaluators, written from its behaviour."""
     aurocs = []
     for candidate in candidates(p.settings, p.args_dict):
         p.set_hyperparam(list(candidate.values.values()))
@@ -214,12 +228,12 @@ def test_the_postprocessor_scores_before_the_search_and_outside_the_sweep(net, l
     np.testing.assert_allclose(p.inference(other, loader)[1], expected.score_loader(loader))
 
 
-def test_unusable_values_get_the_lowest_auroc_and_score_nothing_else(net, loader):
+def test_unusable_values_get_the_lowest_auroc_and_score_no_other_images(net, loader):
     unknown = make_loader(seed=5)
     p = searching({"taps": [["layer1.0", "layer4.0"], ["layer2.0", "layer4.0"]]})
     net = constant_expert(net)
     p.setup(net, {"val": loader}, {"val": unknown})
-    with pytest.warns(RuntimeWarning, match="passed over: .*'layer1.0' are both"):
+    with pytest.warns(RuntimeWarning, match="settings skipped: .*'layer1.0' are both"):
         aurocs = openoods_search(p, net, loader, unknown)
     assert aurocs[0] == 0 < aurocs[1]
     assert p.settings.taps == ("layer2.0", "layer4.0")
@@ -230,33 +244,35 @@ def test_unusable_values_get_the_lowest_auroc_and_score_nothing_else(net, loader
         p.inference(net, make_loader(seed=6))
 
 
-def test_where_no_values_are_usable_setup_says_so(net, loader):
+def test_setup_raises_if_no_values_are_usable(net, loader):
     p = searching({"taps": [["layer1.0", "layer4.0"]]})
     with pytest.raises(ConfigError, match="none of 1 combinations is usable"):
         p.setup(constant_expert(net), {"val": loader}, {"val": make_loader(seed=5)})
     assert not p.setup_flag
 
 
-def test_values_under_which_ood_images_have_no_finite_score_get_the_lowest_auroc(net, loader):
+def test_values_with_non_finite_ood_scores_get_the_lowest_auroc(net, loader):
     unknown = make_loader(seed=5, scale=2.0)
 
     def overflow(module, args, output):
         return output * torch.where(args[0].std() > 1.5, torch.inf, 1.0)
 
-    # No tap of the second combination, and a branch that leads nowhere.
+    # A branch that does not affect the logits, and is not tapped by the second combination.
     net.side = nn.Identity()
     net.side.register_forward_hook(overflow)
     net.conv1.register_forward_hook(lambda module, args, output: (net.side(args[0]), output)[1])
     p = searching({"taps": [["side", "layer4.0"], ["layer2.0", "layer4.0"]]})
     p.setup(net, {"val": loader}, {"val": unknown})
-    with pytest.warns(RuntimeWarning, match="passed over: expert 'side' gives scores that are"):
+    with pytest.warns(
+        RuntimeWarning, match="settings skipped: expert 'side' gives non-finite scores"
+    ):
         aurocs = openoods_search(p, net, loader, unknown)
     assert aurocs[0] == 0 < aurocs[1]
     found = search(net, p.settings, p.args_dict, loader, unknown)
     assert found.trials["AUROC"].isna().tolist() == [True, False]
 
 
-def test_pickled_before_its_search_it_is_set_up_again(net, loader):
+def test_pickled_before_its_search_it_must_be_set_up_again(net, loader):
     unknown = make_loader(seed=5)
     p = searching({"base": [2.0, 20.0]})
     p.setup(net, {"val": loader}, {"val": unknown})
@@ -269,12 +285,12 @@ def test_pickled_before_its_search_it_is_set_up_again(net, loader):
 
 def test_a_search_needs_ood_validation_images(net, loader):
     p = searching({"base": [2]})
-    with pytest.raises(DataError, match="OOD loaders none found: a search"):
+    with pytest.raises(DataError, match=r"ood_loader_dict must contain 'val' .* got no loader"):
         p.setup(net, {"val": loader})
     assert not p.setup_flag
 
 
-def test_a_search_warns_of_nothing_where_all_goes_well(net, loader):
+def test_a_successful_search_emits_no_warnings(net, loader):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         search(net, Settings(output="energy"), {"base": [2.0]}, loader, make_loader(seed=5))

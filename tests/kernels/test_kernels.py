@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from shutil import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,15 +57,15 @@ def test_the_variable_forces_a_backend(name):
 @pytest.mark.parametrize(
     ("forced", "device", "named"),
     [
-        ("cython", "cpu", "FUSENORM_KERNEL=cython unknown: set it to torch, numba, triton"),
+        ("cython", "cpu", "FUSENORM_KERNEL=cython is unknown: set it to torch, numba, triton"),
         (
             "numba",
             "cuda",
-            r"=numba cannot be had \(there is no numba kernel for cuda\): set it to torch",
+            r"=numba is not available \(there is no numba kernel for cuda\): set it to torch",
         ),
     ],
 )
-def test_a_backend_that_cannot_be_had_is_named(forced, device, named, monkeypatch):
+def test_a_backend_that_is_not_available_is_named(forced, device, named, monkeypatch):
     monkeypatch.setenv("FUSENORM_KERNEL", forced)
     with pytest.raises(ConfigError, match=named):
         kernels.backend(device)
@@ -86,12 +89,19 @@ def test_a_kernel_that_fails_is_warned_of_once_and_torch_takes_over(monkeypatch,
     assert "numba failed: " in chosen
 
 
-def test_a_kernel_that_fails_where_it_is_forced_is_an_error(monkeypatch, tmp_path):
+def test_a_kernel_that_fails_where_it_is_forced_is_an_error(monkeypatch):
     pytest.importorskip("numba")
-    broken = {"NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
-    said = run(SCORE, monkeypatch, FUSENORM_KERNEL="numba", **broken)
-    assert said.returncode == 1
-    assert "ConfigError: FUSENORM_KERNEL=numba cannot be had (" in said.stderr
+
+    def fail(*_):
+        raise ValueError("a reason\nand more")
+
+    monkeypatch.setattr(kernels, "_kernel", lambda *key: fail)
+    monkeypatch.setattr(kernels, "_failed", {})
+    named = r"^FUSENORM_KERNEL=numba is not available \(ValueError: a reason\): set it to torch"
+    with forced_backend("numba"):
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=named):
+                atf(torch.randn(2, 3, 5, 5))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -120,23 +130,50 @@ def test_numba_has_threads_of_its_own_where_torch_has_none_of_openmp(monkeypatch
         assert torch.equal(atf(x), norms)
 
 
-def test_compiled_code_is_kept_until_a_source_changes(monkeypatch, tmp_path):
-    pytest.importorskip("numba")
-    script = "from fusenorm_openood.kernels import cpu; print(cpu._work._cache_hits)"
-    changed = "import zlib; f = zlib.crc32; zlib.crc32 = lambda *a: f(*a) + 1\n"
-    kept = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    hits = [
-        run(code, monkeypatch, **kept).stdout.strip() for code in (script, script, changed + script)
-    ]
-    assert hits == ["0", "1", "0"]
+@pytest.fixture
+def small(monkeypatch):
+    """The module of numba's kernel, with little to compile: it writes the number of samples."""
+    numba = pytest.importorskip("numba")
+    from fusenorm_openood.kernels import cpu
+
+    @numba.njit
+    def write_samples(job):
+        numba.carray(cpu.pointer_to(job.out), 1, np.float64)[0] = job.B
+
+    monkeypatch.setattr(cpu, "_do", write_samples)
+    return cpu
 
 
-def test_without_a_folder_for_compiled_code_the_kernel_works(monkeypatch):
+def samples_by(work, cpu) -> float:
+    out, job = np.zeros(1), np.zeros(1, cpu.JOB)
+    job["out"], job["B"] = out.ctypes.data, 5
+    work.ctypes(job.ctypes.data)
+    return out[0]
+
+
+def test_compiled_code_is_kept_until_a_source_changes(small, monkeypatch, tmp_path):
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
+    works = [small._compiled(sources) for sources in (1, 1, 2)]
+    assert [work._cache_hits for work in works] == [0, 1, 0]
+    assert [samples_by(work, small) for work in works] == [5, 5, 5]
+
+
+def test_every_source_of_a_kernel_counts(tmp_path):
     pytest.importorskip("numba")
-    nowhere = "from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
-    said = run(nowhere + SCORE, monkeypatch, FUSENORM_KERNEL="numba")
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.splitlines()[0] == "0"
+    from fusenorm_openood.kernels import cpu
+
+    for source in Path(cpu.__file__).parent.glob("*.py"):
+        copy(source, tmp_path)
+    states = {cpu._sources(tmp_path)}
+    for source in tmp_path.iterdir():
+        source.write_text(source.read_text() + "# changed\n")
+        states.add(cpu._sources(tmp_path))
+    assert len(states) == 1 + len(list(tmp_path.iterdir())) > 4
+
+
+def test_without_a_folder_for_compiled_code_the_kernel_is_compiled(small, monkeypatch):
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    assert samples_by(small._compiled(1), small) == 5
 
 
 def test_a_forked_process_scores_too(monkeypatch):
@@ -165,21 +202,20 @@ def test_threads_may_score_at_once():
             torch.testing.assert_close(norms, atf(x))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_triton_compiles_the_kernel_for_a_gpu(dtype, monkeypatch):
+def test_triton_compiles_the_kernel_for_a_gpu(monkeypatch):
     """What the interpreter takes, the compiler may refuse: compile for real, no device needed."""
     pytest.importorskip("triton")
     said = run(
-        f"""
+        """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from fusenorm_openood.kernels import cuda
 
 types = dict.fromkeys(["C", "N", "stride_b", "stride_c", "stride_n"], "i32")
 types |= dict.fromkeys(["k_min", "k_max", "alpha", "eps"], "fp64")
-types |= dict(x="*{dtype}", spreads="*fp32", out="*fp64", CHANNELS="constexpr", PIXELS="constexpr")
-signature = {{name: types[name] for name in cuda._norm.arg_names}}
-for channels, pixels in (256, 16), (1, 4096):
+types |= dict(spreads="*fp32", out="*fp64", CHANNELS="constexpr", PIXELS="constexpr")
+for dtype, channels, pixels in ("fp32", 256, 16), *((d, 1, 4096) for d in ("fp32", "fp16", "bf16")):
+    signature = {name: (types | {"x": f"*{dtype}"})[name] for name in cuda._norm.arg_names}
     source = ASTSource(cuda._norm, signature, dict(CHANNELS=channels, PIXELS=pixels))
     compiled = compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=8, enable_fp_fusion=True))
     print(len(compiled.asm["cubin"]))
@@ -187,4 +223,6 @@ for channels, pixels in (256, 16), (1, 4096):
         monkeypatch,
     )
     assert said.returncode == 0, said.stderr
-    assert all(int(size) > 0 for size in said.stdout.split())
+    sizes = said.stdout.split()
+    assert len(sizes) == 4
+    assert all(int(size) > 0 for size in sizes)

@@ -7,11 +7,11 @@ from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.modes import undisturbed, without_weight_gradients
 from fusenorm_openood.listening.passes import final_linear, forward_pass
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
-from fusenorm_openood.networks.t2fnorm import scores_apart
+from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 from tests.conftest import assert_undisturbed, state_of
 
 
-def test_one_pass_gives_feature_logits_and_predictions(net):
+def test_one_pass_returns_feature_logits_and_predictions(net):
     images = torch.randn(5, 3, 16, 16)
     with torch.no_grad():
         done = forward_pass(net, images)
@@ -22,7 +22,7 @@ def test_one_pass_gives_feature_logits_and_predictions(net):
     assert done.norms.shape == (0, 5)
 
 
-def test_t2fnorm_scores_and_classifies_by_different_logits():
+def test_t2fnorm_scores_and_classifies_with_different_logits():
     torch.manual_seed(0)
     net = T2FNormNet(ResNet18_32x32(4, width=4), 4).eval()
     net.set_tau(0.1)
@@ -32,11 +32,11 @@ def test_t2fnorm_scores_and_classifies_by_different_logits():
         done = forward_pass(net, images)
         assert torch.equal(done.logits, net.forward_ood_inference(images))
         assert torch.equal(done.pred, net(images).argmax(1))
-    assert scores_apart(net)
-    assert not scores_apart(net.backbone)
+    assert has_scoring_logits(net)
+    assert not has_scoring_logits(net.backbone)
 
 
-def test_any_network_may_score_by_other_logits_than_it_classifies_by(net):
+def test_any_network_may_have_separate_scoring_logits(net):
     net.forward_ood_inference = lambda x: -net(x)
     images = torch.randn(5, 3, 16, 16)
     with torch.no_grad():
@@ -46,9 +46,9 @@ def test_any_network_may_score_by_other_logits_than_it_classifies_by(net):
 
 
 @pytest.mark.parametrize("layer", [nn.Flatten(0), nn.Linear(4, 1)])
-def test_what_gives_no_logits_is_refused(layer):
+def test_networks_without_logits_are_rejected(layer):
     net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Conv2d(3, 1, 1), nn.Flatten(), layer)
-    with pytest.raises(TapError, match="no logits"):
+    with pytest.raises(TapError, match="must return logits"):
         forward_pass(net, torch.randn(2, 3, 8, 8))
 
 
@@ -77,7 +77,7 @@ def test_a_linear_layer_before_the_last_one_stays_half():
         def __init__(self):
             super().__init__()
             self.fc = nn.Linear(4, 3)
-            self.proj = nn.Linear(4, 4)  # the last by its name, not by its place
+            self.proj = nn.Linear(4, 4)  # the last one registered, not the last one applied
 
         def forward(self, x):
             return self.fc(self.proj(x.flatten(1)))

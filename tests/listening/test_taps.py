@@ -60,7 +60,7 @@ def test_taps_of_a_wrapped_network_carry_its_prefix():
     assert resolve_taps(net, "blocks") == tuple(f"backbone.{n}" for n in BLOCKS_OF_RESNET18)
 
 
-def test_named_taps_and_their_strong_one(net):
+def test_named_taps_and_their_strong_tap(net):
     names = ["layer1", "layer2", "layer4"]
     assert resolve_taps(net, names) == tuple(names)
     assert first_of_last_stage(net, names) == "layer4"
@@ -69,19 +69,22 @@ def test_named_taps_and_their_strong_one(net):
 @pytest.mark.parametrize(
     ("taps", "message"),
     [
-        (["layer4.2"], r"no module 'layer4\.2': choose among .*layer4\.1"),
-        (["nowhere"], r"no module 'nowhere': choose among layer1\.0"),
+        (["layer4.2"], r"no module 'layer4\.2': choose from .*layer4\.1"),
+        (["nowhere"], r"no module 'nowhere': choose from layer1\.0"),
         ([], "at least one"),
         (["layer1", "layer1"], "each once"),
-        ("everything", "taps = 'everything' unknown"),
+        (
+            "everything",
+            "taps must be 'blocks', 'stages' or a list of module names, got 'everything'",
+        ),
     ],
 )
-def test_wrong_names_are_named(net, taps, message):
+def test_invalid_taps_are_rejected(net, taps, message):
     with pytest.raises(TapError, match=message):
         resolve_taps(net, taps)
 
 
-def test_a_network_without_blocks_says_how_to_find_taps():
+def test_the_error_for_a_network_without_blocks_points_to_tap_candidates():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
     with pytest.raises(TapError, match="tap_candidates"):
         resolve_taps(net, "blocks")
@@ -97,7 +100,7 @@ def test_candidates_have_names_classes_and_shapes(net):
     assert set(BLOCKS_OF_RESNET18) < set(candidates)
 
 
-def test_listening_gives_the_modules_outputs(net):
+def test_listening_yields_the_modules_outputs(net):
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad(), listening(net, ["layer1", "layer2"], torch.clone) as heard:
         net(images)
@@ -107,14 +110,14 @@ def test_listening_gives_the_modules_outputs(net):
         torch.testing.assert_close(heard["layer2"], net.layer2(first))
 
 
-def test_hooks_are_gone_after_an_exception_in_the_pass(net):
+def test_hooks_are_removed_after_an_exception_in_the_pass(net):
     before = state_of(net)
     with pytest.raises(RuntimeError), listening(net, ["layer1"], torch.clone):
         net(torch.randn(2, 4, 16, 16))
     assert_undisturbed(net, before)
 
 
-def test_hooks_are_gone_after_an_exception_in_the_reduction(net):
+def test_hooks_are_removed_after_an_exception_in_the_reduction(net):
     def fail(x):
         raise KeyError("reduction")
 
@@ -142,10 +145,10 @@ class Odd(nn.Module):
     [
         ("unused", "'unused' never fired"),
         ("conv", "'conv' fired twice"),
-        ("fc", r"'fc' returns \[2, 2\], no feature map"),
+        ("fc", r"'fc' must return a feature map .* got \[2, 2\]"),
     ],
 )
-def test_taps_that_give_no_single_map_are_named(tap, message):
+def test_taps_that_return_no_single_feature_map_are_rejected(tap, message):
     net = Odd()
     before = state_of(net)
     with pytest.raises(TapError, match=message), listening(net, [tap], torch.clone):

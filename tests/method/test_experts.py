@@ -20,7 +20,7 @@ LOGITS = torch.randn(40, 7, generator=torch.Generator().manual_seed(0), dtype=to
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1000.0])
-def test_scores_are_scipys(temperature):
+def test_scores_equal_scipys(temperature):
     x = LOGITS.numpy() / temperature
     p = softmax(x, axis=1).max(axis=1)
     np.testing.assert_allclose(msp(LOGITS, temperature), p, rtol=1e-12)
@@ -29,7 +29,7 @@ def test_scores_are_scipys(temperature):
     np.testing.assert_array_equal(mls(LOGITS), LOGITS.numpy().max(axis=1))
 
 
-def test_log_odds_rank_where_the_probability_saturates():
+def test_log_odds_still_rank_where_the_probability_saturates():
     logits = torch.tensor([[100.0, 0, 0], [200.0, 0, 0], [300.0, 0, 0]])
     assert (msp(logits) == 1).all()
     assert (log_odds(logits).diff() > 0).all()
@@ -37,7 +37,7 @@ def test_log_odds_rank_where_the_probability_saturates():
 
 
 @given(st.floats(-50, 50))
-def test_msp_and_mls_order_what_energy_orders_for_two_equal_losers(margin):
+def test_log_odds_grow_with_the_margin_between_two_classes(margin):
     a, b = torch.tensor([[margin, 0.0]]), torch.tensor([[abs(margin) + 1, 0.0]])
     assert log_odds(a) < log_odds(b)
 
@@ -45,13 +45,13 @@ def test_msp_and_mls_order_what_energy_orders_for_two_equal_losers(margin):
 def test_scores_inside_the_fusion_are_float64():
     for name in ("msp", "mls", "energy", "odin"):
         assert score_logits(name, LOGITS.half(), 1.0).dtype == torch.float64
-    # Under ODIN at T = 1000 float32 probabilities of close logits tie; these do not.
+    # At T = 1000, float32 probabilities of close logits tie; these scores do not.
     close = torch.tensor([[1.0, 0.0], [1.00001, 0.0], [1.00002, 0.0]])
     assert len(msp(close.float(), 1000).unique()) < 3
     assert len(score_logits("odin", close, 1000).unique()) == 3
 
 
-def test_odin_moves_every_pixel_towards_the_predicted_class():
+def test_odin_perturbs_every_pixel_towards_the_predicted_class():
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(27, 4))
     images = torch.randn(6, 3, 3, 3, requires_grad=True)
     logits = net(images)
@@ -76,16 +76,16 @@ def test_odins_gradient_survives_half_precision():
     assert (steps[0] == steps[1]).float().mean() > 0.99
 
 
-def test_odin_divides_its_step_by_the_channels_deviation():
+def test_odin_divides_its_step_by_the_channels_standard_deviation():
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     images = torch.randn(2, 3, 2, 2, requires_grad=True)
     moved = odin_perturb(images, net(images), 1000.0, 0.01, (0.1, 0.2, 0.5))
     steps = (moved - images).abs()[0, :, 0, 0].tolist()
     assert steps == pytest.approx([0.1, 0.05, 0.02], rel=1e-4)
-    with pytest.raises(ConfigError, match="2 entries for images of 3 channels"):
+    with pytest.raises(ConfigError, match="2 entries for images with 3 channels"):
         odin_perturb(images, net(images), input_std=(1.0, 1.0))
 
 
-def test_unknown_experts_are_named():
-    with pytest.raises(ConfigError, match="'entropy' unknown: choose among msp, mls, energy, odin"):
+def test_unknown_experts_are_rejected():
+    with pytest.raises(ConfigError, match="'entropy': choose from msp, mls, energy, odin"):
         check_output_expert("entropy")

@@ -12,7 +12,7 @@ Z = arrays(np.float64, (3, 20), elements=st.floats(-3, 4))
 
 
 def fuse_by_hand(strong, weak, base=20.0, cap=1.0):
-    """The formula, one image at a time."""
+    """The formula, applied one image at a time."""
     fused = []
     for i in range(strong.shape[1]):
         largest = max([0.0, *(max(-z, z - 1) for z in weak[:, i])])
@@ -49,25 +49,25 @@ def test_without_weak_experts_nothing_is_subtracted():
     np.testing.assert_array_equal(fuse([[1.0, 2.0]], np.empty((0, 2))), [1, 2])
 
 
-def test_weights_are_scaled_to_one():
+def test_weights_are_scaled_to_sum_to_one():
     strong = np.array([[0.0, 1.0], [1.0, 0.0]])
     np.testing.assert_allclose(fuse(strong, np.empty((0, 2)), weights=[3, 1]), [0.25, 0.75])
     np.testing.assert_allclose(fuse(strong, np.empty((0, 2)), weights=[0, 9]), [1, 0])
 
 
-def test_far_deviations_do_not_overflow():
+def test_large_deviations_do_not_overflow():
     assert fuse([[0.5]], [[1e300]]) == pytest.approx(-0.5)
 
 
 @pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [1, np.nan]])
-def test_unusable_weights_are_named(weights):
+def test_invalid_weights_are_rejected(weights):
     with pytest.raises(ConfigError, match="weights"):
         fuse(np.zeros((2, 3)), np.zeros((1, 3)), weights=weights)
 
 
 @pytest.mark.parametrize(("base", "cap"), [(0.5, 1), (np.inf, 1), (20, -1), (20, np.inf)])
-def test_unusable_penalties_are_named(base, cap):
-    with pytest.raises(ConfigError, match=f"base = {base} and cap = {cap}"):
+def test_invalid_penalties_are_rejected(base, cap):
+    with pytest.raises(ConfigError, match=f"got base={base} and cap={cap}"):
         penalty(np.zeros((1, 3)), base, cap)
 
 
@@ -79,6 +79,6 @@ def test_unusable_penalties_are_named(base, cap):
         (np.zeros(3), np.zeros((1, 3))),
     ],
 )
-def test_scores_that_do_not_match_are_refused(strong, weak):
-    with pytest.raises(DataError, match="do not match"):
+def test_scores_of_mismatched_shapes_are_rejected(strong, weak):
+    with pytest.raises(DataError, match="for the same images, with at least one strong expert"):
         fuse(strong, weak)

@@ -20,7 +20,7 @@ def fpr95_by_hand(id_conf, ood_conf):
 
 
 @given(SCORES, SCORES)
-def test_auroc_and_aupr_are_scikit_learns(id_conf, ood_conf):
+def test_auroc_and_aupr_equal_scikit_learns(id_conf, ood_conf):
     m = ood_metrics(id_conf, ood_conf)
     is_ood = [0] * len(id_conf) + [1] * len(ood_conf)
     conf = np.array(id_conf + ood_conf)
@@ -39,7 +39,7 @@ def test_fpr95_is_the_share_of_id_rejected_at_95_percent_of_ood():
     assert m.aupr_in == pytest.approx(average_precision_score(labels, both), abs=1e-3)
 
 
-def test_perfect_and_reversed():
+def test_perfect_and_reversed_rankings():
     assert ood_metrics([2, 3], [0, 1]) == (0, 1, 1, 1)
     assert ood_metrics([0, 1], [2, 3]).auroc == 0
     assert ood_metrics([0, 1], [2, 3]).fpr95 == 1
@@ -51,13 +51,31 @@ def test_input_is_unmodified():
     np.testing.assert_array_equal(id_conf, [3, 1, 2])
 
 
-def test_empty_and_not_finite_are_refused():
-    with pytest.raises(DataError, match="0 ID and 2 OOD"):
+def test_empty_and_non_finite_confidences_are_rejected():
+    with pytest.raises(DataError, match="got 0 ID and 2 OOD"):
         ood_metrics([], [1, 2])
-    with pytest.raises(NonFiniteError, match="1 of 4"):
+    with pytest.raises(NonFiniteError, match="NaN or infinity for 1 of 4"):
         ood_metrics([1, np.nan], [1, 2])
-    with pytest.raises(DataError, match="3 predictions and 2 labels"):
+    with pytest.raises(DataError, match="got 3 predictions and 2 labels"):
         accuracy([1, 2, 3], [1, 2])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint64, np.int8, np.float16, bool])
+def test_confidences_of_any_type_rank_as_numbers(dtype):
+    id_conf, ood_conf = np.array([200, 100, 50, 3]), np.array([3, 60, 10, 0])
+    if dtype is not np.uint8:
+        id_conf, ood_conf = id_conf // 2, ood_conf // 2
+    given = ood_metrics(id_conf.astype(dtype), ood_conf.astype(dtype))
+    as_float = ood_metrics(
+        id_conf.astype(dtype).astype(float), ood_conf.astype(dtype).astype(float)
+    )
+    assert given == as_float
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 3), ()])
+def test_confidences_of_another_shape_are_rejected(shape):
+    with pytest.raises(DataError, match=r"one number per image, got arrays of shape"):
+        ood_metrics(np.ones(shape), np.ones(3))
 
 
 def test_accuracy():

@@ -13,14 +13,14 @@ YAML = yaml.safe_load((config_root() / "postprocessors" / "fusenorm.yml").read_t
 ARGS = YAML["postprocessor"]["postprocessor_args"]
 
 
-def test_defaults_are_those_of_the_functions():
+def test_defaults_equal_those_of_the_functions():
     for function in (atf, fuse):
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.default is not inspect.Parameter.empty:
                 assert getattr(Settings(), name) == parameter.default
 
 
-def test_temperature_defaults_to_the_experts_own():
+def test_the_temperature_defaults_to_that_of_the_expert():
     assert Settings().output_expert.temperature == 1000
     assert Settings(output="energy").output_expert.temperature == 1
     assert Settings(output="energy", temperature=5).output_expert.temperature == 5
@@ -32,52 +32,53 @@ def test_the_configuration_names_every_setting():
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_missing_or_misspelt_setting_is_named_with_the_valid_ones(name):
+def test_errors_for_missing_and_misspelt_settings_list_the_valid_ones(name):
     missing = {key: value for key, value in ARGS.items() if key != name}
     with pytest.raises(
         ConfigError, match=f"setting '{name}' is missing: the settings are taps, k_min"
     ):
         Settings.from_mapping(missing)
     with pytest.raises(
-        ConfigError, match=f"setting '{name}x' unknown: the settings are taps, k_min"
+        ConfigError, match=f"unknown setting '{name}x': the settings are taps, k_min"
     ):
         Settings.from_mapping({**ARGS, f"{name}x": 1})
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "message"),
     [
         ({"k_min": 0.3}, "k_min = 0.3 and k_max = 0.25"),
         ({"k_max": 0}, "k_max = 0"),
         ({"alpha": 2}, "alpha = 2"),
-        ({"alpha": "much"}, "alpha = 'much' is of the wrong type"),
-        ({"k_min": True}, "k_min = True is of the wrong type"),
-        ({"output": "softmax"}, "'softmax' unknown"),
-        ({"output": 3}, "output = 3 is of the wrong type"),
-        ({"temperature": 0}, "temperature = 0"),
-        ({"noise": -1}, "noise = -1"),
-        ({"input_std": [0.0, 1.0]}, "input_std"),
-        ({"input_std": 1}, "input_std = 1 is of the wrong type"),
-        ({"react_percentile": 100}, "react_percentile = 100"),
-        ({"strong": "all"}, "strong = 'all'"),
-        ({"strong": []}, "name one expert or more"),
+        ({"alpha": "much"}, "alpha must be a finite number, got 'much'"),
+        ({"k_min": True}, "k_min must be a finite number, got True"),
+        ({"output": "softmax"}, "unknown output expert 'softmax'"),
+        ({"output": 3}, "output must be a string, got 3"),
+        ({"temperature": 0}, "temperature must be > 0, got 0"),
+        ({"temperature": float("inf")}, "temperature must be a finite number or None, got inf"),
+        ({"noise": -1}, "noise must be >= 0, got -1"),
+        ({"input_std": [0.0, 1.0]}, "input_std must be > 0 in every channel"),
+        ({"input_std": 1}, "input_std must be a list of numbers or None, got 1"),
+        ({"react_percentile": 100}, "react_percentile must be > 0 and < 100.* got 100"),
+        ({"strong": "all"}, "strong must be 'auto' or a list of experts, got 'all'"),
+        ({"strong": []}, "strong must name at least one expert"),
         ({"strong": [6, 6]}, "each once"),
-        ({"strong": [0.5]}, "wrong type"),
-        ({"weights": [1, 2, 3]}, "do not weigh 2 strong experts"),
-        ({"strong": ["output"], "weights": [1, 2]}, "do not weigh 1 strong experts"),
-        ({"base": 0.5}, "base = 0.5"),
-        ({"cap": -1}, "cap = -1"),
-        ({"percentile_low": 99.95}, "percentile_low = 99.95"),
-        ({"taps": 4}, "taps = 4 is of the wrong type"),
-        ({"nothing": 4}, "setting 'nothing' unknown"),
+        ({"strong": [0.5]}, "strong must be a string or a list of names and numbers"),
+        ({"weights": [1, 2, 3]}, "each of the 2 strong experts"),
+        ({"strong": ["output"], "weights": [1, 2]}, "each of the 1 strong experts"),
+        ({"base": 0.5}, "base must be >= 1.* got base=0.5"),
+        ({"cap": -1}, "cap >= 0.* cap=-1"),
+        ({"percentile_low": 99.95}, "percentile_low=99.95"),
+        ({"taps": 4}, "taps must be a string or a list of names, got 4"),
+        ({"nothing": 4}, "unknown setting 'nothing'"),
     ],
 )
-def test_values_out_of_range_are_named(change, named):
-    with pytest.raises(ConfigError, match=named):
+def test_invalid_values_are_rejected(change, message):
+    with pytest.raises(ConfigError, match=message):
         Settings().replace(**change)
 
 
-def test_lists_of_a_configuration_become_tuples():
+def test_lists_in_a_configuration_become_tuples():
     s = Settings.from_mapping(
         {**ARGS, "strong": [6, "output"], "weights": [1, 2], "taps": ["layer1"]}
     )
@@ -86,8 +87,8 @@ def test_lists_of_a_configuration_become_tuples():
 
 
 @pytest.mark.parametrize("key", ["postprocessor_args", "postprocessor_sweep"])
-def test_sections_that_are_no_mappings_are_refused(key):
+def test_sections_that_are_not_mappings_are_rejected(key):
     section = {"name": "fusenorm", "APS_mode": False, "postprocessor_args": None}
     config = {"postprocessor": {**section, "postprocessor_sweep": None, key: ["base"]}}
-    with pytest.raises(ConfigError, match=rf"{key} = \['base'\] found: give a mapping"):
+    with pytest.raises(ConfigError, match=rf"{key} must be a mapping .* got \['base'\]"):
         read_fusenorm(config)

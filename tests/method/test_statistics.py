@@ -11,7 +11,7 @@ from fusenorm_openood.listening.react import ActivationSample
 SCORES = np.random.default_rng(0).normal(size=(3, 500)) * [[1], [10], [1e-4]]
 
 
-def test_statistics_are_numpys():
+def test_statistics_equal_numpys():
     s = compute_id_statistics(SCORES, 1, 99.9)
     np.testing.assert_array_equal(s.mean, SCORES.mean(axis=1))
     np.testing.assert_array_equal(s.std, SCORES.std(axis=1) + 1e-8)
@@ -20,7 +20,7 @@ def test_statistics_are_numpys():
 
 
 @given(arrays(np.float64, (2, 30), elements=st.floats(-1e6, 1e6), unique=True))
-def test_percentiles_become_zero_and_one_and_order_stays(scores):
+def test_percentiles_map_to_zero_and_one_and_the_order_is_kept(scores):
     z = normalise(scores, compute_id_statistics(scores, 0, 100))
     assert z.min() == 0
     assert z.max() == pytest.approx(1)
@@ -37,26 +37,45 @@ def test_normalisation_ignores_shift_and_scale():
     )
 
 
-def test_a_constant_expert_is_named():
+def test_a_constant_expert_is_rejected_by_name():
     scores = np.vstack([SCORES[0], np.full(500, 2.5)])
     with pytest.raises(ZeroRangeError, match=r"'output' are both 2\.5.*leave this expert out"):
         compute_id_statistics(scores, names=["layer1", "output"])
 
 
-def test_scores_that_are_not_finite_are_named():
-    with pytest.raises(NonFiniteError, match="'expert 1' hold 1 values"):
+@pytest.mark.parametrize("level", [0.1, 1.0, -30.0, 1e4])
+def test_an_expert_that_is_constant_up_to_rounding_is_rejected(level):
+    rng = np.random.default_rng(0)
+    rounded = np.float32(level) * (1 + np.float32(1.2e-7) * rng.integers(-4, 5, 500))
+    with pytest.raises(ZeroRangeError, match="leave this expert out"):
+        compute_id_statistics(rounded[None])
+    narrow = level * (1 + 4e-5 * rng.random(500))  # ODIN's range at a temperature of 1000
+    assert np.isfinite(compute_id_statistics(narrow[None]).upper).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 500), (3, 500), (500,), (2, 5, 100)])
+def test_scores_of_other_experts_are_not_broadcast(shape):
+    statistics = compute_id_statistics(SCORES[:2])
+    with pytest.raises(DataError, match="with 2 experts, as in the ID statistics, got shape"):
+        normalise(np.zeros(shape), statistics)
+
+
+def test_non_finite_scores_are_rejected_by_name():
+    with pytest.raises(
+        NonFiniteError, match="'expert 1' must be finite, got NaN or infinity for 1"
+    ):
         compute_id_statistics(np.array([[0, 1.0], [0, np.nan]]))
 
 
 @pytest.mark.parametrize("scores", [np.zeros((2, 0)), np.zeros(5)])
-def test_no_samples_are_an_error(scores):
+def test_scores_without_images_are_rejected(scores):
     with pytest.raises(DataError, match=r"shape"):
         compute_id_statistics(scores)
 
 
 @pytest.mark.parametrize(("low", "high"), [(50, 50), (99, 1), (-1, 50), (1, 101)])
-def test_percentiles_out_of_order_are_named(low, high):
-    with pytest.raises(ConfigError, match=f"percentile_low = {low}"):
+def test_percentiles_out_of_order_are_rejected(low, high):
+    with pytest.raises(ConfigError, match=f"got percentile_low={low} and"):
         compute_id_statistics(SCORES, low, high)
 
 
@@ -87,5 +106,5 @@ def test_activation_sample_keeps_an_image_larger_than_its_limit():
 
 
 def test_activation_sample_without_images_is_an_error():
-    with pytest.raises(DataError, match="no ID activation"):
+    with pytest.raises(DataError, match="needs at least one ID image"):
         ActivationSample().percentile(90)

@@ -1,4 +1,4 @@
-"""These tests need the real OpenOOD: bash scripts/install_openood.sh installs it."""
+"""These tests need OpenOOD itself: install it with bash scripts/install_openood.sh."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items):
 
 
 def first_images(data_root: Path, few: Path, count: int) -> Path:
-    """A data root of the first images of every list."""
+    """A data root with the first images of every list."""
     lists = few / "benchmark_imglist" / "cifar10"
     lists.mkdir(parents=True)
     (few / "images_classic").symlink_to(data_root / "images_classic")
@@ -50,7 +50,7 @@ def home(bench, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoints(bench):
-    """The checkpoints by cross-entropy and by T2FNorm."""
+    """The checkpoints trained with cross-entropy and with T2FNorm."""
     return {name: bench[1] / run / "s0" / "best.ckpt" for name, run in RUNS.items()}
 
 

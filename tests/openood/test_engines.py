@@ -1,11 +1,14 @@
-"""OpenOOD's Evaluator, its pipelines and the native engine: one answer, for any postprocessor."""
+"""OpenOOD's Evaluator, its pipelines and the native engine agree for every postprocessor."""
 
 import pickle
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import ImageFile
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
@@ -15,12 +18,13 @@ from fusenorm_openood.cli.main import main as fusenorm
 from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.detectors.configuration import detector_for
-from fusenorm_openood.errors import CheckpointError, ConfigError
+from fusenorm_openood.errors import CheckpointError, ConfigError, DataError
+from fusenorm_openood.openood.adapter import make_postprocessor
 from fusenorm_openood.openood.evaluator import evaluate_with_openood
 from fusenorm_openood.openood.pipelines import main
 from tests.conftest import assert_undisturbed, state_of
 
-# FuseNorm's gradients are ODIN's, which is here by itself.
+# FuseNorm's gradients are those of ODIN, which is tested separately.
 CHANGES = {"fusenorm": ["output=energy"]}
 NETWORKS = {"base": "resnet18_32x32", "t2fnorm": "t2fnorm_net"}
 
@@ -49,8 +53,6 @@ def test_three_engines_print_the_same_table(
     home, networks, checkpoints, name, root, tmp_path, monkeypatch
 ):
     from openood.evaluation_api import Evaluator
-
-    from fusenorm_openood.openood.adapter import make_postprocessor
 
     monkeypatch.chdir(home)
     net, changes = networks[root], CHANGES.get(name, [])
@@ -82,8 +84,6 @@ def test_three_engines_print_the_same_table(
 
 @pytest.mark.parametrize("root", ["base", "t2fnorm"])
 def test_knn_is_the_distance_to_the_kth_neighbour(home, networks, root):
-    from fusenorm_openood.openood.adapter import make_postprocessor
-
     net = networks[root]
     config = read_postprocessor("knn", None, ["K=3"])
     knn = make_postprocessor("knn", config, "cifar10")
@@ -114,10 +114,8 @@ def test_knn_is_the_distance_to_the_kth_neighbour(home, networks, root):
 
 @pytest.mark.parametrize("name", ["ash", "scale", "vim", "gen", "t2fnorm"])
 def test_a_t2fnorm_network_is_scored_by_its_scoring_logits(networks, name):
-    """The oracle: OpenOOD's postprocessor on a plain network of the same scoring logits."""
+    """The oracle is OpenOOD's postprocessor on a plain network with the same scoring logits."""
     from openood.networks.resnet18_32x32 import ResNet18_32x32
-
-    from fusenorm_openood.openood.adapter import make_postprocessor
 
     net = networks["t2fnorm"]
     plain = ResNet18_32x32()
@@ -142,10 +140,8 @@ def test_a_t2fnorm_network_is_scored_by_its_scoring_logits(networks, name):
         assert torch.equal(pred, net(images).argmax(1))
 
 
-def test_a_wrapper_that_is_there_already_is_not_wrapped_again(networks, home):
+def test_a_wrapped_network_is_not_wrapped_again(networks, home):
     from openood.networks.react_net import ReactNet
-
-    from fusenorm_openood.openood.adapter import make_postprocessor
 
     net = networks["t2fnorm"]
     react = make_postprocessor("react", read_postprocessor("react", None, []), "cifar10")
@@ -158,21 +154,19 @@ def test_a_wrapper_that_is_there_already_is_not_wrapped_again(networks, home):
     assert torch.equal(scored[1], wrapped[1])
 
 
-def test_what_cannot_be_made_is_named(networks):
-    from fusenorm_openood.openood.adapter import make_postprocessor
-
-    with pytest.raises(ConfigError, match=r"'fusenrom' unknown: choose among .*fusenorm, gen, gm"):
+def test_postprocessors_that_cannot_be_built_raise(networks):
+    with pytest.raises(ConfigError, match=r"'fusenrom': choose from .*fusenorm, gen, gm"):
         make_postprocessor("fusenrom", {"postprocessor": {"name": "msp"}}, "cifar10")
-    with pytest.raises(ConfigError, match="'knn' cannot be made from its configuration"):
+    with pytest.raises(ConfigError, match="'knn' cannot be built from its configuration"):
         make_postprocessor("knn", {"postprocessor": {"name": "knn"}}, "cifar10")
     with pytest.raises(ConfigError, match="'msp' has no parameters to search"):
         make_postprocessor("msp", {"postprocessor": {"APS_mode": True}}, "cifar10")
     t2fnorm = make_postprocessor("t2fnorm", {"postprocessor": {"name": "msp"}}, "cifar10")
-    with pytest.raises(CheckpointError, match="found a ResNet18_32x32: give such a checkpoint"):
+    with pytest.raises(CheckpointError, match="got a ResNet18_32x32: use such a checkpoint"):
         t2fnorm.setup(networks["base"], {}, {})
 
 
-def test_the_command_takes_openoods_postprocessors(home, bench, tmp_path, capsys):
+def test_the_command_accepts_openoods_postprocessors(home, bench, tmp_path, capsys):
     from tests.openood.conftest import RUNS
 
     args = ["eval", "--id-data", "cifar10", "--data-root", str(home / "data"), "--num-workers", "0"]
@@ -185,17 +179,14 @@ def test_the_command_takes_openoods_postprocessors(home, bench, tmp_path, capsys
     assert fusenorm([*args, *knn, "--engine", "native"]) == 1
     assert "--engine native has no postprocessor 'knn': choose" in capsys.readouterr().err
     assert fusenorm([*args, *knn, "--validation"]) == 1
-    assert "and --engine openood cannot do --validation" in capsys.readouterr().err
+    assert "and --engine openood does not support --validation" in capsys.readouterr().err
     assert fusenorm([*args, "--postprocessor", "nearest"]) == 1
     assert "nearest.yml cannot be read" in capsys.readouterr().err
 
 
-def test_a_truncated_image_is_told_in_one_sentence(home, networks, tmp_path, monkeypatch):
-    from PIL import ImageFile
-
-    from fusenorm_openood.errors import DataError
-    from fusenorm_openood.openood.adapter import make_postprocessor
-
+@pytest.fixture
+def with_a_broken_image(home, tmp_path):
+    """A function that writes one truncated ID test image and returns its data root."""
     lists = tmp_path / "benchmark_imglist" / "cifar10"
     lists.mkdir(parents=True)
     for path in (home / "data" / "benchmark_imglist" / "cifar10").glob("*.txt"):
@@ -207,11 +198,35 @@ def test_a_truncated_image_is_told_in_one_sentence(home, networks, tmp_path, mon
     for folder in (home / "data" / "images_classic").iterdir():
         (images / folder.name).symlink_to(folder)
     whole = (home / "data" / "images_classic" / image).read_bytes()
-    (images / "broken.png").write_bytes(whole[: -len(whole) // 10])
+
+    def write(kept: float) -> Path:
+        (images / "broken.png").write_bytes(whole[: int(kept * len(whole))])
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_truncated_images_are_read_alike_by_both_engines(networks, with_a_broken_image, workers):
+    data_root = with_a_broken_image(0.9)
+    net, before = networks["base"], ImageFile.LOAD_TRUNCATED_IMAGES
     msp = make_postprocessor("msp", {"postprocessor": {"name": "msp"}}, "cifar10")
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as after a plain import openood
-    for workers in (0, 1):
-        with pytest.raises(DataError, match=r"cannot read or write a file \([^\n]*truncated"):
-            evaluate_with_openood(
-                networks["base"], msp, "cifar10", tmp_path, 8, workers, False, False
-            )
+    table, _ = evaluate_with_openood(net, msp, "cifar10", data_root, 8, workers, False, False)
+    assert before == ImageFile.LOAD_TRUNCATED_IMAGES
+    benchmark = load_benchmark("cifar10", data_root)
+    detector = detector_for("msp", read_postprocessor("msp"))(net)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        native = evaluate(detector, benchmark, batch_size=8, progress=False).table
+    assert [str(w.message).split()[1] for w in caught] == [
+        str(data_root / "images_classic" / "broken.png")
+    ]
+    assert printed(native) == printed(table)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_reported_in_one_sentence(networks, with_a_broken_image, workers):
+    data_root = with_a_broken_image(0.01)
+    msp = make_postprocessor("msp", {"postprocessor": {"name": "msp"}}, "cifar10")
+    with pytest.raises(DataError, match=r"cannot read or write a file \([^\n]*\)"):
+        evaluate_with_openood(networks["base"], msp, "cifar10", data_root, 8, workers, False, False)

@@ -23,13 +23,13 @@ from tests.without_openood.test_postprocessor import config
 BASE = RUNS["base"]
 
 
-def test_it_is_a_subclass_of_openoods_base():
+def test_it_is_a_subclass_of_openoods_base_postprocessor():
     from openood.postprocessors import BasePostprocessor
 
     assert isinstance(FuseNormPostprocessor(config()), BasePostprocessor)
 
 
-def test_openoods_own_configuration_object_is_taken():
+def test_openoods_configuration_object_is_accepted():
     from openood.utils import Config
 
     path = config_root() / "postprocessors" / "fusenorm.yml"
@@ -71,7 +71,7 @@ def test_t2fnorm_equals_openoods():
         torch.testing.assert_close(net(images), reference(images), rtol=0, atol=1e-6)
         scoring = reference.forward_ood_inference(images)
         torch.testing.assert_close(net.forward_ood_inference(images), scoring, rtol=0, atol=1e-6)
-        # FuseNorm takes OpenOOD's network as it takes ours.
+        # FuseNorm handles OpenOOD's network the same way as ours.
     detectors = [FuseNorm(n).fit([(images, None), (images + 1, None)]) for n in (net, reference)]
     torch.testing.assert_close(detectors[0].score(images), detectors[1].score(images))
 
@@ -110,7 +110,7 @@ def test_both_engines_give_the_same_table(few_images, root, fsood):
     )
 
 
-def test_openoods_search_takes_the_combination_of_the_best_auroc(few_images):
+def test_openoods_search_selects_the_combination_with_the_best_auroc(few_images):
     from openood.evaluation_api import Evaluator
 
     data_root, results = few_images
@@ -158,7 +158,7 @@ def test_the_command_uses_openoods_evaluator(few_images, tmp_path, capsys):
     assert tables[0] == tables[1]
 
 
-def test_an_unknown_id_data_set_is_named(tmp_path):
+def test_an_unknown_id_data_set_raises(tmp_path):
     net = make_net()
     with pytest.raises(OpenOODError, match="no ID data set 'digits': choose --engine native"):
         evaluate_with_openood(
@@ -166,7 +166,7 @@ def test_an_unknown_id_data_set_is_named(tmp_path):
         )
 
 
-def test_pickled_after_setup_it_scores_the_same_in_another_evaluator(few_images):
+def test_pickled_after_setup_it_gives_the_same_scores_in_another_evaluator(few_images):
     from openood.evaluation_api import Evaluator
 
     data_root, results = few_images

@@ -1,4 +1,4 @@
-"""``fusenorm`` is a name everywhere OpenOOD looks one up, and its training and scripts run here."""
+"""OpenOOD knows `fusenorm` wherever it looks up a name; its trainers and scripts run."""
 
 import io
 import runpy
@@ -31,7 +31,7 @@ TRAIN = [
 ]
 
 
-def test_every_lookup_knows_fusenorm_after_one_registration_or_two():
+def test_every_lookup_knows_fusenorm_after_one_or_two_registrations():
     register()
     import openood.evaluation_api.evaluator as evaluator
     import openood.evaluation_api.postprocessor as api
@@ -46,14 +46,14 @@ def test_every_lookup_knows_fusenorm_after_one_registration_or_two():
     assert pipeline.get_postprocessor is package.utils.get_postprocessor is functions[1]
     assert api.postprocessors["fusenorm"] is FuseNormPostprocessor
     assert isinstance(package.get_postprocessor(Config(config())), FuseNormPostprocessor)
-    # Other names mean what they did.
+    # Other names keep their meaning.
     msp = Config({"postprocessor": {"name": "msp"}})
     assert type(package.get_postprocessor(msp)) is package.BasePostprocessor
     with pytest.raises(KeyError):
         package.get_postprocessor(Config({"postprocessor": {"name": "nothing"}}))
 
 
-def test_what_openood_imports_later_knows_fusenorm_too():
+def test_modules_that_openood_imports_later_know_fusenorm_too():
     code = (
         "import sys, fusenorm_openood\n"
         "assert 'openood' not in sys.modules\n"
@@ -79,7 +79,7 @@ def test_evaluator_finds_it_by_name(home, networks, tmp_path):
             assert isinstance(evaluator.postprocessor, FuseNormPostprocessor)
             assert evaluator.postprocessor.setup_flag
     assert sorted(openood_config_root().rglob("*")) == before
-    own = config_of_ones_own(tmp_path, "alpha", 0.5)
+    own = custom_config_root(tmp_path, "alpha", 0.5)
     with on_device("cpu"):
         evaluator = Evaluator(
             networks["base"], "cifar10", str(home / "data"), str(own),
@@ -88,13 +88,13 @@ def test_evaluator_finds_it_by_name(home, networks, tmp_path):
     assert evaluator.postprocessor.settings.alpha == 0.5
 
 
-def config_of_ones_own(folder: Path, key: str, value: float) -> Path:
+def custom_config_root(folder: Path, key: str, value: float) -> Path:
     (folder / "postprocessors").mkdir()
     (folder / "postprocessors" / "fusenorm.yml").write_text(yaml.safe_dump(config(**{key: value})))
     return folder
 
 
-def test_openoods_script_pickles_it_after_setup_and_loads_it_again(
+def test_openoods_script_pickles_and_reloads_it_after_setup(
     home, checkpoints, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "scripts").mkdir()
@@ -121,7 +121,7 @@ def test_openoods_script_pickles_it_after_setup_and_loads_it_again(
     assert "± 0.00" in tables[0]
 
 
-def test_openoods_trainer_makes_a_checkpoint_that_loads(home, tmp_path, monkeypatch):
+def test_openoods_trainer_writes_a_checkpoint_that_loads(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     stdout, benchmark = sys.stdout, torch.backends.cudnn.benchmark
     args = ["--config", *TRAIN, "--device", "cpu", "--output_dir", f"{tmp_path}/"]
@@ -134,12 +134,12 @@ def test_openoods_trainer_makes_a_checkpoint_that_loads(home, tmp_path, monkeypa
     assert isinstance(net, T2FNormNet)
     assert float(net.tau) == pytest.approx(0.1)
     assert "Training Completed!" in (run / "log.txt").read_text()
-    # Again: OpenOOD would ask, and nobody answers.
+    # The second time OpenOOD would prompt for an answer, and stdin is empty.
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert main(args) == 1
 
 
-def test_output_directories_are_openoods(tmp_path, monkeypatch):
+def test_output_directories_equal_openoods(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = [*TRAIN[:1], "configs/networks/resnet18_32x32.yml", *TRAIN[2:3]]
     test = [*DATA, *base[1:], "configs/postprocessors/msp.yml"]
@@ -172,7 +172,7 @@ def test_every_configuration_is_read_by_openood():
         assert dict(Config(str(path)).all_items())
 
 
-def test_csid_lists_are_openoods():
+def test_csid_lists_equal_openoods():
     from openood.evaluation_api.datasets import DATA_INFO
 
     for name in ("cifar10", "cifar100", "imagenet200", "imagenet"):
@@ -185,7 +185,7 @@ def test_csid_lists_are_openoods():
             assert csid[shifted]["imglist_pth"] == listed
 
 
-def test_names_are_found_in_openoods_functions():
+def test_known_names_are_found_in_openoods_functions():
     from openood.networks.utils import get_network
     from openood.pipelines.utils import get_pipeline
 
@@ -196,19 +196,19 @@ def test_names_are_found_in_openoods_functions():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--pipeline.name", "test"], "pipeline 'test' unknown: choose among feat_extract"),
-        (["--postprocessor.name", "fusenrom"], "postprocessor 'fusenrom' unknown: choose among a"),
-        (["--network.name", "resnet"], "network 'resnet' unknown: choose among arpl_gan"),
-        (["--evaluator.name", "odd"], "evaluator 'odd' unknown: choose among ad, arpl, base"),
-        (["--nothing", "1"], "key 'nothing' stands in none of the configurations"),
+        (["--pipeline.name", "test"], "unknown pipeline 'test': choose from feat_extract"),
+        (["--postprocessor.name", "fusenrom"], "unknown postprocessor 'fusenrom': choose from a"),
+        (["--network.name", "resnet"], "unknown network 'resnet': choose from arpl_gan"),
+        (["--evaluator.name", "odd"], "unknown evaluator 'odd': choose from ad, arpl, base"),
+        (["--nothing", "1"], "key 'nothing' is missing from the configurations"),
         (["--seed", "1:nothing"], "the configuration cannot be read (NameError"),
-        (["--num_gpus", "2"], "pipeline 'test_ood' on cpu runs in one process: choose 1 of both"),
+        (["--num_gpus", "2"], "must be 1, since pipeline 'test_ood' on cpu runs in one process"),
         (["--network.checkpoint", "nowhere.ckpt"], "checkpoint nowhere.ckpt not found"),
         (["--device", "tpu9"], "device 'tpu9' cannot be used"),
         (["--ood_dataset.val.imglist_pth", "no.txt"], "cannot read or write a file ([Errno 2]"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(home, tmp_path, monkeypatch, capsys, changes, message):
+def test_errors_are_reported_in_one_sentence(home, tmp_path, monkeypatch, capsys, changes, message):
     monkeypatch.chdir(home)
     assert run_main(tmp_path, "resnet18_32x32", "fusenorm", "test_ood", "none", *changes) == 1
     err = capsys.readouterr().err.strip().splitlines()[-1]
@@ -216,44 +216,44 @@ def test_mistakes_are_told_in_one_sentence(home, tmp_path, monkeypatch, capsys, 
     assert message in err
 
 
-def test_a_search_that_openoods_evaluator_would_leave_out_is_refused(
+def test_a_search_that_openoods_evaluator_would_skip_is_rejected(
     home, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(home)
     searching = ("--postprocessor.APS_mode", "True:bool")
     assert run_main(tmp_path, "resnet18_32x32", "odin", "test_fsood", "none", *searching) == 1
-    assert "OpenOOD's evaluator 'fsood' searches nothing" in capsys.readouterr().err
+    assert "OpenOOD's evaluator 'fsood' cannot search parameters" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["APS_mode", "postprocessor_sweep"])
-def test_a_key_that_a_postprocessor_lacks_is_named(home, tmp_path, monkeypatch, capsys, key):
+def test_a_missing_key_is_reported(home, tmp_path, monkeypatch, capsys, key):
     monkeypatch.chdir(home)
     lacking = config()
     del lacking["postprocessor"][key]
     (tmp_path / "own.yml").write_text(yaml.safe_dump(lacking))
     files = [*DATA, *TRAIN[1:3], "configs/pipelines/test/test_ood.yml", str(tmp_path / "own.yml")]
     assert main(["--config", *files, "--device", "cpu", "--output_dir", str(tmp_path)]) == 1
-    assert f"key 'postprocessor.{key}' is missing in the conf" in capsys.readouterr().err
+    assert f"key 'postprocessor.{key}' is missing from the conf" in capsys.readouterr().err
     assert main(["--config", *files[1:], "--device", "cpu"]) == 1
-    assert "key 'dataset.name' stands in none of the conf" in capsys.readouterr().err
+    assert "key 'dataset.name' is missing from the conf" in capsys.readouterr().err
     assert main(["--config", *files[:1], *files[2:], "--device", "cpu"]) == 1
-    assert "key 'ood_dataset' is missing in the configuration" in capsys.readouterr().err
+    assert "key 'ood_dataset' is missing from the configuration" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("network", "root"), [("resnet18_32x32", "t2fnorm"), ("t2fnorm_net", "base")]
 )
-def test_a_checkpoint_of_another_network_is_refused(
+def test_a_checkpoint_of_another_network_is_rejected(
     home, checkpoints, tmp_path, monkeypatch, capsys, network, root
 ):
     monkeypatch.chdir(home)
     assert run_main(tmp_path, network, "msp", "test_ood", checkpoints[root]) == 1
     kind = "T2FNorm" if root == "t2fnorm" else "plain"
-    message = f"of a {kind} network, does not fit the network '{network}'"
+    message = f"of a {kind} network does not fit the network '{network}'"
     assert message in capsys.readouterr().err
 
 
-def test_a_head_for_other_classes_is_left_out_for_training_only(checkpoints):
+def test_a_head_for_other_classes_is_skipped_for_training_only(checkpoints):
     from openood.networks.utils import get_network
     from openood.utils import Config
 
@@ -264,7 +264,7 @@ def test_a_head_for_other_classes_is_left_out_for_training_only(checkpoints):
     network = Config(section, pretrained=True, checkpoint=path)
     net = load_checkpoint(get_network, network, head_may_differ=True)
     assert torch.equal(net.layer4[0].conv1.weight, load_network(path).layer4[0].conv1.weight)
-    with pytest.raises(CheckpointError, match=r"2 of its 122 tensors .* fc\.weight say"):
+    with pytest.raises(CheckpointError, match=r"2 of its 122 tensors .* example fc\.weight"):
         load_checkpoint(get_network, network)
 
 

@@ -20,7 +20,9 @@ from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.networks.checkpoints import load_backbone
-from fusenorm_openood.training.loop import train, train_digits, train_epoch
+from fusenorm_openood.training.digits import train_digits
+from fusenorm_openood.training.epoch import train_epoch
+from fusenorm_openood.training.loop import train
 from fusenorm_openood.training.processes import processes, threads
 from fusenorm_openood.training.recipes import Recipe, find_recipe
 from fusenorm_openood.training.resume import keep
@@ -75,7 +77,7 @@ def test_the_first_20_steps_equal_plain_torch(method):
         torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_writes_what_openood_and_load_network_read(few, tmp_path):
+def test_a_run_writes_files_that_openood_and_load_network_read(few, tmp_path):
     random_state = torch.get_rng_state()
     best = train(RECIPE, few, tmp_path, progress=False)
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -90,7 +92,7 @@ def test_a_run_writes_what_openood_and_load_network_read(few, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["base", "t2fnorm"])
-def test_interrupted_and_resumed_the_weights_are_bit_identical(few, tmp_path, method, monkeypatch):
+def test_a_resumed_run_ends_with_bitwise_identical_weights(few, tmp_path, method, monkeypatch):
     recipe = replace(RECIPE, method=method)
     through = train(recipe, few, tmp_path / "through", progress=False)
 
@@ -107,7 +109,7 @@ def test_interrupted_and_resumed_the_weights_are_bit_identical(few, tmp_path, me
         train(recipe, few, tmp_path / "cut", progress=False)
     assert (tmp_path / "cut" / "unfinished.ckpt").is_file()
     monkeypatch.undo()
-    torch.rand(100)  # what happened in between is of no matter
+    torch.rand(100)  # what happens in between does not matter
     cut = train(recipe, few, tmp_path / "cut", progress=False)
     expected, found = weights(through), weights(cut)
     assert expected.keys() == found.keys()
@@ -116,7 +118,7 @@ def test_interrupted_and_resumed_the_weights_are_bit_identical(few, tmp_path, me
     assert logs[0] == logs[1]
 
 
-def test_a_run_that_is_cut_between_two_files_is_no_finished_run(few, tmp_path, monkeypatch):
+def test_a_run_interrupted_between_two_files_is_not_finished(few, tmp_path, monkeypatch):
     through = train(RECIPE, few, tmp_path / "through", progress=False)
     folder = tmp_path / "cut"
 
@@ -125,13 +127,13 @@ def test_a_run_that_is_cut_between_two_files_is_no_finished_run(few, tmp_path, m
 
     monkeypatch.setattr(
         "fusenorm_openood.training.loop.log", cut
-    )  # best.ckpt of an epoch is written
+    )  # after best.ckpt of an epoch is written
     with pytest.raises(KeyboardInterrupt):
         train(RECIPE, few, folder, progress=False)
     assert (folder / "best.ckpt").is_file()
     monkeypatch.undo()
     monkeypatch.setattr("fusenorm_openood.training.loop.keep", after(2, KeyboardInterrupt, keep))
-    with pytest.raises(KeyboardInterrupt):  # an epoch is in the table that was not kept
+    with pytest.raises(KeyboardInterrupt):  # the log has an epoch that was not saved
         train(RECIPE, few, folder, progress=False)
     assert len((folder / "log.csv").read_text().splitlines()) == 4
     monkeypatch.undo()
@@ -141,7 +143,7 @@ def test_a_run_that_is_cut_between_two_files_is_no_finished_run(few, tmp_path, m
     assert logs[0] == logs[1]
 
 
-def test_a_best_checkpoint_that_was_removed_is_made_again(few, tmp_path, monkeypatch):
+def test_a_deleted_best_checkpoint_is_written_again(few, tmp_path, monkeypatch):
     monkeypatch.setattr("fusenorm_openood.training.loop.keep", after(3, KeyboardInterrupt, keep))
     with pytest.raises(KeyboardInterrupt):
         train(RECIPE, few, tmp_path, progress=False)
@@ -153,7 +155,7 @@ def test_a_best_checkpoint_that_was_removed_is_made_again(few, tmp_path, monkeyp
 
 
 def after(calls, error, function):
-    """A function that raises an error instead of its call of that number, counted from 0."""
+    """A function that raises an error at its call number `calls`, counted from 0."""
     count = itertools.count()
 
     def failing(*args):
@@ -164,7 +166,7 @@ def after(calls, error, function):
     return failing
 
 
-def test_a_killed_process_goes_on_where_it_stopped(digits, few, tmp_path):
+def test_a_killed_process_resumes_where_it_stopped(digits, few, tmp_path):
     command = [
         sys.executable, "-m", "fusenorm_openood.cli", "train", "--id-data", "digits",
         "--data-root", str(few.id["train"].imagelist.parents[2]), "--results-dir", str(tmp_path),
@@ -217,13 +219,15 @@ def test_memory_format_and_precision_train_the_same_kind_of_weights(
         torch.testing.assert_close(state, plain, rtol=1e-3, atol=1e-4)
 
 
-def test_a_network_too_narrow_for_channels_last_is_refused(few, tmp_path):
-    with pytest.raises(ConfigError, match="width = 4 found: below 8"):
+def test_a_network_too_narrow_for_channels_last_is_rejected(few, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"width must be >= 8 for channels_last on a CPU, .* got 4"
+    ):
         train(RECIPE, few, tmp_path, channels_last=True, progress=False)
     assert not any(tmp_path.iterdir())
 
 
-def test_training_starts_from_a_checkpoint_of_either_kind(few, tmp_path, digits):
+def test_training_can_start_from_either_kind_of_checkpoint(few, tmp_path, digits):
     net = load_network(digits[1])
     plain = find_recipe("digits").build(7)
     wrapped = find_recipe("digits", method="t2fnorm").build(7)
@@ -238,7 +242,7 @@ def test_training_starts_from_a_checkpoint_of_either_kind(few, tmp_path, digits)
         train(replace(RECIPE, init=str(digits[1])), few, tmp_path / "run", progress=False)
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(few, tmp_path, monkeypatch):
+def test_after_a_non_finite_loss_the_last_good_checkpoint_is_kept(few, tmp_path, monkeypatch):
     rates = iter([0.01] * 6 + [1e30] * 100)
     monkeypatch.setattr(Recipe, "learning_rate", lambda *_: next(rates))
     with pytest.raises(NonFiniteError, match=r"the loss is (nan|inf) at step (\d+): the last good"):
@@ -249,7 +253,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(few, tmp_path,
     assert all(v.isfinite().all() for v in kept["net"].values())
 
 
-def test_the_step_of_a_loss_that_is_not_finite_is_named():
+def test_the_error_for_a_non_finite_loss_names_the_step():
     recipe = Recipe(id_data="digits", width=4, epochs=1)
     net = recipe.build(2)
     images = torch.zeros(30, 3, 8, 8)
@@ -260,25 +264,29 @@ def test_the_step_of_a_loss_that_is_not_finite_is_named():
         train_epoch(net, optimiser, loader, recipe)
 
 
-def test_labels_that_the_network_has_no_class_for_are_refused(few, tmp_path):
+def test_labels_outside_the_networks_classes_are_rejected(few, tmp_path):
     imagelist = few.id["train"].imagelist
     text = imagelist.read_text()
     try:
         imagelist.write_text(re.sub(r" \d+\n", " 7\n", text, count=1))
-        with pytest.raises(DataError, match=r"line 1: .* has the label 7, .* classes 0 to 6"):
+        with pytest.raises(DataError, match=r"line 1: the label of .* classes 0 to 6, got 7"):
             train(RECIPE, few, tmp_path, progress=False)
     finally:
         imagelist.write_text(text)
 
 
-def test_a_run_of_another_recipe_is_not_gone_on_with(few, tmp_path):
+def test_a_run_of_another_recipe_is_not_resumed(few, tmp_path):
     begun = replace(RECIPE, epochs=1)
     train(begun, few, tmp_path, progress=False)
     for change in ({"lr": 0.01}, {"batch_size": 8}, {"init": "other.ckpt"}):
-        with pytest.raises(CheckpointError, match=f"holds a run with {next(iter(change))} = "):
+        with pytest.raises(
+            CheckpointError, match=f"{next(iter(change))} must be .*, as in the run in"
+        ):
             train(replace(begun, **change), few, tmp_path, progress=False)
     (tmp_path / "unfinished.ckpt").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="cannot be read: remove it"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read: .* or remove it to start the run again"
+    ):
         train(begun, few, tmp_path, progress=False)
 
 
@@ -290,39 +298,40 @@ def test_runs_have_openoods_names():
         ("cifar100", "base"): "cifar100_resnet18_32x32_base_e100_lr0.1_default/s0",
     }
     for (id_data, method), name in names.items():
-        assert find_recipe(id_data, method=method).run_name == name
+        init = "weights.pth" if id_data == "imagenet" else None
+        assert find_recipe(id_data, method=method, init=init).run_name == name
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "t2fn"}, "training method 't2fn' unknown: choose base, t2fnorm"),
-        ({"lr": 0.0}, "lr = 0.0 found: choose a number above 0"),
-        ({"tau": math.inf}, "tau = inf found"),
-        ({"epochs": -1}, "epochs = -1 found"),
+        ({"method": "t2fn"}, "unknown training method 't2fn': choose from base, t2fnorm"),
+        ({"lr": 0.0}, "lr must be a finite number > 0, got 0.0"),
+        ({"tau": math.inf}, "tau must be a finite number > 0, got inf"),
+        ({"epochs": -1}, "epochs must be a finite number > 0, got -1"),
     ],
 )
-def test_recipes_that_cannot_be_used_are_refused(change, message):
+def test_invalid_recipes_are_rejected(change, message):
     with pytest.raises(ConfigError, match=message):
         find_recipe("cifar10", **change)
-    with pytest.raises(ConfigError, match="ID data set 'mnist' unknown: choose cifar10"):
+    with pytest.raises(ConfigError, match="unknown ID data set 'mnist': choose from cifar10"):
         find_recipe("mnist")
 
 
-def test_zero_is_no_absent_option(capsys):
+def test_zero_is_not_treated_as_a_missing_option(capsys):
     assert main(["train", "--id-data", "digits", "--lr", "0"]) == 1
-    assert "lr = 0.0 found: choose a number above 0" in capsys.readouterr().err
+    assert "lr must be a finite number > 0, got 0.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["mps", "cuda:1"])
 def test_several_processes_need_a_device_each(device, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused = pytest.raises(ConfigError, match=f"2 processes on device {device} found")
-    with refused, processes(torch.device(device)):
+    rejected = pytest.raises(ConfigError, match=f"device of 2 processes .* got '{device}'")
+    with rejected, processes(torch.device(device)):
         pass
 
 
-def test_the_command_says_which_images_are_missing(tmp_path, capsys):
+def test_the_command_reports_missing_images(tmp_path, capsys):
     args = ["train", "--id-data", "cifar10", "--data-root", str(tmp_path)]
     assert main([*args, "--results-dir", str(tmp_path / "results")]) == 1
     assert "train_cifar10.txt cannot be read" in capsys.readouterr().err
@@ -350,7 +359,7 @@ def test_resnet18_learns_a_toy_problem():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_threads_are_given_back():
+def test_the_number_of_threads_is_restored():
     before = torch.get_num_threads()
     with pytest.raises(KeyError), threads(1):
         assert torch.get_num_threads() == 1

@@ -1,4 +1,4 @@
-"""Postprocessors in OpenOOD's manner around T2FNorm networks; tests/openood has OpenOOD's own."""
+"""Postprocessors like OpenOOD's on T2FNorm networks; OpenOOD's own are in tests/openood."""
 
 import pickle
 
@@ -15,7 +15,7 @@ IMAGES = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
 class MaxLogit:
-    """The least of OpenOOD's postprocessors, with a parameter to search."""
+    """A minimal postprocessor with OpenOOD's interface and a parameter to search."""
 
     config = None
 
@@ -39,7 +39,7 @@ def t2fnorm():
     return net
 
 
-def test_the_view_gives_scoring_logits_and_the_feature_they_are_linear_in(t2fnorm):
+def test_the_view_returns_scoring_logits_and_the_input_of_fc(t2fnorm):
     view = ScoringView(t2fnorm)
     with torch.no_grad():
         logits, feature = view(IMAGES, return_feature=True)
@@ -51,7 +51,7 @@ def test_the_view_gives_scoring_logits_and_the_feature_they_are_linear_in(t2fnor
     )
 
 
-def test_scores_are_of_the_view_and_classes_of_the_network(t2fnorm):
+def test_scores_come_from_the_view_and_classes_from_the_network(t2fnorm):
     before = state_of(t2fnorm)
     adapted = AdaptedPostprocessor(MaxLogit(), "odin")
     adapted.setup(t2fnorm, {}, {})
@@ -63,7 +63,7 @@ def test_scores_are_of_the_view_and_classes_of_the_network(t2fnorm):
         assert torch.equal(pred, t2fnorm(IMAGES).argmax(1))
 
 
-def test_a_plain_network_is_shown_as_it_is(net):
+def test_a_plain_network_is_passed_on_unchanged(net):
     adapted = AdaptedPostprocessor(MaxLogit(), "mls")
     adapted.setup(net, {}, {})
     assert adapted.shown == "ResNet18_32x32"
@@ -72,19 +72,19 @@ def test_a_plain_network_is_shown_as_it_is(net):
     torch.testing.assert_close(conf, net(IMAGES).detach().amax(1))
 
 
-def test_the_rest_is_the_inner_postprocessors_and_pickles():
+def test_other_attributes_are_the_inner_postprocessors_after_pickling_too():
     adapted = AdaptedPostprocessor(MaxLogit(), "mls")
     again = pickle.loads(pickle.dumps(adapted))
     assert again.args_dict == {"scale": [1, 2]}
     assert not hasattr(again, "setup_flag")
 
 
-def test_t2fnorm_is_for_t2fnorm_networks(net):
-    with pytest.raises(CheckpointError, match="found a ResNet18_32x32: give such a checkpoint"):
+def test_the_postprocessor_t2fnorm_needs_a_t2fnorm_network(net):
+    with pytest.raises(CheckpointError, match="got a ResNet18_32x32: use such a checkpoint"):
         AdaptedPostprocessor(MaxLogit(), "t2fnorm").setup(net, {}, {})
 
 
-def test_names_stand_in_the_source():
+def test_known_names_are_read_from_the_source():
     def get_thing(name):
         if name == "last":
             return 3

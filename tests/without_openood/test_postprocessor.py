@@ -47,7 +47,7 @@ def test_contract(ready, net, as_dicts):
     assert pred.shape == conf.shape == (60,)
 
 
-def test_scores_are_the_detectors(ready, net, as_dicts):
+def test_scores_equal_the_detectors(ready, net, as_dicts):
     p = FuseNormPostprocessor(config())
     detector = FuseNorm(net, p.settings).fit(as_dicts)
     pred, conf = ready.postprocess(net, IMAGES)
@@ -55,7 +55,7 @@ def test_scores_are_the_detectors(ready, net, as_dicts):
     assert torch.equal(pred, detector.predict(IMAGES)[0])
 
 
-def test_pickles_after_setup_and_scores_the_same(ready, net, as_dicts):
+def test_unpickled_it_gives_the_same_scores(ready, net, as_dicts):
     pickled = pickle.dumps(ready)
     assert len(pickled) < 20_000  # neither the network nor the images are in it
     again = pickle.loads(pickled)
@@ -66,7 +66,7 @@ def test_pickles_after_setup_and_scores_the_same(ready, net, as_dicts):
 @pytest.mark.parametrize(
     "values", [[2, "auto", 0.25], [20, ["output"], 0.25], [2, ["output"], 0.5]]
 )
-def test_hyperparameters_recompute_all_that_follows(ready, net, as_dicts, values):
+def test_hyperparameters_recompute_everything_that_depends_on_them(ready, net, as_dicts, values):
     ready.set_hyperparam(values)
     assert ready.get_hyperparam() == [
         values[0],
@@ -88,10 +88,10 @@ def test_fusion_settings_change_without_another_pass(ready, net):
     net.conv1.register_forward_hook(lambda *_: calls.append(1))
     ready.set_hyperparam([2, ["output"], 0.25])
     ready.postprocess(net, IMAGES)
-    assert len(calls) == 2  # ODIN's two passes over these images, none over the ID images
+    assert len(calls) == 2  # ODIN's two passes over the test images, none over the ID images
 
 
-def test_pickled_after_a_search_it_scores_the_same(ready, net):
+def test_pickled_after_a_search_it_gives_the_same_scores(ready, net):
     ready.set_hyperparam([20, "auto", 0.5])
     again = pickle.loads(pickle.dumps(ready))
     assert again.setup_flag
@@ -102,7 +102,7 @@ def test_pickled_after_a_search_it_scores_the_same(ready, net):
     assert not again.setup_flag
 
 
-def test_setup_flag_spares_a_second_fit(ready, net):
+def test_setup_flag_prevents_a_second_fit(ready, net):
     ready.setup(net, {"val": []}, {})
     ready.postprocess(net, IMAGES)
 
@@ -116,7 +116,7 @@ def test_setup_flag_spares_a_second_fit(ready, net):
         ),
         (
             lambda c: c["postprocessor"]["postprocessor_args"].update(alhpa=1),
-            "'alhpa' unknown: the settings are",
+            "unknown setting 'alhpa': the settings are",
         ),
         (lambda c: c["postprocessor"].pop("APS_mode"), "'postprocessor.APS_mode' is missing"),
         (
@@ -125,36 +125,39 @@ def test_setup_flag_spares_a_second_fit(ready, net):
         ),
         (
             lambda c: c["postprocessor"].update(postprocessor_sweep={"bsae": [1]}),
-            "'bsae' unknown: the settings are",
+            "unknown setting 'bsae': the settings are",
         ),
         (
             lambda c: c["postprocessor"].update(postprocessor_sweep={"base": 1}),
-            "postprocessor_sweep.base = 1: give a list",
+            "postprocessor_sweep.base must be a non-empty list of values, got 1",
         ),
         (
             lambda c: c["postprocessor"].update(postprocessor_sweep={"base": [20, 0.1]}),
-            r"base = 0\.1",
+            r"got base=0\.1",
         ),
-        (lambda c: c["postprocessor"].update(APS_mod=True), "'postprocessor.APS_mod' unknown"),
-        (lambda c: c["postprocessor"].update(APS_mode="False"), "APS_mode = 'False' found"),
+        (lambda c: c["postprocessor"].update(APS_mod=True), "unknown key 'postprocessor.APS_mod'"),
+        (
+            lambda c: c["postprocessor"].update(APS_mode="False"),
+            "APS_mode must be True or False, got 'False'",
+        ),
         (lambda c: c.pop("postprocessor"), "'postprocessor' is missing"),
     ],
 )
-def test_configurations_with_a_typo_are_refused(change, message):
+def test_configurations_with_a_typo_are_rejected(change, message):
     c = config()
     change(c)
     with pytest.raises(ConfigError, match=message):
         FuseNormPostprocessor(c)
 
 
-def test_wrong_use_is_named(net):
+def test_misuse_raises_typed_errors(net):
     p = FuseNormPostprocessor(config())
     with pytest.raises(NotFittedError, match="call setup"):
         p.postprocess(net, IMAGES)
-    with pytest.raises(DataError, match="ID loaders train found: FuseNorm fits on 'val'"):
+    with pytest.raises(DataError, match=r"id_loader_dict must contain 'val'.*, got train"):
         p.setup(net, {"train": []})
     with pytest.raises(
-        ConfigError, match=r"2 hyperparameters \[1, 2\] found: give one each for k_min"
+        ConfigError, match=r"hyperparam must have .* values \(k_min, .*got \[1, 2\]"
     ):
         p.set_hyperparam([1, 2])
     with pytest.raises(FuseNormError):

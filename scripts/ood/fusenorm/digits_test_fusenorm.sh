@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# FuseNorm on the digits benchmark, which needs no data: its images ship inside scikit-learn, and
-# its network is trained on first use. Arguments go to scripts/eval_ood.py and override those below.
+# FuseNorm on the digits benchmark, which needs no data: its images ship with scikit-learn, and its
+# network is trained on first use. Arguments go to scripts/eval_ood.py and override those below.
 set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment

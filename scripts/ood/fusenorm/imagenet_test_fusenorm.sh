@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# FuseNorm on ImageNet-1k (torchvision's ResNet-50 weights go to ckpt.pth under the root below). Arguments go to scripts/eval_ood.py and override
-# those below: --data-root DIR, --root DIR (a T2FNorm-trained run, say), --compare, --fsood, ...
+# FuseNorm on ImageNet-1k; save torchvision's ResNet-50 weights as ckpt.pth under the root below.
+# Arguments go to scripts/eval_ood.py and override those below: --data-root DIR, --root DIR (for
+# example of a network trained with T2FNorm), --compare, --fsood, ...
 set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a network by T2FNorm on CIFAR-10, or goes on with a run that was interrupted.
+# Trains a network with T2FNorm on CIFAR-10, or resumes an interrupted run.
 # Arguments go to 'fusenorm train': --seed 1, --amp bf16, ... NPROC=2 trains on two devices.
 set -euo pipefail
 . "$(dirname "$0")/../../env.sh"

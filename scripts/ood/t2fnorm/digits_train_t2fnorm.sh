@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a network by T2FNorm on the digits benchmark, or goes on with a run that was interrupted.
-# It takes about a minute on two CPU cores, and needs no data.
+# Trains a network with T2FNorm on the digits benchmark, or resumes an interrupted run.
+# Takes about a minute on two CPU cores, and needs no data.
 # Arguments go to 'fusenorm train': --seed 1, --amp bf16, ... NPROC=2 trains on two devices.
 set -euo pipefail
 . "$(dirname "$0")/../../env.sh"

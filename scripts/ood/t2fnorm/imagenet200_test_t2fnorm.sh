@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# T2FNorm's own score on the networks that imagenet200_train_t2fnorm.sh trained. Arguments go to
+# T2FNorm's own score on the networks trained by imagenet200_train_t2fnorm.sh. Arguments go to
 # scripts/eval_ood.py and override those below: --postprocessor fusenorm, --root DIR, --fsood, ...
 set -euo pipefail
 . "$(dirname "$0")/../../env.sh"

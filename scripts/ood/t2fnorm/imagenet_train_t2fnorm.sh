@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a network by T2FNorm on ImageNet-1k, or goes on with a run that was interrupted.
-# It is fine-tuned from torchvision's weights (IMAGENET1K_V1), which INIT names.
+# Trains a network with T2FNorm on ImageNet-1k, or resumes an interrupted run.
+# Fine-tunes torchvision's weights (IMAGENET1K_V1), whose file is given by INIT.
 # Arguments go to 'fusenorm train': --seed 1, --amp bf16, ... NPROC=2 trains on two devices.
 set -euo pipefail
 . "$(dirname "$0")/../../env.sh"

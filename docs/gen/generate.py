@@ -1,0 +1,230 @@
+"""Tables from the code and from benchmarks/results, put between a page's markers."""
+
+import argparse
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from docs.gen import figures
+from fusenorm_openood.configs import config_root, read_config
+from fusenorm_openood.detectors.configuration import FuseNormConfig, read_fusenorm
+from fusenorm_openood.listening.taps import resolve_taps
+from fusenorm_openood.method.atf import atf
+from fusenorm_openood.method.fusion import penalty
+from fusenorm_openood.method.settings import Settings
+
+DOCS = Path(__file__).resolve().parent.parent
+MEASURED = DOCS.parent / "benchmarks" / "results" / "cpu.json"
+CASES = {
+    "resnet18-32x32-b64": "ResNet-18, 64 images of 32x32",
+    "resnet18-32x32-b200": "ResNet-18, 200 images of 32x32",
+    "resnet50-224x224-b16": "ResNet-50, 16 images of 224x224",
+}
+MAPS = {
+    "resnet18-32x32": "ResNet-18, 64 images of 32x32",
+    "resnet18-224x224": "ResNet-18, 16 images of 224x224",
+    "resnet50-224x224": "ResNet-50, 16 images of 224x224",
+}
+
+
+def generated() -> dict[Path, str]:
+    """Every file that is generated in whole or in part, as it should be."""
+    files = {DOCS / "figures" / f"{name}.svg": draw() for name, draw in figures.FIGURES.items()}
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        filled = MARKED.sub(lambda match: fill(match[1]), text)
+        if filled != text or MARKED.search(text):
+            files[page] = filled
+    return files
+
+
+# What stands between a page's markers is generated.
+MARKED = re.compile(r"<!-- generated: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def fill(name: str) -> str:
+    """A marked part of a page, its table made anew."""
+    return f"<!-- generated: {name} -->\n\n{TABLES[name]()}\n\n<!-- end -->"
+
+
+def settings() -> str:
+    """Every setting with its default and its meaning, from the dataclass."""
+    published = Settings()
+    shipped = shipped_config().settings
+    meanings = documented(Settings, "Attributes")
+    rows = []
+    for field in fields(Settings):
+        default, in_yaml = (getattr(s, field.name) for s in (published, shipped))
+        shown = code(default)
+        if in_yaml != default:
+            shown += f"; `fusenorm.yml`: {code(in_yaml)}"
+        rows.append((code(field.name), shown, in_detail(field.name, meanings[field.name])))
+    return table(("setting", "default", "meaning"), rows)
+
+
+def sweep() -> str:
+    """The values that a search tries by default, from ``fusenorm.yml``."""
+    values = shipped_config().sweep
+    lines = ["postprocessor_sweep:", *(f"  {name}: {tried}" for name, tried in values.items())]
+    return "\n".join(["```yaml", *lines, "```"])
+
+
+def options(command: str) -> str:
+    """The options of a subcommand, from its parser."""
+    parser = argparse.ArgumentParser(prog=f"fusenorm {command}")
+    import_module(f"fusenorm_openood.cli.{command}").add_arguments(parser)
+    rows = []
+    for action in parser._actions:
+        if not isinstance(action, argparse._HelpAction):
+            values = "|".join(action.choices or ()) or action.metavar or action.dest.upper()
+            usage = [*action.option_strings[:1], *([] if action.nargs == 0 else [values])]
+            rows.append((f"`{escaped(' '.join(map(str, usage)))}`", plain(action.help or "")))
+    return table(("option", "meaning"), rows)
+
+
+def speed_of_atf() -> str:
+    rows = [
+        (
+            MAPS[row["network"]],
+            times(1 / row["eager_vs_loop"]),
+            times(1 / row["kernel_vs_loop"]),
+            times(1 / row["kernel_vs_loop_one_thread"]),
+            f"{row['one_thread_vs_all']:.2f}",
+        )
+        for row in measured("atf")
+        if row["shape"] == "all blocks"
+    ]
+    head = ("feature maps", "torch", "kernel", "kernel, one thread", "two threads over one")
+    return table(head, rows)
+
+
+def speed_of_postprocess() -> str:
+    columns = {
+        "energy": "energy",
+        "energy_react": "energy, ReAct",
+        "odin_react": "ODIN, ReAct",
+        "published": "published implementation",
+    }
+    found = by_case("vs_forward")
+    ratios = json.loads(MEASURED.read_text(encoding="utf-8"))["ratios"]
+    rows = [
+        (
+            label,
+            *(f"{found[case][output]:.2f}" for output in columns),
+            f"{ratios[f'postprocess/{case}/odin_react_vs_published']:.2f}",
+        )
+        for case, label in CASES.items()
+    ]
+    return table(("network, batch", *columns.values(), "ODIN, ReAct over published"), rows)
+
+
+def memory_of_postprocess() -> str:
+    columns = {
+        "forward": "forward pass",
+        "energy": "energy",
+        "energy_react": "energy, ReAct",
+        "odin_react": "ODIN, ReAct",
+        "published": "published implementation",
+    }
+    found = by_case("peak_mebibytes")
+    rows = [(CASES[case], *(f"{found[case][c]:.0f}" for c in columns)) for case in CASES]
+    return table(("network, batch", *columns.values()), rows)
+
+
+def speed_of_peers() -> str:
+    rows = [
+        (
+            {"forward": "forward pass alone"}.get(row["method"], row["method"]),
+            {"last": "last", "all": "several"}[row["layers"]],
+            f"{row['fit_s']:.1f}" if row["fit_s"] else "0",
+            f"{row['ms_per_image']:.2f}",
+            f"{row['vs_forward']:.2f}",
+            f"{row['peak_mebibytes']:.0f}",
+        )
+        for row in measured("peers")
+    ]
+    head = ("detector", "layers", "fit, s", "ms per image", "over the forward pass", "memory, MiB")
+    return table(head, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "settings": settings,
+    "sweep": sweep,
+    "eval": lambda: options("eval"),
+    "train": lambda: options("train"),
+    "atf": speed_of_atf,
+    "postprocess": speed_of_postprocess,
+    "memory": memory_of_postprocess,
+    "peers": speed_of_peers,
+}
+
+
+def shipped_config() -> FuseNormConfig:
+    """What ``fusenorm.yml`` says."""
+    return read_fusenorm(read_config(config_root() / "postprocessors" / "fusenorm.yml"))
+
+
+def measured(section: str) -> list[dict[str, Any]]:
+    """The rows of one section of benchmarks/run.py's results."""
+    rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if row["section"] == section]
+
+
+def by_case(figure: str) -> dict[str, dict[str, float]]:
+    """One figure of the postprocess section, by case and output expert."""
+    found: dict[str, dict[str, float]] = {}
+    for row in measured("postprocess"):
+        found.setdefault(row["case"], {})[row["output"]] = row[figure]
+    return found
+
+
+def in_detail(name: str, meaning: str) -> str:
+    """What a setting means, from the function that its description refers to, if it has it."""
+    for function in (atf, penalty, resolve_taps):
+        if re.search(rf"see `{function.__name__}`", meaning):
+            return documented(function, "Args").get(name, meaning)
+    return meaning
+
+
+def documented(thing: Any, section: str) -> dict[str, str]:
+    """The names of one section of a Google-style docstring, and what it says of each."""
+    doc = inspect.getdoc(thing) or ""
+    match = re.search(rf"^{section}:\n((?:    .*\n|\n)+)", doc + "\n", re.MULTILINE)
+    entries = re.split(r"^    (?=\S)", match[1] if match else "", flags=re.MULTILINE)[1:]
+    found: dict[str, str] = {}
+    for entry in entries:
+        names, _, meaning = " ".join(entry.split()).partition(": ")
+        found |= {name: plain(meaning) for name in names.split(", ")}
+    return found
+
+
+def plain(text: str) -> str:
+    """A docstring's or a help's text as Markdown of one line."""
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
+    return escaped(" ".join(text.split()))
+
+
+def escaped(text: str) -> str:
+    """Text for a cell of a table."""
+    return text.replace("|", "\\|")
+
+
+def code(value: object) -> str:
+    """A value as it is written in Python; tuples as the lists that YAML has."""
+    shown = list(value) if isinstance(value, tuple) else value
+    return f"`{shown}`"
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.1f}"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

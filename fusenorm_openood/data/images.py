@@ -1,0 +1,77 @@
+"""Image files: read as in OpenOOD, and checked without decoding those that look complete."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+# What PIL raises for a file that it cannot decode.
+UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError)
+# First and last bytes of files in the usual formats.
+_ENDS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xae\x42\x60\x82"))
+
+
+class TruncatedImageWarning(UserWarning):
+    """A truncated image file was read with its missing rows filled with grey."""
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image in RGB.
+
+    A truncated file is read as in OpenOOD, with its missing rows filled with grey, and a
+    `TruncatedImageWarning` is issued.
+
+    Raises:
+        FileNotFoundError, or another of `UNREADABLE`: the file cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as file:
+            image: Image.Image = file.convert("RGB")
+            return image
+    except FileNotFoundError:
+        raise
+    except UNREADABLE:
+        with truncated_images_read(), Image.open(path) as file:
+            image = file.convert("RGB")
+        warnings.warn(
+            f"image {path} is truncated: its missing rows are filled with grey, as in OpenOOD",
+            TruncatedImageWarning,
+            stacklevel=2,
+        )
+        return image
+
+
+def find_fault(path: Path) -> str | None:
+    """`"truncated"`, `"missing"` or why an image cannot be read; None if it is intact.
+
+    A JPEG or PNG file with the expected first and last bytes is not decoded.
+    """
+    try:
+        with path.open("rb") as file:
+            begin = file.read(4)
+            file.seek(0, 2)
+            file.seek(max(file.tell() - 8, 0))
+            end = file.read()
+        if any(begin.startswith(first) and end.endswith(last) for first, last in _ENDS):
+            return None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read_image(path)
+    except FileNotFoundError:
+        return "missing"
+    except UNREADABLE as error:
+        return str(getattr(error, "strerror", None) or error)
+    return "truncated" if any(w.category is TruncatedImageWarning for w in caught) else None
+
+
+@contextmanager
+def truncated_images_read() -> Iterator[None]:
+    """Let PIL fill the missing rows of truncated images with grey, as OpenOOD does."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before

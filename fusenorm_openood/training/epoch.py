@@ -1,0 +1,78 @@
+"""One epoch of training, and the validation accuracy."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from fusenorm_openood.devices import device_of
+from fusenorm_openood.errors import NonFiniteError
+from fusenorm_openood.listening.batches import batches
+from fusenorm_openood.method.metrics import accuracy
+from fusenorm_openood.training.recipes import Recipe
+
+CHECK_EVERY = 50  # steps between checks of the loss, each of which waits for the device
+
+
+def train_epoch(
+    model: nn.Module,
+    optimiser: SGD,
+    loader: DataLoader[Any],
+    recipe: Recipe,
+    epoch: int = 0,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    bar: "tqdm[Any] | None" = None,
+) -> float:
+    """Train for one pass over the training images, and return the mean loss.
+
+    Raises:
+        NonFiniteError: the loss became NaN or infinite within the last `CHECK_EVERY` steps.
+    """
+    model.train()
+    device = device_of(model)
+    steps, losses = len(loader), []
+    for index, (images, labels) in enumerate(batches(loader)):
+        step = epoch * steps + index
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate(step, recipe.epochs * steps)
+        images = images.to(device, non_blocking=True, memory_format=memory_format)
+        with torch.autocast(device.type, torch.bfloat16) if recipe.amp else nullcontext():
+            loss = F.cross_entropy(model(images), labels.to(device, non_blocking=True))
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        losses.append(loss.detach())
+        if len(losses) % CHECK_EVERY == 0 or index + 1 == steps:
+            check_losses(losses, epoch * steps)
+            if bar is not None:
+                bar.set_postfix(epoch=epoch + 1, loss=f"{losses[-1].item():.3f}", refresh=False)
+        if bar is not None:
+            bar.update()
+    return float(torch.stack(losses).mean())
+
+
+@torch.no_grad()
+def validation_accuracy(net: nn.Module, loader: Iterable[Any]) -> float:
+    """Accuracy over a loader; leaves the network in evaluation mode."""
+    net.eval()
+    device = device_of(net)
+    rows = [(net(images.to(device)).argmax(1).cpu(), labels) for images, labels in batches(loader)]
+    pred, label = (torch.cat(column) for column in zip(*rows, strict=True))
+    return accuracy(pred, label)
+
+
+def check_losses(losses: list[Tensor], before: int) -> None:
+    """Raise NonFiniteError if a loss is not finite, naming the first such step."""
+    finite = torch.stack(losses).isfinite()
+    if not finite.all():
+        step = int((~finite).nonzero()[0, 0])
+        raise NonFiniteError(
+            f"the loss is {losses[step].item()} at step {before + step + 1}: the last good "
+            "checkpoint is kept; lower the learning rate"
+        )

@@ -1,0 +1,118 @@
+"""Which Python environment the scripts choose, tested with mock environments."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+
+
+def environment(folder: Path, works: bool = True) -> Path:
+    """An environment with the Python that runs the tests, or with one that imports nothing."""
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" "$@"\n' if works else "#!/bin/sh\nexit 1"
+    )
+    python.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project with its scripts and an environment that is already installed."""
+    project = tmp_path / "project"
+    shutil.copytree(PROJECT / "scripts", project / "scripts")
+    shutil.copy(PROJECT / "pyproject.toml", project)
+    venv = environment(project / ".venv")
+    shutil.copy(PROJECT / "pyproject.toml", venv / ".installed-fast")
+    return project
+
+
+def chosen(project: Path, **variables: Path) -> list[str]:
+    """The lines that a script prints when it chooses its environment, which comes last."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    shown = 'command -v python && echo "$PYTHON_ENVIRONMENT"'
+    code = f". {project}/scripts/env.sh && environment && {shown}"
+    done = subprocess.run(
+        ["bash", "-c", code], capture_output=True, text=True, check=False, cwd=project,
+        env={**clean, "PYTHONPATH": str(PROJECT), **{k: str(v) for k, v in variables.items()}},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *said, python, folder = done.stdout.splitlines()
+    assert Path(python) == Path(folder) / "bin" / "python"
+    return [*said, folder]
+
+
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_the_active_environment_is_used_where_it_can_import_the_package(
+    project, tmp_path, variable
+):
+    active = environment(tmp_path / "active")
+    assert chosen(project, **{variable: active}) == [
+        f"using the active environment {active}",
+        str(active),
+    ]
+
+
+def test_an_active_environment_without_the_package_is_not_used(project, tmp_path):
+    active = environment(tmp_path / "active", works=False)
+    said, folder = chosen(project, VIRTUAL_ENV=active)
+    assert said.startswith(f"the active environment {active} lacks what this script needs")
+    assert "python -m pip install -e" in said
+    assert folder == str(project / ".venv")
+
+
+def test_without_an_active_environment_the_projects_own_is_used(project):
+    assert chosen(project) == [str(project / ".venv")]
+    assert chosen(project, VIRTUAL_ENV=project / ".venv") == [str(project / ".venv")]
+
+
+def test_a_variable_names_another_folder(project, tmp_path):
+    active, named = environment(tmp_path / "active"), environment(tmp_path / "named")
+    shutil.copy(PROJECT / "pyproject.toml", named / ".installed-fast")
+    assert chosen(project, VIRTUAL_ENV=active, FUSENORM_VENV=named) == [str(named)]
+
+
+def test_the_tests_need_more_of_an_environment_than_the_package(project, tmp_path):
+    """An environment with the package alone cannot run pytest."""
+    active = tmp_path / "active"
+    python = environment(active) / "bin" / "python"
+    only = "fusenorm_openood torch"
+    python.write_text(f'#!/bin/sh\nshift 2\n[ "$*" = "{only}" ]\n')
+    code = f". {project}/scripts/env.sh; suffices {active} fast && ! suffices {active} test"
+    subprocess.run(["bash", "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("processes", "way"), [("1", "fusenorm"), ("4", "torchrun")])
+def test_training_is_started_in_the_requested_number_of_processes(
+    project, tmp_path, processes, way
+):
+    for name in ("fusenorm", "torchrun"):
+        stub = tmp_path / "bin" / name
+        stub.parent.mkdir(exist_ok=True)
+        stub.write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        stub.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    code = f". {project}/scripts/env.sh; run_training --seed 1"
+    done = subprocess.run(
+        ["bash", "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PATH": path, "NPROC": processes},
+    )  # fmt: skip
+    expected = {
+        "fusenorm": "fusenorm train --seed 1",
+        "torchrun": "torchrun --standalone --nproc-per-node 4 "
+        "-m fusenorm_openood.cli train --seed 1",
+    }
+    assert done.stdout.strip() == expected[way]
+
+
+def test_an_invalid_number_of_processes_is_rejected(project):
+    code = f". {project}/scripts/env.sh; NPROC=two run_training"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "NPROC must be the number of processes, got two" in done.stderr
