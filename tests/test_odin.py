@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
-from fusenorm_openood import FuseNorm
+from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.benchmark import comparison
 from fusenorm_openood.cli.engines import Job, evaluate_run
 from fusenorm_openood.cli.postprocessors import read_postprocessor
@@ -17,15 +17,15 @@ from tests.preprocessing import PREPROCESSING
 CIFAR10_STD = PREPROCESSING["cifar10"].std
 
 
-def odin(net, images, noise, std=(1, 1, 1)):
-    """Probability of the predicted class, by OpenOOD's formula, at temperature 1000."""
+def odin(net, images, noise, std=(1, 1, 1), temperature=1000):
+    """Probability of the predicted class, by OpenOOD's formula."""
     images = images.clone().requires_grad_()
-    logits = net(images) / 1000
+    logits = net(images) / temperature
     F.cross_entropy(logits, logits.argmax(1)).backward()
     sign = torch.ge(images.grad, 0).float() * 2 - 1
     moved = images.detach() - noise * sign / torch.tensor(std).view(1, 3, 1, 1)
     with torch.no_grad():
-        return (net(moved).double() / 1000).softmax(1).amax(1)
+        return (net(moved).double() / temperature).softmax(1).amax(1)
 
 
 def images_of(image_set):
@@ -43,9 +43,10 @@ def test_a_gradient_of_zero_counts_as_positive():
 @pytest.mark.parametrize("std", [None, (0.1, 0.2, 0.5)])
 def test_fusenorm_divides_the_step_by_input_std(net, loader, std):
     images = torch.randn(7, 3, 16, 16)
-    detector = FuseNorm(net, noise=0.02, input_std=std, react_percentile=None).fit(loader)
-    p = odin(net, images, 0.02, std or (1, 1, 1))
-    np.testing.assert_allclose(detector.infer([images]).experts[-1], torch.logit(p), rtol=1e-4)
+    settings = Settings(temperature=1.0, noise=0.02, input_std=std, react_percentile=None)
+    scored = FuseNorm(net, settings).fit(loader).infer([images])
+    p = odin(net, images, 0.02, std or (1, 1, 1), temperature=1)
+    np.testing.assert_allclose(scored.experts[-1], torch.logit(p), atol=1e-4)
 
 
 def test_a_table_of_odin_counts_the_step_in_pixels_before_normalisation(tmp_path):

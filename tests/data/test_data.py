@@ -2,7 +2,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -11,7 +10,7 @@ from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.data.digits import ID_CLASSES, digits_image_sets, write_digits
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.data.sources import benchmark_names, how_to_get
-from fusenorm_openood.data.transforms import normalization, plain_transform, train_transform
+from fusenorm_openood.data.transforms import normalization, plain_transform
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.listening.batches import batches
 
@@ -66,19 +65,6 @@ def test_unreadable_lists_are_reported(images):
         DataError, match=r"list\.txt, line 2: must be 'path label' .*, got 'a/alpha\.png'"
     ):
         ImageList(images / "list.txt", images, TRANSFORM)
-
-
-def test_training_images_are_cropped_and_flipped():
-    image = Image.fromarray(np.arange(64 * 3, dtype=np.uint8).reshape(8, 8, 3))
-    torch.manual_seed(0)
-    straight = {
-        tuple(train_transform(8, 8, HALF, flip=False)(image).flatten().tolist()) for _ in range(99)
-    }
-    mirrored = {
-        tuple(train_transform(8, 8, HALF, flip=True)(image).flatten().tolist()) for _ in range(99)
-    }
-    assert len(straight) == 9
-    assert len(mirrored) == 18
 
 
 def test_errors_for_unknown_names_list_the_known_ones():
