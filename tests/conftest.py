@@ -91,6 +91,12 @@ def forced_backend(name: str) -> Iterator[None]:
         yield
 
 
+def without_environment(**variables: str) -> dict[str, str]:
+    """The variables of this process and others, none of which names a Python environment."""
+    named = ("FUSENORM_VENV", "VIRTUAL_ENV", "CONDA_PREFIX")
+    return {k: v for k, v in os.environ.items() if k not in named} | variables
+
+
 @pytest.fixture
 def net() -> nn.Module:
     return make_net()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import without_environment
+
 PROJECT = Path(__file__).parent.parent
 
 
@@ -35,12 +37,12 @@ def project(tmp_path):
 
 def chosen(project: Path, **variables: Path) -> list[str]:
     """The lines that a script prints when it chooses its environment, which comes last."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    paths = {name: str(path) for name, path in variables.items()}
     shown = 'command -v python && echo "$PYTHON_ENVIRONMENT"'
     code = f". {project}/scripts/env.sh && environment && {shown}"
     done = subprocess.run(
         ["bash", "-c", code], capture_output=True, text=True, check=False, cwd=project,
-        env={**clean, "PYTHONPATH": str(PROJECT), **{k: str(v) for k, v in variables.items()}},
+        env=without_environment(PYTHONPATH=str(PROJECT), **paths),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     *said, python, folder = done.stdout.splitlines()

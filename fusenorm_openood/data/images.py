@@ -2,8 +2,9 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from threading import RLock
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -11,6 +12,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError)
 # First and last bytes of files in the usual formats.
 _ENDS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xae\x42\x60\x82"))
+_flag = RLock()  # held by a thread while it changes PIL's flag
 
 
 class TruncatedImageWarning(UserWarning):
@@ -27,13 +29,13 @@ def read_image(path: Path) -> Image.Image:
         FileNotFoundError, or another of `UNREADABLE`: the file cannot be read as an image.
     """
     try:
-        with Image.open(path) as file:
+        with _truncated_images(read=False), Image.open(path) as file:
             image: Image.Image = file.convert("RGB")
             return image
     except FileNotFoundError:
         raise
     except UNREADABLE:
-        with truncated_images_read(), Image.open(path) as file:
+        with _truncated_images(read=True), Image.open(path) as file:
             image = file.convert("RGB")
         warnings.warn(
             f"image {path} is truncated: its missing rows are filled with grey, as in OpenOOD",
@@ -66,12 +68,21 @@ def find_fault(path: Path) -> str | None:
     return "truncated" if any(w.category is TruncatedImageWarning for w in caught) else None
 
 
-@contextmanager
-def truncated_images_read() -> Iterator[None]:
+def truncated_images_read() -> AbstractContextManager[None]:
     """Let PIL fill the missing rows of truncated images with grey, as OpenOOD does."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = True
-    try:
+    return _truncated_images(read=True)
+
+
+@contextmanager
+def _truncated_images(read: bool) -> Iterator[None]:
+    """Set whether PIL reads truncated images: a global flag, which importing OpenOOD turns on."""
+    if read == ImageFile.LOAD_TRUNCATED_IMAGES:
         yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+        return
+    with _flag:
+        before = ImageFile.LOAD_TRUNCATED_IMAGES
+        ImageFile.LOAD_TRUNCATED_IMAGES = read
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before

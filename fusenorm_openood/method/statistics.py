@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
 
 # Networks compute in float32: a range this small relative to the scores is rounding error.
-ROUNDING = 32 * float(np.finfo(np.float32).eps)
+ROUNDING = 8 * float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True)

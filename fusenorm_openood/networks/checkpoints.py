@@ -140,7 +140,7 @@ def read_saved(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower():
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             raise CheckpointError(
                 f"checkpoint {path} holds more than tensors, which cannot be loaded without "
                 "running its code: save net.state_dict() instead"

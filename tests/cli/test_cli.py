@@ -1,4 +1,3 @@
-import os
 import pickle
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.devices import find_device
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.openood.bridge import openood_installed
-from tests.conftest import shortened_digits
+from tests.conftest import shortened_digits, without_environment
 
 NO_VIM = (
     "--engine native has no postprocessor 'vim', and --engine openood does not support "
@@ -273,7 +272,7 @@ def test_scripts_report_missing_files(script, tmp_path):
     (venv / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (venv / "python").chmod(0o755)
     shutil.copy(SCRIPTS.parent / "pyproject.toml", project / ".venv" / ".installed-fast")
-    env = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}
+    env = without_environment(PYTHONPATH=str(SCRIPTS.parent))
     done = subprocess.run(
         ["bash", str(project / f"scripts/ood/fusenorm/{script}_test_fusenorm.sh"),
          "--data-root", "elsewhere"],

@@ -39,12 +39,14 @@ def test_intact_images_have_no_fault(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "bmp", "gif", "tiff"])
-def test_truncated_images_are_found_and_read_with_a_warning(folder, kind):
+@pytest.mark.parametrize("flag", [False, True])
+def test_truncated_images_are_found_and_read_with_a_warning(folder, kind, flag, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", flag)  # True after `import openood`
     path = folder[1](kind, 0.9)
     assert find_fault(path) == "truncated"
     with pytest.warns(TruncatedImageWarning, match=f"cut.{kind} is truncated"):
         image = read_image(path)
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    assert flag == ImageFile.LOAD_TRUNCATED_IMAGES
     whole = np.asarray(Image.open(folder[0] / f"whole.{kind}").convert("RGB"))
     rows = slice(24, 32) if kind == "bmp" else slice(0, 8)  # BMP starts with the last row
     np.testing.assert_array_equal(np.asarray(image)[rows], whole[rows])
