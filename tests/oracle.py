@@ -25,7 +25,7 @@ def atf_oracle(x, k_min=0.1, k_max=0.25, alpha=0.0, eps=1e-8):
 
 
 def k_oracle(real, h, k_min, k_max, n):
-    """k of n pixels in the precision of the maps: every operation rounds to ``real``."""
+    """k of n pixels in the precision of the maps: every operation rounds to `real`."""
     product = real(real(k_max - k_min) * real(h))
     k_ratio = real(real(k_min) + product)
     return min(max(int(real(k_ratio * real(n))), 1), n)

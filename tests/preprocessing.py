@@ -15,17 +15,17 @@ class Preprocessing(NamedTuple):
     std: tuple[float, ...]
 
     def normalised(self, pixels: np.ndarray) -> np.ndarray:
-        """``[H, W, 3]`` of 0 to 255 -> ``[3, H, W]``."""
+        """`[H, W, 3]` of 0 to 255 -> `[3, H, W]`."""
         return ((pixels / 255 - self.mean) / self.std).transpose(2, 0, 1)
 
     def pixels(self, images: np.ndarray) -> np.ndarray:
-        """The inverse of :meth:`normalised`; all values must be whole numbers of 0 to 255."""
+        """The inverse of `normalised`; all values must be whole numbers of 0 to 255."""
         pixels = (np.asarray(images, np.float64).transpose(1, 2, 0) * self.std + self.mean) * 255
         np.testing.assert_allclose(pixels, pixels.round(), atol=0.01)
         return pixels.round().astype(np.uint8)
 
     def resized(self, image: Image.Image) -> np.ndarray:
-        """The shorter side resized to ``pre_size``, the centre cropped: ``[size, size, 3]``."""
+        """The shorter side resized to `pre_size`, the centre cropped: `[size, size, 3]`."""
         scale = self.pre_size / min(image.size)
         width, height = (int(side * scale) for side in image.size)
         large = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))

@@ -1,1 +1,1 @@
-"""What the documentation takes from code and measurements: ``python -m docs.gen`` rewrites it."""
+"""What the documentation takes from code and measurements: `python -m docs.gen` rewrites it."""

@@ -95,7 +95,7 @@ FIGURES: dict[str, Callable[[], str]] = {"penalty": penalty_figure, "atf": atf_f
 
 
 def channels() -> Tensor:
-    """Four channels ``[4, 8, 8]`` whose energy is more and more spread out."""
+    """Four channels `[4, 8, 8]` whose energy is more and more spread out."""
     y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     distance = (x - 3) ** 2 + (y - 4) ** 2
     spread = [torch.exp(-distance / (2 * sigma**2)) for sigma in (0.01, 1.1, 2.6)]
@@ -103,7 +103,7 @@ def channels() -> Tensor:
 
 
 def weights(maps: Tensor, alpha: float) -> Tensor:
-    """The channel weights of ATF ``[C]``, read off `atf` itself.
+    """The channel weights of ATF `[C]`, read off `atf` itself.
 
     Doubling a channel leaves all weights as they are, and adds its weighted norm once more.
     """

@@ -68,7 +68,7 @@ def settings() -> str:
 
 
 def sweep() -> str:
-    """The values that a search tries by default, from ``fusenorm.yml``."""
+    """The values that a search tries by default, from `fusenorm.yml`."""
     values = shipped_config().sweep
     lines = ["postprocessor_sweep:", *(f"  {name}: {tried}" for name, tried in values.items())]
     return "\n".join(["```yaml", *lines, "```"])
@@ -165,7 +165,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def shipped_config() -> FuseNormConfig:
-    """What ``fusenorm.yml`` says."""
+    """What `fusenorm.yml` says."""
     return read_fusenorm(read_config(config_root() / "postprocessors" / "fusenorm.yml"))
 
 

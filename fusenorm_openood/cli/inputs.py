@@ -23,8 +23,8 @@ def check_files(
     """The checkpoints of all training runs, after checking all images that will be read.
 
     Raises:
-        DataError, CheckpointError: something is missing or cannot be read; the message lists all
-            of it.
+        DataError, CheckpointError: files are missing, all listed in one message.
+        DataError: images that cannot be read, all listed in one message.
     """
     problems: list[str] = []
     image_sets = list(image_sets)
@@ -36,8 +36,6 @@ def check_files(
         checkpoints = find_checkpoints(root)
     except CheckpointError as error:
         problems.append(str(error))
-    if not missing:
-        check_readable(image_sets)
     if problems:
         kind = DataError if missing else CheckpointError
         listed = "\n  - ".join(problems)
@@ -45,6 +43,7 @@ def check_files(
             f"{benchmark.name} needs files that are missing:\n  - {listed}\n"
             f"{how_to_get(benchmark.name)}. Or give their location with --data-root and --root."
         )
+    check_readable(image_sets)
     return checkpoints
 
 

@@ -4,7 +4,7 @@
 A vector is a numba type of its own, for int32 (``I32``), float32 (``F32``), float64 (``F64``) or
 truth values (``MASK``), and one LLVM vector in compiled code; LLVM splits it where a register holds
 fewer lanes. Arithmetic works lane by lane on two vectors of one type. A comparison gives a mask,
-for :func:`where`. ``load`` and ``store`` move vectors between registers and arrays:
+for `where`. ``load`` and ``store`` move vectors between registers and arrays:
 
     a = as_float(load(array, at))          # array[at : at + LANES], int32 bits read as float32
     kept = where(a > every(limit), a, every(np.float32(0)))
@@ -20,7 +20,7 @@ from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 
 LANES = 16
-BLOCK = 8  # rows and columns that :func:`transpose` exchanges: as many as fit in registers
+BLOCK = 8  # rows and columns that `transpose` exchanges: as many as fit in registers
 
 
 class Vector(types.Type):

@@ -60,6 +60,7 @@ class Recipe:
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
+        check_method(self.method)
         for name in ("epochs", "lr", "batch_size", "tau"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
@@ -118,8 +119,7 @@ def find_recipe(id_data: str, **changes: Any) -> Recipe:
     if id_data not in known:
         raise ConfigError(f"unknown ID data set {id_data!r}: choose from {', '.join(known)}")
     method = changes.get("method", Recipe.method)
-    if method not in METHODS:
-        raise ConfigError(f"unknown training method {method!r}: choose from {', '.join(METHODS)}")
+    check_method(method)
     pipeline = read_config(root / "pipelines" / "train" / f"{METHODS[method]}.yml")
     dataset = read_config(root / "datasets" / id_data / f"{id_data}.yml")
     own = read_config(root / "recipes" / f"{id_data}.yml")
@@ -145,3 +145,9 @@ def find_recipe(id_data: str, **changes: Any) -> Recipe:
             "epochs, but init is missing: give the checkpoint to start from (--init)"
         )
     return recipe
+
+
+def check_method(method: str) -> None:
+    """Raise ConfigError unless networks can be trained by this method."""
+    if method not in METHODS:
+        raise ConfigError(f"unknown training method {method!r}: choose from {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""Two images per data set, and metrics counted by hand."""
+"""Two images per data set, and metrics computed by hand."""
 
 import pickle
 

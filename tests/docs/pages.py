@@ -3,7 +3,7 @@
     <!-- not run: REASON -->         above a Python or bash block
     <!-- not compared: REASON -->    above the output of a block that ran
 
-A ``text`` block that follows a block that ran is its output. Decimals may differ by two units of
+A `text` block that follows a block that ran is its output. Decimals may differ by two units of
 the last digit shown: small networks differ that much between machines.
 """
 
@@ -65,7 +65,7 @@ def run(page: Path) -> None:
 
 
 def run_commands(code: str, place: str) -> str:
-    """What ``fusenorm`` commands print, run in this process, without loader processes of theirs."""
+    """What `fusenorm` commands print, run in this process, without loader processes of theirs."""
     with redirect_stdout(io.StringIO()) as output:
         for line in code.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):

@@ -24,7 +24,7 @@ RUNNING_PAGES = [page for page in PAGES if runs(page)]
 
 @pytest.fixture
 def workplace(digits, tmp_path, monkeypatch):
-    """A folder as ``fusenorm digits`` leaves it."""
+    """A folder as `fusenorm digits` leaves it."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(digits[1].parent, Path("results", RUN, "s0"))
     return digits[0]

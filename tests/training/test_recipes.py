@@ -55,3 +55,9 @@ def test_processes_share_the_batch(digits):
         assert [loader.batch_size * world for loader in loaders] == [48] * world
         steps = {len(loader) for loader in loaders}
         assert steps == {-(-len(benchmark.id["train"].images()) // 48)}
+
+
+def test_an_unknown_method_is_refused_however_a_recipe_is_made():
+    for make in (Recipe, find_recipe):
+        with pytest.raises(ConfigError, match="unknown training method 't2fn': choose from base"):
+            make(id_data="digits", method="t2fn")
