@@ -7,4 +7,4 @@ environment test
 cd "$ROOT"
 [ $# -gt 0 ] || set -- --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # each process has a core
-exec python -m pytest -n auto "$@"
+exec python -m pytest -n auto --dist worksteal "$@"

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusenorm_openood.data.benchmarks import Benchmark, load_benchmark
+from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.networks import ResNet18_32x32
 from fusenorm_openood.training.digits import train_digits
 
@@ -108,10 +110,28 @@ def loader() -> DataLoader:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session, the same in every process of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def digits_images(session_folder: Path) -> Path:
+    """Data root of the digits benchmark, written once per session."""
+    data_root = session_folder / "digits" / "data"
+    with FileLock(session_folder / "digits_images.lock"):
+        write_digits(data_root)
+    return data_root
+
+
+@pytest.fixture(scope="session")
+def digits(session_folder: Path, digits_images: Path) -> tuple[Path, Path]:
     """Data root and checkpoint of the digits benchmark, its network trained once per session."""
-    home = tmp_path_factory.mktemp("digits")
-    return home / "data", train_digits(home / "data", home / "run", progress=False)
+    with FileLock(session_folder / "digits.lock"):
+        return digits_images, train_digits(
+            digits_images, session_folder / "digits" / "run", progress=False
+        )
 
 
 @pytest.fixture(scope="session")

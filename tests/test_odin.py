@@ -60,6 +60,7 @@ def test_a_table_of_odin_counts_the_step_in_pixels_before_normalisation(tmp_path
 
 def test_a_comparison_counts_the_step_of_odin_alike(tmp_path, monkeypatch):
     benchmark, net = drawn_benchmark("cifar10", tmp_path, 10), make_net(classes=10)
+    torch.nn.init.normal_(net.fc.weight)  # the range of a trained network's logits
     defaults = comparison.default_args
     large_step = {"odin": {"temperature": 1000.0, "noise": 0.5}}
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Which Python environment the scripts choose, tested with mock environments."""
+"""The scripts: which Python environment they choose, and which arguments they pass on."""
 
 import os
 import shutil
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fusenorm_openood.training.recipes import find_recipe
 from tests.conftest import without_environment
 
 PROJECT = Path(__file__).parent.parent
@@ -118,3 +119,53 @@ def test_an_invalid_number_of_processes_is_rejected(project):
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "NPROC must be the number of processes, got two" in done.stderr
+
+
+def called(project: Path, script: str) -> list[str]:
+    """The command that a script runs, without running it."""
+    for name in ("python", "fusenorm"):
+        stub = project / ".venv" / "bin" / name
+        stub.write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@"\n')
+        stub.chmod(0o755)
+    hidden = ("VIRTUAL_ENV", "CONDA_PREFIX", "FUSENORM_VENV", "NPROC", "INIT")
+    done = subprocess.run(
+        ["bash", str(project / "scripts" / "ood" / script), "--seed", "1"],
+        capture_output=True, text=True, check=True,
+        env={k: v for k, v in os.environ.items() if k not in hidden},
+    )  # fmt: skip
+    return done.stdout.replace(str(project), "ROOT").splitlines()
+
+
+ID_DATA = ["cifar10", "cifar100", "imagenet200", "imagenet", "digits"]
+
+
+@pytest.mark.parametrize("method", ["fusenorm", "t2fnorm"])
+@pytest.mark.parametrize("id_data", ID_DATA)
+def test_scripts_evaluate_the_run_that_training_writes(project, id_data, method):
+    training = "base" if method == "fusenorm" else method
+    run = find_recipe(id_data, method=training, init="weights.pth").run_name.removesuffix("/s0")
+    if (id_data, method) == ("imagenet", "fusenorm"):
+        run = "imagenet_resnet50_tvsv1_base_default"  # OpenOOD's name for torchvision's weights
+    compare = ["--compare"] if (id_data, method) == ("digits", "fusenorm") else []
+    assert called(project, f"{method}/{id_data}_test_{method}.sh") == [
+        "python", "ROOT/scripts/eval_ood.py",
+        "--id-data", id_data,
+        "--root", f"ROOT/results/{run}",
+        "--data-root", "ROOT/data",
+        "--postprocessor", method,
+        *compare, "--save-score", "--save-csv", "--seed", "1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("id_data", ID_DATA)
+def test_scripts_train_with_t2fnorm(project, id_data):
+    weights = "ROOT/results/pretrained_weights/resnet50_imagenet1k_v1.pth"
+    init = ["--init", weights] if id_data == "imagenet" else []
+    assert called(project, f"t2fnorm/{id_data}_train_t2fnorm.sh") == [
+        "fusenorm", "train",
+        "--id-data", id_data,
+        "--method", "t2fnorm",
+        "--data-root", "ROOT/data",
+        "--results-dir", "ROOT/results",
+        *init, "--seed", "1",
+    ]  # fmt: skip

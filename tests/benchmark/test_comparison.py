@@ -16,9 +16,9 @@ SWEEP = {"weights": [[0.3, 1.0], [1.0, 1.0]], "base": [2, 20]}
 
 
 @pytest.fixture(scope="module")
-def few(digits, tmp_path_factory):
+def few(digits_images, tmp_path_factory):
     """The digits benchmark with 40 images in every list."""
-    return shortened_digits(digits[0], tmp_path_factory.mktemp("few"), 40, 40)
+    return shortened_digits(digits_images, tmp_path_factory.mktemp("few"), 40, 40)
 
 
 @pytest.mark.parametrize("method", ["base", "t2fnorm"])

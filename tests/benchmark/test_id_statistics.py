@@ -43,7 +43,7 @@ def each_tested_list_once(benchmark):
 
 
 def test_fusenorm_reads_the_validation_list_for_react_and_for_the_statistics(benchmark, read):
-    detector = FuseNorm(make_net(classes=10))
+    detector = FuseNorm(make_net(classes=10), temperature=1.0)
     evaluate(detector, benchmark, fsood=True, progress=False)
     assert read[: 2 * IMAGES] == VAL + VAL
     assert Counter(read[2 * IMAGES :]) == each_tested_list_once(benchmark)

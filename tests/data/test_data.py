@@ -145,15 +145,14 @@ def test_digits_sets_are_disjoint_and_have_the_right_labels():
     assert all(np.array_equal(sets[name][0], again[name][0]) for name in sets)
 
 
-def test_digits_are_written_once_and_completely(digits, tmp_path):
-    data_root, _ = digits
-    b = load_benchmark("digits", data_root)
+def test_digits_are_written_once_and_completely(digits_images, tmp_path):
+    b = load_benchmark("digits", digits_images)
     assert b.missing(b.every()) == []
     before = b.id["test"].imagelist.stat().st_mtime_ns
-    write_digits(data_root)
+    write_digits(digits_images)
     assert b.id["test"].imagelist.stat().st_mtime_ns == before
     copy = tmp_path / "copy"
-    shutil.copytree(data_root, copy)
+    shutil.copytree(digits_images, copy)
     (copy / "images_digits/train_digits/0007.png").unlink()
     copied = load_benchmark("digits", copy)
     assert "train_digits.txt, line 8" in copied.missing(copied.every())[0]

@@ -39,13 +39,13 @@ def test_a_recipe_that_fine_tunes_needs_a_checkpoint(capsys):
         assert "give the checkpoint to start from (--init)" in capsys.readouterr().err
 
 
-def test_processes_share_the_batch(digits):
+def test_processes_share_the_batch(digits_images):
     recipe = Recipe(id_data="digits", batch_size=48)
     assert [recipe.batch_per_process(n) for n in (1, 2, 3, 16)] == [48, 24, 16, 3]
     with pytest.raises(ConfigError, match="multiple of the number of processes, got batch_size=48"):
         recipe.batch_per_process(5)
 
-    benchmark = load_benchmark("digits", digits[0])
+    benchmark = load_benchmark("digits", digits_images)
     for world in (1, 2):
         share = recipe.batch_per_process(world)
         loaders = [

@@ -30,10 +30,10 @@ from tests.conftest import shortened_digits
 
 
 @pytest.fixture(scope="module")
-def few(digits, tmp_path_factory):
+def few(digits_images, tmp_path_factory):
     """The digits benchmark with 96 training and 20 validation images."""
     home = tmp_path_factory.mktemp("few")
-    return load_benchmark("digits", shortened_digits(digits[0], home, 96, 20))
+    return load_benchmark("digits", shortened_digits(digits_images, home, 96, 20))
 
 
 RECIPE = Recipe(id_data="digits", width=4, epochs=3, batch_size=16, lr=0.05)
@@ -166,7 +166,7 @@ def after(calls, error, function):
     return failing
 
 
-def test_a_killed_process_resumes_where_it_stopped(digits, few, tmp_path):
+def test_a_killed_process_resumes_where_it_stopped(few, tmp_path, capsys):
     command = [
         sys.executable, "-m", "fusenorm_openood.cli", "train", "--id-data", "digits",
         "--data-root", str(few.id["train"].imagelist.parents[2]), "--results-dir", str(tmp_path),
@@ -180,8 +180,8 @@ def test_a_killed_process_resumes_where_it_stopped(digits, few, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
     assert (folder / "unfinished.ckpt").is_file()
     begun = len((folder / "log.csv").read_text().splitlines())
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"network: {folder / 'best.ckpt'}" in done.stdout
+    assert main(command[3:]) == 0
+    assert f"network: {folder / 'best.ckpt'}" in capsys.readouterr().out
     assert 2 <= begun <= len((folder / "log.csv").read_text().splitlines()) == 5
     assert not (folder / "unfinished.ckpt").exists()
     assert isinstance(load_network(folder / "best.ckpt"), T2FNormNet)
