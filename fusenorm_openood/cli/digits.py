@@ -12,7 +12,7 @@ from fusenorm_openood.training.recipes import find_recipe
 def add_arguments(parser: ArgumentParser) -> None:
     options.add_data_root(parser)
     parser.add_argument("--root", help="folder of training runs (default: one under results/)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=options.whole, default=0, help="random seed (default: 0)")
     options.add_no_progress(parser)
 
 

@@ -19,11 +19,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--method", default="t2fnorm", help="t2fnorm, or base for plain cross-entropy")
     recipe = "(default: the data set's published recipe)"
-    add("--epochs", type=options.positive, help=recipe)
+    add("--epochs", type=options.positive, help=f"passes over the training images {recipe}")
     add("--lr", type=float, help=f"initial learning rate {recipe}")
     add("--tau", type=float, help=f"T2FNorm's temperature {recipe}")
     add("--batch-size", type=options.positive, help=f"images per step, over all processes {recipe}")
-    add("--seed", type=options.whole, default=0)
+    add("--seed", type=options.whole, default=0, help="random seed (default: 0)")
     add("--init", metavar="CKPT", help="start from this checkpoint, plain or T2FNorm's")
     add("--results-dir", default="results", help="parent folder of the run (default: results)")
     add("--amp", choices=["bf16"], help="compute in bfloat16 where that is safe")
