@@ -11,6 +11,10 @@ from fusenorm_openood.detectors.search import search
 ENERGY = Settings(output="energy")
 
 
+def react(net, loader, **progress):
+    Baseline(net, "react", percentile=90.0).fit(loader, **progress)
+
+
 def searched(net, loader, **progress):
     search(net, ENERGY, {"base": [2]}, loader, list(loader), **progress)
 
@@ -21,7 +25,7 @@ def searched(net, loader, **progress):
         (lambda net, loader, **p: FuseNorm(net, ENERGY).fit(loader, **p), ["ReAct", "fit"]),
         (lambda net, loader, **p: Baseline(net, "msp").score_loader(loader, **p), ["score"]),
         (lambda net, loader, **p: Baseline(net, "msp").infer(loader, desc="svhn", **p), ["svhn"]),
-        (lambda net, loader, **p: Baseline(net, "react", percentile=9.0).fit(loader, **p), ["ReAct"]),
+        (react, ["ReAct"]),
         (searched, ["ReAct", "APS", "APS"]),
     ],
 )  # fmt: skip
