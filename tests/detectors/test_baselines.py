@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,31 @@ def test_errors_name_the_postprocessor_and_its_arguments(net):
         Baseline(net, "odin", temperature=1000.0)
     with pytest.raises(NotFittedError, match="ReAct has no threshold"):
         Baseline(net, "react", percentile=90.0).score(IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "values", "interval"),
+    [
+        ("react", "percentile", [0, 100, 100.5, -1, True, "90", float("nan")], "(0, 100)"),
+        ("ebo", "temperature", [0, -1, False, float("inf")], "(0, inf)"),
+        ("odin", "noise", [-0.1, float("inf"), None], "[0, inf)"),
+    ],
+)
+def test_arguments_outside_their_interval_are_rejected(net, name, argument, values, interval):
+    for value in values:
+        args = {**ARGS[name], argument: value}
+        message = f"{argument} of {name!r} must be a number in {interval}, got {value!r}"
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            Baseline(net, name, **args)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [("react", "percentile", 99.9), ("ebo", "temperature", 1), ("odin", "noise", 0)],
+)
+def test_arguments_at_the_ends_of_their_interval_are_accepted(net, name, argument, value):
+    output = Baseline(net, name, **{**ARGS[name], argument: value}).output
+    assert value in (output.temperature, output.noise, output.react_percentile)
 
 
 def test_scores_are_finite_and_larger_for_more_confident_networks():

@@ -140,6 +140,7 @@ def test_unusable_combinations_are_skipped_with_a_reason(net, loader):
     found = search(net, Settings(output="energy"), sweep, loader, unknown)
     assert found.trials["AUROC"].isna().tolist() == [False, True, False, False]
     assert "must satisfy 0 <= low < high <= 100" in found.trials["unusable"][1]
+    assert found.trials["unusable"][0] == ""
     taps = [("layer1.0", "layer4.0"), ("layer2.0", "layer4.0")]
     found = search(constant_expert(net), Settings(output="energy"), {"taps": taps}, loader, unknown)
     assert found.trials["AUROC"].isna().tolist() == [True, False]
@@ -261,7 +262,7 @@ def test_values_with_non_finite_ood_scores_get_the_lowest_auroc(net, loader):
     net.side = nn.Identity()
     net.side.register_forward_hook(overflow)
     net.conv1.register_forward_hook(lambda module, args, output: (net.side(args[0]), output)[1])
-    p = searching({"taps": [["side", "layer4.0"], ["layer2.0", "layer4.0"]]})
+    p = searching({"taps": [["layer4.0", "side"], ["layer2.0", "layer4.0"]]})
     p.setup(net, {"val": loader}, {"val": unknown})
     with pytest.warns(
         RuntimeWarning, match="settings skipped: expert 'side' gives non-finite scores"

@@ -13,7 +13,7 @@ from tests.conftest import forced_backend
 from tests.document import adaptive_topk_channel_weight
 from tests.oracle import assert_atf_close, atf_oracle
 
-SIZES = [(1, 1), (1, 7), (2, 2), (3, 5), (8, 8), (16, 9), (32, 32), (64, 64)]
+SIZES = [(1, 1), (1, 2), (1, 7), (2, 2), (3, 5), (8, 8), (16, 9), (32, 32), (64, 64)]
 KINDS = [
     "normal",
     "relu",
@@ -227,6 +227,13 @@ def test_equals_the_oracle_for_any_number_of_channels_and_pixels(backend):
         assert_atf_close(atf(x, **chosen), x.numpy(), rtol=1e-5, **chosen)
 
     check()
+
+
+def test_a_batch_larger_than_the_cache_is_computed_in_parts(monkeypatch):
+    x = maps("relu", 8, 8, batch=5)
+    norms = atf(x, alpha=0.5)
+    monkeypatch.setattr("fusenorm_openood.method.atf.IN_CACHE", 2 * x[0].numel())
+    torch.testing.assert_close(atf(x, alpha=0.5), norms)
 
 
 def test_equal_magnitudes_count_once_each():

@@ -43,6 +43,7 @@ def test_perfect_and_reversed_rankings():
     assert ood_metrics([2, 3], [0, 1]) == (0, 1, 1, 1)
     assert ood_metrics([0, 1], [2, 3]).auroc == 0
     assert ood_metrics([0, 1], [2, 3]).fpr95 == 1
+    assert ood_metrics([1], [0]) == (0, 1, 1, 1)
 
 
 def test_input_is_unmodified():
@@ -79,4 +80,5 @@ def test_confidences_of_another_shape_are_rejected(shape):
 
 
 def test_accuracy():
-    assert accuracy([1, 2, 3, 4], [1, 2, 0, 0]) == 0.5
+    assert accuracy([1, 2, 3, 4], [1, 2, 3, 0]) == 0.75
+    assert accuracy([1], [1]) == 1
