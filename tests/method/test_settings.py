@@ -3,10 +3,12 @@ import inspect
 import pytest
 import yaml
 
-from fusenorm_openood import Settings, atf, fuse
+from fusenorm_openood import Settings, atf, compute_id_statistics, fuse
 from fusenorm_openood.configs import config_root
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.method.experts import odin_perturb
+from fusenorm_openood.method.fusion import penalty
 from fusenorm_openood.method.settings import SETTINGS
 
 YAML = yaml.safe_load((config_root() / "postprocessors" / "fusenorm.yml").read_text())
@@ -14,10 +16,11 @@ ARGS = YAML["postprocessor"]["postprocessor_args"]
 
 
 def test_defaults_equal_those_of_the_functions():
-    for function in (atf, fuse):
+    for function in (atf, fuse, penalty, compute_id_statistics, odin_perturb):
         for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.default is not inspect.Parameter.empty:
-                assert getattr(Settings(), name) == parameter.default
+            if name in SETTINGS and parameter.default is not inspect.Parameter.empty:
+                settings = Settings() if name != "temperature" else Settings().output_expert
+                assert getattr(settings, name) == parameter.default
 
 
 def test_the_temperature_defaults_to_that_of_the_expert():
