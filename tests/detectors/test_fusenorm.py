@@ -122,6 +122,35 @@ def test_predictions_are_the_networks(net, loader):
     with torch.no_grad():
         assert torch.equal(pred, net(IMAGES).argmax(1))
     assert torch.equal(conf, detector.score(IMAGES))
+    assert conf.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": (3.0, 1.0)},
+        {"base": 3.0},
+        {"cap": 0.3},
+        {"percentile_low": 5.0},
+        {"percentile_high": 90.0},
+    ],
+)
+def test_every_setting_of_the_fusion_counts(net, loader, change):
+    plain, detector = (FuseNorm(net, output="energy", **c).fit(loader) for c in ({}, change))
+    unknown, s = make_loader(seed=5, scale=1.1), detector.settings
+    scored = detector.infer(unknown)
+    known = detector.infer(loader).experts
+    z = normalise(scored.experts, compute_id_statistics(known, s.percentile_low, s.percentile_high))
+    fused = fuse(z[[6, 8]], z[[0, 1, 2, 3, 4, 5, 7]], s.weights, s.base, s.cap)
+    np.testing.assert_allclose(scored.conf, fused)
+    assert not np.allclose(plain.infer(unknown).conf, fused)
+
+
+def test_after_a_fit_that_fails_a_detector_is_not_fitted(net, loader):
+    detector = FuseNorm(net).fit(loader)
+    with pytest.raises(ZeroRangeError):
+        detector.fit([IMAGES[:1].repeat(4, 1, 1, 1)])
+    assert not detector.is_fitted
 
 
 def test_far_images_score_lower(net):
@@ -259,7 +288,7 @@ def test_non_finite_images_are_reported(net, loader, output, bad):
 def test_non_finite_features_are_reported(net, loader):
     with torch.no_grad():
         net.layer3[0].conv1.weight *= float("nan")
-    with pytest.raises(NonFiniteError, match=r"'layer3\.0'; the image is finite, so the network"):
+    with pytest.raises(NonFiniteError, match=r"image 0 of .* 'layer3\.0'; the image is finite"):
         FuseNorm(net, react_percentile=None).fit(loader)
     with pytest.raises(NonFiniteError, match=r"penultimate feature .* the image is finite"):
         FuseNorm(net).fit(loader)

@@ -116,6 +116,17 @@ def test_every_image_is_passed_once_however_many_combinations_are_tried(net, loa
     assert sum(images) == 60 + 60 + 60  # once more over the ID images, for ReAct's thresholds
 
 
+def test_a_loader_whose_scores_are_held_is_not_passed_again(net, loader):
+    settings = Settings(output="energy", react_percentile=None)
+    bank = ScoreBank(net, [settings]).fit(loader)
+    images = passes(net)
+    bank.add(loader)
+    assert not images
+    bank.forget(loader)
+    bank.add(loader)
+    assert sum(images) == 60
+
+
 def test_odin_shares_gradients_and_adds_one_pass_per_noise(net, loader):
     unknown = make_loader(seed=5)
     images = passes(net)

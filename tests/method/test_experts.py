@@ -72,6 +72,7 @@ def test_odins_gradient_survives_half_precision():
     for dtype in (torch.float32, torch.float16):
         leaf = images.to(dtype).requires_grad_()
         moved = odin_perturb(leaf, net.to(dtype)(leaf), 1000.0, 0.01)
+        assert moved.dtype == dtype
         steps.append((moved - leaf).sign().float())
     assert (steps[0] == steps[1]).float().mean() > 0.99
 

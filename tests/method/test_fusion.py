@@ -56,7 +56,16 @@ def test_weights_are_scaled_to_sum_to_one():
 
 
 def test_large_deviations_do_not_overflow():
-    assert fuse([[0.5]], [[1e300]]) == pytest.approx(-0.5)
+    for base in (1.5, 2, 20):
+        assert fuse([[0.5]], [[1e300]], base=base) == pytest.approx(-0.5)
+
+
+def test_half_precision_is_fused_in_full():
+    z = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float16)
+    fused = fuse(z[:1], z[1:])
+    assert fused.dtype == np.float64
+    np.testing.assert_array_equal(fused, fuse(z[:1].astype(np.float64), z[1:].astype(np.float64)))
+    assert deviation(z).dtype == np.float64
 
 
 @pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [1, np.nan]])

@@ -27,6 +27,13 @@ def test_percentiles_map_to_zero_and_one_and_the_order_is_kept(scores):
     assert (np.diff(z[0][np.argsort(scores[0])]) >= 0).all()
 
 
+def test_half_precision_is_normalised_in_full():
+    half = SCORES.astype(np.float16)
+    full = half.astype(np.float64)
+    z = normalise(half, compute_id_statistics(half))
+    np.testing.assert_array_equal(z, normalise(full, compute_id_statistics(full)))
+
+
 def test_normalisation_ignores_shift_and_scale():
     moved = 3 + 7 * SCORES
     np.testing.assert_allclose(
