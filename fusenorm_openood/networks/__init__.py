@@ -1,6 +1,7 @@
 """Networks with OpenOOD's state-dict keys, and loading them from checkpoints."""
 
 from fusenorm_openood.networks.checkpoints import load_network
+from fusenorm_openood.networks.cifar_resnet import CifarResNet
 from fusenorm_openood.networks.resnet import (
     ResNet18_32x32,
     ResNet18_224x224,
@@ -10,6 +11,7 @@ from fusenorm_openood.networks.resnet import (
 from fusenorm_openood.networks.t2fnorm import T2FNormNet
 
 __all__ = [
+    "CifarResNet",
     "ResNet18_32x32",
     "ResNet18_224x224",
     "ResNet50",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import CheckpointError, DamagedFileError
+from fusenorm_openood.networks.cifar_resnet import CifarResNet
 from fusenorm_openood.networks.resnet import (
     ResNet18_32x32,
     ResNet18_224x224,
@@ -21,14 +22,16 @@ from fusenorm_openood.networks.resnet import (
 from fusenorm_openood.networks.t2fnorm import T2FNormNet
 
 State = dict[str, Tensor]
-ARCHITECTURES = "ResNet18_32x32, ResNet18_224x224, ResNet50, WideResNet, T2FNormNet around one"
+ARCHITECTURES = (
+    "ResNet18_32x32, ResNet18_224x224, ResNet50, WideResNet, CifarResNet, T2FNormNet around one"
+)
 
 
 def load_network(path: str | Path, num_classes: int | None = None) -> nn.Module:
     """The network of a checkpoint, in float32 on the CPU and in evaluation mode.
 
-    Accepts state dicts of OpenOOD's networks, plain or T2FNorm's, also with the prefix `module.`
-    of data-parallel training, under a key `state_dict`, or in half precision.
+    Accepts state dicts of OpenOOD's networks, plain or T2FNorm's, and of CIFAR's ResNets, also with
+    the prefix `module.` of data-parallel training, under a key `state_dict`, or in half precision.
 
     Args:
         path: checkpoint file.
@@ -110,7 +113,8 @@ def load_state(path: str | Path) -> State:
             f"{path} must hold a non-empty state dict of tensors, got a {type(state).__name__}: "
             "save net.state_dict() with torch.save"
         )
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
+    keys = {key: re.sub(r"^linear\.", "fc.", str(key).removeprefix("module.")) for key in state}
+    return {keys[key]: value for key, value in state.items()}
 
 
 def read_saved(path: Path) -> Any:
@@ -170,6 +174,12 @@ def _recognise(state: State) -> Callable[[int], nn.Module] | None:
         blocks = {m[1] for key in state if (m := re.match(r"block1\.layer\.(\d+)\.", key))}
         widen = len(state["block1.layer.0.conv1.weight"]) // 16
         return lambda classes: WideResNet(6 * len(blocks) + 4, widen, classes)
+    stages = [
+        {m[1] for key in state if (m := re.match(rf"layer{stage}\.(\d+)\.conv1", key))}
+        for stage in range(1, 5)
+    ]
+    if not stages[3] and stages[0] and len({len(blocks) for blocks in stages[:3]}) == 1:
+        return lambda classes: CifarResNet(6 * len(stages[0]) + 2, classes, width=len(stem))
     if "layer1.0.conv3.weight" in state:
         return ResNet50
     if "layer2.0.downsample.0.weight" in state:

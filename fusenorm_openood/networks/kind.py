@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from fusenorm_openood.networks.cifar_resnet import CifarResNet
 from fusenorm_openood.networks.resnet import ResNet18_32x32, WideResNet
 from fusenorm_openood.networks.t2fnorm import T2FNormNet
 
@@ -36,6 +37,8 @@ def _architecture(net: nn.Module) -> str:
     if isinstance(net, WideResNet):
         blocks = net.block1.layer
         return f"WRN-{6 * len(blocks) + 4}-{net.fc.in_features // 64}"
+    if isinstance(net, CifarResNet):
+        return f"ResNet-{6 * len(net.get_submodule('layer1')._modules) + 2}"
     if isinstance(net, ResNet18_32x32) and net.conv1.out_channels != OPENOOD_WIDTH:
         return f"{name} of width {net.conv1.out_channels}"
     return name

@@ -30,7 +30,7 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
-class _FeatureClassifier(nn.Module):
+class FeatureClassifier(nn.Module):
     """What OpenOOD expects of a classifier: features, a linear layer `fc`, and access to both."""
 
     fc: nn.Linear
@@ -57,7 +57,7 @@ class _FeatureClassifier(nn.Module):
         return self.fc.in_features
 
 
-class ResNet18_32x32(_FeatureClassifier):
+class ResNet18_32x32(FeatureClassifier):
     """ResNet-18 for small images: 3x3 stem, no pooling before the four stages.
 
     Args:
@@ -83,7 +83,7 @@ class ResNet18_32x32(_FeatureClassifier):
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
-class _TorchvisionResNet(_FeatureClassifier, torchvision_resnet.ResNet):  # type: ignore[misc]
+class _TorchvisionResNet(FeatureClassifier, torchvision_resnet.ResNet):  # type: ignore[misc]
     """torchvision's ResNet, split into features and classifier."""
 
     def features(self, x: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class WideResNetStage(nn.Module):
         return y
 
 
-class WideResNet(_FeatureClassifier):
+class WideResNet(FeatureClassifier):
     """WRN-depth-widen_factor, for 32x32 images.
 
     Raises:
