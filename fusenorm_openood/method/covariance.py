@@ -18,6 +18,7 @@ from fusenorm_openood.method.seen import (
     fit_features,
     fit_labels,
     in_float32,
+    norms,
     rows_per_part,
 )
 
@@ -148,4 +149,4 @@ def vim_score(seen: Seen, head: Head, state: State, arguments: Arguments) -> Ten
 
 
 def _residual(feature: Tensor, state: State) -> Tensor:
-    return torch.linalg.vector_norm((feature - state["origin"]) @ state["residual"], dim=1)
+    return norms((feature - state["origin"]) @ state["residual"])

@@ -17,6 +17,7 @@ from fusenorm_openood.method.seen import (
     fit_features,
     fit_labels,
     in_float32,
+    norms,
     rows_per_part,
 )
 
@@ -107,5 +108,5 @@ def _similarity(feature: Tensor, target: Tensor, metric: str) -> Tensor:
     if metric == "cosine":
         return F.cosine_similarity(feature, target, dim=1)
     if metric == "euclidean":
-        return -torch.linalg.vector_norm(feature - target, dim=1)
+        return -norms(feature - target)
     return (feature * target).sum(dim=1)

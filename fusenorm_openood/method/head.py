@@ -5,9 +5,17 @@ Scores `[B]` are float32, larger = more in-distribution.
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
-from fusenorm_openood.method.seen import EPS, Arguments, Head, Seen, State, fit_features, in_float32
+from fusenorm_openood.method.seen import (
+    EPS,
+    Arguments,
+    Head,
+    Seen,
+    State,
+    fit_features,
+    in_float32,
+    norms,
+)
 
 
 def gen_fit(seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
@@ -55,7 +63,7 @@ def fdbd_score(seen: Seen, head: Head, state: State, arguments: Arguments) -> Te
     top, predicted = logits.max(dim=1)
     distances = (top.unsqueeze(1) - logits) * state["inverse"][predicted]
     origin = state["mean"] if arguments["distance_as_normalizer"] else 0.0
-    return distances.sum(dim=1) / vector_norm(feature - origin, dim=1).clamp_min(EPS)
+    return distances.sum(dim=1) / norms(feature - origin).clamp_min(EPS)
 
 
 def nci_fit(seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
@@ -72,8 +80,9 @@ def nci_score(seen: Seen, head: Head, state: State, arguments: Arguments) -> Ten
     feature = seen.feature
     weight = head.weight[seen.logits.argmax(dim=1)]
     centred = feature - state["mean"]
-    proximity = (weight * centred).sum(dim=1) / vector_norm(centred, dim=1).clamp_min(EPS)
-    return proximity + arguments["alpha"] * feature.abs().sum(dim=1)
+    proximity = (weight * centred).sum(dim=1) / norms(centred).clamp_min(EPS)
+    alpha: float = arguments["alpha"]
+    return proximity + alpha * feature.abs().sum(dim=1)
 
 
 def _mean(seen: Seen) -> Tensor:

@@ -48,6 +48,11 @@ def in_float32(score: Score) -> Score:
     return wrapped
 
 
+def norms(rows: Tensor) -> Tensor:
+    """L2 norm of each row of `[B, D]`."""
+    return rows.square().sum(dim=1).sqrt()
+
+
 def rows_per_part(columns: int) -> int:
     """How many rows of a float32 matrix with so many columns fit into `PART_BYTES`."""
     return max(1, PART_BYTES // (4 * max(1, columns)))
