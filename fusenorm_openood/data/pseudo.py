@@ -28,7 +28,8 @@ def blur(images: Tensor, generator: Generator) -> Tensor:
     """Images under a Gaussian blur of a standard deviation of an eighth of the shorter side."""
     sigma = min(images.shape[2:]) / 8
     reach = min(int(3 * sigma), min(images.shape[2:]) - 1)
-    return V.gaussian_blur(images, [2 * reach + 1] * 2, [sigma, sigma])
+    blurred: Tensor = V.gaussian_blur(images, [2 * reach + 1] * 2, [sigma, sigma])
+    return blurred
 
 
 def noise(images: Tensor, generator: Generator) -> Tensor:

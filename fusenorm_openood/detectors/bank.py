@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fusenorm_openood.detectors.base import ExpertScorer, Scored, fit_panel
-from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm, calibrate
+from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
 from fusenorm_openood.detectors.sweep import swept
 from fusenorm_openood.errors import NonFiniteError
 from fusenorm_openood.listening.batches import not_finite
@@ -120,9 +120,7 @@ class ScoreBank(ExpertScorer):
             {q: self._fitted.thresholds[q] for q in panel.percentiles},
             {expert: self._fitted.states[expert] for expert in panel.posthoc},
         )
-        return calibrate(
-            detector.experts, detector.strong, detector.taps, id_scores, fitted, settings
-        )
+        return detector.calibrate(id_scores, fitted)
 
     def scored(self, settings: Settings, loader: Iterable[Any]) -> Scored:
         """What `FuseNorm.infer` would return for a loader's images under these settings.

@@ -11,9 +11,9 @@ from fusenorm_openood.detectors.baselines import BASELINES, Baseline, check_base
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.sweep import candidates
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.method.settings import Settings, check_names
+from fusenorm_openood.method.settings import METHODS, Settings, check_names
 
-NATIVE = ("fusenorm", *BASELINES)  # postprocessors that need no OpenOOD
+NATIVE = (*METHODS, *BASELINES)  # postprocessors that need no OpenOOD
 
 
 class FuseNormConfig(NamedTuple):
@@ -71,7 +71,7 @@ def detector_for(
     Raises:
         ConfigError: an invalid configuration.
     """
-    if name == "fusenorm":
+    if name in METHODS:
         settings = read_fusenorm(config).settings
         return lambda net: FuseNorm(net, settings)
     args = lookup(config, "postprocessor").get("postprocessor_args") or {}

@@ -72,7 +72,7 @@ class FuseNorm(Detector):
         others = [name for name in ("output", *POSTHOC) if name in self.strong]
         self.experts = (*self.taps, *others)
         self.calibration_: Calibration | None = None
-        self.panel = self.panel_with(())
+        self.panel = self._panel_with(())
         self._fitted = Fitted()
 
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
@@ -87,10 +87,23 @@ class FuseNorm(Detector):
         """
         self.calibration_ = None
         self._fitted, scores, *_ = fit_panel(self, self.panel, loader, progress, "fit")
-        self.calibration_ = calibrate(
-            self.experts, self.strong, self.taps, scores[self._rows()], self._fitted, self.settings
-        )
+        self.calibration_ = self.calibrate(scores[self._rows()], self._fitted)
         return self
+
+    def calibrate(self, id_scores: NDArray[np.float64], fitted: Fitted) -> Calibration:
+        """The calibration from scores `[L, N]` of the experts on ID images; it is not kept.
+
+        Raises:
+            ZeroRangeError, NonFiniteError: as in `fit`.
+        """
+        low, high = self.settings.percentile_low, self.settings.percentile_high
+        if self.settings.penalty == "joint":
+            rows = [self.experts.index(name) for name in self.strong]
+            statistics = compute_id_statistics(id_scores[rows], low, high, self.strong)
+            joint = joint_statistics(id_scores[: len(self.taps)], self.taps)
+            return Calibration(self.experts, fitted, id_scores, statistics, joint)
+        statistics = compute_id_statistics(id_scores, low, high, self.experts)
+        return Calibration(self.experts, fitted, id_scores, statistics)
 
     def with_calibration(self, calibration: Calibration) -> Self:
         """Use the ID statistics of an earlier fit on the same network instead of fitting."""
@@ -115,7 +128,7 @@ class FuseNorm(Detector):
             for name in ("msp", "mls", "energy")
         ]
         self.companions, self._free = tuple(output.label for output in free), free
-        self.panel = self.panel_with(free)
+        self.panel = self._panel_with(free)
         return self
 
     @property
@@ -189,21 +202,3 @@ class FuseNorm(Detector):
             raise ConfigError(f"strong must name each expert once, got {', '.join(strong)}")
         return tuple(strong)
 
-
-def calibrate(
-    experts: tuple[str, ...],
-    strong: tuple[str, ...],
-    taps: tuple[str, ...],
-    id_scores: NDArray[np.float64],
-    fitted: Fitted,
-    settings: Settings,
-) -> Calibration:
-    """The calibration of experts, the taps first, from their ID scores `[L, N]`."""
-    low, high = settings.percentile_low, settings.percentile_high
-    if settings.penalty == "joint":
-        rows = [experts.index(name) for name in strong]
-        statistics = compute_id_statistics(id_scores[rows], low, high, strong)
-        joint = joint_statistics(id_scores[: len(taps)], taps)
-        return Calibration(experts, fitted, id_scores, statistics, joint)
-    statistics = compute_id_statistics(id_scores, low, high, experts)
-    return Calibration(experts, fitted, id_scores, statistics)

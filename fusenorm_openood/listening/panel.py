@@ -123,8 +123,7 @@ class Panel:
                 f"experts {', '.join(names)} need a final linear layer that returns the logits, "
                 f"which {type(net).__name__} lacks: set strong=['output']"
             )
-        feature, logits = (t.cpu() if t.device.type == "mps" else t for t in done[1:3])
-        return Seen(feature, logits)
+        return Seen(done.feature, done.logits)
 
     def _listen(self, net: nn.Module, images: Tensor, fitted: Fitted) -> tuple[Tensor, Pass]:
         def clipped(done: Pass, output: Output) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -85,6 +85,18 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "distance_as_normalizer": ("true or false", lambda v: isinstance(v, bool)),
     "metric": (f"one of {', '.join(METRICS)}", lambda v: isinstance(v, str) and v in METRICS),
 }
+
+
+class Posthoc(NamedTuple):
+    """A post-hoc expert with all of its arguments."""
+
+    name: str
+    arguments: tuple[tuple[str, float | bool | str], ...]
+
+    @classmethod
+    def of(cls, name: str, arguments: Mapping[str, Any] | None = None) -> "Posthoc":
+        """The expert of a name; see `check_arguments`."""
+        return cls(name, tuple(check_arguments(name, arguments or {}).items()))
 
 
 def check_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

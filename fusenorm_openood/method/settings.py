@@ -1,7 +1,7 @@
 """The settings of FuseNorm, validated when they are created, and its three methods."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -194,6 +194,12 @@ class Settings:
         return cls(**args)
 
 
+# The methods by the names under which their results are reported.
+METHODS: dict[str, Callable[[], Settings]] = {
+    "fusenorm": Settings,
+    "fusenorm_published": Settings.published,
+    "fusenorm_joint": Settings.joint,
+}
 SETTINGS = tuple(field.name for field in fields(Settings))
 # Changing any other setting changes the expert scores, and so needs the network again.
 FUSION_SETTINGS = frozenset(
