@@ -35,8 +35,8 @@ def add_results(parser: ArgumentParser) -> None:
     add("--root", required=True, help="folder of training runs s0, s1, ... with best.ckpt")
     add(
         "--postprocessor",
-        default="fusenorm",
-        help="fusenorm, t2fnorm, msp, mls, ebo, odin, react; with OpenOOD, also any of OpenOOD's",
+        help="fusenorm (default), fusenorm_published, fusenorm_joint, t2fnorm, msp, mls, ebo, odin, "
+        "react, knn, nci, gen, fdbd, scale, ash, vim, mds, she; with OpenOOD, also any of OpenOOD's",
     )
     add("--fsood", action="store_true", help="full-spectrum: covariate-shifted images count as ID")
     add("--output-dir", help="folder for results (default: the root)")

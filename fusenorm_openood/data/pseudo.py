@@ -1,5 +1,7 @@
 """Pseudo-OOD images, made from ID images: their content is destroyed, their statistics are not."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
@@ -64,3 +66,14 @@ def zoom(images: Tensor, generator: Generator) -> Tensor:
     top, left = (H - h) // 2, (W - w) // 2
     part = images[:, :, top : top + h, left : left + w]
     return F.interpolate(part, (H, W), mode="bilinear", antialias=False)
+
+
+KINDS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
+    "jigsaw": jigsaw,
+    "blur": blur,
+    "noise": noise,
+    "rotation": rotation,
+    "inversion": inversion,
+    "mixing": mixing,
+    "zoom": zoom,
+}

@@ -141,7 +141,13 @@ def fit_panel(
 
 
 class Detector(ExpertScorer):
-    """Turns images into confidences; a subclass defines the expert scores and their fusion."""
+    """Turns images into confidences; a subclass defines the expert scores and their fusion.
+
+    Attributes:
+        fitted_on: the ID images of a benchmark that it is fitted on, `val` or `train`.
+    """
+
+    fitted_on = "val"
 
     @abstractmethod
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:

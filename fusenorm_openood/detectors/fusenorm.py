@@ -192,13 +192,13 @@ class FuseNorm(Detector):
             name = expert if isinstance(expert, str) else self.taps[expert]
             name = "output" if name == self.settings.output else name
             if name not in (*self.taps, "output", *POSTHOC):
-                known = ", ".join((*self.taps, "output", *POSTHOC))
-                way = f": set output={name!r}" if name in OUTPUT_EXPERTS else f": choose from {known}"
+                way_out = f"choose from {', '.join((*self.taps, 'output', *POSTHOC))}"
+                way_out = f"set output={name!r}" if name in OUTPUT_EXPERTS else way_out
                 raise ConfigError(
-                    f"unknown strong expert {name!r}, with output={self.settings.output!r}{way}"
+                    f"unknown strong expert {name!r} with output={self.settings.output!r}: "
+                    f"{way_out}"
                 )
             strong.append(name)
         if len(set(strong)) != len(strong):
             raise ConfigError(f"strong must name each expert once, got {', '.join(strong)}")
         return tuple(strong)
-

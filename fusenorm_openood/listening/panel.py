@@ -149,7 +149,8 @@ class Panel:
                 )
                 for output in self.outputs
             ]
-        norms = first.norms.transpose(0, 1).flatten(0, 1)  # [L, S, B] -> [S * L, B]
+        norms = first.norms  # [0, B] without taps, else [L, S, B] -> [S * L, B]
+        norms = norms.transpose(0, 1).flatten(0, 1) if self.taps else norms
         if not scored:
             return norms if norms.device.type == "mps" else norms.double(), first
         return torch.cat([norms.to(scored[0]), torch.stack(scored)]), first

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusenorm_openood.detectors.bank import ScoreBank, bank_for
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
-from fusenorm_openood.detectors.search import UNUSABLE, choose
+from fusenorm_openood.detectors.search import UNUSABLE, choose, search
 from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
 from fusenorm_openood.openood.bridge import base_postprocessor
@@ -48,8 +48,10 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
     ) -> None:
         """Fit the ID statistics on the ID validation images; a second call has no effect.
 
-        With `APS_mode`, the images of both validation loaders are scored under every combination
-        of the sweep, each image once, so that the search itself does not run the network.
+        With `APS_mode: pseudo`, the settings are searched here, on pseudo-OOD images made from the
+        ID validation images. With `APS_mode: True`, the images of both validation loaders are
+        scored under every combination of the sweep, each image once, so that the search itself
+        does not run the network.
 
         Args:
             net: network to score with.
@@ -64,7 +66,11 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         self._fitted_on = net, id_loader_dict["val"]
         if self.setup_flag:
             return
-        if self.APS_mode and not self.hyperparam_search_done:
+        if self.APS_mode == "pseudo":
+            found = search(net, self.settings, self.args_dict, id_loader_dict["val"])
+            self.settings, self.calibration = found.settings, found.calibration
+            self.APS_mode, self.hyperparam_search_done, self.setup_flag = False, True, True
+        elif self.APS_mode and not self.hyperparam_search_done:
             if not ood_loader_dict or "val" not in ood_loader_dict:
                 raise DataError(
                     "ood_loader_dict must contain 'val' for a search (APS_mode: True), got "
@@ -73,7 +79,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             self._bank = bank_for(net, self.settings, self.args_dict)
             self._bank.fit(id_loader_dict["val"]).add(ood_loader_dict["val"])
             # Raise a clear error if no combination is usable: OpenOOD's loop raises a TypeError.
-            choose(self._bank, self.settings, self.args_dict, ood_loader_dict["val"])
+            choose(self._bank, self.settings, self.args_dict, [ood_loader_dict["val"]])
             self.setup_flag = True
         else:
             self._fit()
@@ -156,8 +162,11 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         if self.calibration is None and self._bank is not None:
             self._fit()  # images are scored before the search
         known = self._last
-        if known and known.net is net and known.settings == self.settings and (
-            known.calibration_ is self.calibration and known.is_fitted
+        if (
+            known
+            and known.net is net
+            and known.settings == self.settings
+            and (known.calibration_ is self.calibration and known.is_fitted)
         ):
             return known
         detector = FuseNorm(net, self.settings)

@@ -9,5 +9,4 @@ python "$ROOT/scripts/eval_ood.py" \
     --id-data cifar100 \
     --root "$ROOT/results/cifar100_resnet18_32x32_base_e100_lr0.1_default" \
     --data-root "$ROOT/data" \
-    --postprocessor fusenorm \
     --save-score --save-csv "$@"

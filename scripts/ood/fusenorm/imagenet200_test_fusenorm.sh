@@ -9,5 +9,4 @@ python "$ROOT/scripts/eval_ood.py" \
     --id-data imagenet200 \
     --root "$ROOT/results/imagenet200_resnet18_224x224_base_e90_lr0.1_default" \
     --data-root "$ROOT/data" \
-    --postprocessor fusenorm \
     --save-score --save-csv "$@"
