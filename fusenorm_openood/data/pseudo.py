@@ -13,7 +13,7 @@ STRIDE = 4  # a zoomed image shows one part in this many of each side, halved
 
 def jigsaw(images: Tensor, generator: Generator) -> Tensor:
     """Images cut into 4 x 4 tiles in a random order; rows and columns that do not fit stay."""
-    B, C, H, W = images.shape
+    B, _, H, W = images.shape
     h, w = H // GRID, W // GRID
     if 0 in (h, w):
         return rotation(images, generator)

@@ -1,5 +1,6 @@
 """A bank of expert scores: each image is scored once, however many settings are tried."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from fusenorm_openood.detectors.sweep import swept
 from fusenorm_openood.errors import NonFiniteError
 from fusenorm_openood.listening.batches import not_finite
 from fusenorm_openood.listening.panel import Fitted, Panel
+from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.method.experts import Output
-from fusenorm_openood.method.posthoc import Posthoc
+from fusenorm_openood.method.posthoc import Posthoc, Seen
 from fusenorm_openood.method.settings import Settings
 
 
@@ -27,6 +29,7 @@ class ScoreBank(ExpertScorer):
         settings: all settings that will be needed.
         outputs: output experts that will be needed on their own.
         posthoc: post-hoc experts that will be needed on their own.
+        keep_seen: whether to keep features and logits, too, until their loader is forgotten.
 
     Raises:
         ConfigError: settings that do not fit the network.
@@ -39,6 +42,7 @@ class ScoreBank(ExpertScorer):
         settings: Iterable[Settings],
         outputs: Iterable[Output] = (),
         posthoc: Iterable[Posthoc] = (),
+        keep_seen: bool = False,
     ) -> None:
         super().__init__(net)
         self._detectors = {s: FuseNorm(net, s) for s in dict.fromkeys(settings)}
@@ -50,23 +54,31 @@ class ScoreBank(ExpertScorer):
             tuple(dict.fromkeys([*(p for panel in panels for p in panel.posthoc), *posthoc])),
         )
         self._fitted = Fitted()
+        self._sample: FeatureSample | None = None
+        self.keep_seen, self._seen = keep_seen, dict[int, Seen]()
         self._kept: dict[int, tuple[Iterable[Any], Scored]] = {}
         self.id_loader: Iterable[Any] = ()
 
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Score the ID validation images, on which every calibration is based."""
         self._kept.clear()
-        self._fitted, experts, pred, label = fit_panel(self, self.panel, loader, progress, "APS")
-        self._kept[id(loader)] = loader, Scored(np.empty(0), pred, label, experts)
+        fit = fit_panel(self, self.panel, loader, progress, "APS")
+        self._fitted = fit.fitted
+        self._kept[id(loader)] = loader, Scored(np.empty(0), fit.pred, fit.label, fit.experts)
+        if fit.seen is not None and self.keep_seen:
+            self._seen[id(loader)] = fit.seen
         self.id_loader = loader
         return self
 
     def add(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Score the images of a loader under all settings, unless they already have been."""
         if not self.holds(loader):
+            self._sample = FeatureSample(limit=sys.maxsize) if self.keep_seen else None
             experts, pred, label = self._collect(loader, progress, "APS")
             scored = Scored(np.empty(0), pred, label, experts)
             self._kept[id(loader)] = loader, scored  # keeps the loader, so that its id stays unique
+            if self._sample is not None:
+                self._seen[id(loader)] = self._sample.seen
         return self
 
     def narrowed(
@@ -76,18 +88,20 @@ class ScoreBank(ExpertScorer):
         posthoc: Iterable[Posthoc] = (),
     ) -> Self:
         """A bank for a subset of the settings, with the scores that this one already holds."""
-        bank = type(self)(self.net, settings, outputs, posthoc)
+        bank = type(self)(self.net, settings, outputs, posthoc, self.keep_seen)
         rows = [row for n in bank.panel.norms for row in self.panel.norm_rows(bank.panel.taps, n)]
         rows += [self.panel.output_row(output) for output in bank.panel.outputs]
         rows += [self.panel.posthoc_row(expert) for expert in bank.panel.posthoc]
         for key, (loader, scored) in self._kept.items():
             bank._kept[key] = loader, scored._replace(experts=scored.experts[rows])
         bank._fitted, bank.id_loader = self._fitted, self.id_loader
+        bank._seen = dict(self._seen)
         return bank
 
     def forget(self, loader: Iterable[Any]) -> None:
         """Discard the scores of a loader's images."""
         del self._kept[id(loader)]
+        self._seen.pop(id(loader), None)
 
     def holds(self, loader: Iterable[Any]) -> bool:
         """Whether the images of this loader object have been scored."""
@@ -145,6 +159,16 @@ class ScoreBank(ExpertScorer):
         scores: NDArray[np.float64] = scored.experts[self.panel.posthoc_row(expert)]
         return scores
 
+    def seen(self, loader: Iterable[Any]) -> Seen:
+        """Features and logits of a loader's images, with `keep_seen`."""
+        return self._seen[id(loader)]
+
+    def labels(self, loader: Iterable[Any]) -> NDArray[np.int64]:
+        """Labels `[N]` of a loader's images, or the predicted classes where it gives none."""
+        scored = self._kept[id(loader)][1]
+        labels: NDArray[np.int64] = np.where(scored.label < 0, scored.pred, scored.label)
+        return labels
+
     def worst(self, loader: Iterable[Any]) -> Scored:
         """Confidences that rank every ID image below every OOD image: an AUROC of 0."""
         scored = self._kept[id(loader)][1]
@@ -155,7 +179,12 @@ class ScoreBank(ExpertScorer):
         return detector.rows_in(self.panel)
 
     def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.panel.scores(self.net, images, self._fitted)
+        rows, pred, seen = self.panel.listen(self.net, images, self._fitted)
+        if seen is None:
+            return rows, pred
+        if self._sample is not None:
+            self._sample.add(seen)
+        return self.panel.completed(self.net, rows, seen, self._fitted), pred
 
     def _check_finite(self, images: Tensor, experts: NDArray[Any]) -> None:
         """Require finite images; non-finite scores only rule out the settings that use them."""

@@ -16,7 +16,7 @@ from fusenorm_openood.listening.batches import batches, checked_images, not_fini
 from fusenorm_openood.listening.panel import Fitted, Panel, head_of
 from fusenorm_openood.listening.react import react_thresholds
 from fusenorm_openood.listening.sample import FeatureSample
-from fusenorm_openood.method.posthoc import POSTHOC, Head
+from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
 
 
 class Scored(NamedTuple):
@@ -97,10 +97,28 @@ class ExpertScorer(ABC):
             raise not_finite(images, int(image), what)
 
 
+class PanelFit(NamedTuple):
+    """What `fit_panel` gives: the fitted experts, and for `N` ID images what was seen of them.
+
+    Attributes:
+        fitted: what the experts have fitted.
+        experts: scores `[R, N]` of the panel.
+        pred: predicted classes `[N]`.
+        label: labels `[N]`, -1 where the loader gives none.
+        seen: features and logits, None without post-hoc experts.
+    """
+
+    fitted: Fitted
+    experts: NDArray[Any]
+    pred: NDArray[np.int64]
+    label: NDArray[np.int64]
+    seen: Seen | None
+
+
 def fit_panel(
     scorer: ExpertScorer, panel: Panel, loader: Iterable[Any], progress: bool, desc: str
-) -> tuple[Fitted, NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
-    """Fit a panel's experts on ID images: what they fit, and scores, predictions and labels.
+) -> PanelFit:
+    """Fit a panel's experts on ID images, and score these.
 
     The loader is read once, and once more before if ReAct needs a threshold. Post-hoc experts are
     fitted on an even sample of at most `LIMIT` images, and then only its images are returned; no
@@ -127,7 +145,7 @@ def fit_panel(
 
     rows, pred, label = scorer._collect(loader, progress, desc, listen)
     if not panel.posthoc:
-        return fitted, rows, pred, label
+        return PanelFit(fitted, rows, pred, label, None)
     kept, seen = sample.indices, sample.seen
     rows, pred, label = rows[:, kept], pred[kept], label[kept]
     head = Head(*(t.cpu().float() for t in head_of(net)))
@@ -137,7 +155,8 @@ def fit_panel(
         kind, arguments = POSTHOC[expert.name], dict(expert.arguments)
         fitted.states[expert] = kind.fit(seen, classes, head, arguments)
         scored.append(kind.score_fit(seen, head, fitted.states[expert], arguments))
-    return fitted, np.concatenate([rows, torch.stack(scored).numpy()]), pred, label
+    experts = np.concatenate([rows, torch.stack(scored).numpy()])
+    return PanelFit(fitted, experts, pred, label, seen)
 
 
 class Detector(ExpertScorer):

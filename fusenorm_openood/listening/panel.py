@@ -87,8 +87,10 @@ class Panel:
             fitted: what `fit_panel` has fitted.
         """
         rows, pred, seen = self.listen(net, images, fitted)
-        if seen is None:
-            return rows, pred
+        return (rows if seen is None else self.completed(net, rows, seen, fitted)), pred
+
+    def completed(self, net: nn.Module, rows: Tensor, seen: Seen, fitted: Fitted) -> Tensor:
+        """The scores of `listen`, with those of the post-hoc experts: `[R, B]`."""
         head = head_of(net)
         scored = [
             POSTHOC[expert.name].score(
@@ -96,7 +98,7 @@ class Panel:
             )
             for expert in self.posthoc
         ]
-        return torch.cat([rows, torch.stack(scored).to(rows)]), pred
+        return torch.cat([rows, torch.stack(scored).to(rows)])
 
     def listen(
         self, net: nn.Module, images: Tensor, fitted: Fitted
