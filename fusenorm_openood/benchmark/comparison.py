@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fusenorm_openood.benchmark.bootstrap import difference_interval
+from fusenorm_openood.benchmark.bootstrap import Confidences, difference_interval
 from fusenorm_openood.benchmark.peers import fitted_peers, peers_installed
 from fusenorm_openood.benchmark.tables import mean_ranks, with_means
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
@@ -34,8 +34,6 @@ FUSENORM = {
     "FuseNorm (joint)": Settings.joint(),
 }
 STRONG, BLOCKS = "strong experts alone", "block norms alone"
-
-Confidences = dict[str, dict[str, NDArray[Any]]]  # by method and data set
 
 
 class Comparison(NamedTuple):
@@ -182,8 +180,8 @@ def tables(
     for group in groups:
         best = str(auroc.loc[single, group].idxmax())
 
-        def confidences(method: str, group: str = group) -> tuple[Any, list[Any]]:
-            return known[method], [scored[method] for scored in unknown[group].values()]
+        def confidences(method: str, group: str = group) -> Confidences:
+            return Confidences(known[method], [s[method] for s in unknown[group].values()])
 
         gains = {}
         for method in (m for m in auroc.index if m.startswith("FuseNorm")):
