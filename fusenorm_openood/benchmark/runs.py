@@ -34,12 +34,17 @@ def parse_root_name(root: str | Path) -> RootName | None:
 
 
 def find_checkpoints(root: str | Path) -> dict[str, Path]:
-    """The checkpoint of each training run `s0`, `s1`, ... under a root, or in the root itself.
+    """The checkpoint of each training run `s0`, `s1`, ... under a root.
+
+    Without such runs it is the root's own checkpoint, and a root that is a file is a checkpoint;
+    either has the key `""`.
 
     Raises:
         CheckpointError: there is no checkpoint, or a run has none.
     """
     root = Path(root)
+    if root.is_file():
+        return {"": root}
     found = _runs(root)
     incomplete = [
         run.name
@@ -58,6 +63,18 @@ def find_checkpoints(root: str | Path) -> dict[str, Path]:
             f"no checkpoint {root / 's0' / 'best.ckpt'} (or s1, s2, ...) found: {_inside(root)}"
         )
     return found
+
+
+def results_folder(root: str | Path, output_dir: str | Path | None = None) -> Path:
+    """The folder for a root's results, unless another is requested.
+
+    >>> str(results_folder("results/cifar10_resnet18_32x32_base_e100_lr0.1_default"))
+    'results/cifar10_resnet18_32x32_base_e100_lr0.1_default'
+
+    A checkpoint file `networks/resnet20.th` has its results in `networks/resnet20`.
+    """
+    root = Path(root)
+    return Path(output_dir or (root.with_suffix("") if root.is_file() else root))
 
 
 def unfinished(checkpoint: Path) -> bool:
@@ -80,7 +97,7 @@ def _runs(root: Path) -> dict[str, Path]:
 def _inside(root: Path, most: int = 5) -> str:
     """What a root contains instead of training runs."""
     if not root.is_dir():
-        return f"{root} is a file" if root.exists() else f"{root} does not exist"
+        return f"{root} does not exist"
     roots = list(find_roots(root))
     if roots:
         return f"use {roots[0]}, which contains training runs"

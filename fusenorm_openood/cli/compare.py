@@ -23,6 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--root", required=True, nargs="+", help="folders of training runs, or checkpoint files")
     options.add_data(parser)
+    options.add_normalization(parser)
     add("--fsood", action="store_true", help="full-spectrum: covariate-shifted images count as ID")
     add("--search", action="store_true", help="also search settings, with and without OOD images")
     add("--config", help="YAML file with the sweep to search (default: this package's)")
@@ -34,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Print, for each root, AUROC and FPR@95 of every method, the mean over the root's runs."""
     device = find_device(args.device)
-    benchmark = load_benchmark(args.id_data, args.data_root, options.normalization(args))
+    benchmark = load_benchmark(args.id_data, args.data_root, args.normalization)
     check_fsood(benchmark, args.fsood)
     config = read_config(args.config or config_root() / "postprocessors" / "fusenorm.yml")
     sweep = read_fusenorm(config).sweep if args.search or args.config else None

@@ -11,7 +11,7 @@ from torch import nn
 
 from fusenorm_openood.benchmark.evaluation import Evaluation, evaluate
 from fusenorm_openood.configs import lookup
-from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
+from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader, load_benchmark
 from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.configuration import NATIVE, detector_for, read_fusenorm
 from fusenorm_openood.detectors.fusenorm import FuseNorm
@@ -176,6 +176,7 @@ def _unsupported_by_openood(job: Job, requested: str) -> list[str]:
     unsupported = {
         "--id-data digits": job.benchmark.name == "digits",
         "--amp": job.amp,
+        "--normalization": job.benchmark.norm != load_benchmark(job.benchmark.name).norm,
         "--compare": job.compare,
         "--validation": job.validation,
     }

@@ -11,7 +11,7 @@ import torch
 
 from fusenorm_openood.benchmark.evaluation import check_fsood
 from fusenorm_openood.benchmark.networks import load_runs
-from fusenorm_openood.benchmark.runs import unfinished
+from fusenorm_openood.benchmark.runs import results_folder, unfinished
 from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.engines import Job, evaluate_run, find_engine
@@ -26,6 +26,7 @@ from fusenorm_openood.files import check_writable, write_whole
 def add_arguments(parser: ArgumentParser) -> None:
     options.add_results(parser)
     options.add_data(parser)
+    options.add_normalization(parser)
     add = parser.add_argument
     add("--batch-size", type=options.positive, default=200, help="images per batch (default: 200)")
     add("--save-csv", action="store_true", help="write OUTPUT/ood/NAME.csv (or fsood/, val/)")
@@ -53,14 +54,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Check all inputs, then evaluate one run after another and print the table."""
     device = find_device(args.device)
-    benchmark = load_benchmark(args.id_data, args.data_root)
+    benchmark = load_benchmark(args.id_data, args.data_root, args.normalization)
     if args.validation and args.fsood:
         raise ConfigError("--validation and --fsood cannot be combined: leave one out")
     check_fsood(benchmark, args.fsood)
     progress = not args.no_progress
     config = read_postprocessor(args.postprocessor, args.config, args.set, args.sweep, args.aps)
     name = config["postprocessor"]["name"]
-    output = Path(args.output_dir or args.root)
+    output = results_folder(args.root, args.output_dir)
     job = Job(
         postprocessor=name,
         config=config,

@@ -7,7 +7,7 @@ from pathlib import Path
 from fusenorm_openood.benchmark.evaluation import check_fsood
 from fusenorm_openood.benchmark.leaderboard import leaderboard_entry
 from fusenorm_openood.benchmark.networks import load_runs
-from fusenorm_openood.benchmark.runs import find_checkpoints
+from fusenorm_openood.benchmark.runs import find_checkpoints, results_folder
 from fusenorm_openood.cli import options
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.errors import DataError
@@ -36,7 +36,7 @@ def results_csv(args: Namespace) -> Path:
     Raises:
         DataError: the file does not exist; the message names the command that creates it.
     """
-    folder = Path(args.output_dir or args.root) / ("fsood" if args.fsood else "ood")
+    folder = results_folder(args.root, args.output_dir) / ("fsood" if args.fsood else "ood")
     path = folder / f"{args.postprocessor}.csv"
     if path.is_file():
         return path

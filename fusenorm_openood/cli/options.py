@@ -1,6 +1,9 @@
 """Options that several subcommands share."""
 
 from argparse import ArgumentParser, ArgumentTypeError
+from typing import Any
+
+from fusenorm_openood.errors import ConfigError
 
 
 def add_data(parser: ArgumentParser) -> None:
@@ -14,6 +17,16 @@ def add_data_root(parser: ArgumentParser) -> None:
     """`--data-root`: the folder of images and lists."""
     help = "images and lists in OpenOOD's layout (default: data)"
     parser.add_argument("--data-root", default="data", help=help)
+
+
+def add_normalization(parser: ArgumentParser) -> None:
+    """`--normalization`: how images are normalised for networks not trained with OpenOOD's."""
+    parser.add_argument(
+        "--normalization",
+        type=_normalization,
+        help="channel statistics that the networks were trained with: cifar10, cifar100, imagenet, "
+        "digits, or mean and standard deviation as M,M,M,S,S,S (default: OpenOOD's for the data)",
+    )
 
 
 def add_computing(parser: ArgumentParser) -> None:
@@ -32,14 +45,22 @@ def add_no_progress(parser: ArgumentParser) -> None:
 def add_results(parser: ArgumentParser) -> None:
     """`--root`, `--postprocessor`, `--fsood` and `--output-dir`: which results."""
     add = parser.add_argument
-    add("--root", required=True, help="folder of training runs s0, s1, ... with best.ckpt")
+    add(
+        "--root",
+        required=True,
+        help="folder of training runs s0, s1, ... with best.ckpt, or one checkpoint file",
+    )
     add(
         "--postprocessor",
-        help="fusenorm (default), fusenorm_published, fusenorm_joint, t2fnorm, msp, mls, ebo, odin, "
-        "react, knn, nci, gen, fdbd, scale, ash, vim, mds, she; with OpenOOD, also any of OpenOOD's",
+        help="fusenorm (default), fusenorm_published, fusenorm_joint, t2fnorm, msp, mls, ebo, "
+        "odin, react, knn, nci, gen, fdbd, scale, ash, vim, mds, she; with OpenOOD, also any of "
+        "OpenOOD's",
     )
     add("--fsood", action="store_true", help="full-spectrum: covariate-shifted images count as ID")
-    add("--output-dir", help="folder for results (default: the root)")
+    add(
+        "--output-dir",
+        help="folder for results (default: the root, or a checkpoint file's name without suffix)",
+    )
 
 
 def whole(text: str, least: int = 0) -> int:
@@ -47,6 +68,15 @@ def whole(text: str, least: int = 0) -> int:
     if not (text.isdecimal() and int(text) >= least):
         raise ArgumentTypeError(f"must be an integer >= {least}, got {text!r}")
     return int(text)
+
+
+def _normalization(text: str) -> Any:
+    from fusenorm_openood.data.transforms import parse_normalization  # imports torchvision
+
+    try:
+        return parse_normalization(text)
+    except ConfigError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:

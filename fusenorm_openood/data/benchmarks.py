@@ -15,7 +15,7 @@ from fusenorm_openood.data.transforms import (
     Normalization,
     Transform,
     eval_transform,
-    normalization,
+    find_normalization,
     plain_transform,
 )
 from fusenorm_openood.errors import ConfigError, DataError
@@ -77,8 +77,16 @@ class Benchmark:
         return problems
 
 
-def load_benchmark(name: str, data_root: str | Path = "data") -> Benchmark:
+def load_benchmark(
+    name: str, data_root: str | Path = "data", normalization: Normalization | None = None
+) -> Benchmark:
     """The benchmark of an ID data set, with images under a data root in OpenOOD's layout.
+
+    Args:
+        name: name of the ID data set.
+        data_root: folder of images and lists.
+        normalization: channel mean and standard deviation of the images that the network was
+            trained on; None = OpenOOD's for this data set.
 
     Raises:
         ConfigError: an unknown name, or an incomplete configuration.
@@ -92,7 +100,7 @@ def load_benchmark(name: str, data_root: str | Path = "data") -> Benchmark:
     ood = lookup(read_config(folder / f"{name}_ood.yml"), "ood_dataset")
     shifted = folder / f"{name}_fsood.yml"
     csid = lookup(read_config(shifted), "ood_dataset", "csid") if shifted.is_file() else None
-    norm = normalization(lookup(dataset, "normalization_type"))
+    norm = normalization or find_normalization(lookup(dataset, "normalization_type"))
     pre_size, image_size = lookup(dataset, "pre_size"), lookup(dataset, "image_size")
 
     def image_set(split: Any, label: str) -> ImageSet:

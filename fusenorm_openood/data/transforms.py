@@ -1,6 +1,7 @@
 """OpenOOD's preprocessing of training and test images."""
 
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 from PIL import Image
@@ -21,13 +22,36 @@ NORMALIZATIONS: dict[str, Normalization] = {
 }
 
 
-def normalization(name: str) -> Normalization:
+def find_normalization(name: str) -> Normalization:
     """Mean and standard deviation for a `normalization_type`; ConfigError if it is unknown."""
     if name not in NORMALIZATIONS:
         raise ConfigError(
             f"unknown normalization_type {name!r}: choose from {', '.join(NORMALIZATIONS)}"
         )
     return NORMALIZATIONS[name]
+
+
+def parse_normalization(text: str) -> Normalization:
+    """Mean and standard deviation from a name in `NORMALIZATIONS` or from `M,M,M,S,S,S`.
+
+    >>> parse_normalization("0.5,0.5,0.5,0.25,0.25,0.25")
+    ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+    Raises:
+        ConfigError: neither of the two, or a standard deviation that is not positive.
+    """
+    if text in NORMALIZATIONS:
+        return NORMALIZATIONS[text]
+    try:
+        numbers = tuple(map(float, text.split(",")))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 6 or not all(map(isfinite, numbers)) or min(numbers[3:]) <= 0:
+        raise ConfigError(
+            f"normalization must be one of {', '.join(NORMALIZATIONS)}, or six numbers "
+            f"M,M,M,S,S,S with each S > 0, got {text!r}"
+        )
+    return numbers[:3], numbers[3:]
 
 
 def eval_transform(pre_size: int, image_size: int, norm: Normalization) -> Transform:

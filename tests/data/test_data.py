@@ -10,7 +10,7 @@ from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.data.digits import ID_CLASSES, digits_image_sets, write_digits
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.data.sources import benchmark_names, how_to_get
-from fusenorm_openood.data.transforms import normalization, plain_transform
+from fusenorm_openood.data.transforms import find_normalization, plain_transform
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.listening.batches import batches
 
@@ -75,7 +75,7 @@ def test_errors_for_unknown_names_list_the_known_ones():
     with pytest.raises(
         ConfigError, match="unknown normalization_type 'cinic': choose from cifar10"
     ):
-        normalization("cinic")
+        find_normalization("cinic")
 
 
 @pytest.mark.parametrize(
