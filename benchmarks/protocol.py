@@ -36,19 +36,19 @@ STRONG = (
     ("output", "knn", "nci"),
     ("output", "mds"),
     ("output", "fdbd", "mds"),
+    ("output", "knn", "fdbd", "mds"),
 )
 
 
 class Heard(NamedTuple):
-    """What one pass gives of `N` images: norms and output scores `[R, N]`, features, labels."""
+    """What one pass gives of `N` images: norms and output scores `[R, N]`, features, logits."""
 
     rows: np.ndarray
     seen: Seen
-    label: np.ndarray
 
     def part(self, index: np.ndarray) -> "Heard":
         i = torch.from_numpy(index)
-        return Heard(self.rows[:, index], Seen(*(t[i] for t in self.seen)), self.label[index])
+        return Heard(self.rows[:, index], Seen(*(t[i] for t in self.seen)))
 
 
 def candidates() -> dict[str, Settings]:
@@ -63,10 +63,12 @@ def candidates() -> dict[str, Settings]:
         settings = Settings.joint(strong=strong, joint_weight=weight, percentile_high=high)
         found[f"{'+'.join(strong)}, joint {weight}, clip {high}"] = settings
     for neighbours in (1, 3, 10, 20, 50):
-        found[f"output+knn+fdbd, K {neighbours}"] = Settings(neighbours=neighbours)
-        found[f"output+knn+fdbd, joint, K {neighbours}"] = Settings.joint(neighbours=neighbours)
-    found["output+knn+fdbd, no clip"] = Settings(clip=False)
-    found["msp+knn+fdbd"] = Settings(output="msp")
+        changes = {"strong": ("output", "knn", "fdbd"), "neighbours": neighbours}
+        found[f"output+knn+fdbd, K {neighbours}"] = Settings(**changes)
+        found[f"output+knn+fdbd, joint, K {neighbours}"] = Settings.joint(**changes)
+    found["no clip"] = Settings(clip=False)
+    found["msp+fdbd+mds"] = Settings(output="msp")
+    found["gen+fdbd+mds"] = Settings(strong=("gen", "fdbd", "mds"))
     found["published, energy"] = Settings.published(output="energy", react_percentile=None)
     return found
 
@@ -96,16 +98,15 @@ def far_off(
 
 
 def hear(net: nn.Module, panel: Panel, loader: Any) -> Heard:
-    rows, features, logits, labels = [], [], [], []
-    for images, label in batches(loader):
-        scores, pred, seen = panel.listen(net, images, Fitted())
+    rows, features, logits = [], [], []
+    for images, _ in batches(loader):
+        scores, _, seen = panel.listen(net, images, Fitted())
         assert seen is not None
         rows.append(scores.numpy())
         features.append(seen.feature)
         logits.append(seen.logits)
-        labels.append(pred.numpy() if label is None else np.asarray(label))
     seen = Seen(torch.cat(features), torch.cat(logits))
-    return Heard(np.concatenate(rows, axis=1), seen, np.concatenate(labels))
+    return Heard(np.concatenate(rows, axis=1), seen)
 
 
 def tables(specification: str) -> pd.DataFrame:
@@ -139,7 +140,7 @@ def tables(specification: str) -> pd.DataFrame:
         fit = known.part(np.setdiff1d(order, test))
         states = {
             expert: POSTHOC[expert.name].fit(
-                fit.seen, torch.from_numpy(fit.label), head, dict(expert.arguments)
+                fit.seen, fit.seen.logits.argmax(1), head, dict(expert.arguments)
             )
             for expert in panel.posthoc
         }

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -92,7 +91,7 @@ def compare(
     peers = {}
     if with_peers:
         head = Head(*(t.cpu().float() for t in head_of(net)))
-        peers = fitted_peers(head, bank.seen(id_val), torch.from_numpy(bank.labels(id_val)))
+        peers = fitted_peers(head, bank.seen(id_val))
     found = {}
     if sweep:
         on = {"validation pair": [ood_val], "pseudo-OOD": pseudo_ood(id_val)}
@@ -139,7 +138,7 @@ def single_experts(
     if has_scoring_logits(net):  # T2FNorm's postprocessor is MSP of the scoring logits
         outputs = {"MSP (T2FNorm)" if n == "MSP" else n: output for n, output in outputs.items()}
     posthoc = {kind.title: Posthoc.of(name) for name, kind in POSTHOC.items()}
-    # Few ID validation images have few neighbours: KNN with FuseNorm's number, too.
+    # K is OpenOOD's for 50,000 training images; a few ID validation images have fewer neighbours.
     return outputs, {**posthoc, "KNN (K = 5)": Posthoc.of("knn", {"K": Settings().neighbours})}
 
 

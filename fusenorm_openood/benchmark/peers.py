@@ -18,13 +18,12 @@ def peers_installed() -> bool:
     return find_spec("pytorch_ood") is not None
 
 
-def fitted_peers(head: Head, seen: Seen, labels: Tensor) -> dict[str, Scorer]:
+def fitted_peers(head: Head, seen: Seen) -> dict[str, Scorer]:
     """DICE, VRA, NNGuide and GradNorm, fitted on ID images: functions to scores `[B]` by title.
 
     Args:
         head: the final linear layer.
         seen: features and logits of ID images.
-        labels: their classes `[N]`.
 
     Returns:
         Scorers with larger = more in-distribution, with pytorch-ood's default arguments; DICE keeps
@@ -32,6 +31,7 @@ def fitted_peers(head: Head, seen: Seen, labels: Tensor) -> dict[str, Scorer]:
     """
     from pytorch_ood import detector  # heavy, and optional
 
+    labels = seen.logits.argmax(dim=1)
     linear = nn.Linear(head.weight.shape[1], len(head.weight))
     linear.load_state_dict({"weight": head.weight, "bias": head.bias})
     dice = detector.DICE(None, w=head.weight, b=head.bias, p=0.9)
@@ -51,7 +51,7 @@ def fitted_peers(head: Head, seen: Seen, labels: Tensor) -> dict[str, Scorer]:
 
 def _in_parts(predict: Callable[[Tensor], Tensor], size: int = 200) -> Scorer:
     def score(seen: Seen) -> NDArray[Any]:
-        scores = [-predict(part).detach() for part in seen.feature.split(size)]
+        scores = [-predict(part).detach() for part in torch.split(seen.feature, size)]
         joined: NDArray[Any] = torch.cat(scores).double().numpy()
         return joined
 

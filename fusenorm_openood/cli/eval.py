@@ -4,7 +4,6 @@ import pickle
 import sys
 from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
-from pathlib import Path
 
 import pandas as pd
 import torch

@@ -163,12 +163,6 @@ class ScoreBank(ExpertScorer):
         """Features and logits of a loader's images, with `keep_seen`."""
         return self._seen[id(loader)]
 
-    def labels(self, loader: Iterable[Any]) -> NDArray[np.int64]:
-        """Labels `[N]` of a loader's images, or the predicted classes where it gives none."""
-        scored = self._kept[id(loader)][1]
-        labels: NDArray[np.int64] = np.where(scored.label < 0, scored.pred, scored.label)
-        return labels
-
     def worst(self, loader: Iterable[Any]) -> Scored:
         """Confidences that rank every ID image below every OOD image: an AUROC of 0."""
         scored = self._kept[id(loader)][1]

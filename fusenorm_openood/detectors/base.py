@@ -149,7 +149,7 @@ def fit_panel(
     kept, seen = sample.indices, sample.seen
     rows, pred, label = rows[:, kept], pred[kept], label[kept]
     head = Head(*(t.cpu().float() for t in head_of(net)))
-    classes = torch.from_numpy(np.where(label < 0, pred, label))
+    classes = torch.from_numpy(pred)  # labels would make the fit depend on more than the images
     scored = []
     for expert in panel.posthoc:
         kind, arguments = POSTHOC[expert.name], dict(expert.arguments)

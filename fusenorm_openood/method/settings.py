@@ -62,13 +62,13 @@ class Settings:
     input_std: tuple[float, ...] | None = None
     react_percentile: float | None = None
     neighbours: int = 5
-    strong: str | tuple[str | int, ...] = ("output", "knn", "fdbd")
+    strong: str | tuple[str | int, ...] = ("output", "fdbd", "mds")
     weights: tuple[float, ...] | None = None
     clip: bool = True
     penalty: str = "deviation"
     base: float = 2.0
     cap: float = 1.0
-    joint_weight: float = 0.35
+    joint_weight: float = 0.25
     percentile_low: float = 5.0
     percentile_high: float = 95.0
 
