@@ -65,9 +65,8 @@ def run(args: Namespace) -> int:
             )
             net.cpu()
         _print_root(labels[root], args.id_data, results)
-        figures[labels[root]] = _mean([r.auroc for r in results]).join(
-            _mean([r.fpr95 for r in results]), rsuffix=" FPR@95"
-        )
+        fpr95 = _mean([result.fpr95 for result in results]).add_suffix(" FPR@95")
+        figures[labels[root]] = _mean([result.auroc for result in results]).join(fpr95)
     if len(figures) > 1:
         print(f"\nmean ± std over {len(figures)} roots, AUROC in percent:")
         shared = [table[["nearood", "farood"]] for table in _shared_rows(list(figures.values()))]
