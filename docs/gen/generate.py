@@ -38,7 +38,7 @@ MAPS = {
 def generated() -> dict[Path, str]:
     """Every file that is generated in whole or in part, as it should be."""
     files = {DOCS / "figures" / f"{name}.svg": draw() for name, draw in figures.FIGURES.items()}
-    for page in sorted(DOCS.glob("*.md")):
+    for page in [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         filled = MARKED.sub(lambda match: fill(match[1]), text)
         if filled != text or MARKED.search(text):
