@@ -1,6 +1,6 @@
 """Build a detector from a postprocessor's configuration in OpenOOD's schema."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
@@ -61,8 +61,21 @@ def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
             )
     aps_mode = section["APS_mode"]
     # Without a search, the sweep need not be compatible with the chosen settings.
-    candidates(settings if aps_mode else Settings(), sweep)
+    methods = [] if aps_mode else [method() for method in METHODS.values()]
+    _check_sweep([settings, *methods], sweep)
     return FuseNormConfig(settings, sweep, aps_mode)
+
+
+def _check_sweep(bases: Sequence[Settings], sweep: Mapping[str, list[Any]]) -> None:
+    """Raise ConfigError unless the sweep's values are valid with one of the bases."""
+    errors = []
+    for base in bases:
+        try:
+            candidates(base, sweep)
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) == len(bases):
+        raise errors[0]
 
 
 def detector_for(

@@ -9,4 +9,5 @@ python "$ROOT/scripts/eval_ood.py" \
     --id-data digits \
     --root "$ROOT/results/digits_resnet18_32x32_base_e16_lr0.05_default" \
     --data-root "$ROOT/data" \
+    --postprocessor fusenorm \
     --compare --save-score --save-csv "$@"

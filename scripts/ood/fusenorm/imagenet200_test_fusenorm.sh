@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # FuseNorm on ImageNet-200. Arguments go to scripts/eval_ood.py and override those below:
-# --data-root DIR, --root DIR (for example of a network trained with T2FNorm), --compare, --fsood, ...
+# --data-root DIR, --root DIR (for example of a network trained with T2FNorm), --config fusenorm_joint, ...
 set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment
@@ -9,4 +9,5 @@ python "$ROOT/scripts/eval_ood.py" \
     --id-data imagenet200 \
     --root "$ROOT/results/imagenet200_resnet18_224x224_base_e90_lr0.1_default" \
     --data-root "$ROOT/data" \
+    --postprocessor fusenorm \
     --save-score --save-csv "$@"

@@ -10,4 +10,5 @@ python "$ROOT/scripts/eval_ood.py" \
     --id-data imagenet \
     --root "$ROOT/results/imagenet_resnet50_tvsv1_base_default" \
     --data-root "$ROOT/data" \
+    --postprocessor fusenorm \
     --save-score --save-csv "$@"
