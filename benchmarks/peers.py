@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fusenorm_openood import FuseNorm
+from fusenorm_openood import FuseNorm, Settings
 
 
 class Peer(NamedTuple):
@@ -27,9 +27,9 @@ class Peer(NamedTuple):
 def make_peers(net: nn.Module, classes: int) -> dict[str, Callable[[], Peer]]:
     """Functions that build each installed detector for a ResNet with four stages."""
     ours = {
-        "FuseNorm (energy)": lambda: _ours(FuseNorm(net, output="energy", react_percentile=None)),
-        "FuseNorm (energy, ReAct)": lambda: _ours(FuseNorm(net, output="energy")),
-        "FuseNorm (ODIN, ReAct)": lambda: _ours(FuseNorm(net)),
+        "FuseNorm": lambda: _ours(FuseNorm(net)),
+        "FuseNorm (joint)": lambda: _ours(FuseNorm(net, Settings.joint())),
+        "FuseNorm (published)": lambda: _ours(FuseNorm(net, Settings.published())),
     }
     try:
         from pytorch_ood import detector as d
@@ -55,7 +55,11 @@ def make_peers(net: nn.Module, classes: int) -> dict[str, Callable[[], Peer]]:
         "Energy": lambda: _theirs(d.EnergyBased(net), fitted=True),
         "ODIN": lambda: _theirs(d.ODIN(net, eps=0.01), fitted=True, gradient=True),
         "ReAct": lambda: _theirs(d.ReAct(maps, head)),
+        "SCALE": lambda: _theirs(d.SCALE(maps, head)),
         "KNN": lambda: _theirs(d.KNN(features)),
+        "NCI": lambda: _theirs(d.NCI(features, net.fc)),
+        "fDBD": lambda: _theirs(d.fDBD(features, net.fc)),
+        "GEN": lambda: _theirs(d.GEN(net), fitted=True),
         "ViM": lambda: _theirs(d.ViM(features, d=dimension, w=weight, b=bias)),
         "Mahalanobis": lambda: _theirs(d.Mahalanobis(features)),
         "Mahalanobis, all layers": lambda: _theirs(d.MultiMahalanobis(layers), layers="all"),

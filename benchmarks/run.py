@@ -45,8 +45,11 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
     "resnet50-224x224": (ResNet50, 224),
 }
 SECTIONS = ["atf", "postprocess", "peers", "growth", "startup"]
-QUICK_PEERS = ("forward", "MSP", "Mahalanobis, all layers", "FuseNorm (energy)")
-OUTPUTS = [(output, q) for q in (None, 90.0) for output in ("msp", "mls", "energy", "odin")]
+QUICK_PEERS = ("forward", "MSP", "Mahalanobis, all layers", "FuseNorm")
+# FuseNorm's methods, with KNN among the strong experts, and the published fusion by output expert.
+METHODS = ["fusenorm", "fusenorm_joint", "fusenorm_knn"]
+OUTPUTS = [f"{output}{react}" for react in ("", "_react") for output in ("energy", "odin")]
+NEIGHBOURS = 10_000  # stored for KNN
 
 
 class Report:
@@ -146,8 +149,8 @@ def benchmark_postprocess(
             if amp and (slower := _bfloat16_over_float32(device)) > 3:
                 print(f"bfloat16 takes {slower:.0f} times as long as float32 here: skipped")
                 break
-            outputs = OUTPUTS[2:8:5] if quick else OUTPUTS  # energy; ODIN with ReAct
-            _benchmark_case(report, (network, batch, device, amp), outputs, rounds, quick)
+            names = ["fusenorm", "odin_react"] if quick else [*METHODS, *OUTPUTS]
+            _benchmark_case(report, (network, batch, device, amp), names, rounds, quick)
 
 
 def _bfloat16_over_float32(device: torch.device) -> float:
@@ -165,13 +168,12 @@ def _bfloat16_over_float32(device: torch.device) -> float:
 def _benchmark_case(
     report: Report,
     case_of: tuple[str, int, torch.device, bool],
-    outputs: list[tuple[str, float | None]],
+    names: list[str],
     rounds: int,
     quick: bool,
 ) -> None:
     network, batch, device, amp = case_of
     case = f"{network}-b{batch}" + "-bf16" * amp
-    names = [output + "_react" * bool(q) for output, q in outputs]
     tasks = ["forward", "forward_in_parts", *names, "published"]
     makers = {name: partial(make_task, name, *case_of) for name in tasks}
     with Isolated(makers, device) as isolated:
@@ -196,17 +198,17 @@ def _benchmark_case(
 
 
 def make_task(name: str, network: str, batch: int, device: torch.device, amp: bool) -> Prepared:
-    """The named task on a batch: a forward pass, or postprocessing with an output expert."""
+    """The named task on a batch: a forward pass, or postprocessing by a method."""
     net, images = _setting(network, batch, device)
     precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
     postprocessor = None
     if name not in ("forward", "forward_in_parts", "published"):
-        output, _, react = name.partition("_")
-        postprocessor = _postprocessor(output, 90.0 if react else None)
+        postprocessor = _postprocessor(name)
         generator = torch.Generator().manual_seed(2)
         id_images = torch.randn(32, *images.shape[1:], generator=generator)
         with precision():
             postprocessor.setup(net, {"val": DataLoader(TensorDataset(id_images), 16)}, None)
+        _store_neighbours(postprocessor)
 
     def task() -> None:
         with precision():
@@ -226,7 +228,7 @@ def benchmark_peers(report: Report, device: torch.device, rounds: int, quick: bo
     network, batch, fitted_on = "resnet18-32x32", 16 if quick else 64, 64 if quick else 500
     print(f"\npeers: {network}, batches of {batch}, fitted on {fitted_on} images")
     peers = make_peers(_setting(network, 1, device)[0], CLASSES)
-    if len(peers) == 3:
+    if all(name.startswith("FuseNorm") for name in peers):
         print("pytorch-ood is not installed (pip install pytorch-ood): only FuseNorm is measured")
     layers = {"forward": "last"} | {name: make().layers for name, make in peers.items()}
     if quick:
@@ -245,9 +247,7 @@ def benchmark_peers(report: Report, device: torch.device, rounds: int, quick: bo
         if name.startswith("FuseNorm") or name == "forward":
             continue
         key = name.lower().replace(", ", "-").replace(" ", "-")
-        report.ratio(
-            f"peers/{network}-b{batch}/energy_vs_{key}", ratio(taken, "FuseNorm (energy)", name)
-        )
+        report.ratio(f"peers/{network}-b{batch}/fusenorm_vs_{key}", ratio(taken, "FuseNorm", name))
 
 
 def make_peer_task(
@@ -270,7 +270,7 @@ def benchmark_growth(report: Report, device: torch.device, rounds: int, quick: b
     print("\ngrowth")
     net, _ = _setting("resnet18-32x32", 1, device)
     base = 16 if quick else 64
-    detector = _postprocessor("energy", None)
+    detector = _postprocessor("fusenorm")
     detector.setup(net, {"val": DataLoader(TensorDataset(torch.randn(32, 3, 32, 32)), 16)}, None)
 
     def infer(count: int, size: int) -> Callable[[], Any]:
@@ -327,11 +327,27 @@ def _images(network: str, count: int) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def _postprocessor(output: str, percentile: float | None) -> FuseNormPostprocessor:
-    config = read_config(config_root() / "postprocessors" / "fusenorm.yml")
-    changes = {"output": output, "react_percentile": percentile}
+def _postprocessor(name: str) -> FuseNormPostprocessor:
+    """A method, with KNN for `fusenorm_knn`, or the published fusion with an output expert."""
+    output, _, react = name.partition("_")
+    method = name if name in ("fusenorm", "fusenorm_joint") else "fusenorm_published"
+    changes: dict[str, Any] = {"output": output, "react_percentile": 90.0 if react else None}
+    if output == "fusenorm":
+        changes = {"strong": ["output", "knn", "fdbd"]} if react == "knn" else {}
+        method = "fusenorm" if react == "knn" else method
+    config = read_config(config_root() / "postprocessors" / f"{method}.yml")
     config["postprocessor"]["postprocessor_args"].update(changes)
     return FuseNormPostprocessor(config)
+
+
+def _store_neighbours(postprocessor: FuseNormPostprocessor) -> None:
+    """Store as many features for KNN as from a large data set, without passing that many images."""
+    states = postprocessor.calibration.fitted.states
+    for expert, state in states.items():
+        if expert.name == "knn":
+            size = state["features"].shape[1]
+            features = torch.randn(NEIGHBOURS, size, generator=torch.Generator().manual_seed(3))
+            state["features"] = torch.nn.functional.normalize(features)
 
 
 def _text(value: Any) -> str:

@@ -26,9 +26,9 @@ SWEEP = {
     "cap": [0.5, 1.0],
 }
 EXPERTS = {
-    "energy": Settings(output="energy", react_percentile=None),
-    "energy+react": Settings(output="energy"),
-    "odin+react": Settings(output="odin"),
+    "energy": Settings.published(output="energy", react_percentile=None),
+    "energy+react": Settings.published(output="energy"),
+    "odin+react": Settings.published(),
 }
 
 

@@ -20,12 +20,14 @@ _HOME = {
     "on_device": "devices",
     "ood_metrics": "method.metrics",
     "register": "openood.register",
+    "search": "detectors.search",
     "tap_candidates": "listening.taps",
 }
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from fusenorm_openood.detectors.fusenorm import FuseNorm as FuseNorm
+    from fusenorm_openood.detectors.search import search as search
     from fusenorm_openood.devices import on_device as on_device
     from fusenorm_openood.listening.taps import tap_candidates as tap_candidates
     from fusenorm_openood.method.atf import atf as atf

@@ -43,7 +43,7 @@ def test_a_gradient_of_zero_counts_as_positive():
 @pytest.mark.parametrize("std", [None, (0.1, 0.2, 0.5)])
 def test_fusenorm_divides_the_step_by_input_std(net, loader, std):
     images = torch.randn(7, 3, 16, 16)
-    settings = Settings(temperature=1.0, noise=0.02, input_std=std, react_percentile=None)
+    settings = Settings.published(temperature=1.0, noise=0.02, input_std=std, react_percentile=None)
     scored = FuseNorm(net, settings).fit(loader).infer([images])
     p = odin(net, images, 0.02, std or (1, 1, 1), temperature=1)
     np.testing.assert_allclose(scored.experts[-1], torch.logit(p), atol=1e-4)
@@ -66,7 +66,7 @@ def test_a_comparison_counts_the_step_of_odin_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(
         comparison, "default_args", lambda name: large_step.get(name, defaults(name))
     )
-    table = comparison.compare(net, benchmark, {"base": [2, 20]}, progress=False).table
+    table = comparison.compare(net, benchmark, progress=False).auroc
 
     def auroc(std):
         known, unknown = benchmark.id["test"], benchmark.near["tin"]

@@ -10,16 +10,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from docs.gen import figures
 from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.detectors.configuration import FuseNormConfig, read_fusenorm
 from fusenorm_openood.listening.taps import resolve_taps
 from fusenorm_openood.method.atf import atf
 from fusenorm_openood.method.fusion import penalty
-from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.method.settings import METHODS, Settings
 
 DOCS = Path(__file__).resolve().parent.parent
-MEASURED = DOCS.parent / "benchmarks" / "results" / "cpu.json"
+RESULTS = DOCS.parent / "benchmarks" / "results"
+MEASURED = RESULTS / "cpu.json"
 CASES = {
     "resnet18-32x32-b64": "ResNet-18, 64 images of 32x32",
     "resnet18-32x32-b200": "ResNet-18, 200 images of 32x32",
@@ -35,7 +38,7 @@ MAPS = {
 def generated() -> dict[Path, str]:
     """Every file that is generated in whole or in part, as it should be."""
     files = {DOCS / "figures" / f"{name}.svg": draw() for name, draw in figures.FIGURES.items()}
-    for page in sorted(DOCS.glob("*.md")):
+    for page in [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         filled = MARKED.sub(lambda match: fill(match[1]), text)
         if filled != text or MARKED.search(text):
@@ -49,20 +52,21 @@ MARKED = re.compile(r"<!-- generated: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 def fill(name: str) -> str:
     """A marked part of a page, its table made anew."""
-    return f"<!-- generated: {name} -->\n\n{TABLES[name]()}\n\n<!-- end -->"
+    kind, _, network = name.partition(":")
+    made = MEASURED_TABLES[kind](network) if network else TABLES[name]()
+    return f"<!-- generated: {name} -->\n\n{made}\n\n<!-- end -->"
 
 
 def settings() -> str:
     """Every setting with its default and its meaning, from the dataclass."""
-    published = Settings()
-    shipped = shipped_config().settings
     meanings = documented(Settings, "Attributes")
     rows = []
     for field in fields(Settings):
-        default, in_yaml = (getattr(s, field.name) for s in (published, shipped))
-        shown = code(default)
-        if in_yaml != default:
-            shown += f"; `fusenorm.yml`: {code(in_yaml)}"
+        values = [getattr(settings(), field.name) for settings in METHODS.values()]
+        shown = code(values[0])
+        for name, value in zip(METHODS, values, strict=True):
+            if value != values[0]:
+                shown += f"; `{name}`: {code(value)}"
         rows.append((code(field.name), shown, in_detail(field.name, meanings[field.name])))
     return table(("setting", "default", "meaning"), rows)
 
@@ -81,9 +85,11 @@ def options(command: str) -> str:
     rows = []
     for action in parser._actions:
         if not isinstance(action, argparse._HelpAction):
-            values = "|".join(action.choices or ()) or action.metavar or action.dest.upper()
-            usage = [*action.option_strings[:1], *([] if action.nargs == 0 else [values])]
-            rows.append((f"`{escaped(' '.join(map(str, usage)))}`", plain(action.help or "")))
+            named = "|".join(c for c in action.choices or () if isinstance(c, str))
+            value = str(named or action.metavar or action.dest.upper())
+            shown = {0: [], "?": [f"[{value}]"]}.get(action.nargs, [value])
+            usage = " ".join([*action.option_strings[:1], *shown])
+            rows.append((f"`{escaped(usage)}`", plain(action.help or "")))
     return table(("option", "meaning"), rows)
 
 
@@ -105,9 +111,10 @@ def speed_of_atf() -> str:
 
 def speed_of_postprocess() -> str:
     columns = {
-        "energy": "energy",
-        "energy_react": "energy, ReAct",
-        "odin_react": "ODIN, ReAct",
+        "fusenorm": "`fusenorm`",
+        "fusenorm_joint": "`fusenorm_joint`",
+        "fusenorm_knn": "with KNN",
+        "odin_react": "`fusenorm_published`",
         "published": "published implementation",
     }
     found = by_case("vs_forward")
@@ -120,15 +127,16 @@ def speed_of_postprocess() -> str:
         )
         for case, label in CASES.items()
     ]
-    return table(("network, batch", *columns.values(), "ODIN, ReAct over published"), rows)
+    return table(("network, batch", *columns.values(), "published settings over it"), rows)
 
 
 def memory_of_postprocess() -> str:
     columns = {
         "forward": "forward pass",
-        "energy": "energy",
-        "energy_react": "energy, ReAct",
-        "odin_react": "ODIN, ReAct",
+        "fusenorm": "`fusenorm`",
+        "fusenorm_joint": "`fusenorm_joint`",
+        "fusenorm_knn": "with KNN",
+        "odin_react": "`fusenorm_published`",
         "published": "published implementation",
     }
     found = by_case("peak_mebibytes")
@@ -152,7 +160,122 @@ def speed_of_peers() -> str:
     return table(head, rows)
 
 
+def comparison(network: str) -> str:
+    """Near- and far-OOD figures of every method on one network, the best far-OOD first."""
+    found = pd.read_csv(RESULTS / "compare" / f"{network}.csv", index_col=0)
+    found = found.sort_values("far AUROC", ascending=False)
+    figures = ["near AUROC", "near FPR@95", "far AUROC", "far FPR@95", "rank"]
+    highest = {f"{group} AUROC": found[f"{group} AUROC"].max() for group in ("near", "far")}
+    rows = []
+    for method, row in found.iterrows():
+        cells = [
+            f"**{row[name]:.2f}**" if row[name] == highest.get(name) else f"{row[name]:.2f}"
+            for name in figures
+        ]
+        gains = ["" if isinstance(row[g], float) else row[g] for g in ("near gain", "far gain")]
+        rows.append((str(method), *cells, *gains))
+    near, far = found["best single"].iloc[0].split(" / ")
+    return table(("method", *figures, f"near over {near}", f"far over {far}"), rows)
+
+
+def short_comparison() -> str:
+    """Near / far AUROC of FuseNorm's methods and the best single experts on all networks."""
+    found = {
+        path.stem: pd.read_csv(path, index_col=0)
+        for path in sorted((RESULTS / "compare").glob("*.csv"))
+    }
+    methods = ["Energy", "KNN (K = 5)", "NCI", "fDBD", "MDS", "FuseNorm", "FuseNorm (joint)"]
+    methods.append("FuseNorm (published)")
+    rows = [
+        (
+            method,
+            *(
+                f"{t.loc[method, 'near AUROC']:.1f} / {t.loc[method, 'far AUROC']:.1f}"
+                for t in found.values()
+            ),
+        )
+        for method in methods
+    ]
+    best = []
+    for t in found.values():
+        single = t.drop(index=[m for m in t.index if m.startswith("FuseNorm") or " alone" in m])
+        best.append(f"{single['near AUROC'].max():.1f} / {single['far AUROC'].max():.1f}")
+    rows.insert(5, ("best single expert of each column", *best))
+    return table(("near / far AUROC", *found), rows)
+
+
+def fit_sizes(network: str) -> str:
+    """Near / far AUROC of FuseNorm's methods by the number of ID images of the fit."""
+    found = pd.read_csv(RESULTS / "sizes" / f"{network}.csv", index_col=[0, 1])
+    counts = list(dict.fromkeys(found.index.get_level_values(0)))
+    methods = list(dict.fromkeys(found.index.get_level_values(1)))
+    rows = [
+        (
+            method,
+            *(
+                f"{found.loc[(n, method), 'near']:.2f} / {found.loc[(n, method), 'far']:.2f}"
+                for n in counts
+            ),
+        )
+        for method in methods
+    ]
+    return table(("method", *(f"{count} images" for count in counts)), rows)
+
+
+def pseudo_ood() -> str:
+    """AUROC of the settings that a search finds on each kind of pseudo-OOD image."""
+    found = {
+        path.stem: pd.read_csv(path, index_col=0)["AUROC"]
+        for path in sorted((RESULTS / "pseudo").glob("*.csv"))
+    }
+    joined = pd.DataFrame(found)
+    rows = [
+        (str(name), *(f"{v:.2f}" for v in (*row, row.mean()))) for name, row in joined.iterrows()
+    ]
+    return table(("searched on", *joined.columns, "mean"), rows)
+
+
+def protocol() -> str:
+    """The candidates of the protocol, those that reject what is far off, the best first."""
+    found = pd.read_csv(RESULTS / "protocol.csv", header=[0, 1], index_col=0)
+    kept = found[found["worst", "far-off"] <= 1]
+    order = (kept["mean", "near"] + kept["mean", "pseudo"]).sort_values(ascending=False).index
+    networks = [
+        n for n in dict.fromkeys(found.columns.get_level_values(0)) if n not in ("mean", "worst")
+    ]
+    shown = [*order[:12], *(n for n in PROTOCOL_ALSO if n in found.index and n not in order[:12])]
+    rows = [
+        (
+            name,
+            *(
+                f"{found.loc[name, (n, 'near')]:.1f} / {found.loc[name, (n, 'pseudo')]:.1f}"
+                for n in networks
+            ),
+            f"{found.loc[name, ('mean', 'near')]:.2f} / {found.loc[name, ('mean', 'pseudo')]:.2f}",
+            f"{found.loc[name, ('worst', 'far-off')]:.1f}",
+        )
+        for name in shown
+    ]
+    return table(("candidate", *networks, "mean", "far-off, %"), rows)
+
+
+# Candidates that are shown whether or not they are among the best.
+PROTOCOL_ALSO = (
+    "output, 5/95, base 2",
+    "output+knn, 5/95, base 2",
+    "output+knn+fdbd, 5/95, base 2",
+    "output+fdbd+mds, 1/99.9, base 2",
+    "output+fdbd+mds, 5/95, base 2",
+    "gen+fdbd+mds",
+    "no clip",
+    "published, energy",
+)
+
+MEASURED_TABLES: dict[str, Callable[[str], str]] = {"compare": comparison, "sizes": fit_sizes}
 TABLES: dict[str, Callable[[], str]] = {
+    "results": short_comparison,
+    "protocol": protocol,
+    "pseudo": pseudo_ood,
     "settings": settings,
     "sweep": sweep,
     "eval": lambda: options("eval"),

@@ -1,50 +1,79 @@
-"""One table of several methods on one network, each image scored once for all of them."""
+"""One table of many methods on one network, each image scored once for all of them."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from torch import nn
 
-from fusenorm_openood.benchmark.tables import with_means
+from fusenorm_openood.benchmark.bootstrap import Confidences, difference_interval
+from fusenorm_openood.benchmark.peers import fitted_peers, peers_installed
+from fusenorm_openood.benchmark.tables import mean_ranks, with_means
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.baselines import BASELINES, default_args, output_of
+from fusenorm_openood.detectors.pseudo import pseudo_ood
 from fusenorm_openood.detectors.search import Found, choose
 from fusenorm_openood.detectors.sweep import swept
+from fusenorm_openood.listening.panel import head_of
+from fusenorm_openood.method.experts import Output
+from fusenorm_openood.method.joint import joint_penalty
 from fusenorm_openood.method.metrics import ood_metrics
+from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 
-SINGLE = ("msp", "ebo", "odin", "react")  # single experts to compare with FuseNorm
-GRADIENT_FREE: dict[str, list[Any]] = {
-    "output": ["msp", "mls", "energy"],
-    "react_percentile": [None, 85.0, 90.0, 95.0],
+GROUPS = ("nearood", "farood")
+# FuseNorm's rows, in order; each search adds one.
+FUSENORM = {
+    "FuseNorm": Settings(),
+    "FuseNorm (published)": Settings.published(),
+    "FuseNorm (joint)": Settings.joint(),
 }
+STRONG, BLOCKS = "strong experts alone", "block norms alone"
 
 
 class Comparison(NamedTuple):
-    """AUROC in percent `[methods, data sets]`, and the results of the two searches."""
+    """Results of a comparison on one network, in percent.
 
-    table: pd.DataFrame
+    Attributes:
+        auroc: AUROC, one row per method, one column per data set and mean.
+        fpr95: FPR@95, likewise.
+        summary: near- and far-OOD AUROC and FPR@95, mean rank by AUROC over the data sets, and for
+            FuseNorm's rows the 95 % bootstrap interval of the difference in AUROC to the best
+            single expert.
+        found: results of the searches, by row.
+    """
+
+    auroc: pd.DataFrame
+    fpr95: pd.DataFrame
+    summary: pd.DataFrame
     found: dict[str, Found]
 
 
 def compare(
     net: nn.Module,
     benchmark: Benchmark,
-    sweep: dict[str, list[Any]],
+    sweep: dict[str, list[Any]] | None = None,
+    fsood: bool = False,
     batch_size: int = 200,
     num_workers: int = 0,
     progress: bool = True,
 ) -> Comparison:
-    """Compare single experts on one network with FuseNorm, as published and as searched.
+    """Compare FuseNorm, its parts and single experts on one network.
+
+    Everything is fitted on the ID validation images alone, and comes from the same forward passes;
+    only ODIN and the published settings need gradients. With pytorch-ood installed, its DICE, VRA,
+    NNGuide and GradNorm are compared as well.
 
     Args:
         net: the network, plain or trained with T2FNorm.
         benchmark: a benchmark whose images all exist.
-        sweep: values that both searches try on the validation pair; the search without gradients
-            also varies the output expert and ReAct.
+        sweep: values that two searches try, one on the validation pair and one on pseudo-OOD
+            images; None = no search.
+        fsood: whether covariate-shifted ID images count as ID.
         batch_size, num_workers: settings of the data loaders.
         progress: whether to show progress bars.
     """
@@ -52,41 +81,110 @@ def compare(
     def loader(image_set: ImageSet) -> Any:
         return image_loader(image_set, batch_size, num_workers)
 
-    pair = loader(benchmark.id["val"]), loader(benchmark.val_ood)
-    published = Settings()
-    baselines = {
-        BASELINES[name].title: output_of(name, default_args(name), benchmark.norm[1])
-        for name in SINGLE
-    }
-    searches = {
-        "FuseNorm, searched": (published, sweep),
-        "FuseNorm, searched, no gradient": (Settings(output="energy"), {**sweep, **GRADIENT_FREE}),
-    }
-    tried = [settings for search in searches.values() for settings in swept(*search)]
-    wide = ScoreBank(net, [published, *tried], baselines.values())
-    wide.fit(pair[0], progress).add(pair[1], progress)
-    found = {name: choose(wide, *search, pair[1]) for name, search in searches.items()}
-    fused = {"FuseNorm, published": published, **{n: f.settings for n, f in found.items()}}
-    bank = wide.narrowed(fused.values(), baselines.values())
+    outputs, experts = single_experts(net, benchmark)
+    fused = {**FUSENORM, STRONG: Settings(cap=0.0)}
+    id_val, ood_val = loader(benchmark.id["val"]), loader(benchmark.val_ood)
+    tried = swept(Settings(), sweep) if sweep else []
+    with_peers = peers_installed()
+    bank = ScoreBank(net, [*fused.values(), *tried], outputs.values(), experts.values(), with_peers)
+    bank.fit(id_val, progress)
+    peers = {}
+    if with_peers:
+        head = Head(*(t.cpu().float() for t in head_of(net)))
+        peers = fitted_peers(head, bank.seen(id_val))
+    found = {}
+    if sweep:
+        on = {"validation pair": [ood_val], "pseudo-OOD": pseudo_ood(id_val)}
+        for name, loaders in on.items():
+            for images in loaders:
+                bank.add(images, progress)
+            found[f"FuseNorm (searched, {name})"] = choose(bank, Settings(), sweep, loaders)
+        fused |= {name: result.settings for name, result in found.items()}
+        bank = bank.narrowed(fused.values(), outputs.values(), experts.values())
+    joint = bank.calibration(fused["FuseNorm (joint)"]).joint
+    assert joint is not None  # its settings have the joint penalty
 
     def score(image_set: ImageSet) -> dict[str, NDArray[Any]]:
         images = loader(image_set)
         bank.add(images, progress)
-        conf = {name: bank.output(output, images) for name, output in baselines.items()}
-        if has_scoring_logits(net):  # T2FNorm's postprocessor is MSP of the scoring logits
-            conf = {"MSP (T2FNorm)" if name == "MSP" else name: c for name, c in conf.items()}
-        conf |= {name: bank.scored(settings, images).conf for name, settings in fused.items()}
+        conf = {name: bank.output(output, images) for name, output in outputs.items()}
+        conf |= {name: bank.posthoc(expert, images) for name, expert in experts.items()}
+        conf |= {name: peer(bank.seen(images)) for name, peer in peers.items()}
+        scored = {name: bank.scored(settings, images) for name, settings in fused.items()}
+        norms = scored["FuseNorm (joint)"].experts[: len(joint.mean)]
+        parts = {STRONG: scored.pop(STRONG).conf, BLOCKS: -joint_penalty(norms, joint)}
         bank.forget(images)
-        return conf
+        return {**conf, **parts, **{name: s.conf for name, s in scored.items()}}
 
-    known = score(benchmark.id["test"])
+    id_sets = [benchmark.id["test"], *(benchmark.csid.values() if fsood else ())]
+    each = [score(image_set) for image_set in id_sets]
+    known = {method: np.concatenate([conf[method] for conf in each]) for method in each[0]}
+    unknown = {
+        group: {name: score(image_set) for name, image_set in image_sets.items()}
+        for group, image_sets in zip(GROUPS, (benchmark.near, benchmark.far), strict=True)
+    }
+    return Comparison(*tables(known, unknown, [*outputs, *experts, *peers]), found)
 
-    def aurocs(image_set: ImageSet) -> list[float]:
-        unknown = score(image_set)
-        return [100 * ood_metrics(known[m], unknown[m]).auroc for m in known]
 
-    groups = {"nearood": benchmark.near, "farood": benchmark.far}
-    rows = with_means(
-        {group: {name: aurocs(s) for name, s in sets.items()} for group, sets in groups.items()}
+def single_experts(
+    net: nn.Module, benchmark: Benchmark
+) -> tuple[dict[str, Output], dict[str, Posthoc]]:
+    """The single experts to compare with, by title, with OpenOOD's arguments."""
+    names = [name for name in BASELINES if name != "t2fnorm"]
+    outputs = {
+        BASELINES[name].title: output_of(name, default_args(name), benchmark.norm[1])
+        for name in names
+    }
+    if has_scoring_logits(net):  # T2FNorm's postprocessor is MSP of the scoring logits
+        outputs = {"MSP (T2FNorm)" if n == "MSP" else n: output for n, output in outputs.items()}
+    posthoc = {kind.title: Posthoc.of(name) for name, kind in POSTHOC.items()}
+    # K is OpenOOD's for 50,000 training images; a few ID validation images have fewer neighbours.
+    return outputs, {**posthoc, "KNN (K = 5)": Posthoc.of("knn", {"K": Settings().neighbours})}
+
+
+def tables(
+    known: Mapping[str, NDArray[Any]],
+    unknown: Mapping[str, Mapping[str, Mapping[str, NDArray[Any]]]],
+    single: list[str],
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The three tables of a `Comparison`.
+
+    Args:
+        known: confidences of the ID test images, by method.
+        unknown: confidences of the OOD images, by group, data set and method.
+        single: the methods that are single experts.
+    """
+    metrics = {
+        method: with_means(
+            {
+                group: {n: ood_metrics(conf, scored[method])[:2] for n, scored in sets.items()}
+                for group, sets in unknown.items()
+            }
+        )
+        for method, conf in known.items()
+    }
+    fpr95, auroc = (
+        pd.DataFrame({m: {n: 100 * v[i] for n, v in row.items()} for m, row in metrics.items()}).T
+        for i in (0, 1)
     )
-    return Comparison(pd.DataFrame(rows, list(known)), found)
+    groups = [group for group in unknown if unknown[group]]
+    summary = pd.DataFrame(
+        {
+            f"{group} {name}": table[group]
+            for group in groups
+            for name, table in (("AUROC", auroc), ("FPR@95", fpr95))
+        }
+    )
+    summary["rank"] = mean_ranks(auroc.drop(columns=groups))
+    for group in groups:
+        best = str(auroc.loc[single, group].idxmax())
+
+        def confidences(method: str, group: str = group) -> Confidences:
+            return Confidences(known[method], [s[method] for s in unknown[group].values()])
+
+        gains = {}
+        for method in (m for m in auroc.index if m.startswith("FuseNorm")):
+            low, high = difference_interval(confidences(method), confidences(best))
+            gains[method] = f"{100 * low:+.2f} to {100 * high:+.2f}"
+        summary[f"{group} over {best}"] = pd.Series(gains).reindex(auroc.index).fillna("")
+    return auroc, fpr95, summary

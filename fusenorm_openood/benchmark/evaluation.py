@@ -37,7 +37,7 @@ def evaluate(
     num_workers: int = 0,
     progress: bool = True,
 ) -> Evaluation:
-    """Fit a detector on a benchmark's ID validation images, and test it.
+    """Fit a detector on a benchmark's ID images, mostly those for validation, and test it.
 
     Args:
         detector: detector for the network to test; it is fitted unless it already is.
@@ -60,7 +60,7 @@ def evaluate(
         return image_loader(image_set, batch_size, num_workers)
 
     if not detector.is_fitted:
-        detector.fit(loader(benchmark.id["val"]), progress)
+        detector.fit(loader(benchmark.id[detector.fitted_on]), progress)
     test = infer(benchmark.id["val" if validation else "test"], benchmark.name)
     csid = {name: infer(s, name) for name, s in benchmark.csid.items()} if fsood else {}
     groups: dict[str, dict[str, Scored]] = {"valood": {}, "nearood": {}, "farood": {}}

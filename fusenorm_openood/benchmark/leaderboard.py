@@ -69,6 +69,8 @@ FULL_SIZES: dict[str, dict[str, int]] = {
 # Names on the leaderboard; any other name is used as it is.
 _POSTPROCESSORS = {
     "fusenorm": "FuseNorm",
+    "fusenorm_published": "FuseNorm (published settings)",
+    "fusenorm_joint": "FuseNorm (joint)",
     "t2fnorm": "T2FNorm",
     "msp": "MSP",
     "mls": "MLS",

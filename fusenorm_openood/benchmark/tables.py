@@ -35,3 +35,9 @@ def summarise(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     ]
     summary: pd.DataFrame = pd.DataFrame(cells, tables[0].index, list(tables[0].columns))
     return summary
+
+
+def mean_ranks(auroc: pd.DataFrame) -> "pd.Series[float]":
+    """Mean rank of each method (row) over data sets (columns): 1 = highest AUROC, ties averaged."""
+    ranks: pd.Series[float] = auroc.rank(ascending=False).mean(axis=1)
+    return ranks

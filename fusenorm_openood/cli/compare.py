@@ -1,13 +1,15 @@
-"""`fusenorm compare`: FuseNorm and single experts on the training runs under several roots."""
+"""`fusenorm compare`: FuseNorm, its parts and single experts on training runs."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import pandas as pd
 
-from fusenorm_openood.benchmark.comparison import compare
+from fusenorm_openood.benchmark.comparison import Comparison, compare
+from fusenorm_openood.benchmark.evaluation import check_fsood
 from fusenorm_openood.benchmark.networks import load_runs
 from fusenorm_openood.benchmark.runs import find_checkpoints
+from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.inputs import check_images, check_readable
 from fusenorm_openood.configs import config_root, read_config
@@ -19,56 +21,96 @@ from fusenorm_openood.files import check_writable, write_whole
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--root", required=True, nargs="+", help="folders of training runs, or of one checkpoint")
+    add("--root", required=True, nargs="+", help="folders of training runs, or checkpoint files")
     options.add_data(parser)
+    options.add_normalization(parser)
+    add("--fsood", action="store_true", help="full-spectrum: covariate-shifted images count as ID")
+    add("--search", action="store_true", help="also search settings, with and without OOD images")
     add("--config", help="YAML file with the sweep to search (default: this package's)")
     add("--batch-size", type=options.positive, default=200, help="images per batch (default: 200)")
-    add("--csv", metavar="FILE", help="also write the table to this file")
+    add("--csv", metavar="FILE", help="also write all figures to this file")
     options.add_computing(parser)
 
 
 def run(args: Namespace) -> int:
-    """Print one table with a row per root and method; AUROC is the mean over a root's runs."""
+    """Print, for each root, AUROC and FPR@95 of every method, the mean over the root's runs."""
     device = find_device(args.device)
-    benchmark = load_benchmark(args.id_data, args.data_root)
+    benchmark = load_benchmark(args.id_data, args.data_root, args.normalization)
+    check_fsood(benchmark, args.fsood)
     config = read_config(args.config or config_root() / "postprocessors" / "fusenorm.yml")
-    sweep = read_fusenorm(config).sweep
+    sweep = read_fusenorm(config).sweep if args.search or args.config else None
     if args.csv:
         check_writable(Path(args.csv).parent, "--csv")
-    image_sets = [*benchmark.tested(), benchmark.val_ood]
+    image_sets = [*benchmark.tested(args.fsood), *([benchmark.val_ood] * bool(sweep))]
     check_images(benchmark, image_sets)
     check_readable(image_sets)
     networks = {
         root: load_runs(find_checkpoints(root), benchmark.num_classes) for root in args.root
     }
-    names = [Path(root).resolve().name for root in networks]
-    labels = {r: n if names.count(n) == 1 else r for r, n in zip(networks, names, strict=True)}
-    tables = {}
+    labels = _labels(list(networks))
+    figures: dict[str, pd.DataFrame] = {}
     for root, runs in networks.items():
-        by_run = []
+        results = []
         for net in runs.values():
-            result = compare(
-                net.to(device),
-                benchmark,
-                sweep,
-                args.batch_size,
-                args.num_workers,
-                not args.no_progress,
+            results.append(
+                compare(
+                    net.to(device),
+                    benchmark,
+                    sweep,
+                    args.fsood,
+                    args.batch_size,
+                    args.num_workers,
+                    not args.no_progress,
+                )
             )
             net.cpu()
-            by_run.append(result.table)
-            for name, found in result.found.items():
-                varied = found.trials.columns.drop(["AUROC", "unusable"])
-                chosen = ", ".join(f"{key} = {getattr(found.settings, key)}" for key in varied)
-                print(
-                    f"{labels[root]}: {name}, {len(found.trials)} combinations, "
-                    f"validation AUROC {100 * found.auroc:.2f} with {chosen}",
-                    flush=True,
-                )
-        tables[labels[root]] = sum(by_run[1:], start=by_run[0]) / len(by_run)
-    table = pd.concat(tables, names=["root", "method"]).round(2)
-    print(f"\nAUROC in percent, {args.id_data}, mean over the runs of each root:")
-    print(table.to_string(float_format="{:.2f}".format))
+        _print_root(labels[root], args.id_data, results)
+        fpr95 = _mean([result.fpr95 for result in results]).add_suffix(" FPR@95")
+        figures[labels[root]] = _mean([result.auroc for result in results]).join(fpr95)
+    if len(figures) > 1:
+        print(f"\nmean ± std over {len(figures)} roots, AUROC in percent:")
+        shared = [table[["nearood", "farood"]] for table in _shared_rows(list(figures.values()))]
+        print(summarise(shared).to_string(justify="right"))
     if args.csv:
+        table = pd.concat(figures, names=["root", "method"]).round(2)
         write_whole(Path(args.csv), lambda file: table.to_csv(file, float_format="%.2f"))
     return 0
+
+
+def _print_root(label: str, id_data: str, results: list[Comparison]) -> None:
+    for number, result in enumerate(results):
+        for name, found in result.found.items():
+            varied = found.trials.columns.drop(["AUROC", "unusable"])
+            chosen = ", ".join(f"{key} = {getattr(found.settings, key)}" for key in varied)
+            print(
+                f"{label}: {name}, {len(found.trials)} combinations, "
+                f"AUROC {100 * found.auroc:.2f} with {chosen}",
+                flush=True,
+            )
+        runs = f", run {number}" * (len(results) > 1)
+        print(f"\n{label}, {id_data}{runs}: AUROC and FPR@95 in percent,")
+        print("with 95 % bootstrap intervals of the gain in AUROC over the best single expert:")
+        print(result.summary.to_string(float_format="{:.2f}".format), flush=True)
+    if len(results) > 1:
+        print(f"\n{label}, {id_data}, mean ± std over {len(results)} runs, AUROC in percent:")
+        print(summarise([result.auroc for result in results]).to_string(justify="right"))
+    else:
+        print(f"\n{label}, {id_data}, AUROC in percent:")
+        print(results[0].auroc.to_string(float_format="{:.2f}".format), flush=True)
+
+
+def _mean(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    mean: pd.DataFrame = sum(tables[1:], start=tables[0]) / len(tables)
+    return mean
+
+
+def _shared_rows(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """The tables' common rows; T2FNorm's networks have another MSP."""
+    common = [row for row in tables[0].index if all(row in table.index for table in tables)]
+    return [table.loc[common] for table in tables]
+
+
+def _labels(roots: list[str]) -> dict[str, str]:
+    """A short name for each root: its last part, or the whole path where that is not unique."""
+    names = [Path(root).resolve().stem for root in roots]
+    return {r: n if names.count(n) == 1 else r for r, n in zip(roots, names, strict=True)}

@@ -15,9 +15,12 @@ from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader, 
 from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.configuration import NATIVE, detector_for, read_fusenorm
 from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.posthoc import UNFITTED
 from fusenorm_openood.detectors.search import search
 from fusenorm_openood.errors import ConfigError, OpenOODError
 from fusenorm_openood.files import write_whole
+from fusenorm_openood.method.posthoc import POSTHOC
+from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.openood.bridge import openood_installed
 from fusenorm_openood.openood.evaluator import csid_of_evaluator, evaluate_with_openood
 
@@ -50,9 +53,9 @@ class Job:
     trials: Path | None = None
 
     @property
-    def searches(self) -> bool:
-        """Whether the settings are searched on the validation pair first."""
-        return bool(lookup(self.config, "postprocessor").get("APS_mode"))
+    def aps_mode(self) -> Any:
+        """Whether the settings are searched first, and on what; see `FuseNormConfig`."""
+        return lookup(self.config, "postprocessor").get("APS_mode") or False
 
     @property
     def is_native(self) -> bool:
@@ -62,8 +65,10 @@ class Job:
     def image_sets(self) -> Iterator[ImageSet]:
         """All image sets that will be read."""
         yield from self.benchmark.tested(self.fsood, self.validation)
-        if self.searches and not self.validation:  # validation reads it anyway
+        if self.aps_mode is True and not self.validation:  # validation reads it anyway
             yield self.benchmark.val_ood
+        if self.postprocessor in POSTHOC and self.postprocessor not in UNFITTED:
+            yield self.benchmark.id["train"]
 
     @cached_property
     def detector(self) -> Callable[[nn.Module], Detector]:
@@ -98,7 +103,7 @@ def find_engine(job: Job, requested: str = "auto") -> str:
     engine = requested
     if requested == "auto":
         able = openood_installed() and not reasons
-        first = job.postprocessor == "fusenorm" or not job.is_native
+        first = job.postprocessor in METHODS or not job.is_native
         engine = "openood" if able and first else "native"
     elif requested == "openood" and reasons:
         way_out = "--engine native" if job.is_native else f"from {', '.join(NATIVE)}"
@@ -109,7 +114,7 @@ def find_engine(job: Job, requested: str = "auto") -> str:
             f"--engine native has no postprocessor {job.postprocessor!r}{why}: "
             f"choose from {', '.join(NATIVE)}"
         )
-    if engine == "native" and job.searches and job.postprocessor != "fusenorm":
+    if engine == "native" and job.aps_mode and job.postprocessor not in METHODS:
         raise ConfigError(
             f"the native engine cannot search settings for {job.postprocessor!r}: install OpenOOD "
             "and choose --engine openood, or set APS_mode to False"
@@ -131,7 +136,7 @@ def evaluate_run(job: Job, engine: str, net: nn.Module, run: str = "") -> Evalua
             job.progress,
         )
         return Evaluation(table, pd.DataFrame(), scores)
-    detector = _searched(job, net, run) if job.searches else job.detector(net)
+    detector = _searched(job, net, run) if job.aps_mode else job.detector(net)
     if job.compare and isinstance(detector, FuseNorm):
         detector.with_companions()
     return evaluate(
@@ -146,13 +151,14 @@ def evaluate_run(job: Job, engine: str, net: nn.Module, run: str = "") -> Evalua
 
 
 def _searched(job: Job, net: nn.Module, run: str) -> FuseNorm:
-    """The detector with the best settings on the validation pair, which are printed."""
-    settings, sweep, _ = read_fusenorm(job.config)
+    """The detector with the best settings on validation images, which are printed."""
+    settings, sweep, aps_mode = read_fusenorm(job.config)
     id_loader, ood_loader = (
         image_loader(image_set, job.batch_size, job.num_workers)
         for image_set in (job.benchmark.id["val"], job.benchmark.val_ood)
     )
-    found = search(net, settings, sweep, id_loader, ood_loader, job.progress)
+    unknown = None if aps_mode == "pseudo" else ood_loader
+    found = search(net, settings, sweep, id_loader, unknown, job.progress)
     chosen = ", ".join(f"{name} = {getattr(found.settings, name)}" for name in sweep)
     print(
         f"search over {len(found.trials)} combinations{f', run {run}' * bool(run)}: "

@@ -32,9 +32,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--save-score", action="store_true", help="write scores to OUTPUT/s0/scores/NAME.pkl")
     add("--validation", action="store_true", help="test on the validation pair, to choose settings")
     add("--compare", action="store_true", help="also print AUROC / FPR@95 of every expert")
-    add("--config", help="YAML file of the postprocessor (default: this package's)")
+    add("--config", metavar="NAME", help="YAML file of the postprocessor, or this package's name")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set one of its arguments")
-    add("--aps", action="store_true", help="search settings on the validation pair (APS_mode)")
+    add(
+        "--aps",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=[True, "pseudo"],
+        metavar="pseudo",
+        help="search settings on the validation pair, or on pseudo-OOD images (APS_mode)",
+    )
     add("--sweep", action="append", default=[], metavar="KEY=LIST", help="add values to the sweep")
     add("--amp", choices=["bf16"], help="run the network in bfloat16 where that is safe")
     add("--channels-last", action="store_true", help="use the channels-last memory format")
@@ -49,11 +57,13 @@ def run(args: Namespace) -> int:
     if args.validation and args.fsood:
         raise ConfigError("--validation and --fsood cannot be combined: leave one out")
     check_fsood(benchmark, args.fsood)
-    name, progress = args.postprocessor, not args.no_progress
+    progress = not args.no_progress
+    config = read_postprocessor(args.postprocessor, args.config, args.set, args.sweep, args.aps)
+    name = config["postprocessor"]["name"]
     output = results_folder(args.root, args.output_dir)
     job = Job(
         postprocessor=name,
-        config=read_postprocessor(name, args.config, args.set, args.sweep, args.aps),
+        config=config,
         benchmark=benchmark,
         fsood=args.fsood,
         validation=args.validation,

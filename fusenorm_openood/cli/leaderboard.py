@@ -20,6 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Print the entry in Markdown, from the CSV and the checkpoints of a root."""
+    args.postprocessor = args.postprocessor or "fusenorm"
     benchmark = load_benchmark(args.id_data, args.data_root)
     check_fsood(benchmark, args.fsood)
     checkpoints = find_checkpoints(args.root)

@@ -52,8 +52,9 @@ def add_results(parser: ArgumentParser) -> None:
     )
     add(
         "--postprocessor",
-        default="fusenorm",
-        help="fusenorm, t2fnorm, msp, mls, ebo, odin, react; with OpenOOD, also any of OpenOOD's",
+        help="fusenorm (default), fusenorm_published, fusenorm_joint, t2fnorm, msp, mls, ebo, "
+        "odin, react, knn, nci, gen, fdbd, scale, ash, vim, mds, she; with OpenOOD, also any of "
+        "OpenOOD's",
     )
     add("--fsood", action="store_true", help="full-spectrum: covariate-shifted images count as ID")
     add(

@@ -1,17 +1,18 @@
 """Pseudo-OOD images, made from ID images: their content is destroyed, their statistics are not."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
 GRID = 4  # tiles per side of a jigsaw
-STRIDE = 4  # a zoomed image shows one part in this many of each side, halved
 
 
 def jigsaw(images: Tensor, generator: Generator) -> Tensor:
     """Images cut into 4 x 4 tiles in a random order; rows and columns that do not fit stay."""
-    B, C, H, W = images.shape
+    B, _, H, W = images.shape
     h, w = H // GRID, W // GRID
     if 0 in (h, w):
         return rotation(images, generator)
@@ -28,17 +29,20 @@ def blur(images: Tensor, generator: Generator) -> Tensor:
     """Images under a Gaussian blur of a standard deviation of an eighth of the shorter side."""
     sigma = min(images.shape[2:]) / 8
     reach = min(int(3 * sigma), min(images.shape[2:]) - 1)
-    return V.gaussian_blur(images, [2 * reach + 1] * 2, [sigma, sigma])
+    blurred: Tensor = V.gaussian_blur(images, [2 * reach + 1] * 2, [sigma, sigma])
+    return blurred
 
 
 def noise(images: Tensor, generator: Generator) -> Tensor:
     """Images with Gaussian noise of their own standard deviation."""
     white = torch.randn(images.shape, generator=generator).to(images)
-    return images + white * images.flatten(1).std(1).view(-1, 1, 1, 1)
+    values = images.flatten(1)
+    std = values.std(1, correction=min(1, values.shape[1] - 1))  # 0 for a single value
+    return images + white * std.view(-1, 1, 1, 1)
 
 
 def rotation(images: Tensor, generator: Generator) -> Tensor:
-    """Images turned by a quarter, a half or three quarters; not square, by a half."""
+    """Images turned by a quarter, a half or three quarters; by a half if not square."""
     if images.shape[2] != images.shape[3]:
         return images.rot90(2, (2, 3))
     turns = torch.randint(1, 4, (len(images),), generator=generator).tolist()
@@ -52,14 +56,26 @@ def inversion(images: Tensor, generator: Generator) -> Tensor:
 
 
 def mixing(images: Tensor, generator: Generator) -> Tensor:
-    """The mean of each image and the next one of the batch."""
-    return (images + images.roll(1, 0)) / 2
+    """The mean of each image and the one before it in the batch; alone, with its mirror image."""
+    other = images.roll(1, 0) if len(images) > 1 else images.flip(3)
+    return (images + other) / 2
 
 
 def zoom(images: Tensor, generator: Generator) -> Tensor:
-    """The quarter of each image around its centre, enlarged to full size."""
+    """The centre of each image, a quarter of its height and width, enlarged to full size."""
     H, W = images.shape[2:]
     h, w = max(H // 4, 1), max(W // 4, 1)
     top, left = (H - h) // 2, (W - w) // 2
     part = images[:, :, top : top + h, left : left + w]
     return F.interpolate(part, (H, W), mode="bilinear", antialias=False)
+
+
+KINDS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
+    "jigsaw": jigsaw,
+    "blur": blur,
+    "noise": noise,
+    "rotation": rotation,
+    "inversion": inversion,
+    "mixing": mixing,
+    "zoom": zoom,
+}

@@ -1,5 +1,6 @@
 """A bank of expert scores: each image is scored once, however many settings are tried."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,14 +9,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fusenorm_openood.detectors.base import ExpertScorer, Scored
-from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm, calibrate
+from fusenorm_openood.detectors.base import ExpertScorer, Scored, fit_panel
+from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
 from fusenorm_openood.detectors.sweep import swept
 from fusenorm_openood.errors import NonFiniteError
 from fusenorm_openood.listening.batches import not_finite
-from fusenorm_openood.listening.panel import Panel
-from fusenorm_openood.listening.react import react_thresholds
+from fusenorm_openood.listening.panel import Fitted, Panel
+from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.method.experts import Output
+from fusenorm_openood.method.posthoc import Posthoc, Seen
 from fusenorm_openood.method.settings import Settings
 
 
@@ -26,6 +28,8 @@ class ScoreBank(ExpertScorer):
         net: any network; it is left unchanged.
         settings: all settings that will be needed.
         outputs: output experts that will be needed on their own.
+        posthoc: post-hoc experts that will be needed on their own.
+        keep_seen: whether to keep features and logits, too, until their loader is forgotten.
 
     Raises:
         ConfigError: settings that do not fit the network.
@@ -33,49 +37,71 @@ class ScoreBank(ExpertScorer):
     """
 
     def __init__(
-        self, net: nn.Module, settings: Iterable[Settings], outputs: Iterable[Output] = ()
+        self,
+        net: nn.Module,
+        settings: Iterable[Settings],
+        outputs: Iterable[Output] = (),
+        posthoc: Iterable[Posthoc] = (),
+        keep_seen: bool = False,
     ) -> None:
         super().__init__(net)
         self._detectors = {s: FuseNorm(net, s) for s in dict.fromkeys(settings)}
+        panels = [detector.panel for detector in self._detectors.values()]
         self.panel = Panel(
-            tuple(dict.fromkeys(tap for d in self._detectors.values() for tap in d.taps)),
-            tuple(dict.fromkeys(s.feature_norm for s in self._detectors)),
-            tuple(dict.fromkeys([*(s.output_expert for s in self._detectors), *outputs])),
+            tuple(dict.fromkeys(tap for panel in panels for tap in panel.taps)),
+            tuple(dict.fromkeys(norm for panel in panels for norm in panel.norms)),
+            tuple(dict.fromkeys([*(o for panel in panels for o in panel.outputs), *outputs])),
+            tuple(dict.fromkeys([*(p for panel in panels for p in panel.posthoc), *posthoc])),
         )
-        norms = [f"{tap} {norm}" for norm in self.panel.norms for tap in self.panel.taps]
-        self.experts = (*norms, *(str(output) for output in self.panel.outputs))
-        self._thresholds: dict[float, float] = {}
+        self._fitted = Fitted()
+        self._sample: FeatureSample | None = None
+        self.keep_seen, self._seen = keep_seen, dict[int, Seen]()
         self._kept: dict[int, tuple[Iterable[Any], Scored]] = {}
         self.id_loader: Iterable[Any] = ()
 
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Score the ID validation images, on which every calibration is based."""
         self._kept.clear()
-        self._thresholds = react_thresholds(self.net, loader, self.panel.percentiles, progress)
+        fit = fit_panel(self, self.panel, loader, progress, "APS")
+        self._fitted = fit.fitted
+        self._kept[id(loader)] = loader, Scored(np.empty(0), fit.pred, fit.label, fit.experts)
+        if fit.seen is not None and self.keep_seen:
+            self._seen[id(loader)] = fit.seen
         self.id_loader = loader
-        return self.add(loader, progress)
+        return self
 
     def add(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Score the images of a loader under all settings, unless they already have been."""
         if not self.holds(loader):
+            self._sample = FeatureSample(limit=sys.maxsize) if self.keep_seen else None
             experts, pred, label = self._collect(loader, progress, "APS")
             scored = Scored(np.empty(0), pred, label, experts)
             self._kept[id(loader)] = loader, scored  # keeps the loader, so that its id stays unique
+            if self._sample is not None:
+                self._seen[id(loader)] = self._sample.seen
         return self
 
-    def narrowed(self, settings: Iterable[Settings], outputs: Iterable[Output] = ()) -> Self:
+    def narrowed(
+        self,
+        settings: Iterable[Settings],
+        outputs: Iterable[Output] = (),
+        posthoc: Iterable[Posthoc] = (),
+    ) -> Self:
         """A bank for a subset of the settings, with the scores that this one already holds."""
-        bank = type(self)(self.net, settings, outputs)
+        bank = type(self)(self.net, settings, outputs, posthoc, self.keep_seen)
         rows = [row for n in bank.panel.norms for row in self.panel.norm_rows(bank.panel.taps, n)]
         rows += [self.panel.output_row(output) for output in bank.panel.outputs]
+        rows += [self.panel.posthoc_row(expert) for expert in bank.panel.posthoc]
         for key, (loader, scored) in self._kept.items():
             bank._kept[key] = loader, scored._replace(experts=scored.experts[rows])
-        bank._thresholds, bank.id_loader = self._thresholds, self.id_loader
+        bank._fitted, bank.id_loader = self._fitted, self.id_loader
+        bank._seen = dict(self._seen)
         return bank
 
     def forget(self, loader: Iterable[Any]) -> None:
         """Discard the scores of a loader's images."""
         del self._kept[id(loader)]
+        self._seen.pop(id(loader), None)
 
     def holds(self, loader: Iterable[Any]) -> bool:
         """Whether the images of this loader object have been scored."""
@@ -103,9 +129,12 @@ class ScoreBank(ExpertScorer):
                     "or check the network's weights"
                 )
         id_scores = self._kept[id(self.id_loader)][1].experts[rows]
-        percentile = settings.react_percentile
-        thresholds = {} if percentile is None else {percentile: self._thresholds[percentile]}
-        return calibrate(detector.experts, id_scores, thresholds, settings)
+        panel = detector.panel
+        fitted = Fitted(
+            {q: self._fitted.thresholds[q] for q in panel.percentiles},
+            {expert: self._fitted.states[expert] for expert in panel.posthoc},
+        )
+        return detector.calibrate(id_scores, fitted)
 
     def scored(self, settings: Settings, loader: Iterable[Any]) -> Scored:
         """What `FuseNorm.infer` would return for a loader's images under these settings.
@@ -124,6 +153,16 @@ class ScoreBank(ExpertScorer):
         scores: NDArray[np.float64] = scored.experts[self.panel.output_row(output)]
         return scores
 
+    def posthoc(self, expert: Posthoc, loader: Iterable[Any]) -> NDArray[np.float64]:
+        """Scores `[N]` of a single post-hoc expert, larger = more in-distribution."""
+        scored = self._kept[id(loader)][1]
+        scores: NDArray[np.float64] = scored.experts[self.panel.posthoc_row(expert)]
+        return scores
+
+    def seen(self, loader: Iterable[Any]) -> Seen:
+        """Features and logits of a loader's images, with `keep_seen`."""
+        return self._seen[id(loader)]
+
     def worst(self, loader: Iterable[Any]) -> Scored:
         """Confidences that rank every ID image below every OOD image: an AUROC of 0."""
         scored = self._kept[id(loader)][1]
@@ -131,11 +170,15 @@ class ScoreBank(ExpertScorer):
         return scored._replace(conf=np.full(len(scored.pred), rank))
 
     def _rows(self, detector: FuseNorm) -> list[int]:
-        s = detector.settings
-        return self.panel.rows(detector.taps, s.feature_norm, s.output_expert)
+        return detector.rows_in(self.panel)
 
     def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.panel.scores(self.net, images, self._thresholds)
+        rows, pred, seen = self.panel.listen(self.net, images, self._fitted)
+        if seen is None:
+            return rows, pred
+        if self._sample is not None:
+            self._sample.add(seen)
+        return self.panel.completed(self.net, rows, seen, self._fitted), pred
 
     def _check_finite(self, images: Tensor, experts: NDArray[Any]) -> None:
         """Require finite images; non-finite scores only rule out the settings that use them."""

@@ -1,7 +1,7 @@
 """What all detectors share: batches, loops and checks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,10 @@ from typing_extensions import Self
 from fusenorm_openood.devices import device_of
 from fusenorm_openood.errors import DataError, NotFittedError
 from fusenorm_openood.listening.batches import batches, checked_images, not_finite
+from fusenorm_openood.listening.panel import Fitted, Panel, head_of
+from fusenorm_openood.listening.react import react_thresholds
+from fusenorm_openood.listening.sample import FeatureSample
+from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
 
 
 class Scored(NamedTuple):
@@ -50,11 +54,16 @@ class ExpertScorer(ABC):
         return (*self.experts, *self.companions)
 
     def _collect(
-        self, loader: Iterable[Any], progress: bool, desc: str
+        self,
+        loader: Iterable[Any],
+        progress: bool,
+        desc: str,
+        score: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
         rows, waiting = [], []
+        score = score or self._expert_scores
         for images, labels in batches(loader, progress, desc):
-            scores, pred = self._expert_scores(self._moved(images))
+            scores, pred = score(self._moved(images))
             waiting.append((images, scores, pred, labels))
             # A GPU scores one batch while the next one is loaded and copied to it.
             if scores.device.type == "cpu" or len(waiting) > 1:
@@ -88,8 +97,76 @@ class ExpertScorer(ABC):
             raise not_finite(images, int(image), what)
 
 
+class PanelFit(NamedTuple):
+    """What `fit_panel` gives: the fitted experts, and for `N` ID images what was seen of them.
+
+    Attributes:
+        fitted: what the experts have fitted.
+        experts: scores `[R, N]` of the panel.
+        pred: predicted classes `[N]`.
+        label: labels `[N]`, -1 where the loader gives none.
+        seen: features and logits, None without post-hoc experts.
+    """
+
+    fitted: Fitted
+    experts: NDArray[Any]
+    pred: NDArray[np.int64]
+    label: NDArray[np.int64]
+    seen: Seen | None
+
+
+def fit_panel(
+    scorer: ExpertScorer, panel: Panel, loader: Iterable[Any], progress: bool, desc: str
+) -> PanelFit:
+    """Fit a panel's experts on ID images, and score these.
+
+    The loader is read once, and once more before if ReAct needs a threshold. Post-hoc experts are
+    fitted on an even sample of at most `LIMIT` images, and then only its images are returned; no
+    image is its own neighbour.
+
+    Raises:
+        DataError: an iterator, or a loader without images.
+        TapError: the network lacks what an expert needs.
+        NonFiniteError: a score or a feature is not finite.
+    """
+    if iter(loader) is loader:
+        raise DataError(
+            f"loader must be readable more than once, got a {type(loader).__name__}: "
+            "fit on a DataLoader or a list of batches"
+        )
+    net, sample = scorer.net, FeatureSample()
+    fitted = Fitted(react_thresholds(net, loader, panel.percentiles, progress))
+
+    def listen(images: Tensor) -> tuple[Tensor, Tensor]:
+        rows, pred, seen = panel.listen(net, images, fitted)
+        if seen is not None:
+            sample.add(seen)
+        return rows, pred
+
+    rows, pred, label = scorer._collect(loader, progress, desc, listen)
+    if not panel.posthoc:
+        return PanelFit(fitted, rows, pred, label, None)
+    kept, seen = sample.indices, sample.seen
+    rows, pred, label = rows[:, kept], pred[kept], label[kept]
+    head = Head(*(t.cpu().float() for t in head_of(net)))
+    classes = torch.from_numpy(pred)  # labels would make the fit depend on more than the images
+    scored = []
+    for expert in panel.posthoc:
+        kind, arguments = POSTHOC[expert.name], dict(expert.arguments)
+        fitted.states[expert] = kind.fit(seen, classes, head, arguments)
+        scored.append(kind.score_fit(seen, head, fitted.states[expert], arguments))
+    experts = np.concatenate([rows, torch.stack(scored).numpy()])
+    return PanelFit(fitted, experts, pred, label, seen)
+
+
 class Detector(ExpertScorer):
-    """Turns images into confidences; a subclass defines the expert scores and their fusion."""
+    """Turns images into confidences; a subclass defines the expert scores and their fusion.
+
+    Attributes:
+        fitted_on: the ID images of a benchmark that it is fitted on, `val` or `train`.
+    """
+
+    fitted_on = "val"
 
     @abstractmethod
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:

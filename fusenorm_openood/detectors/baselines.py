@@ -23,6 +23,7 @@ from fusenorm_openood.method.experts import (
     msp,
     odin_perturb,
 )
+from fusenorm_openood.method.posthoc import POSTHOC
 from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 
 
@@ -41,6 +42,7 @@ BASELINES = {
     "react": Kind("ReAct", ("percentile",)),
     "t2fnorm": Kind("T2FNorm"),
 }
+SINGLE = (*BASELINES, *POSTHOC)  # single experts as postprocessors
 
 
 class Baseline(Detector):

@@ -1,27 +1,34 @@
 """Build a detector from a postprocessor's configuration in OpenOOD's schema."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from fusenorm_openood.configs import lookup
 from fusenorm_openood.detectors.base import Detector
-from fusenorm_openood.detectors.baselines import BASELINES, Baseline, check_baseline
+from fusenorm_openood.detectors.baselines import SINGLE, Baseline, check_baseline
 from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from fusenorm_openood.detectors.sweep import candidates
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.method.settings import Settings, check_names
+from fusenorm_openood.method.posthoc import POSTHOC, check_arguments
+from fusenorm_openood.method.settings import METHODS, Settings, check_names
 
-NATIVE = ("fusenorm", *BASELINES)  # postprocessors that need no OpenOOD
+NATIVE = (*METHODS, *SINGLE)  # postprocessors that need no OpenOOD
 
 
 class FuseNormConfig(NamedTuple):
-    """FuseNorm's settings, their sweep, and whether it is searched."""
+    """FuseNorm's settings, their sweep, and whether it is searched, on which OOD images.
+
+    Attributes:
+        aps_mode: False = not searched, True = searched on the validation pair, `"pseudo"` = on
+            pseudo-OOD images made from the ID validation images.
+    """
 
     settings: Settings
     sweep: dict[str, list[Any]]
-    aps_mode: bool
+    aps_mode: bool | Literal["pseudo"]
 
 
 def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
@@ -39,8 +46,8 @@ def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
         raise ConfigError(
             f"unknown key 'postprocessor.{unknown[0]}': the keys are {', '.join(keys)}"
         )
-    if not isinstance(section["APS_mode"], bool):
-        raise ConfigError(f"APS_mode must be True or False, got {section['APS_mode']!r}")
+    if section["APS_mode"] not in (False, True, "pseudo"):
+        raise ConfigError(f"APS_mode must be True, False or 'pseudo', got {section['APS_mode']!r}")
     for key in keys[2:]:
         if not isinstance(section[key] or {}, Mapping):
             raise ConfigError(f"{key} must be a mapping of settings or empty, got {section[key]!r}")
@@ -54,8 +61,21 @@ def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
             )
     aps_mode = section["APS_mode"]
     # Without a search, the sweep need not be compatible with the chosen settings.
-    candidates(settings if aps_mode else Settings(), sweep)
+    methods = [] if aps_mode else [method() for method in METHODS.values()]
+    _check_sweep([settings, *methods], sweep)
     return FuseNormConfig(settings, sweep, aps_mode)
+
+
+def _check_sweep(bases: Sequence[Settings], sweep: Mapping[str, list[Any]]) -> None:
+    """Raise ConfigError unless the sweep's values are valid with one of the bases."""
+    errors = []
+    for base in bases:
+        try:
+            candidates(base, sweep)
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) == len(bases):
+        raise errors[0]
 
 
 def detector_for(
@@ -71,9 +91,12 @@ def detector_for(
     Raises:
         ConfigError: an invalid configuration.
     """
-    if name == "fusenorm":
+    if name in METHODS:
         settings = read_fusenorm(config).settings
         return lambda net: FuseNorm(net, settings)
     args = lookup(config, "postprocessor").get("postprocessor_args") or {}
+    if name in POSTHOC:
+        check_arguments(name, args)
+        return lambda net: PosthocBaseline(net, name, **args)
     check_baseline(name, args)
     return lambda net: Baseline(net, name, input_std if name == "odin" else None, **args)

@@ -9,6 +9,7 @@ from torch import nn
 
 from fusenorm_openood.detectors.bank import ScoreBank, bank_for
 from fusenorm_openood.detectors.fusenorm import Calibration
+from fusenorm_openood.detectors.pseudo import pseudo_ood
 from fusenorm_openood.detectors.sweep import candidates
 from fusenorm_openood.errors import ConfigError, NonFiniteError, ZeroRangeError
 from fusenorm_openood.method.metrics import ood_metrics
@@ -24,7 +25,8 @@ class Found(NamedTuple):
     Attributes:
         settings: the settings of the best combination.
         calibration: the calibration under these settings.
-        auroc: their AUROC on the validation pair, in [0, 1].
+        auroc: their AUROC on the validation pair, in [0, 1]; the mean over kinds of pseudo-OOD
+            images, if these were used.
         trials: one row per combination in OpenOOD's order, with its values and its AUROC in
             percent, or NaN and the reason if the combination is unusable.
     """
@@ -40,41 +42,48 @@ def search(
     base: Settings,
     sweep: Mapping[str, Sequence[Any]],
     id_loader: Iterable[Any],
-    ood_loader: Iterable[Any],
+    ood_loader: Iterable[Any] | None = None,
     progress: bool = False,
 ) -> Found:
     """The settings with the highest AUROC on a validation pair; among equals, the first.
+
+    Every combination is tried, and every image is scored once for all of them.
 
     Args:
         net: any network; it is left unchanged.
         base: values of the settings that are not searched.
         sweep: the values to try, by setting.
         id_loader: ID validation images, on which the statistics are also fitted.
-        ood_loader: OOD validation images.
+        ood_loader: OOD validation images; None = pseudo-OOD images made from the ID images, see
+            `fusenorm_openood.data.pseudo`.
         progress: whether to show progress bars.
 
     Raises:
         ConfigError: an empty sweep, or no usable combination in it.
     """
-    bank = bank_for(net, base, sweep).fit(id_loader, progress).add(ood_loader, progress)
-    return choose(bank, base, sweep, ood_loader)
+    ood_loaders = pseudo_ood(id_loader) if ood_loader is None else [ood_loader]
+    bank = bank_for(net, base, sweep).fit(id_loader, progress)
+    for loader in ood_loaders:
+        bank.add(loader, progress)
+    return choose(bank, base, sweep, ood_loaders)
 
 
 def choose(
     bank: ScoreBank,
     base: Settings,
     sweep: Mapping[str, Sequence[Any]],
-    ood_loader: Iterable[Any],
+    ood_loaders: Sequence[Iterable[Any]],
 ) -> Found:
-    """The result of `search`, from a bank's scores of both loaders."""
+    """The result of `search`, from a bank's scores of all loaders; the mean AUROC counts."""
     combined, rows, aurocs = candidates(base, sweep), [], []
     for values, settings in combined:
         auroc, reason = np.nan, ""
         try:
             if isinstance(settings, ConfigError):
                 raise settings
-            known, unknown = (bank.scored(settings, x) for x in (bank.id_loader, ood_loader))
-            auroc = ood_metrics(known.conf, unknown.conf).auroc
+            known = bank.scored(settings, bank.id_loader).conf
+            unknown = [bank.scored(settings, loader).conf for loader in ood_loaders]
+            auroc = float(np.mean([ood_metrics(known, conf).auroc for conf in unknown]))
         except UNUSABLE as error:
             reason = str(error)
         aurocs.append(auroc)

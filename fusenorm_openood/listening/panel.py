@@ -1,22 +1,49 @@
 """A panel of experts: all scores that one pass over the images can provide."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.gradient import ConstantBatchNorm
 from fusenorm_openood.listening.modes import undisturbed
-from fusenorm_openood.listening.passes import Pass, forward_pass, joined, parts
-from fusenorm_openood.listening.react import react_logits
+from fusenorm_openood.listening.passes import Pass, final_linear, forward_pass, joined, parts
+from fusenorm_openood.listening.react import head_gives, react_logits
 from fusenorm_openood.method.atf import FeatureNorm, atf_each
 from fusenorm_openood.method.experts import Output, odin_direction, odin_step, score_logits
+from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc, Seen, State
+
+
+@dataclass
+class Fitted:
+    """What the experts of a panel fit on ID images.
+
+    Attributes:
+        thresholds: ReAct's clipping thresholds by percentile; see `react_thresholds`.
+        states: states of the post-hoc experts, on the CPU.
+    """
+
+    thresholds: dict[float, float] = field(default_factory=dict)
+    states: dict[Posthoc, State] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._moved: dict[tuple[Posthoc, torch.device], State] = {}
+
+    def state(self, expert: Posthoc, device: torch.device) -> State:
+        """The state of an expert on a device, to which it is moved once."""
+        if device.type == "cpu":
+            return self.states[expert]
+        if (expert, device) not in self._moved:
+            moved = {name: value.to(device) for name, value in self.states[expert].items()}
+            self._moved[expert, device] = moved
+        return self._moved[expert, device]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Every feature norm at every tap, and the output experts, each computed once.
+    """Every feature norm at every tap, and all other experts, each computed once.
 
     One forward pass serves all of them. Each distinct ODIN noise needs one more forward pass, and
     each distinct pair of temperature and ReAct percentile a gradient.
@@ -24,17 +51,14 @@ class Panel:
 
     taps: tuple[str, ...]
     norms: tuple[FeatureNorm, ...]
-    outputs: tuple[Output, ...]
+    outputs: tuple[Output, ...] = ()
+    posthoc: tuple[Posthoc, ...] = ()
 
     @property
     def percentiles(self) -> list[float]:
         """Percentiles at which ReAct clips for at least one output expert."""
         given = (o.react_percentile for o in self.outputs)
         return list(dict.fromkeys(q for q in given if q is not None))
-
-    def rows(self, taps: Iterable[str], norm: FeatureNorm, output: Output) -> list[int]:
-        """Row indices of the scores of one detector: its taps in order, then its output expert."""
-        return [*self.norm_rows(taps, norm), self.output_row(output)]
 
     def norm_rows(self, taps: Iterable[str], norm: FeatureNorm) -> list[int]:
         """Row indices of one feature norm at each of the taps."""
@@ -45,27 +69,68 @@ class Panel:
         """Row index of an output expert."""
         return len(self.norms) * len(self.taps) + self.outputs.index(output)
 
-    def scores(
-        self, net: nn.Module, images: Tensor, thresholds: Mapping[float, float]
-    ) -> tuple[Tensor, Tensor]:
+    def posthoc_row(self, expert: Posthoc) -> int:
+        """Row index of a post-hoc expert."""
+        return self.unfitted + self.posthoc.index(expert)
+
+    @property
+    def unfitted(self) -> int:
+        """Number of rows before those of the post-hoc experts."""
+        return len(self.norms) * len(self.taps) + len(self.outputs)
+
+    def scores(self, net: nn.Module, images: Tensor, fitted: Fitted) -> tuple[Tensor, Tensor]:
         """Scores `[R, B]`, larger = more in-distribution, and predicted classes `[B]`.
 
         Args:
             net: a network; it is left unchanged.
             images: `[B, C, H, W]` on its device.
-            thresholds: ReAct's clipping thresholds by percentile; see `react_thresholds`.
+            fitted: what `fit_panel` has fitted.
+        """
+        rows, pred, seen = self.listen(net, images, fitted)
+        return (rows if seen is None else self.completed(net, rows, seen, fitted)), pred
+
+    def completed(self, net: nn.Module, rows: Tensor, seen: Seen, fitted: Fitted) -> Tensor:
+        """The scores of `listen`, with those of the post-hoc experts: `[R, B]`."""
+        head = head_of(net)
+        scored = [
+            POSTHOC[expert.name].score(
+                seen, head, fitted.state(expert, rows.device), dict(expert.arguments)
+            )
+            for expert in self.posthoc
+        ]
+        return torch.cat([rows, torch.stack(scored).to(rows)])
+
+    def listen(
+        self, net: nn.Module, images: Tensor, fitted: Fitted
+    ) -> tuple[Tensor, Tensor, Seen | None]:
+        """As `scores`, without the post-hoc experts, but with what they see, if there are any.
+
+        Raises:
+            TapError: post-hoc experts need the feature of a network without a final linear layer.
         """
         with undisturbed(net):
-            scored = [self._scores(net, part, thresholds) for part in parts(images)]
-        scores, preds = zip(*scored, strict=True)
-        return torch.cat(scores, dim=1), torch.cat(preds)
+            listened = [self._listen(net, part, fitted) for part in parts(images)]
+        rows, passes = zip(*listened, strict=True)
+        first = joined(passes)
+        return torch.cat(rows, dim=1), first.pred, self._seen(net, first)
 
-    def _scores(
-        self, net: nn.Module, images: Tensor, thresholds: Mapping[float, float]
-    ) -> tuple[Tensor, Tensor]:
+    def _seen(self, net: nn.Module, done: Pass) -> Seen | None:
+        if not self.posthoc:
+            return None
+        names = [expert.name for expert in self.posthoc if expert.name != "gen"]
+        if not names:
+            return Seen(done.logits, done.logits)  # GEN reads the logits alone
+        if done.feature is None or not head_gives(net, done):
+            raise TapError(
+                f"experts {', '.join(names)} need a final linear layer that returns the logits, "
+                f"which {type(net).__name__} lacks: set strong=['output']"
+            )
+        return Seen(done.feature, done.logits)
+
+    def _listen(self, net: nn.Module, images: Tensor, fitted: Fitted) -> tuple[Tensor, Pass]:
         def clipped(done: Pass, output: Output) -> Tensor:
             q = output.react_percentile
-            return react_logits(net, done, None if q is None else thresholds[q])
+            return react_logits(net, done, None if q is None else fitted.thresholds[q])
 
         moved: dict[Output, Tensor] = {}
         if any(output.needs_gradient for output in self.outputs):
@@ -86,8 +151,11 @@ class Panel:
                 )
                 for output in self.outputs
             ]
-        norms = first.norms.transpose(0, 1).flatten(0, 1)  # [L, S, B] -> [S * L, B]
-        return torch.cat([norms.to(scored[0]), torch.stack(scored)]), first.pred
+        norms = first.norms  # [0, B] without taps, else [L, S, B] -> [S * L, B]
+        norms = norms.transpose(0, 1).flatten(0, 1) if self.taps else norms
+        if not scored:
+            return norms if norms.device.type == "mps" else norms.double(), first
+        return torch.cat([norms.to(scored[0]), torch.stack(scored)]), first
 
     def _reduce(self, feature_map: Tensor) -> Tensor:
         return atf_each(feature_map, self.norms)
@@ -116,3 +184,13 @@ class Panel:
             for output in outputs:
                 moved[output] = odin_step(leaf, direction, output.noise, output.input_std)
         return moved
+
+
+def head_of(net: nn.Module) -> Head:
+    """Weight and bias of the final linear layer of a network that has one."""
+    head = final_linear(net)
+    if head is None:
+        return Head(torch.empty(0, 0), torch.empty(0))
+    weight = head.weight.detach()
+    bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach()
+    return Head(weight, bias)

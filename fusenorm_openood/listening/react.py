@@ -39,7 +39,7 @@ def react_thresholds(
             if not np.isfinite(feature).all():
                 image = int(np.argwhere(~np.isfinite(feature))[0, 0])
                 raise not_finite(images, image, "a penultimate feature that is not finite")
-            if sample.is_empty and not _head_gives(net, done):
+            if sample.is_empty and not head_gives(net, done):
                 raise _no_head(net)
             sample.update(feature)
     return {q: sample.percentile(q) for q in percentiles}
@@ -91,14 +91,16 @@ class ActivationSample:
         return float(np.percentile(np.concatenate(self._kept), q))
 
 
-def _head_gives(net: nn.Module, done: Pass) -> bool:
+def head_gives(net: nn.Module, done: Pass) -> bool:
     """Whether the logits are the unchanged output of the final linear layer."""
     head = final_linear(net)
     return (
         head is not None
         and done.feature is not None
         and done.logits.shape == (len(done.feature), head.out_features)
-        and torch.allclose(apply_head(head, done.feature), done.logits, rtol=1e-3, atol=1e-4)
+        and torch.allclose(
+            apply_head(head, done.feature), done.logits, rtol=1e-3, atol=1e-4, equal_nan=True
+        )
     )
 
 

@@ -64,9 +64,15 @@ def fuse(
             "strong and weak scores must be [experts, images] for the same images, with at least "
             f"one strong expert, got shapes {strong.shape} and {weak.shape}"
         )
-    w = check_weights(weights, len(strong))
-    fused: NDArray[np.float64] = w @ strong - penalty(weak, base, cap)
-    return fused
+    return mean_of_strong(strong, weights) - penalty(weak, base, cap)
+
+
+def mean_of_strong(
+    strong: NDArray[np.float64], weights: Sequence[float] | None = None
+) -> NDArray[np.float64]:
+    """Weighted mean `[N]` of the scores `[S, N]` of the strong experts; None = equal weights."""
+    mean: NDArray[np.float64] = check_weights(weights, len(strong)) @ strong
+    return mean
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
-"""The settings of FuseNorm, validated when they are created."""
+"""The settings of FuseNorm, validated when they are created, and its three methods."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -9,12 +9,15 @@ from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.atf import FeatureNorm, check_atf_settings
 from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, Output, check_output_expert
 from fusenorm_openood.method.fusion import check_penalty, check_weights
+from fusenorm_openood.method.posthoc import Posthoc
 from fusenorm_openood.method.statistics import check_percentiles
+
+PENALTIES = ("deviation", "joint")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of the detector; the defaults are the published ones.
+    """Settings of the detector; the defaults are those of the method `fusenorm`.
 
     Attributes:
         taps: `"blocks"`, `"stages"` or module names; see `resolve_taps`.
@@ -28,11 +31,19 @@ class Settings:
         input_std: standard deviations that divide ODIN's step per channel; None = no division.
         react_percentile: percentile of the penultimate ID activations at which ReAct clips them
             for the output expert; None = no ReAct.
-        strong: strong experts, each a tap's name, a tap's number (from 0) or `"output"`;
-            `"auto"` = the first tap of the last stage and the output expert.
+        neighbours: number K of the nearest ID images for `knn`.
+        strong: strong experts, each a tap's name, a tap's number (from 0), `"output"` or the
+            output expert's name, or one of `knn`, `fdbd`, `gen`, `nci`, `mds`, `vim`, `she`,
+            `scale`, `ash`; `"auto"` = the first tap of the last stage and the output expert. The
+            other taps are weak.
         weights: one weight per strong expert; None = equal weights.
-        base: how steeply the penalty grows; see `penalty`.
-        cap: largest penalty; see `penalty`.
+        clip: whether a strong score above the percentile `percentile_high` of the ID scores
+            counts as that percentile.
+        penalty: `"deviation"`, from the largest deviation of a weak expert (see `penalty`), or
+            `"joint"`, from the joint distance of the norms of all taps (see `joint_penalty`).
+        base: how steeply the penalty `"deviation"` grows.
+        cap: largest penalty of `"deviation"`.
+        joint_weight: weight of the penalty `"joint"`.
         percentile_low: percentile of the ID scores that is mapped to 0.
         percentile_high: percentile of the ID scores that is mapped to 1.
 
@@ -45,17 +56,40 @@ class Settings:
     k_max: float = 0.25
     alpha: float = 0.0
     eps: float = 1e-8
-    output: str = "odin"
+    output: str = "energy"
     temperature: float | None = None
     noise: float = 0.01
     input_std: tuple[float, ...] | None = None
-    react_percentile: float | None = 90.0
-    strong: str | tuple[str | int, ...] = "auto"
+    react_percentile: float | None = None
+    neighbours: int = 5
+    strong: str | tuple[str | int, ...] = ("output", "fdbd", "mds")
     weights: tuple[float, ...] | None = None
-    base: float = 20.0
+    clip: bool = True
+    penalty: str = "deviation"
+    base: float = 2.0
     cap: float = 1.0
-    percentile_low: float = 1.0
-    percentile_high: float = 99.9
+    joint_weight: float = 0.25
+    percentile_low: float = 5.0
+    percentile_high: float = 95.0
+
+    @classmethod
+    def published(cls, **changes: Any) -> "Settings":
+        """Settings of the method `fusenorm_published`: those of the published experiments."""
+        published = cls(
+            output="odin",
+            react_percentile=90.0,
+            strong="auto",
+            clip=False,
+            base=20.0,
+            percentile_low=1.0,
+            percentile_high=99.9,
+        )
+        return published.replace(**changes)
+
+    @classmethod
+    def joint(cls, **changes: Any) -> "Settings":
+        """Settings of the method `fusenorm_joint`: the default with the joint penalty."""
+        return cls(penalty="joint").replace(**changes)
 
     def __post_init__(self) -> None:
         for name in ("taps", "input_std", "strong", "weights"):  # YAML gives lists
@@ -67,6 +101,14 @@ class Settings:
         check_output_expert(self.output)
         check_percentiles(self.percentile_low, self.percentile_high)
         check_penalty(self.base, self.cap)
+        if self.penalty not in PENALTIES:
+            raise ConfigError(
+                f"unknown penalty {self.penalty!r}: choose from {', '.join(PENALTIES)}"
+            )
+        if not self.joint_weight >= 0:
+            raise ConfigError(f"joint_weight must be >= 0, got {self.joint_weight}")
+        if self.neighbours < 1:
+            raise ConfigError(f"neighbours must be >= 1, got {self.neighbours}")
         if self.temperature is not None and not self.temperature > 0:
             raise ConfigError(f"temperature must be > 0, got {self.temperature}")
         if not self.noise >= 0:
@@ -103,14 +145,23 @@ class Settings:
             right = isinstance(value, str) or (
                 isinstance(value, tuple) and all(isinstance(v, item) for v in value)
             )
-        elif name == "output":
+        elif name in ("output", "penalty"):
             kind, right = "a string", isinstance(value, str)
+        elif name == "clip":
+            kind, right = "true or false", isinstance(value, bool)
+        elif name == "neighbours":
+            kind = "a whole number"
+            right = isinstance(value, int) and not isinstance(value, bool)
         else:
             kind = "a finite number"
             right = isinstance(value, int | float) and not isinstance(value, bool)
             right = right and math.isfinite(value)
         if not right:
             raise ConfigError(f"{name} must be {kind}{' or None' * optional}, got {value!r}")
+
+    def posthoc(self, name: str) -> Posthoc:
+        """A post-hoc expert with its default arguments, but for the neighbours of `knn`."""
+        return Posthoc.of(name, {"K": self.neighbours} if name == "knn" else {})
 
     @property
     def feature_norm(self) -> FeatureNorm:
@@ -143,10 +194,26 @@ class Settings:
         return cls(**args)
 
 
+# The methods by the names under which their results are reported.
+METHODS: dict[str, Callable[[], Settings]] = {
+    "fusenorm": Settings,
+    "fusenorm_published": Settings.published,
+    "fusenorm_joint": Settings.joint,
+}
 SETTINGS = tuple(field.name for field in fields(Settings))
 # Changing any other setting changes the expert scores, and so needs the network again.
 FUSION_SETTINGS = frozenset(
-    ("strong", "weights", "base", "cap", "percentile_low", "percentile_high")
+    (
+        "strong",
+        "weights",
+        "clip",
+        "penalty",
+        "base",
+        "cap",
+        "joint_weight",
+        "percentile_low",
+        "percentile_high",
+    )
 )
 
 

@@ -12,6 +12,7 @@ from fusenorm_openood.configs import lookup
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.listening.modes import undisturbed, without_weight_gradients
 from fusenorm_openood.listening.passes import final_linear, forward_pass
+from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 from fusenorm_openood.openood.bridge import base_postprocessor, openood_module
 from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
@@ -162,11 +163,11 @@ def make_postprocessor(name: str, config: Mapping[str, Any], id_name: str) -> An
         ConfigError: an unknown name, or an incomplete configuration.
         OpenOODError: OpenOOD is absent or broken.
     """
-    if name == "fusenorm":
+    if name in METHODS:
         return FuseNormPostprocessor(config)
     known = openood_module("evaluation_api.postprocessor").postprocessors
     if name not in known:
-        names = ", ".join(sorted({*known, "fusenorm"}))
+        names = ", ".join(sorted({*known, *METHODS}))
         raise ConfigError(f"unknown postprocessor {name!r}: choose from {names}")
     aps_mode = bool(lookup(config, "postprocessor").get("APS_mode"))
     openood_config = openood_module("utils").Config(dict(config), dataset={"name": id_name})

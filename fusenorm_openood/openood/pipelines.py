@@ -19,6 +19,7 @@ from fusenorm_openood.data.images import truncated_images_read
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.devices import find_device, on_device
 from fusenorm_openood.errors import CheckpointError, ConfigError, FuseNormError
+from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.networks.checkpoints import load_state
 from fusenorm_openood.openood.adapter import adapted
 from fusenorm_openood.openood.bridge import file_errors, openood_module, replaced
@@ -129,7 +130,7 @@ def check_config(config: Any, device: torch.device) -> None:
             known = names_known_to(getattr(openood_module(module), function))
             if name not in known:
                 raise ConfigError(f"unknown {section} {name!r}: choose from {', '.join(known)}")
-    if "postprocessor" in config and config.postprocessor.name == "fusenorm":
+    if "postprocessor" in config and config.postprocessor.name in METHODS:
         read_fusenorm(config)
     searching = "postprocessor" in config and config.postprocessor.get("APS_mode")
     if searching and "evaluator" in config and config.evaluator.name == "fsood":

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fusenorm_openood.detectors.bank import ScoreBank, bank_for
 from fusenorm_openood.detectors.configuration import read_fusenorm
-from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm, calibrate
-from fusenorm_openood.detectors.search import UNUSABLE, choose
+from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
+from fusenorm_openood.detectors.search import UNUSABLE, choose, search
 from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
 from fusenorm_openood.openood.bridge import base_postprocessor
@@ -40,14 +40,18 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         self._unusable: FuseNormError | None = None
         self._fitted_on: tuple[nn.Module, Iterable[Any]] | None = None
         self._bank: ScoreBank | None = None
+        self._recalibrate = False  # the fusion's settings have changed since the calibration
+        self._last: FuseNorm | None = None
 
     def setup(
         self, net: nn.Module, id_loader_dict: Mapping[str, Any], ood_loader_dict: Any = None
     ) -> None:
         """Fit the ID statistics on the ID validation images; a second call has no effect.
 
-        With `APS_mode`, the images of both validation loaders are scored under every combination
-        of the sweep, each image once, so that the search itself does not run the network.
+        With `APS_mode: pseudo`, the settings are searched here, on pseudo-OOD images made from the
+        ID validation images. With `APS_mode: True`, the images of both validation loaders are
+        scored under every combination of the sweep, each image once, so that the search itself
+        does not run the network.
 
         Args:
             net: network to score with.
@@ -62,7 +66,11 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         self._fitted_on = net, id_loader_dict["val"]
         if self.setup_flag:
             return
-        if self.APS_mode and not self.hyperparam_search_done:
+        if self.APS_mode == "pseudo":
+            found = search(net, self.settings, self.args_dict, id_loader_dict["val"])
+            self.settings, self.calibration = found.settings, found.calibration
+            self.APS_mode, self.hyperparam_search_done, self.setup_flag = False, True, True
+        elif self.APS_mode and not self.hyperparam_search_done:
             if not ood_loader_dict or "val" not in ood_loader_dict:
                 raise DataError(
                     "ood_loader_dict must contain 'val' for a search (APS_mode: True), got "
@@ -71,7 +79,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             self._bank = bank_for(net, self.settings, self.args_dict)
             self._bank.fit(id_loader_dict["val"]).add(ood_loader_dict["val"])
             # Raise a clear error if no combination is usable: OpenOOD's loop raises a TypeError.
-            choose(self._bank, self.settings, self.args_dict, ood_loader_dict["val"])
+            choose(self._bank, self.settings, self.args_dict, [ood_loader_dict["val"]])
             self.setup_flag = True
         else:
             self._fit()
@@ -132,13 +140,12 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         changed = {n for n, v in vars(self.settings).items() if v != getattr(before, n)}
         if self.calibration is None or not changed:
             return
-        if changed <= FUSION_SETTINGS:
-            c = self.calibration
-            self.calibration = calibrate(c.experts, c.id_scores, c.react_thresholds, self.settings)
-        else:
+        self._recalibrate = changed <= FUSION_SETTINGS
+        if self._fitted_on is not None and self._recalibrate:
+            self._detector(self._fitted_on[0])
+        elif not self._recalibrate:
             self.setup_flag, self.calibration = False, None
-            if self._fitted_on is not None:
-                self._fit()
+            self._fit()
 
     def _fit(self) -> None:
         if self._fitted_on is not None:
@@ -154,12 +161,31 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             raise self._unusable
         if self.calibration is None and self._bank is not None:
             self._fit()  # images are scored before the search
+        known = self._last
+        if (
+            known
+            and known.net is net
+            and known.settings == self.settings
+            and (known.calibration_ is self.calibration and known.is_fitted)
+        ):
+            return known
+        detector = FuseNorm(net, self.settings)
+        if self._recalibrate and self.calibration is not None:
+            self._recalibrate = False
+            c = self.calibration
+            if c.experts == detector.experts:
+                self.calibration = detector.calibrate(c.id_scores, c.fitted)
+            else:  # other strong experts
+                self.setup_flag, self.calibration = False, None
+                self._fit()
         if self.calibration is None:
             raise NotFittedError("FuseNorm has no ID statistics: call setup(net, loaders) first")
-        return FuseNorm(net, self.settings).with_calibration(self.calibration)
+        self._last = detector.with_calibration(self.calibration)
+        return self._last
 
     def __getstate__(self) -> dict[str, Any]:
         ready = (
             self.setup_flag and self.calibration is not None
         )  # else the bank, not pickled, has it
-        return {**vars(self), "_fitted_on": None, "_bank": None, "setup_flag": ready}
+        gone = {"_fitted_on": None, "_bank": None, "_last": None}
+        return {**vars(self), **gone, "setup_flag": ready}

@@ -9,36 +9,38 @@ from pathlib import Path
 from typing import Any
 
 from fusenorm_openood import configs
+from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.openood.bridge import openood_module, rebind
 from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
 
 
 def register() -> None:
-    """Register the name `fusenorm` wherever OpenOOD looks up a postprocessor.
+    """Register FuseNorm's methods by name wherever OpenOOD looks up a postprocessor.
 
-    That is its `Evaluator` (`postprocessor_name="fusenorm"`), `get_postprocessor` of its
+    The names are `fusenorm`, `fusenorm_published` and `fusenorm_joint`. OpenOOD looks them up in
+    its `Evaluator` (`postprocessor_name="fusenorm"`), `get_postprocessor` of its
     evaluation API, and the pipelines in its YAML files. None of OpenOOD's files is changed, other
     names keep their meaning, and a second call has no effect. If OpenOOD's configuration folder
-    has no `postprocessors/fusenorm.yml`, this package's file is read.
+    has no file `postprocessors/NAME.yml`, this package's file is read.
 
     Raises:
         OpenOODError: OpenOOD is absent or broken.
     """
     api = openood_module("evaluation_api.postprocessor")
-    api.postprocessors["fusenorm"] = FuseNormPostprocessor
+    api.postprocessors.update(dict.fromkeys(METHODS, FuseNormPostprocessor))
     by_name: Callable[..., Any] = api.get_postprocessor
     by_config: Callable[..., Any] = openood_module("postprocessors.utils").get_postprocessor
 
     @functools.wraps(by_name)
     def get_by_name(config_root: str, postprocessor_name: str, id_data_name: str) -> Any:
-        if postprocessor_name == "fusenorm":
-            own = Path(config_root, "postprocessors", "fusenorm.yml")
+        if postprocessor_name in METHODS:
+            own = Path(config_root, "postprocessors", f"{postprocessor_name}.yml")
             config_root = config_root if own.is_file() else str(configs.config_root())
         return by_name(config_root, postprocessor_name, id_data_name)
 
     @functools.wraps(by_config)
     def get_by_config(config: Any) -> Any:
-        if config.postprocessor.name == "fusenorm":
+        if config.postprocessor.name in METHODS:
             return FuseNormPostprocessor(config)
         return by_config(config)
 
@@ -62,4 +64,4 @@ def names_known_to(function: Callable[..., Any]) -> list[str]:
         elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq):
             nodes += node.comparators
     names = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    return sorted(names | {"fusenorm"} if hasattr(function, "knows_fusenorm") else names)
+    return sorted(names | set(METHODS) if hasattr(function, "knows_fusenorm") else names)

@@ -69,7 +69,7 @@ def test_the_saved_scores_reproduce_the_table(evaluated):
 def test_compare_lists_every_expert_next_to_the_fused_score(evaluated):
     fused, msp = evaluated
     assert list(fused.compare.columns) == ROWS
-    assert list(fused.compare.index[[0, 1, 9, 10]]) == ["fused", "layer1.0", "output", "msp"]
+    assert list(fused.compare.index[[0, 1, 9, 10]]) == ["fused", "layer1.0", "output", "fdbd"]
     assert fused.compare.loc["fused", "farood"] == "{AUROC:.2f} / {FPR@95:.2f}".format(
         **fused.table.loc["farood"]
     )
@@ -80,7 +80,7 @@ def test_compare_lists_every_expert_next_to_the_fused_score(evaluated):
 
 def test_with_validation_only_the_validation_pair_is_tested(digits):
     data_root, checkpoint = digits
-    detector = FuseNorm(load_network(checkpoint), output="energy", weights=(0.3, 1))
+    detector = FuseNorm(load_network(checkpoint), weights=(0.3, 1, 1))
     e = evaluate(detector, load_benchmark("digits", data_root), validation=True, progress=False)
     assert list(e.table.index) == ["val", "valood"]
     assert len(e.scores["ood"]["val"][1]) == 179

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fusenorm_openood import FuseNorm
+from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.benchmark.evaluation import evaluate
 from fusenorm_openood.cli.engines import Job, evaluate_run
 from fusenorm_openood.cli.postprocessors import read_postprocessor
@@ -43,7 +43,7 @@ def each_tested_list_once(benchmark):
 
 
 def test_fusenorm_reads_the_validation_list_for_react_and_for_the_statistics(benchmark, read):
-    detector = FuseNorm(make_net(classes=10), temperature=1.0)
+    detector = FuseNorm(make_net(classes=10), Settings.published(temperature=1.0))
     evaluate(detector, benchmark, fsood=True, progress=False)
     assert read[: 2 * IMAGES] == VAL + VAL
     assert Counter(read[2 * IMAGES :]) == each_tested_list_once(benchmark)
@@ -62,8 +62,28 @@ def test_react_reads_the_validation_list_for_its_threshold(benchmark, read):
 
 
 def test_a_search_reads_the_validation_pair_before_the_test(benchmark, read):
-    config = read_postprocessor("fusenorm", None, ["output=energy"], ["base=[2, 20]"], True)
+    config = read_postprocessor("fusenorm", None, [], [], True)
+    config["postprocessor"]["postprocessor_sweep"] = {"base": [2, 20]}
     job = Job(postprocessor="fusenorm", config=config, benchmark=benchmark, fsood=True)
     evaluate_run(job, "native", make_net(classes=10))
-    assert read[: 3 * IMAGES] == VAL + VAL + VAL_OOD
-    assert Counter(read[3 * IMAGES :]) == each_tested_list_once(benchmark)
+    assert read[: 2 * IMAGES] == VAL + VAL_OOD
+    assert Counter(read[2 * IMAGES :]) == each_tested_list_once(benchmark)
+
+
+def test_a_search_on_pseudo_ood_images_reads_no_ood_image_before_the_test(benchmark, read):
+    config = read_postprocessor("fusenorm", None, [], [], "pseudo")
+    config["postprocessor"]["postprocessor_sweep"] = {"base": [2, 20]}
+    job = Job(postprocessor="fusenorm", config=config, benchmark=benchmark, fsood=True)
+    evaluate_run(job, "native", make_net(classes=10))
+    before = len(read) - sum(each_tested_list_once(benchmark).values())
+    assert set(read[:before]) == set(VAL)
+    assert Counter(read[before:]) == each_tested_list_once(benchmark)
+
+
+@pytest.mark.parametrize("name", ["knn", "nci", "fdbd", "vim", "mds", "she"])
+def test_experts_that_openood_fits_on_training_images_read_the_training_list(benchmark, read, name):
+    config = read_postprocessor(name)
+    job = Job(postprocessor=name, config=config, benchmark=benchmark)
+    assert benchmark.id["train"] in list(job.image_sets())
+    evaluate_run(job, "native", make_net(classes=10))
+    assert read[:IMAGES] == [benchmark.id["train"].imagelist.name] * IMAGES

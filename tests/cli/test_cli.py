@@ -22,11 +22,11 @@ from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.openood.bridge import openood_installed
 from tests.conftest import shortened_digits, without_environment
 
-NO_VIM = (
-    "--engine native has no postprocessor 'vim', and --engine openood does not support "
+NO_GRAM = (
+    "--engine native has no postprocessor 'gram', and --engine openood does not support "
     "--id-data digits"
     if openood_installed()
-    else "unknown postprocessor 'vim': choose from fusenorm, msp, mls, ebo, odin, react, t2fnorm, "
+    else "unknown postprocessor 'gram': choose from fusenorm, msp, mls, ebo, odin, react, t2fnorm, "
     "or install OpenOOD, which has more, with 'bash scripts/install_openood.sh'"
 )
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -160,7 +160,8 @@ def test_a_custom_configuration(root, tmp_path, capsys):
     own.write_text(
         (SCRIPTS.parent / "configs/postprocessors/fusenorm.yml")
         .read_text()
-        .replace("output: odin", "output: energy")
+        .replace("output: energy", "output: msp")
+        .replace("weights: null", "weights: [1, 2, 3]")
     )
     assert main(evaluation(root, "--config", str(own), "--set", "strong=[output]")) == 1
     assert "each of the 1 strong experts" in capsys.readouterr().err
@@ -174,7 +175,7 @@ def test_a_custom_configuration(root, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--postprocessor", "vim"], NO_VIM),
+        (["--postprocessor", "gram"], NO_GRAM),
         (["--id-data", "svhn"], "unknown ID data set 'svhn': choose from cifar10"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--engine", "openood"], "--engine openood does not support --id-data digits: choose"),
@@ -244,15 +245,17 @@ def test_a_corrupt_image_is_reported_with_its_line(root, tmp_path, capfd):
 
 
 def test_settings_are_searched_before_the_test(root, tmp_path, capsys):
-    sweep = ["--sweep", "k_min=[0.1]", "--sweep", "alpha=[0.0]", "--sweep", "base=[2, 20]"]
-    own = ["--set", "output=energy", "--output-dir", str(tmp_path), "--save-csv"]
+    sweep = ["--sweep", "output=[energy]", "--sweep", "react_percentile=[null]"]
+    sweep += ["--sweep", "penalty=[deviation]", "--sweep", "base=[2, 20]"]
+    sweep += ["--sweep", "strong=[[output], [output, knn]]"]
+    own = ["--output-dir", str(tmp_path), "--save-csv"]
     assert main(evaluation(root, "--aps", *sweep, *own)) == 0
     out = capsys.readouterr().out
-    assert "search over 10 combinations, run s0: validation AUROC" in out
+    assert "search over 4 combinations, run s0: validation AUROC" in out
     trials = pd.read_csv(tmp_path / "s0" / "aps" / "fusenorm.csv")
     best = trials.loc[trials["AUROC"].idxmax()]
-    assert len(trials) == 10
-    chosen = ["--set", f"weights={best['weights']}", "--set", f"base={best['base']}"]
+    assert len(trials) == 4
+    chosen = ["--set", f"strong={best['strong']}", "--set", f"base={best['base']}"]
     searched = (tmp_path / "ood" / "fusenorm.csv").read_text()
     assert main(evaluation(root, *chosen, *own)) == 0
     assert (tmp_path / "ood" / "fusenorm.csv").read_text() == searched
@@ -333,3 +336,29 @@ def test_a_change_fills_an_empty_section(tmp_path):
     own.write_text("postprocessor:\n  name: fusenorm\n  postprocessor_sweep:\n")
     read = read_postprocessor("fusenorm", own, sweep=["base=[2, 20]"])
     assert read["postprocessor"]["postprocessor_sweep"] == {"base": [2, 20]}
+
+
+@pytest.mark.parametrize("method", ["fusenorm_joint", "fusenorm_published"])
+def test_a_method_is_chosen_by_name_and_reported_under_it(root, method, tmp_path, capsys):
+    output = ["--output-dir", str(tmp_path), "--save-csv"]
+    # As the scripts do: their --postprocessor comes first.
+    given = ["--postprocessor", "fusenorm", "--config", method]
+    assert main(evaluation(root, *given, *output)) == 0
+    assert f"\n{method}, digits, 1 run(s)" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "ood").iterdir()] == [f"{method}.csv"]
+    table = (tmp_path / "ood" / f"{method}.csv").read_text()
+    assert main(evaluation(root, "--postprocessor", method, *output)) == 0
+    assert (tmp_path / "ood" / f"{method}.csv").read_text() == table
+
+
+def test_settings_are_searched_without_ood_images(root, capsys):
+    sweep = ["--sweep", "output=[energy]", "--sweep", "react_percentile=[null]"]
+    sweep += ["--sweep", "penalty=[deviation]", "--sweep", "base=[1.2, 2]"]
+    assert main(evaluation(root, "--aps", "pseudo", *sweep)) == 0
+    assert "search over 8 combinations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["knn", "nci", "gen", "fdbd", "scale", "ash", "mds", "she"])
+def test_post_hoc_experts_are_postprocessors(root, name, capsys):
+    assert main(evaluation(root, "--postprocessor", name)) == 0
+    assert f"{name} on digits: engine native" in capsys.readouterr().out

@@ -25,6 +25,10 @@ OUTPUTS = ["msp", "mls", "energy", "odin"]
 IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 
 
+def published(net, **changes):
+    return FuseNorm(net, Settings.published(**changes))
+
+
 def separate_passes(net, id_images, images, output, react, temperature, noise):
     """FuseNorm as published: norms, then ReAct, then ODIN, each in its own passes."""
     blocks = [b for stage in (1, 2, 3, 4) for b in getattr(net, f"layer{stage}")]
@@ -70,26 +74,28 @@ def separate_passes(net, id_images, images, output, react, temperature, noise):
 def test_equals_the_published_separate_passes(net, output, react):
     loader = make_loader()
     id_images = torch.cat([images for images, _ in loader])
-    detector = FuseNorm(net, output=output, react_percentile=react).fit(loader)
+    detector = published(net, output=output, react_percentile=react).fit(loader)
     temperature = 1000 if output == "odin" else 1
     expected = separate_passes(net, id_images, IMAGES, output, react, temperature, 0.01)
     np.testing.assert_allclose(detector.score(IMAGES), expected, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("make", [FuseNorm, published])
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_the_network_is_left_unchanged(net, loader, output):
+def test_the_network_is_left_unchanged(net, loader, output, make):
     net.train()
     net.layer1.eval()
     net.layer2.requires_grad_(False)
     before = state_of(net)
-    FuseNorm(net, output=output).fit(loader).score(IMAGES)
+    make(net, output=output).fit(loader).score(IMAGES)
     assert_undisturbed(net, before)
 
 
+@pytest.mark.parametrize("make", [FuseNorm, published])
 @pytest.mark.parametrize("output", ["energy", "odin"])
-def test_batch_size_memory_format_and_grad_mode_change_nothing(net, output):
-    scores = FuseNorm(net, output=output).fit(make_loader(batch_size=60)).score(IMAGES)
-    detector = FuseNorm(net, output=output).fit(make_loader(batch_size=7))
+def test_batch_size_memory_format_and_grad_mode_change_nothing(net, output, make):
+    scores = make(net, output=output).fit(make_loader(batch_size=60)).score(IMAGES)
+    detector = make(net, output=output).fit(make_loader(batch_size=7))
     close = {"rtol": 1e-3, "atol": 1e-3}
     torch.testing.assert_close(
         torch.cat([detector.score(i) for i in IMAGES.split(2)]), scores, **close
@@ -113,7 +119,7 @@ def test_every_kind_of_loader_gives_the_same_scores(net, loader):
     inferred = detector.infer(as_dicts)
     assert inferred.label.tolist() == torch.cat([labels for _, labels in loader]).tolist()
     assert set(detector.infer(alone).label) == {-1}
-    assert inferred.experts.shape == (9, 60)
+    assert inferred.experts.shape == (11, 60)
 
 
 def test_predictions_are_the_networks(net, loader):
@@ -128,21 +134,43 @@ def test_predictions_are_the_networks(net, loader):
 @pytest.mark.parametrize(
     "change",
     [
-        {"weights": (3.0, 1.0)},
+        {"weights": (3.0, 1.0, 2.0)},
+        {"clip": False},
         {"base": 3.0},
         {"cap": 0.3},
-        {"percentile_low": 5.0},
+        {"percentile_low": 1.0},
         {"percentile_high": 90.0},
+        {"penalty": "joint"},
+        {"penalty": "joint", "joint_weight": 1.0},
     ],
 )
 def test_every_setting_of_the_fusion_counts(net, loader, change):
-    plain, detector = (FuseNorm(net, output="energy", **c).fit(loader) for c in ({}, change))
+    plain, detector = (FuseNorm(net, **c).fit(loader) for c in ({}, change))
     unknown, s = make_loader(seed=5, scale=1.1), detector.settings
-    scored = detector.infer(unknown)
-    known = detector.infer(loader).experts
-    z = normalise(scored.experts, compute_id_statistics(known, s.percentile_low, s.percentile_high))
-    fused = fuse(z[[6, 8]], z[[0, 1, 2, 3, 4, 5, 7]], s.weights, s.base, s.cap)
-    np.testing.assert_allclose(scored.conf, fused)
+    scored, known = detector.infer(unknown), detector.calibration_.id_scores
+    weights = np.array(s.weights or (1, 1, 1)) / sum(s.weights or (1, 1, 1))
+    low, high = np.percentile(known, [s.percentile_low, s.percentile_high], axis=1)
+    low, high = low[:, None], high[:, None]
+    strong, taps = slice(8, 11), slice(0, 8)
+    if s.penalty == "joint":
+        mean, std = known.mean(1, keepdims=True), known.std(1, keepdims=True)
+        clipped = (np.minimum(scored.experts, high) - mean) / std
+        v = np.log(known[taps])
+        correlation = np.corrcoef(v) + 0.001 * np.eye(8)
+
+        def log_m(norms):
+            u = (np.log(norms) - v.mean(1, keepdims=True)) / v.std(1, keepdims=True)
+            return np.log(np.sqrt(np.sum(u * np.linalg.solve(correlation, u), axis=0) / 8))
+
+        of_id = log_m(known[taps])
+        penalty = s.joint_weight * (log_m(scored.experts[taps]) - of_id.mean()) / of_id.std()
+        fused = weights @ clipped[strong] - penalty
+    else:
+        z = (scored.experts - low) / (high - low)
+        clipped = np.minimum(z, 1) if s.clip else z
+        largest = np.maximum(0, np.maximum(-z[taps], z[taps] - 1)).max(axis=0)
+        fused = weights @ clipped[strong] - np.minimum(s.cap, s.base**largest - 1)
+    np.testing.assert_allclose(scored.conf, fused, rtol=1e-5, atol=1e-5)
     assert not np.allclose(plain.infer(unknown).conf, fused)
 
 
@@ -161,17 +189,22 @@ def test_far_images_score_lower(net):
 
 
 def test_strong_experts_by_number_name_and_default(net):
-    assert FuseNorm(net).strong == ("layer4.0", "output")
-    assert FuseNorm(net, taps="stages").strong == ("layer4.1", "output")
+    assert FuseNorm(net).strong == ("output", "fdbd", "mds")
+    assert published(net).strong == ("layer4.0", "output")
+    assert published(net, taps="stages").strong == ("layer4.1", "output")
+    assert FuseNorm(net, strong=["knn", "energy"]).strong == ("knn", "output")
+    assert FuseNorm(net, strong=["knn", "energy"]).experts[-2:] == ("output", "knn")
     assert FuseNorm(net, strong=[2, "layer1.0"]).strong == ("layer2.0", "layer1.0")
     with pytest.raises(ConfigError, match="must name each expert once"):
         FuseNorm(net, strong=[2, "layer2.0"])
     with pytest.raises(ConfigError, match="strong expert 8 is out of range: there are 8 taps"):
         FuseNorm(net, strong=[8])
     with pytest.raises(
-        ConfigError, match=r"expert 'layer5\.0': the experts are layer1\.0, .*output"
+        ConfigError, match=r"expert 'layer5\.0' with output='energy': choose from layer1\.0, .*knn"
     ):
         FuseNorm(net, strong=["layer5.0"])
+    with pytest.raises(ConfigError, match=r"expert 'msp' with .*: set output='msp'"):
+        FuseNorm(net, strong=["msp"])
 
 
 def test_settings_can_be_given_as_an_object_or_by_name(net):
@@ -184,7 +217,7 @@ def test_settings_can_be_given_as_an_object_or_by_name(net):
 def test_t2fnorm_networks_score_by_their_scoring_logits(loader):
     net = T2FNormNet(make_net(), CLASSES)
     net.set_tau(0.1)
-    detector = FuseNorm(net, output="energy", react_percentile=None).fit(loader)
+    detector = FuseNorm(net, strong="auto").fit(loader)
     assert detector.strong == ("backbone.layer4.0", "output")
     with torch.no_grad():
         expected = net.forward_ood_inference(IMAGES).double().logsumexp(1)
@@ -205,13 +238,17 @@ def test_a_saturated_softmax_has_no_zero_range(loader):
 
 
 def test_companions_take_no_part_in_the_fusion(net, loader):
-    plain = FuseNorm(net).fit(loader).infer(loader)
-    detector = FuseNorm(net).with_companions().fit(loader)
-    compared = detector.infer(loader)
-    np.testing.assert_allclose(compared.conf, plain.conf)
-    assert detector.rows[9:] == ("msp", "mls", "energy", "msp+react", "mls+react", "energy+react")
-    assert compared.experts.shape == (15, 60)
-    assert FuseNorm(net, react_percentile=None).with_companions().companions == (
+    for make, experts in ((published, 9), (FuseNorm, 11)):
+        plain = make(net, react_percentile=90.0).fit(loader).infer(loader)
+        detector = make(net, react_percentile=90.0).with_companions().fit(loader)
+        compared = detector.infer(loader)
+        np.testing.assert_allclose(compared.conf, plain.conf)
+        np.testing.assert_allclose(compared.experts[:experts], plain.experts)
+        companions = ("msp", "mls", "energy", "msp+react", "mls+react", "energy+react")
+        assert detector.rows[experts:] == companions
+        logits = net(torch.cat([images for images, _ in loader])).detach()
+        np.testing.assert_allclose(compared.experts[experts + 1], logits.amax(1), rtol=1e-5)
+    assert FuseNorm(net).with_companions().companions == (
         "msp",
         "mls",
         "energy",
@@ -289,9 +326,9 @@ def test_non_finite_features_are_reported(net, loader):
     with torch.no_grad():
         net.layer3[0].conv1.weight *= float("nan")
     with pytest.raises(NonFiniteError, match=r"image 0 of .* 'layer3\.0'; the image is finite"):
-        FuseNorm(net, react_percentile=None).fit(loader)
-    with pytest.raises(NonFiniteError, match=r"penultimate feature .* the image is finite"):
         FuseNorm(net).fit(loader)
+    with pytest.raises(NonFiniteError, match=r"penultimate feature .* the image is finite"):
+        published(net).fit(loader)
 
 
 def test_constant_id_scores_are_an_error(net):
@@ -319,12 +356,17 @@ def test_react_without_a_linear_head_is_an_error_and_leaves_the_network_unchange
     net = Headless(scaled)
     before = state_of(net)
     with pytest.raises(TapError, match="which Headless lacks: set react_percentile=None"):
+        published(net).fit(loader)
+    with pytest.raises(
+        TapError, match=r"fdbd, mds need .* Headless lacks: set strong=\['output'\]"
+    ):
         FuseNorm(net).fit(loader)
     assert_undisturbed(net, before)
     for output in OUTPUTS:
         assert torch.isfinite(
-            FuseNorm(net, output=output, react_percentile=None).fit(loader).score(IMAGES)
+            FuseNorm(net, output=output, strong=["output"]).fit(loader).score(IMAGES)
         ).all()
+    assert torch.isfinite(FuseNorm(net, strong=["gen"]).fit(loader).score(IMAGES)).all()
 
 
 def test_a_tap_that_never_fires_is_an_error_and_leaves_the_network_unchanged(net, loader):
@@ -348,7 +390,9 @@ def test_forward_passes_are_shared(net, loader):
     calls = []
     handle = net.conv1.register_forward_hook(lambda *_: calls.append(1))
     for output, passes in (("energy", 1), ("odin", 2)):
+        calls.clear()
         detector = FuseNorm(net, output=output).fit(loader)
+        assert len(calls) == passes * len(loader)
         calls.clear()
         detector.score(IMAGES)
         assert len(calls) == passes
@@ -357,10 +401,14 @@ def test_forward_passes_are_shared(net, loader):
 
 def test_fit_keeps_no_feature_map(net):
     """A calibration holds one number per expert and image."""
-    detector = FuseNorm(net, output="energy").fit(make_loader(64))
+    detector = FuseNorm(net, strong=["energy"]).fit(make_loader(64))
     assert detector.calibration_.id_scores.shape == (9, 64)
     held = len(pickle.dumps(detector.calibration_))
     assert held < 8 * 9 * 64 + 4096
+    # Mahalanobis++ holds class means and a matrix, KNN the features.
+    width = net.fc.in_features
+    held = len(pickle.dumps(FuseNorm(net).fit(make_loader(64)).calibration_))
+    assert held < 8 * 11 * 64 + 8 * width * (width + 2 * CLASSES + 64) + 8192
 
 
 def test_worker_processes_work(net, loader):

@@ -8,7 +8,7 @@ from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.detectors.search import search
 
-ENERGY = Settings(output="energy")
+ENERGY = Settings.published(output="energy")
 
 
 def react(net, loader, **progress):
@@ -22,6 +22,7 @@ def searched(net, loader, **progress):
 @pytest.mark.parametrize(
     ("work", "bars"),
     [
+        (lambda net, loader, **p: FuseNorm(net).fit(loader, **p), ["fit"]),
         (lambda net, loader, **p: FuseNorm(net, ENERGY).fit(loader, **p), ["ReAct", "fit"]),
         (lambda net, loader, **p: Baseline(net, "msp").score_loader(loader, **p), ["score"]),
         (lambda net, loader, **p: Baseline(net, "msp").infer(loader, desc="svhn", **p), ["svhn"]),

@@ -17,6 +17,7 @@ from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
 from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
 from tests.without_openood.test_postprocessor import config
 
+published = Settings.published
 SWEEP = {
     "k_min": [0.1, 0.3],
     "alpha": [0.0, 0.5],
@@ -27,7 +28,7 @@ SWEEP = {
     "cap": [0.5, 1.0],
     "percentile_low": [1.0, 2.0],
 }
-BASE = Settings(k_max=0.4, noise=0.02)
+BASE = published(k_max=0.4, noise=0.02)
 
 
 def passes(net: nn.Module) -> list[int]:
@@ -66,15 +67,15 @@ def test_the_bank_gives_the_scores_of_a_detector_with_the_same_settings(net, loa
 def test_a_search_selects_the_first_combination_with_the_highest_auroc(net, loader):
     unknown = make_loader(seed=5, scale=2.0)
     sweep = {"output": ["msp", "energy"], "weights": [None, (0.0, 1.0)], "base": [2.0, 20.0]}
-    found = search(net, Settings(react_percentile=None), sweep, loader, unknown)
+    found = search(net, published(react_percentile=None), sweep, loader, unknown)
     aurocs = []
-    for candidate in candidates(Settings(react_percentile=None), sweep):
+    for candidate in candidates(published(react_percentile=None), sweep):
         d = FuseNorm(net, candidate.settings).fit(loader)
         aurocs.append(ood_metrics(d.score_loader(loader), d.score_loader(unknown)).auroc)
     np.testing.assert_allclose(found.trials["AUROC"] / 100, aurocs)
     assert (
         found.settings
-        == candidates(Settings(react_percentile=None), sweep)[int(np.argmax(aurocs))].settings
+        == candidates(published(react_percentile=None), sweep)[int(np.argmax(aurocs))].settings
     )
     assert found.auroc == pytest.approx(max(aurocs))
     ready = FuseNorm(net, found.settings).with_calibration(found.calibration)
@@ -85,7 +86,7 @@ def test_a_search_selects_the_first_combination_with_the_highest_auroc(net, load
 def test_of_equal_combinations_the_first_is_selected(net, loader):
     # Without a penalty the cap has no effect, so that all three combinations are equal.
     sweep = {"cap": [0.7, 0.5, 1.0], "base": [1.0]}
-    found = search(net, Settings(output="energy"), sweep, loader, make_loader(seed=5))
+    found = search(net, published(output="energy"), sweep, loader, make_loader(seed=5))
     assert found.trials["AUROC"].nunique() == 1
     assert found.settings.cap == 0.7
 
@@ -99,7 +100,7 @@ def test_aurocs_with_equal_percentages_are_distinguished(net, loader, monkeypatc
         lambda *_: OODMetrics(0.0, next(aurocs), 0.0, 0.0),
     )
     unknown = make_loader(seed=5)
-    found = search(net, Settings(output="energy"), {"cap": [0.5, 1.0]}, loader, unknown)
+    found = search(net, published(output="energy"), {"cap": [0.5, 1.0]}, loader, unknown)
     assert found.settings.cap == 1.0
     assert found.auroc == close[1]
 
@@ -108,16 +109,18 @@ def test_every_image_is_passed_once_however_many_combinations_are_tried(net, loa
     unknown = make_loader(seed=5)
     images = passes(net)
     sweep = {name: SWEEP[name] for name in SWEEP if name not in ("output", "react_percentile")}
-    search(net, Settings(k_max=0.4, output="energy", react_percentile=None), sweep, loader, unknown)
+    search(
+        net, published(k_max=0.4, output="energy", react_percentile=None), sweep, loader, unknown
+    )
     assert sum(images) == 60 + 60
     images.clear()
     sweep["react_percentile"] = [85.0, 90.0, 95.0]
-    search(net, Settings(k_max=0.4, output="energy"), sweep, loader, unknown)
+    search(net, published(k_max=0.4, output="energy"), sweep, loader, unknown)
     assert sum(images) == 60 + 60 + 60  # once more over the ID images, for ReAct's thresholds
 
 
 def test_a_loader_whose_scores_are_held_is_not_passed_again(net, loader):
-    settings = Settings(output="energy", react_percentile=None)
+    settings = published(output="energy", react_percentile=None)
     bank = ScoreBank(net, [settings]).fit(loader)
     images = passes(net)
     bank.add(loader)
@@ -131,7 +134,7 @@ def test_odin_shares_gradients_and_adds_one_pass_per_noise(net, loader):
     unknown = make_loader(seed=5)
     images = passes(net)
     sweep = {"noise": [0.01, 0.02, 0.0], "base": [2.0, 20.0], "alpha": [0.0, 0.5]}
-    search(net, Settings(react_percentile=None), sweep, loader, unknown)
+    search(net, published(react_percentile=None), sweep, loader, unknown)
     assert sum(images) == 3 * (60 + 60)  # noise 0 perturbs no image
 
 
@@ -148,12 +151,14 @@ def constant_expert(net: nn.Module) -> nn.Module:
 def test_unusable_combinations_are_skipped_with_a_reason(net, loader):
     unknown = make_loader(seed=5)
     sweep = {"percentile_low": [1.0, 30.0], "percentile_high": [20.0, 99.9], "base": [2.0]}
-    found = search(net, Settings(output="energy"), sweep, loader, unknown)
+    found = search(net, published(output="energy"), sweep, loader, unknown)
     assert found.trials["AUROC"].isna().tolist() == [False, True, False, False]
     assert "must satisfy 0 <= low < high <= 100" in found.trials["unusable"][1]
     assert found.trials["unusable"][0] == ""
     taps = [("layer1.0", "layer4.0"), ("layer2.0", "layer4.0")]
-    found = search(constant_expert(net), Settings(output="energy"), {"taps": taps}, loader, unknown)
+    found = search(
+        constant_expert(net), published(output="energy"), {"taps": taps}, loader, unknown
+    )
     assert found.trials["AUROC"].isna().tolist() == [True, False]
     assert "'layer1.0' are both" in found.trials["unusable"][0]
     assert found.settings.taps == taps[1]
@@ -163,7 +168,7 @@ def test_a_search_without_a_usable_combination_raises(net, loader):
     taps = [("layer1.0", "layer4.0")]
     net = constant_expert(net)
     with pytest.raises(ConfigError, match="none of 1 combinations is usable"):
-        search(net, Settings(output="energy"), {"taps": taps}, loader, make_loader(seed=5))
+        search(net, published(output="energy"), {"taps": taps}, loader, make_loader(seed=5))
 
 
 @pytest.mark.parametrize(
@@ -177,19 +182,19 @@ def test_a_search_without_a_usable_combination_raises(net, loader):
 )
 def test_invalid_sweeps_are_rejected(net, loader, sweep, message):
     with pytest.raises(ConfigError, match=message):
-        search(net, Settings(output="energy"), sweep, loader, make_loader(seed=5))
+        search(net, published(output="energy"), sweep, loader, make_loader(seed=5))
 
 
 def test_values_that_are_only_valid_together_are_accepted():
     sweep = {"strong": ["auto", ["output"]], "weights": [[0.3, 1.0], [1.0]]}
-    outcomes = [isinstance(c.settings, Settings) for c in candidates(Settings(), sweep)]
+    outcomes = [isinstance(c.settings, Settings) for c in candidates(published(), sweep)]
     assert outcomes == [True, False, False, True]
 
 
 def test_a_non_finite_image_ends_the_search(net):
     images = torch.randn(4, 3, 16, 16)
     images[2, 0, 0, 0] = torch.nan
-    bank = ScoreBank(net, [Settings(output="energy", react_percentile=None)])
+    bank = ScoreBank(net, [published(output="energy", react_percentile=None)])
     with pytest.raises(NonFiniteError, match="image 2 of the batch"):
         bank.fit([(images, None)])
 
@@ -305,4 +310,4 @@ def test_a_search_needs_ood_validation_images(net, loader):
 def test_a_successful_search_emits_no_warnings(net, loader):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        search(net, Settings(output="energy"), {"base": [2.0]}, loader, make_loader(seed=5))
+        search(net, published(output="energy"), {"base": [2.0]}, loader, make_loader(seed=5))

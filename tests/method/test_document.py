@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fusenorm_openood import FuseNorm, compute_id_statistics, fuse
+from fusenorm_openood import FuseNorm, Settings, compute_id_statistics, fuse
 from fusenorm_openood.method.fusion import penalty
 from tests import document
 from tests.conftest import make_loader
@@ -30,7 +30,7 @@ def test_fusion_is_the_documents(strong, weak):
 
 
 def test_a_detector_makes_its_confidence_as_the_document_does(net, loader):
-    detector = FuseNorm(net, percentile_low=0.1).fit(loader)
+    detector = FuseNorm(net, Settings.published(percentile_low=0.1)).fit(loader)
     known = detector.infer(loader).experts
     scored = detector.infer(make_loader(seed=5, scale=1.1))
     _, _, low, high = document.compute_id_statistics(known)

@@ -4,34 +4,49 @@ import pytest
 import yaml
 
 from fusenorm_openood import Settings, atf, compute_id_statistics, fuse
-from fusenorm_openood.configs import config_root
+from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.detectors.configuration import read_fusenorm
+from fusenorm_openood.detectors.sweep import candidates
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.experts import odin_perturb
 from fusenorm_openood.method.fusion import penalty
-from fusenorm_openood.method.settings import SETTINGS
+from fusenorm_openood.method.settings import METHODS, SETTINGS
 
 YAML = yaml.safe_load((config_root() / "postprocessors" / "fusenorm.yml").read_text())
 ARGS = YAML["postprocessor"]["postprocessor_args"]
 
 
-def test_defaults_equal_those_of_the_functions():
+def test_defaults_of_the_functions_are_the_published_settings():
     for function in (atf, fuse, penalty, compute_id_statistics, odin_perturb):
         for name, parameter in inspect.signature(function).parameters.items():
             if name in SETTINGS and parameter.default is not inspect.Parameter.empty:
-                settings = Settings() if name != "temperature" else Settings().output_expert
+                settings = Settings.published()
+                settings = settings if name != "temperature" else settings.output_expert
                 assert getattr(settings, name) == parameter.default
 
 
 def test_the_temperature_defaults_to_that_of_the_expert():
-    assert Settings().output_expert.temperature == 1000
+    assert Settings.published().output_expert.temperature == 1000
     assert Settings(output="energy").output_expert.temperature == 1
     assert Settings(output="energy", temperature=5).output_expert.temperature == 5
 
 
-def test_the_configuration_names_every_setting():
-    assert list(ARGS) == list(SETTINGS)
-    Settings.from_mapping(ARGS)
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_has_its_configuration(method):
+    section = read_config(config_root() / "postprocessors" / f"{method}.yml")["postprocessor"]
+    assert section["name"] == method
+    assert list(section["postprocessor_args"]) == list(SETTINGS)
+    assert read_fusenorm({"postprocessor": section}).settings == METHODS[method]()
+    assert candidates(METHODS[method](), section["postprocessor_sweep"])
+
+
+def test_the_published_settings_are_those_of_the_published_experiments():
+    s = Settings.published()
+    assert (s.output, s.react_percentile, s.noise, s.base, s.cap) == ("odin", 90, 0.01, 20, 1)
+    assert (s.percentile_low, s.percentile_high) == (1, 99.9)
+    assert (s.strong, s.weights, s.clip, s.penalty) == ("auto", None, False, "deviation")
+    assert Settings.published(alpha=0.5) == s.replace(alpha=0.5)
+    assert Settings.joint() == Settings(penalty="joint")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -67,7 +82,14 @@ def test_errors_for_missing_and_misspelt_settings_list_the_valid_ones(name):
         ({"strong": []}, "strong must name at least one expert"),
         ({"strong": [6, 6]}, "each once"),
         ({"strong": [0.5]}, "strong must be a string or a list of names and numbers"),
-        ({"weights": [1, 2, 3]}, "each of the 2 strong experts"),
+        ({"weights": [1, 2]}, "each of the 3 strong experts"),
+        ({"strong": "auto", "weights": [1, 2, 3]}, "each of the 2 strong experts"),
+        ({"clip": 1}, "clip must be true or false, got 1"),
+        ({"penalty": "soft"}, "unknown penalty 'soft': choose from deviation, joint"),
+        ({"penalty": None}, "penalty must be a string, got None"),
+        ({"joint_weight": -1}, "joint_weight must be >= 0, got -1"),
+        ({"neighbours": 0}, "neighbours must be >= 1, got 0"),
+        ({"neighbours": 2.5}, "neighbours must be a whole number, got 2.5"),
         ({"strong": ["output"], "weights": [1, 2]}, "each of the 1 strong experts"),
         ({"base": 0.5}, "base must be >= 1.* got base=0.5"),
         ({"cap": -1}, "cap >= 0.* cap=-1"),

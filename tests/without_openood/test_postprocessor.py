@@ -15,8 +15,9 @@ SWEEP = {"base": [2, 20], "strong": ["auto", ["output"]], "k_max": [0.25, 0.5]}
 
 
 def config(sweep=None, **args):
-    c = yaml.safe_load((config_root() / "postprocessors" / "fusenorm.yml").read_text())
-    c["postprocessor"]["postprocessor_args"].update({"weights": None, **args})
+    """The published settings with some changed."""
+    c = yaml.safe_load((config_root() / "postprocessors" / "fusenorm_published.yml").read_text())
+    c["postprocessor"]["postprocessor_args"].update(args)
     if sweep is not None:
         c["postprocessor"]["postprocessor_sweep"] = sweep
     return c
@@ -138,7 +139,7 @@ def test_setup_flag_prevents_a_second_fit(ready, net):
         (lambda c: c["postprocessor"].update(APS_mod=True), "unknown key 'postprocessor.APS_mod'"),
         (
             lambda c: c["postprocessor"].update(APS_mode="False"),
-            "APS_mode must be True or False, got 'False'",
+            "APS_mode must be True, False or 'pseudo', got 'False'",
         ),
         (lambda c: c.pop("postprocessor"), "'postprocessor' is missing"),
     ],

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # FuseNorm on ImageNet-200. Arguments go to scripts/eval_ood.py and override those below:
-# --data-root DIR, --root DIR (for example of a network trained with T2FNorm), --compare, --fsood, ...
+# --data-root DIR, --root DIR (for example of a network trained with T2FNorm), --config fusenorm_joint, ...
 set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment

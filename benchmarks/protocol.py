@@ -1,0 +1,192 @@
+"""How the default settings were chosen: candidates on validation images alone; see docs/results.md.
+
+    python benchmarks/protocol.py NAME:ID_DATA:DATA_ROOT:CHECKPOINT[:NORMALIZATION] ...
+
+Every candidate is fitted on four fifths of the ID validation images and tested on the last fifth,
+five times over, against the OOD validation images, pseudo-OOD images made from that fifth, and
+images that are far off: noise, constant and saturated images at four contrasts.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from fusenorm_openood import FuseNorm, Settings, load_network
+from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
+from fusenorm_openood.data.pseudo import KINDS
+from fusenorm_openood.data.transforms import NORMALIZATIONS
+from fusenorm_openood.listening.batches import batches
+from fusenorm_openood.listening.panel import Fitted, Panel, head_of
+from fusenorm_openood.method.metrics import ood_metrics
+from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
+
+FOLDS = 5
+CONTRASTS = (1, 3, 10, 100)
+STRONG = (
+    ("output",),
+    ("output", "knn"),
+    ("output", "fdbd"),
+    ("output", "knn", "fdbd"),
+    ("output", "knn", "nci"),
+    ("output", "mds"),
+    ("output", "fdbd", "mds"),
+    ("output", "knn", "fdbd", "mds"),
+)
+
+
+class Heard(NamedTuple):
+    """What one pass gives of `N` images: norms and output scores `[R, N]`, features, logits."""
+
+    rows: np.ndarray
+    seen: Seen
+
+    def part(self, index: np.ndarray) -> "Heard":
+        i = torch.from_numpy(index)
+        return Heard(self.rows[:, index], Seen(*(t[i] for t in self.seen)))
+
+
+def candidates() -> dict[str, Settings]:
+    """The settings that were compared, by name."""
+    found = {}
+    for strong, (low, high), base in itertools.product(
+        STRONG, ((1, 99.9), (2, 98), (5, 95)), (1.5, 2, 3)
+    ):
+        settings = Settings(strong=strong, percentile_low=low, percentile_high=high, base=base)
+        found[f"{'+'.join(strong)}, {low}/{high}, base {base}"] = settings
+    for strong, weight, high in itertools.product(STRONG, (0.15, 0.25, 0.35, 0.5), (95, 99.9)):
+        settings = Settings.joint(strong=strong, joint_weight=weight, percentile_high=high)
+        found[f"{'+'.join(strong)}, joint {weight}, clip {high}"] = settings
+    for neighbours in (1, 3, 10, 20, 50):
+        changes = {"strong": ("output", "knn", "fdbd"), "neighbours": neighbours}
+        found[f"output+knn+fdbd, K {neighbours}"] = Settings(**changes)
+        found[f"output+knn+fdbd, joint, K {neighbours}"] = Settings.joint(**changes)
+    found["no clip"] = Settings(clip=False)
+    found["msp+fdbd+mds"] = Settings(output="msp")
+    found["gen+fdbd+mds"] = Settings(strong=("gen", "fdbd", "mds"))
+    found["published, energy"] = Settings.published(output="energy", react_percentile=None)
+    return found
+
+
+def far_off(
+    count: int, size: int, mean: Sequence[float], std: Sequence[float], seed: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """Images without content, by kind and contrast: about mid-grey, and in normalised units."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, normal: bool = False) -> Tensor:
+        kind: Callable[..., Tensor] = torch.randn if normal else torch.rand
+        return kind(count, *shape, generator=generator).expand(count, 3, size, size)
+
+    pixels = {
+        "uniform noise": draw(3, size, size),
+        "Gaussian noise": 0.5 + 0.25 * draw(3, size, size, normal=True),
+        "one colour": draw(3, 1, 1),
+        "one grey": draw(1, 1, 1),
+        "saturated pixels": draw(3, size, size).round(),
+        "saturated colour": draw(3, 1, 1).round(),
+    }
+    m, s = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    for (name, x), contrast in itertools.product(pixels.items(), CONTRASTS):
+        yield f"{name} x {contrast}", (0.5 + contrast * (x - 0.5) - m) / s
+        yield f"{name} x {contrast}, normalised", contrast * (x - m) / s
+
+
+def hear(net: nn.Module, panel: Panel, loader: Any) -> Heard:
+    rows, features, logits = [], [], []
+    for images, _ in batches(loader):
+        scores, _, seen = panel.listen(net, images, Fitted())
+        assert seen is not None
+        rows.append(scores.numpy())
+        features.append(seen.feature)
+        logits.append(seen.logits)
+    seen = Seen(torch.cat(features), torch.cat(logits))
+    return Heard(np.concatenate(rows, axis=1), seen)
+
+
+def tables(specification: str) -> pd.DataFrame:
+    """Near (OOD validation), pseudo-OOD and far-off figures of every candidate on one network."""
+    _, id_data, data_root, checkpoint, *normalization = specification.split(":")
+    norm = NORMALIZATIONS[normalization[0]] if normalization else None
+    net, benchmark = load_network(checkpoint), load_benchmark(id_data, data_root, norm)
+    detectors = {name: FuseNorm(net, settings) for name, settings in candidates().items()}
+    panels = [detector.panel for detector in detectors.values()]
+    panel = Panel(
+        panels[0].taps,
+        panels[0].norms,
+        tuple(dict.fromkeys(output for p in panels for output in p.outputs)),
+        tuple(dict.fromkeys(expert for p in panels for expert in p.posthoc)),
+    )
+    head = Head(*(t.float() for t in head_of(net)))
+    val = torch.cat([images for images, _ in batches(image_loader(benchmark.id["val"]))])
+    known = hear(net, panel, image_loader(benchmark.id["val"]))
+    unknown = hear(net, panel, image_loader(benchmark.val_ood))
+    pseudo = {
+        kind: hear(net, panel, make(val, torch.Generator().manual_seed(0)).split(200))
+        for kind, make in KINDS.items()
+    }
+    far = {
+        name: hear(net, panel, images.split(200))
+        for name, images in far_off(250, val.shape[-1], *benchmark.norm)
+    }
+    sums: dict[str, list[tuple[float, ...]]] = {name: [] for name in detectors}
+    order = np.random.default_rng(0).permutation(len(val))
+    for test in np.array_split(order, FOLDS):
+        fit = known.part(np.setdiff1d(order, test))
+        states = {
+            expert: POSTHOC[expert.name].fit(
+                fit.seen, fit.seen.logits.argmax(1), head, dict(expert.arguments)
+            )
+            for expert in panel.posthoc
+        }
+
+        def scored(heard: Heard, of_fit: bool = False, states: Any = states) -> np.ndarray:
+            rows = [heard.rows]
+            for expert in panel.posthoc:
+                kind = POSTHOC[expert.name]
+                score = kind.score_fit if of_fit else kind.score
+                rows.append(
+                    score(heard.seen, head, states[expert], dict(expert.arguments)).numpy()[None]
+                )
+            return np.concatenate(rows)
+
+        id_fit, id_test, ood = scored(fit, True), scored(known.part(test)), scored(unknown)
+        made = [scored(heard.part(test)) for heard in pseudo.values()]
+        probes = [scored(heard) for heard in far.values()]
+        for name, detector in detectors.items():
+            rows = detector.rows_in(panel)
+            detector.with_calibration(detector.calibrate(id_fit[rows], Fitted()))
+            conf = detector.confidence(id_test[rows])
+            threshold = np.percentile(conf, 5)
+            accepted = [np.mean(detector.confidence(p[rows]) >= threshold) for p in probes]
+            aurocs = [ood_metrics(conf, detector.confidence(x[rows])).auroc for x in (ood, *made)]
+            sums[name].append((aurocs[0], float(np.mean(aurocs[1:])), *accepted))
+    figures = {name: 100 * np.mean(values, axis=0) for name, values in sums.items()}
+    columns = ["near", "pseudo", "far-off"]
+    return pd.DataFrame({n: [*v[:2], v[2:].max()] for n, v in figures.items()}, columns).T
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("networks", nargs="+")
+    parser.add_argument("--csv", help="also write the table to this file")
+    args = parser.parse_args()
+    by_network = {text.split(":")[0]: tables(text) for text in args.networks}
+    table = pd.concat(by_network, axis=1)
+    swapped = table.swaplevel(axis=1)
+    table["mean", "near"], table["mean", "pseudo"] = (
+        swapped[figure].mean(axis=1) for figure in ("near", "pseudo")
+    )
+    table["worst", "far-off"] = swapped["far-off"].max(axis=1)
+    print(table.round(2).to_string())
+    if args.csv:
+        table.round(2).to_csv(args.csv)
+
+
+if __name__ == "__main__":
+    main()

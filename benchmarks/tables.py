@@ -1,0 +1,153 @@
+"""The tables of docs/results.md, as CSV files in benchmarks/results.
+
+    python benchmarks/tables.py TABLE NAME:ID_DATA:DATA_ROOT:CHECKPOINT[:NORMALIZATION] ...
+
+compare: `fusenorm compare` on each network. sizes: FuseNorm fitted on 100 to 1000 ID images.
+pseudo: which settings a search finds on each kind of pseudo-OOD image, and how good they are.
+"""
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from fusenorm_openood import FuseNorm, load_network
+from fusenorm_openood.benchmark.comparison import FUSENORM, compare
+from fusenorm_openood.benchmark.evaluation import evaluate
+from fusenorm_openood.configs import config_root, read_config
+from fusenorm_openood.data.benchmarks import Benchmark, image_loader, load_benchmark
+from fusenorm_openood.data.transforms import NORMALIZATIONS
+from fusenorm_openood.detectors.bank import ScoreBank
+from fusenorm_openood.detectors.configuration import read_fusenorm
+from fusenorm_openood.detectors.pseudo import pseudo_ood
+from fusenorm_openood.detectors.search import choose
+from fusenorm_openood.detectors.sweep import swept
+from fusenorm_openood.method.metrics import ood_metrics
+from fusenorm_openood.method.settings import Settings
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Network(NamedTuple):
+    """A network and its benchmark, under the name that tables show."""
+
+    name: str
+    net: nn.Module
+    benchmark: Benchmark
+
+
+def read_network(text: str) -> Network:
+    name, id_data, data_root, checkpoint, *rest = text.split(":")
+    normalization = NORMALIZATIONS[rest[0]] if rest else None
+    benchmark = load_benchmark(id_data, data_root, normalization)
+    return Network(name, load_network(checkpoint), benchmark)
+
+
+def compared(network: Network) -> pd.DataFrame:
+    """AUROC, FPR@95, mean ranks and intervals of every method."""
+    result = compare(network.net, network.benchmark, progress=False)
+    best = [name.split(" over ")[1] for name in result.summary.columns if " over " in name]
+    names = (
+        "near AUROC",
+        "near FPR@95",
+        "far AUROC",
+        "far FPR@95",
+        "rank",
+        "near gain",
+        "far gain",
+    )
+    table = result.summary.set_axis(names, axis=1)
+    table["best single"] = " / ".join(best)
+    return table.join(result.auroc.drop(columns=["nearood", "farood"]))
+
+
+def sizes(network: Network) -> pd.DataFrame:
+    """AUROC of FuseNorm's methods fitted on the first ID validation images of a random order."""
+    val = network.benchmark.id["val"]
+    lines = [line for line in val.imagelist.read_text().splitlines() if line.strip()]
+    order = np.random.default_rng(0).permutation(len(lines))
+    rows = {}
+    for count in (100, 200, 500, 1000):
+        if count > len(lines):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            shorter = Path(folder, val.imagelist.name)
+            shorter.write_text("\n".join(lines[i] for i in sorted(order[:count])) + "\n")
+            part = dataclasses.replace(val, imagelist=shorter)
+            benchmark = dataclasses.replace(
+                network.benchmark, id={**network.benchmark.id, "val": part}
+            )
+            for name, settings in FUSENORM.items():
+                detector = FuseNorm(network.net, settings)
+                auroc = evaluate(detector, benchmark, progress=False).table["AUROC"]
+                rows[count, name] = {"near": auroc["nearood"], "far": auroc["farood"]}
+    table = pd.DataFrame(rows).T
+    table.index.names = ["images", "method"]
+    return table
+
+
+def pseudo(network: Network) -> pd.DataFrame:
+    """AUROC on one half of the OOD validation images of the settings found on other images."""
+    sweep = read_fusenorm(read_config(config_root() / "postprocessors" / "fusenorm.yml")).sweep
+    id_val = image_loader(network.benchmark.id["val"])
+    images = network.benchmark.val_ood.images()
+    halves = [DataLoader(Subset(images, range(i, len(images), 2)), 200) for i in (0, 1)]
+    kinds = {loader.kind: [loader] for loader in pseudo_ood(id_val)}
+    bank = ScoreBank(network.net, [Settings(), *swept(Settings(), sweep)]).fit(id_val)
+    for loader in [*halves, *(loaders[0] for loaders in kinds.values())]:
+        bank.add(loader)
+    every = [loader for loaders in kinds.values() for loader in loaders]
+    sources = {
+        **kinds,
+        **{f"all but {kind}": [x for x in every if x.kind != kind] for kind in kinds},
+        "all": every,
+        "OOD validation images": [halves[0]],
+        "best in hindsight": [halves[1]],
+    }
+    rows = {}
+    for name, loaders in sources.items():
+        found = choose(bank, Settings(), sweep, loaders)
+        rows[name] = (_auroc(bank, found.settings, halves[1]), *_values(found.settings, sweep))
+    rows["default"] = (_auroc(bank, Settings(), halves[1]), *_values(Settings(), sweep))
+    return pd.DataFrame(rows, ["AUROC", *sweep]).T
+
+
+def _auroc(bank: ScoreBank, settings: Settings, loader: DataLoader[object]) -> float:
+    known, unknown = (bank.scored(settings, x).conf for x in (bank.id_loader, loader))
+    return 100 * ood_metrics(known, unknown).auroc
+
+
+def _values(settings: Settings, sweep: Sequence[str]) -> list[str]:
+    return [str(getattr(settings, name)) for name in sweep]
+
+
+TABLES: dict[str, Callable[[Network], pd.DataFrame]] = {
+    "compare": compared,
+    "sizes": sizes,
+    "pseudo": pseudo,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("networks", nargs="+")
+    args = parser.parse_args()
+    for text in args.networks:
+        network = read_network(text)
+        path = RESULTS / args.table / f"{network.name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = TABLES[args.table](network)
+        table.to_csv(path, float_format="%.2f")
+        print(f"\n{network.name}:\n{table.to_string(float_format='{:.2f}'.format)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

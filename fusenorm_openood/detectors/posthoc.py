@@ -1,0 +1,71 @@
+"""Single post-hoc experts as postprocessors, with OpenOOD's names and arguments."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fusenorm_openood.detectors.base import Detector
+from fusenorm_openood.errors import NotFittedError
+from fusenorm_openood.listening.panel import Fitted, Panel, head_of
+from fusenorm_openood.listening.sample import FeatureSample
+from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc
+
+UNFITTED = ("gen", "scale", "ash")  # need no ID images
+
+
+class PosthocBaseline(Detector):
+    """One post-hoc expert, fitted on all images that it is given.
+
+    Args:
+        net: any network whose logits are the output of a final linear layer.
+        name: one of `POSTHOC`.
+        args: the postprocessor's arguments; the others have their defaults.
+
+    Raises:
+        ConfigError: an unknown postprocessor, or invalid arguments.
+    """
+
+    fitted_on = "train"
+
+    def __init__(self, net: nn.Module, name: str, **args: Any) -> None:
+        super().__init__(net)
+        self.experts, self.expert = (name,), Posthoc.of(name, args)
+        self._panel = Panel((), (), (), (self.expert,))
+        self._fitted = Fitted(states={self.expert: {}} if name in UNFITTED else {})
+
+    def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
+        """Fit the expert, as OpenOOD does on the training images."""
+        if self.experts[0] in UNFITTED:
+            return self
+        sample = FeatureSample(limit=sys.maxsize)
+
+        def listen(images: Tensor) -> tuple[Tensor, Tensor]:
+            rows, pred, seen = self._panel.listen(self.net, images, Fitted())
+            if seen is not None:
+                sample.add(seen)
+            return rows, pred
+
+        _, pred, label = self._collect(loader, progress, "fit", listen)
+        classes = torch.from_numpy(np.where(label < 0, pred, label))
+        head = Head(*(t.cpu().float() for t in head_of(self.net)))
+        arguments = dict(self.expert.arguments)
+        state = POSTHOC[self.expert.name].fit(sample.seen, classes, head, arguments)
+        self._fitted = Fitted(states={self.expert: state})
+        return self
+
+    def _check_fitted(self) -> None:
+        if self.expert not in self._fitted.states:
+            raise NotFittedError(f"this {self.expert.name} is not fitted: call fit(loader) first")
+
+    def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self._panel.scores(self.net, images, self._fitted)
+
+    def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
+        conf: NDArray[Any] = experts[0]
+        return conf

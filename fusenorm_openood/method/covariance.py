@@ -1,0 +1,152 @@
+"""Experts that know how the features of ID images vary: MDS and ViM.
+
+Scores `[B]` are float32, larger = more in-distribution.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusenorm_openood.method.seen import (
+    EPS,
+    Arguments,
+    Head,
+    Seen,
+    State,
+    check_fit_images,
+    class_sums,
+    fit_features,
+    fit_labels,
+    in_float32,
+    norms,
+    rows_per_part,
+)
+
+RIDGE = 1e-3  # added to the shared covariance, in units of the mean variance
+SMALLEST_VARIANCE = 1e-10  # of normalised features; below it is float32 rounding
+ROUNDING = float(torch.finfo(torch.float32).eps)
+
+
+def mds_fit(seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
+    """Class means and shared covariance of L2-normalised features.
+
+    Differs from OpenOOD's `mds` in three ways: features are normalised, RIDGE times the mean
+    variance is added to the covariance before it is inverted, so that fewer images than dimensions
+    do, and a class without images is left out instead of giving NaN.
+
+    Source: Lee et al., NeurIPS 2018; Mueller and Hein, ICML 2025 (Mahalanobis++).
+    """
+    feature, labels = F.normalize(fit_features(seen), dim=1), fit_labels(labels, seen)
+    sums, counts = class_sums(feature, labels, seen.logits.shape[1])
+    means = sums / counts.clamp_min(1).unsqueeze(1)
+    covariance = _scatter(feature, means, labels) / len(feature)
+    values, vectors = torch.linalg.eigh(covariance)
+    variance = values + RIDGE * values.mean()
+    whitening = vectors / variance.clamp_min(SMALLEST_VARIANCE).sqrt()
+    present, centre = counts > 0, feature.mean(dim=0, dtype=torch.float64)
+    return {
+        "centre": centre.float(),
+        "whitening": whitening.float(),
+        "means": ((means[present] - centre) @ whitening).float(),
+        "counts": counts[present],
+        "classes": (present.cumsum(0) - 1)[labels],  # row of `means` of each image's class
+    }
+
+
+@in_float32
+def mds_score(seen: Seen, head: Head, state: State, arguments: Arguments) -> Tensor:
+    """Negative squared Mahalanobis distance to the closest class mean; see `mds_fit`."""
+    white, means = _whiten(seen.feature, state), state["means"]
+    scores = []
+    for part in torch.split(white, rows_per_part(len(means))):
+        closest = (2 * part @ means.T - means.square().sum(dim=1)).argmax(dim=1)
+        scores.append(-(part - means[closest]).square().sum(dim=1))
+    return torch.cat(scores)
+
+
+@in_float32
+def mds_score_fit(seen: Seen, head: Head, state: State, arguments: Arguments) -> Tensor:
+    """`mds_score` of the images of the fit, in order, each left out of the means and covariance.
+
+    A rank-one update of the inverse gives these scores without further fits. In-sample scores
+    would be far too high unless there are many more images than dimensions.
+
+    Raises:
+        DataError: not as many images as in the fit.
+    """
+    check_fit_images(seen, len(state["classes"]))
+    white, means, counts = _whiten(seen.feature, state), state["means"], state["counts"]
+    if len(white) == 1:
+        return -(white - means).square().sum(dim=1)
+    scores = []
+    size = rows_per_part(2 * len(means))
+    for part, own in zip(*(torch.split(t, size) for t in (white, state["classes"])), strict=True):
+        residual = part - means[own]
+        n = counts[own].to(part.dtype).unsqueeze(1)
+        # Without the image, its residual is n / (n - 1) times as long.
+        growth = n / (n - 1).clamp_min(1)
+        differences = part.square().sum(dim=1, keepdim=True) - 2 * part @ means.T
+        differences += means.square().sum(dim=1)
+        products = (part * residual).sum(dim=1, keepdim=True) - residual @ means.T
+        square = residual.square().sum(dim=1, keepdim=True)
+        differences.scatter_(1, own.unsqueeze(1), growth.square() * square)
+        products.scatter_(1, own.unsqueeze(1), growth * square)
+        share = growth / len(white)
+        left = (1 - share * square).clamp_min(ROUNDING)
+        distances = differences + share * products.square() / left
+        # The class of a single image has no mean without it.
+        single = torch.where(n > 1, 0.0, float("inf"))
+        distances.scatter_add_(1, own.unsqueeze(1), single)
+        scores.append(-distances.amin(dim=1).clamp_min(0))
+    return torch.cat(scores)
+
+
+def _whiten(feature: Tensor, state: State) -> Tensor:
+    return (F.normalize(feature, dim=1) - state["centre"]) @ state["whitening"]
+
+
+def _scatter(feature: Tensor, means: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the outer products of features less their means, `[D, D]` in float64."""
+    scatter = torch.zeros(feature.shape[1], feature.shape[1], dtype=torch.float64)
+    size = rows_per_part(2 * feature.shape[1])
+    for x, y in zip(torch.split(feature, size), torch.split(labels, size), strict=True):
+        centred = x.double() - means[y]
+        scatter.addmm_(centred.T, centred)
+    return scatter
+
+
+def vim_fit(seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
+    """Origin, residual space and scale of the virtual logit.
+
+    A `dim` that leaves no residual, because there are not more than `dim` features or images, is
+    replaced with half of their number.
+    """
+    feature = fit_features(seen)
+    weight, bias = head.weight.detach().cpu().double(), head.bias.detach().cpu().double()
+    origin = -torch.linalg.pinv(weight) @ bias
+    nowhere = torch.zeros(len(feature), dtype=torch.long)
+    values, vectors = torch.linalg.eigh(_scatter(feature, origin.unsqueeze(0), nowhere))
+    dim, most = arguments["dim"], min(feature.shape)
+    dim = dim if dim < most else most // 2
+    state = {"origin": origin.float(), "residual": vectors[:, : len(values) - dim].float()}
+    length = _residual(feature, state).mean(dtype=torch.float64)
+    # Residuals that are rounding errors must not become a scale.
+    smallest = ROUNDING * feature.norm(dim=1).mean(dtype=torch.float64)
+    largest_logit = seen.logits.detach().cpu().double().amax(dim=1).mean()
+    state["scale"] = (largest_logit / length.clamp_min(max(float(smallest), EPS))).float()
+    return state
+
+
+@in_float32
+def vim_score(seen: Seen, head: Head, state: State, arguments: Arguments) -> Tensor:
+    """Energy less the virtual logit: the norm of the feature outside the principal space.
+
+    The logits must be those of the feature and the head.
+
+    Source: Wang et al., CVPR 2022.
+    """
+    return seen.logits.logsumexp(dim=1) - state["scale"] * _residual(seen.feature, state)
+
+
+def _residual(feature: Tensor, state: State) -> Tensor:
+    return norms((feature - state["origin"]) @ state["residual"])

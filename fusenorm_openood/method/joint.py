@@ -1,0 +1,97 @@
+"""The joint distance of an image's block norms from those of ID images."""
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fusenorm_openood.errors import DataError, ZeroRangeError
+from fusenorm_openood.method.statistics import ROUNDING
+
+RIDGE = 1e-3  # added to the diagonal of the correlation matrix
+SMALLEST = float(np.finfo(np.float32).tiny)  # the norm of a dead feature map counts as this
+LEAST = 1e-6  # the smallest distance, so that its logarithm is finite
+
+
+class JointStatistics(NamedTuple):
+    """Statistics of the log norms of `L` blocks on ID images.
+
+    Attributes:
+        mean: means `[L]`.
+        scale: standard deviations `[L]`, infinite for a block whose norm is constant.
+        precision: inverse `[L, L]` of their correlation matrix with its ridge.
+        log_mean: mean of the log joint distance on the ID images.
+        log_std: its standard deviation.
+    """
+
+    mean: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    precision: NDArray[np.float64]
+    log_mean: float
+    log_std: float
+
+
+def joint_statistics(norms: ArrayLike, names: Sequence[str] | None = None) -> JointStatistics:
+    """Statistics of the block norms `[L, N]` of ID images; see `log_joint_distance`.
+
+    A block whose norm is constant on the ID images, such as a dead one, is left out with a
+    RuntimeWarning.
+
+    Raises:
+        DataError: norms that are not `[L, N]`, or no images.
+        ZeroRangeError: no block's norm varies.
+    """
+    v = _log(norms)
+    if v.ndim != 2 or v.shape[1] == 0:
+        raise DataError(
+            f"ID norms must be [blocks, images] with at least one image, got shape {v.shape}"
+        )
+    mean, std = v.mean(axis=1), v.std(axis=1)
+    varies = std > ROUNDING * np.maximum(1, abs(mean))
+    labels = [f"block {i}" for i in range(len(v))] if names is None else list(names)
+    constant = [name for name, is_live in zip(labels, varies, strict=True) if not is_live]
+    if not varies.any():
+        raise ZeroRangeError(
+            f"the norms of all {len(v)} blocks are constant on the ID images: fit on more and more "
+            "varied images"
+        )
+    if constant:
+        warnings.warn(
+            f"left out of the joint distance, constant on the ID images: {', '.join(constant)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    scale = np.where(varies, std, np.inf)
+    u = (v - mean[:, None]) / scale[:, None]
+    correlation = u @ u.T / v.shape[1] + RIDGE * np.eye(len(v))
+    correlation[~varies, ~varies] = 1  # their u is 0
+    first = JointStatistics(mean, scale, np.linalg.inv(correlation), 0.0, 1.0)
+    log_m = log_joint_distance(norms, first)
+    return first._replace(log_mean=float(log_m.mean()), log_std=float(log_m.std()) + 1e-8)
+
+
+def log_joint_distance(norms: ArrayLike, statistics: JointStatistics) -> NDArray[np.float64]:
+    """log M of block norms `[L, N]` -> `[N]`, larger = less in-distribution.
+
+    With u the standardised log norms and C their correlation, M = sqrt(u' C^-1 u / L): the
+    Mahalanobis distance of the log norms from their ID mean.
+    """
+    v = _log(norms)
+    u = (v - statistics.mean[:, None]) / statistics.scale[:, None]
+    blocks = np.count_nonzero(np.isfinite(statistics.scale))
+    squared = np.einsum("ln,lk,kn->n", u, statistics.precision, u) / blocks
+    log_m: NDArray[np.float64] = np.log(np.maximum(np.sqrt(np.maximum(squared, 0)), LEAST))
+    return log_m
+
+
+def joint_penalty(norms: ArrayLike, statistics: JointStatistics) -> NDArray[np.float64]:
+    """log M of block norms `[L, N]`, standardised by its mean and deviation on ID images: `[N]`."""
+    log_m = log_joint_distance(norms, statistics)
+    standardised: NDArray[np.float64] = (log_m - statistics.log_mean) / statistics.log_std
+    return standardised
+
+
+def _log(norms: ArrayLike) -> NDArray[np.float64]:
+    return np.log(np.maximum(np.asarray(norms, dtype=np.float64), SMALLEST))

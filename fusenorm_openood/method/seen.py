@@ -1,0 +1,106 @@
+"""What a post-hoc expert sees of a batch of images, and what it may compute from it."""
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusenorm_openood.errors import DataError
+
+State = dict[str, Tensor]  # what an expert fits, on the CPU
+Arguments = Mapping[str, Any]
+PART_BYTES = 2**26  # largest matrix of distances held at once
+EPS = 1e-12  # smallest norm that is divided by
+
+
+class Seen(NamedTuple):
+    """What an expert sees of B images."""
+
+    feature: Tensor  # [B, D], the input of the final linear layer
+    logits: Tensor  # [B, K], that scores are computed from
+
+
+class Head(NamedTuple):
+    """The final linear layer."""
+
+    weight: Tensor  # [K, D]
+    bias: Tensor  # [K], zeros if the layer has none
+
+    def __call__(self, feature: Tensor) -> Tensor:
+        """Logits `[B, K]` of features `[B, D]`."""
+        return feature @ self.weight.T + self.bias
+
+
+Score = Callable[[Seen, Head, State, Arguments], Tensor]
+
+
+def in_float32(score: Score) -> Score:
+    """A score computed in float32, whatever the precision given, and without gradients."""
+
+    @wraps(score)
+    def wrapped(seen: Seen, head: Head, state: State, arguments: Arguments) -> Tensor:
+        with torch.no_grad(), torch.autocast(seen.feature.device.type, enabled=False):
+            seen, head = Seen(*(t.float() for t in seen)), Head(*(t.float() for t in head))
+            return score(seen, head, state, arguments)
+
+    return wrapped
+
+
+def norms(rows: Tensor) -> Tensor:
+    """L2 norm of each row of `[B, D]`."""
+    return rows.square().sum(dim=1).sqrt()
+
+
+def rows_per_part(columns: int) -> int:
+    """How many rows of a float32 matrix with so many columns fit into `PART_BYTES`."""
+    return max(1, PART_BYTES // (4 * max(1, columns)))
+
+
+def fit_features(seen: Seen) -> Tensor:
+    """Features `[N, D]` to fit an expert on: float32, on the CPU.
+
+    Raises:
+        DataError: no images.
+    """
+    if len(seen.feature) == 0:
+        raise DataError("experts are fitted on at least one ID image, got none")
+    return seen.feature.detach().cpu().float()
+
+
+def fit_labels(labels: Tensor, seen: Seen) -> Tensor:
+    """Labels `[N]` on the CPU.
+
+    Raises:
+        DataError: not one label per image, or labels that are no class of the network.
+    """
+    labels, classes = labels.detach().cpu().long(), seen.logits.shape[1]
+    if labels.shape != (len(seen.feature),):
+        raise DataError(
+            f"labels must be one class per image, got shape {tuple(labels.shape)} for "
+            f"{len(seen.feature)} images"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(
+            f"labels must be from 0 to {classes - 1}, got {low if low < 0 else high}: fit on "
+            "images of the network's classes"
+        )
+    return labels
+
+
+def check_fit_images(seen: Seen, count: int) -> None:
+    """Raise DataError unless there are as many images as the expert was fitted on."""
+    if len(seen.feature) != count:
+        raise DataError(
+            f"the images of the fit must be scored all at once and in their order, got "
+            f"{len(seen.feature)} of {count}"
+        )
+
+
+def class_sums(feature: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Sum `[K, D]` of each class's features, in float64, and its number of images `[K]`."""
+    sums = torch.zeros(classes, feature.shape[1], dtype=torch.float64)
+    counts = torch.bincount(labels, minlength=classes)
+    return sums.index_add_(0, labels, feature.double()), counts
