@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
 GRID = 4  # tiles per side of a jigsaw
-STRIDE = 4  # a zoomed image shows one part in this many of each side, halved
 
 
 def jigsaw(images: Tensor, generator: Generator) -> Tensor:
@@ -55,12 +54,13 @@ def inversion(images: Tensor, generator: Generator) -> Tensor:
 
 
 def mixing(images: Tensor, generator: Generator) -> Tensor:
-    """The mean of each image and the next one of the batch."""
-    return (images + images.roll(1, 0)) / 2
+    """The mean of each image and the next one of the batch; a single image and its mirror image."""
+    other = images.roll(1, 0) if len(images) > 1 else images.flip(3)
+    return (images + other) / 2
 
 
 def zoom(images: Tensor, generator: Generator) -> Tensor:
-    """The quarter of each image around its centre, enlarged to full size."""
+    """The centre of each image, a quarter of each side, enlarged to full size."""
     H, W = images.shape[2:]
     h, w = max(H // 4, 1), max(W // 4, 1)
     top, left = (H - h) // 2, (W - w) // 2
