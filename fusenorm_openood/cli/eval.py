@@ -37,11 +37,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--aps",
         nargs="?",
-        const=True,
-        default=False,
-        choices=[True, "pseudo"],
-        metavar="pseudo",
-        help="search settings on the validation pair, or on pseudo-OOD images (APS_mode)",
+        const="pair",
+        choices=["pair", "pseudo"],
+        help="search settings on the validation pair (default), or on pseudo-OOD images (APS_mode)",
     )
     add("--sweep", action="append", default=[], metavar="KEY=LIST", help="add values to the sweep")
     add("--amp", choices=["bf16"], help="run the network in bfloat16 where that is safe")
@@ -58,7 +56,8 @@ def run(args: Namespace) -> int:
         raise ConfigError("--validation and --fsood cannot be combined: leave one out")
     check_fsood(benchmark, args.fsood)
     progress = not args.no_progress
-    config = read_postprocessor(args.postprocessor, args.config, args.set, args.sweep, args.aps)
+    aps_mode = "pseudo" if args.aps == "pseudo" else args.aps is not None
+    config = read_postprocessor(args.postprocessor, args.config, args.set, args.sweep, aps_mode)
     name = config["postprocessor"]["name"]
     output = results_folder(args.root, args.output_dir)
     job = Job(

@@ -26,7 +26,8 @@ NO_GRAM = (
     "--engine native has no postprocessor 'gram', and --engine openood does not support "
     "--id-data digits"
     if openood_installed()
-    else "unknown postprocessor 'gram': choose from fusenorm, msp, mls, ebo, odin, react, t2fnorm, "
+    else "unknown postprocessor 'gram': choose from fusenorm, fusenorm_published, fusenorm_joint, "
+    "msp, mls, ebo, odin, react, t2fnorm, knn, nci, gen, fdbd, scale, ash, vim, mds, she, "
     "or install OpenOOD, which has more, with 'bash scripts/install_openood.sh'"
 )
 SCRIPTS = Path(__file__).parents[2] / "scripts"

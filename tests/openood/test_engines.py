@@ -12,20 +12,22 @@ from PIL import ImageFile
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
-from fusenorm_openood import on_device
+from fusenorm_openood import FuseNorm, on_device
 from fusenorm_openood.benchmark.evaluation import evaluate
 from fusenorm_openood.cli.main import main as fusenorm
 from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
-from fusenorm_openood.detectors.configuration import detector_for
+from fusenorm_openood.detectors.configuration import detector_for, read_fusenorm
+from fusenorm_openood.detectors.search import search
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError
+from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.openood.adapter import make_postprocessor
 from fusenorm_openood.openood.evaluator import evaluate_with_openood
 from fusenorm_openood.openood.pipelines import main
 from tests.conftest import assert_undisturbed, state_of
 
 # FuseNorm's gradients are those of ODIN, which is tested separately.
-CHANGES = {"fusenorm": ["output=energy"]}
+CHANGES = {"fusenorm_published": ["output=energy"]}
 NETWORKS = {"base": "resnet18_32x32", "t2fnorm": "t2fnorm_net"}
 
 
@@ -48,7 +50,7 @@ def run_main(out, network, postprocessor, pipeline, checkpoint, *changes):
 
 
 @pytest.mark.parametrize("root", ["base", "t2fnorm"])
-@pytest.mark.parametrize("name", ["fusenorm", "msp", "ebo", "odin", "react"])
+@pytest.mark.parametrize("name", [*METHODS, "msp", "ebo", "odin", "react"])
 def test_three_engines_print_the_same_table(
     home, networks, checkpoints, name, root, tmp_path, monkeypatch
 ):
@@ -80,6 +82,53 @@ def test_three_engines_print_the_same_table(
         by_pipeline = pd.read_csv(saved, index_col=0, dtype=str)
         assert list(by_pipeline.index) == list(table.index)
         assert by_pipeline.to_numpy().tolist() == printed(table)
+
+
+@pytest.mark.parametrize("root", ["base", "t2fnorm"])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("knn", ["K=3"]), ("nci", []), ("fdbd", []), ("gen", []), ("scale", []), ("ash", [])],
+)
+def test_post_hoc_experts_have_the_same_table_natively_and_in_openood(
+    home, networks, name, changes, root
+):
+    net, config = networks[root], read_postprocessor(name, None, changes)
+    postprocessor = make_postprocessor(name, config, "cifar10")
+    table, _ = evaluate_with_openood(
+        net, postprocessor, "cifar10", home / "data", 200, 0, False, False
+    )
+    benchmark = load_benchmark("cifar10", home / "data")
+    detector = detector_for(name, config, benchmark.norm[1])(net)
+    native = evaluate(detector, benchmark, progress=False).table
+    assert printed(native) == printed(table)
+
+
+@pytest.mark.parametrize("aps_mode", [True, "pseudo"])
+def test_openood_searches_strong_experts_penalty_and_base_as_the_native_engine(
+    home, networks, aps_mode
+):
+    net, config = networks["base"], read_postprocessor("fusenorm", aps_mode=aps_mode)
+    config["postprocessor"]["postprocessor_sweep"] = {
+        "strong": [["output"], ["output", "fdbd"], ["output", "knn", "mds"]],
+        "penalty": ["deviation", "joint"],
+        "base": [1.2, 2, 20],
+    }
+    benchmark = load_benchmark("cifar10", home / "data")
+    id_val, ood_val = (image_loader(s) for s in (benchmark.id["val"], benchmark.val_ood))
+    settings, sweep, _ = read_fusenorm(config)
+    found = search(net, settings, sweep, id_val, ood_val if aps_mode is True else None)
+    assert len(found.trials) == 18
+    postprocessor = make_postprocessor("fusenorm", config, "cifar10")
+    table, _ = evaluate_with_openood(
+        net, postprocessor, "cifar10", home / "data", 200, 0, False, False
+    )
+    assert postprocessor.settings == found.settings
+    detector = FuseNorm(net, found.settings).with_calibration(found.calibration)
+    native = evaluate(detector, benchmark, progress=False).table
+    assert printed(native) == printed(table)
+    again = pickle.loads(pickle.dumps(postprocessor))
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(again.postprocess(net, images)[1], postprocessor.postprocess(net, images)[1])
 
 
 @pytest.mark.parametrize("root", ["base", "t2fnorm"])

@@ -1,0 +1,86 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from fusenorm_openood import FuseNorm, Settings
+from fusenorm_openood.detectors import base
+from fusenorm_openood.detectors.posthoc import UNFITTED, PosthocBaseline
+from fusenorm_openood.errors import ConfigError, DataError, NotFittedError
+from fusenorm_openood.listening.sample import FeatureSample
+from fusenorm_openood.method.posthoc import POSTHOC
+from tests.conftest import assert_undisturbed, make_loader, state_of
+
+IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("name", POSTHOC)
+def test_an_expert_alone_scores_as_within_fusenorm(net, loader, name):
+    before = state_of(net)
+    unlabelled = [images for images, _ in loader]
+    alone = PosthocBaseline(net, name).fit(unlabelled)
+    strong = FuseNorm(net, strong=[name], neighbours=50).fit(loader).infer([IMAGES])
+    assert alone.fitted_on == "train"
+    np.testing.assert_allclose(alone.score(IMAGES), strong.experts[-1], rtol=1e-5, atol=1e-6)
+    assert_undisturbed(net, before)
+    again = pickle.loads(pickle.dumps(alone))
+    assert torch.equal(again.score(IMAGES), alone.score(IMAGES))
+
+
+@pytest.mark.parametrize("name", POSTHOC)
+def test_experts_are_fitted_before_they_score(net, name):
+    detector = PosthocBaseline(net, name)
+    if name in UNFITTED:
+        assert torch.isfinite(detector.fit([]).score(IMAGES)).all()
+    else:
+        with pytest.raises(NotFittedError, match=f"this {name} is not fitted: call fit"):
+            detector.score(IMAGES)
+        with pytest.raises(DataError, match="loader must give at least one image"):
+            detector.fit([])
+
+
+def test_labels_decide_the_classes_where_the_loader_gives_them(net, loader):
+    unlabelled = [images for images, _ in loader]
+    by_label, by_prediction = (PosthocBaseline(net, "mds").fit(x) for x in (loader, unlabelled))
+    assert not torch.allclose(by_label.score(IMAGES), by_prediction.score(IMAGES))
+    # A fit of FuseNorm depends on images alone.
+    fused = [FuseNorm(net).fit(x).score(IMAGES) for x in (loader, unlabelled)]
+    assert torch.equal(*fused)
+
+
+def test_arguments_are_checked(net):
+    with pytest.raises(ConfigError, match="unknown argument 'k' of knn: choose from K"):
+        PosthocBaseline(net, "knn", k=3)
+    with pytest.raises(ConfigError, match="unknown post-hoc expert 'gram'"):
+        PosthocBaseline(net, "gram")
+
+
+def test_no_image_is_its_own_neighbour(net, loader):
+    detector = FuseNorm(net, strong=["knn"], neighbours=1).fit(loader)
+    assert (detector.calibration_.id_scores[-1] < 0).all()
+    assert (detector.infer(loader).experts[-1] > -1e-6).all()  # now they are
+
+
+def test_more_images_than_the_limit_are_thinned_evenly(net, monkeypatch):
+    loader = make_loader(60, batch_size=7)
+    full = FuseNorm(net, strong=["energy"]).fit(loader).calibration_.id_scores
+    monkeypatch.setattr(base, "FeatureSample", lambda: FeatureSample(limit=20))
+    detector = FuseNorm(net, strong=["knn", "energy"]).fit(loader)
+    scores = detector.calibration_.id_scores
+    assert scores.shape == (10, 15)  # every fourth image
+    np.testing.assert_allclose(scores[:9], full[:, ::4], rtol=1e-5)
+    (state,) = detector.calibration_.fitted.states.values()
+    assert len(state["features"]) == 15
+
+
+def test_the_default_reads_the_loader_once_and_needs_one_forward_pass(net, loader):
+    passes = []
+    net.conv1.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    for settings in (Settings(), Settings.joint()):
+        detector = FuseNorm(net, settings).fit(loader)
+        assert sum(passes) == 60
+        passes.clear()
+        detector.score(IMAGES)
+        assert sum(passes) == len(IMAGES)
+        passes.clear()
