@@ -84,9 +84,11 @@ def options(command: str) -> str:
     rows = []
     for action in parser._actions:
         if not isinstance(action, argparse._HelpAction):
-            values = "|".join(action.choices or ()) or action.metavar or action.dest.upper()
-            usage = [*action.option_strings[:1], *([] if action.nargs == 0 else [values])]
-            rows.append((f"`{escaped(' '.join(map(str, usage)))}`", plain(action.help or "")))
+            named = "|".join(c for c in action.choices or () if isinstance(c, str))
+            value = str(named or action.metavar or action.dest.upper())
+            shown = {0: [], "?": [f"[{value}]"]}.get(action.nargs, [value])
+            usage = " ".join([*action.option_strings[:1], *shown])
+            rows.append((f"`{escaped(usage)}`", plain(action.help or "")))
     return table(("option", "meaning"), rows)
 
 

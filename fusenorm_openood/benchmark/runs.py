@@ -66,12 +66,9 @@ def find_checkpoints(root: str | Path) -> dict[str, Path]:
 
 
 def results_folder(root: str | Path, output_dir: str | Path | None = None) -> Path:
-    """The folder for a root's results, unless another is requested.
+    """The folder for results: the requested one, or the root.
 
-    >>> str(results_folder("results/cifar10_resnet18_32x32_base_e100_lr0.1_default"))
-    'results/cifar10_resnet18_32x32_base_e100_lr0.1_default'
-
-    A checkpoint file `networks/resnet20.th` has its results in `networks/resnet20`.
+    A root that is a checkpoint file, `networks/resnet20.th`, stands for `networks/resnet20`.
     """
     root = Path(root)
     return Path(output_dir or (root.with_suffix("") if root.is_file() else root))

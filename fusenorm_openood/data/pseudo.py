@@ -36,11 +36,13 @@ def blur(images: Tensor, generator: Generator) -> Tensor:
 def noise(images: Tensor, generator: Generator) -> Tensor:
     """Images with Gaussian noise of their own standard deviation."""
     white = torch.randn(images.shape, generator=generator).to(images)
-    return images + white * images.flatten(1).std(1).view(-1, 1, 1, 1)
+    values = images.flatten(1)
+    std = values.std(1, correction=min(1, values.shape[1] - 1))  # 0 for a single value
+    return images + white * std.view(-1, 1, 1, 1)
 
 
 def rotation(images: Tensor, generator: Generator) -> Tensor:
-    """Images turned by a quarter, a half or three quarters; not square, by a half."""
+    """Images turned by a quarter, a half or three quarters; by a half if not square."""
     if images.shape[2] != images.shape[3]:
         return images.rot90(2, (2, 3))
     turns = torch.randint(1, 4, (len(images),), generator=generator).tolist()
@@ -54,13 +56,13 @@ def inversion(images: Tensor, generator: Generator) -> Tensor:
 
 
 def mixing(images: Tensor, generator: Generator) -> Tensor:
-    """The mean of each image and the next one of the batch; a single image and its mirror image."""
+    """The mean of each image and the one before it in the batch; alone, with its mirror image."""
     other = images.roll(1, 0) if len(images) > 1 else images.flip(3)
     return (images + other) / 2
 
 
 def zoom(images: Tensor, generator: Generator) -> Tensor:
-    """The centre of each image, a quarter of each side, enlarged to full size."""
+    """The centre of each image, a quarter of its height and width, enlarged to full size."""
     H, W = images.shape[2:]
     h, w = max(H // 4, 1), max(W // 4, 1)
     top, left = (H - h) // 2, (W - w) // 2

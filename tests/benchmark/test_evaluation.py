@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from fusenorm_openood import FuseNorm, Settings, load_network
 from fusenorm_openood.benchmark.evaluation import evaluate
 from fusenorm_openood.benchmark.networks import load_runs
-from fusenorm_openood.benchmark.runs import find_checkpoints, parse_root_name
+from fusenorm_openood.benchmark.runs import find_checkpoints, parse_root_name, results_folder
 from fusenorm_openood.benchmark.tables import COLUMNS, summarise
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.configs import config_root, read_config
@@ -126,6 +128,18 @@ def test_runs_are_found_under_a_root(tmp_path):
         find_checkpoints(tmp_path)
 
 
+def test_a_root_may_be_a_checkpoint_file(tmp_path):
+    file = tmp_path / "resnet20.th"
+    file.touch()
+    assert find_checkpoints(file) == {"": file}
+    with pytest.raises(CheckpointError, match=r"resnet20\.th of 0 bytes cannot be read"):
+        load_runs(find_checkpoints(file), 10)
+    assert results_folder(file) == tmp_path / "resnet20"
+    assert results_folder(tmp_path) == tmp_path
+    assert results_folder(file, "elsewhere") == results_folder(tmp_path, "elsewhere")
+    assert results_folder(file, "elsewhere") == Path("elsewhere")
+
+
 def test_the_error_for_a_root_without_runs_says_what_it_contains(tmp_path):
     def message(root):
         with pytest.raises(CheckpointError) as error:
@@ -138,7 +152,6 @@ def test_the_error_for_a_root_without_runs_says_what_it_contains(tmp_path):
     for name in "abcdef":
         (tmp_path / name).touch()
     assert message(tmp_path).endswith("contains a, b, c, d, e and 2 more")
-    assert find_checkpoints(tmp_path / "a") == {"": tmp_path / "a"}  # a checkpoint file, perhaps
     (tmp_path / "run" / "s0").mkdir(parents=True)
     (tmp_path / "run" / "s0" / "best.ckpt").touch()
     assert message(tmp_path).endswith(f"use {tmp_path / 'run'}, which contains training runs")

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from fusenorm_openood import __version__
-from fusenorm_openood.cli.engines import Job
+from fusenorm_openood.cli.engines import Job, find_engine
 from fusenorm_openood.cli.inputs import check_files
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.data.transforms import NORMALIZATIONS
+from fusenorm_openood.detectors.configuration import detector_for
 from fusenorm_openood.devices import find_device
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.openood.bridge import openood_installed
@@ -67,6 +69,47 @@ def test_eval_prints_the_table_and_saves_what_is_requested(root, capsys):
     scores = pickle.loads((root[1] / "s0" / "scores" / "fusenorm.pkl").read_bytes())
     assert len(scores["ood"]["far"]["noise"][1]) == 40
     assert not list(root[1].rglob("*.tmp"))
+
+
+def test_a_checkpoint_file_is_a_root_and_has_its_results_next_to_it(root, capsys):
+    data_root, runs = root
+    file = runs / "resnet20.th"
+    (runs / "s0" / "best.ckpt").rename(file)
+    args = evaluation((data_root, file), "--postprocessor", "msp")
+    assert main([*args, "--save-csv", "--save-score"]) == 0
+    assert f"saved {runs / 'resnet20' / 'ood' / 'msp.csv'}" in capsys.readouterr().out
+    assert (runs / "resnet20" / "scores" / "msp.pkl").is_file()
+    args = ["--id-data", "digits", "--data-root", str(data_root), "--postprocessor", "msp"]
+    assert main(["leaderboard", "--root", str(file), *args]) == 0
+    assert "resnet20.th" in capsys.readouterr().out
+
+
+def test_a_normalization_changes_the_images_and_the_step_of_odin(root, monkeypatch, capsys):
+    stds = []
+    monkeypatch.setattr(
+        "fusenorm_openood.cli.engines.detector_for",
+        lambda name, config, std: stds.append(std) or detector_for(name, config, std),
+    )
+    tables = []
+    for value in ("digits", "0.5,0.5,0.5,0.5,0.5,0.5", "imagenet"):
+        assert main(evaluation(root, "--postprocessor", "odin", "--normalization", value)) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] != tables[2]
+    assert stds == [(0.5,) * 3, (0.5,) * 3, (0.229, 0.224, 0.225)]
+    with pytest.raises(SystemExit, match="2"):
+        main(evaluation(root, "--normalization", "mean"))
+    assert "--normalization: normalization must be one of cifar10" in capsys.readouterr().err
+
+
+def test_openoods_evaluator_normalises_images_in_its_own_way():
+    job = Job(
+        postprocessor="fusenorm",
+        config=read_postprocessor("fusenorm"),
+        benchmark=load_benchmark("cifar10", normalization=NORMALIZATIONS["imagenet"]),
+    )
+    assert find_engine(job) == "native"
+    with pytest.raises(ConfigError, match="does not support --normalization: choose --engine nat"):
+        find_engine(job, "openood")
 
 
 def test_several_runs_give_a_mean_and_a_standard_deviation(root, capsys):

@@ -2,6 +2,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -10,7 +11,11 @@ from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.data.digits import ID_CLASSES, digits_image_sets, write_digits
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.data.sources import benchmark_names, how_to_get
-from fusenorm_openood.data.transforms import find_normalization, plain_transform
+from fusenorm_openood.data.transforms import (
+    find_normalization,
+    parse_normalization,
+    plain_transform,
+)
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.listening.batches import batches
 
@@ -65,6 +70,24 @@ def test_unreadable_lists_are_reported(images):
         DataError, match=r"list\.txt, line 2: must be 'path label' .*, got 'a/alpha\.png'"
     ):
         ImageList(images / "list.txt", images, TRANSFORM)
+
+
+def test_a_normalization_is_a_name_or_six_numbers():
+    assert parse_normalization("imagenet") == find_normalization("imagenet")
+    assert parse_normalization("0, 1,-2,.5,1e0,2") == ((0, 1, -2), (0.5, 1, 2))
+    for text in ("cinic", "", "0.5", "1,1,1,1,1,1,1", "0,0,0,1,1,0", "0,0,0,1,1,-1",
+                 "0,0,nan,1,1,1", "0,0,0,1,1,inf", "0,0,0,1,1,x"):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"one of cifar10, .* M,M,M,S,S,S with each S > 0"):
+            parse_normalization(text)
+
+
+def test_a_normalization_replaces_the_benchmarks_own(digits_images):
+    own = load_benchmark("digits", digits_images)
+    other = load_benchmark("digits", digits_images, HALF)
+    assert other.norm == HALF
+    for ours, theirs in zip(own.every(), other.every(), strict=True):
+        pixels = ours.images()[0]["data"] * 0.5 + 0.5
+        torch.testing.assert_close(theirs.images()[0]["data"], (pixels - 0.5) / 0.25)
 
 
 def test_errors_for_unknown_names_list_the_known_ones():

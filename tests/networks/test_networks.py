@@ -1,16 +1,20 @@
 import pytest
 import torch
 import torchvision
+from torch.nn import functional as F
 
 from fusenorm_openood import load_network
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.networks import (
+    CifarResNet,
     ResNet18_32x32,
     ResNet18_224x224,
     ResNet50,
     T2FNormNet,
     WideResNet,
 )
+from fusenorm_openood.networks.cifar_resnet import PaddingBlock
+from fusenorm_openood.networks.kind import network_kind
 
 
 def t2fnorm(classes=5):
@@ -25,6 +29,7 @@ NETWORKS = {
     "ResNet18_224x224": lambda: ResNet18_224x224(5),
     "ResNet50": lambda: ResNet50(5),
     "WideResNet": lambda: WideResNet(16, 2, 5),
+    "CifarResNet": lambda: CifarResNet(20, 5, width=8),
     "T2FNorm": t2fnorm,
 }
 
@@ -62,6 +67,45 @@ def test_large_networks_equal_torchvisions(ours, theirs):
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(net(images), reference(images))
+
+
+@pytest.mark.parametrize("channels", [8, 7])
+def test_a_block_with_a_padding_shortcut_equals_its_formula(channels):
+    torch.manual_seed(0)
+    block = PaddingBlock(4, channels, 2)
+    block(torch.randn(64, 4, 9, 9))  # running statistics other than 0 and 1
+    block.double().eval()
+    s = {key: value.detach() for key, value in block.state_dict().items()}
+
+    def normalised(x, name):
+        mean, var, weight, bias = (
+            s[f"{name}.{key}"].view(-1, 1, 1)
+            for key in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    x = torch.randn(3, 4, 9, 9, dtype=torch.float64)
+    y = normalised(F.conv2d(x, s["conv1.weight"], stride=2, padding=1), "bn1").clamp(min=0)
+    y = normalised(F.conv2d(y, s["conv2.weight"], padding=1), "bn2")
+    first = (channels - 4) // 2
+    y[:, first : first + 4] += x[:, :, ::2, ::2]
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), y.clamp(min=0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("depth", "size"), [(20, 269722), (32, 464154), (56, 853018)])
+def test_resnets_for_cifar_have_the_papers_size_and_are_recognised(depth, size, tmp_path):
+    net = CifarResNet(depth)
+    assert sum(p.numel() for p in net.parameters()) == size
+    loaded = load_network(save(net.state_dict(), tmp_path / "net.th"))
+    assert str(network_kind(loaded)) == f"ResNet-{depth} (CrossEntropy, 10 classes)"
+
+
+@pytest.mark.parametrize("key", ["layer3.2.bn2.bias", "layer2.1.conv1.weight", "bn1.weight"])
+def test_a_resnet_for_cifar_with_a_key_missing_is_rejected(key, tmp_path):
+    state = {f"module.{k}": v for k, v in CifarResNet(20).state_dict().items() if k != key}
+    with pytest.raises(CheckpointError, match="CifarResNet"):
+        load_network(save({"state_dict": state}, tmp_path / "cut.th"))
 
 
 def test_t2fnorm_forwards_equal_their_formulas():
