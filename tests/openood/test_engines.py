@@ -229,9 +229,9 @@ def test_the_command_accepts_openoods_postprocessors(home, bench, tmp_path, caps
     assert fusenorm([*args, *knn, *out]) == 0
     assert "knn on cifar10: engine openood" in capsys.readouterr().out
     assert (tmp_path / "ood" / "knn.csv").is_file()
-    assert fusenorm([*args, *knn, "--engine", "native"]) == 1
-    assert "--engine native has no postprocessor 'knn': choose" in capsys.readouterr().err
-    assert fusenorm([*args, *knn, "--validation"]) == 1
+    assert fusenorm([*args, "--postprocessor", "dice", "--engine", "native"]) == 1
+    assert "--engine native has no postprocessor 'dice': choose" in capsys.readouterr().err
+    assert fusenorm([*args, "--postprocessor", "dice", "--validation"]) == 1
     assert "and --engine openood does not support --validation" in capsys.readouterr().err
     assert fusenorm([*args, "--postprocessor", "nearest"]) == 1
     assert "nearest.yml cannot be read" in capsys.readouterr().err
