@@ -25,6 +25,7 @@ from fusenorm_openood.openood.adapter import make_postprocessor
 from fusenorm_openood.openood.evaluator import evaluate_with_openood
 from fusenorm_openood.openood.pipelines import main
 from tests.conftest import assert_undisturbed, state_of
+from tests.openood.conftest import first_images
 
 # FuseNorm's gradients are those of ODIN, which is tested separately.
 CHANGES = {"fusenorm_published": ["output=energy"]}
@@ -94,12 +95,29 @@ def test_post_hoc_experts_have_the_same_table_natively_and_in_openood(
 ):
     if (name, root) == ("gen", "t2fnorm"):
         pytest.skip("OpenOOD's GEN saturates on scoring logits, this package's does not")
-    net, config = networks[root], read_postprocessor(name, None, changes)
-    postprocessor = make_postprocessor(name, config, "cifar10")
-    table, _ = evaluate_with_openood(
-        net, postprocessor, "cifar10", home / "data", 200, 0, False, False
+    assert_same_table(networks[root], home / "data", name, changes)
+
+
+@pytest.mark.parametrize("root", ["base", "t2fnorm"])
+@pytest.mark.parametrize("name", ["vim", "she"])
+def test_vim_and_she_have_the_same_table_with_more_images_than_dimensions(
+    bench, networks, tmp_path, name, root
+):
+    # With few images OpenOOD's SHE is NaN for a class without any, and its ViM is rounding error.
+    data_root = first_images(bench[0], tmp_path, 8)
+    train = Path("benchmark_imglist", "cifar10", "train_cifar10.txt")
+    lines = (bench[0] / train).read_text().splitlines(keepends=True)
+    (data_root / train).write_text("".join(lines[:600]))
+    assert_same_table(networks[root], data_root, name)
+
+
+def assert_same_table(net, data_root, name, changes=()):
+    config, benchmark = (
+        read_postprocessor(name, None, changes),
+        load_benchmark("cifar10", data_root),
     )
-    benchmark = load_benchmark("cifar10", home / "data")
+    postprocessor = make_postprocessor(name, config, "cifar10")
+    table, _ = evaluate_with_openood(net, postprocessor, "cifar10", data_root, 200, 0, False, False)
     detector = detector_for(name, config, benchmark.norm[1])(net)
     native = evaluate(detector, benchmark, progress=False).table
     assert printed(native) == printed(table)
