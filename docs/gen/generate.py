@@ -22,7 +22,6 @@ from fusenorm_openood.method.settings import METHODS, Settings
 
 DOCS = Path(__file__).resolve().parent.parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
-MEASURED = RESULTS / "cpu.json"
 CASES = {
     "resnet18-32x32-b64": "ResNet-18, 64 images of 32x32",
     "resnet18-32x32-b200": "ResNet-18, 200 images of 32x32",
@@ -117,7 +116,7 @@ def speed_of_postprocess() -> str:
         "published": "published implementation",
     }
     found = by_case("vs_forward")
-    ratios = json.loads(MEASURED.read_text(encoding="utf-8"))["ratios"]
+    ratios = measurements("postprocess")["ratios"]
     rows = [
         (
             label,
@@ -293,8 +292,16 @@ def shipped_config() -> FuseNormConfig:
 
 def measured(section: str) -> list[dict[str, Any]]:
     """The rows of one section of benchmarks/run.py's results."""
-    rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]
+    rows = measurements(section)["rows"]
     return [row for row in rows if row["section"] == section]
+
+
+def measurements(section: str) -> dict[str, Any]:
+    """The results of the run that measured a section."""
+    later = section in ("postprocess", "peers")
+    path = RESULTS / ("cpu-methods.json" if later else "cpu.json")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def by_case(figure: str) -> dict[str, dict[str, float]]:

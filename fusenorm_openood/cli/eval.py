@@ -56,7 +56,7 @@ def run(args: Namespace) -> int:
         raise ConfigError("--validation and --fsood cannot be combined: leave one out")
     check_fsood(benchmark, args.fsood)
     progress = not args.no_progress
-    aps_mode = "pseudo" if args.aps == "pseudo" else args.aps is not None
+    aps_mode: bool | str = args.aps if args.aps == "pseudo" else args.aps == "pair"
     config = read_postprocessor(args.postprocessor, args.config, args.set, args.sweep, aps_mode)
     name = config["postprocessor"]["name"]
     output = results_folder(args.root, args.output_dir)

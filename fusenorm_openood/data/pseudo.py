@@ -62,7 +62,7 @@ def mixing(images: Tensor, generator: Generator) -> Tensor:
 
 
 def zoom(images: Tensor, generator: Generator) -> Tensor:
-    """The centre of each image, a quarter of each side, enlarged to full size."""
+    """The centre of each image, a quarter of its height and width, enlarged to full size."""
     H, W = images.shape[2:]
     h, w = max(H // 4, 1), max(W // 4, 1)
     top, left = (H - h) // 2, (W - w) // 2

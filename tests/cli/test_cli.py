@@ -22,11 +22,11 @@ from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.openood.bridge import openood_installed
 from tests.conftest import shortened_digits, without_environment
 
-NO_GRAM = (
-    "--engine native has no postprocessor 'gram', and --engine openood does not support "
+NO_DICE = (
+    "--engine native has no postprocessor 'dice', and --engine openood does not support "
     "--id-data digits"
     if openood_installed()
-    else "unknown postprocessor 'gram': choose from fusenorm, fusenorm_published, fusenorm_joint, "
+    else "unknown postprocessor 'dice': choose from fusenorm, fusenorm_published, fusenorm_joint, "
     "msp, mls, ebo, odin, react, t2fnorm, knn, nci, gen, fdbd, scale, ash, vim, mds, she, "
     "or install OpenOOD, which has more, with 'bash scripts/install_openood.sh'"
 )
@@ -176,7 +176,7 @@ def test_a_custom_configuration(root, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--postprocessor", "gram"], NO_GRAM),
+        (["--postprocessor", "dice"], NO_DICE),
         (["--id-data", "svhn"], "unknown ID data set 'svhn': choose from cifar10"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--engine", "openood"], "--engine openood does not support --id-data digits: choose"),

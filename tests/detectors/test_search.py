@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fusenorm_openood import FuseNorm
+from fusenorm_openood.data.pseudo import KINDS
 from fusenorm_openood.detectors.bank import ScoreBank, bank_for
 from fusenorm_openood.detectors.search import search
 from fusenorm_openood.detectors.sweep import candidates
@@ -311,3 +312,27 @@ def test_a_successful_search_emits_no_warnings(net, loader):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         search(net, published(output="energy"), {"base": [2.0]}, loader, make_loader(seed=5))
+
+
+def test_without_ood_images_the_mean_auroc_over_kinds_of_pseudo_ood_images_counts(net, loader):
+    sweep = {"strong": [["output"], ["output", "fdbd"], ["knn"]], "base": [1.2, 20.0]}
+    images = passes(net)
+    found, again = (search(net, Settings(), sweep, loader) for _ in range(2))
+    assert sum(images) == 2 * (1 + len(KINDS)) * 60
+    assert found.trials.equals(again.trials)
+    assert found.settings == again.settings
+    means = []
+    for candidate in candidates(Settings(), sweep):
+        detector = FuseNorm(net, candidate.settings).fit(loader)
+        # The ID images count with the scores of the calibration, each without itself.
+        known = detector.confidence(detector.calibration_.id_scores)
+        aurocs = []
+        for kind in KINDS.values():
+            generator = torch.Generator().manual_seed(0)
+            unknown = [kind(batch, generator) for batch, _ in loader]
+            aurocs.append(ood_metrics(known, detector.score_loader(unknown)).auroc)
+        means.append(sum(aurocs) / len(KINDS))
+    assert len(set(means)) > 1
+    np.testing.assert_allclose(found.trials["AUROC"] / 100, means)
+    assert found.auroc == pytest.approx(max(means))
+    assert found.settings == candidates(Settings(), sweep)[int(np.argmax(means))].settings

@@ -7,6 +7,7 @@ from hypothesis.extra.numpy import arrays
 from fusenorm_openood import compute_id_statistics, normalise
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
 from fusenorm_openood.listening.react import ActivationSample
+from fusenorm_openood.method.statistics import standardise
 
 SCORES = np.random.default_rng(0).normal(size=(3, 500)) * [[1], [10], [1e-4]]
 
@@ -115,3 +116,20 @@ def test_activation_sample_keeps_an_image_larger_than_its_limit():
 def test_activation_sample_without_images_is_an_error():
     with pytest.raises(DataError, match="needs at least one ID image"):
         ActivationSample().percentile(90)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_standardised_id_scores_have_mean_0_and_deviation_1_and_the_clip_is_at_the_top(clip):
+    statistics = compute_id_statistics(SCORES, 5, 95)
+    u = standardise(SCORES, statistics, clip)
+    above = statistics.upper[:, None] < SCORES
+    plain = (SCORES - SCORES.mean(1, keepdims=True)) / SCORES.std(1, keepdims=True)
+    np.testing.assert_allclose(u[~above], plain[~above], rtol=1e-3)
+    if not clip:
+        np.testing.assert_allclose([u.mean(1), u.std(1)], [[0] * 3, [1] * 3], atol=1e-3)
+        return
+    for row, old, top in zip(u, plain, above, strict=True):
+        assert len(np.unique(row[top])) == 1
+        assert row[~top].max() <= row[top][0] < old[top].min()
+    with pytest.raises(DataError, match="with 3 experts"):
+        standardise(SCORES[:2], statistics, clip)

@@ -15,6 +15,7 @@ import yaml
 from fusenorm_openood import FuseNormPostprocessor, load_network, on_device, register
 from fusenorm_openood.configs import config_root
 from fusenorm_openood.errors import CheckpointError
+from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.networks import T2FNormNet
 from fusenorm_openood.openood.bridge import openood_config_root
 from fusenorm_openood.openood.pipelines import find_config, main, read_configs
@@ -44,8 +45,14 @@ def test_every_lookup_knows_fusenorm_after_one_or_two_registrations():
     assert functions == (api.get_postprocessor, package.get_postprocessor)
     assert evaluator.get_postprocessor is api.get_postprocessor
     assert pipeline.get_postprocessor is package.utils.get_postprocessor is functions[1]
-    assert api.postprocessors["fusenorm"] is FuseNormPostprocessor
-    assert isinstance(package.get_postprocessor(Config(config())), FuseNormPostprocessor)
+    for method, settings in METHODS.items():
+        assert api.postprocessors[method] is FuseNormPostprocessor
+        path = config_root() / "postprocessors" / f"{method}.yml"
+        by_config = package.get_postprocessor(Config(str(path)))
+        by_name = api.get_postprocessor(str(openood_config_root()), method, "cifar10")
+        for found in (by_config, by_name):
+            assert isinstance(found, FuseNormPostprocessor)
+            assert found.settings == settings()
     # Other names keep their meaning.
     msp = Config({"postprocessor": {"name": "msp"}})
     assert type(package.get_postprocessor(msp)) is package.BasePostprocessor

@@ -1,0 +1,137 @@
+"""The whole of each method, from the network's outputs to the confidence, written once more."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import logsumexp
+
+from fusenorm_openood import FuseNorm, Settings, atf
+from tests.conftest import make_loader
+
+STRONG = [("output", "fdbd", "mds"), ("output", "knn", "fdbd")]
+TAPS = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
+
+
+def outputs_of(net, loader):
+    """Block norms `[8, N]`, features `[N, D]` and logits `[N, K]` in float64."""
+    images, norms = torch.cat([images for images, _ in loader]), {}
+    handles = [
+        net.get_submodule(tap).register_forward_hook(
+            lambda module, args, output, tap=tap: norms.update({tap: atf(output)})
+        )
+        for tap in TAPS
+    ]
+    with torch.no_grad():
+        logits, feature = net(images, return_feature=True)
+    for handle in handles:
+        handle.remove()
+    norms = torch.stack([norms[tap] for tap in TAPS])
+    return [values.double().numpy() for values in (norms, feature, logits)]
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def knn(x, known, rank=5):
+    return [-np.sort(((known - row) ** 2).sum(1))[rank - 1] for row in x]
+
+
+def class_means(known, classes):
+    return {c: known[classes == c].mean(0) for c in np.unique(classes)}
+
+
+def covariance(known, classes):
+    """Sum of outer products of the residuals."""
+    means = class_means(known, classes)
+    residual = known - np.array([means[c] for c in classes])
+    return residual.T @ residual
+
+
+def mahalanobis(x, known, classes, images, ridge):
+    precision = np.linalg.inv(covariance(known, classes) / images + ridge * np.eye(x.shape[1]))
+    means = class_means(known, classes).values()
+    return [-min((row - m) @ precision @ (row - m) for m in means) for row in x]
+
+
+class Raw:
+    """Scores `[3, N]` of the strong experts, from features and logits."""
+
+    def __init__(self, net, feature, logits):
+        self.weight = net.fc.weight.detach().double().numpy()
+        self.feature, self.known, self.logits = feature, unit(feature), logits
+        self.classes, self.n = logits.argmax(1), len(feature)
+        self.ridge = 1e-3 * np.trace(covariance(self.known, self.classes) / self.n) / len(feature.T)
+
+    def fdbd(self, feature, logits):
+        scores, mean = [], self.feature.mean(0)
+        for x, y in zip(feature, logits, strict=True):
+            top = y.argmax()
+            gaps = [
+                (y[top] - y[c]) / np.linalg.norm(self.weight[top] - self.weight[c])
+                for c in range(len(y))
+                if c != top
+            ]
+            scores.append(sum(gaps) / np.linalg.norm(x - mean))
+        return scores
+
+    def of_id(self, name):
+        """Each ID image without itself."""
+        if name in ("output", "fdbd"):
+            return self.of(name, self.feature, self.logits)
+        scores = []
+        for i in range(self.n):
+            x, others = self.known[i : i + 1], np.arange(self.n) != i
+            known, classes = self.known[others], self.classes[others]
+            if name == "knn":
+                scores += knn(x, known)
+            else:
+                scores += mahalanobis(x, known, classes, self.n, self.ridge)
+        return scores
+
+    def of(self, name, feature, logits):
+        if name == "output":
+            return logsumexp(logits, axis=1)
+        if name == "fdbd":
+            return self.fdbd(feature, logits)
+        if name == "knn":
+            return knn(unit(feature), self.known)
+        return mahalanobis(unit(feature), self.known, self.classes, self.n, self.ridge)
+
+
+def log_m(norms, known):
+    v = np.log(known)
+    m, s = v.mean(1), v.std(1)
+    correlation = np.corrcoef(v) + 0.001 * np.eye(len(v))
+    u = (np.log(norms) - m[:, None]) / s[:, None]
+    return 0.5 * np.log(np.einsum("ln,ln->n", u, np.linalg.solve(correlation, u)) / len(v))
+
+
+@pytest.mark.parametrize("strong", STRONG, ids=str)
+@pytest.mark.parametrize("penalty", ["deviation", "joint"])
+def test_the_confidence_is_the_formula_of_the_raw_experts(net, strong, penalty):
+    loader, unknown = make_loader(120), make_loader(40, seed=5, scale=1.2)
+    with torch.no_grad():
+        net.fc.weight *= 30  # logits that differ by more than float32's rounding
+    detector = FuseNorm(net, Settings(strong=strong, penalty=penalty)).fit(loader)
+
+    id_norms, *id_outputs = outputs_of(net, loader)
+    norms, *outputs = outputs_of(net, unknown)
+    raw = Raw(net, *id_outputs)
+    known = np.array([raw.of_id(name) for name in strong])
+    scores = np.array([raw.of(name, *outputs) for name in strong])
+    low, high = np.percentile(known, [5, 95], axis=1)[..., None]
+    if penalty == "deviation":
+        lowest, highest = np.percentile(id_norms, [5, 95], axis=1)[..., None]
+        z = (norms - lowest) / (highest - lowest)
+        largest = np.maximum(0, np.maximum(-z, z - 1)).max(0)
+        expected = np.minimum((scores - low) / (high - low), 1).mean(0)
+        expected -= np.minimum(1, 2**largest - 1)
+        assert (largest > 0).any()
+    else:
+        clipped = np.minimum(scores, high)
+        expected = ((clipped - known.mean(1)[:, None]) / known.std(1)[:, None]).mean(0)
+        of_id = log_m(id_norms, id_norms)
+        expected -= 0.25 * (log_m(norms, id_norms) - of_id.mean()) / of_id.std()
+    assert (scores > high).any()  # the clip matters
+    np.testing.assert_allclose(detector.score_loader(unknown), expected, rtol=1e-3, atol=2e-3)
