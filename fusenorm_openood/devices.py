@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fusenorm_openood.errors import ConfigError
@@ -73,3 +73,10 @@ def device_of(net: nn.Module) -> torch.device:
     """The device of a network's first parameter; the CPU for a network without parameters."""
     parameter = next(net.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def moved(net: nn.Module, images: Tensor) -> Tensor:
+    """Images on a network's device, and in the precision of its weights."""
+    parameter = next((p for p in net.parameters() if p.is_floating_point()), None)
+    dtype = images.dtype if parameter is None else parameter.dtype
+    return images.to(device_of(net), dtype, non_blocking=True)

@@ -17,7 +17,6 @@ from fusenorm_openood.detectors.baselines import BASELINES, default_args, output
 from fusenorm_openood.detectors.pseudo import pseudo_ood
 from fusenorm_openood.detectors.search import Found, choose
 from fusenorm_openood.detectors.sweep import swept
-from fusenorm_openood.listening.panel import head_of
 from fusenorm_openood.method.experts import Output
 from fusenorm_openood.method.joint import joint_penalty
 from fusenorm_openood.method.metrics import ood_metrics
@@ -90,7 +89,7 @@ def compare(
     bank.fit(id_val, progress)
     peers = {}
     if with_peers:
-        head = Head(*(t.cpu().float() for t in head_of(net)))
+        head = Head(*(t.cpu().float() for t in bank.head()))
         peers = fitted_peers(head, bank.seen(id_val))
     found = {}
     if sweep:

@@ -16,8 +16,10 @@ from fusenorm_openood.errors import NonFiniteError
 from fusenorm_openood.listening.batches import not_finite
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.sample import FeatureSample
+from fusenorm_openood.listening.structure import Structure
+from fusenorm_openood.listening.understanding import guess_structure
 from fusenorm_openood.method.experts import Output
-from fusenorm_openood.method.posthoc import Posthoc, Seen
+from fusenorm_openood.method.posthoc import Head, Posthoc, Seen
 from fusenorm_openood.method.settings import Settings
 
 
@@ -30,6 +32,7 @@ class ScoreBank(ExpertScorer):
         outputs: output experts that will be needed on their own.
         posthoc: post-hoc experts that will be needed on their own.
         keep_seen: whether to keep features and logits, too, until their loader is forgotten.
+        structure: how the network is built, if that is known already.
 
     Raises:
         ConfigError: settings that do not fit the network.
@@ -43,9 +46,24 @@ class ScoreBank(ExpertScorer):
         outputs: Iterable[Output] = (),
         posthoc: Iterable[Posthoc] = (),
         keep_seen: bool = False,
+        structure: Structure | None = None,
     ) -> None:
         super().__init__(net)
-        self._detectors = {s: FuseNorm(net, s) for s in dict.fromkeys(settings)}
+        self._settings, self._outputs = tuple(dict.fromkeys(settings)), tuple(outputs)
+        self._posthoc = tuple(posthoc)
+        self._fitted = Fitted()
+        self._sample: FeatureSample | None = None
+        self.keep_seen, self._seen = keep_seen, dict[int, Seen]()
+        self._kept: dict[int, tuple[Iterable[Any], Scored]] = {}
+        self.id_loader: Iterable[Any] = ()
+        self._resolve(structure or guess_structure(net))
+
+    def _resolve(self, structure: Structure | None) -> None:
+        """Name the experts of a network that is built like this."""
+        self._detectors = {s: FuseNorm(self.net, s, structure) for s in self._settings}
+        if structure is None:
+            return
+        outputs, posthoc = self._outputs, self._posthoc
         panels = [detector.panel for detector in self._detectors.values()]
         self.panel = Panel(
             tuple(dict.fromkeys(tap for panel in panels for tap in panel.taps)),
@@ -53,16 +71,18 @@ class ScoreBank(ExpertScorer):
             tuple(dict.fromkeys([*(o for panel in panels for o in panel.outputs), *outputs])),
             tuple(dict.fromkeys([*(p for panel in panels for p in panel.posthoc), *posthoc])),
         )
-        self._fitted = Fitted()
-        self._sample: FeatureSample | None = None
-        self.keep_seen, self._seen = keep_seen, dict[int, Seen]()
-        self._kept: dict[int, tuple[Iterable[Any], Scored]] = {}
-        self.id_loader: Iterable[Any] = ()
+
+    def _try(self, images: Tensor) -> None:
+        structure = self.structure(images)
+        self._resolve(structure)
+        unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
+        self.panel.listen(self.net, structure, images, unclipped)
 
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Score the ID validation images, on which every calibration is based."""
         self._kept.clear()
-        fit = fit_panel(self, self.panel, loader, progress, "APS")
+        readings = self._begin(loader)
+        fit = fit_panel(self, self.panel, readings, progress, "APS")
         self._fitted = fit.fitted
         self._kept[id(loader)] = loader, Scored(np.empty(0), fit.pred, fit.label, fit.experts)
         if fit.seen is not None and self.keep_seen:
@@ -88,7 +108,8 @@ class ScoreBank(ExpertScorer):
         posthoc: Iterable[Posthoc] = (),
     ) -> Self:
         """A bank for a subset of the settings, with the scores that this one already holds."""
-        bank = type(self)(self.net, settings, outputs, posthoc, self.keep_seen)
+        bank = type(self)(self.net, settings, outputs, posthoc, self.keep_seen, self._structure)
+        bank._structure = self._structure
         rows = [row for n in bank.panel.norms for row in self.panel.norm_rows(bank.panel.taps, n)]
         rows += [self.panel.output_row(output) for output in bank.panel.outputs]
         rows += [self.panel.posthoc_row(expert) for expert in bank.panel.posthoc]
@@ -159,6 +180,11 @@ class ScoreBank(ExpertScorer):
         scores: NDArray[np.float64] = scored.experts[self.panel.posthoc_row(expert)]
         return scores
 
+    def head(self) -> Head:
+        """Weight and bias of the network's head, after `fit`."""
+        assert self._structure is not None
+        return self.panel.head(self.net, self._structure)
+
     def seen(self, loader: Iterable[Any]) -> Seen:
         """Features and logits of a loader's images, with `keep_seen`."""
         return self._seen[id(loader)]
@@ -173,12 +199,13 @@ class ScoreBank(ExpertScorer):
         return detector.rows_in(self.panel)
 
     def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        rows, pred, seen = self.panel.listen(self.net, images, self._fitted)
+        structure = self.structure(images)
+        rows, pred, seen = self.panel.listen(self.net, structure, images, self._fitted)
         if seen is None:
             return rows, pred
         if self._sample is not None:
             self._sample.add(seen)
-        return self.panel.completed(self.net, rows, seen, self._fitted), pred
+        return self.panel.completed(self.net, structure, rows, seen, self._fitted), pred
 
     def _check_finite(self, images: Tensor, experts: NDArray[Any]) -> None:
         """Require finite images; non-finite scores only rule out the settings that use them."""

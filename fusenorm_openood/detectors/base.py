@@ -10,12 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fusenorm_openood.devices import device_of
+from fusenorm_openood.devices import moved
 from fusenorm_openood.errors import DataError, NotFittedError
 from fusenorm_openood.listening.batches import batches, checked_images, not_finite
-from fusenorm_openood.listening.panel import Fitted, Panel, head_of
+from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.react import react_thresholds
+from fusenorm_openood.listening.readings import Readings
 from fusenorm_openood.listening.sample import FeatureSample
+from fusenorm_openood.listening.structure import Structure
+from fusenorm_openood.listening.understanding import understand
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
 
 
@@ -43,6 +46,25 @@ class ExpertScorer(ABC):
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
+        self._structure: Structure | None = None
+
+    def structure(self, images: Tensor) -> Structure:
+        """How the network is built, understood at the first images `[B, C, H, W]`."""
+        if self._structure is None:
+            self._structure = understand(self.net, images)
+        return self._structure
+
+    def _begin(self, loader: Iterable[Any]) -> Readings:
+        """Understand the network at a loader's first two images, and try all experts on them."""
+        readings = Readings(loader)
+        images = self._moved(readings.first[:2])
+        self._structure = understand(self.net, images)
+        self._try(images)
+        return readings
+
+    @abstractmethod
+    def _try(self, images: Tensor) -> None:
+        """Score two images, so that what cannot work fails before a loader is read."""
 
     @abstractmethod
     def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +101,7 @@ class ExpertScorer(ABC):
         )
 
     def _moved(self, images: Tensor) -> Tensor:
-        return images.to(device_of(self.net), non_blocking=True)
+        return moved(self.net, images)
 
     def _read(
         self, images: Tensor, scores: Tensor, pred: Tensor, labels: Any = None
@@ -116,7 +138,7 @@ class PanelFit(NamedTuple):
 
 
 def fit_panel(
-    scorer: ExpertScorer, panel: Panel, loader: Iterable[Any], progress: bool, desc: str
+    scorer: ExpertScorer, panel: Panel, readings: Readings, progress: bool, desc: str
 ) -> PanelFit:
     """Fit a panel's experts on ID images, and score these.
 
@@ -125,30 +147,27 @@ def fit_panel(
     image is its own neighbour.
 
     Raises:
-        DataError: an iterator, or a loader without images.
+        DataError: a loader that gives other batches when it is read again.
         TapError: the network lacks what an expert needs.
         NonFiniteError: a score or a feature is not finite.
     """
-    if iter(loader) is loader:
-        raise DataError(
-            f"loader must be readable more than once, got a {type(loader).__name__}: "
-            "fit on a DataLoader or a list of batches"
-        )
     net, sample = scorer.net, FeatureSample()
-    fitted = Fitted(react_thresholds(net, loader, panel.percentiles, progress))
+    structure = scorer.structure(readings.first)
+    fitted = Fitted(react_thresholds(net, structure, readings, panel.percentiles, progress))
 
     def listen(images: Tensor) -> tuple[Tensor, Tensor]:
-        rows, pred, seen = panel.listen(net, images, fitted)
+        rows, pred, seen = panel.listen(net, structure, images, fitted)
         if seen is not None:
             sample.add(seen)
         return rows, pred
 
-    rows, pred, label = scorer._collect(loader, progress, desc, listen)
+    rows, pred, label = scorer._collect(readings, progress, desc, listen)
+    readings.check()
     if not panel.posthoc:
         return PanelFit(fitted, rows, pred, label, None)
     kept, seen = sample.indices, sample.seen
     rows, pred, label = rows[:, kept], pred[kept], label[kept]
-    head = Head(*(t.cpu().float() for t in head_of(net)))
+    head = Head(*(t.cpu().float() for t in panel.head(net, structure)))
     classes = torch.from_numpy(pred)  # labels would make the fit depend on more than the images
     scored = []
     for expert in panel.posthoc:

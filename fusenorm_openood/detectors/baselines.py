@@ -12,9 +12,11 @@ from typing_extensions import Self
 from fusenorm_openood.configs import config_root, lookup, read_config
 from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.errors import CheckpointError, ConfigError, NotFittedError
+from fusenorm_openood.listening.gradient import gradients_of_images
 from fusenorm_openood.listening.modes import undisturbed
-from fusenorm_openood.listening.passes import forward_pass
+from fusenorm_openood.listening.passes import Pass, forward_pass
 from fusenorm_openood.listening.react import react_logits, react_thresholds
+from fusenorm_openood.listening.wrappers import scoring_module, unwrapped
 from fusenorm_openood.method.experts import (
     PROBABILITY,
     Output,
@@ -24,7 +26,6 @@ from fusenorm_openood.method.experts import (
     odin_perturb,
 )
 from fusenorm_openood.method.posthoc import POSTHOC
-from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 
 
 class Kind(NamedTuple):
@@ -68,7 +69,7 @@ class Baseline(Detector):
     ) -> None:
         super().__init__(net)
         check_baseline(name, args)
-        if name == "t2fnorm" and not has_scoring_logits(net):
+        if name == "t2fnorm" and scoring_module(unwrapped(net)) is None:
             raise CheckpointError(
                 "postprocessor 't2fnorm' needs a network trained with T2FNorm, got a "
                 f"{type(net).__name__}: use such a checkpoint, or another postprocessor"
@@ -80,8 +81,19 @@ class Baseline(Detector):
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Fit ReAct's threshold on ID images; the other experts have nothing to fit."""
         percentiles = [q for q in (self.output.react_percentile,) if q is not None]
-        self._thresholds = react_thresholds(self.net, loader, percentiles, progress)
+        if percentiles:
+            readings = self._begin(loader)
+            structure = self.structure(readings.first)
+            self._thresholds = react_thresholds(
+                self.net, structure, readings, percentiles, progress
+            )
         return self
+
+    def _try(self, images: Tensor) -> None:
+        structure = self.structure(images)
+        with undisturbed(unwrapped(self.net)), torch.no_grad():
+            done = forward_pass(self.net, images, structure)
+            react_logits(self.net, structure, images, done, float("inf"))
 
     @property
     def threshold_(self) -> float | None:
@@ -94,18 +106,22 @@ class Baseline(Detector):
 
     def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
         name, temperature, noise, input_std, _ = self.output
-        with undisturbed(self.net):
+        net, structure = self.net, self.structure(images)
+        with undisturbed(unwrapped(net)):
             if name == "odin":
-                with torch.inference_mode(False), torch.enable_grad():
-                    leaf = images.detach().clone().requires_grad_()
-                    first = forward_pass(self.net, leaf)
-                    images = odin_perturb(leaf, first.logits, temperature, noise, input_std)
+
+                def perturb(leaf: Tensor) -> tuple[Pass, Tensor]:
+                    done = forward_pass(net, leaf, structure)
+                    moved = odin_perturb(leaf, done.logits, temperature, noise, input_std)
+                    return done, moved
+
+                first, images = gradients_of_images(net, images, perturb)
                 with torch.no_grad():
-                    score = msp(forward_pass(self.net, images).logits, temperature)
+                    score = msp(forward_pass(net, images, structure).logits, temperature)
                 return score.unsqueeze(0), first.pred
             with torch.no_grad():
-                first = forward_pass(self.net, images)
-                logits = react_logits(self.net, first, self.threshold_)
+                first = forward_pass(net, images, structure)
+                logits = react_logits(net, structure, images, first, self.threshold_)
         if name == "mls":
             score = mls(logits)
         else:

@@ -12,12 +12,14 @@ from typing_extensions import Self
 from fusenorm_openood.detectors.base import Detector, fit_panel
 from fusenorm_openood.errors import ConfigError, NotFittedError
 from fusenorm_openood.listening.panel import Fitted, Panel
-from fusenorm_openood.listening.taps import first_of_last_stage, resolve_taps
+from fusenorm_openood.listening.structure import Structure
+from fusenorm_openood.listening.taps import check_taps, first_of_last_stage, resolve_taps
+from fusenorm_openood.listening.understanding import guess_structure
 from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, OUTPUT_EXPERTS, Output
 from fusenorm_openood.method.fusion import fuse, mean_of_strong
 from fusenorm_openood.method.joint import JointStatistics, joint_penalty, joint_statistics
 from fusenorm_openood.method.posthoc import POSTHOC, Posthoc
-from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
 from fusenorm_openood.method.statistics import (
     IDStatistics,
     compute_id_statistics,
@@ -36,26 +38,38 @@ class Calibration:
         id_scores: their scores on ID images `[L, N]`.
         statistics: ID statistics of the experts, or with the joint penalty of the strong ones.
         joint: statistics of the joint distance, with the joint penalty.
+        settings: all settings of the fit.
+        strong: names of the strong experts.
     """
 
     experts: tuple[str, ...]
     fitted: Fitted
     id_scores: NDArray[np.float64]
     statistics: IDStatistics
-    joint: JointStatistics | None = None
+    joint: JointStatistics | None
+    settings: Settings
+    strong: tuple[str, ...]
 
 
 class FuseNorm(Detector):
-    """OOD detector that fuses the feature norms of all residual blocks with strong experts.
+    """OOD detector that fuses the feature norms of all blocks with strong experts.
+
+    The network is understood from its own graph at the first images that it is fitted on; see
+    `fusenorm_openood.listening.structure`. It may be wrapped in DataParallel or compiled: the
+    network inside is what runs, on one device and as it was before compilation.
 
     Args:
-        net: any network that returns logits `[B, K]`; it is left unchanged.
+        net: any network that returns logits `[B, K]`, also in a tuple, a mapping or a dataclass;
+            it is left unchanged.
         settings: all settings at once, for example `Settings.published()` or `Settings.joint()`;
             None = the default method, `fusenorm`.
+        structure: how the network is built, if that is known already.
         changes: individual settings by name; see `Settings`.
 
     Attributes:
         experts: names of the experts: the taps in order, and the strong experts that are no taps.
+            Before `fit` they are those for images of the network's usual size, and none if that
+            size cannot be guessed.
         strong: names of the strong experts; the other taps are weak.
         calibration_: ID statistics, after `fit`.
 
@@ -64,16 +78,41 @@ class FuseNorm(Detector):
         TapError: taps that do not fit the network.
     """
 
-    def __init__(self, net: nn.Module, settings: Settings | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        settings: Settings | None = None,
+        structure: Structure | None = None,
+        **changes: Any,
+    ) -> None:
         super().__init__(net)
         self.settings = (settings or Settings()).replace(**changes)
-        self.taps = resolve_taps(net, self.settings.taps)
-        self.strong = self._resolve_strong()
+        check_taps(net, self.settings.taps)
+        self.calibration_: Calibration | None = None
+        self.taps, self.strong, self.experts = (), (), ()
+        self._free: list[Output] = []
+        self._fitted = Fitted()
+        structure = structure or guess_structure(net)
+        if structure is not None:
+            self._resolve(structure)
+
+    taps: tuple[str, ...]
+    strong: tuple[str, ...]
+    experts: tuple[str, ...]
+
+    def _resolve(self, structure: Structure) -> None:
+        """Name the experts of a network that is built like this."""
+        self.taps = resolve_taps(self.net, self.settings.taps, structure)
+        self.strong = self._resolve_strong(structure)
         others = [name for name in ("output", *POSTHOC) if name in self.strong]
         self.experts = (*self.taps, *others)
-        self.calibration_: Calibration | None = None
-        self.panel = self._panel_with(())
-        self._fitted = Fitted()
+        self.panel = self._panel_with(self._free)
+
+    def _try(self, images: Tensor) -> None:
+        structure = self.structure(images)
+        self._resolve(structure)
+        unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
+        self.panel.listen(self.net, structure, images, unclipped)
 
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Fit the ID statistics, preferably on ID images used neither for training nor for testing.
@@ -86,7 +125,8 @@ class FuseNorm(Detector):
             DataError, NonFiniteError, TapError: images or a network without usable scores.
         """
         self.calibration_ = None
-        self._fitted, scores, *_ = fit_panel(self, self.panel, loader, progress, "fit")
+        readings = self._begin(loader)
+        self._fitted, scores, *_ = fit_panel(self, self.panel, readings, progress, "fit")
         self.calibration_ = self.calibrate(scores[self._rows()], self._fitted)
         return self
 
@@ -97,22 +137,44 @@ class FuseNorm(Detector):
             ZeroRangeError, NonFiniteError: as in `fit`.
         """
         low, high = self.settings.percentile_low, self.settings.percentile_high
+        joint, rows = None, list(range(len(self.experts)))
         if self.settings.penalty == "joint":
             rows = [self.experts.index(name) for name in self.strong]
-            statistics = compute_id_statistics(id_scores[rows], low, high, self.strong)
             joint = joint_statistics(id_scores[: len(self.taps)], self.taps)
-            return Calibration(self.experts, fitted, id_scores, statistics, joint)
-        statistics = compute_id_statistics(id_scores, low, high, self.experts)
-        return Calibration(self.experts, fitted, id_scores, statistics)
+        normalised = [self.experts[row] for row in rows]
+        statistics = compute_id_statistics(id_scores[rows], low, high, normalised)
+        return Calibration(
+            self.experts, fitted, id_scores, statistics, joint, self.settings, self.strong
+        )
 
     def with_calibration(self, calibration: Calibration) -> Self:
-        """Use the ID statistics of an earlier fit on the same network instead of fitting."""
+        """Use the ID statistics of an earlier fit on the same network instead of fitting.
+
+        Settings of the normalisation and of the fusion may differ from those of the fit: the
+        statistics are then computed anew from the ID scores.
+
+        Raises:
+            ConfigError: the fit had other experts, or a setting that changes their scores.
+        """
+        then, now = vars(calibration.settings), vars(self.settings)
+        for name in (n for n in now if n not in FUSION_SETTINGS and now[n] != then[n]):
+            raise ConfigError(
+                f"calibration must have the detector's {name} = {now[name]!r}, got "
+                f"{then[name]!r}: fit again"
+            )
+        if self.settings.strong == calibration.settings.strong and not self.experts:
+            self.taps = tuple(n for n in calibration.experts if n not in ("output", *POSTHOC))
+            self.strong, self.experts = calibration.strong, calibration.experts
+            self.panel = self._panel_with(self._free)
         if calibration.experts != self.experts:
             raise ConfigError(
                 f"calibration must have the detector's experts {', '.join(self.experts)}, got "
                 f"{', '.join(calibration.experts)}: fit again"
             )
-        self._fitted, self.calibration_ = calibration.fitted, calibration
+        self._fitted = calibration.fitted
+        if then != now:
+            calibration = self.calibrate(calibration.id_scores, calibration.fitted)
+        self.calibration_ = calibration
         return self
 
     def with_companions(self) -> Self:
@@ -128,7 +190,8 @@ class FuseNorm(Detector):
             for name in ("msp", "mls", "energy")
         ]
         self.companions, self._free = tuple(output.label for output in free), free
-        self.panel = self._panel_with(free)
+        if self.experts:
+            self.panel = self._panel_with(free)
         return self
 
     @property
@@ -156,7 +219,8 @@ class FuseNorm(Detector):
         ]
 
     def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        scores, pred = self.panel.scores(self.net, images, self._fitted)
+        structure = self.structure(images)
+        scores, pred = self.panel.scores(self.net, structure, images, self._fitted)
         if not self.companions:
             return scores, pred
         return scores[[*self._rows(), *map(self.panel.output_row, self._free)]], pred
@@ -178,9 +242,9 @@ class FuseNorm(Detector):
             raise NotFittedError("this FuseNorm has no ID statistics: call fit(loader) first")
         return self.calibration_
 
-    def _resolve_strong(self) -> tuple[str, ...]:
+    def _resolve_strong(self, structure: Structure) -> tuple[str, ...]:
         if isinstance(self.settings.strong, str):
-            return first_of_last_stage(self.net, self.taps), "output"
+            return first_of_last_stage(structure, self.taps), "output"
         strong = []
         for expert in self.settings.strong:
             number = expert if isinstance(expert, int) else None

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.errors import NotFittedError
-from fusenorm_openood.listening.panel import Fitted, Panel, head_of
+from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc
 
@@ -43,28 +43,32 @@ class PosthocBaseline(Detector):
         """Fit the expert, as OpenOOD does on the training images."""
         if self.experts[0] in UNFITTED:
             return self
-        sample = FeatureSample(limit=sys.maxsize)
+        sample, readings = FeatureSample(limit=sys.maxsize), self._begin(loader)
+        structure = self.structure(readings.first)
 
         def listen(images: Tensor) -> tuple[Tensor, Tensor]:
-            rows, pred, seen = self._panel.listen(self.net, images, Fitted())
+            rows, pred, seen = self._panel.listen(self.net, structure, images, Fitted())
             if seen is not None:
                 sample.add(seen)
             return rows, pred
 
-        _, pred, label = self._collect(loader, progress, "fit", listen)
+        _, pred, label = self._collect(readings, progress, "fit", listen)
         classes = torch.from_numpy(np.where(label < 0, pred, label))
-        head = Head(*(t.cpu().float() for t in head_of(self.net)))
+        head = Head(*(t.cpu().float() for t in self._panel.head(self.net, structure)))
         arguments = dict(self.expert.arguments)
         state = POSTHOC[self.expert.name].fit(sample.seen, classes, head, arguments)
         self._fitted = Fitted(states={self.expert: state})
         return self
+
+    def _try(self, images: Tensor) -> None:
+        self._panel.listen(self.net, self.structure(images), images, Fitted())
 
     def _check_fitted(self) -> None:
         if self.expert not in self._fitted.states:
             raise NotFittedError(f"this {self.expert.name} is not fitted: call fit(loader) first")
 
     def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self._panel.scores(self.net, images, self._fitted)
+        return self._panel.scores(self.net, self.structure(images), images, self._fitted)
 
     def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
         conf: NDArray[Any] = experts[0]

@@ -41,7 +41,7 @@ def batches(
     Raises:
         DataError: an unknown kind of batch, or one with different numbers of images and labels.
     """
-    for batch in _without_traceback(tqdm(loader, desc=desc, disable=not progress, leave=False)):
+    for batch in without_traceback(tqdm(loader, desc=desc, disable=not progress, leave=False)):
         if isinstance(batch, dict):
             images, labels = batch.get("data"), batch.get("label")
         elif isinstance(batch, tuple | list) and len(batch) >= 1:
@@ -63,7 +63,7 @@ def _check_labels(labels: Any, images: Tensor) -> None:
         )
 
 
-def _without_traceback(loader: Iterable[Any]) -> Iterator[Any]:
+def without_traceback(loader: Iterable[Any]) -> Iterator[Any]:
     """A loader that raises a DataError from a worker process without the worker's traceback."""
     try:
         yield from loader

@@ -1,11 +1,52 @@
 """Gradients with respect to images, through a network that is left unchanged."""
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
+
+from fusenorm_openood.errors import TapError
+from fusenorm_openood.kernels.guards import is_out_of_memory
+
+T = TypeVar("T")
+# Networks that compute parts of their graph anew in the backward pass, which no mode reaches.
+_recomputing: WeakSet[nn.Module] = WeakSet()
+
+
+def gradients_of_images(net: nn.Module, images: Tensor, differentiate: Callable[[Tensor], T]) -> T:
+    """What a function computes from images `[B, C, H, W]` that require a gradient.
+
+    Raises:
+        TapError: no gradient reaches the images.
+    """
+
+    def attempt(saving: Any) -> T:
+        with torch.inference_mode(False), torch.enable_grad(), saving:
+            return differentiate(images.detach().clone().requires_grad_())
+
+    try:
+        if net not in _recomputing:
+            try:
+                return attempt(ConstantBatchNorm())
+            except CheckpointError:
+                _recomputing.add(net)
+        return attempt(nullcontext())
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        with torch.no_grad():
+            net(images.clone())  # raises the network's own error, if it is one
+        why = str(error).strip().splitlines()[0]
+        raise TapError(
+            f"ODIN needs the gradient of the logits of {type(net).__name__} with respect to its "
+            f"images, and none reaches them ({why}): choose output='energy'"
+        ) from error
 
 
 class ConstantBatchNorm(TorchFunctionMode):

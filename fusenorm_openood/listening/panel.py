@@ -7,13 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.listening.gradient import ConstantBatchNorm
+from fusenorm_openood.listening.gradient import gradients_of_images
 from fusenorm_openood.listening.modes import undisturbed
-from fusenorm_openood.listening.passes import Pass, final_linear, forward_pass, joined, parts
-from fusenorm_openood.listening.react import head_gives, react_logits
+from fusenorm_openood.listening.passes import Pass, forward_pass, joined, parts
+from fusenorm_openood.listening.react import head_of, react_logits
+from fusenorm_openood.listening.structure import Structure
+from fusenorm_openood.listening.wrappers import unwrapped
 from fusenorm_openood.method.atf import FeatureNorm, atf_each
 from fusenorm_openood.method.experts import Output, odin_direction, odin_step, score_logits
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc, Seen, State
+
+REAPPLIED = ("ash", "scale")  # apply the final layer to changed features
 
 
 @dataclass
@@ -78,20 +82,25 @@ class Panel:
         """Number of rows before those of the post-hoc experts."""
         return len(self.norms) * len(self.taps) + len(self.outputs)
 
-    def scores(self, net: nn.Module, images: Tensor, fitted: Fitted) -> tuple[Tensor, Tensor]:
+    def scores(
+        self, net: nn.Module, structure: Structure, images: Tensor, fitted: Fitted
+    ) -> tuple[Tensor, Tensor]:
         """Scores `[R, B]`, larger = more in-distribution, and predicted classes `[B]`.
 
         Args:
             net: a network; it is left unchanged.
+            structure: how it is built; see `understand`.
             images: `[B, C, H, W]` on its device.
             fitted: what `fit_panel` has fitted.
         """
-        rows, pred, seen = self.listen(net, images, fitted)
-        return (rows if seen is None else self.completed(net, rows, seen, fitted)), pred
+        rows, pred, seen = self.listen(net, structure, images, fitted)
+        return (rows if seen is None else self.completed(net, structure, rows, seen, fitted)), pred
 
-    def completed(self, net: nn.Module, rows: Tensor, seen: Seen, fitted: Fitted) -> Tensor:
+    def completed(
+        self, net: nn.Module, structure: Structure, rows: Tensor, seen: Seen, fitted: Fitted
+    ) -> Tensor:
         """The scores of `listen`, with those of the post-hoc experts: `[R, B]`."""
-        head = head_of(net)
+        head = self.head(net, structure)
         scored = [
             POSTHOC[expert.name].score(
                 seen, head, fitted.state(expert, rows.device), dict(expert.arguments)
@@ -100,53 +109,72 @@ class Panel:
         ]
         return torch.cat([rows, torch.stack(scored).to(rows)])
 
+    def head(self, net: nn.Module, structure: Structure) -> Head:
+        """What the post-hoc experts read of the network's head; GEN reads the logits alone."""
+        if all(expert.name == "gen" for expert in self.posthoc):
+            return Head(torch.empty(0, 0), torch.empty(0))
+        return head_of(net, structure)
+
     def listen(
-        self, net: nn.Module, images: Tensor, fitted: Fitted
+        self, net: nn.Module, structure: Structure, images: Tensor, fitted: Fitted
     ) -> tuple[Tensor, Tensor, Seen | None]:
         """As `scores`, without the post-hoc experts, but with what they see, if there are any.
 
         Raises:
-            TapError: post-hoc experts need the feature of a network without a final linear layer.
+            TapError: the network lacks what an expert needs: a tap, a gradient with respect to the
+                images, or for post-hoc experts a final linear layer.
         """
-        with undisturbed(net):
-            listened = [self._listen(net, part, fitted) for part in parts(images)]
+        with undisturbed(unwrapped(net)):
+            listened = [
+                self._listen(net, structure, part, fitted)
+                for part in parts(images, structure.mixes)
+            ]
         rows, passes = zip(*listened, strict=True)
         first = joined(passes)
-        return torch.cat(rows, dim=1), first.pred, self._seen(net, first)
+        return torch.cat(rows, dim=1), first.pred, self._seen(net, structure, first)
 
-    def _seen(self, net: nn.Module, done: Pass) -> Seen | None:
+    def _seen(self, net: nn.Module, structure: Structure, done: Pass) -> Seen | None:
         if not self.posthoc:
             return None
         names = [expert.name for expert in self.posthoc if expert.name != "gen"]
         if not names:
             return Seen(done.logits, done.logits)  # GEN reads the logits alone
-        if done.feature is None or not head_gives(net, done):
+        reapplied = [name for name in names if name in REAPPLIED and not structure.head.is_linear]
+        if done.feature is None or reapplied:
             raise TapError(
-                f"experts {', '.join(names)} need a final linear layer that returns the logits, "
-                f"which {type(net).__name__} lacks: set strong=['output']"
+                f"experts {', '.join(reapplied or names)} need a final linear layer that returns "
+                f"the logits, which {type(net).__name__} lacks: set strong=['output']"
             )
         return Seen(done.feature, done.logits)
 
-    def _listen(self, net: nn.Module, images: Tensor, fitted: Fitted) -> tuple[Tensor, Pass]:
-        def clipped(done: Pass, output: Output) -> Tensor:
+    def _listen(
+        self, net: nn.Module, structure: Structure, images: Tensor, fitted: Fitted
+    ) -> tuple[Tensor, Pass]:
+        def clipped(seen: Tensor, done: Pass, output: Output) -> Tensor:
             q = output.react_percentile
-            return react_logits(net, done, None if q is None else fitted.thresholds[q])
+            threshold = None if q is None else fitted.thresholds[q]
+            return react_logits(net, structure, seen, done, threshold)
 
         moved: dict[Output, Tensor] = {}
         if any(output.needs_gradient for output in self.outputs):
-            begun = [self._with_graph(net, part, clipped) for part in parts(images, True)]
+            begun = [
+                self._with_graph(net, structure, part, clipped)
+                for part in parts(images, structure.mixes, True)
+            ]
             first = joined([done for done, _ in begun])
             moved = {o: torch.cat([images_of[o] for _, images_of in begun]) for o in begun[0][1]}
         else:
             with torch.no_grad():
-                first = forward_pass(net, images, self.taps, self._reduce)
+                first = forward_pass(net, images, structure, self.taps, self._reduce)
         with torch.no_grad():
             scored = [
                 score_logits(
                     output.output,
-                    clipped(forward_pass(net, moved[output]), output)
-                    if output in moved
-                    else clipped(first, output),
+                    clipped(
+                        moved.get(output, images),
+                        forward_pass(net, moved[output], structure) if output in moved else first,
+                        output,
+                    ),
                     output.temperature,
                 )
                 for output in self.outputs
@@ -161,13 +189,19 @@ class Panel:
         return atf_each(feature_map, self.norms)
 
     def _with_graph(
-        self, net: nn.Module, images: Tensor, clipped: Callable[[Pass, Output], Tensor]
+        self,
+        net: nn.Module,
+        structure: Structure,
+        images: Tensor,
+        clipped: Callable[[Tensor, Pass, Output], Tensor],
     ) -> tuple[Pass, dict[Output, Tensor]]:
         """One pass for the taps and the gradients with respect to the images; ODIN's images."""
-        with torch.inference_mode(False), torch.enable_grad(), ConstantBatchNorm():
-            leaf = images.detach().clone().requires_grad_()
-            first = forward_pass(net, leaf, self.taps, self._reduce)
-            return first, self._perturbed(leaf, lambda output: clipped(first, output))
+
+        def differentiate(leaf: Tensor) -> tuple[Pass, dict[Output, Tensor]]:
+            first = forward_pass(net, leaf, structure, self.taps, self._reduce)
+            return first, self._perturbed(leaf, lambda output: clipped(leaf, first, output))
+
+        return gradients_of_images(net, images, differentiate)
 
     def _perturbed(
         self, leaf: Tensor, logits_of: Callable[[Output], Tensor]
@@ -184,13 +218,3 @@ class Panel:
             for output in outputs:
                 moved[output] = odin_step(leaf, direction, output.noise, output.input_std)
         return moved
-
-
-def head_of(net: nn.Module) -> Head:
-    """Weight and bias of the final linear layer of a network that has one."""
-    head = final_linear(net)
-    if head is None:
-        return Head(torch.empty(0, 0), torch.empty(0))
-    weight = head.weight.detach()
-    bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach()
-    return Head(weight, bias)

@@ -1,6 +1,7 @@
 """One forward pass through an arbitrary network."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -8,8 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusenorm_openood.errors import TapError
+from fusenorm_openood.listening.head import feature_of
+from fusenorm_openood.listening.outputs import logits_at
+from fusenorm_openood.listening.structure import Structure
 from fusenorm_openood.listening.taps import listening
-from fusenorm_openood.networks.t2fnorm import classification_feature, has_scoring_logits
+from fusenorm_openood.listening.wrappers import current_pass, scoring_run, unwrapped
+from fusenorm_openood.networks.t2fnorm import classification_feature
 
 PIXELS = 2**14  # image pixels that one CPU thread processes at a time
 
@@ -19,117 +24,187 @@ class Pass(NamedTuple):
 
     Attributes:
         norms: feature norms `[L, B]`, one row per tap.
-        feature: input `[B, D]` of the last linear layer, None for a network without one.
+        feature: input `[B, D]` of the layers that make the logits, None without such layers.
         logits: logits `[B, K]` that OOD scores are computed from, at least in float32: a final
             linear layer is applied in full precision where autocast or its weights are half.
         pred: predicted classes `[B]`.
+        activations: the same input `[B, A]` before any mean over its pixels.
     """
 
     norms: Tensor
     feature: Tensor | None
     logits: Tensor
     pred: Tensor
+    activations: Tensor | None
 
 
 def forward_pass(
     net: nn.Module,
     images: Tensor,
+    structure: Structure,
     taps: Sequence[str] = (),
     reduce: Callable[[Tensor], Tensor] = torch.clone,
+    threshold: float | None = None,
 ) -> Pass:
     """Run a network once and record its taps, its penultimate feature and its logits.
 
     A network that uses different logits for scoring than for classification, such as T2FNorm's,
-    returns them from a method `forward_ood_inference`; they are then the logits of the pass.
+    returns them from a method `forward_ood_inference`; they are then the logits of the pass. The
+    network gets a copy of the images, so it may change them.
+
+    Args:
+        net: the network.
+        images: `[B, C, H, W]` on its device.
+        structure: how it is built; see `understand`.
+        taps: names of the modules to tap.
+        reduce: from the feature maps `[B, C, H, W]` of a tap to its norms.
+        threshold: clips the input of the layers that make the logits, as ReAct does.
 
     Raises:
         TapError: an unusable tap (see `listening`), or logits that are not `[B, K]`.
     """
-    head = final_linear(net)
-    features: list[Tensor] = []
-    outputs: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        features.append(args[0])
-        outputs.append(output)
-
-    run = net.forward_ood_inference if has_scoring_logits(net) else net
-    handle = head.register_forward_hook(keep) if head is not None else None
+    core, heard = unwrapped(net), dict[str, Tensor]()
+    head = {name: core.get_submodule(name) for name in structure.head.names}
+    token = current_pass.set(object())
     try:
-        with listening(net, taps, reduce) as heard:
-            logits = run(images)  # type: ignore[operator]
+        run = scoring_run(core, structure.scoring)
+        with (
+            listening(core, taps, structure.layouts, images.shape, reduce) as heard,
+            kept_head(head, threshold) as (inputs, outputs),
+        ):
+            output = run(images.clone())
+        logits = _logits(core, structure, head, output, inputs, outputs, len(images))
+        pred = logits.detach()
+        if structure.scoring is not None:
+            with torch.no_grad():
+                pred = _classified(core, structure, head, inputs, images)
     finally:
-        if handle is not None:
-            handle.remove()
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise TapError(
-            f"{type(net).__name__} must return logits [B, K] of at least two classes, got {found}: "
-            "wrap it so that its forward returns them"
-        )
-    if head is not None and outputs and logits is outputs[-1]:
-        logits = _in_full(head, features[-1], logits)
-    norms = (
-        torch.stack([heard[name] for name in taps]) if taps else logits.new_empty(0, len(images))
-    )
-    feature = features[-1] if features and features[-1].ndim == 2 else None
-    classified = logits
-    if has_scoring_logits(net):
-        with torch.no_grad():
-            classified = _classify(net, images, head, feature)
-    return Pass(norms, feature, logits, classified.detach().argmax(dim=1))
+        current_pass.reset(token)
+    norms = torch.stack([heard[n] for n in taps]) if taps else logits.new_empty(0, len(images))
+    feature, flat = feature_of(head, inputs), [x.flatten(1) for x in inputs.values()]
+    activations = None if not flat else flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+    return Pass(norms, feature, logits, pred.argmax(dim=1), activations)
 
 
 def joined(passes: Sequence[Pass]) -> Pass:
-    """Join the passes over the parts of a batch, without their graphs."""
-    norms, features, logits, preds = zip(*passes, strict=True)
+    """Join the passes over the parts of a batch, without their graphs and activations."""
+    norms, features, logits, preds, _ = zip(*passes, strict=True)
     known = [feature.detach() for feature in features if feature is not None]
     return Pass(
         torch.cat(norms, dim=-1),
         torch.cat(known) if known else None,
         torch.cat([part.detach() for part in logits]),
         torch.cat(preds),
+        None,
     )
 
 
-def parts(images: Tensor, with_graph: bool = False) -> tuple[Tensor, ...]:
+def parts(images: Tensor, mixes: bool = False, with_graph: bool = False) -> tuple[Tensor, ...]:
     """Split images `[B, C, H, W]` into parts of a size that is fast on their device.
+
+    A batch whose images influence each other stays whole; see `Structure.mixes`.
 
     On a CPU, the feature maps of a large part do not fit into the caches, all the less with a graph
     for gradients, and the allocator returns their memory to the operating system at every layer; a
     small part spends its time reading weights. On any other device the batch stays whole.
     """
-    if images.device.type != "cpu":
+    if mixes or images.device.type != "cpu":
         return (images,)
     of_a_thread = max(PIXELS // max(images.shape[2:].numel(), 1), 4)
     return torch.split(images, torch.get_num_threads() * of_a_thread // (1 + with_graph))
 
 
-def _classify(
-    net: nn.Module, images: Tensor, head: nn.Linear | None, feature: Tensor | None
+@contextmanager
+def kept_head(
+    head: Mapping[str, nn.Module], threshold: float | None = None
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Inputs and outputs of the layers that make the logits, with clipped inputs."""
+    inputs, outputs, this = dict[str, Tensor](), dict[str, Tensor](), current_pass.get()
+
+    def before(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if current_pass.get() is not this:
+                return None
+            given = args[0] if args else next(iter(kwargs.values()))
+            inputs[name] = given if threshold is None else given.clamp(max=threshold)
+            if threshold is None:
+                return None
+            if args:
+                return (inputs[name], *args[1:]), kwargs
+            return args, {**kwargs, next(iter(kwargs)): inputs[name]}
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if current_pass.get() is this:
+                outputs[name] = output
+
+        return hook
+
+    handles = []
+    try:
+        for name, module in head.items():
+            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(after(name)))
+        yield inputs, outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _logits(
+    core: nn.Module,
+    structure: Structure,
+    head: Mapping[str, nn.Module],
+    output: Any,
+    inputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    batch: int,
+) -> Tensor:
+    silent = [name for name in head if name not in outputs]
+    if silent:
+        raise TapError(
+            f"{type(core).__name__} made its logits without {silent[0]!r}, with which it was "
+            "understood: fit again"
+        )
+    last = list(head)[-1:]
+    if structure.head.before_softmax:
+        return outputs[last[0]].flatten(1)
+    logits = logits_at(core, output, structure.logits, batch)
+    if last and logits is outputs[last[0]] and isinstance(head[last[0]], nn.Linear):
+        return _in_full(head[last[0]], inputs[last[0]], logits)
+    return logits.float() if logits.dtype in HALF else logits
+
+
+def _classified(
+    core: nn.Module,
+    structure: Structure,
+    head: Mapping[str, nn.Module],
+    inputs: Mapping[str, Tensor],
+    images: Tensor,
 ) -> Tensor:
     """Logits for classification of a network that uses other logits for scoring."""
-    normalised = None if feature is None else classification_feature(net, feature)
-    if head is None or normalised is None:
-        logits: Tensor = net(images)
-        return logits
-    return apply_head(head, normalised)
+    scoring = core.get_submodule(structure.scoring or "")
+    if len(head) == 1:
+        ((name, layer),) = head.items()
+        normalised = classification_feature(scoring, inputs[name])
+        if normalised is not None:
+            return apply_head(layer, normalised)
+    return logits_at(core, core(images.clone()), structure.logits, len(images))
 
 
-def apply_head(head: nn.Linear, feature: Tensor) -> Tensor:
+HALF = (torch.float16, torch.bfloat16)
+
+
+def apply_head(head: nn.Module, feature: Tensor) -> Tensor:
     """Logits `[B, K]` of features `[B, D]`, at least in float32; see `Pass`."""
     return _in_full(head, feature, head(feature))
 
 
-def _in_full(head: nn.Linear, feature: Tensor, logits: Tensor) -> Tensor:
-    if logits.dtype not in (torch.float16, torch.bfloat16):
+def _in_full(head: nn.Module, feature: Tensor, logits: Tensor) -> Tensor:
+    if logits.dtype not in HALF or not isinstance(head, nn.Linear):
         return logits
     bias = None if head.bias is None else head.bias.float()
     with torch.autocast(logits.device.type, enabled=False):
         return F.linear(feature.float(), head.weight.float(), bias)
-
-
-def final_linear(net: nn.Module) -> nn.Linear | None:
-    """The last linear layer of a network in the order of its modules, if it has one."""
-    linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
-    return linear[-1] if linear else None

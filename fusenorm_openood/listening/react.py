@@ -7,21 +7,30 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fusenorm_openood.devices import device_of
+from fusenorm_openood.devices import moved
 from fusenorm_openood.errors import DataError, TapError
 from fusenorm_openood.listening.batches import batches, not_finite
+from fusenorm_openood.listening.head import linear_head
 from fusenorm_openood.listening.modes import undisturbed
-from fusenorm_openood.listening.passes import Pass, apply_head, final_linear, forward_pass
+from fusenorm_openood.listening.passes import Pass, apply_head, forward_pass
+from fusenorm_openood.listening.structure import Structure
+from fusenorm_openood.listening.wrappers import unwrapped
+from fusenorm_openood.method.posthoc import Head
 
 
 def react_thresholds(
-    net: nn.Module, loader: Iterable[Any], percentiles: Sequence[float], progress: bool = False
+    net: nn.Module,
+    structure: Structure,
+    loader: Iterable[Any],
+    percentiles: Sequence[float],
+    progress: bool = False,
 ) -> dict[float, float]:
     """ReAct's thresholds: percentiles of the penultimate activations of ID images, in one pass.
 
     Raises:
-        TapError: the network's logits are not the output of a final linear layer.
+        TapError: the network has no layers that make its logits.
         NonFiniteError: an image or its feature is not finite.
         DataError: the loader gives no images.
 
@@ -30,29 +39,56 @@ def react_thresholds(
     if not percentiles:
         return {}
     sample = ActivationSample()
-    with undisturbed(net), torch.no_grad():
+    with undisturbed(unwrapped(net)), torch.no_grad():
         for images, _ in batches(loader, progress, "ReAct"):
-            done = forward_pass(net, images.to(device_of(net), non_blocking=True))
-            if done.feature is None:
+            done = forward_pass(net, moved(net, images), structure)
+            if done.activations is None:
                 raise _no_head(net)
-            feature = done.feature.float().cpu().numpy()
-            if not np.isfinite(feature).all():
-                image = int(np.argwhere(~np.isfinite(feature))[0, 0])
+            activations = done.activations.float().cpu().numpy()
+            if not np.isfinite(activations).all():
+                image = int(np.argwhere(~np.isfinite(activations))[0, 0])
                 raise not_finite(images, image, "a penultimate feature that is not finite")
-            if sample.is_empty and not head_gives(net, done):
-                raise _no_head(net)
-            sample.update(feature)
+            sample.update(activations)
     return {q: sample.percentile(q) for q in percentiles}
 
 
-def react_logits(net: nn.Module, done: Pass, threshold: float | None) -> Tensor:
-    """Logits of a pass, with its penultimate feature clipped at the threshold, if any."""
+def react_logits(
+    net: nn.Module, structure: Structure, images: Tensor, done: Pass, threshold: float | None
+) -> Tensor:
+    """Logits of a pass over images, with its penultimate feature clipped at the threshold, if any.
+
+    The layers that make the logits are applied once more, and the whole network where the logits
+    are not their sum.
+    """
     if threshold is None:
         return done.logits
-    head = final_linear(net)
-    if head is None or done.feature is None:
+    if done.feature is None:
         raise _no_head(net)
-    return apply_head(head, done.feature.clamp(max=threshold))
+    if not structure.head.is_linear:
+        return forward_pass(net, images, structure, threshold=threshold).logits
+    core, names = unwrapped(net), structure.head.names
+    clipped = done.feature.clamp(max=threshold)
+    if structure.head.shares == (1.0,) and isinstance(core.get_submodule(names[0]), nn.Linear):
+        return apply_head(core.get_submodule(names[0]), clipped)
+    weight, bias = head_of(net, structure)
+    with torch.autocast(clipped.device.type, enabled=False):
+        return F.linear(clipped.float(), weight.float(), bias.float())
+
+
+def head_of(net: nn.Module, structure: Structure) -> Head:
+    """Weight and bias of the network's logits as a linear function of its feature.
+
+    Raises:
+        TapError: the logits do not come from layers with a weight matrix.
+    """
+    layers = [unwrapped(net).get_submodule(name) for name in structure.head.names]
+    head = linear_head(layers, structure.head.shares)
+    if head is None:
+        raise TapError(
+            f"the logits of {type(net).__name__} do not come from a linear layer, whose weights "
+            "an expert needs: set strong=['output']"
+        )
+    return head
 
 
 class ActivationSample:
@@ -91,21 +127,8 @@ class ActivationSample:
         return float(np.percentile(np.concatenate(self._kept), q))
 
 
-def head_gives(net: nn.Module, done: Pass) -> bool:
-    """Whether the logits are the unchanged output of the final linear layer."""
-    head = final_linear(net)
-    return (
-        head is not None
-        and done.feature is not None
-        and done.logits.shape == (len(done.feature), head.out_features)
-        and torch.allclose(
-            apply_head(head, done.feature), done.logits, rtol=1e-3, atol=1e-4, equal_nan=True
-        )
-    )
-
-
 def _no_head(net: nn.Module) -> TapError:
     return TapError(
-        f"ReAct needs a final linear layer that returns the logits, which {type(net).__name__} "
-        "lacks: set react_percentile=None"
+        f"ReAct needs the layers that make the logits, and none was found in {type(net).__name__}: "
+        "set react_percentile=None"
     )

@@ -1,7 +1,7 @@
 """Choose the modules of a network to tap, and tap them during a forward pass."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -9,138 +9,136 @@ import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.listening.modes import undisturbed
-
-# BasicBlock, Bottleneck, PreActBlock, InvertedResidual, ...
-_RESIDUAL_BLOCK = re.compile(r"(Block|Bottleneck|Residual)$")
+from fusenorm_openood.listening.layouts import as_maps
+from fusenorm_openood.listening.outputs import tensors_in
+from fusenorm_openood.listening.structure import Structure, read_structure
+from fusenorm_openood.listening.wrappers import current_pass, unwrapped
 
 
 class TapCandidate(NamedTuple):
-    """A module that returns a feature map: its name, class, and output shape `[B, C, H, W]`."""
+    """A module that returns a feature map: its name, class, and output shape."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
 
 
-def residual_blocks(net: nn.Module) -> list[str]:
-    """Names of all residual blocks of a network, in the order of its modules.
-
-    A residual block is a module with a class name such as BasicBlock or Bottleneck that contains no
-    other such module.
-    """
-    named = [n for n, m in net.named_modules() if n and _RESIDUAL_BLOCK.search(type(m).__name__)]
-    return [name for name in named if not any(other.startswith(f"{name}.") for other in named)]
-
-
-def stage_ends(blocks: Sequence[str]) -> list[str]:
-    """The last block of each stage; a stage is the residual blocks under one parent module."""
-    return list({_parent(name): name for name in blocks}.values())
-
-
-def resolve_taps(net: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of the modules to tap.
-
-    Args:
-        net: any network.
-        taps: `"blocks"` (every residual block), `"stages"` (the last block of each stage), or
-            the names of modules that return feature maps `[B, C, H, W]`.
-
-    Raises:
-        TapError: no residual block, or a name that is unknown or given twice.
-    """
+def check_taps(net: nn.Module, taps: str | Sequence[str]) -> None:
+    """Raise TapError unless `taps` is `"blocks"`, `"stages"` or a list of a network's modules."""
     if isinstance(taps, str):
         if taps not in ("blocks", "stages"):
             raise TapError(
                 f"taps must be 'blocks', 'stages' or a list of module names, got {taps!r}"
             )
-        blocks = residual_blocks(net)
-        if not blocks:
-            raise TapError(
-                f"{type(net).__name__} has no residual block: name the modules to tap, "
-                "tap_candidates(net, images) lists them"
-            )
-        return tuple(blocks if taps == "blocks" else stage_ends(blocks))
-    known = {name for name, _ in net.named_modules() if name}
-    for name in taps:
+        return
+    known = {name for name, _ in unwrapped(net).named_modules() if name}
+    for name in map(_plain, taps):
         if name not in known:
             near = [n for n in sorted(known) if n.split(".")[0] == name.split(".")[0]]
             raise TapError(
                 f"{type(net).__name__} has no module {name!r}: "
-                f"choose from {', '.join(near or residual_blocks(net) or sorted(known))}"
+                f"choose from {', '.join(near or sorted(known))}"
             )
     if len(set(taps)) != len(taps) or not taps:
         raise TapError(f"taps must name at least one module, each once, got {list(taps)}")
-    return tuple(taps)
 
 
-def first_of_last_stage(net: nn.Module, names: Sequence[str]) -> str:
+def resolve_taps(
+    net: nn.Module, taps: str | Sequence[str], structure: Structure
+) -> tuple[str, ...]:
+    """Names of the modules to tap.
+
+    Args:
+        net: any network.
+        taps: `"blocks"` (every block), `"stages"` (the last block of each stage), or the names of
+            modules that return feature maps.
+        structure: how the network is built; see `understand`.
+
+    Raises:
+        TapError: no block was found, or a name that is unknown or given twice.
+    """
+    check_taps(net, taps)
+    if not isinstance(taps, str):
+        names = tuple(map(_plain, taps))
+        for name in (name for name in names if name not in structure.layouts):
+            raise _unusable(net, name, structure.runs.get(name, 0), structure.shapes.get(name, ()))
+        return names
+    if not structure.blocks:
+        raise TapError(
+            f"{type(net).__name__} has no blocks on one trunk: name the modules to tap, "
+            "tap_candidates(net, images) lists them"
+        )
+    if taps == "blocks":
+        return structure.blocks
+    return tuple(stage[-1] for stage in structure.stages(structure.blocks))
+
+
+def first_of_last_stage(structure: Structure, taps: Sequence[str]) -> str:
     """The tap that is a strong expert by default: the first one in the last stage.
 
-    If the network has fewer than two stages, or no tap in the last one, it is the last tap.
+    If all taps are in one stage, it is the last tap.
     """
-    stages = list(dict.fromkeys(_parent(name) for name in residual_blocks(net)))
-    in_last = [name for name in names if len(stages) > 1 and _parent(name) == stages[-1]]
-    return [*in_last, names[-1]][0]
+    stages = structure.stages(taps)
+    return stages[-1][0] if len(stages) > 1 else taps[-1]
 
 
 def tap_candidates(net: nn.Module, images: Tensor) -> list[TapCandidate]:
-    """All modules that return exactly one feature map in a forward pass, in execution order.
+    """All modules that run once and return a feature map, in the order in which they end.
 
     Args:
         net: any network; it is left unchanged.
         images: a batch that the network accepts, on its device.
     """
-    found: dict[str, list[TapCandidate]] = {}
-    handles = []
+    modules, structure = dict(unwrapped(net).named_modules()), read_structure(net, images)
+    return [
+        TapCandidate(name, type(modules[name]).__name__, (len(images), *structure.shapes[name][1:]))
+        for name in structure.layouts
+    ]
 
-    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4:
-                candidate = TapCandidate(name, type(module).__name__, tuple(output.shape))
-                found.setdefault(name, []).append(candidate)
 
-        return hook
-
-    try:
-        handles = [m.register_forward_hook(note(n)) for n, m in net.named_modules() if n]
-        with undisturbed(net), torch.no_grad():
-            net(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [candidates[0] for candidates in found.values() if len(candidates) == 1]
+def _plain(name: str) -> str:
+    """A module's name without the prefixes of torch's wrappers."""
+    return re.sub(r"^((module|_orig_mod)\.)+", "", name)
 
 
 @contextmanager
 def listening(
-    net: nn.Module, names: Sequence[str], reduce: Callable[[Tensor], Tensor]
+    net: nn.Module,
+    names: Sequence[str],
+    layouts: Mapping[str, str],
+    image: Sequence[int],
+    reduce: Callable[[Tensor], Tensor],
 ) -> Iterator[dict[str, Tensor]]:
     """Reduce the feature maps of the named modules during one forward pass.
 
-    Yields a dict that the pass fills with `reduce(feature map)` by module name. The reduction runs
-    inside the hook, without gradients, so no feature map outlives it. The hooks are removed on
-    exit, also after an exception.
+    Yields a dict that the pass fills with `reduce(feature map)` by module name, where the feature
+    map is `[B, C, H, W]` whatever the module's layout, and `[B, C, N, 1]` of tokens. The reduction
+    runs inside the hook, without gradients, so no feature map outlives it. The hooks act only in
+    the pass of this thread, and are removed on exit, also after an exception.
+
+    Args:
+        net: the network.
+        names: names of the modules.
+        layouts: their layouts; see `Structure`.
+        image: shape of the batch of images.
+        reduce: what becomes of a feature map.
 
     Raises:
         TapError: a tap that returns no feature map, fires twice or never fires.
     """
-    heard: dict[str, Tensor] = {}
+    heard, this = dict[str, Tensor](), current_pass.get()
 
     def listen(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor) or output.ndim != 4:
-                shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise TapError(
-                    f"tap {name!r} must return a feature map [B, C, H, W], got {shape}: "
-                    "tap another module, tap_candidates(net, images) lists them"
-                )
-            if name in heard:
-                raise TapError(
-                    f"tap {name!r} fired twice in one forward pass: tap a module that runs once"
-                )
+            if current_pass.get() is not this:
+                return
+            _, found = next(tensors_in(output), ((), None))
+            layout = layouts.get(name)
+            if name in heard or found is None or layout is None or found.ndim != len(layout):
+                shape = () if found is None else tuple(found.shape)
+                raise _unusable(net, name, 1 + (name in heard), shape)
             with torch.no_grad():
-                heard[name] = reduce(output.detach())
+                heard[name] = reduce(as_maps(found.detach(), layout, image))
 
         return hook
 
@@ -152,13 +150,19 @@ def listening(
     finally:
         for handle in handles:
             handle.remove()
-    silent = [name for name in names if name not in heard]
-    if silent:
-        raise TapError(
-            f"tap {silent[0]!r} never fired: the forward pass of {type(net).__name__} does not "
-            "call it; tap another module, tap_candidates(net, images) lists them"
+    for name in (name for name in names if name not in heard):
+        raise _unusable(net, name, 0, ())
+
+
+def _unusable(net: nn.Module, name: str, runs: int, shape: Sequence[int]) -> TapError:
+    if runs == 0:
+        why = f"never fired: the forward pass of {type(net).__name__} does not call it"
+    elif runs > 1:
+        why = "fired twice in one forward pass"
+    else:
+        why = (
+            f"must return a feature map [B, C, H, W], [B, H, W, C] or [B, N, C], got {list(shape)}"
         )
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
+    return TapError(
+        f"tap {name!r} {why}; tap another module, tap_candidates(net, images) lists them"
+    )

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from fusenorm_openood.configs import lookup
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.listening.modes import undisturbed, without_weight_gradients
-from fusenorm_openood.listening.passes import final_linear, forward_pass
+from fusenorm_openood.listening.passes import forward_pass
+from fusenorm_openood.listening.structure import Structure
+from fusenorm_openood.listening.understanding import understand
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 from fusenorm_openood.openood.bridge import base_postprocessor, openood_module
@@ -39,10 +41,13 @@ class ScoringView(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
+        self._structure: Structure | None = None
 
     def forward(self, x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Scoring logits `[B, K]`, optionally with the feature `[B, D]` that `fc` takes."""
-        done = forward_pass(self.net, x)
+        if self._structure is None:
+            self._structure = understand(self.net, x)
+        done = forward_pass(self.net, x, self._structure)
         if not return_feature:
             return done.logits
         if done.feature is None:
@@ -51,10 +56,10 @@ class ScoringView(nn.Module):
 
     @property
     def fc(self) -> nn.Linear:
-        fc = final_linear(self.net)
-        if fc is None:
+        linear = [m for m in self.net.modules() if isinstance(m, nn.Linear)]
+        if not linear:
             raise _no_head(self.net)
-        return fc
+        return linear[-1]
 
     def get_fc_layer(self) -> nn.Linear:
         return self.fc

@@ -33,9 +33,17 @@ BASE = published(k_max=0.4, noise=0.02)
 
 
 def passes(net: nn.Module) -> list[int]:
-    """A list to which every forward pass from now on appends its number of images."""
+    """A list to which every forward pass from now on appends its number of images.
+
+    Without the passes over at most two images by which the network is understood.
+    """
     images: list[int] = []
-    net.conv1.register_forward_hook(lambda module, args, output: images.append(len(args[0])))
+
+    def note(module, args, output):
+        if len(args[0]) > 2:
+            images.append(len(args[0]))
+
+    net.conv1.register_forward_hook(note)
     return images
 
 

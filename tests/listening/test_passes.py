@@ -5,7 +5,8 @@ from torch import nn
 from fusenorm_openood.devices import device_of
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.modes import undisturbed, without_weight_gradients
-from fusenorm_openood.listening.passes import final_linear, forward_pass
+from fusenorm_openood.listening.passes import forward_pass
+from fusenorm_openood.listening.understanding import understand
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 from tests.conftest import assert_undisturbed, state_of
@@ -14,7 +15,7 @@ from tests.conftest import assert_undisturbed, state_of
 def test_one_pass_returns_feature_logits_and_predictions(net):
     images = torch.randn(5, 3, 16, 16)
     with torch.no_grad():
-        done = forward_pass(net, images)
+        done = forward_pass(net, images, understand(net, images))
         logits, feature = net(images, return_feature=True)
     assert torch.equal(done.logits, logits)
     assert torch.equal(done.feature, feature)
@@ -29,7 +30,7 @@ def test_t2fnorm_scores_and_classifies_with_different_logits():
     with torch.no_grad():
         net.backbone.fc.bias.copy_(torch.tensor([0.0, 9, -9, 3]))
         images = torch.randn(32, 3, 16, 16)
-        done = forward_pass(net, images)
+        done = forward_pass(net, images, understand(net, images))
         assert torch.equal(done.logits, net.forward_ood_inference(images))
         assert torch.equal(done.pred, net(images).argmax(1))
     assert has_scoring_logits(net)
@@ -40,7 +41,7 @@ def test_any_network_may_have_separate_scoring_logits(net):
     net.forward_ood_inference = lambda x: -net(x)
     images = torch.randn(5, 3, 16, 16)
     with torch.no_grad():
-        done = forward_pass(net, images)
+        done = forward_pass(net, images, understand(net, images))
         assert torch.equal(done.logits, -net(images))
         assert torch.equal(done.pred, net(images).argmax(1))
 
@@ -49,14 +50,11 @@ def test_any_network_may_have_separate_scoring_logits(net):
 def test_networks_without_logits_are_rejected(layer):
     net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Conv2d(3, 1, 1), nn.Flatten(), layer)
     with pytest.raises(TapError, match="must return logits"):
-        forward_pass(net, torch.randn(2, 3, 8, 8))
+        understand(net, torch.randn(2, 3, 8, 8))
 
 
-def test_final_linear_and_device():
-    assert final_linear(nn.Conv2d(3, 3, 1)) is None
-    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4))
-    assert final_linear(net) is net[2]
-    assert device_of(net) == torch.device("cpu")
+def test_device_of_a_network():
+    assert device_of(nn.Linear(2, 3)) == torch.device("cpu")
     assert device_of(nn.ReLU()) == torch.device("cpu")
 
 
@@ -72,7 +70,7 @@ def test_undisturbed_restores_every_module_and_parameter(net):
     assert_undisturbed(net, before)
 
 
-def test_a_linear_layer_before_the_last_one_stays_half():
+def test_the_layer_that_makes_the_logits_need_not_be_the_last_one_registered():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -83,18 +81,26 @@ def test_a_linear_layer_before_the_last_one_stays_half():
             return self.fc(self.proj(x.flatten(1)))
 
     net, images = Odd().bfloat16(), torch.randn(2, 1, 2, 2).bfloat16()
-    assert torch.equal(forward_pass(net, images).logits, net(images))
+    done = forward_pass(net, images, understand(net, images))
+    exact = done.feature.float() @ net.fc.weight.float().T + net.fc.bias.float()
+    torch.testing.assert_close(done.logits, exact)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, "autocast"])
 def test_logits_are_computed_in_full_precision_where_the_network_is_half(net, half):
     images = torch.randn(5, 3, 16, 16)
     with torch.no_grad():
-        full = forward_pass(net, images)
+        full = forward_pass(net, images, understand(net, images))
         if half != "autocast":
             net, images = net.to(half), images.to(half)
         with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"):
-            done = forward_pass(net, images, ["layer1.0"], lambda x: x.float().mean((1, 2, 3)))
+            done = forward_pass(
+                net,
+                images,
+                understand(net, images),
+                ["layer1.0"],
+                lambda x: x.float().mean((1, 2, 3)),
+            )
         exact = done.feature.float() @ net.fc.weight.float().T + net.fc.bias.float()
     assert done.feature.dtype == torch.bfloat16
     assert done.logits.dtype == torch.float32

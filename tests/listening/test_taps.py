@@ -5,12 +5,11 @@ from torch import nn
 
 from fusenorm_openood import tap_candidates
 from fusenorm_openood.errors import TapError
+from fusenorm_openood.listening.structure import read_structure
 from fusenorm_openood.listening.taps import (
     first_of_last_stage,
     listening,
-    residual_blocks,
     resolve_taps,
-    stage_ends,
 )
 from fusenorm_openood.networks import (
     ResNet18_32x32,
@@ -21,6 +20,8 @@ from fusenorm_openood.networks import (
 )
 from tests.conftest import assert_undisturbed, make_net, state_of
 
+IMAGES = torch.randn(2, 3, 16, 16)
+MAPS = dict.fromkeys(["layer1", "layer2", "conv", "layer3.0"], "BCHW")
 BLOCKS_OF_RESNET18 = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
 
 
@@ -40,37 +41,50 @@ BLOCKS_OF_RESNET18 = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for bloc
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_residual_blocks_stages_and_the_strong_tap(net, count, ends, strong):
-    blocks = residual_blocks(net)
-    assert len(blocks) == count
-    assert stage_ends(blocks) == ends
-    assert first_of_last_stage(net, blocks) == strong
-    assert first_of_last_stage(net, ends) == ends[-1]
+def test_blocks_stages_and_the_strong_tap(net, count, ends, strong):
+    for size in (32, 64):
+        structure = read_structure(net, torch.randn(2, 3, size, size))
+        blocks = resolve_taps(net, "blocks", structure)
+        assert len(blocks) == count
+        assert resolve_taps(net, "stages", structure) == tuple(ends)
+        assert first_of_last_stage(structure, blocks) == strong
+        assert first_of_last_stage(structure, ends) == ends[-1]
 
 
 def test_without_stages_the_last_tap_is_strong():
-    net = torchvision.models.mobilenet_v2()
-    blocks = residual_blocks(net)
-    assert len(blocks) == 17
-    assert first_of_last_stage(net, blocks) == "features.17"
+    net = torchvision.models.vit_b_16(image_size=32)
+    structure = read_structure(net, torch.randn(2, 3, 32, 32))
+    assert len(structure.blocks) == 12
+    assert first_of_last_stage(structure, structure.blocks) == structure.blocks[-1]
 
 
 def test_taps_of_a_wrapped_network_carry_its_prefix():
     net = T2FNormNet(ResNet18_32x32(width=2), 10)
-    assert resolve_taps(net, "blocks") == tuple(f"backbone.{n}" for n in BLOCKS_OF_RESNET18)
+    structure = read_structure(net, IMAGES)
+    assert resolve_taps(net, "blocks", structure) == tuple(
+        f"backbone.{n}" for n in BLOCKS_OF_RESNET18
+    )
+
+
+def test_wrappers_of_torch_leave_the_names_as_they_are(net):
+    for wrapped in (nn.DataParallel(net), torch.compile(net)):
+        structure = read_structure(wrapped, IMAGES)
+        assert list(structure.blocks) == BLOCKS_OF_RESNET18
+        for prefix in ("module.", "_orig_mod."):
+            assert resolve_taps(wrapped, [f"{prefix}layer1.0"], structure) == ("layer1.0",)
 
 
 def test_named_taps_and_their_strong_tap(net):
-    names = ["layer1", "layer2", "layer4"]
-    assert resolve_taps(net, names) == tuple(names)
-    assert first_of_last_stage(net, names) == "layer4"
+    names, structure = ["layer1", "layer2", "layer4"], read_structure(net, IMAGES)
+    assert resolve_taps(net, names, structure) == tuple(names)
+    assert first_of_last_stage(structure, names) == "layer4"
 
 
 @pytest.mark.parametrize(
     ("taps", "message"),
     [
         (["layer4.2"], r"no module 'layer4\.2': choose from .*layer4\.1"),
-        (["nowhere"], r"no module 'nowhere': choose from layer1\.0"),
+        (["nowhere"], r"no module 'nowhere': choose from .*layer1\.0"),
         ([], "at least one"),
         (["layer1", "layer1"], "each once"),
         (
@@ -81,13 +95,13 @@ def test_named_taps_and_their_strong_tap(net):
 )
 def test_invalid_taps_are_rejected(net, taps, message):
     with pytest.raises(TapError, match=message):
-        resolve_taps(net, taps)
+        resolve_taps(net, taps, read_structure(net, IMAGES))
 
 
 def test_the_error_for_a_network_without_blocks_points_to_tap_candidates():
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 2))
     with pytest.raises(TapError, match="tap_candidates"):
-        resolve_taps(net, "blocks")
+        resolve_taps(net, "blocks", read_structure(net, IMAGES))
 
 
 def test_candidates_have_names_classes_and_shapes(net):
@@ -102,7 +116,10 @@ def test_candidates_have_names_classes_and_shapes(net):
 
 def test_listening_yields_the_modules_outputs(net):
     images = torch.randn(2, 3, 16, 16)
-    with torch.no_grad(), listening(net, ["layer1", "layer2"], torch.clone) as heard:
+    with (
+        torch.no_grad(),
+        listening(net, ["layer1", "layer2"], MAPS, IMAGES.shape, torch.clone) as heard,
+    ):
         net(images)
     with torch.no_grad():
         first = net.layer1(torch.relu(net.bn1(net.conv1(images))))
@@ -112,7 +129,7 @@ def test_listening_yields_the_modules_outputs(net):
 
 def test_hooks_are_removed_after_an_exception_in_the_pass(net):
     before = state_of(net)
-    with pytest.raises(RuntimeError), listening(net, ["layer1"], torch.clone):
+    with pytest.raises(RuntimeError), listening(net, ["layer1"], MAPS, IMAGES.shape, torch.clone):
         net(torch.randn(2, 4, 16, 16))
     assert_undisturbed(net, before)
 
@@ -122,7 +139,7 @@ def test_hooks_are_removed_after_an_exception_in_the_reduction(net):
         raise KeyError("reduction")
 
     before = state_of(net)
-    with pytest.raises(KeyError), listening(net, ["layer1"], fail):
+    with pytest.raises(KeyError), listening(net, ["layer1"], MAPS, IMAGES.shape, fail):
         net(torch.randn(2, 3, 16, 16))
     assert_undisturbed(net, before)
 
@@ -151,7 +168,10 @@ class Odd(nn.Module):
 def test_taps_that_return_no_single_feature_map_are_rejected(tap, message):
     net = Odd()
     before = state_of(net)
-    with pytest.raises(TapError, match=message), listening(net, [tap], torch.clone):
+    with (
+        pytest.raises(TapError, match=message),
+        listening(net, [tap], MAPS, IMAGES.shape, torch.clone),
+    ):
         net(torch.randn(2, 3, 8, 8))
     assert_undisturbed(net, before)
     assert "conv" not in [c.name for c in tap_candidates(net, torch.randn(1, 3, 8, 8))]
@@ -161,8 +181,8 @@ def test_two_listeners_share_a_network():
     net = make_net()
     images = torch.randn(2, 3, 16, 16)
     with (
-        listening(net, ["layer1"], torch.clone) as one,
-        listening(net, ["layer1"], torch.clone) as two,
+        listening(net, ["layer1"], MAPS, IMAGES.shape, torch.clone) as one,
+        listening(net, ["layer1"], MAPS, IMAGES.shape, torch.clone) as two,
     ):
         net(images)
     assert torch.equal(one["layer1"], two["layer1"])

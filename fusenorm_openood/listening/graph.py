@@ -1,0 +1,121 @@
+"""The autograd graph of one forward pass: its trunk, its merges, what its logits come from."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+Node = Any  # torch.autograd.graph.Node; hashable by identity
+
+# CopySlices is an addition in place to a part of a tensor.
+_MERGES = re.compile(r"^(Add|Addcmul|Cat|Lerp|Stack|Sub)Backward|::CopySlices$")
+_MULTIPLIES = re.compile(r"Convolution|Mm|mm|Linear|Attention|Bilinear|Checkpoint|Einsum")
+
+
+class Graph:
+    """The part of an autograd graph that lies between logits and images.
+
+    Args:
+        logits: logits `[B, K]` with a graph.
+        images: the leaf that they are computed from.
+
+    Attributes:
+        trunk: the nodes that every path from the logits to the images crosses, with their
+            positions: 0 is nearest to the logits. Empty if no path reaches the images.
+    """
+
+    def __init__(self, logits: Tensor, images: Tensor) -> None:
+        self.root = logits.grad_fn
+        self.children = _paths(self.root, images)
+        self.trunk = {node: place for place, node in enumerate(_trunk(self.root, self.children))}
+
+    def merges(self) -> list[Node]:
+        """Trunk nodes that add or concatenate branches with a convolution or a matrix product.
+
+        From the images to the logits.
+        """
+        order = list(self.trunk)
+        return [
+            node
+            for node in reversed(order)
+            if _MERGES.search(node.name())
+            and len(self.children[node]) > 1
+            and any(_MULTIPLIES.search(inner.name()) for inner in self._fork(node))
+        ]
+
+    def _fork(self, merge: Node) -> Iterable[Node]:
+        """The nodes between a merge and the next trunk node."""
+        waiting, seen = list(self.children[merge]), set[Node]()
+        while waiting:
+            node = waiting.pop()
+            if node not in seen and node not in self.trunk:
+                seen.add(node)
+                waiting += self.children[node]
+        return seen
+
+    def first_on_every_path(self, wanted: Callable[[Node], bool]) -> list[Node]:
+        """The first wanted node of each path from the logits; empty if some path has none."""
+        waiting, seen, found = [self.root], set[Node](), list[Node]()
+        while waiting:
+            node = waiting.pop()
+            if node in seen or node not in self.children:
+                continue
+            seen.add(node)
+            if wanted(node):
+                found.append(node)
+            elif not self.children[node]:
+                return []
+            waiting += [] if wanted(node) else self.children[node]
+        return found
+
+
+def _paths(root: Node, images: Tensor) -> dict[Node, list[Node]]:
+    """Of each node on a path from the root to the images, the next nodes on such paths."""
+    kept: dict[Node, list[Node]] = {}
+    state: dict[Node, bool] = {}  # whether all that follows a node has been seen
+    waiting = [] if root is None else [root]
+    while waiting:
+        node = waiting[-1]
+        if node not in state:
+            state[node] = False
+            waiting += [n for n, _ in node.next_functions if n is not None and n not in state]
+            continue
+        waiting.pop()
+        if state[node]:
+            continue
+        state[node] = True
+        following = [n for n, _ in node.next_functions if n in kept]
+        if following or getattr(node, "variable", None) is images:
+            kept[node] = following
+    return kept
+
+
+def _trunk(root: Node, children: dict[Node, list[Node]]) -> list[Node]:
+    """The nodes in which all pending edges of a walk in topological order end."""
+    if root not in children:
+        return []
+    edges = Counter(child for following in children.values() for child in following)
+    waited_for, trunk, ready, pending = Counter(edges), list[Node](), [root], 0
+    while ready:
+        node = ready.pop()
+        pending -= edges[node]
+        if pending == 0:
+            trunk.append(node)
+        for child in children[node]:
+            pending += 1
+            waited_for[child] -= 1
+            if waited_for[child] == 0:
+                ready.append(child)
+    return trunk
+
+
+def nodes_before(node: Node) -> set[Node]:
+    """All nodes that a node's value is computed from."""
+    waiting, seen = [node], set[Node]()
+    while waiting:
+        following = {n for n, _ in waiting.pop().next_functions if n is not None} - seen
+        waiting += following
+        seen |= following
+    return seen

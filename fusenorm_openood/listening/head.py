@@ -1,0 +1,78 @@
+"""The layers that make a network's logits: usually one, for some networks several."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusenorm_openood.method.posthoc import Head
+
+Convolution = nn.modules.conv._ConvNd
+
+
+class HeadLayers(NamedTuple):
+    """How logits come from the layers with a weight matrix that precede them.
+
+    Attributes:
+        names: names of the layers; empty if there are none.
+        shares: by what the outputs of the layers are multiplied before they are added up.
+        is_linear: whether the logits are exactly this sum.
+        before_softmax: whether the network returns the softmax of the logits, or its logarithm;
+            the logits themselves are then the output of the layer.
+    """
+
+    names: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()
+    is_linear: bool = False
+    before_softmax: bool = False
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
+    """The weight matrix `[K, D]` of a linear layer or a convolution, also a quantised one."""
+    if isinstance(module, nn.LayerNorm):
+        return None
+    weight: Any = getattr(module, "weight", None)
+    weight = weight() if callable(weight) and not isinstance(weight, Tensor) else weight
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        return None
+    weight = weight.detach()
+    plain: Tensor = weight.dequantize() if weight.is_quantized else weight
+    return plain.flatten(1)
+
+
+def flat_feature(module: nn.Module, x: Tensor) -> Tensor:
+    """The input of a layer as one feature per image `[B, D]`: a mean over pixels or tokens."""
+    if x.ndim == 2:
+        return x
+    if isinstance(module, Convolution):
+        covers = tuple(module.kernel_size) == tuple(x.shape[2:])
+        return x.flatten(1) if covers else x.flatten(2).mean(-1)
+    return x.flatten(1, -2).mean(1)
+
+
+def feature_of(layers: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """The penultimate feature `[B, D]`: the inputs of all layers of the head, side by side."""
+    parts = [flat_feature(module, inputs[name]) for name, module in layers.items()]
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def linear_head(modules: Sequence[nn.Module], shares: Sequence[float]) -> Head | None:
+    """Weight `[K, D]` and bias `[K]` of the logits as a function of `feature_of`."""
+    weights, biases = [], []
+    for module, share in zip(modules, shares, strict=True):
+        weight = weight_of(module)
+        if weight is None:
+            return None
+        bias: Any = getattr(module, "bias", None)
+        bias = bias() if callable(bias) and not isinstance(bias, Tensor) else bias
+        bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        weights.append(weight if share == 1 else weight * share)
+        biases.append(bias if share == 1 else bias * share)
+    if not weights or len({len(weight) for weight in weights}) > 1:
+        return None
+    if len(weights) == 1:
+        return Head(weights[0], biases[0])
+    return Head(torch.cat(weights, dim=1), torch.stack(biases).sum(0))

@@ -1,0 +1,88 @@
+"""The axes of feature maps: channels first, channels last, or tokens."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from fusenorm_openood.listening.recording import Call
+
+# A letter for each dimension: batch, channels, height, width, tokens.
+LAYOUTS = ("BCHW", "BHWC", "BNC", "NBC")
+
+
+def fits(height: int, width: int, image: Sequence[int]) -> bool:
+    """Whether a grid has an image's aspect, up to the rounding of strides and patches."""
+    tall, wide = image[-2:]
+    return abs(height * wide - width * tall) < max(tall, wide)
+
+
+def prefix_tokens(tokens: int, image: Sequence[int]) -> int:
+    """How many of the tokens are no patches, such as class tokens and registers.
+
+    The smallest number that leaves a grid of the image's aspect.
+
+    >>> prefix_tokens(197, (224, 224)), prefix_tokens(201, (224, 224)), prefix_tokens(24, (64, 96))
+    (1, 5, 0)
+    """
+    return next(p for p in range(tokens) if _is_grid(tokens - p, image))
+
+
+def _is_grid(tokens: int, image: Sequence[int]) -> bool:
+    return any(
+        tokens % height == 0 and fits(height, tokens // height, image)
+        for height in range(1, tokens + 1)
+    )
+
+
+def find_layout(
+    name: str, calls: Mapping[str, Call], modules: Mapping[str, nn.Module], image: Sequence[int]
+) -> str:
+    """The layout of a module's output for a batch of images of a shape; `""` if it is no map.
+
+    Where the image's aspect does not decide between height and width first or last, the layers do
+    that read the module's output, its input, or work inside it.
+    """
+    shape, batch = calls[name].shape, image[0]
+    if 0 in shape or len(shape) not in (3, 4):
+        return ""
+    if len(shape) == 3:
+        return "BNC" if shape[0] == batch else "NBC" if shape[1] == batch else ""
+    if shape[0] != batch:
+        return ""
+    first, last = fits(shape[2], shape[3], image), fits(shape[1], shape[2], image)
+    if first != last:
+        return "BCHW" if first else "BHWC"
+    found = (_layout_of_layer(modules[layer]) for layer in _layers_around(name, calls))
+    return next(filter(None, found), "BCHW")
+
+
+def _layers_around(name: str, calls: Mapping[str, Call]) -> Iterator[str]:
+    call = calls[name]
+    maps = {n: c for n, c in calls.items() if len(c.given) == 4 or len(c.shape) == 4}
+    for node in (call.left, *call.entered):
+        yield from (n for n, c in maps.items() if node is not None and node in c.entered)
+    yield from (n for n in reversed(maps) if n == name or n.startswith(f"{name}."))
+
+
+def _layout_of_layer(layer: nn.Module) -> str | None:
+    if type(layer).__name__.endswith("2d") or isinstance(layer, nn.GroupNorm):
+        return "BCHW"  # Conv2d, BatchNorm2d, LayerNorm2d, ...
+    return "BHWC" if type(layer) in (nn.Linear, nn.LayerNorm) else None
+
+
+def pixels(shape: Sequence[int], layout: str, image: Sequence[int]) -> int:
+    """Number of pixels of a feature map, without prefix tokens."""
+    if "N" in layout:
+        tokens = shape[layout.index("N")]
+        return tokens - prefix_tokens(tokens, image)
+    return shape[layout.index("H")] * shape[layout.index("W")]
+
+
+def as_maps(x: Tensor, layout: str, image: Sequence[int]) -> Tensor:
+    """A view `[B, C, H, W]` of a feature map, or `[B, C, N, 1]` of tokens without their prefix."""
+    if layout == "BCHW":
+        return x
+    if layout == "BHWC":
+        return x.permute(0, 3, 1, 2)
+    tokens = x if layout == "BNC" else x.transpose(0, 1)
+    return tokens[:, prefix_tokens(tokens.shape[1], image) :].mT.unsqueeze(-1)

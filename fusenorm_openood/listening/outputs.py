@@ -1,0 +1,89 @@
+"""Find the logits in what a network returns: a tensor, a tuple, a mapping or a dataclass."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fusenorm_openood.errors import TapError
+from fusenorm_openood.listening.graph import nodes_before
+
+Path = tuple[Any, ...]  # the keys, indices and attributes that lead to a tensor
+
+
+def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """The floating-point tensors in nested tuples, lists, mappings and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield path, value
+        return
+    inner: Any = ()
+    if isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        inner = zip(value._fields, value, strict=True)
+    elif isinstance(value, tuple | list):
+        inner = enumerate(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        inner = ((field.name, getattr(value, field.name)) for field in fields(value))
+    for key, item in inner:
+        yield from tensors_in(item, (*path, key))
+
+
+def find_logits(net: nn.Module, output: Any, batch: int) -> Path:
+    """Where logits `[B, K]` are in a network's output.
+
+    The tensor under the key `logits`, the only tensor `[B, K]`, or of several the one that is
+    computed from all others.
+
+    Raises:
+        TapError: there are none, or several that may be.
+    """
+    found = {p: t for p, t in tensors_in(output) if _may_be_logits(t, batch)}
+    named = [path for path in found if path and path[-1] == "logits"]
+    if len(named) == 1 or len(found) == 1:
+        return (named or list(found))[0]
+    if not found:
+        raise no_logits(net, output, batch)
+    for path, tensor in found.items():
+        others = [other for p, other in found.items() if p != path and other is not tensor]
+        if tensor.grad_fn is not None and all(_is_from(tensor, other) for other in others):
+            return path
+    listed = ", ".join(f"{'.'.join(map(str, p))} {list(t.shape)}" for p, t in found.items())
+    raise TapError(
+        f"{type(net).__name__} returns several tensors that may be logits ({listed}): wrap it so "
+        "that its forward returns logits [B, K] alone"
+    )
+
+
+def logits_at(net: nn.Module, output: Any, path: Path, batch: int) -> Tensor:
+    """The logits `[B, K]` at a place in a network's output; see `find_logits`."""
+    try:
+        for key in path:
+            attribute = isinstance(key, str) and not isinstance(output, Mapping)
+            output = getattr(output, key) if attribute else output[key]
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise no_logits(net, output, batch) from None
+    if not isinstance(output, Tensor) or not _may_be_logits(output, batch):
+        raise no_logits(net, output, batch)
+    return output
+
+
+def no_logits(net: nn.Module, output: Any, batch: int) -> TapError:
+    """The error for an output without logits."""
+    shapes = [tensor.shape for _, tensor in tensors_in(output)]
+    found = f"{list(shapes[0])}" if shapes else type(output).__name__
+    return TapError(
+        f"{type(net).__name__} must return logits [B, K] of at least two classes, got {found} for "
+        f"{batch} image(s): wrap it so that its forward returns them"
+    )
+
+
+def _may_be_logits(tensor: Tensor, batch: int) -> bool:
+    return tensor.ndim == 2 and len(tensor) == batch and tensor.shape[1] >= 2
+
+
+def _is_from(tensor: Tensor, other: Tensor) -> bool:
+    """Whether a tensor is computed from another one, by their graph."""
+    return other.grad_fn is not None and other.grad_fn in nodes_before(tensor.grad_fn)

@@ -1,0 +1,68 @@
+"""One recorded forward pass: what each module was given and what it returned."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fusenorm_openood.listening.graph import Node
+from fusenorm_openood.listening.outputs import tensors_in
+
+
+@dataclass
+class Call:
+    """What a module did in a pass; of several runs, in the last one.
+
+    Attributes:
+        runs: how often it ran.
+        entered: graph nodes of the tensors that it was given.
+        left: graph node of the first tensor that it returned, None without a graph.
+        earlier: these nodes of its earlier runs.
+        given: shape of the first tensor that it was given.
+        shape: shape of the first tensor that it returned.
+    """
+
+    runs: int = 0
+    entered: tuple[Node, ...] = ()
+    left: Node = None
+    earlier: tuple[Node, ...] = ()
+    given: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+
+
+def recorded(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, Call]]:
+    """What `run` returns, and the calls of the modules in the order in which they ended."""
+    calls: dict[str, Call] = {}
+    begun: dict[str, tuple[tuple[Node, ...], tuple[int, ...]]] = {}
+    handles = []
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = [tensor for _, tensor in tensors_in((args, kwargs))]
+            nodes = tuple(dict.fromkeys(t.grad_fn for t in given if t.requires_grad))
+            begun[name] = nodes, tuple(given[0].shape) if given else ()
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            call = calls.pop(name, Call())
+            _, first = next(tensors_in(output), ((), None))
+            call.runs += 1
+            call.earlier = (*call.earlier, call.left) if call.left is not None else ()
+            call.entered, call.given = begun.get(name, ((), ()))
+            if first is not None:
+                call.left, call.shape = first.grad_fn, tuple(first.shape)
+            calls[name] = call
+
+        return hook
+
+    try:
+        for name, module in net.named_modules():
+            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(after(name)))
+        return run(), calls
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,146 @@
+"""How a network is built, read from one pass over two images: blocks, layouts, stages, head."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusenorm_openood.errors import FuseNormError, TapError
+from fusenorm_openood.kernels.guards import is_out_of_memory
+from fusenorm_openood.listening.blocks import find_blocks
+from fusenorm_openood.listening.graph import Graph
+from fusenorm_openood.listening.head import HeadLayers, weight_of
+from fusenorm_openood.listening.layouts import find_layout, pixels
+from fusenorm_openood.listening.modes import preserved_randomness, undisturbed
+from fusenorm_openood.listening.outputs import Path, find_logits, logits_at
+from fusenorm_openood.listening.recording import Call, recorded
+from fusenorm_openood.listening.wrappers import scoring_module, scoring_run, unwrapped
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a network is built, and how its passes have to be read.
+
+    Attributes:
+        blocks: names of its blocks in the order in which they run; empty if none was found.
+        rule: how they were found, in words.
+        runs: how often each module runs in a pass.
+        shapes: shape of what each module returns for two images.
+        layouts: layout of each module that runs once and returns a feature map, such as `BCHW`.
+        pixels: numbers of pixels of these feature maps, without prefix tokens.
+        head: the layers that make its logits.
+        logits: where they are in its output.
+        scoring: name of the module with separate scoring logits, if there is one.
+        mixes: whether the images of a batch influence each other's logits, so that a batch must
+            not be split.
+    """
+
+    blocks: tuple[str, ...]
+    rule: str
+    runs: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
+    layouts: Mapping[str, str]
+    pixels: Mapping[str, int]
+    head: HeadLayers
+    logits: Path = ()
+    scoring: str | None = None
+    mixes: bool = False
+
+    def stages(self, taps: Sequence[str]) -> list[list[str]]:
+        """Taps by stage: those of a stage follow each other and have equally many pixels."""
+        return [list(stage) for _, stage in groupby(taps, key=lambda tap: self.pixels.get(tap))]
+
+
+def read_structure(net: nn.Module, images: Tensor) -> Structure:
+    """The structure of a network, from one pass over two images with a graph, if it has one.
+
+    Args:
+        net: any network; it is left unchanged.
+        images: a batch `[B, C, H, W]` that it accepts, on its device.
+
+    Raises:
+        TapError: it is no module, fails on the images, or returns no logits `[B, K]`.
+    """
+    core, two = unwrapped(net), two_images(images)
+    with undisturbed(core), preserved_randomness(images.device):
+        output, calls, leaf = _recorded(core, two)
+        path = find_logits(core, output, len(two))
+        logits = logits_at(core, output, path, len(two))
+        graph = Graph(logits, leaf) if logits.requires_grad else None
+    modules = dict(core.named_modules())
+    layouts = {
+        name: layout
+        for name, call in calls.items()
+        if name and call.runs == 1 and (layout := find_layout(name, calls, modules, two.shape))
+    }
+    sizes = {name: pixels(calls[name].shape, layouts[name], two.shape) for name in layouts}
+    blocks, rule = find_blocks(modules, calls, sizes, graph)
+    return Structure(
+        blocks=blocks,
+        rule=rule,
+        runs={name: call.runs for name, call in calls.items()},
+        shapes={name: call.shape for name, call in calls.items()},
+        layouts=layouts,
+        pixels=sizes,
+        head=HeadLayers(_head_layers(modules, calls, graph, logits.shape[1])),
+        logits=path,
+        scoring=scoring_module(core),
+    )
+
+
+def two_images(images: Tensor) -> Tensor:
+    """The first two images of a batch; a single one is followed by its mirror image."""
+    images = images[:2].detach().nan_to_num(0, 1, -1)
+    return torch.cat([images, images.flip(-1)]) if len(images) == 1 else images
+
+
+def _recorded(core: nn.Module, images: Tensor) -> tuple[Any, dict[str, Call], Tensor]:
+    """Output and calls of a pass with a graph, or without one where that is impossible."""
+    run = scoring_run(core, scoring_module(core))
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = images.clone().requires_grad_()
+        try:
+            return *recorded(core, lambda: run(leaf.clone())), leaf
+        except FuseNormError:
+            raise
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+    try:
+        with torch.no_grad():
+            return *recorded(core, lambda: run(images.clone())), leaf
+    except FuseNormError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        why = (str(error).strip().splitlines() or [""])[0]
+        raise TapError(
+            f"{type(core).__name__} fails on images {list(images.shape)} of {images.dtype} "
+            f"({type(error).__name__}: {why}): give it images as it takes them"
+        ) from error
+
+
+def _head_layers(
+    modules: Mapping[str, nn.Module], calls: Mapping[str, Call], graph: Graph | None, classes: int
+) -> tuple[str, ...]:
+    """The first layers with a weight matrix on the way back from the logits."""
+
+    def makes_logits(name: str) -> bool:
+        return (
+            bool(name) and classes in calls[name].shape[1:] and weight_of(modules[name]) is not None
+        )
+
+    if graph is None or not graph.trunk:
+        fired = [n for n in calls if makes_logits(n) and calls[n].shape[1:] == (classes,)]
+        return tuple(fired[-1:])
+    weighted = {n: call for n, call in calls.items() if n and weight_of(modules[n]) is not None}
+    layers = {node: n for n, c in weighted.items() for node in (*c.earlier, c.left)}
+    found = graph.first_on_every_path(lambda node: node in layers)
+    names = {layers[node] for node in found}
+    if not all(makes_logits(layers[n]) and calls[layers[n]].left is n for n in found):
+        return ()  # not a classifier's layer, or one that is applied several times
+    return tuple(name for name in modules if name in names)
