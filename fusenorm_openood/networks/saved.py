@@ -47,7 +47,8 @@ def read_saved(path: Path) -> Any:
     if is_archive and not _is_intact(path):
         raise damaged
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # by its content; by its path, some torch go by the suffix
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             raise CheckpointError(
