@@ -76,7 +76,9 @@ def _load_named(
             f"{path} does not fit the network {network} ({reason}): name the network that it was "
             "saved from"
         )
-    net.load_state_dict(fitting)
+    weights = net.state_dict()  # with the versions of its modules, which some of them check
+    weights.update(fitting)
+    net.load_state_dict(weights)
     return net
 
 

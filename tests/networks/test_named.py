@@ -19,6 +19,7 @@ SPECS = [
     "torchvision:resnet18",
     "torchvision:mobilenet_v3_small",
     "torchvision:squeezenet1_1",
+    "torchvision:mnasnet0_5",
     "timm:resnet10t",
     "timm:vit_tiny_patch16_224",
     f"{OWN}:Own",
