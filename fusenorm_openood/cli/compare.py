@@ -22,6 +22,7 @@ from fusenorm_openood.files import check_writable, write_whole
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--root", required=True, nargs="+", help="folders of training runs, or checkpoint files")
+    options.add_network(parser)
     options.add_data(parser)
     options.add_normalization(parser)
     add("--fsood", action="store_true", help="full-spectrum: covariate-shifted images count as ID")
@@ -45,7 +46,10 @@ def run(args: Namespace) -> int:
     check_images(benchmark, image_sets)
     check_readable(image_sets)
     networks = {
-        root: load_runs(find_checkpoints(root), benchmark.num_classes) for root in args.root
+        root: load_runs(
+            find_checkpoints(root), benchmark.num_classes, args.network, benchmark.image_size
+        )
+        for root in args.root
     }
     labels = _labels(list(networks))
     figures: dict[str, pd.DataFrame] = {}

@@ -29,6 +29,7 @@ REQUIRED = {
     "pillow": "PIL.Image",
     "pyyaml": "yaml",
     "tqdm": "tqdm",
+    "safetensors": "safetensors",
     "typing-extensions": "typing_extensions",
 }
 # Module -> what it is for.

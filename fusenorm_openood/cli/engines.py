@@ -125,8 +125,10 @@ def find_engine(job: Job, requested: str = "auto") -> str:
 def evaluate_run(job: Job, engine: str, net: nn.Module, run: str = "") -> Evaluation:
     """Evaluate the network of one training run; `run` names it in messages and files."""
     if engine == "openood":
+        from fusenorm_openood.openood.adapter import openood_view  # imports OpenOOD
+
         table, scores = evaluate_with_openood(
-            net,
+            net if job.postprocessor in METHODS else openood_view(net),
             job.openood_postprocessor(),
             job.benchmark.name,
             job.benchmark.data_root,

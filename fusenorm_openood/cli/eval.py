@@ -17,6 +17,7 @@ from fusenorm_openood.cli.engines import Job, evaluate_run, find_engine
 from fusenorm_openood.cli.inputs import check_files, check_networks, ensure_digits
 from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.devices import find_device
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.files import check_writable, write_whole
@@ -24,6 +25,7 @@ from fusenorm_openood.files import check_writable, write_whole
 
 def add_arguments(parser: ArgumentParser) -> None:
     options.add_results(parser)
+    options.add_network(parser)
     options.add_data(parser)
     options.add_normalization(parser)
     add = parser.add_argument
@@ -76,10 +78,12 @@ def run(args: Namespace) -> int:
     job.check()
     if args.save_csv or args.save_score:
         check_writable(output, "--output-dir")
-    if benchmark.name == "digits":
+    if benchmark.name == "digits" and args.network:
+        write_digits(args.data_root)
+    elif benchmark.name == "digits":
         ensure_digits(args.data_root, args.root, progress)
     checkpoints = check_files(benchmark, args.root, job.image_sets())
-    networks = load_runs(checkpoints, benchmark.num_classes)
+    networks = load_runs(checkpoints, benchmark.num_classes, args.network, benchmark.image_size)
     check_networks(job, networks, checkpoints)
     engine = find_engine(job, args.engine)
 

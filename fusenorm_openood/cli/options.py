@@ -19,6 +19,16 @@ def add_data_root(parser: ArgumentParser) -> None:
     parser.add_argument("--data-root", default="data", help=help)
 
 
+def add_network(parser: ArgumentParser) -> None:
+    """`--network`: the architecture of checkpoints that are not recognised by their keys."""
+    parser.add_argument(
+        "--network",
+        metavar="SPEC",
+        help="architecture of the checkpoints: torchvision:NAME, timm:NAME or "
+        "package.module:factory (default: recognised by their keys)",
+    )
+
+
 def add_normalization(parser: ArgumentParser) -> None:
     """`--normalization`: how images are normalised for networks not trained with OpenOOD's."""
     parser.add_argument(

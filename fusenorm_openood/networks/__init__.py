@@ -1,7 +1,8 @@
-"""Networks with OpenOOD's state-dict keys, and loading them from checkpoints."""
+"""Networks with OpenOOD's state-dict keys, networks by name, and loading them from checkpoints."""
 
 from fusenorm_openood.networks.checkpoints import load_network
 from fusenorm_openood.networks.cifar_resnet import CifarResNet
+from fusenorm_openood.networks.named import build_network
 from fusenorm_openood.networks.resnet import (
     ResNet18_32x32,
     ResNet18_224x224,
@@ -17,5 +18,6 @@ __all__ = [
     "ResNet50",
     "T2FNormNet",
     "WideResNet",
+    "build_network",
     "load_network",
 ]

@@ -22,14 +22,21 @@ class NetworkKind(NamedTuple):
         return f"{self.architecture} ({self.training}, {self.classes} classes)"
 
 
-def network_kind(net: nn.Module) -> NetworkKind:
-    """The kind of a network returned by `load_network`.
+def network_kind(net: nn.Module, network: str | None = None) -> NetworkKind:
+    """The kind of a network returned by `load_network`, with the same `network`.
 
     A plain network counts as trained with cross-entropy, since nothing in its keys says otherwise.
     """
     training = "T2FNorm" if isinstance(net, T2FNormNet) else "CrossEntropy"
     plain = net.backbone if isinstance(net, T2FNormNet) else net
-    return NetworkKind(training, _architecture(plain), len(plain.get_parameter("fc.weight")))
+    architecture = network.partition(":")[2] if network else _architecture(plain)
+    return NetworkKind(training, architecture, _classes(plain))
+
+
+def _classes(net: nn.Module) -> int:
+    """The outputs of the last linear layer, or of the last layer if none is linear."""
+    linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    return linear[-1].out_features if linear else len(list(net.parameters())[-1])
 
 
 def _architecture(net: nn.Module) -> str:

@@ -32,10 +32,12 @@ PERTURBING = ("odin", "iodin")
 
 
 class ScoringView(nn.Module):
-    """A T2FNorm network presented as a plain classifier that returns its scoring logits.
+    """A network presented with the interface of OpenOOD's plain classifiers.
+
+    The logits of a T2FNorm network are its scoring logits.
 
     Args:
-        net: network with a method `forward_ood_inference` and a final linear layer.
+        net: network with a final linear layer.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -138,6 +140,14 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
         if name == "inner" or name.startswith("__"):  # looked up during unpickling
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+
+def openood_view(net: nn.Module) -> nn.Module:
+    """The network as OpenOOD's postprocessors expect it: wrapped, unless it has their interface."""
+    known = hasattr(net, "get_fc") or has_scoring_logits(
+        net
+    )  # the latter by `AdaptedPostprocessor`
+    return net if known else ScoringView(net)
 
 
 def _no_head(net: nn.Module) -> CheckpointError:

@@ -20,7 +20,7 @@ from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.devices import find_device, on_device
 from fusenorm_openood.errors import CheckpointError, ConfigError, FuseNormError
 from fusenorm_openood.method.settings import METHODS
-from fusenorm_openood.networks.checkpoints import load_state
+from fusenorm_openood.networks.states import aligned, load_state
 from fusenorm_openood.openood.adapter import adapted
 from fusenorm_openood.openood.bridge import file_errors, openood_module, replaced
 from fusenorm_openood.openood.register import names_known_to, register
@@ -205,7 +205,8 @@ def load_checkpoint(
     if not isinstance(built, nn.Module):  # a dict of networks, which OpenOOD loads differently
         return get_network(config)
     net = built.module if isinstance(built, nn.parallel.DistributedDataParallel) else built
-    state, own = load_state(path), net.state_dict()
+    own = net.state_dict()
+    state = aligned(load_state(path), own)
     wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
     heads = ("fc.weight", "fc.bias", "backbone.fc.weight", "backbone.fc.bias")
     lacking = [k for k in wrong if not (head_may_differ and k in heads)]

@@ -17,7 +17,8 @@ from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.data.transforms import train_transform
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.files import write_whole
-from fusenorm_openood.networks.checkpoints import State, load_backbone
+from fusenorm_openood.networks.checkpoints import load_backbone
+from fusenorm_openood.networks.states import State
 from fusenorm_openood.training.epoch import train_epoch, validation_accuracy
 from fusenorm_openood.training.processes import Process, data_parallel, threads
 from fusenorm_openood.training.recipes import Recipe

@@ -11,7 +11,7 @@ from torch.optim import SGD
 from fusenorm_openood.configs import read_config
 from fusenorm_openood.errors import CheckpointError, DamagedFileError
 from fusenorm_openood.files import write_whole
-from fusenorm_openood.networks.checkpoints import read_saved
+from fusenorm_openood.networks.saved import read_saved
 from fusenorm_openood.training.recipes import Recipe
 
 

@@ -21,10 +21,11 @@ from fusenorm_openood.detectors.configuration import detector_for, read_fusenorm
 from fusenorm_openood.detectors.search import search
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError
 from fusenorm_openood.method.settings import METHODS
+from fusenorm_openood.networks import build_network
 from fusenorm_openood.openood.adapter import make_postprocessor
 from fusenorm_openood.openood.evaluator import evaluate_with_openood
 from fusenorm_openood.openood.pipelines import main
-from tests.conftest import assert_undisturbed, state_of
+from tests.conftest import assert_undisturbed, drawn_benchmark, state_of
 from tests.openood.conftest import first_images
 
 # FuseNorm's gradients are those of ODIN, which is tested separately.
@@ -301,3 +302,31 @@ def test_an_unreadable_image_is_reported_in_one_sentence(networks, with_a_broken
     msp = make_postprocessor("msp", {"postprocessor": {"name": "msp"}}, "cifar10")
     with pytest.raises(DataError, match=r"cannot read or write a file \([^\n]*\)"):
         evaluate_with_openood(networks["base"], msp, "cifar10", data_root, 8, workers, False, False)
+
+
+@pytest.fixture
+def named(tmp_path, capsys):
+    """A function from options to the table of torchvision's ResNet-18 on drawn images."""
+    drawn_benchmark("cifar10", tmp_path / "data", images=12)
+    for name in ("cifar10", "cifar100", "tin", "mnist", "svhn", "texture", "places365"):
+        (tmp_path / "data" / "images_classic" / name / name).mkdir(parents=True)  # no download
+    torch.manual_seed(0)
+    torch.save(build_network("torchvision:resnet18", 10).state_dict(), tmp_path / "net.pth")
+
+    def table(*options):
+        args = ["--data-root", str(tmp_path / "data"), "--root", str(tmp_path / "net.pth")]
+        args += ["--network", "torchvision:resnet18", "--num-workers", "0", "--device", "cpu"]
+        assert fusenorm(["eval", "--id-data", "cifar10", "--no-progress", *args, *options]) == 0
+        return capsys.readouterr().out.split("in percent:")[1]
+
+    return table
+
+
+@pytest.mark.parametrize("name", ["fusenorm", "msp", "react", "scale"])
+def test_a_network_that_is_named_gives_the_same_table_in_both_engines(name, named):
+    both = [named("--postprocessor", name, "--engine", e) for e in ("native", "openood")]
+    assert both[0] == both[1]
+
+
+def test_openoods_own_postprocessors_get_the_features_of_a_network_that_is_named(named):
+    assert "farood" in named("--postprocessor", "dice")
