@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fusenorm_openood import FuseNormPostprocessor, atf, kernels
 from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.listening.passes import parts
-from fusenorm_openood.listening.taps import residual_blocks
+from fusenorm_openood.listening.understanding import understand
 from fusenorm_openood.networks import ResNet18_32x32, ResNet18_224x224, ResNet50
 
 CLASSES = 10
@@ -200,6 +200,7 @@ def _benchmark_case(
 def make_task(name: str, network: str, batch: int, device: torch.device, amp: bool) -> Prepared:
     """The named task on a batch: a forward pass, or postprocessing by a method."""
     net, images = _setting(network, batch, device)
+    blocks = understand(net, images).blocks
     precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp)
     postprocessor = None
     if name not in ("forward", "forward_in_parts", "published"):
@@ -215,7 +216,7 @@ def make_task(name: str, network: str, batch: int, device: torch.device, amp: bo
             if postprocessor is not None:
                 postprocessor.postprocess(net, images)
             elif name == "published":
-                odin_react(net, images, residual_blocks(net), threshold=1.0)
+                odin_react(net, images, blocks, threshold=1.0)
             else:
                 for part in [images] if name == "forward" else parts(images):
                     forward(net, part)()

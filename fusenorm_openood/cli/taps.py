@@ -2,16 +2,88 @@
 
 from argparse import ArgumentParser, Namespace
 
+import torch
+from torch import Tensor, nn
+
 from fusenorm_openood.cli import options
-from fusenorm_openood.networks import load_network
+from fusenorm_openood.errors import ConfigError, TapError
+from fusenorm_openood.listening.structure import Structure
+from fusenorm_openood.listening.taps import first_of_last_stage
+from fusenorm_openood.listening.understanding import likely_shapes, understand
+from fusenorm_openood.listening.wrappers import unwrapped
+from fusenorm_openood.networks import build_network, load_network
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("checkpoint", nargs="?", help="best.ckpt of a training run")
-    parser.add_argument("--image-size", type=options.positive, default=32, help="(default: 32)")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="best.ckpt of a training run; without, random weights")
+    add(
+        "--network",
+        "--arch",
+        metavar="SPEC",
+        help="torchvision:NAME, timm:NAME or package.module:factory (default: recognised by the "
+        "checkpoint's keys)",
+    )
+    add(
+        "--image-size",
+        type=options.positive,
+        help="(default: the network's own, or 32 for a checkpoint without --network)",
+    )
 
 
 def run(args: Namespace) -> int:
     """Print every module that returns one feature map, and mark those tapped by default."""
-    net = load_network(args.checkpoint)
+    net, images = _network(args)
+    structure = understand(net, images)
+    modules, blocks = dict(unwrapped(net).named_modules()), structure.blocks
+    print(f"{type(net).__name__}, images {list(images.shape[1:])}")
+    print(f"taps: {len(blocks) or 'none'}, found by {structure.rule}")
+    stages = structure.stages(blocks)
+    listed = ", ".join(f"{len(s)} of {structure.pixels[s[0]]} pixels" for s in stages)
+    print(f"stages: {len(stages)} ({listed})" if stages else "stages: none")
+    if blocks:
+        print(f"strong block: {first_of_last_stage(structure, blocks)}")
+    print(f"head: {_head(structure)}")
+    if structure.mixes:
+        print("the images of a batch influence each other: a batch is never split")
+    print("\n    module, class, layout, output shape for one image; * = tapped by default")
+    for name, layout in structure.layouts.items():
+        mark, kind = "*" if name in blocks else " ", type(modules[name]).__name__
+        print(f"  {mark} {name}, {kind}, {layout}, {list(structure.shapes[name][1:])}")
     return 0
+
+
+def _head(structure: Structure) -> str:
+    head = structure.head
+    if not head.names:
+        return "none found, so ReAct and most post-hoc experts cannot be used"
+    how = "its softmax is undone" if head.before_softmax else "their sum is the logits"
+    shares = ", ".join(f"{n} x {s:.3g}" for n, s in zip(head.names, head.shares, strict=True))
+    if head.before_softmax or not head.is_linear or head.shares != (1.0,):
+        how = how if head.is_linear else "the logits are no sum of its outputs, so ReAct runs twice"
+        return f"{shares} ({how})"
+    return head.names[0]
+
+
+def _network(args: Namespace) -> tuple[nn.Module, Tensor]:
+    """The network, and two images that it takes."""
+    if args.checkpoint is None and args.network is None:
+        raise ConfigError("taps needs a network: give a checkpoint, --network, or both")
+    size = args.image_size
+    if args.checkpoint is None:
+        net = build_network(args.network, image_size=size)
+    else:
+        net = load_network(args.checkpoint, network=args.network, image_size=size)
+        size = size or (None if args.network else 32)
+    generator = torch.Generator().manual_seed(0)
+    for channels, height, width in likely_shapes(net):
+        shape = (channels, size or height, size or width)
+        images = torch.randn(2, *shape, generator=generator)
+        try:
+            understand(net, images)
+        except TapError:
+            if size:
+                raise
+            continue
+        return net, images
+    raise ConfigError(f"{type(net).__name__} takes images of no usual size: give --image-size")

@@ -51,7 +51,7 @@ def guess_structure(net: nn.Module) -> Structure | None:
         TapError: it is no module, or runs without hooks.
     """
     core = unwrapped(net)
-    for shape in _likely_shapes(core):
+    for shape in likely_shapes(core):
         images = torch.zeros(2, *shape)
         images[:, :, ::3, ::2], images[1] = 1.0, 0.5
         try:
@@ -62,7 +62,7 @@ def guess_structure(net: nn.Module) -> Structure | None:
     return None
 
 
-def _likely_shapes(core: nn.Module) -> list[tuple[int, int, int]]:
+def likely_shapes(core: nn.Module) -> list[tuple[int, int, int]]:
     """Channels, height and width: what timm's and Hugging Face's networks say, then the usual."""
     declared: Any = (getattr(core, "default_cfg", None) or {}).get("input_size")
     config: Any = getattr(core, "config", None)

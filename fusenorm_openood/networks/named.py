@@ -67,7 +67,7 @@ def _sized(create: Callable[..., Any], size: dict[str, int], name: str, **argume
     """Create a network for a size of images, or for any size if it takes no such argument."""
     try:
         return create(name, **arguments, **size)
-    except TypeError:
+    except Exception:  # networks refuse a size in many ways
         if not size:
             raise
         return create(name, **arguments)
