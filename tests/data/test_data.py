@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from fusenorm_openood.configs import lookup, read_config
+from fusenorm_openood.configs import lookup, parse_yaml, read_config
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.data.digits import ID_CLASSES, digits_image_sets, write_digits
 from fusenorm_openood.data.lists import ImageList, read_imagelist
@@ -248,12 +248,37 @@ def test_digits_cannot_be_written_over_a_file(tmp_path):
         write_digits(tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("+2E5", 2e5),
+        ("-.5e1", -5.0),
+        ("1.e3", 1e3),
+        ("1e+3", 1e3),
+        ("7", 7),
+        ("0.5", 0.5),
+        ("none", "none"),
+        ("e5", "e5"),
+        ("1e", "1e"),
+        ("1e5x", "1e5x"),
+        ("'1e5'", "1e5"),
+    ],
+)
+def test_numbers_in_configurations_need_no_point(text, value):
+    read = parse_yaml(f"[{text}]")[0]
+    assert (read, type(read)) == (value, type(value))
+
+
 def test_unreadable_configurations_are_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"no\.yml cannot be read \(No such file"):
         read_config(tmp_path / "no.yml")
     (tmp_path / "bad.yml").write_text("a: [1")
     with pytest.raises(ConfigError, match=r"bad\.yml is not valid YAML"):
         read_config(tmp_path / "bad.yml")
+    (tmp_path / "latin1.yml").write_bytes(b"a: \xe9")
+    with pytest.raises(ConfigError, match=r"latin1\.yml must be in UTF-8"):
+        read_config(tmp_path / "latin1.yml")
     (tmp_path / "list.yml").write_text("- 1")
     with pytest.raises(ConfigError, match="must contain a mapping, got list"):
         read_config(tmp_path / "list.yml")
