@@ -1,5 +1,6 @@
 """Read configuration files in OpenOOD's schema."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,14 @@ from typing import Any
 import yaml
 
 from fusenorm_openood.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but numbers such as 1e-3 are numbers, as in YAML 1.2."""
+
+
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def config_root() -> Path:
@@ -27,6 +36,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"configuration {path} cannot be read ({error.strerror}): its folder contains "
             f"{siblings or 'no YAML files'}"
         ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"configuration {path} must be in UTF-8: convert it ({error})") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path} must contain a mapping, got {type(config).__name__}")
     return config
@@ -35,7 +46,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def parse_yaml(text: str, source: str | Path = "the value") -> Any:
     """The value of a YAML text; ConfigError if it is invalid."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
 

@@ -50,8 +50,10 @@ def evaluate(
 
     Raises:
         ConfigError: `fsood` for a benchmark without covariate-shifted images.
+        DataError: a label of an ID image that is no class of the benchmark.
     """
     check_fsood(benchmark, fsood)
+    benchmark.check_labels(benchmark.tested(fsood, validation))
 
     def infer(image_set: ImageSet, name: str) -> Scored:
         return detector.infer(loader(image_set), progress, name)

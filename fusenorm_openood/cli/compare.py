@@ -68,17 +68,21 @@ def run(args: Namespace) -> int:
                 )
             )
             net.cpu()
-        _print_root(labels[root], args.id_data, results)
         fpr95 = _mean([result.fpr95 for result in results]).add_suffix(" FPR@95")
         figures[labels[root]] = _mean([result.auroc for result in results]).join(fpr95)
+        if args.csv:
+            _write_csv(Path(args.csv), figures)
+        _print_root(labels[root], args.id_data, results)
     if len(figures) > 1:
         print(f"\nmean ± std over {len(figures)} roots, AUROC in percent:")
         shared = [table[["nearood", "farood"]] for table in _shared_rows(list(figures.values()))]
         print(summarise(shared).to_string(justify="right"))
-    if args.csv:
-        table = pd.concat(figures, names=["root", "method"]).round(2)
-        write_whole(Path(args.csv), lambda file: table.to_csv(file, float_format="%.2f"))
     return 0
+
+
+def _write_csv(path: Path, figures: dict[str, pd.DataFrame]) -> None:
+    table = pd.concat(figures, names=["root", "method"]).round(2)
+    write_whole(path, lambda file: table.to_csv(file, float_format="%.2f"))
 
 
 def _print_root(label: str, id_data: str, results: list[Comparison]) -> None:

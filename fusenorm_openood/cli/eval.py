@@ -106,12 +106,13 @@ def run(args: Namespace) -> int:
         if args.compare:
             print(f"\nAUROC / FPR@95, run {run_name or args.root}:\n{_text(result.compare)}")
     table = summarise(tables)
+    folder = "val" if args.validation else "fsood" if args.fsood else "ood"
+    path = output / folder / f"{name}.csv"
+    if args.save_csv:
+        write_whole(path, table.to_csv)
     print(f"\n{name}, {args.id_data}, {len(tables)} run(s), mean ± std in percent:")
     print(_text(table))
     if args.save_csv:
-        folder = "val" if args.validation else "fsood" if args.fsood else "ood"
-        path = output / folder / f"{name}.csv"
-        write_whole(path, table.to_csv)
         print(f"saved {path}")
     return 0
 

@@ -24,6 +24,7 @@ def check_files(
 
     Raises:
         DataError, CheckpointError: files are missing, all listed in one message.
+        DataError: a label of an ID image that is no class of the benchmark.
         DataError: images that cannot be read, all listed in one message.
     """
     problems: list[str] = []
@@ -43,17 +44,23 @@ def check_files(
             f"{benchmark.name} needs files that are missing:\n  - {listed}\n"
             f"{how_to_get(benchmark.name)}. Or give their location with --data-root and --root."
         )
+    benchmark.check_labels(image_sets)
     check_readable(image_sets)
     return checkpoints
 
 
 def check_images(benchmark: Benchmark, image_sets: Iterable[ImageSet]) -> None:
-    """Raise DataError, saying how to get the benchmark, if images or lists are missing."""
+    """Raise DataError, saying how to get the benchmark, if images or lists are missing.
+
+    Labels of ID images are checked as well, see `Benchmark.check_labels`.
+    """
+    image_sets = list(image_sets)
     missing = benchmark.missing(image_sets)
     if missing:
         raise DataError(
             f"{missing[0]}: {how_to_get(benchmark.name)}. Or give the location with --data-root."
         )
+    benchmark.check_labels(image_sets)
 
 
 def check_readable(image_sets: Iterable[ImageSet]) -> None:
@@ -75,7 +82,8 @@ def check_readable(image_sets: Iterable[ImageSet]) -> None:
     if unreadable:
         listed = "\n  - ".join(unreadable)
         raise DataError(
-            f"{len(unreadable)} image(s) cannot be read:\n  - {listed}\nRestore these files."
+            f"{len(unreadable)} image(s) cannot be read:\n  - {listed}\n"
+            "Restore or replace these files."
         )
 
 

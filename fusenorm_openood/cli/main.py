@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from fusenorm_openood import __version__
+from fusenorm_openood.cli.output import tolerant_output
 from fusenorm_openood.errors import FuseNormError
 
 # Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`.
@@ -26,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 = success, 1 = error, reported on stderr, 130 = interrupted.
     """
+    with tolerant_output():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="fusenorm", description="OOD detection with FuseNorm.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

@@ -64,6 +64,13 @@ class Benchmark:
         """All image sets of the benchmark, with or without the covariate-shifted ones."""
         yield from (self.id["train"], self.val_ood, *self.tested(fsood))
 
+    def check_labels(self, image_sets: Iterable[ImageSet]) -> None:
+        """Raise DataError if an ID image, covariate-shifted or not, is of none of the classes."""
+        known = (*self.id.values(), *self.csid.values())
+        for image_set in image_sets:
+            if image_set in known:
+                image_set.images().check_labels(self.num_classes)
+
     def missing(self, image_sets: Iterable[ImageSet]) -> list[str]:
         """A message for each image set that is incomplete on disk; no image is read."""
         problems = []

@@ -6,10 +6,19 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import RLock
 
+import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from fusenorm_openood.errors import DataError
+
 # What PIL raises for a file that it cannot decode.
-UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError)
+UNREADABLE = (
+    OSError,
+    UnidentifiedImageError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+)
 # First and last bytes of files in the usual formats.
 _ENDS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xae\x42\x60\x82"))
 _flag = RLock()  # held by a thread while it changes PIL's flag
@@ -20,29 +29,40 @@ class TruncatedImageWarning(UserWarning):
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image in RGB.
+    """An image in RGB with 8 bits per channel.
 
-    A truncated file is read as in OpenOOD, with its missing rows filled with grey, and a
-    `TruncatedImageWarning` is issued.
+    PIL takes the higher 8 bits of 16-bit colour images; so do we of 16-bit greyscale images, which
+    PIL, and so OpenOOD, saturates instead. A truncated file is read as in OpenOOD, with its missing
+    rows filled with grey, and a `TruncatedImageWarning` is issued.
 
     Raises:
         FileNotFoundError, or another of `UNREADABLE`: the file cannot be read as an image.
+        DataError: pixels with 32 bits.
     """
     try:
         with _truncated_images(read=False), Image.open(path) as file:
-            image: Image.Image = file.convert("RGB")
-            return image
-    except FileNotFoundError:
+            return _rgb(file)
+    except (FileNotFoundError, Image.DecompressionBombError, DataError):
         raise
     except UNREADABLE:
         with _truncated_images(read=True), Image.open(path) as file:
-            image = file.convert("RGB")
+            image = _rgb(file)
         warnings.warn(
             f"image {path} is truncated: its missing rows are filled with grey, as in OpenOOD",
             TruncatedImageWarning,
             stacklevel=2,
         )
         return image
+
+
+def _rgb(file: Image.Image) -> Image.Image:
+    # PNG and PPM hold at most 16 bits, which PIL may store in 32.
+    if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGB")
+    if file.mode in ("I", "F"):
+        kind = "integer" if file.mode == "I" else "floating-point"
+        raise DataError(f"its pixels are {kind} numbers of unknown range: convert it to 8 bit")
+    return file.convert("RGB")
 
 
 def find_fault(path: Path) -> str | None:
@@ -56,16 +76,26 @@ def find_fault(path: Path) -> str | None:
             file.seek(0, 2)
             file.seek(max(file.tell() - 8, 0))
             end = file.read()
-        if any(begin.startswith(first) and end.endswith(last) for first, last in _ENDS):
-            return None
+            if any(begin.startswith(first) and end.endswith(last) for first, last in _ENDS):
+                file.seek(0)
+                Image.open(file)  # reads the header, and so checks the size
+                return None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             read_image(path)
-    except FileNotFoundError:
-        return "missing"
     except UNREADABLE as error:
-        return str(getattr(error, "strerror", None) or error)
+        return explain(error)
     return "truncated" if any(w.category is TruncatedImageWarning for w in caught) else None
+
+
+def explain(error: Exception) -> str:
+    """Why an image cannot be read, from one of `UNREADABLE`."""
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    if isinstance(error, Image.DecompressionBombError):
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return f"it has more than the {limit} pixels that PIL reads: make it smaller"
+    return str(getattr(error, "strerror", None) or error)
 
 
 def truncated_images_read() -> AbstractContextManager[None]:

@@ -3,30 +3,47 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
-from fusenorm_openood.data.images import UNREADABLE, find_fault, read_image
+from fusenorm_openood.data.images import UNREADABLE, explain, find_fault, read_image
 from fusenorm_openood.data.transforms import Transform
 from fusenorm_openood.errors import DataError
 
 
-def read_imagelist(path: Path) -> list[tuple[str, int]]:
-    """Image paths and labels of a list, -1 for OOD images.
+class Entry(NamedTuple):
+    """One image of a list: its path, its label (-1 for OOD images) and its line, from 1."""
+
+    name: str
+    label: int
+    line: int
+
+
+def read_imagelist(path: Path) -> list[Entry]:
+    """The entries of a list in UTF-8; a label is the last field of its line.
+
+    Blank lines are skipped.
 
     Raises:
-        DataError: the list is missing, empty, or has a line that is not `path label`.
+        DataError: the list is missing, empty or not in UTF-8, or has a line that is not
+            `path label`.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"image list {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, f"byte 0x{error.object[error.start]:02x}") from None
+    if "\0" in text:  # UTF-16 without a byte-order mark
+        raise _not_utf8(path, "byte 0x00")
     entries = []
-    for number, line in enumerate(lines, start=1):
-        name, _, label = line.strip().partition(" ")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            entries.append((name, int(label)))
+            name, label = line.strip().rsplit(maxsplit=1)
+            entries.append(Entry(name, int(label), number))
         except ValueError:
             raise DataError(
                 f"{path}, line {number}: must be 'path label' with an integer label, got {line!r}"
@@ -34,6 +51,13 @@ def read_imagelist(path: Path) -> list[tuple[str, int]]:
     if not entries:
         raise DataError(f"image list {path} is empty: it must have one line 'path label' per image")
     return entries
+
+
+def _not_utf8(path: Path, found: str) -> DataError:
+    return DataError(
+        f"image list {path} must be in UTF-8, got {found}: convert it, for example with "
+        "'iconv -f LATIN1 -t UTF-8' or 'iconv -f UTF-16 -t UTF-8'"
+    )
 
 
 class ImageList(Dataset[dict[str, Any]]):
@@ -52,27 +76,37 @@ class ImageList(Dataset[dict[str, Any]]):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        name, label = self.entries[index]
+        entry = self.entries[index]
         try:
-            image = read_image(self.data_dir / name)
+            image = read_image(self.data_dir / entry.name)
         except UNREADABLE as error:
-            reason = "missing" if isinstance(error, FileNotFoundError) else str(error)
             raise DataError(
-                f"{self.path}, line {index + 1}: image {self.data_dir / name} cannot be read "
-                f"({reason}): restore the file"
+                f"{self._where(entry)} cannot be read ({explain(error)}): restore or replace it"
             ) from None
-        return {"data": self.transform(image), "label": label}
+        return {"data": self.transform(image), "label": entry.label}
+
+    def check_labels(self, num_classes: int) -> None:
+        """Raise DataError unless all labels are among a network's classes."""
+        for name, label, line in self.entries:
+            if not 0 <= label < num_classes:
+                raise DataError(
+                    f"{self.path}, line {line}: the label of {name} must be one of the network's "
+                    f"{num_classes} classes 0 to {num_classes - 1}, got {label}: use the list of "
+                    "this data set"
+                )
 
     def first_missing(self) -> str | None:
         """A message about the first image that does not exist, None if all do; reads no image."""
-        for number, (name, _) in enumerate(self.entries, start=1):
-            if not os.path.isfile(self.data_dir / name):
-                return f"{self.path}, line {number}: image {self.data_dir / name} is missing"
+        for entry in self.entries:
+            if not os.path.isfile(self.data_dir / entry.name):
+                return f"{self._where(entry)} is missing"
         return None
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """The position and the fault of each faulty image; see `find_fault`. Opens every file."""
-        for number, (name, _) in enumerate(self.entries, start=1):
-            path = self.data_dir / name
-            if (fault := find_fault(path)) is not None:
-                yield f"{self.path}, line {number}: image {path}", fault
+        for entry in self.entries:
+            if (fault := find_fault(self.data_dir / entry.name)) is not None:
+                yield self._where(entry), fault
+
+    def _where(self, entry: Entry) -> str:
+        return f"{self.path}, line {entry.line}: image {self.data_dir / entry.name}"

@@ -109,8 +109,8 @@ class ExpertScorer(ABC):
         """Scores, predictions and labels of a batch on the host, which waits for the device."""
         experts: NDArray[Any] = scores.cpu().numpy()
         self._check_finite(images, experts)
-        label = torch.full_like(pred, -1) if labels is None else torch.as_tensor(labels)
-        return experts, pred.cpu().numpy(), label.cpu().numpy()
+        label = np.full(len(images), -1) if labels is None else labels
+        return experts, pred.cpu().numpy(), label
 
     def _check_finite(self, images: Tensor, experts: NDArray[Any]) -> None:
         if not np.isfinite(experts).all():

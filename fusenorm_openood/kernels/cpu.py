@@ -50,6 +50,7 @@ and is read in place.
 import ctypes
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -626,7 +627,13 @@ def _compiled(sources: int) -> Any:
     signature = types.void(types.CPointer(from_dtype(JOB)))
     try:
         return cfunc(signature, cache=True)(work)
-    except RuntimeError:  # no folder where compiled code could be kept
+    except (RuntimeError, OSError) as error:  # no writable folder; no space
+        warnings.warn(
+            f"the compiled CPU kernels cannot be saved ({error}), so each process compiles them "
+            "anew: set NUMBA_CACHE_DIR to a writable folder",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return cfunc(signature)(work)
 
 

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.atf import FeatureNorm, check_atf_settings
@@ -96,6 +97,9 @@ class Settings:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, str):
+                object.__setattr__(self, field.name, _from_text(value, field.type))
             self._check_type(field.name, getattr(self, field.name))
         check_atf_settings(self.k_min, self.k_max, self.alpha, self.eps)
         check_output_expert(self.output)
@@ -215,6 +219,16 @@ FUSION_SETTINGS = frozenset(
         "percentile_high",
     )
 )
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """The value of a setting of this type that a configuration gives as text: `None`, `1e-3`."""
+    if type(None) in get_args(kind) and text.lower() == "none":
+        return None
+    if kind in (float, float | None):
+        with suppress(ValueError):
+            return float(text)
+    return text
 
 
 def check_names(names: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,8 +13,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fusenorm_openood.devices import device_of
-from fusenorm_openood.errors import NonFiniteError
-from fusenorm_openood.listening.batches import batches
+from fusenorm_openood.errors import DataError, NonFiniteError
+from fusenorm_openood.listening.batches import Labels, batches
 from fusenorm_openood.method.metrics import accuracy
 from fusenorm_openood.training.recipes import Recipe
 
@@ -42,8 +43,9 @@ def train_epoch(
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate(step, recipe.epochs * steps)
         images = images.to(device, non_blocking=True, memory_format=memory_format)
+        target = torch.from_numpy(required(labels)).to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16) if recipe.amp else nullcontext():
-            loss = F.cross_entropy(model(images), labels.to(device, non_blocking=True))
+            loss = F.cross_entropy(model(images), target)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -62,9 +64,19 @@ def validation_accuracy(net: nn.Module, loader: Iterable[Any]) -> float:
     """Accuracy over a loader; leaves the network in evaluation mode."""
     net.eval()
     device = device_of(net)
-    rows = [(net(images.to(device)).argmax(1).cpu(), labels) for images, labels in batches(loader)]
-    pred, label = (torch.cat(column) for column in zip(*rows, strict=True))
+    rows = [
+        (net(images.to(device)).argmax(1).cpu().numpy(), required(labels))
+        for images, labels in batches(loader)
+    ]
+    pred, label = (np.concatenate(column) for column in zip(*rows, strict=True))
     return accuracy(pred, label)
+
+
+def required(labels: Labels | None) -> Labels:
+    """The class labels of a batch; DataError if it has none."""
+    if labels is None:
+        raise DataError("training needs one integer label per image, got a batch without labels")
+    return labels
 
 
 def check_losses(losses: list[Tensor], before: int) -> None:

@@ -13,9 +13,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
 from fusenorm_openood.data.benchmarks import Benchmark, image_loader
-from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.data.transforms import train_transform
-from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.files import write_whole
 from fusenorm_openood.networks.checkpoints import load_backbone
 from fusenorm_openood.networks.states import State
@@ -69,8 +68,7 @@ def train(
         return best
     check_memory_format(recipe, device, channels_last)
     batch_size = recipe.batch_per_process(process.world)
-    for listed in (benchmark.id["train"], benchmark.id["val"]):
-        check_labels(listed.images(), benchmark.num_classes)
+    benchmark.check_labels([benchmark.id["train"], benchmark.id["val"]])
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     devices = [device] if device.type == "cuda" else []
     # Two threads for digits, so that the weights do not depend on the number of cores.
@@ -175,16 +173,6 @@ def check_memory_format(recipe: Recipe, device: torch.device, channels_last: boo
             "width must be >= 8 for channels_last on a CPU, below which oneDNN computes wrong "
             f"gradients, got {recipe.width}: train without channels_last"
         )
-
-
-def check_labels(images: ImageList, num_classes: int) -> None:
-    """Raise DataError unless all labels are among the network's classes."""
-    for number, (name, label) in enumerate(images.entries, start=1):
-        if not 0 <= label < num_classes:
-            raise DataError(
-                f"{images.path}, line {number}: the label of {name} must be one of the network's "
-                f"classes 0 to {num_classes - 1}, got {label}: use the list of this data set"
-            )
 
 
 def log(path: Path, epoch: int, loss: float, reached: float) -> None:

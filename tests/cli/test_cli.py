@@ -245,6 +245,36 @@ def test_a_corrupt_image_is_reported_with_its_line(root, tmp_path, capfd):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("label", [-1, 7])
+@pytest.mark.parametrize("command", ["eval", "compare"])
+def test_a_label_that_is_no_class_is_found_before_any_image_is_scored(root, command, label, capsys):
+    listed = root[0] / "benchmark_imglist" / "digits" / "test_digits.txt"
+    lines = listed.read_text().splitlines()
+    listed.write_text("\n".join([*lines[:2], f"{lines[2].split()[0]} {label}", *lines[3:]]))
+    assert main([command, *evaluation(root)[1:]]) == 1
+    captured = capsys.readouterr()
+    assert f"{listed}, line 3: the label of {lines[2].split()[0]} must be one of" in captured.err
+    assert f"7 classes 0 to 6, got {label}" in captured.err
+    assert captured.out == ""
+
+
+def test_numbers_and_none_are_read_as_what_they_mean(root, capsys):
+    tables = []
+    for changes in (
+        ["eps=1e-8", "temperature=None", "react_percentile=none", "base=2e0"],
+        ["eps=0.00000001", "temperature=null", "react_percentile=null", "base=2"],
+    ):
+        assert main(evaluation(root, *(a for c in changes for a in ("--set", c)))) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    sweep = ["--sweep", "eps=[1e-8, 1.e-3]", "--sweep", "react_percentile=[None]"]
+    assert main(evaluation(root, "--aps", *sweep, "--set", "strong=[output]", "--sweep",
+                           "strong=[[output]]", "--sweep", "penalty=[joint]")) == 0  # fmt: skip
+    assert "react_percentile = None" in capsys.readouterr().out
+    args = ["--postprocessor", "gen", "--set", "gamma=1e-1", "--set", "M=7"]
+    assert main(evaluation(root, *args)) == 0
+
+
 def test_settings_are_searched_before_the_test(root, tmp_path, capsys):
     sweep = ["--sweep", "output=[energy]", "--sweep", "react_percentile=[null]"]
     sweep += ["--sweep", "penalty=[deviation]", "--sweep", "base=[2, 20]"]

@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import numpy as np
@@ -6,10 +7,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from fusenorm_openood.configs import lookup, read_config
+from fusenorm_openood.configs import lookup, parse_yaml, read_config
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.data.digits import ID_CLASSES, digits_image_sets, write_digits
-from fusenorm_openood.data.lists import ImageList
+from fusenorm_openood.data.lists import ImageList, read_imagelist
 from fusenorm_openood.data.sources import benchmark_names, how_to_get
 from fusenorm_openood.data.transforms import (
     find_normalization,
@@ -18,6 +19,7 @@ from fusenorm_openood.data.transforms import (
 )
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.listening.batches import batches
+from tests.conftest import drawn_benchmark
 
 HALF = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 TRANSFORM = plain_transform(HALF)
@@ -70,6 +72,60 @@ def test_unreadable_lists_are_reported(images):
         DataError, match=r"list\.txt, line 2: must be 'path label' .*, got 'a/alpha\.png'"
     ):
         ImageList(images / "list.txt", images, TRANSFORM)
+
+
+@pytest.mark.parametrize(
+    ("content", "entries"),
+    [
+        (b"\xef\xbb\xbfa.png 0\n", [("a.png", 0, 1)]),
+        (b"a b.png 3\nc\td.png -1", [("a b.png", 3, 1), ("c\td.png", -1, 2)]),
+        (b"a.png\t3\n", [("a.png", 3, 1)]),
+        (b"\n  \na.png 0\r\n\r\nb.png 1\r\n\n", [("a.png", 0, 3), ("b.png", 1, 5)]),
+        ("\u00e9\u0085\u2028.png 0\n".encode(), [("\u00e9\u0085\u2028.png", 0, 1)]),
+    ],
+)
+def test_the_label_is_the_last_field_of_a_line_that_is_not_blank(tmp_path, content, entries):
+    (tmp_path / "list.txt").write_bytes(content)
+    assert read_imagelist(tmp_path / "list.txt") == entries
+
+
+def test_messages_name_the_line_although_blank_lines_are_skipped(images):
+    (images / "list.txt").write_bytes(b"\na/grey.png 3\r\n\na/gone 1.png 9\n")
+    listed = ImageList(images / "list.txt", images, TRANSFORM)
+    where = r"list\.txt, line 4: image .*a/gone 1\.png"
+    with pytest.raises(DataError, match=rf"{where} cannot be read \(missing\)"):
+        listed[1]
+    assert re.search(f"{where} is missing", listed.first_missing())
+    ((found, fault),) = listed.faults()
+    assert re.search(where, found)
+    assert fault == "missing"
+    with pytest.raises(DataError, match=r"line 4: .* a/gone 1\.png .* 5 classes 0 to 4, got 9"):
+        listed.check_labels(5)
+    (images / "list.txt").write_text("\n\na/grey.png\n")
+    with pytest.raises(DataError, match=r"line 3: must be 'path label'"):
+        ImageList(images / "list.txt", images, TRANSFORM)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "found"), [("latin-1", "0xe9"), ("utf-16", "0xff"), ("utf-16-le", "0x00")]
+)
+def test_lists_must_be_in_utf8(tmp_path, encoding, found):
+    name = "\u00e9.png" if encoding == "latin-1" else "e.png"
+    (tmp_path / "list.txt").write_bytes(f"{name} 0\n".encode(encoding))
+    with pytest.raises(DataError, match=rf"list\.txt must be in UTF-8, got byte {found}: convert"):
+        read_imagelist(tmp_path / "list.txt")
+
+
+def test_labels_of_id_images_must_be_classes_of_the_benchmark(tmp_path):
+    b = drawn_benchmark("imagenet200", tmp_path)
+    b.check_labels(b.every())  # OOD lists have -1
+    for image_set in (b.id["val"], b.id["test"], b.csid["imagenet_r"]):
+        before = image_set.imagelist.read_text()
+        for label in (-1, 200):
+            image_set.imagelist.write_text(f"{before}a.png {label}\n")
+            with pytest.raises(DataError, match=rf"{image_set.imagelist}, line 3: .* got {label}"):
+                b.check_labels(b.tested(fsood=True))
+        image_set.imagelist.write_text(before)
 
 
 def test_a_normalization_is_a_name_or_six_numbers():
@@ -192,12 +248,37 @@ def test_digits_cannot_be_written_over_a_file(tmp_path):
         write_digits(tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("+2E5", 2e5),
+        ("-.5e1", -5.0),
+        ("1.e3", 1e3),
+        ("1e+3", 1e3),
+        ("7", 7),
+        ("0.5", 0.5),
+        ("none", "none"),
+        ("e5", "e5"),
+        ("1e", "1e"),
+        ("1e5x", "1e5x"),
+        ("'1e5'", "1e5"),
+    ],
+)
+def test_numbers_in_configurations_need_no_point(text, value):
+    read = parse_yaml(f"[{text}]")[0]
+    assert (read, type(read)) == (value, type(value))
+
+
 def test_unreadable_configurations_are_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"no\.yml cannot be read \(No such file"):
         read_config(tmp_path / "no.yml")
     (tmp_path / "bad.yml").write_text("a: [1")
     with pytest.raises(ConfigError, match=r"bad\.yml is not valid YAML"):
         read_config(tmp_path / "bad.yml")
+    (tmp_path / "latin1.yml").write_bytes(b"a: \xe9")
+    with pytest.raises(ConfigError, match=r"latin1\.yml must be in UTF-8"):
+        read_config(tmp_path / "latin1.yml")
     (tmp_path / "list.yml").write_text("- 1")
     with pytest.raises(ConfigError, match="must contain a mapping, got list"):
         read_config(tmp_path / "list.yml")

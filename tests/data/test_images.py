@@ -1,6 +1,8 @@
 """Truncated and unreadable images: found before any work, and read as in OpenOOD."""
 
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from PIL import Image, ImageFile
 
 from fusenorm_openood.cli.inputs import check_readable
 from fusenorm_openood.data.benchmarks import ImageSet
-from fusenorm_openood.data.images import TruncatedImageWarning, find_fault, read_image
+from fusenorm_openood.data.images import TruncatedImageWarning, _rgb, find_fault, read_image
+from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.errors import DataError
 
 FORMATS = ["jpg", "png", "bmp", "gif", "tiff", "webp"]
@@ -58,6 +61,95 @@ def test_unreadable_images_are_found(folder, tmp_path):
     assert "decoder" in find_fault(folder[1]("webp", 0.5))
     (tmp_path / "text.png").write_text("no image")
     assert "cannot identify" in find_fault(tmp_path / "text.png")
+
+
+MODES = {
+    "png": ("1", "L", "P", "RGB", "RGBA", "LA"),
+    "tiff": ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr"),
+}
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(k, mode) for k in MODES for mode in MODES[k]])
+def test_8_bit_images_are_what_pil_makes_of_them(folder, kind, mode):
+    path = folder[0] / f"8.{kind}"
+    image = Image.open(folder[0] / "whole.png").convert(mode)
+    image.save(path)
+    expected = Image.open(path)
+    assert expected.mode == mode
+    assert read_image(path).mode == "RGB"
+    np.testing.assert_array_equal(read_image(path), expected.convert("RGB"))
+
+
+RAMP = np.arange(0, 65536, 64).reshape(32, 32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("png", "<u2"), ("pgm", "<u2"), ("tiff", "<u2"), ("tiff", ">u2")]
+)
+def test_16_bit_greyscale_images_are_scaled_to_8_bit(folder, kind, dtype):
+    path = folder[0] / f"16.{kind}"
+    Image.fromarray(RAMP.astype(dtype)).save(path)
+    assert find_fault(path) is None
+    grey = np.asarray(read_image(path))
+    assert grey.shape == (32, 32, 3)
+    np.testing.assert_array_equal(grey, np.repeat(RAMP[..., None] >> 8, 3, axis=2))
+
+
+def test_16_bit_images_that_pil_opens_with_32_are_scaled_too(folder):
+    """Old releases of PIL open a 16-bit PNG in mode I."""
+    image = Image.fromarray(RAMP.astype(np.int32))
+    image.format = "PNG"
+    np.testing.assert_array_equal(np.asarray(_rgb(image))[..., 0], RAMP >> 8)
+
+
+def test_a_16_bit_colour_image_is_read_as_by_pil(folder):
+    colour = np.stack([RAMP, RAMP[::-1], RAMP.T], axis=2)
+    path = folder[0] / "colour.png"
+    path.write_bytes(png_of(colour))
+    np.testing.assert_array_equal(read_image(path), colour >> 8)
+    np.testing.assert_array_equal(read_image(path), Image.open(path).convert("RGB"))
+
+
+def png_of(colour):
+    """A PNG file with 16 bits per channel, which PIL does not write."""
+
+    def chunk(name, data):
+        body = name + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", colour.shape[1], colour.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*parts) for parts in chunks)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "floating-point"), ("int32", "integer")])
+def test_images_of_unknown_range_are_refused(folder, dtype, kind):
+    home = folder[0]
+    Image.fromarray((RAMP / 65536).astype(dtype)).save(home / "f.tif")
+    (home / "list.txt").write_text("whole.png 0\nf.tif 0\n")
+    fault = f"its pixels are {kind} numbers of unknown range: convert it to 8 bit"
+    assert find_fault(home / "f.tif") == fault
+    with pytest.raises(DataError, match=rf"list\.txt, line 2: image .*f\.tif .* \({fault}\)"):
+        ImageList(home / "list.txt", home, lambda image: image)[1]
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_images_that_are_too_large_are_refused(folder, kind):
+    home = folder[0]
+    Image.new("1", (20_000, 20_000)).save(home / f"huge.{kind}")
+    (home / "list.txt").write_text(f"huge.{kind} 0\n")
+    fault = "it has more than the 178956970 pixels that PIL reads: make it smaller"
+    assert find_fault(home / f"huge.{kind}") == fault
+    with pytest.raises(DataError, match=rf"line 1: image .*huge\.{kind} .* \({fault}\)"):
+        ImageList(home / "list.txt", home, lambda image: image)[0]
+
+
+def test_a_file_with_a_damaged_header_is_found_by_its_header(folder):
+    path = folder[0] / "whole.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + bytes(20) + whole[24:])
+    assert "cannot identify" in find_fault(path)
 
 
 def test_all_faults_of_all_lists_are_reported_at_once(folder, capsys):

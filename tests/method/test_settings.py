@@ -117,3 +117,14 @@ def test_sections_that_are_not_mappings_are_rejected(key):
     config = {"postprocessor": {**section, "postprocessor_sweep": None, key: ["base"]}}
     with pytest.raises(ConfigError, match=rf"{key} must be a mapping .* got \['base'\]"):
         read_fusenorm(config)
+
+
+def test_text_from_a_configuration_is_read_as_what_it_means():
+    read = Settings(
+        eps="1e-3", base="20", temperature="None", react_percentile="none", weights="none"
+    )
+    assert read == Settings(eps=1e-3, base=20.0)
+    assert Settings(temperature="1e3").temperature == 1000.0
+    for change in ({"eps": "none"}, {"eps": "small"}, {"temperature": "hot"}, {"clip": "none"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(change))} must be"):
+            Settings(**change)

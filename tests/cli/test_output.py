@@ -1,0 +1,64 @@
+"""A command finishes and saves its files whatever becomes of its standard output."""
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from fusenorm_openood.cli.output import tolerant_output
+from tests.conftest import shortened_digits, without_environment
+
+ASCII = [
+    {"PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+]
+
+
+@pytest.fixture(scope="module")
+def few(digits_images, tmp_path_factory):
+    """The digits benchmark with 40 images in every list."""
+    return shortened_digits(digits_images, tmp_path_factory.mktemp("few"), 40, 40)
+
+
+@pytest.fixture(params=["eval", "compare"])
+def command(request, digits, few, tmp_path):
+    """A command and the CSV file that it saves."""
+    root, csv = digits[1].parents[1], tmp_path / "ood" / "msp.csv"
+    args = ["--id-data", "digits", "--data-root", str(few), "--num-workers", "0"]
+    own = {
+        "eval": ["--root", str(root), "--postprocessor", "msp", "--compare", "--save-csv",
+                 "--output-dir", str(tmp_path)],
+        "compare": ["--root", str(root), str(digits[1]), "--csv", str(csv)],
+    }[request.param]  # fmt: skip
+    return [sys.executable, "-m", "fusenorm_openood.cli", request.param, *args, *own], csv
+
+
+@pytest.mark.parametrize("variables", ASCII)
+def test_tables_are_printed_on_a_terminal_without_unicode(command, variables):
+    args, csv = command
+    env = without_environment(**variables)
+    done = subprocess.run(args, env=env, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"mean ? std" in done.stdout
+    assert len(pd.read_csv(csv)) > 5
+
+
+@pytest.mark.parametrize("err", [subprocess.PIPE, subprocess.STDOUT])
+def test_files_are_saved_although_the_pipe_is_closed(command, err):
+    args, csv = command
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=err) as process:
+        process.stdout.close()  # as `| head -1` does later
+        said = process.stderr.read() if process.stderr else b""
+    assert process.returncode == 0, said
+    assert b"Error" not in said
+    assert len(pd.read_csv(csv)) > 5
+
+
+def test_standard_output_is_as_before_afterwards(capsys):
+    before = sys.stdout, sys.stderr
+    with tolerant_output():
+        print("±")
+        print("±", file=sys.stderr)
+    assert (sys.stdout, sys.stderr) == before
+    assert capsys.readouterr() == ("±\n", "±\n")
