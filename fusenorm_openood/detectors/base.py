@@ -48,6 +48,11 @@ class ExpertScorer(ABC):
         self.net = net
         self._structure: Structure | None = None
 
+    @property
+    def known_structure(self) -> Structure | None:
+        """How the network is built, None before the first images."""
+        return self._structure
+
     def structure(self, images: Tensor) -> Structure:
         """How the network is built, understood at the first images `[B, C, H, W]`."""
         if self._structure is None:

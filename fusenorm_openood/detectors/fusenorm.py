@@ -92,6 +92,7 @@ class FuseNorm(Detector):
         self.taps, self.strong, self.experts = (), (), ()
         self._free: list[Output] = []
         self._fitted = Fitted()
+        self._structure = structure
         structure = structure or guess_structure(net)
         if structure is not None:
             self._resolve(structure)

@@ -32,7 +32,10 @@ def unwrapped(net: nn.Module) -> nn.Module:
         else:
             break
     if not isinstance(net, nn.Module):
-        raise TapError(f"net must be a torch.nn.Module, got {type(net).__name__}: wrap it in one")
+        raise TapError(
+            f"net must be a torch.nn.Module, got {type(net).__name__}: give the module that it "
+            "was made from, or wrap it in one"
+        )
     if isinstance(net, torch.jit.ScriptModule) or hasattr(net, "_guards_fn"):
         raise TapError(
             f"{type(net).__name__} is scripted, traced or exported, so its modules run no hooks: "
