@@ -1,6 +1,7 @@
 """The axes of feature maps: channels first, channels last, or tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 
 from torch import Tensor, nn
 
@@ -16,7 +17,8 @@ def fits(height: int, width: int, image: Sequence[int]) -> bool:
     return abs(height * wide - width * tall) < max(tall, wide)
 
 
-def prefix_tokens(tokens: int, image: Sequence[int]) -> int:
+@cache
+def prefix_tokens(tokens: int, image: tuple[int, int]) -> int:
     """How many of the tokens are no patches, such as class tokens and registers.
 
     The smallest number that leaves a grid of the image's aspect.
@@ -74,7 +76,7 @@ def pixels(shape: Sequence[int], layout: str, image: Sequence[int]) -> int:
     """Number of pixels of a feature map, without prefix tokens."""
     if "N" in layout:
         tokens = shape[layout.index("N")]
-        return tokens - prefix_tokens(tokens, image)
+        return tokens - prefix_tokens(tokens, (image[-2], image[-1]))
     return shape[layout.index("H")] * shape[layout.index("W")]
 
 
@@ -85,4 +87,5 @@ def as_maps(x: Tensor, layout: str, image: Sequence[int]) -> Tensor:
     if layout == "BHWC":
         return x.permute(0, 3, 1, 2)
     tokens = x if layout == "BNC" else x.transpose(0, 1)
-    return tokens[:, prefix_tokens(tokens.shape[1], image) :].mT.unsqueeze(-1)
+    prefix = prefix_tokens(tokens.shape[1], (image[-2], image[-1]))
+    return tokens[:, prefix:].mT.unsqueeze(-1)

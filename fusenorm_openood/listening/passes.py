@@ -170,7 +170,8 @@ def _logits(
         )
     last = list(head)[-1:]
     if structure.head.before_softmax:
-        return outputs[last[0]].flatten(1)
+        logits = outputs[last[0]].flatten(1)
+        return logits.float() if logits.dtype in HALF else logits
     logits = logits_at(core, output, structure.logits, batch)
     if last and logits is outputs[last[0]] and isinstance(head[last[0]], nn.Linear):
         return _in_full(head[last[0]], inputs[last[0]], logits)

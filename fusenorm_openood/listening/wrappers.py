@@ -61,13 +61,15 @@ def scoring_run(net: nn.Module, scoring: str | None) -> Callable[..., Any]:
     """
     if not scoring:
         return net if scoring is None else net.forward_ood_inference  # type: ignore[return-value]
-    module, this = net.get_submodule(scoring), current_pass.get()
-
-    def reached(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if current_pass.get() is this:
-            raise _Reached(args, kwargs)
+    module = net.get_submodule(scoring)
 
     def run(images: Any) -> Any:
+        this = current_pass.get()
+
+        def reached(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if current_pass.get() is this:
+                raise _Reached(args, kwargs)
+
         handle = module.register_forward_pre_hook(reached, with_kwargs=True)
         try:
             net(images)
