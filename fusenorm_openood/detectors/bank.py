@@ -156,7 +156,7 @@ class ScoreBank(ExpertScorer):
             {q: self._fitted.thresholds[q] for q in panel.percentiles},
             {expert: self._fitted.states[expert] for expert in panel.posthoc},
         )
-        return detector.calibrate(id_scores, fitted)
+        return detector.learn(id_scores, fitted)
 
     def scored(self, settings: Settings, loader: Iterable[Any]) -> Scored:
         """What `FuseNorm.infer` would return for a loader's images under these settings.

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fusenorm_openood.detectors.base import Detector, fit_panel
+from fusenorm_openood.detectors.base import fit_panel
+from fusenorm_openood.detectors.decisions import DecidingDetector, repeated_columns
 from fusenorm_openood.errors import ConfigError, NotFittedError
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.structure import Structure
@@ -51,7 +52,7 @@ class Calibration:
     strong: tuple[str, ...]
 
 
-class FuseNorm(Detector):
+class FuseNorm(DecidingDetector):
     """OOD detector that fuses the feature norms of all blocks with strong experts.
 
     The network is understood from its own graph at the first images that it is fitted on; see
@@ -115,23 +116,34 @@ class FuseNorm(Detector):
         unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
         self.panel.listen(self.net, structure, images, unclipped)
 
-    def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
+    def fit(
+        self,
+        loader: Iterable[Any],
+        progress: bool = False,
+        calibration: Iterable[Any] | None = None,
+    ) -> Self:
         """Fit the ID statistics, preferably on ID images used neither for training nor for testing.
 
         The loader is read once, and once more if ReAct needs a threshold. If a strong expert keeps
         features, as `knn` does, an even sample of at most 10,000 images is used.
 
+        Args:
+            loader: ID images.
+            progress: whether to show progress bars.
+            calibration: other ID images, for `calibrate`, which is then called.
+
         Raises:
+            CalibrationError: calibration images that were fitted on.
             ZeroRangeError: an expert gives all ID images the same score.
             DataError, NonFiniteError, TapError: images or a network without usable scores.
         """
         self.calibration_ = None
         readings = self._begin(loader)
         self._fitted, scores, *_ = fit_panel(self, self.panel, readings, progress, "fit")
-        self.calibration_ = self.calibrate(scores[self._rows()], self._fitted)
-        return self
+        self.calibration_ = self.learn(scores[self._rows()], self._fitted)
+        return self if calibration is None else self.calibrate(calibration, progress)
 
-    def calibrate(self, id_scores: NDArray[np.float64], fitted: Fitted) -> Calibration:
+    def learn(self, id_scores: NDArray[np.float64], fitted: Fitted) -> Calibration:
         """The calibration from scores `[L, N]` of the experts on ID images; it is not kept.
 
         Raises:
@@ -172,9 +184,9 @@ class FuseNorm(Detector):
                 f"calibration must have the detector's experts {', '.join(self.experts)}, got "
                 f"{', '.join(calibration.experts)}: fit again"
             )
-        self._fitted = calibration.fitted
+        self._fitted, self.reference_ = calibration.fitted, None
         if then != now:
-            calibration = self.calibrate(calibration.id_scores, calibration.fitted)
+            calibration = self.learn(calibration.id_scores, calibration.fitted)
         self.calibration_ = calibration
         return self
 
@@ -237,6 +249,10 @@ class FuseNorm(Detector):
         z = normalise(experts[: len(self.experts)], calibration.statistics)
         clipped = np.minimum(z[strong], 1) if s.clip else z[strong]
         return fuse(clipped, z[weak], s.weights, s.base, s.cap)
+
+    def _repeated(self, experts: NDArray[Any]) -> int:
+        taps = len(self.taps)  # other experts may score the images of their fit in another way
+        return repeated_columns(self._check_fitted().id_scores[:taps], experts[:taps])
 
     def _check_fitted(self) -> Calibration:
         if self.calibration_ is None:

@@ -182,7 +182,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             self._recalibrate = False
             c = self.calibration
             if c.experts == detector.experts:
-                self.calibration = detector.calibrate(c.id_scores, c.fitted)
+                self.calibration = detector.learn(c.id_scores, c.fitted)
             else:  # other strong experts
                 self.setup_flag, self.calibration = False, None
                 self._fit()
