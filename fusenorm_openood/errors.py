@@ -43,3 +43,7 @@ class OpenOODError(FuseNormError, RuntimeError):
 
 class CalibrationError(FuseNormError, ValueError):
     """Calibration images that are missing, too few, or not new to the detector."""
+
+
+class DetectorFileError(FuseNormError, ValueError):
+    """A detector file that is missing, damaged, of a newer format, or of another network."""

@@ -1,55 +1,39 @@
 """The FuseNorm detector, for any torch network; it does not need OpenOOD."""
 
+import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from fusenorm_openood.detectors.base import fit_panel
+from fusenorm_openood.detectors.calibration import Calibration as Calibration
+from fusenorm_openood.detectors.calibration import packed, unpacked
 from fusenorm_openood.detectors.decisions import DecidingDetector, repeated_columns
-from fusenorm_openood.errors import ConfigError, NotFittedError
+from fusenorm_openood.detectors.storage import Contents, read_contents, write_contents
+from fusenorm_openood.errors import ConfigError, DetectorFileError, NotFittedError
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.structure import Structure
 from fusenorm_openood.listening.taps import check_taps, first_of_last_stage, resolve_taps
 from fusenorm_openood.listening.understanding import guess_structure
+from fusenorm_openood.listening.wrappers import unwrapped
 from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, OUTPUT_EXPERTS, Output
 from fusenorm_openood.method.fusion import fuse, mean_of_strong
-from fusenorm_openood.method.joint import JointStatistics, joint_penalty, joint_statistics
+from fusenorm_openood.method.joint import joint_penalty, joint_statistics
 from fusenorm_openood.method.posthoc import POSTHOC, Posthoc
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
 from fusenorm_openood.method.statistics import (
-    IDStatistics,
     compute_id_statistics,
     normalise,
     standardise,
 )
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What `FuseNorm.fit` learns; it can be pickled without the network.
-
-    Attributes:
-        experts: names of the experts.
-        fitted: what the experts themselves have fitted.
-        id_scores: their scores on ID images `[L, N]`.
-        statistics: ID statistics of the experts, or with the joint penalty of the strong ones.
-        joint: statistics of the joint distance, with the joint penalty.
-        settings: all settings of the fit.
-        strong: names of the strong experts.
-    """
-
-    experts: tuple[str, ...]
-    fitted: Fitted
-    id_scores: NDArray[np.float64]
-    statistics: IDStatistics
-    joint: JointStatistics | None
-    settings: Settings
-    strong: tuple[str, ...]
+from fusenorm_openood.networks.fingerprint import Fingerprint, fingerprint
+from fusenorm_openood.version import __version__
 
 
 class FuseNorm(DecidingDetector):
@@ -190,6 +174,49 @@ class FuseNorm(DecidingDetector):
         self.calibration_ = calibration
         return self
 
+    def save(self, path: str | Path) -> None:
+        """Keep the fitted detector in a file: safetensors and JSON, no pickle, not the network.
+
+        Raises:
+            NotFittedError: before `fit`.
+            DetectorFileError: the file cannot be written.
+        """
+        tensors, record = packed(self._check_fitted())
+        structure = None if self._structure is None else self._structure.to_json()
+        if self.reference_ is not None:
+            tensors["reference"] = torch.from_numpy(self.reference_)
+        network = fingerprint(unwrapped(self.net))
+        record |= {"version": __version__, "structure": structure, "network": network._asdict()}
+        write_contents(Path(path), Contents(tensors, record))
+
+    @classmethod
+    def load(cls, path: str | Path, net: nn.Module, strict: bool = True) -> Self:
+        """The detector in a file, for the network that it was fitted with.
+
+        Args:
+            path: a file that `save` wrote.
+            net: the network, on any device; it is left unchanged.
+            strict: whether other weights are an error, not a warning.
+
+        Raises:
+            DetectorFileError: the file is missing, damaged, of a newer format, or of another
+                network.
+        """
+        tensors, record = read_contents(Path(path))
+        try:
+            known, structure = Fingerprint(**record["network"]), record["structure"]
+            calibration = unpacked(tensors, record)
+            built = None if structure is None else Structure.from_json(structure)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DetectorFileError(
+                f"detector file {path} lacks what this version reads ({error}): fit again"
+            ) from None
+        _check_network(path, known, fingerprint(unwrapped(net)), strict)
+        detector = cls(net, calibration.settings, built).with_calibration(calibration)
+        if "reference" in tensors:
+            detector.reference_ = tensors["reference"].numpy()
+        return detector
+
     def with_companions(self) -> Self:
         """Also score the output experts that need no extra forward pass, for comparison.
 
@@ -283,3 +310,21 @@ class FuseNorm(DecidingDetector):
         if len(set(strong)) != len(strong):
             raise ConfigError(f"strong must name each expert once, got {', '.join(strong)}")
         return tuple(strong)
+
+
+def _check_network(path: str | Path, known: Fingerprint, given: Fingerprint, strict: bool) -> None:
+    differences = given.differences(known)
+    if differences:
+        more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise DetectorFileError(
+            f"detector file {path} was made with a {known.kind}, this {given.kind} differs "
+            f"({', '.join(differences[:3])}{more}): give the network that it was fitted with"
+        )
+    if given.weights != known.weights:
+        message = (
+            f"detector file {path} was made with other weights of a {known.kind}: give the "
+            "checkpoint that it was fitted with, or fit again"
+        )
+        if strict:
+            raise DetectorFileError(message)
+        warnings.warn(message, UserWarning, stacklevel=3)
