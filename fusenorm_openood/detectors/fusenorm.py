@@ -15,13 +15,18 @@ from fusenorm_openood.detectors.base import fit_panel
 from fusenorm_openood.detectors.calibration import Calibration as Calibration
 from fusenorm_openood.detectors.calibration import packed, unpacked
 from fusenorm_openood.detectors.decisions import DecidingDetector, repeated_columns
+from fusenorm_openood.detectors.explanation import Explanation, explanation
 from fusenorm_openood.detectors.storage import Contents, read_contents, write_contents
 from fusenorm_openood.errors import ConfigError, DetectorFileError, NotFittedError
+from fusenorm_openood.listening.batches import checked_images
+from fusenorm_openood.listening.modes import undisturbed
 from fusenorm_openood.listening.panel import Fitted, Panel
+from fusenorm_openood.listening.passes import tapped_maps
 from fusenorm_openood.listening.structure import Structure
 from fusenorm_openood.listening.taps import check_taps, first_of_last_stage, resolve_taps
 from fusenorm_openood.listening.understanding import guess_structure
 from fusenorm_openood.listening.wrappers import unwrapped
+from fusenorm_openood.method.atf import atf_map
 from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, OUTPUT_EXPERTS, Output
 from fusenorm_openood.method.fusion import fuse, mean_of_strong
 from fusenorm_openood.method.joint import joint_penalty, joint_statistics
@@ -173,6 +178,30 @@ class FuseNorm(DecidingDetector):
             calibration = self.learn(calibration.id_scores, calibration.fitted)
         self.calibration_ = calibration
         return self
+
+    def explain(self, images: Tensor) -> Explanation:
+        """What the confidences of images `[B, C, H, W]` are made of, and where: see `Explanation`.
+
+        Of one image `[C, H, W]` as of a batch of one. Takes one more pass than `score`.
+
+        Raises:
+            NotFittedError, NonFiniteError: as in `score`.
+        """
+        calibration = self._check_fitted()
+        batch = checked_images(images.unsqueeze(0) if images.ndim == 3 else images)
+        moved = self._moved(batch)
+        scores, pred = self._expert_scores(moved)
+        experts, classes, _ = self._read(batch, scores, pred)
+        experts, norm = experts[: len(self.experts)], self.settings.feature_norm
+        with undisturbed(unwrapped(self.net)), torch.no_grad():
+            maps = tapped_maps(
+                self.net,
+                moved,
+                self.structure(moved),
+                self.taps,
+                lambda feature_map: atf_map(feature_map, *norm).cpu(),
+            )
+        return explanation(calibration, experts, self.confidence(experts), classes, maps)
 
     def save(self, path: str | Path) -> None:
         """Keep the fitted detector in a file: safetensors and JSON, no pickle, not the network.

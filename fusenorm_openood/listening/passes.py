@@ -86,6 +86,24 @@ def forward_pass(
     return Pass(norms, feature, logits, pred.argmax(dim=1), activations)
 
 
+def tapped_maps(
+    net: nn.Module,
+    images: Tensor,
+    structure: Structure,
+    taps: Sequence[str],
+    reduce: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """What `reduce` makes of the feature map `[B, C, H, W]` of each tap."""
+    core, token = unwrapped(net), current_pass.set(object())
+    try:
+        run = scoring_run(core, structure.scoring)
+        with listening(core, taps, structure.layouts, images.shape, reduce) as heard:
+            run(images.clone())
+    finally:
+        current_pass.reset(token)
+    return heard
+
+
 def joined(passes: Sequence[Pass]) -> Pass:
     """Join the passes over the parts of a batch, without their graphs and activations."""
     norms, features, logits, preds, _ = zip(*passes, strict=True)

@@ -136,7 +136,7 @@ def test_a_newer_format_is_refused(saved, net, tmp_path, monkeypatch):
     monkeypatch.setattr("fusenorm_openood.detectors.storage.FORMAT", 2)
     detector.save(tmp_path / "newer")
     monkeypatch.undo()
-    with pytest.raises(DetectorFileError, match="has format 2, this version .* reads 1"):
+    with pytest.raises(DetectorFileError, match=r"has format 2, this version .* reads 1"):
         FuseNorm.load(tmp_path / "newer", net)
 
 
