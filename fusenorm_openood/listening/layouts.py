@@ -1,6 +1,7 @@
 """The axes of feature maps: channels first, channels last, or tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 from torch import Tensor, nn
 
@@ -8,28 +9,33 @@ from fusenorm_openood.listening.recording import Call
 
 # A letter for each dimension: batch, channels, height, width, tokens.
 LAYOUTS = ("BCHW", "BHWC", "BNC", "NBC")
+USUAL_PREFIX = 16  # one class token, one for distillation, a few registers
 
 
-def fits(height: int, width: int, image: Sequence[int]) -> bool:
+def fits(height: int, width: int, image: Sequence[int], exactly: bool = False) -> bool:
     """Whether a grid has an image's aspect, up to the rounding of strides and patches."""
     tall, wide = image[-2:]
-    return abs(height * wide - width * tall) < max(tall, wide)
+    off = abs(height * wide - width * tall)
+    return off == 0 if exactly else off < max(tall, wide)
 
 
 def prefix_tokens(tokens: int, image: Sequence[int]) -> int:
     """How many of the tokens are no patches, such as class tokens and registers.
 
-    The smallest number that leaves a grid of the image's aspect.
+    The smallest number that leaves a grid of exactly the image's aspect, if that is a usual one;
+    else the smallest that leaves a grid of its aspect up to rounding.
 
     >>> prefix_tokens(197, (224, 224)), prefix_tokens(201, (224, 224)), prefix_tokens(24, (64, 96))
     (1, 5, 0)
     """
-    return next(p for p in range(tokens) if _is_grid(tokens - p, image))
+    exact = (p for p in range(min(tokens, USUAL_PREFIX + 1)) if _is_grid(tokens - p, image, True))
+    rounded = (p for p in range(tokens) if _is_grid(tokens - p, image, False))
+    return next(chain(exact, rounded))
 
 
-def _is_grid(tokens: int, image: Sequence[int]) -> bool:
+def _is_grid(tokens: int, image: Sequence[int], exactly: bool) -> bool:
     return any(
-        tokens % height == 0 and fits(height, tokens // height, image)
+        tokens % height == 0 and fits(height, tokens // height, image, exactly)
         for height in range(1, tokens + 1)
     )
 
