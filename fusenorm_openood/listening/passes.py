@@ -13,7 +13,7 @@ from fusenorm_openood.listening.head import feature_of
 from fusenorm_openood.listening.outputs import logits_at
 from fusenorm_openood.listening.structure import Structure
 from fusenorm_openood.listening.taps import listening
-from fusenorm_openood.listening.wrappers import current_pass, scoring_run, unwrapped
+from fusenorm_openood.listening.wrappers import current_pass, own_pass, scoring_run, unwrapped
 from fusenorm_openood.networks.t2fnorm import classification_feature
 
 PIXELS = 2**14  # image pixels that one CPU thread processes at a time
@@ -63,23 +63,19 @@ def forward_pass(
     Raises:
         TapError: an unusable tap (see `listening`), or logits that are not `[B, K]`.
     """
-    core, heard = unwrapped(net), dict[str, Tensor]()
+    core = unwrapped(net)
     head = {name: core.get_submodule(name) for name in structure.head.names}
-    token = current_pass.set(object())
-    try:
-        run = scoring_run(core, structure.scoring)
-        with (
-            listening(core, taps, structure.layouts, images.shape, reduce) as heard,
-            kept_head(head, threshold) as (inputs, outputs),
-        ):
-            output = run(images.clone())
-        logits = _logits(core, structure, head, output, inputs, outputs, len(images))
-        pred = logits.detach()
-        if structure.scoring is not None:
-            with torch.no_grad():
-                pred = _classified(core, structure, head, inputs, images)
-    finally:
-        current_pass.reset(token)
+    with (
+        own_pass(),
+        listening(core, taps, structure.layouts, images.shape, reduce) as heard,
+        kept_head(head, threshold) as (inputs, outputs),
+    ):
+        output = scoring_run(core, structure.scoring)(images.clone())
+    logits = _logits(core, structure, head, output, inputs, outputs, len(images))
+    pred = logits.detach()
+    if structure.scoring is not None:
+        with torch.no_grad():
+            pred = _classified(core, structure, head, inputs, images)
     norms = torch.stack([heard[n] for n in taps]) if taps else logits.new_empty(0, len(images))
     feature, flat = feature_of(head, inputs), [x.flatten(1) for x in inputs.values()]
     activations = None if not flat else flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)

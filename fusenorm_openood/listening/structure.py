@@ -17,7 +17,7 @@ from fusenorm_openood.listening.layouts import find_layout, pixels
 from fusenorm_openood.listening.modes import preserved_randomness, undisturbed
 from fusenorm_openood.listening.outputs import Path, find_logits, logits_at
 from fusenorm_openood.listening.recording import Call, recorded
-from fusenorm_openood.listening.wrappers import scoring_module, scoring_run, unwrapped
+from fusenorm_openood.listening.wrappers import own_pass, scoring_module, scoring_run, unwrapped
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def two_images(images: Tensor) -> Tensor:
 
 def _recorded(core: nn.Module, images: Tensor) -> tuple[Any, dict[str, Call], Tensor]:
     """Output and calls of a pass with a graph, or without one where that is impossible."""
-    run = scoring_run(core, scoring_module(core))
-    with torch.inference_mode(False), torch.enable_grad():
+    with own_pass(), torch.inference_mode(False), torch.enable_grad():
+        run = scoring_run(core, scoring_module(core))
         leaf = images.clone().requires_grad_()
         try:
             return *recorded(core, lambda: run(leaf.clone())), leaf
@@ -110,7 +110,8 @@ def _recorded(core: nn.Module, images: Tensor) -> tuple[Any, dict[str, Call], Te
             if is_out_of_memory(error):
                 raise
     try:
-        with torch.no_grad():
+        with own_pass(), torch.no_grad():
+            run = scoring_run(core, scoring_module(core))
             return *recorded(core, lambda: run(images.clone())), leaf
     except FuseNormError:
         raise

@@ -1,6 +1,7 @@
 """What networks come wrapped in, and networks that score with other logits than they classify."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,6 +15,16 @@ from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 # The pass that runs in this thread. Hooks act in their own pass only: those of several threads
 # hang on the same modules.
 current_pass: ContextVar[object] = ContextVar("current_pass", default=None)
+
+
+@contextmanager
+def own_pass() -> Iterator[None]:
+    """A pass of this thread, in which only its own hooks act."""
+    token = current_pass.set(object())
+    try:
+        yield
+    finally:
+        current_pass.reset(token)
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
