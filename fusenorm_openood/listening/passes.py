@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.head import feature_of
+from fusenorm_openood.listening.hooks import hooked, own_pass
 from fusenorm_openood.listening.outputs import logits_at
 from fusenorm_openood.listening.structure import Structure
 from fusenorm_openood.listening.taps import listening
-from fusenorm_openood.listening.wrappers import current_pass, own_pass, scoring_run, unwrapped
+from fusenorm_openood.listening.wrappers import scoring_run, unwrapped
 from fusenorm_openood.networks.t2fnorm import classification_feature
 
 PIXELS = 2**14  # image pixels that one CPU thread processes at a time
@@ -115,12 +116,10 @@ def kept_head(
     head: Mapping[str, nn.Module], threshold: float | None = None
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Inputs and outputs of the layers that make the logits, with clipped inputs."""
-    inputs, outputs, this = dict[str, Tensor](), dict[str, Tensor](), current_pass.get()
+    inputs, outputs = dict[str, Tensor](), dict[str, Tensor]()
 
     def before(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if current_pass.get() is not this:
-                return None
             given = args[0] if args else next(iter(kwargs.values()))
             inputs[name] = given if threshold is None else given.clamp(max=threshold)
             if threshold is None:
@@ -133,20 +132,15 @@ def kept_head(
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            if current_pass.get() is this:
-                outputs[name] = output
+            outputs[name] = output
 
         return hook
 
-    handles = []
-    try:
-        for name, module in head.items():
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(after(name)))
+    with hooked(
+        before=[(module, before(name)) for name, module in head.items()],
+        after=[(module, after(name)) for name, module in head.items()],
+    ):
         yield inputs, outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _logits(

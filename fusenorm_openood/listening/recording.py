@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from fusenorm_openood.listening.graph import Node
+from fusenorm_openood.listening.hooks import hooked
 from fusenorm_openood.listening.outputs import tensors_in
-from fusenorm_openood.listening.wrappers import current_pass
 
 
 @dataclass
@@ -36,12 +36,9 @@ def recorded(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, Cal
     """What `run` returns, and the calls of the modules in the order in which they ended."""
     calls: dict[str, Call] = {}
     begun: dict[str, tuple[tuple[Node, ...], tuple[int, ...]]] = {}
-    handles, this = [], current_pass.get()
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if current_pass.get() is not this:
-                return
             given = [tensor for _, tensor in tensors_in((args, kwargs))]
             nodes = tuple(dict.fromkeys(t.grad_fn for t in given if t.requires_grad))
             begun[name] = nodes, tuple(given[0].shape) if given else ()
@@ -50,8 +47,6 @@ def recorded(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, Cal
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if current_pass.get() is not this:
-                return
             call = calls.pop(name, Call())
             _, first = next(tensors_in(output), ((), None))
             call.runs += 1
@@ -63,11 +58,9 @@ def recorded(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, Cal
 
         return hook
 
-    try:
-        for name, module in net.named_modules():
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(after(name)))
+    modules = dict(net.named_modules())
+    with hooked(
+        before=[(module, before(name)) for name, module in modules.items()],
+        after=[(module, after(name)) for name, module in modules.items()],
+    ):
         return run(), calls
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -13,11 +13,12 @@ from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.listening.blocks import find_blocks
 from fusenorm_openood.listening.graph import Graph
 from fusenorm_openood.listening.head import HeadLayers, weight_of
+from fusenorm_openood.listening.hooks import own_pass
 from fusenorm_openood.listening.layouts import find_layout, pixels
 from fusenorm_openood.listening.modes import preserved_randomness, undisturbed
 from fusenorm_openood.listening.outputs import Path, find_logits, logits_at
 from fusenorm_openood.listening.recording import Call, recorded
-from fusenorm_openood.listening.wrappers import own_pass, scoring_module, scoring_run, unwrapped
+from fusenorm_openood.listening.wrappers import scoring_module, scoring_run, unwrapped
 
 
 @dataclass(frozen=True)

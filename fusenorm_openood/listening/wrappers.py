@@ -1,8 +1,6 @@
 """What networks come wrapped in, and networks that score with other logits than they classify."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,21 +8,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fusenorm_openood.errors import TapError
+from fusenorm_openood.listening.hooks import hooked
 from fusenorm_openood.networks.t2fnorm import has_scoring_logits
-
-# The pass that runs in this thread. Hooks act in their own pass only: those of several threads
-# hang on the same modules.
-current_pass: ContextVar[object] = ContextVar("current_pass", default=None)
-
-
-@contextmanager
-def own_pass() -> Iterator[None]:
-    """A pass of this thread, in which only its own hooks act."""
-    token = current_pass.set(object())
-    try:
-        yield
-    finally:
-        current_pass.reset(token)
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
@@ -69,22 +54,19 @@ def scoring_run(net: nn.Module, scoring: str | None) -> Callable[..., Any]:
     """
     if not scoring:
         return net if scoring is None else net.forward_ood_inference  # type: ignore[return-value]
-    module, this = net.get_submodule(scoring), current_pass.get()
+    module = net.get_submodule(scoring)
 
     def reached(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if current_pass.get() is this:
-            raise _Reached(args, kwargs)
+        raise _Reached(args, kwargs)
 
     def run(images: Any) -> Any:
-        handle = module.register_forward_pre_hook(reached, with_kwargs=True)
         try:
-            net(images)
+            with hooked(before=[(module, reached)]):
+                net(images)
         except _Reached as found:
             args, kwargs = found.given
         else:
             raise TapError(f"{type(net).__name__} does not call its module {scoring!r}")
-        finally:
-            handle.remove()
         return module.forward_ood_inference(*args, **kwargs)  # type: ignore[operator]
 
     return run
