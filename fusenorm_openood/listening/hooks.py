@@ -3,13 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from threading import Lock
 from typing import Any
 
 from torch import nn
 
 _current_pass: ContextVar[object] = ContextVar("current_pass", default=None)
-_numbering = Lock()  # torch numbers hooks without one, and one hook would replace another
 
 Hook = Callable[..., Any]
 
@@ -39,11 +37,10 @@ def hooked(
         return lambda *given: hook(*given) if _current_pass.get() is this else None
 
     try:
-        with _numbering:
-            for module, hook in before:
-                handles.append(module.register_forward_pre_hook(own(hook), with_kwargs=True))
-            for module, hook in after:
-                handles.append(module.register_forward_hook(own(hook)))
+        for module, hook in before:
+            handles.append(module.register_forward_pre_hook(own(hook), with_kwargs=True))
+        for module, hook in after:
+            handles.append(module.register_forward_hook(own(hook)))
         yield
     finally:
         for handle in handles:

@@ -1,7 +1,8 @@
 """Several threads may score with one network at the same time."""
 
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,6 +19,14 @@ from tests.listening.nets import Net, energies, some_images
 
 IMAGES = some_images(16)
 SCORES, THREADS = 200, 4
+
+
+@pytest.fixture(autouse=True)
+def _threads_that_interrupt_each_other_often() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
 
 
 class Moody(Net):
