@@ -26,7 +26,7 @@ def own_pass() -> Iterator[None]:
 def hooked(
     before: Iterable[tuple[nn.Module, Hook]] = (), after: Iterable[tuple[nn.Module, Hook]] = ()
 ) -> Iterator[None]:
-    """Call hooks in the current pass, `before(module, args, kwargs)` or after `(..., output)`.
+    """Call `before(module, args, kwargs)` and `after(module, args, output)` in the current pass.
 
     They are removed on exit, also after an exception.
     """

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fusenorm_openood.listening.graph import Node
@@ -58,7 +59,8 @@ def recorded(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, Cal
 
         return hook
 
-    modules = dict(net.named_modules())
+    # What is scripted takes no hooks, and is a part of the module around it.
+    modules = {n: m for n, m in net.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
     with hooked(
         before=[(module, before(name)) for name, module in modules.items()],
         after=[(module, after(name)) for name, module in modules.items()],
