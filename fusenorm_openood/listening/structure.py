@@ -107,7 +107,7 @@ def _recorded(core: nn.Module, images: Tensor) -> tuple[Any, dict[str, Call], Te
             return *recorded(core, lambda: run(leaf.clone())), leaf
         except FuseNormError:
             raise
-        except RuntimeError as error:
+        except Exception as error:
             if is_out_of_memory(error):
                 raise
     try:
