@@ -160,7 +160,7 @@ def tables(specification: str) -> pd.DataFrame:
         probes = [scored(heard) for heard in far.values()]
         for name, detector in detectors.items():
             rows = detector.rows_in(panel)
-            detector.with_calibration(detector.calibrate(id_fit[rows], Fitted()))
+            detector.with_calibration(detector.learn(id_fit[rows], Fitted()))
             conf = detector.confidence(id_test[rows])
             threshold = np.percentile(conf, 5)
             accepted = [np.mean(detector.confidence(p[rows]) >= threshold) for p in probes]

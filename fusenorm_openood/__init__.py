@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+from fusenorm_openood.version import __version__
 
 # Public names are imported on first use, so that importing the package loads neither torch nor
 # OpenOOD.

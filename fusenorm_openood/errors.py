@@ -39,3 +39,11 @@ class DamagedFileError(CheckpointError):
 
 class OpenOODError(FuseNormError, RuntimeError):
     """OpenOOD is missing or broken, or does not support what was requested."""
+
+
+class CalibrationError(FuseNormError, ValueError):
+    """Calibration images that are missing, too few, or not new to the detector."""
+
+
+class DetectorFileError(FuseNormError, ValueError):
+    """A detector file that is missing, damaged, of a newer format, or of another network."""

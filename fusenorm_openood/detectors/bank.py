@@ -60,9 +60,10 @@ class ScoreBank(ExpertScorer):
 
     def _resolve(self, structure: Structure | None) -> None:
         """Name the experts of a network that is built like this."""
-        self._detectors = {s: FuseNorm(self.net, s, structure) for s in self._settings}
-        if structure is None:
+        self._detectors: dict[Settings, FuseNorm] = {}
+        if structure is None:  # until `fit`
             return
+        self._detectors = {s: FuseNorm(self.net, s, structure) for s in self._settings}
         outputs, posthoc = self._outputs, self._posthoc
         panels = [detector.panel for detector in self._detectors.values()]
         self.panel = Panel(
@@ -130,7 +131,7 @@ class ScoreBank(ExpertScorer):
 
     def knows(self, settings: Settings) -> bool:
         """Whether the bank was built for these settings."""
-        return settings in self._detectors
+        return settings in self._settings
 
     def calibration(self, settings: Settings) -> Calibration:
         """What `FuseNorm.fit` would learn under these settings.
@@ -155,7 +156,7 @@ class ScoreBank(ExpertScorer):
             {q: self._fitted.thresholds[q] for q in panel.percentiles},
             {expert: self._fitted.states[expert] for expert in panel.posthoc},
         )
-        return detector.calibrate(id_scores, fitted)
+        return detector.learn(id_scores, fitted)
 
     def scored(self, settings: Settings, loader: Iterable[Any]) -> Scored:
         """What `FuseNorm.infer` would return for a loader's images under these settings.

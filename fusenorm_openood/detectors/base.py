@@ -48,6 +48,11 @@ class ExpertScorer(ABC):
         self.net = net
         self._structure: Structure | None = None
 
+    @property
+    def known_structure(self) -> Structure | None:
+        """How the network is built, None before the first images."""
+        return self._structure
+
     def structure(self, images: Tensor) -> Structure:
         """How the network is built, understood at the first images `[B, C, H, W]`."""
         if self._structure is None:
@@ -211,18 +216,22 @@ class Detector(ExpertScorer):
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted classes `[B]` and confidences `[B]` of images `[B, C, H, W]`.
 
-        Both are on the device of the images; confidences are float64 where it is supported.
+        Of one image `[C, H, W]`, both are without a dimension. They are on the device of the
+        images; confidences are float64 where it is supported.
 
         Raises:
             NotFittedError: before `fit`.
             NonFiniteError: NaN or infinity in the images or in their features.
         """
         self._check_fitted()
-        scores, pred = self._expert_scores(self._moved(checked_images(images)))
-        experts, *_ = self._read(images, scores, pred)
+        single = isinstance(images, Tensor) and images.ndim == 3
+        batch = checked_images(images.unsqueeze(0) if single else images)
+        scores, pred = self._expert_scores(self._moved(batch))
+        experts, *_ = self._read(batch, scores, pred)
         conf = torch.from_numpy(self.confidence(experts))
         conf = conf.float() if images.device.type == "mps" else conf
-        return pred.to(images.device), conf.to(images.device)
+        pred, conf = pred.to(images.device), conf.to(images.device)
+        return (pred[0], conf[0]) if single else (pred, conf)
 
     def score(self, images: Tensor) -> Tensor:
         """Confidences `[B]` of images `[B, C, H, W]`, larger = more in-distribution."""

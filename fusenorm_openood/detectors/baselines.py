@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fusenorm_openood.configs import config_root, lookup, read_config
-from fusenorm_openood.detectors.base import Detector
+from fusenorm_openood.detectors.decisions import DecidingDetector
 from fusenorm_openood.errors import CheckpointError, ConfigError, NotFittedError
 from fusenorm_openood.listening.gradient import gradients_of_images
 from fusenorm_openood.listening.modes import undisturbed
@@ -46,7 +46,7 @@ BASELINES = {
 SINGLE = (*BASELINES, *POSTHOC)  # single experts as postprocessors
 
 
-class Baseline(Detector):
+class Baseline(DecidingDetector):
     """One output expert, scored in float32 exactly as in OpenOOD, including ties.
 
     Args:

@@ -1,57 +1,47 @@
 """The FuseNorm detector, for any torch network; it does not need OpenOOD."""
 
+import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fusenorm_openood.detectors.base import Detector, fit_panel
-from fusenorm_openood.errors import ConfigError, NotFittedError
+from fusenorm_openood.detectors.base import fit_panel
+from fusenorm_openood.detectors.calibration import Calibration as Calibration
+from fusenorm_openood.detectors.calibration import packed, unpacked
+from fusenorm_openood.detectors.decisions import DecidingDetector, repeated_columns
+from fusenorm_openood.detectors.explanation import Explanation, explanation
+from fusenorm_openood.detectors.storage import Contents, read_contents, write_contents
+from fusenorm_openood.errors import ConfigError, DetectorFileError, NotFittedError
+from fusenorm_openood.listening.batches import checked_images
+from fusenorm_openood.listening.modes import undisturbed
 from fusenorm_openood.listening.panel import Fitted, Panel
+from fusenorm_openood.listening.passes import tapped_maps
 from fusenorm_openood.listening.structure import Structure
 from fusenorm_openood.listening.taps import check_taps, first_of_last_stage, resolve_taps
 from fusenorm_openood.listening.understanding import guess_structure
+from fusenorm_openood.listening.wrappers import unwrapped
+from fusenorm_openood.method.atf import atf_map
 from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, OUTPUT_EXPERTS, Output
 from fusenorm_openood.method.fusion import fuse, mean_of_strong
-from fusenorm_openood.method.joint import JointStatistics, joint_penalty, joint_statistics
+from fusenorm_openood.method.joint import joint_penalty, joint_statistics
 from fusenorm_openood.method.posthoc import POSTHOC, Posthoc
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
 from fusenorm_openood.method.statistics import (
-    IDStatistics,
     compute_id_statistics,
     normalise,
     standardise,
 )
+from fusenorm_openood.networks.fingerprint import Fingerprint, fingerprint
+from fusenorm_openood.version import __version__
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What `FuseNorm.fit` learns; it can be pickled without the network.
-
-    Attributes:
-        experts: names of the experts.
-        fitted: what the experts themselves have fitted.
-        id_scores: their scores on ID images `[L, N]`.
-        statistics: ID statistics of the experts, or with the joint penalty of the strong ones.
-        joint: statistics of the joint distance, with the joint penalty.
-        settings: all settings of the fit.
-        strong: names of the strong experts.
-    """
-
-    experts: tuple[str, ...]
-    fitted: Fitted
-    id_scores: NDArray[np.float64]
-    statistics: IDStatistics
-    joint: JointStatistics | None
-    settings: Settings
-    strong: tuple[str, ...]
-
-
-class FuseNorm(Detector):
+class FuseNorm(DecidingDetector):
     """OOD detector that fuses the feature norms of all blocks with strong experts.
 
     The network is understood from its own graph at the first images that it is fitted on; see
@@ -92,6 +82,7 @@ class FuseNorm(Detector):
         self.taps, self.strong, self.experts = (), (), ()
         self._free: list[Output] = []
         self._fitted = Fitted()
+        self._structure = structure
         structure = structure or guess_structure(net)
         if structure is not None:
             self._resolve(structure)
@@ -114,23 +105,34 @@ class FuseNorm(Detector):
         unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
         self.panel.listen(self.net, structure, images, unclipped)
 
-    def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
+    def fit(
+        self,
+        loader: Iterable[Any],
+        progress: bool = False,
+        calibration: Iterable[Any] | None = None,
+    ) -> Self:
         """Fit the ID statistics, preferably on ID images used neither for training nor for testing.
 
         The loader is read once, and once more if ReAct needs a threshold. If a strong expert keeps
         features, as `knn` does, an even sample of at most 10,000 images is used.
 
+        Args:
+            loader: ID images.
+            progress: whether to show progress bars.
+            calibration: other ID images, for `calibrate`, which is then called.
+
         Raises:
+            CalibrationError: calibration images that were fitted on.
             ZeroRangeError: an expert gives all ID images the same score.
             DataError, NonFiniteError, TapError: images or a network without usable scores.
         """
         self.calibration_ = None
         readings = self._begin(loader)
         self._fitted, scores, *_ = fit_panel(self, self.panel, readings, progress, "fit")
-        self.calibration_ = self.calibrate(scores[self._rows()], self._fitted)
-        return self
+        self.calibration_ = self.learn(scores[self._rows()], self._fitted)
+        return self if calibration is None else self.calibrate(calibration, progress)
 
-    def calibrate(self, id_scores: NDArray[np.float64], fitted: Fitted) -> Calibration:
+    def learn(self, id_scores: NDArray[np.float64], fitted: Fitted) -> Calibration:
         """The calibration from scores `[L, N]` of the experts on ID images; it is not kept.
 
         Raises:
@@ -171,11 +173,78 @@ class FuseNorm(Detector):
                 f"calibration must have the detector's experts {', '.join(self.experts)}, got "
                 f"{', '.join(calibration.experts)}: fit again"
             )
-        self._fitted = calibration.fitted
+        self._fitted, self.reference_ = calibration.fitted, None
         if then != now:
-            calibration = self.calibrate(calibration.id_scores, calibration.fitted)
+            calibration = self.learn(calibration.id_scores, calibration.fitted)
         self.calibration_ = calibration
         return self
+
+    def explain(self, images: Tensor) -> Explanation:
+        """What the confidences of images `[B, C, H, W]` are made of, and where: see `Explanation`.
+
+        Of one image `[C, H, W]` as of a batch of one. Takes one more pass than `score`.
+
+        Raises:
+            NotFittedError, NonFiniteError: as in `score`.
+        """
+        calibration = self._check_fitted()
+        batch = checked_images(images.unsqueeze(0) if images.ndim == 3 else images)
+        moved = self._moved(batch)
+        scores, pred = self._expert_scores(moved)
+        experts, classes, _ = self._read(batch, scores, pred)
+        experts, norm = experts[: len(self.experts)], self.settings.feature_norm
+        with undisturbed(unwrapped(self.net)), torch.no_grad():
+            maps = tapped_maps(
+                self.net,
+                moved,
+                self.structure(moved),
+                self.taps,
+                lambda feature_map: atf_map(feature_map, *norm).cpu(),
+            )
+        return explanation(calibration, experts, self.confidence(experts), classes, maps)
+
+    def save(self, path: str | Path) -> None:
+        """Keep the fitted detector in a file: safetensors and JSON, no pickle, not the network.
+
+        Raises:
+            NotFittedError: before `fit`.
+            DetectorFileError: the file cannot be written.
+        """
+        tensors, record = packed(self._check_fitted())
+        structure = None if self._structure is None else self._structure.to_json()
+        if self.reference_ is not None:
+            tensors["reference"] = torch.from_numpy(self.reference_)
+        network = fingerprint(unwrapped(self.net))
+        record |= {"version": __version__, "structure": structure, "network": network._asdict()}
+        write_contents(Path(path), Contents(tensors, record))
+
+    @classmethod
+    def load(cls, path: str | Path, net: nn.Module, strict: bool = True) -> Self:
+        """The detector in a file, for the network that it was fitted with.
+
+        Args:
+            path: a file that `save` wrote.
+            net: the network, on any device; it is left unchanged.
+            strict: whether other weights are an error, not a warning.
+
+        Raises:
+            DetectorFileError: the file is missing, damaged, of a newer format, or of another
+                network.
+        """
+        tensors, record = read_contents(Path(path))
+        try:
+            known, structure = Fingerprint(**record["network"]), record["structure"]
+            calibration = unpacked(tensors, record)
+            built = None if structure is None else Structure.from_json(structure)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DetectorFileError(
+                f"detector file {path} lacks what this version reads ({error}): fit again"
+            ) from None
+        _check_network(path, known, fingerprint(unwrapped(net)), strict)
+        detector = cls(net, calibration.settings, built).with_calibration(calibration)
+        if "reference" in tensors:
+            detector.reference_ = tensors["reference"].numpy()
+        return detector
 
     def with_companions(self) -> Self:
         """Also score the output experts that need no extra forward pass, for comparison.
@@ -237,6 +306,10 @@ class FuseNorm(Detector):
         clipped = np.minimum(z[strong], 1) if s.clip else z[strong]
         return fuse(clipped, z[weak], s.weights, s.base, s.cap)
 
+    def _repeated(self, experts: NDArray[Any]) -> int:
+        taps = len(self.taps)  # other experts may score the images of their fit in another way
+        return repeated_columns(self._check_fitted().id_scores[:taps], experts[:taps])
+
     def _check_fitted(self) -> Calibration:
         if self.calibration_ is None:
             raise NotFittedError("this FuseNorm has no ID statistics: call fit(loader) first")
@@ -266,3 +339,21 @@ class FuseNorm(Detector):
         if len(set(strong)) != len(strong):
             raise ConfigError(f"strong must name each expert once, got {', '.join(strong)}")
         return tuple(strong)
+
+
+def _check_network(path: str | Path, known: Fingerprint, given: Fingerprint, strict: bool) -> None:
+    differences = given.differences(known)
+    if differences:
+        more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise DetectorFileError(
+            f"detector file {path} was made with a {known.kind}, this {given.kind} differs "
+            f"({', '.join(differences[:3])}{more}): give the network that it was fitted with"
+        )
+    if given.weights != known.weights:
+        message = (
+            f"detector file {path} was made with other weights of a {known.kind}: give the "
+            "checkpoint that it was fitted with, or fit again"
+        )
+        if strict:
+            raise DetectorFileError(message)
+        warnings.warn(message, UserWarning, stacklevel=3)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fusenorm_openood.detectors.base import Detector
+from fusenorm_openood.detectors.decisions import DecidingDetector
 from fusenorm_openood.errors import NotFittedError
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.sample import FeatureSample
@@ -19,7 +19,7 @@ from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc
 UNFITTED = ("gen", "scale", "ash")  # need no ID images
 
 
-class PosthocBaseline(Detector):
+class PosthocBaseline(DecidingDetector):
     """One post-hoc expert, fitted on all images that it is given.
 
     Args:

@@ -1,6 +1,7 @@
 """Compiled kernels of ATF: which ones exist, which one is used, and what happens if one fails."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -94,7 +95,8 @@ def norms(
     if chosen == "torch" or not (_supports(chosen, x, settings) and may_read(x)):
         return by_torch(x, settings)
     try:
-        return _kernel(chosen, x.device, by_torch)(x, settings)
+        kernel = _kernel(chosen, x.device, by_torch)
+        return (_untraced(kernel) if "torch._dynamo" in sys.modules else kernel)(x, settings)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -117,6 +119,13 @@ def _kernel(name: str, device: torch.device, by_torch: Norms) -> Norms:
     kernel: Norms = module.norms
     compare(kernel, by_torch, module.TRIALS, device)
     return kernel
+
+
+@cache
+def _untraced(kernel: Norms) -> Norms:
+    """A kernel that torch.compile never traces: it would be given tensors without memory."""
+    disabled: Norms = torch.compiler.disable(kernel)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 def _supports(name: str, x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> bool:

@@ -1,7 +1,7 @@
 """The axes of feature maps: channels first, channels last, or tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from functools import cache
 
 from torch import Tensor, nn
 
@@ -19,25 +19,24 @@ def fits(height: int, width: int, image: Sequence[int], exactly: bool = False) -
     return off == 0 if exactly else off < max(tall, wide)
 
 
-def prefix_tokens(tokens: int, image: Sequence[int]) -> int:
-    """How many of the tokens are no patches, such as class tokens and registers.
+@cache
+def token_grid(tokens: int, image: tuple[int, int]) -> tuple[int, int, int]:
+    """Prefix tokens, height and width of tokens of images `[H, W]`.
 
-    The smallest number that leaves a grid of exactly the image's aspect, if that is a usual one;
-    else the smallest that leaves a grid of its aspect up to rounding.
+    Prefix tokens are no patches, such as class tokens and registers: the smallest usual number
+    that leaves a grid of exactly the image's aspect, else the smallest that leaves one up to
+    rounding.
 
-    >>> prefix_tokens(197, (224, 224)), prefix_tokens(201, (224, 224)), prefix_tokens(24, (64, 96))
-    (1, 5, 0)
+    >>> token_grid(197, (224, 224)), token_grid(201, (224, 224)), token_grid(24, (64, 96))
+    ((1, 14, 14), (5, 14, 14), (0, 4, 6))
     """
-    exact = (p for p in range(min(tokens, USUAL_PREFIX + 1)) if _is_grid(tokens - p, image, True))
-    rounded = (p for p in range(tokens) if _is_grid(tokens - p, image, False))
-    return next(chain(exact, rounded))
-
-
-def _is_grid(tokens: int, image: Sequence[int], exactly: bool) -> bool:
-    return any(
-        tokens % height == 0 and fits(height, tokens // height, image, exactly)
-        for height in range(1, tokens + 1)
-    )
+    for exactly, most in ((True, min(tokens, USUAL_PREFIX + 1)), (False, tokens)):
+        for prefix in range(most):
+            left = tokens - prefix
+            for height in range(1, left + 1):
+                if left % height == 0 and fits(height, left // height, image, exactly):
+                    return prefix, height, left // height
+    return 0, tokens, 1
 
 
 def find_layout(
@@ -79,16 +78,17 @@ def _layout_of_layer(layer: nn.Module) -> str | None:
 def pixels(shape: Sequence[int], layout: str, image: Sequence[int]) -> int:
     """Number of pixels of a feature map, without prefix tokens."""
     if "N" in layout:
-        tokens = shape[layout.index("N")]
-        return tokens - prefix_tokens(tokens, image)
+        _, height, width = token_grid(shape[layout.index("N")], (image[-2], image[-1]))
+        return height * width
     return shape[layout.index("H")] * shape[layout.index("W")]
 
 
 def as_maps(x: Tensor, layout: str, image: Sequence[int]) -> Tensor:
-    """A view `[B, C, H, W]` of a feature map, or `[B, C, N, 1]` of tokens without their prefix."""
+    """A view `[B, C, H, W]` of a feature map; of tokens without their prefix, on their grid."""
     if layout == "BCHW":
         return x
     if layout == "BHWC":
         return x.permute(0, 3, 1, 2)
     tokens = x if layout == "BNC" else x.transpose(0, 1)
-    return tokens[:, prefix_tokens(tokens.shape[1], image) :].mT.unsqueeze(-1)
+    prefix, height, width = token_grid(tokens.shape[1], (image[-2], image[-1]))
+    return tokens[:, prefix:].mT.view(len(tokens), tokens.shape[2], height, width)

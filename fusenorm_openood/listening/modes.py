@@ -46,9 +46,8 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserved_randomness(device: torch.device) -> Iterator[None]:
-    """Restore the state of the random number generators of the CPU and of a device."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    """Restore the state of the random number generators of the CPU and of a CUDA device."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 

@@ -83,6 +83,20 @@ def forward_pass(
     return Pass(norms, feature, logits, pred.argmax(dim=1), activations)
 
 
+def tapped_maps(
+    net: nn.Module,
+    images: Tensor,
+    structure: Structure,
+    taps: Sequence[str],
+    reduce: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """What `reduce` makes of the feature map `[B, C, H, W]` of each tap."""
+    core = unwrapped(net)
+    with own_pass(), listening(core, taps, structure.layouts, images.shape, reduce) as heard:
+        scoring_run(core, structure.scoring)(images.clone())
+    return heard
+
+
 def joined(passes: Sequence[Pass]) -> Pass:
     """Join the passes over the parts of a batch, without their graphs and activations."""
     norms, features, logits, preds, _ = zip(*passes, strict=True)
@@ -160,7 +174,8 @@ def _logits(
         )
     last = list(head)[-1:]
     if structure.head.before_softmax:
-        return outputs[last[0]].flatten(1)
+        logits = outputs[last[0]].flatten(1)
+        return logits.float() if logits.dtype in HALF else logits
     logits = logits_at(core, output, structure.logits, batch)
     if last and logits is outputs[last[0]] and isinstance(head[last[0]], nn.Linear):
         return _in_full(head[last[0]], inputs[last[0]], logits)

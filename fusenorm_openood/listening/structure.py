@@ -50,6 +50,26 @@ class Structure:
     scoring: str | None = None
     mixes: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """The structure in terms of JSON; see `from_json`."""
+        return {**vars(self), "head": self.head._asdict()}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Structure":
+        """The structure that `to_json` gave, also after JSON has turned its tuples into lists."""
+        head = record["head"]
+        return cls(
+            **{
+                **record,
+                "blocks": tuple(record["blocks"]),
+                "shapes": {name: tuple(shape) for name, shape in record["shapes"].items()},
+                "head": HeadLayers(
+                    **{**head, "names": tuple(head["names"]), "shares": tuple(head["shares"])}
+                ),
+                "logits": tuple(record["logits"]),
+            }
+        )
+
     def stages(self, taps: Sequence[str]) -> list[list[str]]:
         """Taps by stage: those of a stage follow each other and have equally many pixels."""
         return [list(stage) for _, stage in groupby(taps, key=lambda tap: self.pixels.get(tap))]

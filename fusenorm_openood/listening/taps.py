@@ -113,7 +113,7 @@ def listening(
     """Reduce the feature maps of the named modules during one forward pass.
 
     Yields a dict that the pass fills with `reduce(feature map)` by module name, where the feature
-    map is `[B, C, H, W]` whatever the module's layout, and `[B, C, N, 1]` of tokens. The reduction
+    map is `[B, C, H, W]` whatever the module's layout. The reduction
     runs inside the hook, without gradients, so no feature map outlives it. The hooks act only in
     the pass of this thread, and are removed on exit, also after an exception.
 

@@ -114,7 +114,7 @@ def _understood_head(
     known = HeadLayers(names, equal)
     if not torch.isfinite(logits).all():
         return known
-    single = outputs[names[0]] if len(names) == 1 else None
+    single = outputs[names[0]].flatten(1) if len(names) == 1 else None
     if single is not None and single.shape == logits.shape and _is_softmax(single, logits):
         known, logits = HeadLayers(names, (1.0,), before_softmax=True), single
     if not known.before_softmax and _are_probabilities(logits):

@@ -63,13 +63,45 @@ def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
     """
     for setting in settings:
         check_atf_settings(*setting)
-    if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
-        raise TapError(
-            f"atf takes floating-point feature maps [B, C, H, W] with at least one pixel, "
-            f"got {x.dtype} of shape {list(x.shape)}: tap a module that returns such maps"
-        )
+    _check_maps(x)
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     return kernels.norms(x.flatten(2), settings, _by_torch).to(x.device, dtype)
+
+
+def atf_map(
+    x: Tensor, k_min: float = 0.1, k_max: float = 0.25, alpha: float = 0.0, eps: float = 1e-8
+) -> Tensor:
+    """Where in a feature map the energy sits that its norm is computed from.
+
+    The norm's own terms by pixel: a pixel has, summed over the channels in which its energy is one
+    of the k largest, e / (k sqrt(mean of these k)) by channel weight.
+
+    Args:
+        x: feature maps ``[B, C, H, W]``.
+        k_min, k_max, alpha, eps: see `atf`.
+
+    Returns:
+        Heat maps ``[B, H, W]`` in float64, at least 0, that add up to the norms of `atf`.
+
+    Raises:
+        ConfigError, TapError: see `atf`.
+    """
+    setting = FeatureNorm(k_min, k_max, alpha, eps)
+    check_atf_settings(*setting)
+    _check_maps(x)
+    a = x.detach().flatten(2).abs()
+    a = a.cpu() if a.device.type == "mps" else a
+    h = _entropy(a, eps)
+    w = _channel_weights(h, alpha, eps)
+    order = a.sort(dim=-1, descending=True, stable=True)
+    k = _k_of(h, x, setting)
+    energy = order.values.double().square()
+    chosen = torch.arange(a.shape[-1], device=a.device) < k
+    energy = energy * chosen
+    root = (energy.sum(-1, keepdim=True) / k).sqrt()
+    terms = w.unsqueeze(-1) * energy / (k * root).clamp(min=torch.finfo(torch.float64).tiny)
+    placed = torch.zeros_like(energy).scatter(-1, order.indices, terms)
+    return placed.sum(1).view(len(x), *x.shape[2:])
 
 
 def adaptive_k(h: Tensor, k_min: float, k_max: float, pixels: int) -> Tensor:
@@ -103,16 +135,34 @@ def _norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> 
     norms = []
     for k_min, k_max, alpha, eps in settings:
         h = entropies[eps]
-        w = 1 - h
-        w = w / (w.sum(-1, keepdim=True) + eps)
-        w = (1 - alpha) * w + alpha / C
-        w = w / (w.sum(-1, keepdim=True) + eps)
-
-        h_mean = h.mean(-1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        k = adaptive_k(h_mean, k_min, k_max, N).view(-1, 1, 1).clamp(max=k_bound)  # if h is NaN
+        w = _channel_weights(h, alpha, eps)
+        k = _k_of(h, x, FeatureNorm(k_min, k_max)).clamp(max=k_bound)  # if h is NaN
         mean = top.gather(-1, (k - 1).expand(-1, C, 1)) / k
         norms.append((w * mean.squeeze(-1).sqrt()).sum(-1))
     return torch.stack(norms)
+
+
+def _channel_weights(h: Tensor, alpha: float, eps: float) -> Tensor:
+    """Weights ``[B, C]`` of the channels, larger for energy that is concentrated in space."""
+    w = 1 - h
+    w = w / (w.sum(-1, keepdim=True) + eps)
+    w = (1 - alpha) * w + alpha / h.shape[-1]
+    return w / (w.sum(-1, keepdim=True) + eps)
+
+
+def _k_of(h: Tensor, x: Tensor, setting: FeatureNorm) -> Tensor:
+    """k ``[B, 1, 1]`` of feature maps with entropies h ``[B, C]``."""
+    h_mean = h.mean(-1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    pixels = x.shape[2:].numel()
+    return adaptive_k(h_mean, setting.k_min, setting.k_max, pixels).view(-1, 1, 1)
+
+
+def _check_maps(x: Tensor) -> None:
+    if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
+        raise TapError(
+            f"atf takes floating-point feature maps [B, C, H, W] with at least one pixel, "
+            f"got {x.dtype} of shape {list(x.shape)}: tap a module that returns such maps"
+        )
 
 
 def _entropy(a: Tensor, eps: float) -> Tensor:

@@ -78,12 +78,17 @@ def log_joint_distance(norms: ArrayLike, statistics: JointStatistics) -> NDArray
     With u the standardised log norms and C their correlation, M = sqrt(u' C^-1 u / L): the
     Mahalanobis distance of the log norms from their ID mean.
     """
-    v = _log(norms)
-    u = (v - statistics.mean[:, None]) / statistics.scale[:, None]
+    u = standardised_logs(norms, statistics)
     blocks = np.count_nonzero(np.isfinite(statistics.scale))
     squared = np.einsum("ln,lk,kn->n", u, statistics.precision, u) / blocks
     log_m: NDArray[np.float64] = np.log(np.maximum(np.sqrt(np.maximum(squared, 0)), LEAST))
     return log_m
+
+
+def standardised_logs(norms: ArrayLike, statistics: JointStatistics) -> NDArray[np.float64]:
+    """u `[L, N]`: the log norms with mean 0 and deviation 1 on ID images; 0 for constant ones."""
+    u: NDArray[np.float64] = (_log(norms) - statistics.mean[:, None]) / statistics.scale[:, None]
+    return u
 
 
 def joint_penalty(norms: ArrayLike, statistics: JointStatistics) -> NDArray[np.float64]:

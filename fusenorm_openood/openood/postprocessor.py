@@ -13,6 +13,7 @@ from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
 from fusenorm_openood.detectors.search import UNUSABLE, choose, search
 from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
+from fusenorm_openood.listening.structure import Structure
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
 from fusenorm_openood.openood.bridge import base_postprocessor
 
@@ -42,6 +43,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         self._bank: ScoreBank | None = None
         self._recalibrate = False  # the fusion's settings have changed since the calibration
         self._last: FuseNorm | None = None
+        self._structure: Structure | None = None  # of the network in _fitted_on
 
     def setup(
         self, net: nn.Module, id_loader_dict: Mapping[str, Any], ood_loader_dict: Any = None
@@ -63,6 +65,8 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
                 "id_loader_dict must contain 'val', the loader that FuseNorm is fitted on, got "
                 f"{', '.join(id_loader_dict) or 'no loader'}"
             )
+        if self._fitted_on is None or self._fitted_on[0] is not net:
+            self._structure = None
         self._fitted_on = net, id_loader_dict["val"]
         if self.setup_flag:
             return
@@ -78,6 +82,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
                 )
             self._bank = bank_for(net, self.settings, self.args_dict)
             self._bank.fit(id_loader_dict["val"]).add(ood_loader_dict["val"])
+            self._structure = self._bank.known_structure
             # Raise a clear error if no combination is usable: OpenOOD's loop raises a TypeError.
             choose(self._bank, self.settings, self.args_dict, [ood_loader_dict["val"]])
             self.setup_flag = True
@@ -153,7 +158,9 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             if self._bank is not None and self._bank.knows(self.settings):
                 self.calibration = self._bank.calibration(self.settings)
             else:
-                self.calibration = FuseNorm(net, self.settings).fit(id_loader).calibration_
+                detector = FuseNorm(net, self.settings, self._structure).fit(id_loader)
+                self.calibration = detector.calibration_
+                self._structure = detector.known_structure
             self.setup_flag = True
 
     def _detector(self, net: nn.Module) -> FuseNorm:
@@ -169,12 +176,13 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             and (known.calibration_ is self.calibration and known.is_fitted)
         ):
             return known
-        detector = FuseNorm(net, self.settings)
+        same = self._fitted_on is not None and self._fitted_on[0] is net
+        detector = FuseNorm(net, self.settings, self._structure if same else None)
         if self._recalibrate and self.calibration is not None:
             self._recalibrate = False
             c = self.calibration
             if c.experts == detector.experts:
-                self.calibration = detector.calibrate(c.id_scores, c.fitted)
+                self.calibration = detector.learn(c.id_scores, c.fitted)
             else:  # other strong experts
                 self.setup_flag, self.calibration = False, None
                 self._fit()
@@ -187,5 +195,5 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         ready = (
             self.setup_flag and self.calibration is not None
         )  # else the bank, not pickled, has it
-        gone = {"_fitted_on": None, "_bank": None, "_last": None}
+        gone = {"_fitted_on": None, "_bank": None, "_last": None, "_structure": None}
         return {**vars(self), **gone, "setup_flag": ready}

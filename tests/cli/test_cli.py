@@ -330,7 +330,7 @@ def test_digits_and_taps(digits, capsys):
     )
     assert str(checkpoint) in capsys.readouterr().out
     assert main(["taps", str(checkpoint), "--image-size", "24"]) == 0
-    assert "* layer4.0, BasicBlock, [128, 3, 3]" in capsys.readouterr().out
+    assert "* layer4.0, BasicBlock, BCHW, [128, 3, 3]" in capsys.readouterr().out
 
 
 def test_a_script_reports_missing_files(tmp_path):

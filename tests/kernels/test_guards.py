@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusenorm_openood import atf, kernels
 from fusenorm_openood.kernels.guards import may_read
+from fusenorm_openood.method.atf import _by_torch
 
 
 @pytest.fixture
@@ -164,3 +165,14 @@ def test_memory_that_the_kernel_lacks_is_an_error_of_memory(kernel_calls):
         patch.setattr(cpu, "_scratch", lambda size: np.empty(2**60, np.uint8))
         with pytest.raises(MemoryError):
             atf(maps())
+
+
+def test_torch_compile_never_traces_a_kernel():
+    """A kernel reads memory by its address, which a traced tensor does not have."""
+    pytest.importorskip("numba")
+    kernel = kernels._kernel("numba", torch.device("cpu"), by_torch=_by_torch)
+    untraced = kernels._untraced(kernel)
+    x, setting = torch.randn(2, 3, 16), [(0.1, 0.25, 0.0, 1e-8)]
+    torch.testing.assert_close(untraced(x, setting), kernel(x, setting))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        torch.compile(lambda x: untraced(x, setting), backend="eager", fullgraph=True)(x)

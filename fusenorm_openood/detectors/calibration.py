@@ -1,0 +1,92 @@
+"""What a detector learns from ID images, and how it is kept: as tensors and as JSON."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fusenorm_openood.listening.panel import Fitted
+from fusenorm_openood.method.joint import JointStatistics
+from fusenorm_openood.method.posthoc import Posthoc
+from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.method.statistics import IDStatistics
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `FuseNorm.fit` learns; it can be pickled without the network.
+
+    Attributes:
+        experts: names of the experts.
+        fitted: what the experts themselves have fitted.
+        id_scores: their scores on ID images `[L, N]`.
+        statistics: ID statistics of the experts, or with the joint penalty of the strong ones.
+        joint: statistics of the joint distance, with the joint penalty.
+        settings: all settings of the fit.
+        strong: names of the strong experts.
+    """
+
+    experts: tuple[str, ...]
+    fitted: Fitted
+    id_scores: NDArray[np.float64]
+    statistics: IDStatistics
+    joint: JointStatistics | None
+    settings: Settings
+    strong: tuple[str, ...]
+
+
+def packed(calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a calibration, and the rest of it for JSON."""
+    c = calibration
+    arrays = {"id_scores": c.id_scores}
+    arrays |= {f"statistics.{name}": value for name, value in vars(c.statistics).items()}
+    if c.joint is not None:
+        arrays |= {f"joint.{n}": np.asarray(v) for n, v in c.joint._asdict().items()}
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    for number, state in enumerate(c.fitted.states.values()):
+        tensors |= {f"state.{number}.{name}": value.cpu() for name, value in state.items()}
+    return tensors, {
+        "settings": asdict(c.settings),
+        "experts": c.experts,
+        "strong": c.strong,
+        "joint": c.joint is not None,
+        "thresholds": list(c.fitted.thresholds.items()),
+        "posthoc": [[expert.name, dict(expert.arguments)] for expert in c.fitted.states],
+    }
+
+
+def unpacked(tensors: dict[str, Tensor], record: dict[str, Any]) -> Calibration:
+    """The calibration that was `packed`.
+
+    Raises:
+        KeyError, TypeError, ValueError: parts are missing or of another kind.
+    """
+
+    def named(group: str) -> dict[str, Tensor]:
+        prefix = f"{group}."
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    def arrays(group: str) -> dict[str, Any]:
+        return {name: tensor.numpy() for name, tensor in named(group).items()}
+
+    states = {
+        Posthoc.of(name, arguments): named(f"state.{number}")
+        for number, (name, arguments) in enumerate(record["posthoc"])
+    }
+    joint = None
+    if record["joint"]:
+        found = arrays("joint")
+        scalars = {n: float(found[n]) for n in ("log_mean", "log_std")}
+        joint = JointStatistics(**{**found, **scalars})
+    return Calibration(
+        experts=tuple(record["experts"]),
+        fitted=Fitted(dict(map(tuple, record["thresholds"])), states),
+        id_scores=tensors["id_scores"].numpy(),
+        statistics=IDStatistics(**arrays("statistics")),
+        joint=joint,
+        settings=Settings.from_mapping(record["settings"]),
+        strong=tuple(record["strong"]),
+    )

@@ -1,0 +1,158 @@
+"""From confidences to verdicts whose error rate on ID images is known: conformal p-values.
+
+Source: Bates et al., "Testing for outliers with conformal p-values", Annals of Statistics 2023.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fusenorm_openood.errors import CalibrationError, ConfigError, NonFiniteError
+
+EQUAL = 1e-12  # 1 - 0.9 is 0.09999999999999998: what differs by less counts as equal
+
+
+def conformal_p_values(conf: ArrayLike, calibration: ArrayLike) -> NDArray[np.float64]:
+    """p = (1 + number of calibration confidences <= conf) / (n + 1).
+
+    For an ID image that is exchangeable with the calibration images, P(p <= a) <= a for every a in
+    [0, 1], whatever the distribution of the confidences; ties make p larger.
+
+    Args:
+        conf: confidences of any shape.
+        calibration: confidences `[n]` of ID images that neither trained the network nor fitted the
+            detector.
+
+    Returns:
+        p-values of that shape in [1 / (n + 1), 1], larger = more in-distribution.
+
+    Raises:
+        NonFiniteError: a confidence that is not finite.
+    """
+    conf, calibration = np.asarray(conf, np.float64), np.asarray(calibration, np.float64)
+    for what, values in (("conf", conf), ("calibration", calibration)):
+        if not np.isfinite(values).all():
+            raise NonFiniteError(f"{what} must be finite, got NaN or infinity: check the images")
+    smaller = np.searchsorted(np.sort(calibration), conf, side="right")
+    p: NDArray[np.float64] = (1 + smaller) / (len(calibration) + 1)
+    return p
+
+
+def rejects(p: ArrayLike, acceptance: float) -> NDArray[np.bool_]:
+    """Whether p <= 1 - acceptance: the images that are judged OOD.
+
+    Raises:
+        ConfigError: an acceptance outside (0, 1).
+    """
+    check_share("acceptance", acceptance)
+    rejected: NDArray[np.bool_] = np.asarray(p) <= 1 - acceptance + EQUAL
+    return rejected
+
+
+def needed_images(acceptance: float) -> int:
+    """The smallest number of calibration images with which an image can be rejected.
+
+    >>> needed_images(0.95), needed_images(0.9), needed_images(0.999)
+    (19, 9, 999)
+    """
+    check_share("acceptance", acceptance)
+    return max(math.ceil(1 / (1 - acceptance + EQUAL) - 1e-6) - 1, 1)
+
+
+def check_enough(n: int, acceptance: float) -> None:
+    """Raise CalibrationError unless n calibration images suffice for an acceptance."""
+    needed = needed_images(acceptance)
+    if n < needed:
+        raise CalibrationError(
+            f"acceptance={acceptance:g} needs at least {needed} calibration images, got {n}: "
+            "calibrate on more, or choose a smaller acceptance"
+        )
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What holds for the share of ID images that are accepted at an acceptance.
+
+    Attributes:
+        acceptance: the acceptance that was asked for.
+        images: number of calibration images.
+        confidence: probability with which the intervals hold, over calibration sets.
+        average: expected share over calibration sets and test images: at least this with ties,
+            exactly this without.
+        low: lower end of the central interval of the share with this calibration set, by the
+            Beta distribution; with ties the share may only be larger.
+        high: its upper end, without ties.
+        uniform: largest distance between the share and any acceptance, all at once, by the
+            Dvoretzky-Kiefer-Wolfowitz inequality: what holds for an acceptance that is picked
+            after the calibration images were looked at.
+    """
+
+    acceptance: float
+    images: int
+    confidence: float
+    average: float
+    low: float
+    high: float
+    uniform: float
+
+    def __str__(self) -> str:
+        return (
+            f"of ID images like the {self.images} calibration images, {self.average:.1%} are "
+            f"accepted on average; with probability {self.confidence:.0%} it is between "
+            f"{self.low:.1%} and {self.high:.1%} with these calibration images, and within "
+            f"{self.uniform:.1%} of any acceptance picked afterwards"
+        )
+
+
+def guarantee(n: int, acceptance: float, confidence: float = 0.95) -> Guarantee:
+    """What n calibration images promise at an acceptance; see `Guarantee`.
+
+    With k = floor((1 - acceptance)(n + 1)), the share of accepted ID images has the distribution
+    Beta(n + 1 - k, k) over calibration sets.
+
+    Raises:
+        CalibrationError: too few images for the acceptance.
+        ConfigError: an acceptance or a confidence outside (0, 1).
+    """
+    check_share("confidence", confidence)
+    check_enough(n, acceptance)
+    from scipy import stats  # takes longer to import than the rest of the package
+
+    k = math.floor((1 - acceptance + EQUAL) * (n + 1))
+    share = stats.beta(n + 1 - k, k)
+    low, high = share.interval(confidence)
+    uniform = math.sqrt(math.log(2 / (1 - confidence)) / (2 * n))
+    return Guarantee(
+        acceptance, n, confidence, float(share.mean()), float(low), float(high), uniform
+    )
+
+
+def rejects_at_fdr(p: ArrayLike, rate: float = 0.1) -> NDArray[np.bool_]:
+    """Which of many images are OOD, with an expected share of at most `rate` ID images among them.
+
+    The procedure of Benjamini and Hochberg. Conformal p-values that share their calibration images
+    depend on each other positively, under which it keeps its promise (Bates et al., Theorem 2).
+
+    Args:
+        p: p-values `[N]` of images that were judged together.
+        rate: false discovery rate, in (0, 1).
+
+    Raises:
+        ConfigError: a rate outside (0, 1).
+    """
+    check_share("rate", rate)
+    p = np.asarray(p, np.float64)
+    if p.size == 0:
+        return np.zeros(0, np.bool_)
+    from scipy import stats
+
+    rejected: NDArray[np.bool_] = stats.false_discovery_control(p) <= rate + EQUAL
+    return rejected
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise ConfigError unless a number is in (0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ConfigError(f"{name} must be a number in (0, 1), got {value!r}: 0.95 for example")

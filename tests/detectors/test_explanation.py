@@ -1,0 +1,87 @@
+"""Explanations: shares that add up to the confidence, and maps that add up to the norms."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from fusenorm_openood import FuseNorm, Settings, atf
+from fusenorm_openood.method.atf import atf_map
+from tests.conftest import assert_undisturbed, state_of
+
+IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(9)) * 1.5
+SETTINGS = {
+    "default": Settings(),
+    "joint": Settings.joint(weights=(1.0, 2.0, 1.0)),
+    "joint, strong tap": Settings.joint(strong=("layer4.0", "output")),
+    "published": Settings.published(),
+    "no weak": Settings(taps=("layer4.0",), strong=("layer4.0", "output")),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_shares_add_up_to_the_confidence_and_maps_to_the_norms(net, loader, settings):
+    detector = FuseNorm(net, settings).fit(loader)
+    before = state_of(net)
+    why = detector.explain(IMAGES)
+    assert_undisturbed(net, before)
+    np.testing.assert_allclose(why.shares.sum(0), detector.score(IMAGES), rtol=1e-9)
+    np.testing.assert_array_equal(why.conf, detector.score(IMAGES))
+    assert why.experts == detector.experts
+    for row, tap in enumerate(detector.taps):
+        assert why.maps[tap].shape == (6, *net_map(net, tap))
+        assert (why.maps[tap] >= 0).all()
+        np.testing.assert_allclose(why.maps[tap].sum((1, 2)), why.scores[row], rtol=1e-5)
+    assert [why.experts[i] for i in why.objections.argmax(0)] == list(why.objected)
+
+
+def net_map(net, tap):
+    kept = []
+    handle = net.get_submodule(tap).register_forward_hook(lambda m, a, o: kept.append(o.shape[2:]))
+    with torch.no_grad():
+        net(IMAGES)
+    handle.remove()
+    return tuple(kept[0])
+
+
+def test_the_weak_expert_that_deviates_most_has_the_whole_penalty(net, loader):
+    detector = FuseNorm(net).fit(loader)
+    why = detector.explain(IMAGES * 30)
+    weak = why.shares[: len(detector.taps)]
+    assert (np.count_nonzero(weak, axis=0) == 1).all()
+    deviations = np.maximum(-why.normalised, why.normalised - 1)[: len(detector.taps)]
+    np.testing.assert_array_equal(weak.argmin(0), deviations.argmax(0))
+
+
+def test_the_heat_map_is_where_the_energy_is():
+    """One bright pixel per channel: k = 1 of 16 pixels, so that pixel is the whole norm."""
+    x = torch.zeros(1, 2, 4, 4)
+    x[0, 0, 1, 2], x[0, 1, 3, 0] = 3.0, 4.0
+    heat = atf_map(x, 0.0625, 0.0625)
+    expected = torch.zeros(1, 4, 4, dtype=torch.float64)
+    expected[0, 1, 2], expected[0, 3, 0] = 1.5, 2.0  # equal channel weights
+    torch.testing.assert_close(heat, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 4), (2, 1, 1, 1), (2, 3, 1, 9)])
+def test_heat_maps_add_up_to_the_norm(shape, alpha):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    heat = atf_map(x, 0.2, 0.6, alpha)
+    assert heat.shape == (shape[0], *shape[2:])
+    torch.testing.assert_close(
+        heat.sum((1, 2)).float(), atf(x, 0.2, 0.6, alpha), rtol=1e-5, atol=1e-7
+    )
+    assert not atf_map(torch.zeros(shape)).any()
+
+
+def test_tokens_have_heat_maps_on_their_grid():
+    torch.manual_seed(0)
+    net = torchvision.models.vit_b_16(image_size=32, num_classes=4).eval()
+    with torch.no_grad():
+        net.heads.head.weight.normal_(std=0.1)
+    images = torch.randn(12, 3, 32, 32)
+    detector = FuseNorm(net, output="energy", strong=["output"]).fit([images])
+    why = detector.explain(images[0])
+    assert {tuple(heat.shape) for heat in why.maps.values()} == {(1, 2, 2)}
+    assert why.conf.shape == (1,)

@@ -1,0 +1,157 @@
+"""Detector files: the round trip to the bit, other networks, and every kind of damage."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fusenorm_openood import FuseNorm, Settings
+from fusenorm_openood.errors import DetectorFileError, NotFittedError
+from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
+
+IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(9))
+SETTINGS = {
+    "default": Settings(),
+    "joint": Settings.joint(),
+    "published": Settings.published(input_std=(0.2, 0.3, 0.25)),
+    "posthoc": Settings(strong=("knn", "vim", "she", "nci"), neighbours=3),
+    "named": Settings(taps=("layer2", "layer4.0"), strong=("layer4.0", "gen")),
+}
+
+
+@pytest.fixture
+def saved(net, loader, tmp_path):
+    detector = FuseNorm(net).fit(loader, calibration=make_loader(40, seed=7))
+    detector.save(tmp_path / "detector.safetensors")
+    return detector, tmp_path / "detector.safetensors"
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_loaded_detector_gives_the_same_bits(net, loader, tmp_path, settings):
+    detector = FuseNorm(net, settings).fit(loader, calibration=make_loader(40, seed=7))
+    path = tmp_path / "kept" / "detector.safetensors"
+    before = state_of(net)
+    detector.save(path)
+    loaded = FuseNorm.load(path, net)
+    assert_undisturbed(net, before)
+    assert (loaded.settings, loaded.experts, loaded.strong) == (
+        detector.settings,
+        detector.experts,
+        detector.strong,
+    )
+    assert torch.equal(loaded.score(IMAGES), detector.score(IMAGES))
+    assert torch.equal(loaded.p_values(IMAGES), detector.p_values(IMAGES))
+    assert torch.equal(loaded.is_ood(IMAGES, 0.8), detector.is_ood(IMAGES, 0.8))
+    assert loaded.guarantee(0.9) == detector.guarantee(0.9)
+
+
+def test_a_new_process_gives_the_same_bits(saved, net, tmp_path):
+    detector, path = saved
+    torch.save((net.state_dict(), IMAGES, torch.get_num_threads()), tmp_path / "net.pt")
+    program = """if True:
+        import sys, torch
+        from fusenorm_openood import FuseNorm
+        from fusenorm_openood.networks import ResNet18_32x32
+        state, images, threads = torch.load(sys.argv[1])
+        torch.set_num_threads(threads)
+        net = ResNet18_32x32(4, width=4).eval()
+        net.load_state_dict(state)
+        detector = FuseNorm.load(sys.argv[2], net)
+        torch.save((detector.score(images), detector.p_values(images)), sys.argv[3])
+    """
+    arguments = [tmp_path / "net.pt", path, tmp_path / "scores.pt"]
+    subprocess.run([sys.executable, "-c", program, *map(str, arguments)], check=True)
+    score, p = torch.load(tmp_path / "scores.pt")
+    assert torch.equal(score, detector.score(IMAGES))
+    assert torch.equal(p, detector.p_values(IMAGES))
+
+
+def test_without_calibration_images(net, loader, tmp_path):
+    FuseNorm(net).fit(loader).save(tmp_path / "d")
+    assert FuseNorm.load(tmp_path / "d", net).reference_ is None
+
+
+def test_before_fit_there_is_nothing_to_save(net, tmp_path):
+    with pytest.raises(NotFittedError):
+        FuseNorm(net).save(tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_wrappers_do_not_make_another_network(saved, net):
+    detector, path = saved
+    for wrapped in (nn.DataParallel(net), torch.compile(net, backend="eager")):
+        assert torch.equal(FuseNorm.load(path, wrapped).score(IMAGES), detector.score(IMAGES))
+
+
+def test_another_network_is_an_error_that_says_what_differs(saved):
+    _, path = saved
+    with pytest.raises(
+        DetectorFileError,
+        match=r"differs \(fc.weight is float32 \[5, 32\] instead of float32 \[4, 32\], fc.bias",
+    ):
+        FuseNorm.load(path, make_net(classes=5))
+
+
+def test_other_weights_are_an_error_or_a_warning(saved, net):
+    detector, path = saved
+    with torch.no_grad():
+        net.layer2[0].conv1.weight[0, 0, 0, 0] += 1
+    with pytest.raises(DetectorFileError, match="other weights of a ResNet18_32x32"):
+        FuseNorm.load(path, net)
+    with pytest.warns(UserWarning, match="other weights"):
+        loaded = FuseNorm.load(path, net, strict=False)
+    assert torch.equal(loaded.score(IMAGES), detector.score(IMAGES))  # both with these weights
+
+
+def test_a_thousand_damaged_files_are_all_refused(saved, net, tmp_path):
+    _, path = saved
+    data, draw = path.read_bytes(), random.Random(0)
+    for number in range(1000):
+        changed = bytearray(data)
+        kind = number % 4
+        if kind == 0:  # flipped bits, half of them in the header
+            place = draw.randrange(len(data) if number % 8 else 3000)
+            changed[place] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            changed = changed[: draw.randrange(len(data))]
+        elif kind == 2:
+            changed += draw.randbytes(draw.randrange(1, 100))
+        else:
+            start = draw.randrange(len(data) - 8)
+            changed[start : start + 8] = draw.randbytes(8)
+        if bytes(changed) == data:
+            continue
+        damaged = tmp_path / "damaged"
+        damaged.write_bytes(changed)
+        with pytest.raises(DetectorFileError, match=r"damaged|no detector file"):
+            FuseNorm.load(damaged, net)
+
+
+def test_a_newer_format_is_refused(saved, net, tmp_path, monkeypatch):
+    detector, _ = saved
+    monkeypatch.setattr("fusenorm_openood.detectors.storage.FORMAT", 2)
+    detector.save(tmp_path / "newer")
+    monkeypatch.undo()
+    with pytest.raises(DetectorFileError, match=r"has format 2, this version .* reads 1"):
+        FuseNorm.load(tmp_path / "newer", net)
+
+
+def test_other_files_and_no_file(net, tmp_path):
+    torch.save(net.state_dict(), tmp_path / "checkpoint.pt")
+    (tmp_path / "text").write_text(json.dumps({"checksum": "0" * 64}))
+    for name in ("checkpoint.pt", "text"):
+        with pytest.raises(DetectorFileError, match="no detector file"):
+            FuseNorm.load(tmp_path / name, net)
+    with pytest.raises(DetectorFileError, match="cannot be read"):
+        FuseNorm.load(tmp_path / "nothing", net)
+
+
+def test_a_folder_that_cannot_be_written(saved, tmp_path):
+    detector, _ = saved
+    (tmp_path / "file").touch()
+    with pytest.raises(DetectorFileError, match="cannot be written"):
+        detector.save(tmp_path / "file" / "detector")

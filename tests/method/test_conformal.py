@@ -1,0 +1,119 @@
+"""Conformal p-values: by brute force, by their law on real scores, and every error."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from fusenorm_openood.errors import CalibrationError, ConfigError, NonFiniteError
+from fusenorm_openood.method.conformal import (
+    conformal_p_values,
+    guarantee,
+    needed_images,
+    rejects,
+    rejects_at_fdr,
+)
+
+scores = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30)
+
+
+@given(scores, scores)
+def test_p_values_count_ties_conservatively(conf, calibration):
+    expected = [(1 + sum(c <= x for c in calibration)) / (len(calibration) + 1) for x in conf]
+    np.testing.assert_array_equal(conformal_p_values(conf, calibration), expected)
+
+
+@given(scores, st.floats(-4, 4), st.sampled_from([0.5, 0.8, 0.9, 0.95]))
+def test_a_higher_acceptance_rejects_no_more(calibration, x, acceptance):
+    p = conformal_p_values(x, calibration)
+    assert rejects(p, acceptance) >= rejects(p, (1 + acceptance) / 2)
+
+
+@pytest.mark.parametrize("n", [50, 200, 1000])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_accepted_share_follows_the_beta_binomial_law(n, ties):
+    """1,000 splits of scores into calibration and test images."""
+    generator, acceptance, tested = np.random.default_rng(0), 0.95, 500
+    pool = generator.gamma(2.0, size=6000)
+    pool = pool.round(1) if ties else pool
+    accepted, below = [], 0
+    for _ in range(1000):
+        drawn = generator.choice(pool, n + tested, replace=False)
+        p = conformal_p_values(drawn[n:], drawn[:n])
+        accepted.append(np.count_nonzero(~rejects(p, acceptance)))
+        below += np.count_nonzero(p <= 0.1)
+    k = int((1 - acceptance) * (n + 1))
+    law = stats.betabinom(tested, n + 1 - k, k)
+    mean, spread = law.mean(), law.std() / np.sqrt(1000)
+    if ties:  # only more are accepted
+        assert np.mean(accepted) > mean - 2.6 * spread
+    else:
+        assert abs(np.mean(accepted) - mean) < 2.6 * spread
+        inside = np.mean([law.ppf(0.005) <= a <= law.ppf(0.995) for a in accepted])
+        assert inside > 0.98
+    assert below / (1000 * tested) < 0.1 + 2.6 * spread / tested  # super-uniform
+
+
+def test_the_guarantee_is_the_law_of_the_accepted_share():
+    found = guarantee(200, 0.95, 0.9)
+    assert found.average == pytest.approx(1 - 10 / 201)
+    generator = np.random.default_rng(1)
+    shares = []
+    for _ in range(4000):  # uniform confidences: the share above a threshold is 1 - threshold
+        threshold = np.sort(generator.random(200))[9]  # the 10th smallest
+        shares.append(1 - threshold)
+    low, high = np.quantile(shares, [0.05, 0.95])
+    assert found.low == pytest.approx(low, abs=0.002)
+    assert found.high == pytest.approx(high, abs=0.002)
+    assert found.uniform == pytest.approx(np.sqrt(np.log(20) / 400))
+    assert "200 calibration images, 95.0% are accepted on average" in str(found)
+
+
+def test_the_uniform_band_holds_for_all_acceptances_at_once():
+    generator, n = np.random.default_rng(2), 100
+    band, missed = guarantee(n, 0.9, 0.9).uniform, 0
+    for _ in range(1000):
+        calibration = np.sort(generator.random(n))
+        steps = np.arange(1, n + 1) / n
+        missed += (
+            np.max(np.abs(calibration - steps).clip(np.abs(calibration - steps + 1 / n))) > band
+        )
+    assert missed / 1000 < 0.1
+
+
+def test_equal_to_one_minus_the_acceptance_is_rejected():
+    assert rejects([0.1, 0.11], 0.9).tolist() == [True, False]
+    for acceptance in (0.5, 0.9, 0.95, 0.99, 0.999):
+        n = needed_images(acceptance)
+        assert rejects(1 / (n + 1), acceptance)
+        assert not rejects(1 / n, acceptance)
+
+
+def test_rejections_at_a_false_discovery_rate():
+    p = np.array([0.001, 0.02, 0.03, 0.5, 0.9])
+    ranks = 0.1 * np.arange(1, 6) / 5
+    expected = p <= max(p[p <= ranks], default=0)
+    np.testing.assert_array_equal(rejects_at_fdr(p, 0.1), expected)
+    assert rejects_at_fdr([], 0.1).shape == (0,)
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, float("nan"), "0.9", True])
+def test_shares_outside_the_unit_interval_are_errors(value):
+    for call in (lambda: rejects([0.5], value), lambda: guarantee(10, 0.5, value)):
+        with pytest.raises(ConfigError, match=r"must be a number in \(0, 1\), got"):
+            call()
+    with pytest.raises(ConfigError, match="rate must be"):
+        rejects_at_fdr([0.5], value)
+
+
+def test_too_few_calibration_images_are_an_error():
+    with pytest.raises(CalibrationError, match="needs at least 99 calibration images, got 50"):
+        guarantee(50, 0.99)
+
+
+def test_confidences_that_are_not_finite_are_errors():
+    with pytest.raises(NonFiniteError, match="conf must be finite"):
+        conformal_p_values([np.nan], [1.0])
+    with pytest.raises(NonFiniteError, match="calibration must be finite"):
+        conformal_p_values([1.0], [np.inf])
