@@ -9,7 +9,7 @@ from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.gradient import ConstantBatchNorm
 from tests.conftest import make_loader, make_net
-from tests.listening.nets import BLOCKS, Net, energies, some_images
+from tests.listening.nets import BLOCKS, Foo, Net, energies, some_images
 
 
 def backward(net: nn.Module, images: torch.Tensor, constant: bool):
@@ -168,6 +168,28 @@ def test_reentrant_recomputation_is_one_error():
     detector = FuseNorm(net, taps=list(BLOCKS), strong=["output"]).fit([images])
     plain = FuseNorm(Recomputing(None), strong=["output"]).fit([images])
     torch.testing.assert_close(detector.score(images), plain.score(images))
+    with pytest.raises(TapError, match="name the modules to tap"):  # Foo is no name of a block
+        FuseNorm(net)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_blocks_inside_reentrant_recomputation_are_found_by_the_names_of_their_classes():
+    class BasicBlock(Foo):
+        pass
+
+    net = Recomputing(use_reentrant=True)
+    net.a = nn.Sequential(BasicBlock(8), BasicBlock(8))
+    assert FuseNorm(net, strong=["output"]).fit([some_images()]).taps == ("a.0", "a.1")
+
+
+def test_a_branch_of_reentrant_recomputation_is_a_branch():
+    class Branch(Foo):
+        def forward(self, x):
+            return self.skip(x) + checkpoint(self.conv2, x, use_reentrant=True)
+
+    net = Net()
+    net.a = nn.Sequential(Branch(8), Branch(8))
+    assert FuseNorm(net, strong=["output"]).fit([some_images()]).taps == BLOCKS
 
 
 def test_gradients_with_frozen_weights_are_the_same():
