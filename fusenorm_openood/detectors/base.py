@@ -171,7 +171,6 @@ def fit_panel(
         return rows, pred
 
     rows, pred, label = scorer._collect(readings, progress, desc, listen)
-    readings.check()
     if not panel.posthoc:
         return PanelFit(fitted, rows, pred, label, None)
     kept, seen = sample.indices, sample.seen

@@ -29,6 +29,10 @@ def find_blocks(
     """
     if graph is None or not graph.trunk:
         return _by_names(modules, pixels), "names of classes, since no gradient reaches the images"
+    if any("CheckpointFunction" in node.name() for node in graph.trunk):
+        return _by_names(
+            modules, pixels
+        ), "names of classes, since the graph is recomputed in parts"
     spans = _spans(graph, calls, pixels)
     closed = _closed_merges(graph, spans)
 

@@ -9,29 +9,33 @@ from fusenorm_openood.listening.recording import Call
 
 # A letter for each dimension: batch, channels, height, width, tokens.
 LAYOUTS = ("BCHW", "BHWC", "BNC", "NBC")
+USUAL_PREFIX = 16  # one class token, one for distillation, a few registers
 
 
-def fits(height: int, width: int, image: Sequence[int]) -> bool:
+def fits(height: int, width: int, image: Sequence[int], exactly: bool = False) -> bool:
     """Whether a grid has an image's aspect, up to the rounding of strides and patches."""
     tall, wide = image[-2:]
-    return abs(height * wide - width * tall) < max(tall, wide)
+    off = abs(height * wide - width * tall)
+    return off == 0 if exactly else off < max(tall, wide)
 
 
 @cache
 def token_grid(tokens: int, image: tuple[int, int]) -> tuple[int, int, int]:
     """Prefix tokens, height and width of tokens of images `[H, W]`.
 
-    Prefix tokens are no patches, such as class tokens and registers: the smallest number that
-    leaves a grid of the image's aspect.
+    Prefix tokens are no patches, such as class tokens and registers: the smallest usual number
+    that leaves a grid of exactly the image's aspect, else the smallest that leaves one up to
+    rounding.
 
     >>> token_grid(197, (224, 224)), token_grid(201, (224, 224)), token_grid(24, (64, 96))
     ((1, 14, 14), (5, 14, 14), (0, 4, 6))
     """
-    for prefix in range(tokens):
-        left = tokens - prefix
-        for height in range(1, left + 1):
-            if left % height == 0 and fits(height, left // height, image):
-                return prefix, height, left // height
+    for exactly, most in ((True, min(tokens, USUAL_PREFIX + 1)), (False, tokens)):
+        for prefix in range(most):
+            left = tokens - prefix
+            for height in range(1, left + 1):
+                if left % height == 0 and fits(height, left // height, image, exactly):
+                    return prefix, height, left // height
     return 0, tokens, 1
 
 

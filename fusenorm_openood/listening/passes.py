@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.head import feature_of
+from fusenorm_openood.listening.hooks import hooked, own_pass
 from fusenorm_openood.listening.outputs import logits_at
 from fusenorm_openood.listening.structure import Structure
 from fusenorm_openood.listening.taps import listening
-from fusenorm_openood.listening.wrappers import current_pass, scoring_run, unwrapped
+from fusenorm_openood.listening.wrappers import scoring_run, unwrapped
 from fusenorm_openood.networks.t2fnorm import classification_feature
 
 PIXELS = 2**14  # image pixels that one CPU thread processes at a time
@@ -63,23 +64,19 @@ def forward_pass(
     Raises:
         TapError: an unusable tap (see `listening`), or logits that are not `[B, K]`.
     """
-    core, heard = unwrapped(net), dict[str, Tensor]()
+    core = unwrapped(net)
     head = {name: core.get_submodule(name) for name in structure.head.names}
-    token = current_pass.set(object())
-    try:
-        run = scoring_run(core, structure.scoring)
-        with (
-            listening(core, taps, structure.layouts, images.shape, reduce) as heard,
-            kept_head(head, threshold) as (inputs, outputs),
-        ):
-            output = run(images.clone())
-        logits = _logits(core, structure, head, output, inputs, outputs, len(images))
-        pred = logits.detach()
-        if structure.scoring is not None:
-            with torch.no_grad():
-                pred = _classified(core, structure, head, inputs, images)
-    finally:
-        current_pass.reset(token)
+    with (
+        own_pass(),
+        listening(core, taps, structure.layouts, images.shape, reduce) as heard,
+        kept_head(head, threshold) as (inputs, outputs),
+    ):
+        output = scoring_run(core, structure.scoring)(images.clone())
+    logits = _logits(core, structure, head, output, inputs, outputs, len(images))
+    pred = logits.detach()
+    if structure.scoring is not None:
+        with torch.no_grad():
+            pred = _classified(core, structure, head, inputs, images)
     norms = torch.stack([heard[n] for n in taps]) if taps else logits.new_empty(0, len(images))
     feature, flat = feature_of(head, inputs), [x.flatten(1) for x in inputs.values()]
     activations = None if not flat else flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
@@ -94,13 +91,9 @@ def tapped_maps(
     reduce: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """What `reduce` makes of the feature map `[B, C, H, W]` of each tap."""
-    core, token = unwrapped(net), current_pass.set(object())
-    try:
-        run = scoring_run(core, structure.scoring)
-        with listening(core, taps, structure.layouts, images.shape, reduce) as heard:
-            run(images.clone())
-    finally:
-        current_pass.reset(token)
+    core = unwrapped(net)
+    with own_pass(), listening(core, taps, structure.layouts, images.shape, reduce) as heard:
+        scoring_run(core, structure.scoring)(images.clone())
     return heard
 
 
@@ -137,12 +130,10 @@ def kept_head(
     head: Mapping[str, nn.Module], threshold: float | None = None
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Inputs and outputs of the layers that make the logits, with clipped inputs."""
-    inputs, outputs, this = dict[str, Tensor](), dict[str, Tensor](), current_pass.get()
+    inputs, outputs = dict[str, Tensor](), dict[str, Tensor]()
 
     def before(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if current_pass.get() is not this:
-                return None
             given = args[0] if args else next(iter(kwargs.values()))
             inputs[name] = given if threshold is None else given.clamp(max=threshold)
             if threshold is None:
@@ -155,20 +146,15 @@ def kept_head(
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            if current_pass.get() is this:
-                outputs[name] = output
+            outputs[name] = output
 
         return hook
 
-    handles = []
-    try:
-        for name, module in head.items():
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(after(name)))
+    with hooked(
+        before=[(module, before(name)) for name, module in head.items()],
+        after=[(module, after(name)) for name, module in head.items()],
+    ):
         yield inputs, outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _logits(

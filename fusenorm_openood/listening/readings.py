@@ -20,11 +20,13 @@ class Readings:
         first: the images `[B, C, H, W]` of the first batch.
 
     Raises:
-        DataError: an iterator, which can be read only once; a loader without images.
+        DataError: an iterator, which can be read only once; a loader without images, or, at the
+            end of a later reading, with another number of batches than before.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        if iter(loader) is loader and type(loader).__module__ in ("builtins", "itertools"):
+        of_python = type(loader).__module__ in ("builtins", "itertools")
+        if of_python and iter(loader) is loader:
             raise _only_once(loader)
         self.loader = loader
         self._counts: list[int] = []
@@ -50,9 +52,6 @@ class Readings:
             count += 1
             yield batch
         self._counts.append(count)
-
-    def check(self) -> None:
-        """Raise DataError unless all readings gave equally many batches."""
         if len(set(self._counts)) > 1:
             raise _only_once(
                 self.loader, f" with {' and then '.join(map(str, self._counts))} batches"

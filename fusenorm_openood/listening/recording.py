@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fusenorm_openood.listening.graph import Node
+from fusenorm_openood.listening.hooks import hooked
 from fusenorm_openood.listening.outputs import tensors_in
-from fusenorm_openood.listening.wrappers import current_pass
 
 
 @dataclass
@@ -36,14 +37,9 @@ def recorded(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, Cal
     """What `run` returns, and the calls of the modules in the order in which they ended."""
     calls: dict[str, Call] = {}
     begun: dict[str, tuple[tuple[Node, ...], tuple[int, ...]]] = {}
-    handles = []
-    token = current_pass.set(object())
-    this = current_pass.get()
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if current_pass.get() is not this:
-                return
             given = [tensor for _, tensor in tensors_in((args, kwargs))]
             nodes = tuple(dict.fromkeys(t.grad_fn for t in given if t.requires_grad))
             begun[name] = nodes, tuple(given[0].shape) if given else ()
@@ -52,8 +48,6 @@ def recorded(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, Cal
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if current_pass.get() is not this:
-                return
             call = calls.pop(name, Call())
             _, first = next(tensors_in(output), ((), None))
             call.runs += 1
@@ -65,12 +59,10 @@ def recorded(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, Cal
 
         return hook
 
-    try:
-        for name, module in net.named_modules():
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(after(name)))
+    # What is scripted takes no hooks, and is a part of the module around it.
+    modules = {n: m for n, m in net.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+    with hooked(
+        before=[(module, before(name)) for name, module in modules.items()],
+        after=[(module, after(name)) for name, module in modules.items()],
+    ):
         return run(), calls
-    finally:
-        current_pass.reset(token)
-        for handle in handles:
-            handle.remove()

@@ -13,6 +13,7 @@ from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.listening.blocks import find_blocks
 from fusenorm_openood.listening.graph import Graph
 from fusenorm_openood.listening.head import HeadLayers, weight_of
+from fusenorm_openood.listening.hooks import own_pass
 from fusenorm_openood.listening.layouts import find_layout, pixels
 from fusenorm_openood.listening.modes import preserved_randomness, undisturbed
 from fusenorm_openood.listening.outputs import Path, find_logits, logits_at
@@ -119,8 +120,8 @@ def two_images(images: Tensor) -> Tensor:
 
 def _recorded(core: nn.Module, images: Tensor) -> tuple[Any, dict[str, Call], Tensor]:
     """Output and calls of a pass with a graph, or without one where that is impossible."""
-    run = scoring_run(core, scoring_module(core))
-    with torch.inference_mode(False), torch.enable_grad():
+    with own_pass(), torch.inference_mode(False), torch.enable_grad():
+        run = scoring_run(core, scoring_module(core))
         leaf = images.clone().requires_grad_()
         try:
             return *recorded(core, lambda: run(leaf.clone())), leaf
@@ -130,7 +131,8 @@ def _recorded(core: nn.Module, images: Tensor) -> tuple[Any, dict[str, Call], Te
             if is_out_of_memory(error):
                 raise
     try:
-        with torch.no_grad():
+        with own_pass(), torch.no_grad():
+            run = scoring_run(core, scoring_module(core))
             return *recorded(core, lambda: run(images.clone())), leaf
     except FuseNormError:
         raise

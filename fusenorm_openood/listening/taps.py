@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
+from fusenorm_openood.listening.hooks import hooked
 from fusenorm_openood.listening.layouts import as_maps
 from fusenorm_openood.listening.outputs import tensors_in
 from fusenorm_openood.listening.structure import Structure, read_structure
-from fusenorm_openood.listening.wrappers import current_pass, unwrapped
+from fusenorm_openood.listening.wrappers import unwrapped
 
 
 class TapCandidate(NamedTuple):
@@ -126,12 +127,10 @@ def listening(
     Raises:
         TapError: a tap that returns no feature map, fires twice or never fires.
     """
-    heard, this = dict[str, Tensor](), current_pass.get()
+    heard = dict[str, Tensor]()
 
     def listen(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if current_pass.get() is not this:
-                return
             _, found = next(tensors_in(output), ((), None))
             layout = layouts.get(name)
             if name in heard or found is None or layout is None or found.ndim != len(layout):
@@ -142,14 +141,8 @@ def listening(
 
         return hook
 
-    handles = []
-    try:
-        for name in names:
-            handles.append(net.get_submodule(name).register_forward_hook(listen(name)))
+    with hooked(after=[(net.get_submodule(name), listen(name)) for name in names]):
         yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
     for name in (name for name in names if name not in heard):
         raise _unusable(net, name, 0, ())
 

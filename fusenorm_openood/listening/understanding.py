@@ -12,11 +12,12 @@ from fusenorm_openood.devices import moved
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.listening.head import HeadLayers, flat_feature, linear_head
+from fusenorm_openood.listening.hooks import own_pass
 from fusenorm_openood.listening.modes import preserved_randomness, undisturbed
 from fusenorm_openood.listening.outputs import logits_at
 from fusenorm_openood.listening.passes import HALF, kept_head
 from fusenorm_openood.listening.structure import Structure, read_structure, two_images
-from fusenorm_openood.listening.wrappers import current_pass, scoring_run, unwrapped
+from fusenorm_openood.listening.wrappers import scoring_run, unwrapped
 
 
 def understand(net: nn.Module, images: Tensor) -> Structure:
@@ -81,13 +82,8 @@ Tensors = Mapping[str, Tensor]
 def _pass(core: nn.Module, structure: Structure, images: Tensor) -> tuple[Tensors, Tensors, Tensor]:
     """Inputs and outputs of the head's layers, and the logits."""
     layers = {name: core.get_submodule(name) for name in structure.head.names}
-    token = current_pass.set(object())
-    try:
-        run = scoring_run(core, structure.scoring)
-        with kept_head(layers) as (inputs, outputs):
-            output = run(images.clone())
-    finally:
-        current_pass.reset(token)
+    with own_pass(), kept_head(layers) as (inputs, outputs):
+        output = scoring_run(core, structure.scoring)(images.clone())
     return inputs, outputs, logits_at(core, output, structure.logits, len(images))
 
 

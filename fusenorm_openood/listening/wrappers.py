@@ -1,7 +1,6 @@
 """What networks come wrapped in, and networks that score with other logits than they classify."""
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,11 +8,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fusenorm_openood.errors import TapError
+from fusenorm_openood.listening.hooks import hooked
 from fusenorm_openood.networks.t2fnorm import has_scoring_logits
-
-# The pass that runs in this thread. Hooks act in their own pass only: those of several threads
-# hang on the same modules.
-current_pass: ContextVar[object] = ContextVar("current_pass", default=None)
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
@@ -32,10 +28,7 @@ def unwrapped(net: nn.Module) -> nn.Module:
         else:
             break
     if not isinstance(net, nn.Module):
-        raise TapError(
-            f"net must be a torch.nn.Module, got {type(net).__name__}: give the module that it "
-            "was made from, or wrap it in one"
-        )
+        raise TapError(f"net must be a torch.nn.Module, got {type(net).__name__}: wrap it in one")
     if isinstance(net, torch.jit.ScriptModule) or hasattr(net, "_guards_fn"):
         raise TapError(
             f"{type(net).__name__} is scripted, traced or exported, so its modules run no hooks: "
@@ -63,22 +56,17 @@ def scoring_run(net: nn.Module, scoring: str | None) -> Callable[..., Any]:
         return net if scoring is None else net.forward_ood_inference  # type: ignore[return-value]
     module = net.get_submodule(scoring)
 
+    def reached(module: nn.Module, args: Any, kwargs: Any) -> None:
+        raise _Reached(args, kwargs)
+
     def run(images: Any) -> Any:
-        this = current_pass.get()
-
-        def reached(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if current_pass.get() is this:
-                raise _Reached(args, kwargs)
-
-        handle = module.register_forward_pre_hook(reached, with_kwargs=True)
         try:
-            net(images)
+            with hooked(before=[(module, reached)]):
+                net(images)
         except _Reached as found:
             args, kwargs = found.given
         else:
             raise TapError(f"{type(net).__name__} does not call its module {scoring!r}")
-        finally:
-            handle.remove()
         return module.forward_ood_inference(*args, **kwargs)  # type: ignore[operator]
 
     return run

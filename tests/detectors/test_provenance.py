@@ -1,0 +1,151 @@
+"""A calibration says what it was fitted with, and gives the right numbers or an error."""
+
+import pickle
+
+import pytest
+import torch
+
+from fusenorm_openood import FuseNorm, Settings
+from fusenorm_openood.detectors.bank import ScoreBank
+from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.method.settings import FUSION_SETTINGS, SETTINGS
+from tests.listening.nets import BLOCKS, Net, some_images
+
+IMAGES = some_images(40)
+NEW = some_images(8, seed=2) * torch.linspace(0.5, 3, 8).view(-1, 1, 1, 1)  # some are unusual
+BASE = Settings.published(output="energy", strong=("output", "b.1"))
+
+# Changes of settings that change the experts' scores.
+OF_EXPERTS = {
+    "taps": ("a.1", "b.1"),
+    "k_min": 0.05,
+    "k_max": 0.5,
+    "alpha": 0.5,
+    "eps": 1e-6,
+    "output": "msp",
+    "temperature": 2.0,
+    "noise": 0.1,
+    "input_std": (0.5, 0.5, 0.5),
+    "react_percentile": 80.0,
+    "neighbours": 3,
+}
+# Changes of settings that only normalise and fuse the scores.
+OF_FUSION = {
+    "percentile_low": 25.0,
+    "percentile_high": 70.0,
+    "clip": True,
+    "base": 3.0,
+    "cap": 0.2,
+    "weights": (0.9, 0.1),
+    "strong": ("b.1", "output"),
+    "penalty": "joint",
+    "joint_weight": 0.5,
+}
+
+
+def test_every_setting_is_tried():
+    assert {*OF_EXPERTS, *OF_FUSION} == set(SETTINGS)
+    assert set(OF_FUSION) == FUSION_SETTINGS
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return FuseNorm(Net(), BASE).fit([IMAGES]).calibration_
+
+
+@pytest.mark.parametrize("name", OF_EXPERTS)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_setting_that_changes_the_scores_is_an_error_that_names_it(kept, name, pickled):
+    detector = FuseNorm(Net(), BASE.replace(**{name: OF_EXPERTS[name]}))
+    calibration = pickle.loads(pickle.dumps(kept)) if pickled else kept
+    with pytest.raises(ConfigError) as caught:
+        detector.with_calibration(calibration)
+    message = str(caught.value)
+    assert f"{name} = {OF_EXPERTS[name]!r}, got {getattr(BASE, name)!r}: fit again" in message
+    assert not detector.is_fitted
+    fresh = detector.fit([IMAGES]).score(NEW)  # the detector is still of use
+    assert fresh.isfinite().all()
+
+
+@pytest.mark.parametrize("name", OF_FUSION)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_setting_of_the_fusion_gives_the_right_number(kept, name, pickled):
+    changed = BASE.replace(**{name: OF_FUSION[name]})
+    calibration = pickle.loads(pickle.dumps(kept)) if pickled else kept
+    before = calibration.statistics
+    detector = FuseNorm(Net(), changed).with_calibration(calibration)
+    expected = FuseNorm(Net(), changed).fit([IMAGES])
+    torch.testing.assert_close(detector.score(NEW), expected.score(NEW))
+    assert detector.calibration_.settings == changed
+    assert calibration.settings == BASE
+    assert calibration.statistics is before  # the one that was given is unchanged
+    if name not in ("joint_weight", "strong"):  # the weight of a penalty that is not in use
+        plain = FuseNorm(Net(), BASE).with_calibration(kept)
+        assert not torch.allclose(detector.score(NEW), plain.score(NEW))
+
+
+def test_all_settings_of_the_fusion_at_once(kept):
+    changed = BASE.replace(**OF_FUSION)
+    detector = FuseNorm(Net(), changed).with_calibration(kept)
+    expected = FuseNorm(Net(), changed).fit([IMAGES])
+    torch.testing.assert_close(detector.score(NEW), expected.score(NEW))
+
+
+@pytest.mark.parametrize("output", ["msp", "mls", "energy", "odin"])
+@pytest.mark.parametrize("react", [None, 90.0])
+def test_the_same_settings_give_the_same_numbers(output, react):
+    settings = Settings(output=output, react_percentile=react, strong=("output", "fdbd", "knn"))
+    fitted = FuseNorm(Net(), settings).fit([IMAGES])
+    kept = pickle.loads(pickle.dumps(fitted.calibration_))
+    detector = FuseNorm(Net(), settings).with_calibration(kept)
+    torch.testing.assert_close(detector.score(NEW), fitted.score(NEW), rtol=0, atol=0)
+
+
+def test_strong_experts_that_were_not_scored_are_an_error(kept):
+    detector = FuseNorm(Net(), BASE.replace(strong=("output", "fdbd")))
+    with pytest.raises(ConfigError, match=r"experts a\.0, .*output, fdbd, got a\.0, .*output: fit"):
+        detector.with_calibration(kept)
+
+
+class Deeper(Net):
+    def __init__(self):
+        super().__init__()
+        self.b.append(type(self.b[1])(8))
+        self.eval()
+
+
+def test_the_calibration_of_a_network_with_other_blocks_is_an_error(kept):
+    detector = FuseNorm(Deeper(), BASE)
+    assert detector.taps == (*BLOCKS, "b.2")
+    with pytest.raises(ConfigError, match=r"experts .*b\.2.* fit again"):
+        detector.with_calibration(kept)
+    assert not detector.is_fitted
+
+
+def test_a_calibration_of_a_network_whose_usual_size_is_unknown(kept):
+    class OfTwelve(Net):
+        def forward(self, x):
+            if x.shape[-1] != 12:
+                raise ValueError("takes images of 12 pixels")
+            return super().forward(x)
+
+    for settings in (BASE, BASE.replace(base=3.0)):
+        detector = FuseNorm(OfTwelve(), settings)
+        assert detector.experts == ()
+        detector.with_calibration(kept)
+        assert detector.experts == kept.experts
+        expected = FuseNorm(Net(), settings).fit([IMAGES])
+        torch.testing.assert_close(detector.score(NEW), expected.score(NEW))
+
+
+def test_a_bank_gives_what_a_fit_would_learn():
+    settings = [BASE, BASE.replace(**OF_FUSION), BASE.replace(output="msp", k_max=0.5)]
+    bank = ScoreBank(Net(), settings).fit([IMAGES])
+    for each in settings:
+        learned = bank.calibration(each)
+        assert learned.settings == each
+        detector = FuseNorm(Net(), each).with_calibration(learned)
+        expected = FuseNorm(Net(), each).fit([IMAGES])
+        torch.testing.assert_close(detector.score(NEW), expected.score(NEW))
+    with pytest.raises(ConfigError, match=r"output = 'energy', got 'msp'|k_max = 0.25, got 0.5"):
+        FuseNorm(Net(), BASE).with_calibration(bank.calibration(settings[2]))
