@@ -50,16 +50,18 @@ Span = tuple[int, int]  # places on the trunk where a module is entered and left
 
 
 def _spans(graph: Graph, calls: Mapping[str, Call], pixels: Mapping[str, int]) -> dict[str, Span]:
-    """Modules that return a feature map, run once, and are entered and left on the trunk."""
-    trunk = graph.trunk
-    return {
-        name: (trunk[call.entered[0]], trunk[call.left])
-        for name, call in calls.items()
-        if name in pixels
-        and len(call.entered) == 1
-        and call.entered[0] in trunk
-        and call.left in trunk
-    }
+    """Modules that return a feature map, run once, and are entered and left on the trunk.
+
+    Of several tensors on the trunk that a module is given, the last one is where it is entered:
+    it could not be on the trunk if the module used an earlier one.
+    """
+    trunk, spans = graph.trunk, dict[str, Span]()
+    for name, call in calls.items():
+        entered = [node for node in call.entered if node in graph.children]
+        on_trunk = [trunk[node] for node in (*entered, call.left) if node in trunk]
+        if name in pixels and entered and len(on_trunk) == len(entered) + 1:
+            spans[name] = min(on_trunk[:-1]), on_trunk[-1]
+    return spans
 
 
 def _is_in(place: int, span: Span) -> bool:
