@@ -204,6 +204,17 @@ timm:ese_vovnet19b_dw 64x64 head.fc
     BCHW 4x4 stages.2.blocks.0
     BCHW 2x2 stages.3.blocks.0
 
+# Blocks that pass on lists and tuples
+timm:selecsls42b 64x64 fc
+    BCHW 16x16 features.{0,1}
+    BCHW 8x8 features.{2,3}
+    BCHW 4x4 features.{4,5}
+timm:dpn48b 64x64 classifier
+    BCHW 16x16 features.conv2_{1-3}
+    BCHW 8x8 features.conv3_{1-4}
+    BCHW 4x4 features.conv4_{1-6}
+    BCHW 2x2 features.conv5_{1-3}
+
 # A convolution as head
 torchvision:squeezenet1_1 64x64 classifier.1
     BCHW 15x15 features.{3,4}
@@ -221,6 +232,12 @@ torchvision:alexnet 224x224 classifier.6
     BCHW 27x27 features.4
     BCHW 13x13 features.11
     BCHW 6x6 avgpool
+timm:lcnet_050 64x64 classifier
+    BCHW 32x32 blocks.0.0.bn2.act
+    BCHW 16x16 blocks.1.1.bn2.act
+    BCHW 8x8 blocks.2.1.bn2.act
+    BCHW 4x4 blocks.4.3.bn2.act
+    BCHW 2x2 blocks.5.1.bn2.act
 
 # Branches that reparametrisation can merge
 timm:repvgg_a0 64x64 head.fc
@@ -263,6 +280,12 @@ timm:maxvit_rmlp_pico_rw_256 128x128 head.fc
     BCHW/BHWC/BHWC 16x16 stages.1.blocks.{0,1}.{conv,attn_block,attn_grid}
     BCHW/BHWC/BHWC 8x8 stages.2.blocks.{0-4}.{conv,attn_block,attn_grid}
     BCHW/BHWC/BHWC 4x4 stages.3.blocks.{0,1}.{conv,attn_block,attn_grid}
+timm:vit_small_resnet26d_224 64x64 head
+    BCHW 16x16 patch_embed.backbone.layer1.{0,1}
+    BCHW 8x8 patch_embed.backbone.layer2.{0,1}
+    BCHW 4x4 patch_embed.backbone.layer3.{0,1}
+    BCHW 2x2 patch_embed.backbone.layer4.{0,1}
+    BNC 2x2+1 blocks.{0-7}
 timm:caformer_s18 64x64 head.fc.fc2
     BCHW 16x16 stages.0.blocks.{0-2}
     BCHW 8x8 stages.1.blocks.{0-2}
@@ -336,10 +359,10 @@ transformers:SwinForImageClassification 64x64 classifier
     BNC 4x4+0 swin.encoder.layers.2.blocks.{0,1}
     BNC 2x2+0 swin.encoder.layers.3.blocks.{0,1}
 
-# Parallel trunks
-timm:crossvit_tiny_240 240x240 head.0 head.1
-    refused
+# Parallel trunks: the blocks before the trunk divides, if there are any
 timm:hrnet_w18_small 64x64 classifier
+    BCHW 16x16 layer1.0
+timm:crossvit_tiny_240 240x240 head.0 head.1
     refused
 """
 
@@ -407,4 +430,4 @@ def _names(pattern: str) -> Iterator[str]:
         yield from _names(pattern[: found.start()] + choice + pattern[found.end() :])
 
 
-CATALOGUE = {entry.network: entry for entry in read_table(TABLE)}
+CATALOGUE = list(read_table(TABLE))
