@@ -14,12 +14,13 @@ from tests.oracle import assert_atf_close
 from tests.zoo.catalogue import CATALOGUE
 from tests.zoo.networks import build
 
+for library in ("timm", "transformers"):
+    pytest.importorskip(library, reason="the catalogue needs the extra zoo: pip install '.[zoo]'")
+
 ORACLE = 2  # images that the oracle computes, which is slow
 
 
 def network_and_images(entry):
-    library = entry.network.partition(":")[0]
-    pytest.importorskip(library, reason=f"needs {library}: pip install -e '.[zoo]'")
     images = torch.randn(8, 3, *entry.image, generator=torch.Generator().manual_seed(1))
     return build(entry.network, images), images
 
