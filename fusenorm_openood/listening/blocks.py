@@ -37,12 +37,14 @@ def find_blocks(
         return len({p for place, p in places.items() if _is_in(place, spans[name])}) <= 1
 
     kinds = {type(modules[n]) for n in _outermost(filter(holds_one_resolution, closed))}
-    alike = (name for name in spans if type(modules[name]) in kinds)
-    blocks = _outermost(filter(holds_one_resolution, alike))
+    blocks = _outermost(name for name in spans if type(modules[name]) in kinds)
     if blocks:
         names = sorted({type(modules[name]).__name__ for name in blocks})
         return blocks, f"the network's graph: branches merge in {', '.join(names)}"
-    last = {pixels[n]: n for n in spans if pixels[n] > 1 and not any(modules[n].children())}
+    maps = [name for name in pixels if pixels[name] > 1]
+    if sum(name in spans for name in maps) < len(maps) / 2:
+        return (), "the network's graph: most feature maps are on parallel trunks"
+    last = {pixels[n]: n for n in maps if n in spans and not any(modules[n].children())}
     return tuple(last.values()), "the network's graph: the last module at each resolution"
 
 

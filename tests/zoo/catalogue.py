@@ -163,6 +163,12 @@ timm:ghostnet_100 96x96 classifier
     BCHW 12x12 blocks.3.0 blocks.4.0
     BCHW 6x6 blocks.5.0 blocks.6.{0-4}
     BCHW 3x3 blocks.7.0 blocks.8.{0-3}
+timm:mixnet_s 96x96 classifier
+    BCHW 48x48 blocks.0.0
+    BCHW 24x24 blocks.1.{0,1}
+    BCHW 12x12 blocks.2.{0-3}
+    BCHW 6x6 blocks.3.{0-2} blocks.4.{0-2}
+    BCHW 3x3 blocks.5.{0-2}
 timm:rexnet_100 96x96 head.fc
     BCHW 48x48 features.0
     BCHW 24x24 features.{1,2}
@@ -203,6 +209,14 @@ timm:ese_vovnet19b_dw 64x64 head.fc
     BCHW 8x8 stages.1.blocks.0
     BCHW 4x4 stages.2.blocks.0
     BCHW 2x2 stages.3.blocks.0
+
+# Blocks beside the trunk: stages are tapped
+timm:gcvit_xxtiny 224x224 head.fc
+    BCHW 112x112 stem.down.conv_block
+    BCHW 56x56 stages.0
+    BCHW 28x28 stages.1
+    BCHW 14x14 stages.2
+    BCHW 7x7 stages.3
 
 # Blocks that pass on lists and tuples
 timm:selecsls42b 64x64 fc
@@ -363,6 +377,8 @@ transformers:SwinForImageClassification 64x64 classifier
 timm:hrnet_w18_small 64x64 classifier
     BCHW 16x16 layer1.0
 timm:crossvit_tiny_240 240x240 head.0 head.1
+    refused
+timm:tnt_s_patch16_224 64x64 head
     refused
 """
 
