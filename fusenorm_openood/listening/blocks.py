@@ -45,10 +45,9 @@ def find_blocks(
     if blocks:
         names = sorted({type(modules[name]).__name__ for name in blocks})
         return blocks, f"the network's graph: branches merge in {', '.join(names)}"
-    maps = [name for name in pixels if pixels[name] > 1]
-    if sum(name in spans for name in maps) < len(maps) / 2:
-        return (), "the network's graph: most feature maps are on parallel trunks"
-    last = {pixels[n]: n for n in maps if n in spans and not any(modules[n].children())}
+    if graph.share_of_largest_fork() > 0.5:
+        return (), "the network's graph: most of it is on parallel trunks"
+    last = {pixels[n]: n for n in spans if pixels[n] > 1 and not any(modules[n].children())}
     return tuple(last.values()), "the network's graph: the last module at each resolution"
 
 

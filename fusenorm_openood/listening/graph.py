@@ -42,8 +42,14 @@ class Graph:
             for node in reversed(order)
             if _MERGES.search(node.name())
             and len(self.children[node]) > 1
-            and any(_MULTIPLIES.search(inner.name()) for inner in self._fork(node))
+            and any(map(_multiplies, self._fork(node)))
         ]
+
+    def share_of_largest_fork(self) -> float:
+        """The largest share of all convolutions and matrix products between two trunk nodes."""
+        forks = [self._fork(node) for node in self.trunk if len(self.children[node]) > 1]
+        counts = [sum(_multiplies(node) for node in fork) for fork in forks]
+        return max(counts, default=0) / max(sum(map(_multiplies, self.children)), 1)
 
     def _fork(self, merge: Node) -> Iterable[Node]:
         """The nodes between a merge and the next trunk node."""
@@ -69,6 +75,10 @@ class Graph:
                 return []
             waiting += [] if wanted(node) else self.children[node]
         return found
+
+
+def _multiplies(node: Node) -> bool:
+    return _MULTIPLIES.search(node.name()) is not None
 
 
 def _paths(root: Node, images: Tensor) -> dict[Node, list[Node]]:
