@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 
 from torch import nn
 
 _current_pass: ContextVar[object] = ContextVar("current_pass", default=None)
+_numbering = Lock()  # torch numbers hooks without one, and one might replace another
 
 Hook = Callable[..., Any]
 
@@ -37,10 +39,11 @@ def hooked(
         return lambda *given: hook(*given) if _current_pass.get() is this else None
 
     try:
-        for module, hook in before:
-            handles.append(module.register_forward_pre_hook(own(hook), with_kwargs=True))
-        for module, hook in after:
-            handles.append(module.register_forward_hook(own(hook)))
+        with _numbering:
+            for module, hook in before:
+                handles.append(module.register_forward_pre_hook(own(hook), with_kwargs=True))
+            for module, hook in after:
+                handles.append(module.register_forward_hook(own(hook)))
         yield
     finally:
         for handle in handles:
