@@ -36,6 +36,7 @@ suffices() { # suffices ENVIRONMENT EXTRA
     local modules="fusenorm_openood torch"
     case $2 in
     test) modules+=" pytest pytest_cov xdist hypothesis" ;;
+    zoo) modules+=" pytest xdist timm transformers" ;;
     dev) modules+=" ruff mypy importlinter" ;;
     esac
     (cd / && "$1/bin/python" -c '

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fusenorm_openood.listening.taps import resolve_taps
 from fusenorm_openood.method.atf import atf
 from fusenorm_openood.method.fusion import penalty
 from fusenorm_openood.method.settings import METHODS, Settings
+from tests.zoo.catalogue import CATALOGUE, Architecture
 
 DOCS = Path(__file__).resolve().parent.parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -233,6 +235,36 @@ def pseudo_ood() -> str:
     return table(("searched on", *joined.columns, "mean"), rows)
 
 
+def catalogue() -> str:
+    """What is tapped in each network of the catalogue, a table per group."""
+    stages = "stages: taps of height x width + prefix tokens"
+    head = ("network", "images", "taps", "layout", stages, "head")
+    groups: dict[str, list[Architecture]] = {}
+    for entry in CATALOGUE:
+        groups.setdefault(entry.group, []).append(entry)
+    return "\n\n".join(
+        f"### {group}\n\n{table(head, map(catalogue_row, entries))}"
+        for group, entries in groups.items()
+    )
+
+
+def catalogue_row(entry: Architecture) -> tuple[str, ...]:
+    names = list(dict.fromkeys((entry.taps[0].name, entry.taps[-1].name))) if entry.taps else []
+    ends = " to ".join(f"`{name}`" for name in names)
+    stages = (
+        f"{len(list(taps))} of {height}x{width}" + (f" + {prefix}" if prefix else "")
+        for (height, width, prefix), taps in groupby(entry.taps, key=lambda tap: tap[2:])
+    )
+    return (
+        code(entry.network),
+        "{}x{}".format(*entry.image),
+        f"{len(entry.taps)}: {ends}" if entry.taps else "to be named",
+        ", ".join(dict.fromkeys(f"`{tap.layout}`" for tap in entry.taps)),
+        ", ".join(stages),
+        ", ".join(f"`{layer}`" for layer in entry.head),
+    )
+
+
 def protocol() -> str:
     """The candidates of the protocol, those that reject what is far off, the best first."""
     found = pd.read_csv(RESULTS / "protocol.csv", header=[0, 1], index_col=0)
@@ -272,6 +304,7 @@ PROTOCOL_ALSO = (
 MEASURED_TABLES: dict[str, Callable[[str], str]] = {"compare": comparison, "sizes": fit_sizes}
 TABLES: dict[str, Callable[[], str]] = {
     "results": short_comparison,
+    "catalogue": catalogue,
     "protocol": protocol,
     "pseudo": pseudo_ood,
     "settings": settings,

@@ -15,6 +15,8 @@ COMMANDS = {
     "digits": "write the digits benchmark and train its network",
     "compare": "one table of several methods on several roots of training runs",
     "train": "train a network with T2FNorm or cross-entropy",
+    "fit": "fit a detector to a network and ID images, and keep it in a file",
+    "score": "confidences, p-values and verdicts of image files",
     "taps": "list the modules of a checkpoint's network that can be tapped",
     "leaderboard": "entry for OpenOOD's leaderboard, from saved results",
     "doctor": "what is installed and what is missing",

@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -20,6 +22,8 @@ from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.listening.structure import Structure
 from fusenorm_openood.listening.understanding import understand
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
+
+Images = Tensor | Image.Image | str | Path  # the last three where preprocessing is known
 
 
 class Scored(NamedTuple):
@@ -212,7 +216,11 @@ class Detector(ExpertScorer):
             return False
         return True
 
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _images(self, images: Images) -> Tensor:
+        """The tensor of images that are given in another form; a subclass may know how."""
+        return checked_images(images) if not isinstance(images, Tensor) else images
+
+    def predict(self, images: Images) -> tuple[Tensor, Tensor]:
         """Predicted classes `[B]` and confidences `[B]` of images `[B, C, H, W]`.
 
         Of one image `[C, H, W]`, both are without a dimension. They are on the device of the
@@ -223,16 +231,17 @@ class Detector(ExpertScorer):
             NonFiniteError: NaN or infinity in the images or in their features.
         """
         self._check_fitted()
-        single = isinstance(images, Tensor) and images.ndim == 3
-        batch = checked_images(images.unsqueeze(0) if single else images)
+        tensor = self._images(images)
+        single = tensor.ndim == 3
+        batch = checked_images(tensor.unsqueeze(0) if single else tensor)
         scores, pred = self._expert_scores(self._moved(batch))
         experts, *_ = self._read(batch, scores, pred)
         conf = torch.from_numpy(self.confidence(experts))
-        conf = conf.float() if images.device.type == "mps" else conf
-        pred, conf = pred.to(images.device), conf.to(images.device)
+        conf = conf.float() if tensor.device.type == "mps" else conf
+        pred, conf = pred.to(tensor.device), conf.to(tensor.device)
         return (pred[0], conf[0]) if single else (pred, conf)
 
-    def score(self, images: Tensor) -> Tensor:
+    def score(self, images: Images) -> Tensor:
         """Confidences `[B]` of images `[B, C, H, W]`, larger = more in-distribution."""
         return self.predict(images)[1]
 

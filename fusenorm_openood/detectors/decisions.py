@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Self
 
-from fusenorm_openood.detectors.base import Detector
+from fusenorm_openood.detectors.base import Detector, Images
 from fusenorm_openood.errors import CalibrationError
 from fusenorm_openood.listening.readings import Readings
 from fusenorm_openood.method.conformal import (
@@ -62,7 +62,7 @@ class DecidingDetector(Detector):
         self.reference_ = np.sort(scored.conf.astype(np.float64))
         return self
 
-    def p_values(self, images: Tensor) -> Tensor:
+    def p_values(self, images: Images) -> Tensor:
         """Conformal p-values `[B]` of images `[B, C, H, W]`, larger = more in-distribution.
 
         An ID image that is exchangeable with the calibration images has a p-value of at most a
@@ -79,7 +79,7 @@ class DecidingDetector(Detector):
         p = conformal_p_values(conf.cpu().numpy(), reference)
         return torch.from_numpy(np.asarray(p)).to(conf)
 
-    def is_ood(self, images: Tensor, acceptance: float = 0.95) -> Tensor:
+    def is_ood(self, images: Images, acceptance: float = 0.95) -> Tensor:
         """Verdicts `[B]`, True = OOD, that accept a share `acceptance` of ID images on average.
 
         Args:

@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fusenorm_openood.detectors.base import fit_panel
+from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.detectors.base import Images, fit_panel
 from fusenorm_openood.detectors.calibration import Calibration as Calibration
 from fusenorm_openood.detectors.calibration import packed, unpacked
 from fusenorm_openood.detectors.decisions import DecidingDetector, repeated_columns
 from fusenorm_openood.detectors.explanation import Explanation, explanation
 from fusenorm_openood.detectors.storage import Contents, read_contents, write_contents
-from fusenorm_openood.errors import ConfigError, DetectorFileError, NotFittedError
+from fusenorm_openood.errors import ConfigError, DataError, DetectorFileError, NotFittedError
 from fusenorm_openood.listening.batches import checked_images
 from fusenorm_openood.listening.modes import undisturbed
 from fusenorm_openood.listening.panel import Fitted, Panel
@@ -62,6 +64,9 @@ class FuseNorm(DecidingDetector):
             size cannot be guessed.
         strong: names of the strong experts; the other taps are weak.
         calibration_: ID statistics, after `fit`.
+        preprocessing: how image files become tensors, if it is set; it is saved with the detector.
+        class_names: names of the classes, if they are set.
+        network_source: how the command line builds the network.
 
     Raises:
         ConfigError: settings that do not fit the network.
@@ -82,6 +87,9 @@ class FuseNorm(DecidingDetector):
         self.taps, self.strong, self.experts = (), (), ()
         self._free: list[Output] = []
         self._fitted = Fitted()
+        self.preprocessing: Preprocessing | None = None
+        self.class_names: tuple[str, ...] | None = None
+        self.network_source: dict[str, str] = {}
         self._structure = structure
         structure = structure or guess_structure(net)
         if structure is not None:
@@ -179,29 +187,47 @@ class FuseNorm(DecidingDetector):
         self.calibration_ = calibration
         return self
 
-    def explain(self, images: Tensor) -> Explanation:
+    def known_preprocessing(self) -> Preprocessing:
+        """The preprocessing; DataError if it is not set."""
+        if self.preprocessing is None:
+            raise DataError(
+                "this detector does not know how its network's images are preprocessed: set "
+                "detector.preprocessing, or give tensors"
+            )
+        return self.preprocessing
+
+    def explain(self, images: Images, with_maps: bool = True) -> Explanation:
         """What the confidences of images `[B, C, H, W]` are made of, and where: see `Explanation`.
 
-        Of one image `[C, H, W]` as of a batch of one. Takes one more pass than `score`.
+        Of one image `[C, H, W]` as of a batch of one. Heat maps take one more pass.
 
         Raises:
             NotFittedError, NonFiniteError: as in `score`.
         """
-        calibration = self._check_fitted()
-        batch = checked_images(images.unsqueeze(0) if images.ndim == 3 else images)
+        calibration, tensor = self._check_fitted(), self._images(images)
+        batch = checked_images(tensor.unsqueeze(0) if tensor.ndim == 3 else tensor)
         moved = self._moved(batch)
         scores, pred = self._expert_scores(moved)
         experts, classes, _ = self._read(batch, scores, pred)
-        experts, norm = experts[: len(self.experts)], self.settings.feature_norm
-        with undisturbed(unwrapped(self.net)), torch.no_grad():
-            maps = tapped_maps(
-                self.net,
-                moved,
-                self.structure(moved),
-                self.taps,
-                lambda feature_map: atf_map(feature_map, *norm).cpu(),
-            )
+        experts, maps = experts[: len(self.experts)], dict[str, Tensor]()
+        if with_maps:
+            norm = self.settings.feature_norm
+            with undisturbed(unwrapped(self.net)), torch.no_grad():
+                maps = tapped_maps(
+                    self.net,
+                    moved,
+                    self.structure(moved),
+                    self.taps,
+                    lambda feature_map: atf_map(feature_map, *norm).cpu(),
+                )
         return explanation(calibration, experts, self.confidence(experts), classes, maps)
+
+    def _images(self, images: Images) -> Tensor:
+        if isinstance(images, str | Path):
+            return self.known_preprocessing().read(images)
+        if isinstance(images, Image.Image):
+            return self.known_preprocessing()(images)
+        return super()._images(images)
 
     def save(self, path: str | Path) -> None:
         """Keep the fitted detector in a file: safetensors and JSON, no pickle, not the network.
@@ -215,7 +241,14 @@ class FuseNorm(DecidingDetector):
         if self.reference_ is not None:
             tensors["reference"] = torch.from_numpy(self.reference_)
         network = fingerprint(unwrapped(self.net))
-        record |= {"version": __version__, "structure": structure, "network": network._asdict()}
+        record |= {
+            "version": __version__,
+            "structure": structure,
+            "network": network._asdict(),
+            "source": self.network_source,
+            "class_names": self.class_names,
+            "preprocessing": self.preprocessing and self.preprocessing.to_json(),
+        }
         write_contents(Path(path), Contents(tensors, record))
 
     @classmethod
@@ -236,12 +269,16 @@ class FuseNorm(DecidingDetector):
             known, structure = Fingerprint(**record["network"]), record["structure"]
             calibration = unpacked(tensors, record)
             built = None if structure is None else Structure.from_json(structure)
+            names, read = record["class_names"], record["preprocessing"]
+            preprocessing = None if read is None else Preprocessing.from_json(read)
         except (KeyError, TypeError, ValueError) as error:
             raise DetectorFileError(
                 f"detector file {path} lacks what this version reads ({error}): fit again"
             ) from None
         _check_network(path, known, fingerprint(unwrapped(net)), strict)
         detector = cls(net, calibration.settings, built).with_calibration(calibration)
+        detector.preprocessing, detector.network_source = preprocessing, record.get("source", {})
+        detector.class_names = None if names is None else tuple(names)
         if "reference" in tensors:
             detector.reference_ = tensors["reference"].numpy()
         return detector

@@ -41,12 +41,14 @@ def find_blocks(
         return len({p for place, p in places.items() if _is_in(place, spans[name])}) <= 1
 
     kinds = {type(modules[n]) for n in _outermost(filter(holds_one_resolution, closed))}
-    alike = (name for name in spans if type(modules[name]) in kinds)
-    blocks = _outermost(filter(holds_one_resolution, alike))
+    blocks = _outermost(name for name in spans if type(modules[name]) in kinds)
     if blocks:
         names = sorted({type(modules[name]).__name__ for name in blocks})
         return blocks, f"the network's graph: branches merge in {', '.join(names)}"
-    last = {pixels[n]: n for n in spans if pixels[n] > 1 and not any(modules[n].children())}
+    maps = [name for name in pixels if pixels[name] > 1]
+    if sum(name in spans for name in maps) < len(maps) / 2:
+        return (), "the network's graph: most feature maps are on parallel trunks"
+    last = {pixels[n]: n for n in maps if n in spans and not any(modules[n].children())}
     return tuple(last.values()), "the network's graph: the last module at each resolution"
 
 
@@ -54,16 +56,18 @@ Span = tuple[int, int]  # places on the trunk where a module is entered and left
 
 
 def _spans(graph: Graph, calls: Mapping[str, Call], pixels: Mapping[str, int]) -> dict[str, Span]:
-    """Modules that return a feature map, run once, and are entered and left on the trunk."""
-    trunk = graph.trunk
-    return {
-        name: (trunk[call.entered[0]], trunk[call.left])
-        for name, call in calls.items()
-        if name in pixels
-        and len(call.entered) == 1
-        and call.entered[0] in trunk
-        and call.left in trunk
-    }
+    """Modules that return a feature map, run once, and are entered and left on the trunk.
+
+    Of several tensors on the trunk that a module is given, the last one is where it is entered:
+    it could not be on the trunk if the module used an earlier one.
+    """
+    trunk, spans = graph.trunk, dict[str, Span]()
+    for name, call in calls.items():
+        entered = [node for node in call.entered if node in graph.children]
+        on_trunk = [trunk[node] for node in (*entered, call.left) if node in trunk]
+        if name in pixels and entered and len(on_trunk) == len(entered) + 1:
+            spans[name] = min(on_trunk[:-1]), on_trunk[-1]
+    return spans
 
 
 def _is_in(place: int, span: Span) -> bool:

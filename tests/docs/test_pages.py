@@ -10,7 +10,7 @@ from tests.conftest import shortened_digits
 from tests.docs.pages import LANGUAGES, PAGES, ROOT, Block, agree, blocks, run
 
 RUN = "digits_resnet18_32x32_base_e16_lr0.05_default"
-WITH_ALL_IMAGES = ("README", "tutorial")  # their figures are compared
+WITH_ALL_IMAGES = ("README", "tutorial", "deploy")  # their figures are compared
 EXECUTED = ("python", "bash")
 
 

@@ -1,0 +1,102 @@
+"""`fusenorm fit`: fit and calibrate a detector on folders of images, and keep it in a file."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fusenorm_openood.cli import options
+from fusenorm_openood.cli.postprocessors import read_postprocessor
+from fusenorm_openood.data.paths import image_paths
+from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.detectors.configuration import read_fusenorm
+from fusenorm_openood.detectors.folder import ReadableFiles
+from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.devices import find_device
+from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.files import check_writable
+from fusenorm_openood.networks import build_network, load_network
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    options.add_network(parser)
+    add("--weights", metavar="FILE", help="checkpoint (default: the network's random weights)")
+    add("--id-dir", required=True, nargs="+", help="ID images: folders, patterns, lists, files")
+    add("--calibration-dir", nargs="+", help="other ID images, for p-values and verdicts")
+    add("--output", required=True, metavar="FILE", help="the detector's file")
+    add("--class-names", metavar="FILE", help="text file with one class name per line")
+    add("--image-size", type=options.positive, help="size of the centre crop (default: declared)")
+    add("--resize", type=options.positive, help="length of the shorter side (default: declared)")
+    options.add_normalization(parser)
+    add("--config", metavar="NAME", help="YAML file of FuseNorm, or this package's name")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="set one of its arguments")
+    add("--batch-size", type=options.positive, default=64, help="images per batch (default: 64)")
+    options.add_computing(parser)
+
+
+def run(args: Namespace) -> int:
+    """Fit on the ID images, calibrate on the others, save."""
+    device = find_device(args.device)
+    settings = read_fusenorm(read_postprocessor(None, args.config, args.set)).settings
+    check_writable(Path(args.output).resolve().parent, "--output")
+    id_paths = image_paths(args.id_dir)
+    other_paths = image_paths(args.calibration_dir or ())
+    source = {"network": args.network, "weights": args.weights}
+    net = source_network(args.network, args.weights, args.image_size)
+    preprocessing = _preprocessing(net, args)
+    detector = FuseNorm(net.to(device), settings)
+    detector.preprocessing = preprocessing
+    detector.network_source = {key: str(value) for key, value in source.items() if value}
+    if args.image_size:
+        detector.network_source["image_size"] = str(args.image_size)
+    if args.class_names:
+        lines = Path(args.class_names).read_text(encoding="utf-8").splitlines()
+        detector.class_names = tuple(lines)
+
+    def loader(paths: list[Path]) -> DataLoader[object]:
+        files = ReadableFiles(paths, preprocessing)
+        return DataLoader(files, args.batch_size, num_workers=args.num_workers)
+
+    detector.fit(loader(id_paths), progress=not args.no_progress)
+    print(f"fitted on {len(id_paths)} images: {', '.join(detector.experts)}")
+    if other_paths:
+        detector.calibrate(loader(other_paths), progress=not args.no_progress)
+        print(f"calibrated on {len(other_paths)} images: {detector.guarantee()}")
+    else:
+        print("not calibrated, so it gives confidences without verdicts: see --calibration-dir")
+    detector.save(args.output)
+    print(f"saved {args.output}")
+    return 0
+
+
+def source_network(spec: str | None, weights: str | None, image_size: int | None) -> nn.Module:
+    """The network of `--network` and `--weights`.
+
+    Raises:
+        ConfigError: neither of the two.
+        CheckpointError: a checkpoint that cannot be loaded.
+    """
+    if weights is not None:
+        return load_network(weights, network=spec, image_size=image_size)
+    if spec is None:
+        raise ConfigError("a network is needed: give --weights FILE, --network SPEC, or both")
+    return build_network(spec, image_size=image_size)
+
+
+def _preprocessing(net: nn.Module, args: Namespace) -> Preprocessing:
+    declared = Preprocessing.of(net)
+    size, normalization = args.image_size, args.normalization
+    if declared is None:
+        if size is None or normalization is None:
+            raise ConfigError(
+                f"{type(net).__name__} declares no preprocessing: give --image-size and "
+                "--normalization as they were in its training"
+            )
+        mean, std = normalization
+        return Preprocessing(args.resize or size, (size, size), "bilinear", mean, std)
+    crop = (size, size) if size else declared.crop
+    resize = args.resize or (size if size else declared.resize)
+    mean, std = normalization or (declared.mean, declared.std)
+    return Preprocessing(resize, crop, declared.interpolation, mean, std)

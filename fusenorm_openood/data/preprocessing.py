@@ -1,0 +1,95 @@
+"""From an image, a file or a PIL image, to the tensor that a network takes."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torchvision import transforms
+from torchvision.transforms import functional as TF
+
+from fusenorm_openood.data.images import UNREADABLE, read_image
+from fusenorm_openood.errors import ConfigError, DataError
+
+INTERPOLATIONS = tuple(mode.value for mode in transforms.InterpolationMode)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize, centre-crop and normalise, as `eval_transform` does for OpenOOD's benchmarks.
+
+    Attributes:
+        resize: length of the shorter side after resizing.
+        crop: height and width of the centre crop.
+        interpolation: how pixels are interpolated, `bilinear` or `bicubic` for example.
+        mean: means of the RGB channels, of values in [0, 1].
+        std: their standard deviations.
+
+    Raises:
+        ConfigError: a size, an interpolation or a standard deviation that cannot be.
+    """
+
+    resize: int
+    crop: tuple[int, int]
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if min(self.resize, *self.crop) < 1:
+            raise ConfigError(f"sizes must be >= 1, got resize={self.resize}, crop={self.crop}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ConfigError(
+                f"unknown interpolation {self.interpolation!r}: choose from "
+                f"{', '.join(INTERPOLATIONS)}"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ConfigError(
+                f"mean and std must be 3 numbers, each std > 0, got {self.mean} and {self.std}"
+            )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """The tensor `[3, H, W]` of a PIL image in any mode, upright by its EXIF orientation."""
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        mode = transforms.InterpolationMode(self.interpolation)
+        resized = TF.center_crop(TF.resize(upright, [self.resize], mode), list(self.crop))
+        tensor: Tensor = TF.normalize(TF.to_tensor(resized), list(self.mean), list(self.std))
+        return tensor
+
+    def read(self, path: str | Path) -> Tensor:
+        """The tensor `[3, H, W]` of an image file.
+
+        Raises:
+            DataError: the file is missing or cannot be read as an image.
+        """
+        try:
+            return self(read_image(Path(path)))
+        except DataError as error:
+            raise DataError(f"image {path} cannot be read ({error})") from None
+        except UNREADABLE as error:
+            reason = "missing" if isinstance(error, FileNotFoundError) else str(error)
+            raise DataError(f"image {path} cannot be read ({reason}): replace it") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The preprocessing in terms of JSON; see `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Preprocessing":
+        """The preprocessing that `to_json` gave."""
+        return cls(**record)
+
+    @classmethod
+    def of(cls, net: nn.Module) -> "Preprocessing | None":
+        """The preprocessing that a network of timm or Hugging Face declares, None without."""
+        declared: Any = getattr(net, "pretrained_cfg", None) or getattr(net, "default_cfg", None)
+        if not declared or "mean" not in declared:
+            return None
+        size = declared.get("input_size", (3, 224, 224))[1:]
+        resize = int(min(size) / declared.get("crop_pct", 0.875))
+        interpolation = declared.get("interpolation", "bilinear")
+        return cls(resize, size, interpolation, declared["mean"], declared["std"])
