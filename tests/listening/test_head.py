@@ -113,6 +113,18 @@ class ConvHead(Plain):  # as SqueezeNet: a convolution, then pooling
         return self.fc(feature).mean((2, 3))
 
 
+class TokenHead(ConvHead):  # a linear layer on tokens, then their mean
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, CLASSES)
+
+    def feature(self, x):
+        return super().feature(x).flatten(2).mT
+
+    def head(self, feature):
+        return self.fc(feature).mean(1)
+
+
 class ConvOnPixel(ConvHead):  # as EfficientFormer and timm's ConvNets: pooling, then a convolution
     def feature(self, x):
         return super().feature(x).mean((2, 3), keepdim=True)
@@ -129,7 +141,7 @@ class Whole(ConvHead):  # a convolution with a kernel as large as its input
 
 KINDS = [
     *(Plain, Later, Temperature, NoBias, Nested, TwoHeads, LogSoftmax, Softmax),
-    *(Cosine, NormalisedAfter, ConvHead, ConvOnPixel, Whole),
+    *(Cosine, NormalisedAfter, ConvHead, TokenHead, ConvOnPixel, Whole),
 ]
 
 
@@ -188,7 +200,9 @@ def test_the_default_settings_work(kind):
 def test_the_logits_are_a_linear_map_of_the_feature(kind):
     net = kind().eval()
     structure = understand(net, IMAGES)
-    assert structure.head.is_linear == (kind is not ConvHead)  # clipped before its mean
+    assert structure.head.is_linear == (
+        kind not in (ConvHead, TokenHead)
+    )  # clipped before its mean
     with torch.no_grad():
         logits = net.head(net.feature(IMAGES))
         done = forward_pass(net, IMAGES, structure)
@@ -253,7 +267,17 @@ class Channels(Net):  # the last layer with a weight makes channels, not classes
         return self.feature(x)[:, :CLASSES] + 0
 
 
-@pytest.mark.parametrize("kind", [Headless, Channels])
+class SideBySide(Net):  # two layers make some classes each
+    def __init__(self):
+        super().__init__()
+        self.fc, self.other = nn.Linear(8, 2), nn.Linear(8, CLASSES - 2)
+
+    def forward(self, x):
+        feature = self.feature(x)
+        return torch.cat([self.fc(feature), self.other(feature)], 1)
+
+
+@pytest.mark.parametrize("kind", [Headless, Channels, SideBySide])
 def test_without_a_head_one_error_says_the_way_out(kind):
     net = kind().eval()
     with pytest.raises(TapError, match=r"set strong=\['output'\]"):

@@ -219,12 +219,30 @@ def test_a_scripted_module_is_a_part_of_the_module_around_it():
         FuseNorm(nn.Sequential(torch.jit.script(Net()), nn.Identity())).fit([IMAGES])
 
 
-def test_a_graph_module_of_fx_works():
-    net = torch.fx.symbolic_trace(Net())
-    detector = FuseNorm(net, strong=["output"], output="energy").fit([IMAGES])
-    assert all(tap in dict(net.named_modules()) for tap in detector.taps)
-    experts = detector.infer([IMAGES]).experts
-    torch.testing.assert_close(torch.tensor(experts[-1]), energies(Net(), IMAGES))
+def test_a_graph_module_of_fx_works_with_named_taps():
+    net, taps = torch.fx.symbolic_trace(Net()), ["stem", "a.0.conv2", "b.1.conv2"]
+    expected = FuseNorm(Net(), taps=taps, react_percentile=90.0).fit([IMAGES])
+    detector = FuseNorm(net, taps=taps, react_percentile=90.0).fit([IMAGES])
+    torch.testing.assert_close(detector.score(IMAGES), expected.score(IMAGES))
+    with pytest.raises(TapError, match="name the modules to tap"):  # its blocks are no modules
+        FuseNorm(net)
+
+
+def test_a_graph_module_without_merges_works():
+    plain = nn.Sequential(
+        *(
+            nn.Conv2d(3, 6, 3, 1, 1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 6, 3, 1, 1),
+            nn.ReLU(),
+        ),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+    ).eval()
+    expected = FuseNorm(plain).fit([IMAGES])
+    detector = FuseNorm(torch.fx.symbolic_trace(plain)).fit([IMAGES])
+    assert detector.taps == expected.taps == ("1", "4")
+    torch.testing.assert_close(detector.score(IMAGES), expected.score(IMAGES))
 
 
 class Quantisable(Net):
