@@ -13,6 +13,10 @@ class TapError(FuseNormError, ValueError):
     """A module that cannot be tapped, or that was never called."""
 
 
+class NetworkError(TapError, RuntimeError):
+    """The network itself fails on images, for example on ones with another number of channels."""
+
+
 class NotFittedError(FuseNormError, RuntimeError):
     """A score was requested before the ID statistics were fitted."""
 

@@ -41,12 +41,12 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with _truncated_images(read=False), Image.open(path) as file:
-            return _rgb(file)
+            return to_rgb(file)
     except (FileNotFoundError, Image.DecompressionBombError, DataError):
         raise
     except UNREADABLE:
         with _truncated_images(read=True), Image.open(path) as file:
-            image = _rgb(file)
+            image = to_rgb(file)
         warnings.warn(
             f"image {path} is truncated: its missing rows are filled with grey, as in OpenOOD",
             TruncatedImageWarning,
@@ -55,7 +55,8 @@ def read_image(path: Path) -> Image.Image:
         return image
 
 
-def _rgb(file: Image.Image) -> Image.Image:
+def to_rgb(file: Image.Image) -> Image.Image:
+    """A PIL image in RGB with 8 bits per channel; see `read_image`."""
     # PNG and PPM hold at most 16 bits, which PIL may store in 32.
     if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGB")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-from fusenorm_openood.data.images import UNREADABLE, read_image
+from fusenorm_openood.data.images import UNREADABLE, read_image, to_rgb
 from fusenorm_openood.errors import ConfigError, DataError
 
 INTERPOLATIONS = tuple(mode.value for mode in transforms.InterpolationMode)
@@ -53,8 +53,12 @@ class Preprocessing:
             )
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The tensor `[3, H, W]` of a PIL image in any mode, upright by its EXIF orientation."""
-        upright = ImageOps.exif_transpose(image).convert("RGB")
+        """The tensor `[3, H, W]` of a PIL image, upright by its EXIF orientation.
+
+        Raises:
+            DataError: pixels with 32 bits, whose range is unknown.
+        """
+        upright = to_rgb(ImageOps.exif_transpose(image))
         mode = transforms.InterpolationMode(self.interpolation)
         resized = TF.center_crop(TF.resize(upright, [self.resize], mode), list(self.crop))
         tensor: Tensor = TF.normalize(TF.to_tensor(resized), list(self.mean), list(self.std))

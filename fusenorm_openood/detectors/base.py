@@ -21,6 +21,7 @@ from fusenorm_openood.listening.readings import Readings
 from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.listening.structure import Structure
 from fusenorm_openood.listening.understanding import understand
+from fusenorm_openood.listening.wrappers import network_errors
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
 
 Images = Tensor | Image.Image | str | Path  # the last three where preprocessing is known
@@ -94,7 +95,8 @@ class ExpertScorer(ABC):
         rows, waiting = [], []
         score = score or self._expert_scores
         for images, labels in batches(loader, progress, desc):
-            scores, pred = score(self._moved(images))
+            with network_errors(self.net, images):
+                scores, pred = score(self._moved(images))
             waiting.append((images, scores, pred, labels))
             # A GPU scores one batch while the next one is loaded and copied to it.
             if scores.device.type == "cpu" or len(waiting) > 1:
@@ -229,12 +231,15 @@ class Detector(ExpertScorer):
         Raises:
             NotFittedError: before `fit`.
             NonFiniteError: NaN or infinity in the images or in their features.
+            DataError: images of another kind.
+            NetworkError: the network fails on them.
         """
         self._check_fitted()
         tensor = self._images(images)
         single = tensor.ndim == 3
         batch = checked_images(tensor.unsqueeze(0) if single else tensor)
-        scores, pred = self._expert_scores(self._moved(batch))
+        with network_errors(self.net, batch):
+            scores, pred = self._expert_scores(self._moved(batch))
         experts, *_ = self._read(batch, scores, pred)
         conf = torch.from_numpy(self.confidence(experts))
         conf = conf.float() if tensor.device.type == "mps" else conf
@@ -258,6 +263,7 @@ class Detector(ExpertScorer):
 
         Raises:
             DataError: a loader without images, or an unknown kind of batch.
+            NetworkError: the network fails on images.
         """
         self._check_fitted()
         experts, pred, label = self._collect(loader, progress, desc)

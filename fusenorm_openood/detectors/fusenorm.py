@@ -27,7 +27,7 @@ from fusenorm_openood.listening.passes import tapped_maps
 from fusenorm_openood.listening.structure import Structure
 from fusenorm_openood.listening.taps import check_taps, first_of_last_stage, resolve_taps
 from fusenorm_openood.listening.understanding import guess_structure
-from fusenorm_openood.listening.wrappers import unwrapped
+from fusenorm_openood.listening.wrappers import network_errors, unwrapped
 from fusenorm_openood.method.atf import atf_map
 from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, OUTPUT_EXPERTS, Output
 from fusenorm_openood.method.fusion import fuse, mean_of_strong
@@ -206,8 +206,10 @@ class FuseNorm(DecidingDetector):
         """
         calibration, tensor = self._check_fitted(), self._images(images)
         batch = checked_images(tensor.unsqueeze(0) if tensor.ndim == 3 else tensor)
-        moved = self._moved(batch)
-        scores, pred = self._expert_scores(moved)
+        with network_errors(self.net, batch):
+            moved = self._moved(batch)
+        with network_errors(self.net, batch):
+            scores, pred = self._expert_scores(moved)
         experts, classes, _ = self._read(batch, scores, pred)
         experts, maps = experts[: len(self.experts)], dict[str, Tensor]()
         if with_maps:

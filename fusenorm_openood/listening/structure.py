@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusenorm_openood.errors import FuseNormError, TapError
+from fusenorm_openood.errors import FuseNormError
 from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.listening.blocks import find_blocks
 from fusenorm_openood.listening.graph import Graph
@@ -18,7 +18,12 @@ from fusenorm_openood.listening.layouts import find_layout, pixels
 from fusenorm_openood.listening.modes import preserved_randomness, undisturbed
 from fusenorm_openood.listening.outputs import Path, find_logits, logits_at
 from fusenorm_openood.listening.recording import Call, recorded
-from fusenorm_openood.listening.wrappers import scoring_module, scoring_run, unwrapped
+from fusenorm_openood.listening.wrappers import (
+    network_errors,
+    scoring_module,
+    scoring_run,
+    unwrapped,
+)
 
 
 @dataclass(frozen=True)
@@ -130,20 +135,9 @@ def _recorded(core: nn.Module, images: Tensor) -> tuple[Any, dict[str, Call], Te
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-    try:
-        with own_pass(), torch.no_grad():
-            run = scoring_run(core, scoring_module(core))
-            return *recorded(core, lambda: run(images.clone())), leaf
-    except FuseNormError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        why = (str(error).strip().splitlines() or [""])[0]
-        raise TapError(
-            f"{type(core).__name__} fails on images {list(images.shape)} of {images.dtype} "
-            f"({type(error).__name__}: {why}): give it images as it takes them"
-        ) from error
+    with network_errors(core, images), own_pass(), torch.no_grad():
+        run = scoring_run(core, scoring_module(core))
+        return *recorded(core, lambda: run(images.clone())), leaf
 
 
 def _head_layers(

@@ -1,13 +1,15 @@
 """What networks come wrapped in, and networks that score with other logits than they classify."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fusenorm_openood.errors import TapError
+from fusenorm_openood.errors import FuseNormError, NetworkError, TapError
+from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.listening.hooks import hooked
 from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 
@@ -40,6 +42,26 @@ def unwrapped(net: nn.Module) -> nn.Module:
 def scoring_module(net: nn.Module) -> str | None:
     """Name of the module with separate scoring logits, `""` for the network itself, or None."""
     return next((name for name, m in net.named_modules() if has_scoring_logits(m)), None)
+
+
+@contextmanager
+def network_errors(net: nn.Module, images: Tensor) -> Iterator[None]:
+    """Turn what a network raises on images into a NetworkError that shows their shape.
+
+    Errors of this package and a lack of memory are passed on.
+    """
+    try:
+        yield
+    except FuseNormError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        why = (str(error).strip().splitlines() or [""])[0]
+        raise NetworkError(
+            f"{type(net).__name__} fails on images {list(images.shape)} of {images.dtype} "
+            f"({type(error).__name__}: {why}): give it images as it takes them"
+        ) from error
 
 
 class _Reached(BaseException):  # no `except Exception` on its way stops it
