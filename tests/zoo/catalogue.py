@@ -210,24 +210,11 @@ timm:ese_vovnet19b_dw 64x64 head.fc
     BCHW 4x4 stages.2.blocks.0
     BCHW 2x2 stages.3.blocks.0
 
-# Blocks beside the trunk: stages are tapped
-timm:gcvit_xxtiny 224x224 head.fc
-    BCHW 112x112 stem.down.conv_block
-    BCHW 56x56 stages.0
-    BCHW 28x28 stages.1
-    BCHW 14x14 stages.2
-    BCHW 7x7 stages.3
-
-# Blocks that pass on lists and tuples
+# Blocks that pass on lists of feature maps
 timm:selecsls42b 64x64 fc
     BCHW 16x16 features.{0,1}
     BCHW 8x8 features.{2,3}
     BCHW 4x4 features.{4,5}
-timm:dpn48b 64x64 classifier
-    BCHW 16x16 features.conv2_{1-3}
-    BCHW 8x8 features.conv3_{1-4}
-    BCHW 4x4 features.conv4_{1-6}
-    BCHW 2x2 features.conv5_{1-3}
 
 # A convolution as head
 torchvision:squeezenet1_1 64x64 classifier.1
