@@ -10,7 +10,7 @@ from PIL import Image, ImageFile
 
 from fusenorm_openood.cli.inputs import check_readable
 from fusenorm_openood.data.benchmarks import ImageSet
-from fusenorm_openood.data.images import TruncatedImageWarning, _rgb, find_fault, read_image
+from fusenorm_openood.data.images import TruncatedImageWarning, find_fault, read_image, to_rgb
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.errors import DataError
 
@@ -99,7 +99,7 @@ def test_16_bit_images_that_pil_opens_with_32_are_scaled_too(folder):
     """Old releases of PIL open a 16-bit PNG in mode I."""
     image = Image.fromarray(RAMP.astype(np.int32))
     image.format = "PNG"
-    np.testing.assert_array_equal(np.asarray(_rgb(image))[..., 0], RAMP >> 8)
+    np.testing.assert_array_equal(np.asarray(to_rgb(image))[..., 0], RAMP >> 8)
 
 
 def test_a_16_bit_colour_image_is_read_as_by_pil(folder):

@@ -80,6 +80,15 @@ def test_baselines_score_a_mixed_batch_as_a_whole(name):
         torch.testing.assert_close(conf, logits.amax(1))
 
 
+class WeaklyMixing(Net):
+    def feature(self, x):
+        return super().feature(x + 0.05 * x.mean(0, keepdim=True))
+
+
+def test_weak_influence_of_other_images_is_noticed():
+    assert understand(WeaklyMixing().eval(), IMAGES[:2]).mixes
+
+
 @pytest.mark.parametrize(
     ("kind", "mixes"),
     [(BatchStatistics, True), (AcrossBatch, True), (InstanceNorm, False), (Net, False)],

@@ -219,13 +219,13 @@ def test_a_scripted_module_is_a_part_of_the_module_around_it():
         FuseNorm(nn.Sequential(torch.jit.script(Net()), nn.Identity())).fit([IMAGES])
 
 
-def test_a_graph_module_of_fx_works_with_named_taps():
+def test_a_graph_module_of_fx_works():
     net, taps = torch.fx.symbolic_trace(Net()), ["stem", "a.0.conv2", "b.1.conv2"]
     expected = FuseNorm(Net(), taps=taps, react_percentile=90.0).fit([IMAGES])
     detector = FuseNorm(net, taps=taps, react_percentile=90.0).fit([IMAGES])
     torch.testing.assert_close(detector.score(IMAGES), expected.score(IMAGES))
-    with pytest.raises(TapError, match="name the modules to tap"):  # its blocks are no modules
-        FuseNorm(net)
+    alone = FuseNorm(net).fit([IMAGES])  # its blocks are no modules
+    assert "last module at each resolution" in alone.known_structure.rule
 
 
 def test_a_graph_module_without_merges_works():
