@@ -104,7 +104,7 @@ def _mixes(core: nn.Module, structure: Structure, images: Tensor, logits: Tensor
     is_half = {logits.dtype, images.dtype} & set(HALF) or torch.is_autocast_enabled(
         images.device.type
     )
-    rounding = 3e-2 if is_half else 1e-3
+    rounding = 1e-2 if is_half else 1e-3
     return not torch.allclose(alone, beside, rtol=0, atol=rounding * spread + 1e-6)
 
 
