@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.errors import ConfigError, TapError
-from fusenorm_openood.listening.structure import Structure
 from fusenorm_openood.listening.taps import first_of_last_stage
-from fusenorm_openood.listening.understanding import likely_shapes, understand
-from fusenorm_openood.listening.wrappers import unwrapped
 from fusenorm_openood.networks import build_network, load_network
+from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.structure.understanding import likely_shapes, understand
+from fusenorm_openood.structure.wrappers import unwrapped
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -16,11 +16,11 @@ from fusenorm_openood.errors import NonFiniteError
 from fusenorm_openood.listening.batches import not_finite
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.sample import FeatureSample
-from fusenorm_openood.listening.structure import Structure
-from fusenorm_openood.listening.understanding import guess_structure
 from fusenorm_openood.method.experts import Output
 from fusenorm_openood.method.posthoc import Head, Posthoc, Seen
 from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.structure.understanding import guess_structure
 
 
 class ScoreBank(ExpertScorer):

@@ -19,10 +19,10 @@ from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.react import react_thresholds
 from fusenorm_openood.listening.readings import Readings
 from fusenorm_openood.listening.sample import FeatureSample
-from fusenorm_openood.listening.structure import Structure
-from fusenorm_openood.listening.understanding import understand
-from fusenorm_openood.listening.wrappers import network_errors
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
+from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.structure.understanding import understand
+from fusenorm_openood.structure.wrappers import network_errors
 
 Images = Tensor | Image.Image | str | Path  # the last three where preprocessing is known
 

@@ -13,10 +13,8 @@ from fusenorm_openood.configs import config_root, lookup, read_config
 from fusenorm_openood.detectors.decisions import DecidingDetector
 from fusenorm_openood.errors import CheckpointError, ConfigError, NotFittedError
 from fusenorm_openood.listening.gradient import gradients_of_images
-from fusenorm_openood.listening.modes import undisturbed
 from fusenorm_openood.listening.passes import Pass, forward_pass
 from fusenorm_openood.listening.react import react_logits, react_thresholds
-from fusenorm_openood.listening.wrappers import scoring_module, unwrapped
 from fusenorm_openood.method.experts import (
     PROBABILITY,
     Output,
@@ -26,6 +24,8 @@ from fusenorm_openood.method.experts import (
     odin_perturb,
 )
 from fusenorm_openood.method.posthoc import POSTHOC
+from fusenorm_openood.structure.modes import undisturbed
+from fusenorm_openood.structure.wrappers import scoring_module, unwrapped
 
 
 class Kind(NamedTuple):

@@ -21,13 +21,9 @@ from fusenorm_openood.detectors.explanation import Explanation, explanation
 from fusenorm_openood.detectors.storage import Contents, read_contents, write_contents
 from fusenorm_openood.errors import ConfigError, DataError, DetectorFileError, NotFittedError
 from fusenorm_openood.listening.batches import checked_images
-from fusenorm_openood.listening.modes import undisturbed
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.passes import tapped_maps
-from fusenorm_openood.listening.structure import Structure
 from fusenorm_openood.listening.taps import check_taps, first_of_last_stage, resolve_taps
-from fusenorm_openood.listening.understanding import guess_structure
-from fusenorm_openood.listening.wrappers import network_errors, unwrapped
 from fusenorm_openood.method.atf import atf_map
 from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, OUTPUT_EXPERTS, Output
 from fusenorm_openood.method.fusion import fuse, mean_of_strong
@@ -40,6 +36,10 @@ from fusenorm_openood.method.statistics import (
     standardise,
 )
 from fusenorm_openood.networks.fingerprint import Fingerprint, fingerprint
+from fusenorm_openood.structure.modes import undisturbed
+from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.structure.understanding import guess_structure
+from fusenorm_openood.structure.wrappers import network_errors, unwrapped
 from fusenorm_openood.version import __version__
 
 
@@ -47,7 +47,7 @@ class FuseNorm(DecidingDetector):
     """OOD detector that fuses the feature norms of all blocks with strong experts.
 
     The network is understood from its own graph at the first images that it is fitted on; see
-    `fusenorm_openood.listening.structure`. It may be wrapped in DataParallel or compiled: the
+    `fusenorm_openood.structure.reading`. It may be wrapped in DataParallel or compiled: the
     network inside is what runs, on one device and as it was before compilation.
 
     Args:

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.gradient import gradients_of_images
-from fusenorm_openood.listening.modes import undisturbed
 from fusenorm_openood.listening.passes import Pass, forward_pass, joined, parts
 from fusenorm_openood.listening.react import head_of, react_logits
-from fusenorm_openood.listening.structure import Structure
-from fusenorm_openood.listening.wrappers import unwrapped
 from fusenorm_openood.method.atf import FeatureNorm, atf_each
 from fusenorm_openood.method.experts import Output, odin_direction, odin_step, score_logits
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc, Seen, State
+from fusenorm_openood.structure.modes import undisturbed
+from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.structure.wrappers import unwrapped
 
 REAPPLIED = ("ash", "scale")  # apply the final layer to changed features
 

@@ -1,7 +1,6 @@
 """One forward pass through an arbitrary network."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.listening.head import feature_of
-from fusenorm_openood.listening.hooks import hooked, own_pass
-from fusenorm_openood.listening.outputs import logits_at
-from fusenorm_openood.listening.structure import Structure
 from fusenorm_openood.listening.taps import listening
-from fusenorm_openood.listening.wrappers import scoring_run, unwrapped
 from fusenorm_openood.networks.t2fnorm import classification_feature
+from fusenorm_openood.structure.head import HALF, feature_of, kept_head
+from fusenorm_openood.structure.hooks import own_pass
+from fusenorm_openood.structure.outputs import logits_at
+from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.structure.wrappers import scoring_run, unwrapped
 
 PIXELS = 2**14  # image pixels that one CPU thread processes at a time
 
@@ -125,38 +124,6 @@ def parts(images: Tensor, mixes: bool = False, with_graph: bool = False) -> tupl
     return torch.split(images, torch.get_num_threads() * of_a_thread // (1 + with_graph))
 
 
-@contextmanager
-def kept_head(
-    head: Mapping[str, nn.Module], threshold: float | None = None
-) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Inputs and outputs of the layers that make the logits, with clipped inputs."""
-    inputs, outputs = dict[str, Tensor](), dict[str, Tensor]()
-
-    def before(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = args[0] if args else next(iter(kwargs.values()))
-            inputs[name] = given if threshold is None else given.clamp(max=threshold)
-            if threshold is None:
-                return None
-            if args:
-                return (inputs[name], *args[1:]), kwargs
-            return args, {**kwargs, next(iter(kwargs)): inputs[name]}
-
-        return hook
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            outputs[name] = output
-
-        return hook
-
-    with hooked(
-        before=[(module, before(name)) for name, module in head.items()],
-        after=[(module, after(name)) for name, module in head.items()],
-    ):
-        yield inputs, outputs
-
-
 def _logits(
     core: nn.Module,
     structure: Structure,
@@ -197,9 +164,6 @@ def _classified(
         if normalised is not None:
             return apply_head(layer, normalised)
     return logits_at(core, core(images.clone()), structure.logits, len(images))
-
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 def apply_head(head: nn.Module, feature: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from fusenorm_openood.devices import moved
 from fusenorm_openood.errors import DataError, TapError
 from fusenorm_openood.listening.batches import batches, not_finite
-from fusenorm_openood.listening.head import linear_head
-from fusenorm_openood.listening.modes import undisturbed
 from fusenorm_openood.listening.passes import Pass, apply_head, forward_pass
-from fusenorm_openood.listening.structure import Structure
-from fusenorm_openood.listening.wrappers import unwrapped
 from fusenorm_openood.method.posthoc import Head
+from fusenorm_openood.structure.head import linear_head
+from fusenorm_openood.structure.modes import undisturbed
+from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.structure.wrappers import unwrapped
 
 
 def react_thresholds(

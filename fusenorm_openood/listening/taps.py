@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.listening.hooks import hooked
-from fusenorm_openood.listening.layouts import as_maps
-from fusenorm_openood.listening.outputs import tensors_in
-from fusenorm_openood.listening.structure import Structure, read_structure
-from fusenorm_openood.listening.wrappers import unwrapped
+from fusenorm_openood.structure.hooks import hooked
+from fusenorm_openood.structure.layouts import as_maps
+from fusenorm_openood.structure.outputs import tensors_in
+from fusenorm_openood.structure.reading import Structure, read_structure
+from fusenorm_openood.structure.wrappers import unwrapped
 
 
 class TapCandidate(NamedTuple):

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from fusenorm_openood.configs import lookup
 from fusenorm_openood.errors import CheckpointError, ConfigError
-from fusenorm_openood.listening.modes import undisturbed, without_weight_gradients
 from fusenorm_openood.listening.passes import forward_pass
-from fusenorm_openood.listening.structure import Structure
-from fusenorm_openood.listening.understanding import understand
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 from fusenorm_openood.openood.bridge import base_postprocessor, openood_module
 from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
+from fusenorm_openood.structure.modes import undisturbed, without_weight_gradients
+from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.structure.understanding import understand
 
 # The class in which OpenOOD wraps the network, by postprocessor.
 WRAPPERS = {

@@ -11,7 +11,7 @@ from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from fusenorm_openood.errors import FuseNormError, TapError
 from fusenorm_openood.method.settings import Settings
-from tests.listening.nets import BLOCKS, CLASSES, Net, energies, some_images
+from tests.nets import BLOCKS, CLASSES, Net, energies, some_images
 
 BATCH = 4
 

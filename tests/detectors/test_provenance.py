@@ -9,7 +9,7 @@ from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.settings import FUSION_SETTINGS, SETTINGS
-from tests.listening.nets import BLOCKS, Net, some_images
+from tests.nets import BLOCKS, Net, some_images
 
 IMAGES = some_images(40)
 NEW = some_images(8, seed=2) * torch.linspace(0.5, 3, 8).view(-1, 1, 1, 1)  # some are unusual

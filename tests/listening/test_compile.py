@@ -10,7 +10,7 @@ from torch import nn
 
 from fusenorm_openood import FuseNorm, tap_candidates
 from fusenorm_openood.detectors.baselines import Baseline
-from tests.listening.nets import BLOCKS, Net, some_images
+from tests.nets import BLOCKS, Net, some_images
 
 IMAGES = some_images(16)
 SETTINGS = {"strong": ["output", "fdbd", "b.0"], "output": "odin", "react_percentile": 90.0}

@@ -9,7 +9,7 @@ from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.gradient import ConstantBatchNorm
 from tests.conftest import make_loader, make_net
-from tests.listening.nets import BLOCKS, Foo, Net, energies, some_images
+from tests.nets import BLOCKS, Foo, Net, energies, some_images
 
 
 def backward(net: nn.Module, images: torch.Tensor, constant: bool):

@@ -4,11 +4,11 @@ from torch import nn
 
 from fusenorm_openood.devices import device_of
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.listening.modes import undisturbed, without_weight_gradients
 from fusenorm_openood.listening.passes import forward_pass
-from fusenorm_openood.listening.understanding import understand
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.networks.t2fnorm import has_scoring_logits
+from fusenorm_openood.structure.modes import undisturbed, without_weight_gradients
+from fusenorm_openood.structure.understanding import understand
 from tests.conftest import assert_undisturbed, state_of
 
 

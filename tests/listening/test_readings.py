@@ -10,7 +10,7 @@ from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.listening.readings import Readings
-from tests.listening.nets import Net, some_images
+from tests.nets import Net, some_images
 
 IMAGES = some_images(30)
 TWICE = {"strong": ["output"], "react_percentile": 90.0}  # reads its loader twice

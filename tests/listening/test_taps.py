@@ -5,7 +5,6 @@ from torch import nn
 
 from fusenorm_openood import tap_candidates
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.listening.structure import read_structure
 from fusenorm_openood.listening.taps import (
     first_of_last_stage,
     listening,
@@ -18,6 +17,7 @@ from fusenorm_openood.networks import (
     T2FNormNet,
     WideResNet,
 )
+from fusenorm_openood.structure.reading import read_structure
 from tests.conftest import assert_undisturbed, make_net, state_of
 
 IMAGES = torch.randn(2, 3, 16, 16)

@@ -12,10 +12,10 @@ from torch import nn
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import FuseNormError
-from fusenorm_openood.listening.modes import undisturbed
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
+from fusenorm_openood.structure.modes import undisturbed
 from tests.conftest import assert_undisturbed, state_of
-from tests.listening.nets import Net, energies, some_images
+from tests.nets import Net, energies, some_images
 
 IMAGES = some_images(16)
 SCORES, THREADS = 200, 4

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fusenorm_openood.listening.structure import read_structure
+from fusenorm_openood.structure.reading import read_structure
 
 IMAGES = torch.randn(2, 3, 8, 8)
 

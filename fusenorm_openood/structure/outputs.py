@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.listening.graph import nodes_before
+from fusenorm_openood.structure.graph import nodes_before
 
 Path = tuple[Any, ...]  # the keys, indices and attributes that lead to a tensor
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from fusenorm_openood import FuseNorm, Settings, tap_candidates
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import FuseNormError, TapError
-from fusenorm_openood.listening.wrappers import scoring_module, unwrapped
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
-from tests.listening.nets import BLOCKS, Net, energies, some_images
+from fusenorm_openood.structure.wrappers import scoring_module, unwrapped
+from tests.nets import BLOCKS, Net, energies, some_images
 
 IMAGES = some_images(24, (16, 16))
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusenorm_openood.listening.graph import Node
-from fusenorm_openood.listening.hooks import hooked
-from fusenorm_openood.listening.outputs import tensors_in
+from fusenorm_openood.structure.graph import Node
+from fusenorm_openood.structure.hooks import hooked
+from fusenorm_openood.structure.outputs import tensors_in
 
 
 @dataclass

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from fusenorm_openood.errors import FuseNormError
 from fusenorm_openood.kernels.guards import is_out_of_memory
-from fusenorm_openood.listening.blocks import find_blocks
-from fusenorm_openood.listening.graph import Graph
-from fusenorm_openood.listening.head import HeadLayers, weight_of
-from fusenorm_openood.listening.hooks import own_pass
-from fusenorm_openood.listening.layouts import find_layout, pixels
-from fusenorm_openood.listening.modes import preserved_randomness, undisturbed
-from fusenorm_openood.listening.outputs import Path, find_logits, logits_at
-from fusenorm_openood.listening.recording import Call, recorded
-from fusenorm_openood.listening.wrappers import (
+from fusenorm_openood.structure.blocks import find_blocks
+from fusenorm_openood.structure.graph import Graph
+from fusenorm_openood.structure.head import HeadLayers, weight_of
+from fusenorm_openood.structure.hooks import own_pass
+from fusenorm_openood.structure.layouts import find_layout, pixels
+from fusenorm_openood.structure.modes import preserved_randomness, undisturbed
+from fusenorm_openood.structure.outputs import Path, find_logits, logits_at
+from fusenorm_openood.structure.recording import Call, recorded
+from fusenorm_openood.structure.wrappers import (
     network_errors,
     scoring_module,
     scoring_run,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusenorm_openood.listening.hooks import hooked, own_pass
+from fusenorm_openood.structure.hooks import hooked, own_pass
 
 X = torch.ones(1, 2)
 

@@ -7,9 +7,9 @@ from torch import nn
 from fusenorm_openood import FuseNorm, Settings, tap_candidates
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import FuseNormError
-from fusenorm_openood.listening.modes import preserved_randomness
+from fusenorm_openood.structure.modes import preserved_randomness
 from tests.conftest import assert_undisturbed, state_of
-from tests.listening.nets import BLOCKS, Net, some_images
+from tests.nets import BLOCKS, Net, some_images
 
 IMAGES = some_images()
 

@@ -1,14 +1,17 @@
 """The layers that make a network's logits: usually one, for some networks several."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.method.posthoc import Head
+from fusenorm_openood.structure.hooks import hooked
 
 Convolution = nn.modules.conv._ConvNd
+HALF = (torch.float16, torch.bfloat16)
 
 
 class HeadLayers(NamedTuple):
@@ -76,3 +79,35 @@ def linear_head(modules: Sequence[nn.Module], shares: Sequence[float]) -> Head |
     if len(weights) == 1:
         return Head(weights[0], biases[0])
     return Head(torch.cat(weights, dim=1), torch.stack(biases).sum(0))
+
+
+@contextmanager
+def kept_head(
+    head: Mapping[str, nn.Module], threshold: float | None = None
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Inputs and outputs of the layers that make the logits, with clipped inputs."""
+    inputs, outputs = dict[str, Tensor](), dict[str, Tensor]()
+
+    def before(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = args[0] if args else next(iter(kwargs.values()))
+            inputs[name] = given if threshold is None else given.clamp(max=threshold)
+            if threshold is None:
+                return None
+            if args:
+                return (inputs[name], *args[1:]), kwargs
+            return args, {**kwargs, next(iter(kwargs)): inputs[name]}
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            outputs[name] = output
+
+        return hook
+
+    with hooked(
+        before=[(module, before(name)) for name, module in head.items()],
+        after=[(module, after(name)) for name, module in head.items()],
+    ):
+        yield inputs, outputs

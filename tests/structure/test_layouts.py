@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm, atf
-from fusenorm_openood.listening.layouts import as_maps, fits, pixels, token_grid
-from fusenorm_openood.listening.structure import read_structure
-from tests.listening.nets import CLASSES, Net, energy_detector, outputs_of, some_images
+from fusenorm_openood.structure.layouts import as_maps, fits, pixels, token_grid
+from fusenorm_openood.structure.reading import read_structure
+from tests.nets import CLASSES, Net, energy_detector, outputs_of, some_images
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.passes import PIXELS
-from fusenorm_openood.listening.understanding import guess_structure, understand
-from tests.listening.nets import BLOCKS, Net, energies, some_images
+from fusenorm_openood.structure.understanding import guess_structure, understand
+from tests.nets import BLOCKS, Net, energies, some_images
 
 COUNT = 3 * PIXELS // 144  # images of 12 x 12 pixels, in three parts for one thread
 IMAGES = some_images(COUNT)

@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fusenorm_openood.errors import FuseNormError, NetworkError, TapError
 from fusenorm_openood.kernels.guards import is_out_of_memory
-from fusenorm_openood.listening.hooks import hooked
 from fusenorm_openood.networks.t2fnorm import has_scoring_logits
+from fusenorm_openood.structure.hooks import hooked
 
 
 def unwrapped(net: nn.Module) -> nn.Module:

@@ -10,8 +10,8 @@ from torch import Tensor
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.listening.outputs import tensors_in
-from tests.listening.nets import CLASSES, Net, energies, some_images
+from fusenorm_openood.structure.outputs import tensors_in
+from tests.nets import CLASSES, Net, energies, some_images
 
 IMAGES = some_images(20)
 

@@ -12,8 +12,8 @@ from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.passes import forward_pass
 from fusenorm_openood.listening.react import head_of
-from fusenorm_openood.listening.understanding import find_shares, understand
-from tests.listening.nets import BLOCKS, CLASSES, Net, some_images
+from fusenorm_openood.structure.understanding import find_shares, understand
+from tests.nets import BLOCKS, CLASSES, Net, some_images
 
 IMAGES = some_images(40)
 PERCENTILE = 80.0

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.listening.structure import read_structure
-from tests.listening.nets import BLOCKS, Foo, Net, energy_detector, norms_of, some_images
+from fusenorm_openood.structure.reading import read_structure
+from tests.nets import BLOCKS, Foo, Net, energy_detector, norms_of, some_images
 
 IMAGES = some_images()
 

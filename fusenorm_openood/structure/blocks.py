@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from fusenorm_openood.listening.graph import Graph
-from fusenorm_openood.listening.recording import Call
+from fusenorm_openood.structure.graph import Graph
+from fusenorm_openood.structure.recording import Call
 
 # BasicBlock, Bottleneck, PreActBlock, InvertedResidual, ...
 _BLOCK = re.compile(r"(Block|Bottleneck|Residual)$")

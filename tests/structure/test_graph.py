@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from fusenorm_openood.listening.graph import Graph, nodes_before
+from fusenorm_openood.structure.graph import Graph, nodes_before
 
 WEIGHT = torch.randn(3, 3, 1, 1)
 

@@ -5,7 +5,7 @@ from functools import cache
 
 from torch import Tensor, nn
 
-from fusenorm_openood.listening.recording import Call
+from fusenorm_openood.structure.recording import Call
 
 # A letter for each dimension: batch, channels, height, width, tokens.
 LAYOUTS = ("BCHW", "BHWC", "BNC", "NBC")

@@ -11,13 +11,12 @@ from torch.nn import functional as F
 from fusenorm_openood.devices import moved
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.kernels.guards import is_out_of_memory
-from fusenorm_openood.listening.head import HeadLayers, flat_feature, linear_head
-from fusenorm_openood.listening.hooks import own_pass
-from fusenorm_openood.listening.modes import preserved_randomness, undisturbed
-from fusenorm_openood.listening.outputs import logits_at
-from fusenorm_openood.listening.passes import HALF, kept_head
-from fusenorm_openood.listening.structure import Structure, read_structure, two_images
-from fusenorm_openood.listening.wrappers import scoring_run, unwrapped
+from fusenorm_openood.structure.head import HALF, HeadLayers, flat_feature, kept_head, linear_head
+from fusenorm_openood.structure.hooks import own_pass
+from fusenorm_openood.structure.modes import preserved_randomness, undisturbed
+from fusenorm_openood.structure.outputs import logits_at
+from fusenorm_openood.structure.reading import Structure, read_structure, two_images
+from fusenorm_openood.structure.wrappers import scoring_run, unwrapped
 
 
 def understand(net: nn.Module, images: Tensor) -> Structure:
