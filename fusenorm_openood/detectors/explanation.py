@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusenorm_openood.detectors.calibration import Calibration
+from fusenorm_openood.method.conformal import conformal_p_values
 from fusenorm_openood.method.joint import standardised_logs
 from fusenorm_openood.method.shares import joint_shares, strong_shares, weak_shares
 from fusenorm_openood.method.statistics import normalise, standardise
@@ -28,6 +29,7 @@ class Explanation:
         objections: by how much each share `[L, B]` is below its mean over the ID images.
         objected: the expert with the largest objection to each image.
         maps: by tap, heat maps `[B, H, W]` that add up to its norms; see `atf_map`.
+        p_values: conformal p-values `[B]`, None without calibration images.
     """
 
     experts: tuple[str, ...]
@@ -39,6 +41,7 @@ class Explanation:
     objections: NDArray[np.float64]
     objected: tuple[str, ...]
     maps: dict[str, Tensor]
+    p_values: NDArray[np.float64] | None = None
 
 
 def normalised_and_shares(
@@ -70,12 +73,14 @@ def explanation(
     conf: NDArray[Any],
     pred: NDArray[Any],
     maps: dict[str, Tensor],
+    reference: NDArray[np.float64] | None = None,
 ) -> Explanation:
     """The explanation of images with these expert scores `[L, B]`."""
     _, usual = normalised_and_shares(calibration.id_scores, calibration)
     z, shares = normalised_and_shares(scores, calibration)
     objections = usual.mean(axis=1, keepdims=True) - shares
     objected = tuple(calibration.experts[row] for row in objections.argmax(axis=0))
+    p_values = None if reference is None else conformal_p_values(conf, reference)
     return Explanation(
-        calibration.experts, conf, pred, scores, z, shares, objections, objected, maps
+        calibration.experts, conf, pred, scores, z, shares, objections, objected, maps, p_values
     )

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import DataError, NonFiniteError
-from fusenorm_openood.method.conformal import conformal_p_values, rejects
+from fusenorm_openood.method.conformal import rejects
 
 
 class Judged(NamedTuple):
@@ -106,7 +106,7 @@ def _judged(detector: FuseNorm, images: list[Tensor], acceptance: float) -> list
         if len(images) == 1:
             return [{"error": str(error)}]
         return [said for image in images for said in _judged(detector, [image], acceptance)]
-    names, reference = detector.class_names, detector.reference_
+    names = detector.class_names
     said: list[dict[str, Any]] = [
         {
             "predicted": str(c) if names is None else names[c],
@@ -115,8 +115,7 @@ def _judged(detector: FuseNorm, images: list[Tensor], acceptance: float) -> list
         }
         for c, conf, expert in zip(why.pred, why.conf, why.objected, strict=True)
     ]
-    if reference is not None:
-        p_values = conformal_p_values(why.conf, reference)
-        for one, p, ood in zip(said, p_values, rejects(p_values, acceptance), strict=True):
+    if why.p_values is not None:
+        for one, p, ood in zip(said, why.p_values, rejects(why.p_values, acceptance), strict=True):
             one |= {"p_value": float(p), "ood": bool(ood)}
     return said

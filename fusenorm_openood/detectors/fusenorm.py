@@ -222,7 +222,8 @@ class FuseNorm(DecidingDetector):
                     self.taps,
                     lambda feature_map: atf_map(feature_map, *norm).cpu(),
                 )
-        return explanation(calibration, experts, self.confidence(experts), classes, maps)
+        conf = self.confidence(experts)
+        return explanation(calibration, experts, conf, classes, maps, self.reference_)
 
     def _images(self, images: Images) -> Tensor:
         if isinstance(images, str | Path):
