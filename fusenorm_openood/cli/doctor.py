@@ -25,6 +25,7 @@ REQUIRED = {
     "torchvision": "torchvision",
     "numpy": "numpy",
     "scikit-learn": "sklearn",
+    "scipy": "scipy",
     "pandas": "pandas",
     "pillow": "PIL.Image",
     "pyyaml": "yaml",
