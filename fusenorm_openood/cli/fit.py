@@ -43,6 +43,7 @@ def run(args: Namespace) -> int:
     check_writable(Path(args.output).resolve().parent, "--output")
     id_paths = image_paths(args.id_dir)
     other_paths = image_paths(args.calibration_dir or ())
+    class_names = _lines(args.class_names) if args.class_names else None
     source = {"network": args.network, "weights": args.weights}
     net = source_network(args.network, args.weights, args.image_size)
     preprocessing = _preprocessing(net, args)
@@ -51,9 +52,7 @@ def run(args: Namespace) -> int:
     detector.network_source = {key: str(value) for key, value in source.items() if value}
     if args.image_size:
         detector.network_source["image_size"] = str(args.image_size)
-    if args.class_names:
-        lines = Path(args.class_names).read_text(encoding="utf-8").splitlines()
-        detector.class_names = tuple(lines)
+    detector.class_names = class_names
 
     def loader(paths: list[Path]) -> DataLoader[object]:
         files = ReadableFiles(paths, preprocessing)
@@ -83,6 +82,15 @@ def source_network(spec: str | None, weights: str | None, image_size: int | None
     if spec is None:
         raise ConfigError("a network is needed: give --weights FILE, --network SPEC, or both")
     return build_network(spec, image_size=image_size)
+
+
+def _lines(path: str) -> tuple[str, ...]:
+    """The lines of a text file; ConfigError if it cannot be read."""
+    try:
+        return tuple(Path(path).read_text(encoding="utf-8-sig").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not in UTF-8"
+        raise ConfigError(f"class names {path} cannot be read ({reason})") from None
 
 
 def _preprocessing(net: nn.Module, args: Namespace) -> Preprocessing:

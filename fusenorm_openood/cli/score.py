@@ -17,7 +17,7 @@ from fusenorm_openood.detectors.folder import Judged, judge_files
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.storage import read_contents
 from fusenorm_openood.devices import find_device
-from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.method.conformal import check_enough
 
 SOME_UNREADABLE = 3  # exit status
@@ -63,15 +63,26 @@ def run(args: Namespace) -> int:
         out: IO[str] = sys.stdout
         if args.csv:
             mode = "a" if done else "w"
-            out = stack.enter_context(Path(args.csv).open(mode, encoding="utf-8", newline=""))
+            try:
+                out = stack.enter_context(Path(args.csv).open(mode, encoding="utf-8", newline=""))
+            except OSError as error:
+                raise ConfigError(
+                    f"{args.csv} cannot be written ({error.strerror}): give another file to --csv"
+                ) from None
         writer = csv.writer(out)
         if not done:
             writer.writerow(Judged._fields)
         hidden = args.no_progress or not args.csv
         with tqdm(total=len(paths), unit=" images", disable=hidden, leave=False) as bar:
             for rows in judged:
-                writer.writerows(map(_row, rows))
-                out.flush()
+                try:
+                    writer.writerows(map(_row, rows))
+                    out.flush()
+                except OSError as error:
+                    raise DataError(
+                        f"{args.csv or 'standard output'} cannot be written ({error.strerror}): "
+                        "make room, then go on with --resume"
+                    ) from None
                 bar.update(len(rows))
                 unreadable += sum(row.error is not None for row in rows)
                 rejected += sum(bool(row.ood) for row in rows)

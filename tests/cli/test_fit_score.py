@@ -120,6 +120,8 @@ def test_rows_are_written_as_they_come(folders, tmp_path):
     [
         (["--acceptance", "0.9999"], "needs at least 9999 calibration images"),
         (["--resume"], "give --csv FILE"),
+        (["--csv", "/dev/full"], "cannot be written (No space left on device)"),
+        (["--csv", "absent/folder.csv"], "give another file to --csv"),
         (["--weights", "absent.ckpt"], "absent.ckpt not found"),
     ],
 )
@@ -140,3 +142,5 @@ def test_errors_of_fit(folders, digits, tmp_path, capsys):
     assert main([*given, "--weights", str(checkpoint), *same]) == 1
     assert "are among those that the detector was fitted on" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
+    assert main([*given, "--weights", str(checkpoint), *same, "--class-names", "absent.txt"]) == 1
+    assert "class names absent.txt cannot be read (No such file" in capsys.readouterr().err
