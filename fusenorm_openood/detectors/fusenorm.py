@@ -208,7 +208,6 @@ class FuseNorm(DecidingDetector):
         batch = checked_images(tensor.unsqueeze(0) if tensor.ndim == 3 else tensor)
         with network_errors(self.net, batch):
             moved = self._moved(batch)
-        with network_errors(self.net, batch):
             scores, pred = self._expert_scores(moved)
         experts, classes, _ = self._read(batch, scores, pred)
         experts, maps = experts[: len(self.experts)], dict[str, Tensor]()

@@ -25,7 +25,7 @@ def find_blocks(
         modules: all modules by name.
         calls: what they did in one pass, in the order in which they ended.
         pixels: numbers of pixels of the modules that run once and return a feature map.
-        graph: the graph of the pass, None where there is none.
+        graph: the autograd graph of the pass, or None if it was not recorded.
     """
     if graph is None or not graph.trunk:
         return _by_names(modules, pixels), "names of classes, since no gradient reaches the images"

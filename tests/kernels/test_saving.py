@@ -32,7 +32,7 @@ for norm in norms:
 
 @pytest.mark.parametrize("disk", ["read-only", "full"])
 def test_one_warning_says_so(disk, tmp_path):
-    """A file in the place of each folder stands for one that is read-only, even for root."""
+    """A regular file at each cache path simulates a read-only folder, even for root."""
     package = tmp_path / "package" / "fusenorm_openood"
     source = Path(fusenorm_openood.__file__).parent
     shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
