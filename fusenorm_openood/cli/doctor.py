@@ -27,6 +27,7 @@ REQUIRED = {
     "scikit-learn": "sklearn",
     "scipy": "scipy",
     "pandas": "pandas",
+    "pyarrow": "pyarrow",
     "pillow": "PIL.Image",
     "pyyaml": "yaml",
     "tqdm": "tqdm",

@@ -26,7 +26,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--id-dir", required=True, nargs="+", help="ID images: folders, patterns, lists, files")
     add("--calibration-dir", nargs="+", help="other ID images, for p-values and verdicts")
     add("--output", required=True, metavar="FILE", help="the detector's file")
-    add("--class-names", metavar="FILE", help="text file with one class name per line")
+    names = "text file with one class name per line, or `folders`: those in --id-dir, sorted"
+    add("--class-names", metavar="FILE", help=names)
     add("--image-size", type=options.positive, help="size of the centre crop (default: declared)")
     add("--resize", type=options.positive, help="length of the shorter side (default: declared)")
     options.add_normalization(parser)
@@ -43,7 +44,7 @@ def run(args: Namespace) -> int:
     check_writable(Path(args.output).resolve().parent, "--output")
     id_paths = image_paths(args.id_dir)
     other_paths = image_paths(args.calibration_dir or ())
-    class_names = _lines(args.class_names) if args.class_names else None
+    class_names = _class_names(args.class_names, args.id_dir)
     source = {"network": args.network, "weights": args.weights}
     net = source_network(args.network, args.weights, args.image_size)
     preprocessing = _preprocessing(net, args)
@@ -84,8 +85,23 @@ def source_network(spec: str | None, weights: str | None, image_size: int | None
     return build_network(spec, image_size=image_size)
 
 
-def _lines(path: str) -> tuple[str, ...]:
-    """The lines of a text file; ConfigError if it cannot be read."""
+def _class_names(path: str | None, id_dirs: list[str]) -> tuple[str, ...] | None:
+    """The lines of a text file, or the names of folders in the order of torchvision's ImageFolder.
+
+    Raises:
+        ConfigError: the file cannot be read, or there are no folders.
+    """
+    if path is None:
+        return None
+    if path == "folders":
+        inside = (folder for given in id_dirs for folder in Path(given).glob("*/"))
+        names = sorted({folder.name for folder in inside if folder.is_dir()})
+        if not names:
+            raise ConfigError(
+                f"--class-names folders needs one folder per class in --id-dir, but "
+                f"{', '.join(id_dirs)} has none: give a text file"
+            )
+        return tuple(names)
     try:
         return tuple(Path(path).read_text(encoding="utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:

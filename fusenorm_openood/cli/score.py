@@ -1,13 +1,14 @@
 """`fusenorm score`: confidences, p-values and verdicts of image files."""
 
-import csv
+import math
 import sys
+import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections import Counter
 from pathlib import Path
-from typing import IO
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fusenorm_openood.cli import options
@@ -15,10 +16,11 @@ from fusenorm_openood.cli.fit import source_network
 from fusenorm_openood.data.paths import image_paths
 from fusenorm_openood.detectors.folder import Judged, judge_files
 from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.rows import RowFile, read_rows
 from fusenorm_openood.detectors.storage import read_contents
 from fusenorm_openood.devices import find_device
-from fusenorm_openood.errors import ConfigError, DataError
-from fusenorm_openood.method.conformal import check_enough
+from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.method.conformal import check_enough, rejects, rejects_at_fdr
 
 SOME_UNREADABLE = 3  # exit status
 
@@ -27,8 +29,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--detector", required=True, metavar="FILE", help="what `fusenorm fit` has saved")
     add("paths", nargs="+", metavar="PATH", help="folders, patterns, image lists (.txt), files, -")
-    add("--acceptance", type=_share, default=0.95, help="share of ID images to accept (0.95)")
-    add("--csv", metavar="FILE", help="write the rows to this file (default: standard output)")
+    verdict = parser.add_mutually_exclusive_group()
+    of_id, of_rejected = "share of ID images to accept (0.95)", "share of ID images among the OOD"
+    verdict.add_argument("--acceptance", type=_share, default=0.95, help=of_id)
+    verdict.add_argument("--fdr", type=_share, help=f"{of_rejected}: judges all images together")
+    add("--csv", metavar="FILE", help="CSV or .parquet file of rows (default: standard output)")
     add("--resume", action="store_true", help="go on with the rows that --csv already has")
     options.add_network(parser)
     add("--weights", metavar="FILE", help="checkpoint (default: where `fit` found it)")
@@ -42,6 +47,47 @@ def run(args: Namespace) -> int:
     Returns:
         0 = all were judged, 3 = some were unreadable.
     """
+    detector = _loaded(args)
+    n = None if detector.reference_ is None else len(detector.reference_)
+    if args.fdr is not None and (n is None or not args.csv):
+        lacks = "calibration images: fit with --calibration-dir" if n is None else "a file: --csv"
+        raise ConfigError(f"--fdr judges all images together, for which it needs {lacks}")
+    if n is None:
+        print("fusenorm: the detector is not calibrated, so there are no verdicts", file=sys.stderr)
+    elif args.fdr is None:
+        check_enough(n, args.acceptance)
+    given = image_paths(args.paths)
+    with RowFile(Path(args.csv) if args.csv else None, args.resume) as file:
+        _check_same(detector, file)
+        paths = [path for path in given if str(path) not in file.judged]
+        hidden = args.no_progress or not args.csv
+        judged = judge_files(detector, paths, args.acceptance, args.batch_size, args.num_workers)
+        started, counts = time.perf_counter(), Counter[str]()
+        with tqdm(total=len(paths), unit=" images", disable=hidden, leave=False) as bar:
+            for rows in judged:
+                # A verdict at a false discovery rate needs all images.
+                file.write(rows if args.fdr is None else [r._replace(ood=None) for r in rows])
+                bar.update(len(rows))
+                counts.update(map(_verdict, rows))
+        seconds = time.perf_counter() - started
+        file.finish(lambda p: _verdicts(p, args))
+    if args.csv:
+        counts = Counter(map(_verdict, read_rows(Path(args.csv))))
+    summary = f"{counts.total()} images: {counts['OOD']} OOD, {counts['unreadable']} unreadable"
+    summary += f", {len(file.judged)} judged before" if file.judged else ""
+    print(f"fusenorm: {summary} ({len(paths) / seconds:.0f} images per second)", file=sys.stderr)
+    if args.fdr is not None and n is not None and not counts["OOD"]:
+        print(
+            f"fusenorm: {n} calibration images give no p-value below {1 / (n + 1):.2g}, so an FDR "
+            f"of {args.fdr:g} takes {math.ceil(counts.total() / (args.fdr * (n + 1)))} images with "
+            "it: calibrate on more, or choose --acceptance",
+            file=sys.stderr,
+        )
+    return SOME_UNREADABLE if counts["unreadable"] else 0
+
+
+def _loaded(args: Namespace) -> FuseNorm:
+    """The detector, with the network that `fit` had, or the one that is given."""
     device = find_device(args.device)
     source = read_contents(Path(args.detector)).record.get("source") or {}
     size = source.get("image_size")
@@ -50,71 +96,30 @@ def run(args: Namespace) -> int:
         args.weights or source.get("weights"),
         None if size is None else int(size),
     )
-    detector = FuseNorm.load(args.detector, net.to(device))
-    if detector.reference_ is None:
-        print("fusenorm: the detector is not calibrated, so there are no verdicts", file=sys.stderr)
-    else:
-        check_enough(len(detector.reference_), args.acceptance)
-    done = _judged_before(args)
-    paths = [path for path in image_paths(args.paths) if str(path) not in done]
-    judged = judge_files(detector, paths, args.acceptance, args.batch_size, args.num_workers)
-    unreadable = rejected = 0
-    with ExitStack() as stack:
-        out: IO[str] = sys.stdout
-        if args.csv:
-            mode = "a" if done else "w"
-            try:
-                out = stack.enter_context(Path(args.csv).open(mode, encoding="utf-8", newline=""))
-            except OSError as error:
-                raise ConfigError(
-                    f"{args.csv} cannot be written ({error.strerror}): give another file to --csv"
-                ) from None
-        writer = csv.writer(out)
-        if not done:
-            writer.writerow(Judged._fields)
-        hidden = args.no_progress or not args.csv
-        with tqdm(total=len(paths), unit=" images", disable=hidden, leave=False) as bar:
-            for rows in judged:
-                try:
-                    writer.writerows(map(_row, rows))
-                    out.flush()
-                except OSError as error:
-                    raise DataError(
-                        f"{args.csv or 'standard output'} cannot be written ({error.strerror}): "
-                        "make room, then go on with --resume"
-                    ) from None
-                bar.update(len(rows))
-                unreadable += sum(row.error is not None for row in rows)
-                rejected += sum(bool(row.ood) for row in rows)
-    summary = f"{len(paths)} images: {rejected} OOD, {unreadable} unreadable"
-    summary += f", {len(done)} judged before" if done else ""
-    print(f"fusenorm: {summary}", file=sys.stderr)
-    return SOME_UNREADABLE if unreadable else 0
+    return FuseNorm.load(args.detector, net.to(device))
 
 
-def _row(judged: Judged) -> Iterable[object]:
-    return ("" if value is None else value for value in judged)
-
-
-def _judged_before(args: Namespace) -> set[str]:
-    """The paths in the rows of an earlier run; a row that was cut short is removed."""
-    if not args.resume:
-        return set()
-    if not args.csv:
-        raise ConfigError("--resume goes on with a file: give --csv FILE")
-    path = Path(args.csv)
-    if not path.exists():
-        return set()
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    rows = list(csv.reader(whole.splitlines()))
-    if rows and tuple(rows[0]) != Judged._fields:
+def _check_same(detector: FuseNorm, file: RowFile) -> None:
+    """Raise ConfigError if another detector judged the images of an earlier run."""
+    known = file.readable
+    if known is None or known.confidence is None or not Path(known.path).is_file():
+        return
+    ((again,),) = judge_files(detector, [Path(known.path)])
+    now, then = again.confidence, known.confidence
+    if now is None or not math.isclose(now, then, rel_tol=1e-3, abs_tol=1e-3):
         raise ConfigError(
-            f"{path} was not written by this version of fusenorm score: give another file to --csv"
+            f"{file.path} has {then:.6g} as the confidence of {known.path}, which is now "
+            f"{'unreadable' if now is None else f'{now:.6g}'}: give another file to --csv, or the "
+            "detector and the images of its rows"
         )
-    if whole != text:
-        path.write_text(whole, encoding="utf-8", newline="")
-    return {row[0] for row in rows[1:]}
+
+
+def _verdicts(p: NDArray[np.float64], args: Namespace) -> NDArray[np.bool_]:
+    return rejects(p, args.acceptance) if args.fdr is None else rejects_at_fdr(p, args.fdr)
+
+
+def _verdict(row: Judged) -> str:
+    return "unreadable" if row.error is not None else "OOD" if row.ood else "accepted"
 
 
 def _share(text: str) -> float:

@@ -1,6 +1,7 @@
 """What a detector learns from ID images, and how it is kept: as tensors and as JSON."""
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusenorm_openood.listening.panel import Fitted
-from fusenorm_openood.method.joint import JointStatistics
+from fusenorm_openood.method.joint import JointStatistics, standardised_logs
 from fusenorm_openood.method.posthoc import Posthoc
 from fusenorm_openood.method.settings import Settings
-from fusenorm_openood.method.statistics import IDStatistics
+from fusenorm_openood.method.shares import joint_shares, strong_shares, weak_shares
+from fusenorm_openood.method.statistics import IDStatistics, normalise, standardise
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,34 @@ class Calibration:
     joint: JointStatistics | None
     settings: Settings
     strong: tuple[str, ...]
+
+    @cached_property
+    def mean_shares(self) -> NDArray[np.float64]:
+        """Mean shares `[L, 1]` of the experts over the ID images."""
+        mean: NDArray[np.float64] = self.normalised_and_shares(self.id_scores)[1].mean(1)[:, None]
+        return mean
+
+    def normalised_and_shares(
+        self, scores: NDArray[Any]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Normalised scores and shares `[L, N]` of the experts from their scores `[L, N]`."""
+        s = self.settings
+        strong = [self.experts.index(name) for name in self.strong]
+        shares = np.zeros(scores.shape)
+        if self.joint is not None:
+            taps = len(self.joint.mean)
+            z = np.zeros(scores.shape)
+            z[:taps] = standardised_logs(scores[:taps], self.joint)
+            z[strong] = standardise(scores[strong], self.statistics, s.clip)
+            shares[:taps] = joint_shares(scores[:taps], self.joint, s.joint_weight)
+            shares[strong] += strong_shares(z[strong], s.weights)
+            return z, shares
+        z = normalise(scores, self.statistics)
+        weak = [row for row in range(len(self.experts)) if row not in strong]
+        clipped = np.minimum(z[strong], 1) if s.clip else z[strong]
+        shares[strong] = strong_shares(clipped, s.weights)
+        shares[weak] = weak_shares(z[weak], s.base, s.cap)
+        return z, shares
 
 
 def packed(calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, Any]]:

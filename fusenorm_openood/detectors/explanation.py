@@ -9,9 +9,6 @@ from torch import Tensor
 
 from fusenorm_openood.detectors.calibration import Calibration
 from fusenorm_openood.method.conformal import conformal_p_values
-from fusenorm_openood.method.joint import standardised_logs
-from fusenorm_openood.method.shares import joint_shares, strong_shares, weak_shares
-from fusenorm_openood.method.statistics import normalise, standardise
 
 
 @dataclass(frozen=True)
@@ -44,29 +41,6 @@ class Explanation:
     p_values: NDArray[np.float64] | None = None
 
 
-def normalised_and_shares(
-    scores: NDArray[Any], calibration: Calibration
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Normalised scores and shares `[L, N]` of the experts from their scores `[L, N]`."""
-    c, s = calibration, calibration.settings
-    strong = [c.experts.index(name) for name in c.strong]
-    shares = np.zeros(scores.shape)
-    if c.joint is not None:
-        taps = len(c.joint.mean)
-        z = np.zeros(scores.shape)
-        z[:taps] = standardised_logs(scores[:taps], c.joint)
-        z[strong] = standardise(scores[strong], c.statistics, s.clip)
-        shares[:taps] = joint_shares(scores[:taps], c.joint, s.joint_weight)
-        shares[strong] += strong_shares(z[strong], s.weights)
-        return z, shares
-    z = normalise(scores, c.statistics)
-    weak = [row for row in range(len(c.experts)) if row not in strong]
-    clipped = np.minimum(z[strong], 1) if s.clip else z[strong]
-    shares[strong] = strong_shares(clipped, s.weights)
-    shares[weak] = weak_shares(z[weak], s.base, s.cap)
-    return z, shares
-
-
 def explanation(
     calibration: Calibration,
     scores: NDArray[Any],
@@ -76,9 +50,8 @@ def explanation(
     reference: NDArray[np.float64] | None = None,
 ) -> Explanation:
     """The explanation of images with these expert scores `[L, B]`."""
-    _, usual = normalised_and_shares(calibration.id_scores, calibration)
-    z, shares = normalised_and_shares(scores, calibration)
-    objections = usual.mean(axis=1, keepdims=True) - shares
+    z, shares = calibration.normalised_and_shares(scores)
+    objections = calibration.mean_shares - shares
     objected = tuple(calibration.experts[row] for row in objections.argmax(axis=0))
     p_values = None if reference is None else conformal_p_values(conf, reference)
     return Explanation(

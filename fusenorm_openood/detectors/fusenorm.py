@@ -1,6 +1,5 @@
 """The FuseNorm detector, for any torch network; it does not need OpenOOD."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from typing_extensions import Self
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.base import Images, fit_panel
 from fusenorm_openood.detectors.calibration import Calibration as Calibration
-from fusenorm_openood.detectors.calibration import packed, unpacked
 from fusenorm_openood.detectors.decisions import DecidingDetector, repeated_columns
 from fusenorm_openood.detectors.explanation import Explanation, explanation
-from fusenorm_openood.detectors.storage import Contents, read_contents, write_contents
-from fusenorm_openood.errors import ConfigError, DataError, DetectorFileError, NotFittedError
+from fusenorm_openood.detectors.keeping import Kept, read_kept, write_kept
+from fusenorm_openood.devices import find_device
+from fusenorm_openood.errors import ConfigError, DataError, NotFittedError
 from fusenorm_openood.listening.batches import checked_images
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.passes import tapped_maps
@@ -35,12 +34,10 @@ from fusenorm_openood.method.statistics import (
     normalise,
     standardise,
 )
-from fusenorm_openood.networks.fingerprint import Fingerprint, fingerprint
 from fusenorm_openood.structure.modes import undisturbed
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.understanding import guess_structure
 from fusenorm_openood.structure.wrappers import network_errors, unwrapped
-from fusenorm_openood.version import __version__
 
 
 class FuseNorm(DecidingDetector):
@@ -65,7 +62,6 @@ class FuseNorm(DecidingDetector):
         strong: names of the strong experts; the other taps are weak.
         calibration_: ID statistics, after `fit`.
         preprocessing: how image files become tensors, if it is set; it is saved with the detector.
-        class_names: names of the classes, if they are set.
         network_source: how the command line builds the network.
 
     Raises:
@@ -88,7 +84,7 @@ class FuseNorm(DecidingDetector):
         self._free: list[Output] = []
         self._fitted = Fitted()
         self.preprocessing: Preprocessing | None = None
-        self.class_names: tuple[str, ...] | None = None
+        self._class_names: tuple[str, ...] | None = None
         self.network_source: dict[str, str] = {}
         self._structure = structure
         structure = structure or guess_structure(net)
@@ -98,6 +94,31 @@ class FuseNorm(DecidingDetector):
     taps: tuple[str, ...]
     strong: tuple[str, ...]
     experts: tuple[str, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, None if they are not set.
+
+        Raises:
+            ConfigError: on setting them, or else on `fit`: not one name per class.
+        """
+        return self._class_names
+
+    @class_names.setter
+    def class_names(self, names: Sequence[str] | None) -> None:
+        names = None if names is None else tuple(names)
+        if self._structure is not None:
+            _check_names(names, self._structure)
+        self._class_names = names
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the network, in place; what the detector has fitted follows it.
+
+        Raises:
+            ConfigError: a device that cannot be used.
+        """
+        self.net.to(find_device(str(device)))
+        return self
 
     def _resolve(self, structure: Structure) -> None:
         """Name the experts of a network that is built like this."""
@@ -109,6 +130,7 @@ class FuseNorm(DecidingDetector):
 
     def _try(self, images: Tensor) -> None:
         structure = self.structure(images)
+        _check_names(self._class_names, structure)
         self._resolve(structure)
         unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
         self.panel.listen(self.net, structure, images, unclipped)
@@ -238,20 +260,15 @@ class FuseNorm(DecidingDetector):
             NotFittedError: before `fit`.
             DetectorFileError: the file cannot be written.
         """
-        tensors, record = packed(self._check_fitted())
-        structure = None if self._structure is None else self._structure.to_json()
-        if self.reference_ is not None:
-            tensors["reference"] = torch.from_numpy(self.reference_)
-        network = fingerprint(unwrapped(self.net))
-        record |= {
-            "version": __version__,
-            "structure": structure,
-            "network": network._asdict(),
-            "source": self.network_source,
-            "class_names": self.class_names,
-            "preprocessing": self.preprocessing and self.preprocessing.to_json(),
-        }
-        write_contents(Path(path), Contents(tensors, record))
+        kept = Kept(
+            self._check_fitted(),
+            self.reference_,
+            self._structure,
+            self.preprocessing,
+            self.class_names,
+            self.network_source,
+        )
+        write_kept(Path(path), kept, self.net)
 
     @classmethod
     def load(cls, path: str | Path, net: nn.Module, strict: bool = True) -> Self:
@@ -266,23 +283,11 @@ class FuseNorm(DecidingDetector):
             DetectorFileError: the file is missing, damaged, of a newer format, or of another
                 network.
         """
-        tensors, record = read_contents(Path(path))
-        try:
-            known, structure = Fingerprint(**record["network"]), record["structure"]
-            calibration = unpacked(tensors, record)
-            built = None if structure is None else Structure.from_json(structure)
-            names, read = record["class_names"], record["preprocessing"]
-            preprocessing = None if read is None else Preprocessing.from_json(read)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DetectorFileError(
-                f"detector file {path} lacks what this version reads ({error}): fit again"
-            ) from None
-        _check_network(path, known, fingerprint(unwrapped(net)), strict)
-        detector = cls(net, calibration.settings, built).with_calibration(calibration)
-        detector.preprocessing, detector.network_source = preprocessing, record.get("source", {})
-        detector.class_names = None if names is None else tuple(names)
-        if "reference" in tensors:
-            detector.reference_ = tensors["reference"].numpy()
+        kept = read_kept(Path(path), net, strict)
+        detector = cls(net, kept.calibration.settings, kept.structure)
+        detector.with_calibration(kept.calibration)
+        detector.reference_, detector.preprocessing = kept.reference, kept.preprocessing
+        detector.class_names, detector.network_source = kept.class_names, kept.network_source
         return detector
 
     def with_companions(self) -> Self:
@@ -380,19 +385,8 @@ class FuseNorm(DecidingDetector):
         return tuple(strong)
 
 
-def _check_network(path: str | Path, known: Fingerprint, given: Fingerprint, strict: bool) -> None:
-    differences = given.differences(known)
-    if differences:
-        more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise DetectorFileError(
-            f"detector file {path} was made with a {known.kind}, this {given.kind} differs "
-            f"({', '.join(differences[:3])}{more}): give the network that it was fitted with"
+def _check_names(names: tuple[str, ...] | None, structure: Structure) -> None:
+    if names is not None and len(names) != structure.classes:
+        raise ConfigError(
+            f"class_names must be the names of {structure.classes} classes, got {len(names)}"
         )
-    if given.weights != known.weights:
-        message = (
-            f"detector file {path} was made with other weights of a {known.kind}: give the "
-            "checkpoint that it was fitted with, or fit again"
-        )
-        if strict:
-            raise DetectorFileError(message)
-        warnings.warn(message, UserWarning, stacklevel=3)

@@ -38,6 +38,7 @@ class Structure:
         layouts: layout of each module that runs once and returns a feature map, such as `BCHW`.
         pixels: numbers of pixels of these feature maps, without prefix tokens.
         head: the layers that make its logits.
+        classes: number of its logits.
         logits: where they are in its output.
         scoring: name of the module with separate scoring logits, if there is one.
         mixes: whether the images of a batch influence each other's logits, so that a batch must
@@ -51,6 +52,7 @@ class Structure:
     layouts: Mapping[str, str]
     pixels: Mapping[str, int]
     head: HeadLayers
+    classes: int
     logits: Path = ()
     scoring: str | None = None
     mixes: bool = False
@@ -112,6 +114,7 @@ def read_structure(net: nn.Module, images: Tensor) -> Structure:
         layouts=layouts,
         pixels=sizes,
         head=HeadLayers(_head_layers(modules, calls, graph, logits.shape[1])),
+        classes=logits.shape[1],
         logits=path,
         scoring=scoring_module(core),
     )

@@ -13,6 +13,7 @@ from PIL import Image
 from fusenorm_openood import FuseNorm, load_network
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.lists import read_imagelist
+from fusenorm_openood.detectors.rows import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,7 @@ def test_rows_are_written_as_they_come(folders, tmp_path):
     [
         (["--acceptance", "0.9999"], "needs at least 9999 calibration images"),
         (["--resume"], "give --csv FILE"),
+        (["--fdr", "0.1"], "for which it needs a file: --csv"),
         (["--csv", "/dev/full"], "cannot be written (No space left on device)"),
         (["--csv", "absent/folder.csv"], "give another file to --csv"),
         (["--weights", "absent.ckpt"], "absent.ckpt not found"),
@@ -144,3 +146,93 @@ def test_errors_of_fit(folders, digits, tmp_path, capsys):
     assert not (tmp_path / "d").exists()
     assert main([*given, "--weights", str(checkpoint), *same, "--class-names", "absent.txt"]) == 1
     assert "class names absent.txt cannot be read (No such file" in capsys.readouterr().err
+
+
+def test_parquet_holds_the_rows_of_the_csv(folders, tmp_path):
+    given, tables = tmp_path / "given", [tmp_path / "out.csv", tmp_path / "out.parquet"]
+    shutil.copytree(folders / "test_noise", given)
+    (given / "broken.png").write_text("no image")
+    for table in tables:
+        assert score(folders, given, "--csv", table) == 3
+    assert list(read_rows(tables[1])) == list(read_rows(tables[0]))
+    assert {path.name for path in tmp_path.iterdir()} == {"given", "out.csv", "out.parquet"}
+
+
+def test_a_parquet_file_goes_on_from_its_part_and_when_it_is_whole(folders, tmp_path, capsys):
+    out, part = tmp_path / "out.parquet", tmp_path / "out.parquet.part"
+    assert score(folders, folders / "test_noise", "--csv", tmp_path / "whole.csv") == 0
+    lines = (tmp_path / "whole.csv").read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:20]) + lines[20][:30])
+    assert score(folders, folders / "test_noise", "--csv", out, "--resume") == 0
+    assert "19 judged before" in capsys.readouterr().err
+    assert not part.exists()
+    noise = list(read_rows(out))
+    assert [row.path for row in noise] == [row.path for row in read_rows(tmp_path / "whole.csv")]
+    more = [folders / "test_noise", folders / "test_digits"]
+    assert score(folders, *more, "--csv", out, "--resume") == 0
+    assert list(read_rows(out))[: len(noise)] == noise
+    assert len(list(read_rows(out))) == len(noise) + len(list(more[1].iterdir()))
+
+
+def test_the_false_discovery_rate_is_that_of_all_rows(folders, tmp_path, capsys):
+    """Benjamini and Hochberg's procedure by hand, also over the rows of an earlier run."""
+    out, together = tmp_path / "out.csv", [folders / "test_noise", folders / "test_digits"]
+    assert score(folders, together[0], "--csv", out) == 0
+    assert score(folders, *together, "--csv", out, "--fdr", "0.1", "--resume") == 0
+    rows = list(read_rows(out))
+    p = np.array([row.p_value for row in rows])
+    ranks = np.arange(1, len(p) + 1)
+    largest = np.flatnonzero(np.sort(p) <= 0.1 * ranks / len(p)).max()
+    assert [row.ood for row in rows] == (p <= np.sort(p)[largest]).tolist()
+    assert sum(row.ood for row in rows) > 100
+    assert score(folders, together[1], "--csv", out, "--fdr", "0.0001") == 0
+    assert not any(row.ood for row in read_rows(out))
+    assert "calibration images give no p-value below" in capsys.readouterr().err
+
+
+def test_another_acceptance_changes_the_rows_of_an_earlier_run(folders, tmp_path):
+    out, image = tmp_path / "out.csv", folders / "test_digits"
+    assert score(folders, image, "--csv", out, "--acceptance", "0.6") == 0
+    rejected = sum(row.ood for row in read_rows(out))
+    assert score(folders, image, "--csv", out, "--resume", "--acceptance", "0.95") == 0
+    assert 0 < sum(row.ood for row in read_rows(out)) < rejected
+
+
+def test_rows_of_another_detector_are_not_mixed_with(folders, tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    assert score(folders, folders / "test_noise", "--csv", out) == 0
+    lines = out.read_text().splitlines(keepends=True)
+    path, predicted, confidence, *rest = lines[3].split(",")
+    lines[3] = ",".join([path, predicted, str(float(confidence) + 0.01), *rest])
+    out.write_text("".join(lines[:4]))
+    assert score(folders, folders / "test_noise", "--csv", out, "--resume") == 1
+    assert "give another file to --csv, or the detector" in capsys.readouterr().err
+    assert out.read_text() == "".join(lines[:4])
+
+
+def test_a_table_of_something_else_is_not_overwritten_by_resume(folders, tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    out.write_text("a,b\n1,2\n")
+    assert score(folders, folders / "test_noise", "--csv", out, "--resume") == 1
+    assert "was not written by this version of fusenorm score" in capsys.readouterr().err
+    assert out.read_text() == "a,b\n1,2\n"
+
+
+def test_class_names_from_folders(folders, digits, tmp_path, capsys):
+    _, checkpoint = digits
+    sorted_into = tmp_path / "sorted"
+    for number, path in enumerate(sorted((folders / "val_digits").iterdir())):
+        folder = sorted_into / f"digit {number % 7}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+    given = ["fit", "--weights", checkpoint, "--image-size", "24", "--normalization", "digits"]
+    given += ["--output", tmp_path / "d", "--num-workers", "0", "--no-progress"]
+    given = [*map(str, given), "--class-names", "folders", "--id-dir"]
+    assert main([*given, str(sorted_into)]) == 0
+    net = load_network(checkpoint)
+    assert FuseNorm.load(tmp_path / "d", net).class_names == tuple(f"digit {n}" for n in range(7))
+    (sorted_into / "digit 7").mkdir()
+    assert main([*given, str(sorted_into)]) == 1
+    assert "class_names must be the names of 7 classes, got 8" in capsys.readouterr().err
+    assert main([*given, str(folders / "val_digits")]) == 1
+    assert "needs one folder per class in --id-dir" in capsys.readouterr().err

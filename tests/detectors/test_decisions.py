@@ -99,3 +99,28 @@ def test_an_acceptance_that_cannot_be_had(detector):
         detector.is_ood(IMAGES, 0.99)
     with pytest.raises(ConfigError, match="acceptance must be"):
         detector.is_ood(IMAGES, 95)
+
+
+def test_to_moves_the_network_and_the_detector_follows(net, detector):
+    conf = detector.score(IMAGES)
+    assert detector.to("cpu") is detector
+    assert detector.net is net
+    assert torch.equal(detector.score(IMAGES), conf)
+    detector.to("meta")
+    assert all(parameter.is_meta for parameter in net.parameters())
+    with pytest.raises(ConfigError, match=r"device 'gpu9' cannot be used .*: choose auto or cpu"):
+        detector.to("gpu9")
+
+
+def test_class_names_are_as_many_as_the_classes(net, loader):
+    detector = FuseNorm(net)
+    detector.class_names = ["one", "two"]  # how many are needed is not known yet
+    with pytest.raises(ConfigError, match="class_names must be the names of 4 classes, got 2"):
+        FuseNorm.fit(detector, loader)
+    names = [f"class {number}" for number in range(4)]
+    detector.class_names = names
+    detector.fit(loader)
+    assert detector.class_names == tuple(names)
+    with pytest.raises(ConfigError, match="the names of 4 classes, got 5"):
+        detector.class_names = [*names, "one more"]
+    assert detector.class_names == tuple(names)

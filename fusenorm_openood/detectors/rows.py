@@ -1,0 +1,205 @@
+"""Files with one row for each judged image, CSV or Parquet, that an interruption leaves usable."""
+
+import csv
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from fusenorm_openood.detectors.folder import Judged
+from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.files import write_whole
+
+AT_ONCE = 10_000  # rows in memory
+KINDS: dict[str, Callable[[str], Any]] = {
+    "confidence": float,
+    "p_value": float,
+    "ood": lambda text: text == "True",
+}
+
+
+class RowFile:
+    """Rows of `Judged` in a file, written as they come; for use in a `with` block.
+
+    A Parquet file can only be written whole, so that its rows are kept in a CSV file beside it,
+    with `.part` at the end of its name, until `finish`.
+
+    Args:
+        path: a file that ends in `.parquet`, or else becomes CSV; None = CSV on standard output.
+        resume: whether to go on with the rows that it has. A row that was cut short is removed.
+
+    Attributes:
+        judged: the paths in rows of an earlier run.
+        readable: the last of these rows whose image could be judged.
+
+    Raises:
+        ConfigError: `resume` for a file of other columns, or without a file; the file cannot be
+            written.
+    """
+
+    def __init__(self, path: Path | None, resume: bool = False) -> None:
+        self.path, self.judged = path, set[str]()
+        self.readable: Judged | None = None
+        if path is None:
+            if resume:
+                raise ConfigError("--resume goes on with a file: give --csv FILE")
+            self._file: IO[str] = sys.stdout
+        else:
+            self._rows = path.with_name(f"{path.name}.part") if is_parquet(path) else path
+            try:
+                if resume:
+                    self._begun()
+                self._file = self._rows.open(
+                    "a" if self.judged else "w", encoding="utf-8", newline=""
+                )
+            except OSError as error:
+                raise ConfigError(
+                    f"{path} cannot be written ({error.strerror}): give another file to --csv"
+                ) from None
+        self._writer = csv.writer(self._file)
+        if not self.judged:
+            self._writer.writerow(Judged._fields)
+
+    def write(self, rows: Iterable[Judged]) -> None:
+        """Append rows; they are in the file when this returns.
+
+        Raises:
+            DataError: the disk is full.
+        """
+        try:
+            self._writer.writerows(map(_texts, rows))
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def finish(self, verdicts: Callable[[NDArray[np.float64]], NDArray[np.bool_]]) -> None:
+        """Give all rows their verdicts, also those of an earlier run, and make the file whole.
+
+        Args:
+            verdicts: whether images with these p-values `[N]` are OOD.
+
+        Raises:
+            DataError: the disk is full; the rows are kept.
+        """
+        if self.path is None:
+            return
+        self._file.close()
+        p = np.array([row.p_value for row in read_rows(self._rows) if row.p_value is not None])
+        ood = iter(verdicts(p).tolist())
+        rows = (
+            row if row.p_value is None else row._replace(ood=next(ood))
+            for row in read_rows(self._rows)
+        )
+        write = _write_parquet if is_parquet(self.path) else _write_csv
+        try:
+            write_whole(self.path, lambda file: write(file, rows))
+            if self._rows != self.path:
+                self._rows.unlink()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._file is not sys.stdout:
+            self._file.close()
+
+    def _begun(self) -> None:
+        """Read which paths were judged before, and remove a row that was cut short."""
+        if self._rows != self.path and not self._rows.exists() and self.path and self.path.exists():
+            _write_csv(self._rows, read_rows(self.path))
+        if not self._rows.exists():
+            return
+        with self._rows.open("rb+") as file:
+            end = file.seek(0, 2)
+            while end:
+                start = max(end - 2**16, 0)
+                file.seek(start)
+                found = file.read(end - start).rfind(b"\n")
+                if found >= 0:
+                    end = start + found + 1
+                    break
+                end = start
+            file.truncate(end)
+        for row in read_rows(self._rows):
+            self.judged.add(row.path)
+            self.readable = row if row.error is None else self.readable
+
+    def _unwritable(self, error: OSError) -> DataError:
+        where = self.path or "standard output"
+        return DataError(
+            f"{where} cannot be written ({error.strerror}): make room, then go on with --resume"
+        )
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file is Parquet by its ending."""
+    return path.suffix.lower() in (".parquet", ".pq")
+
+
+def read_rows(path: Path) -> Iterator[Judged]:
+    """The rows of a file that `RowFile` wrote.
+
+    Raises:
+        ConfigError: a file that is missing or has other columns.
+    """
+    wrong = ConfigError(f"{path} was not written by this version of fusenorm score: give another")
+    try:
+        if is_parquet(path):
+            from pyarrow import ArrowInvalid, parquet
+
+            try:
+                file = parquet.ParquetFile(path)
+            except ArrowInvalid:
+                raise wrong from None
+            if tuple(file.schema_arrow.names) != Judged._fields:
+                raise wrong
+            for batch in file.iter_batches(AT_ONCE):
+                yield from (Judged(**row) for row in batch.to_pylist())
+            return
+        with path.open(encoding="utf-8", newline="") as text:
+            rows = csv.reader(text)
+            header = next(rows, None)
+            if header is not None and tuple(header) != Judged._fields:
+                raise wrong
+            for texts in rows:
+                if len(texts) != len(header or ()):
+                    raise ConfigError(f"{path} has a row of {len(texts)} columns: remove it")
+                yield _row(texts)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} not found: give a file that fusenorm score wrote") from None
+
+
+def _texts(row: Judged) -> list[object]:
+    return ["" if value is None else value for value in row]
+
+
+def _row(texts: list[str]) -> Judged:
+    path, *rest = texts
+    named = zip(Judged._fields[1:], rest, strict=True)
+    values: Iterator[Any] = (KINDS.get(name, str)(text) if text else None for name, text in named)
+    return Judged(path, *values)
+
+
+def _write_csv(path: Path, rows: Iterator[Judged]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Judged._fields)
+        writer.writerows(map(_texts, rows))
+
+
+def _write_parquet(path: Path, rows: Iterator[Judged]) -> None:
+    import pyarrow as pa  # takes longer to import than the rest of the command
+    from pyarrow import parquet
+
+    kinds = {"confidence": pa.float64(), "p_value": pa.float64(), "ood": pa.bool_()}
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in Judged._fields])
+    with parquet.ParquetWriter(path, schema) as writer:
+        while group := list(islice(rows, AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist([row._asdict() for row in group], schema))
