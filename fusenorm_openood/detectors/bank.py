@@ -14,6 +14,7 @@ from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
 from fusenorm_openood.detectors.sweep import swept
 from fusenorm_openood.errors import NonFiniteError
 from fusenorm_openood.listening.batches import not_finite
+from fusenorm_openood.listening.observed import Listener, Observed
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.method.experts import Output
@@ -199,17 +200,19 @@ class ScoreBank(ExpertScorer):
     def _rows(self, detector: FuseNorm) -> list[int]:
         return detector.rows_in(self.panel)
 
-    def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        structure = self.structure(images)
-        rows, pred, seen = self.panel.listen(self.net, structure, images, self._fitted)
-        if seen is None:
-            return rows, pred
-        if self._sample is not None:
-            self._sample.add(seen)
-        return self.panel.completed(self.net, structure, rows, seen, self._fitted), pred
+    def _listener(self) -> Listener:
+        return self._listener_of(self.panel, self._fitted)
 
-    def _check_finite(self, images: Tensor, experts: NDArray[Any]) -> None:
+    def _expert_scores(self, observed: Observed) -> Tensor:
+        assert self._structure is not None
+        if self._sample is not None and observed.seen is not None:
+            self._sample.add(observed.seen)
+        return self.panel.completed(self.net, self._structure, observed, self._fitted)
+
+    def _check_finite(self, images: Tensor | None, experts: NDArray[Any]) -> None:
         """Require finite images; non-finite scores only rule out the settings that use them."""
+        if images is None:
+            return
         finite = images.flatten(1).isfinite().all(dim=1)
         if not finite.all():
             raise not_finite(images, int((~finite).nonzero()[0, 0]), "scores that are not finite")

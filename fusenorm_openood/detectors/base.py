@@ -14,7 +14,8 @@ from typing_extensions import Self
 
 from fusenorm_openood.devices import moved
 from fusenorm_openood.errors import DataError, NotFittedError
-from fusenorm_openood.listening.batches import batches, checked_images, not_finite
+from fusenorm_openood.listening.batches import checked_images, not_finite
+from fusenorm_openood.listening.observed import Heard, Listener, Observed, Recorder, observed
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.react import react_thresholds
 from fusenorm_openood.listening.readings import Readings
@@ -64,9 +65,17 @@ class ExpertScorer(ABC):
             self._structure = understand(self.net, images)
         return self._structure
 
-    def _begin(self, loader: Iterable[Any]) -> Readings:
-        """Understand the network at a loader's first two images, and try all experts on them."""
-        readings = Readings(loader)
+    def _begin(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """Understand the network at a loader's first two images, and try all experts on them.
+
+        A recorded loader does without if the network was understood before.
+
+        Returns:
+            The loader, to be read instead of it.
+        """
+        if isinstance(loader, Recorder) and self._structure is not None:
+            return loader
+        readings = loader if isinstance(loader, Recorder) else Readings(loader)
         images = self._moved(readings.first[:2])
         self._structure = understand(self.net, images)
         self._try(images)
@@ -77,8 +86,18 @@ class ExpertScorer(ABC):
         """Score two images, so that what cannot work fails before a loader is read."""
 
     @abstractmethod
-    def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert scores `[L, B]` and predicted classes `[B]` of images on the net's device."""
+    def _listener(self) -> Listener:
+        """The pass that the scores of the experts come from."""
+
+    def _listener_of(self, panel: Panel, fitted: Fitted) -> Listener:
+        def listen(images: Tensor) -> Heard:
+            return panel.listen(self.net, self.structure(images), images, fitted)
+
+        return Listener(listen, panel.what(fitted))
+
+    def _expert_scores(self, observed: Observed) -> Tensor:
+        """Expert scores `[L, B]` from what a pass has heard."""
+        return observed.rows
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -90,16 +109,17 @@ class ExpertScorer(ABC):
         loader: Iterable[Any],
         progress: bool,
         desc: str,
-        score: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        listener: Listener | None = None,
+        score: Callable[[Observed], Tensor] | None = None,
     ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
         rows, waiting = [], []
         score = score or self._expert_scores
-        for images, labels in batches(loader, progress, desc):
-            with network_errors(self.net, images):
-                scores, pred = score(self._moved(images))
-            waiting.append((images, scores, pred, labels))
+        if isinstance(loader, Recorder) and self._structure is None:
+            self.structure(self._moved(loader.first))
+        for heard in observed(self.net, loader, listener or self._listener(), progress, desc):
+            waiting.append((score(heard), heard))
             # A GPU scores one batch while the next one is loaded and copied to it.
-            if scores.device.type == "cpu" or len(waiting) > 1:
+            if heard.rows.device.type == "cpu" or len(waiting) > 1:
                 rows.append(self._read(*waiting.pop(0)))
         rows += [self._read(*batch) for batch in waiting]
         if not rows:
@@ -111,19 +131,29 @@ class ExpertScorer(ABC):
             np.concatenate(label).astype(np.int64),
         )
 
+    def _heard(self, batch: Tensor) -> tuple[NDArray[Any], Tensor]:
+        """Expert scores `[L, B]` on the host and predicted classes `[B]` of images."""
+        with network_errors(self.net, batch):
+            images = self._moved(batch)
+            self.structure(images)
+            rows, pred, seen = self._listener().listen(images)
+            scores = self._expert_scores(Observed(rows, pred, np.full(len(batch), -1), seen))
+        experts: NDArray[Any] = scores.cpu().numpy()
+        self._check_finite(batch, experts)
+        return experts, pred
+
     def _moved(self, images: Tensor) -> Tensor:
         return moved(self.net, images)
 
     def _read(
-        self, images: Tensor, scores: Tensor, pred: Tensor, labels: Any = None
+        self, scores: Tensor, heard: Observed
     ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
         """Scores, predictions and labels of a batch on the host, which waits for the device."""
         experts: NDArray[Any] = scores.cpu().numpy()
-        self._check_finite(images, experts)
-        label = np.full(len(images), -1) if labels is None else labels
-        return experts, pred.cpu().numpy(), label
+        self._check_finite(heard.images, experts)
+        return experts, heard.pred.cpu().numpy(), heard.label
 
-    def _check_finite(self, images: Tensor, experts: NDArray[Any]) -> None:
+    def _check_finite(self, images: Tensor | None, experts: NDArray[Any]) -> None:
         if not np.isfinite(experts).all():
             expert, image = np.argwhere(~np.isfinite(experts))[0]
             what = f"the score {experts[expert, image]} from expert {self.rows[expert]!r}"
@@ -149,7 +179,7 @@ class PanelFit(NamedTuple):
 
 
 def fit_panel(
-    scorer: ExpertScorer, panel: Panel, readings: Readings, progress: bool, desc: str
+    scorer: ExpertScorer, panel: Panel, readings: Iterable[Any], progress: bool, desc: str
 ) -> PanelFit:
     """Fit a panel's experts on ID images, and score these.
 
@@ -163,16 +193,17 @@ def fit_panel(
         NonFiniteError: a score or a feature is not finite.
     """
     net, sample = scorer.net, FeatureSample()
-    structure = scorer.structure(readings.first)
+    structure = scorer.known_structure
+    assert structure is not None  # since the readings began
     fitted = Fitted(react_thresholds(net, structure, readings, panel.percentiles, progress))
 
-    def listen(images: Tensor) -> tuple[Tensor, Tensor]:
-        rows, pred, seen = panel.listen(net, structure, images, fitted)
-        if seen is not None:
-            sample.add(seen)
-        return rows, pred
+    def score(heard: Observed) -> Tensor:
+        if heard.seen is not None:
+            sample.add(heard.seen)
+        return heard.rows
 
-    rows, pred, label = scorer._collect(readings, progress, desc, listen)
+    listener = scorer._listener_of(panel, fitted)
+    rows, pred, label = scorer._collect(readings, progress, desc, listener, score)
     if not panel.posthoc:
         return PanelFit(fitted, rows, pred, label, None)
     kept, seen = sample.indices, sample.seen
@@ -238,9 +269,7 @@ class Detector(ExpertScorer):
         tensor = self._images(images)
         single = tensor.ndim == 3
         batch = checked_images(tensor.unsqueeze(0) if single else tensor)
-        with network_errors(self.net, batch):
-            scores, pred = self._expert_scores(self._moved(batch))
-        experts, *_ = self._read(batch, scores, pred)
+        experts, pred = self._heard(batch)
         conf = torch.from_numpy(self.confidence(experts))
         conf = conf.float() if tensor.device.type == "mps" else conf
         pred, conf = pred.to(tensor.device), conf.to(tensor.device)

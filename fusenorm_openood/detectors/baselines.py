@@ -13,6 +13,7 @@ from fusenorm_openood.configs import config_root, lookup, read_config
 from fusenorm_openood.detectors.decisions import DecidingDetector
 from fusenorm_openood.errors import CheckpointError, ConfigError, NotFittedError
 from fusenorm_openood.listening.gradient import gradients_of_images
+from fusenorm_openood.listening.observed import Heard, Listener
 from fusenorm_openood.listening.passes import Pass, forward_pass
 from fusenorm_openood.listening.react import react_logits, react_thresholds
 from fusenorm_openood.method.experts import (
@@ -83,9 +84,9 @@ class Baseline(DecidingDetector):
         percentiles = [q for q in (self.output.react_percentile,) if q is not None]
         if percentiles:
             readings = self._begin(loader)
-            structure = self.structure(readings.first)
+            assert self._structure is not None  # since the readings began
             self._thresholds = react_thresholds(
-                self.net, structure, readings, percentiles, progress
+                self.net, self._structure, readings, percentiles, progress
             )
         return self
 
@@ -104,7 +105,10 @@ class Baseline(DecidingDetector):
         if self.output.react_percentile is not None and self.threshold_ is None:
             raise NotFittedError("this ReAct has no threshold: call fit(loader) first")
 
-    def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _listener(self) -> Listener:
+        return Listener(self._listen, {"output": list(self.output), "threshold": self.threshold_})
+
+    def _listen(self, images: Tensor) -> Heard:
         name, temperature, noise, input_std, _ = self.output
         net, structure = self.net, self.structure(images)
         with undisturbed(unwrapped(net)):
@@ -118,7 +122,7 @@ class Baseline(DecidingDetector):
                 first, images = gradients_of_images(net, images, perturb)
                 with torch.no_grad():
                     score = msp(forward_pass(net, images, structure).logits, temperature)
-                return score.unsqueeze(0), first.pred
+                return score.unsqueeze(0), first.pred, None
             with torch.no_grad():
                 first = forward_pass(net, images, structure)
                 logits = react_logits(net, structure, images, first, self.threshold_)
@@ -126,7 +130,7 @@ class Baseline(DecidingDetector):
             score = mls(logits)
         else:
             score = (energy if name == "energy" else msp)(logits, temperature)
-        return score.unsqueeze(0), first.pred
+        return score.unsqueeze(0), first.pred, None
 
     def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
         conf: NDArray[Any] = experts[0]

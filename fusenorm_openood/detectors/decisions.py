@@ -12,7 +12,6 @@ from typing_extensions import Self
 
 from fusenorm_openood.detectors.base import Detector, Images
 from fusenorm_openood.errors import CalibrationError
-from fusenorm_openood.listening.readings import Readings
 from fusenorm_openood.method.conformal import (
     Guarantee,
     check_enough,
@@ -104,7 +103,7 @@ class DecidingDetector(Detector):
         """
         return guarantee(len(self._reference()), acceptance, confidence)
 
-    def _begin(self, loader: Iterable[Any]) -> Readings:
+    def _begin(self, loader: Iterable[Any]) -> Iterable[Any]:
         readings = super()._begin(loader)
         self.reference_, self._data = None, _data_of_weakly(loader)
         return readings

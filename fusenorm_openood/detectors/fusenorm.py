@@ -20,6 +20,7 @@ from fusenorm_openood.detectors.keeping import Kept, read_kept, write_kept
 from fusenorm_openood.devices import find_device
 from fusenorm_openood.errors import ConfigError, DataError, NotFittedError
 from fusenorm_openood.listening.batches import checked_images
+from fusenorm_openood.listening.observed import Listener, Observed
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.passes import tapped_maps
 from fusenorm_openood.listening.taps import check_taps, first_of_last_stage, resolve_taps
@@ -37,7 +38,7 @@ from fusenorm_openood.method.statistics import (
 from fusenorm_openood.structure.modes import undisturbed
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.understanding import guess_structure
-from fusenorm_openood.structure.wrappers import network_errors, unwrapped
+from fusenorm_openood.structure.wrappers import unwrapped
 
 
 class FuseNorm(DecidingDetector):
@@ -228,13 +229,10 @@ class FuseNorm(DecidingDetector):
         """
         calibration, tensor = self._check_fitted(), self._images(images)
         batch = checked_images(tensor.unsqueeze(0) if tensor.ndim == 3 else tensor)
-        with network_errors(self.net, batch):
-            moved = self._moved(batch)
-            scores, pred = self._expert_scores(moved)
-        experts, classes, _ = self._read(batch, scores, pred)
+        experts, pred = self._heard(batch)
         experts, maps = experts[: len(self.experts)], dict[str, Tensor]()
         if with_maps:
-            norm = self.settings.feature_norm
+            norm, moved = self.settings.feature_norm, self._moved(batch)
             with undisturbed(unwrapped(self.net)), torch.no_grad():
                 maps = tapped_maps(
                     self.net,
@@ -244,6 +242,7 @@ class FuseNorm(DecidingDetector):
                     lambda feature_map: atf_map(feature_map, *norm).cpu(),
                 )
         conf = self.confidence(experts)
+        classes = pred.cpu().numpy()
         return explanation(calibration, experts, conf, classes, maps, self.reference_)
 
     def _images(self, images: Images) -> Tensor:
@@ -331,12 +330,15 @@ class FuseNorm(DecidingDetector):
             *(panel.posthoc_row(expert) for expert in self._posthoc),
         ]
 
-    def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        structure = self.structure(images)
-        scores, pred = self.panel.scores(self.net, structure, images, self._fitted)
+    def _listener(self) -> Listener:
+        return self._listener_of(self.panel, self._fitted)
+
+    def _expert_scores(self, observed: Observed) -> Tensor:
+        assert self._structure is not None
+        scores = self.panel.completed(self.net, self._structure, observed, self._fitted)
         if not self.companions:
-            return scores, pred
-        return scores[[*self._rows(), *map(self.panel.output_row, self._free)]], pred
+            return scores
+        return scores[[*self._rows(), *map(self.panel.output_row, self._free)]]
 
     def confidence(self, experts: NDArray[Any]) -> NDArray[np.float64]:
         calibration, s = self._check_fitted(), self.settings

@@ -12,9 +12,11 @@ from typing_extensions import Self
 
 from fusenorm_openood.detectors.decisions import DecidingDetector
 from fusenorm_openood.errors import NotFittedError
+from fusenorm_openood.listening.observed import Listener, Observed
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc
+from fusenorm_openood.structure.reading import Structure
 
 UNFITTED = ("gen", "scale", "ash")  # need no ID images
 
@@ -44,17 +46,15 @@ class PosthocBaseline(DecidingDetector):
         if self.experts[0] in UNFITTED:
             return self
         sample, readings = FeatureSample(limit=sys.maxsize), self._begin(loader)
-        structure = self.structure(readings.first)
 
-        def listen(images: Tensor) -> tuple[Tensor, Tensor]:
-            rows, pred, seen = self._panel.listen(self.net, structure, images, Fitted())
-            if seen is not None:
-                sample.add(seen)
-            return rows, pred
+        def keep(heard: Observed) -> Tensor:
+            if heard.seen is not None:
+                sample.add(heard.seen)
+            return heard.rows
 
-        _, pred, label = self._collect(readings, progress, "fit", listen)
+        _, pred, label = self._collect(readings, progress, "fit", score=keep)
         classes = torch.from_numpy(np.where(label < 0, pred, label))
-        head = Head(*(t.cpu().float() for t in self._panel.head(self.net, structure)))
+        head = Head(*(t.cpu().float() for t in self._panel.head(self.net, self._known())))
         arguments = dict(self.expert.arguments)
         state = POSTHOC[self.expert.name].fit(sample.seen, classes, head, arguments)
         self._fitted = Fitted(states={self.expert: state})
@@ -67,8 +67,15 @@ class PosthocBaseline(DecidingDetector):
         if self.expert not in self._fitted.states:
             raise NotFittedError(f"this {self.expert.name} is not fitted: call fit(loader) first")
 
-    def _expert_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self._panel.scores(self.net, self.structure(images), images, self._fitted)
+    def _listener(self) -> Listener:
+        return self._listener_of(self._panel, self._fitted)
+
+    def _expert_scores(self, observed: Observed) -> Tensor:
+        return self._panel.completed(self.net, self._known(), observed, self._fitted)
+
+    def _known(self) -> Structure:
+        assert self._structure is not None  # since the first images
+        return self._structure
 
     def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
         conf: NDArray[Any] = experts[0]

@@ -17,11 +17,14 @@ IMAGES = ("data", "pixel_values", "image", "images", "img")
 LABELS = ("label", "labels", "target", "targets")
 
 
-def not_finite(images: Tensor, image: int, what: str) -> NonFiniteError:
-    """The error for one image of a batch, which says whether image or network is at fault."""
+def not_finite(images: Tensor | None, image: int, what: str) -> NonFiniteError:
+    """The error for one image of a batch, which says whether image or network is at fault.
+
+    Recorded images are None: they came from files, and so were finite.
+    """
     way_out = (
         "the image is finite, so the network overflows: check its weights"
-        if torch.isfinite(images[image]).all()
+        if images is None or torch.isfinite(images[image]).all()
         else "the image itself contains NaN or infinity: repair it or leave it out"
     )
     return NonFiniteError(f"image {image} of the batch has {what}; {way_out}")

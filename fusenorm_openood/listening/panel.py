@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.gradient import gradients_of_images
+from fusenorm_openood.listening.observed import Heard, Observed
 from fusenorm_openood.listening.passes import Pass, forward_pass, joined, parts
 from fusenorm_openood.listening.react import head_of, react_logits
 from fusenorm_openood.method.atf import FeatureNorm, atf_each
@@ -82,24 +84,13 @@ class Panel:
         """Number of rows before those of the post-hoc experts."""
         return len(self.norms) * len(self.taps) + len(self.outputs)
 
-    def scores(
-        self, net: nn.Module, structure: Structure, images: Tensor, fitted: Fitted
-    ) -> tuple[Tensor, Tensor]:
-        """Scores `[R, B]`, larger = more in-distribution, and predicted classes `[B]`.
-
-        Args:
-            net: a network; it is left unchanged.
-            structure: how it is built; see `understand`.
-            images: `[B, C, H, W]` on its device.
-            fitted: what `fit_panel` has fitted.
-        """
-        rows, pred, seen = self.listen(net, structure, images, fitted)
-        return (rows if seen is None else self.completed(net, structure, rows, seen, fitted)), pred
-
     def completed(
-        self, net: nn.Module, structure: Structure, rows: Tensor, seen: Seen, fitted: Fitted
+        self, net: nn.Module, structure: Structure, heard: Observed, fitted: Fitted
     ) -> Tensor:
-        """The scores of `listen`, with those of the post-hoc experts: `[R, B]`."""
+        """Scores `[R, B]`, larger = more in-distribution: of `listen`, and of post-hoc experts."""
+        rows, seen = heard.rows, heard.seen
+        if seen is None:
+            return rows
         head = self.head(net, structure)
         scored = [
             POSTHOC[expert.name].score(
@@ -115,10 +106,24 @@ class Panel:
             return Head(torch.empty(0, 0), torch.empty(0))
         return head_of(net, structure)
 
-    def listen(
-        self, net: nn.Module, structure: Structure, images: Tensor, fitted: Fitted
-    ) -> tuple[Tensor, Tensor, Seen | None]:
-        """As `scores`, without the post-hoc experts, but with what they see, if there are any.
+    def what(self, fitted: Fitted) -> dict[str, Any]:
+        """All that `listen` depends on besides the network and the images; see `Listener`."""
+        return {
+            "taps": self.taps,
+            "norms": self.norms,
+            "outputs": self.outputs,
+            "features": bool(self.posthoc),
+            "thresholds": {str(q): fitted.thresholds[q] for q in self.percentiles},
+        }
+
+    def listen(self, net: nn.Module, structure: Structure, images: Tensor, fitted: Fitted) -> Heard:
+        """Scores `[R, B]` without post-hoc experts, predicted classes `[B]`, and what these see.
+
+        Args:
+            net: a network; it is left unchanged.
+            structure: how it is built; see `understand`.
+            images: `[B, C, H, W]` on its device.
+            fitted: what `fit_panel` has fitted.
 
         Raises:
             TapError: the network lacks what an expert needs: a tap, a gradient with respect to the

@@ -116,12 +116,14 @@ def parts(images: Tensor, mixes: bool = False, with_graph: bool = False) -> tupl
 
     On a CPU, the feature maps of a large part do not fit into the caches, all the less with a graph
     for gradients, and the allocator returns their memory to the operating system at every layer; a
-    small part spends its time reading weights. On any other device the batch stays whole.
+    small part spends its time reading weights. The parts are equally large, for the kernels of tiny
+    ones round in another way. On any other device the batch stays whole.
     """
     if mixes or images.device.type != "cpu":
         return (images,)
     of_a_thread = max(PIXELS // max(images.shape[2:].numel(), 1), 4)
-    return torch.split(images, torch.get_num_threads() * of_a_thread // (1 + with_graph))
+    largest = torch.get_num_threads() * of_a_thread // (1 + with_graph)
+    return images.tensor_split(max(-(-len(images) // largest), 1))
 
 
 def _logits(

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusenorm_openood.devices import moved
 from fusenorm_openood.errors import DataError, TapError
-from fusenorm_openood.listening.batches import batches, not_finite
+from fusenorm_openood.listening.batches import not_finite
+from fusenorm_openood.listening.observed import Heard, Listener, observed
 from fusenorm_openood.listening.passes import Pass, apply_head, forward_pass
-from fusenorm_openood.method.posthoc import Head
+from fusenorm_openood.method.posthoc import Head, Seen
 from fusenorm_openood.structure.head import linear_head
 from fusenorm_openood.structure.modes import undisturbed
 from fusenorm_openood.structure.reading import Structure
@@ -40,16 +40,26 @@ def react_thresholds(
         return {}
     sample = ActivationSample()
     with undisturbed(unwrapped(net)), torch.no_grad():
-        for images, _ in batches(loader, progress, "ReAct"):
-            done = forward_pass(net, moved(net, images), structure)
-            if done.activations is None:
-                raise _no_head(net)
-            activations = done.activations.float().cpu().numpy()
+        for heard in observed(net, loader, _activations(net, structure), progress, "ReAct"):
+            assert heard.seen is not None
+            activations = heard.seen.feature.float().cpu().numpy()
             if not np.isfinite(activations).all():
                 image = int(np.argwhere(~np.isfinite(activations))[0, 0])
-                raise not_finite(images, image, "a penultimate feature that is not finite")
+                raise not_finite(heard.images, image, "a penultimate feature that is not finite")
             sample.update(activations)
     return {q: sample.percentile(q) for q in percentiles}
+
+
+def _activations(net: nn.Module, structure: Structure) -> Listener:
+    """A pass that gives the activations as features."""
+
+    def listen(images: Tensor) -> Heard:
+        done = forward_pass(net, images, structure)
+        if done.activations is None:
+            raise _no_head(net)
+        return done.norms, done.pred, Seen(done.activations, done.logits[:, :0])
+
+    return Listener(listen, {"activations": True})
 
 
 def react_logits(

@@ -17,6 +17,7 @@ from fusenorm_openood.errors import (
     ZeroRangeError,
 )
 from fusenorm_openood.listening.batches import batches
+from fusenorm_openood.listening.observed import Observed
 from fusenorm_openood.listening.passes import PIXELS, parts
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
 from tests.conftest import CLASSES, assert_undisturbed, make_loader, make_net, state_of
@@ -464,6 +465,7 @@ def test_the_host_waits_for_the_device_only_where_scores_are_read(net, loader):
     detector.score(images)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        detector._expert_scores(images)
+        rows, pred, seen = detector._listener().listen(images)
+        detector._expert_scores(Observed(rows, pred, np.full(len(images), -1), seen))
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,83 @@
+"""What is heard of images in one pass, live or recorded earlier."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fusenorm_openood.devices import moved
+from fusenorm_openood.listening.batches import batches
+from fusenorm_openood.method.posthoc import Seen
+from fusenorm_openood.structure.wrappers import network_errors
+
+Heard = tuple[Tensor, Tensor, Seen | None]  # scores [R, B], predictions [B], features and logits
+
+
+class Listener(NamedTuple):
+    """A pass over images.
+
+    Attributes:
+        listen: scores `[R, B]`, predicted classes `[B]`, and perhaps features and logits of images
+            `[B, C, H, W]` on the network's device.
+        what: all that its answers depend on besides the network and the images, in terms of JSON.
+    """
+
+    listen: Callable[[Tensor], Heard]
+    what: Mapping[str, Any]
+
+
+class Observed(NamedTuple):
+    """What was heard of `B` images.
+
+    Attributes:
+        rows: scores `[R, B]`.
+        pred: predicted classes `[B]`.
+        label: labels `[B]`, -1 where there is none.
+        seen: features and logits, if the pass gives them.
+        images: the images `[B, C, H, W]`, unless the pass was recorded.
+    """
+
+    rows: Tensor
+    pred: Tensor
+    label: NDArray[np.int64]
+    seen: Seen | None
+    images: Tensor | None = None
+
+
+@runtime_checkable
+class Recorder(Protocol):
+    """A loader that keeps what is heard of its images, so that no image is heard twice."""
+
+    @property
+    def first(self) -> Tensor:
+        """At least one of its images `[B, C, H, W]`."""
+
+    def observed(
+        self, net: nn.Module, listener: Listener, progress: bool, desc: str
+    ) -> Iterator[Observed]:
+        """What a listener hears of the images, in order."""
+
+
+def observed(
+    net: nn.Module,
+    loader: Iterable[Any],
+    listener: Listener,
+    progress: bool = False,
+    desc: str = "",
+) -> Iterator[Observed]:
+    """What a listener hears of a loader's images, batch by batch.
+
+    Raises:
+        DataError: an unknown kind of batch.
+        NetworkError: the network fails on images.
+    """
+    if isinstance(loader, Recorder):
+        yield from loader.observed(net, listener, progress, desc)
+        return
+    for images, labels in batches(loader, progress, desc):
+        with network_errors(net, images):
+            rows, pred, seen = listener.listen(moved(net, images))
+        label = np.full(len(images), -1) if labels is None else labels
+        yield Observed(rows, pred, label, seen, images)
