@@ -84,7 +84,7 @@ def prune(
     everything: bool = False,
     dry_run: bool = False,
 ) -> list[Removal]:
-    """Remove sets of another version, and temporary files older than a day that killed writers left.
+    """Remove sets of another version, and temporary files of killed writers older than a day.
 
     Only files of this store are deleted, and only folders that are then empty. No other process may
     write the sets that are removed.
