@@ -51,3 +51,11 @@ class CalibrationError(FuseNormError, ValueError):
 
 class DetectorFileError(FuseNormError, ValueError):
     """A detector file that is missing, damaged, of a newer format, or of another network."""
+
+
+class StoreError(FuseNormError, ValueError):
+    """A set of stored scores that cannot be written or read, is incomplete, or has another key."""
+
+
+class DamagedShardError(StoreError):
+    """A stored shard that is truncated, altered or unreadable: delete it and compute it again."""

@@ -3,16 +3,22 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 from fusenorm_openood.errors import ConfigError
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Create a file with `write` under a temporary name, then rename it to `path`."""
+    """Create a file with `write` under a temporary name, flush it to disk and rename it to `path`.
+
+    Any number of threads, processes and hosts may write the same `path` at once: the last one wins.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
         write(unfinished)
+        with unfinished.open("r+b") as file:  # after a power failure: the old file or the new one
+            os.fsync(file.fileno())
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
