@@ -1,6 +1,6 @@
 """One table of many methods on one network, each image scored once for all of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,8 +10,9 @@ from torch import nn
 
 from fusenorm_openood.benchmark.bootstrap import Confidences, difference_interval
 from fusenorm_openood.benchmark.peers import fitted_peers, peers_installed
+from fusenorm_openood.benchmark.records import Loader, plain_loader
 from fusenorm_openood.benchmark.tables import mean_ranks, with_means
-from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
+from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.baselines import BASELINES, default_args, output_of
 from fusenorm_openood.detectors.pseudo import pseudo_ood
@@ -60,6 +61,7 @@ def compare(
     batch_size: int = 200,
     num_workers: int = 0,
     progress: bool = True,
+    loader: Loader | None = None,
 ) -> Comparison:
     """Compare FuseNorm, its parts and single experts on one network.
 
@@ -75,14 +77,12 @@ def compare(
         fsood: whether covariate-shifted ID images count as ID.
         batch_size, num_workers: settings of the data loaders.
         progress: whether to show progress bars.
+        loader: see `evaluate`.
     """
-
-    def loader(image_set: ImageSet) -> Any:
-        return image_loader(image_set, batch_size, num_workers)
-
+    load = loader or plain_loader(batch_size, num_workers)
     outputs, experts = single_experts(net, benchmark)
     fused = {**FUSENORM, STRONG: Settings(cap=0.0)}
-    id_val, ood_val = loader(benchmark.id["val"]), loader(benchmark.val_ood)
+    id_val, ood_val = load(benchmark.id["val"]), load(benchmark.val_ood)
     tried = swept(Settings(), sweep) if sweep else []
     with_peers = peers_installed()
     bank = ScoreBank(net, [*fused.values(), *tried], outputs.values(), experts.values(), with_peers)
@@ -93,6 +93,7 @@ def compare(
         peers = fitted_peers(head, bank.seen(id_val))
     found = {}
     if sweep:
+        on: dict[str, Sequence[Iterable[Any]]]
         on = {"validation pair": [ood_val], "pseudo-OOD": pseudo_ood(id_val)}
         for name, loaders in on.items():
             for images in loaders:
@@ -104,7 +105,7 @@ def compare(
     assert joint is not None  # its settings have the joint penalty
 
     def score(image_set: ImageSet) -> dict[str, NDArray[Any]]:
-        images = loader(image_set)
+        images = load(image_set)
         bank.add(images, progress)
         conf = {name: bank.output(output, images) for name, output in outputs.items()}
         conf |= {name: bank.posthoc(expert, images) for name, expert in experts.items()}

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from fusenorm_openood.benchmark.records import Loader, plain_loader
 from fusenorm_openood.benchmark.tables import COLUMNS, with_means
-from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
+from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
 from fusenorm_openood.detectors.base import Detector, Scored
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.metrics import accuracy, ood_metrics
@@ -36,6 +37,7 @@ def evaluate(
     batch_size: int = 200,
     num_workers: int = 0,
     progress: bool = True,
+    loader: Loader | None = None,
 ) -> Evaluation:
     """Fit a detector on a benchmark's ID images, mostly those for validation, and test it.
 
@@ -47,6 +49,8 @@ def evaluate(
             OOD validation images; choose settings there, never on test images.
         batch_size, num_workers: settings of the data loaders.
         progress: whether to show a progress bar per data set.
+        loader: loads an image set, for example with `Records.loader`; None = with the settings
+            above.
 
     Raises:
         ConfigError: `fsood` for a benchmark without covariate-shifted images.
@@ -55,14 +59,13 @@ def evaluate(
     check_fsood(benchmark, fsood)
     benchmark.check_labels(benchmark.tested(fsood, validation))
 
-    def infer(image_set: ImageSet, name: str) -> Scored:
-        return detector.infer(loader(image_set), progress, name)
+    load = loader or plain_loader(batch_size, num_workers)
 
-    def loader(image_set: ImageSet) -> Any:
-        return image_loader(image_set, batch_size, num_workers)
+    def infer(image_set: ImageSet, name: str) -> Scored:
+        return detector.infer(load(image_set), progress, name)
 
     if not detector.is_fitted:
-        detector.fit(loader(benchmark.id[detector.fitted_on]), progress)
+        detector.fit(load(benchmark.id[detector.fitted_on]), progress)
     test = infer(benchmark.id["val" if validation else "test"], benchmark.name)
     csid = {name: infer(s, name) for name, s in benchmark.csid.items()} if fsood else {}
     groups: dict[str, dict[str, Scored]] = {"valood": {}, "nearood": {}, "farood": {}}

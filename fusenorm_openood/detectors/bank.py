@@ -57,7 +57,7 @@ class ScoreBank(ExpertScorer):
         self.keep_seen, self._seen = keep_seen, dict[int, Seen]()
         self._kept: dict[int, tuple[Iterable[Any], Scored]] = {}
         self.id_loader: Iterable[Any] = ()
-        self._resolve(structure or guess_structure(net))
+        self._resolve(structure or self._structure or guess_structure(net))
 
     def _resolve(self, structure: Structure | None) -> None:
         """Name the experts of a network that is built like this."""
@@ -200,8 +200,8 @@ class ScoreBank(ExpertScorer):
     def _rows(self, detector: FuseNorm) -> list[int]:
         return detector.rows_in(self.panel)
 
-    def _listener(self) -> Listener:
-        return self._listener_of(self.panel, self._fitted)
+    def _listener(self, recorded: bool = False) -> Listener:
+        return self._listener_of(self.panel, self._fitted, recorded)
 
     def _expert_scores(self, observed: Observed) -> Tensor:
         assert self._structure is not None

@@ -19,8 +19,10 @@ from fusenorm_openood.listening.observed import Heard, Listener, Observed, Recor
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.react import react_thresholds
 from fusenorm_openood.listening.readings import Readings
+from fusenorm_openood.listening.recording import recording_listener
 from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
+from fusenorm_openood.networks.lazy import LazyNetwork
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.understanding import understand
 from fusenorm_openood.structure.wrappers import network_errors
@@ -52,7 +54,8 @@ class ExpertScorer(ABC):
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
-        self._structure: Structure | None = None
+        known = net.known if isinstance(net, LazyNetwork) else None
+        self._structure: Structure | None = known and known.structure
 
     @property
     def known_structure(self) -> Structure | None:
@@ -86,10 +89,14 @@ class ExpertScorer(ABC):
         """Score two images, so that what cannot work fails before a loader is read."""
 
     @abstractmethod
-    def _listener(self) -> Listener:
-        """The pass that the scores of the experts come from."""
+    def _listener(self, recorded: bool = False) -> Listener:
+        """The pass that the scores of the experts come from, live or to be recorded."""
 
-    def _listener_of(self, panel: Panel, fitted: Fitted) -> Listener:
+    def _listener_of(self, panel: Panel, fitted: Fitted, recorded: bool) -> Listener:
+        if recorded:
+            assert self._structure is not None  # since the first images
+            return recording_listener(self.net, self._structure, panel, fitted)
+
         def listen(images: Tensor) -> Heard:
             return panel.listen(self.net, self.structure(images), images, fitted)
 
@@ -114,9 +121,11 @@ class ExpertScorer(ABC):
     ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
         rows, waiting = [], []
         score = score or self._expert_scores
+        recorded = isinstance(loader, Recorder)
         if isinstance(loader, Recorder) and self._structure is None:
             self.structure(self._moved(loader.first))
-        for heard in observed(self.net, loader, listener or self._listener(), progress, desc):
+        listener = listener or self._listener(recorded)
+        for heard in observed(self.net, loader, listener, progress, desc):
             waiting.append((score(heard), heard))
             # A GPU scores one batch while the next one is loaded and copied to it.
             if heard.rows.device.type == "cpu" or len(waiting) > 1:
@@ -195,6 +204,7 @@ def fit_panel(
     net, sample = scorer.net, FeatureSample()
     structure = scorer.known_structure
     assert structure is not None  # since the readings began
+    recorded = isinstance(readings, Recorder)
     fitted = Fitted(react_thresholds(net, structure, readings, panel.percentiles, progress))
 
     def score(heard: Observed) -> Tensor:
@@ -202,7 +212,7 @@ def fit_panel(
             sample.add(heard.seen)
         return heard.rows
 
-    listener = scorer._listener_of(panel, fitted)
+    listener = scorer._listener_of(panel, fitted, recorded)
     rows, pred, label = scorer._collect(readings, progress, desc, listener, score)
     if not panel.posthoc:
         return PanelFit(fitted, rows, pred, label, None)

@@ -105,7 +105,7 @@ class Baseline(DecidingDetector):
         if self.output.react_percentile is not None and self.threshold_ is None:
             raise NotFittedError("this ReAct has no threshold: call fit(loader) first")
 
-    def _listener(self) -> Listener:
+    def _listener(self, recorded: bool = False) -> Listener:
         return Listener(self._listen, {"output": list(self.output), "threshold": self.threshold_})
 
     def _listen(self, images: Tensor) -> Heard:

@@ -87,8 +87,8 @@ class FuseNorm(DecidingDetector):
         self.preprocessing: Preprocessing | None = None
         self._class_names: tuple[str, ...] | None = None
         self.network_source: dict[str, str] = {}
-        self._structure = structure
-        structure = structure or guess_structure(net)
+        self._structure = structure or self._structure
+        structure = self._structure or guess_structure(net)
         if structure is not None:
             self._resolve(structure)
 
@@ -330,8 +330,8 @@ class FuseNorm(DecidingDetector):
             *(panel.posthoc_row(expert) for expert in self._posthoc),
         ]
 
-    def _listener(self) -> Listener:
-        return self._listener_of(self.panel, self._fitted)
+    def _listener(self, recorded: bool = False) -> Listener:
+        return self._listener_of(self.panel, self._fitted, recorded)
 
     def _expert_scores(self, observed: Observed) -> Tensor:
         assert self._structure is not None

@@ -67,8 +67,8 @@ class PosthocBaseline(DecidingDetector):
         if self.expert not in self._fitted.states:
             raise NotFittedError(f"this {self.expert.name} is not fitted: call fit(loader) first")
 
-    def _listener(self) -> Listener:
-        return self._listener_of(self._panel, self._fitted)
+    def _listener(self, recorded: bool = False) -> Listener:
+        return self._listener_of(self._panel, self._fitted, recorded)
 
     def _expert_scores(self, observed: Observed) -> Tensor:
         return self._panel.completed(self.net, self._known(), observed, self._fitted)

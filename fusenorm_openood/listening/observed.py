@@ -21,11 +21,14 @@ class Listener(NamedTuple):
     Attributes:
         listen: scores `[R, B]`, predicted classes `[B]`, and perhaps features and logits of images
             `[B, C, H, W]` on the network's device.
-        what: all that its answers depend on besides the network and the images, in terms of JSON.
+        what: all that its answers depend on besides the network and the images, in terms of JSON;
+            a pass that has `features` serves as well where none are asked for.
+        restore: what is to become of an answer that was recorded; None = nothing.
     """
 
     listen: Callable[[Tensor], Heard]
     what: Mapping[str, Any]
+    restore: "Callable[[Observed], Observed] | None" = None
 
 
 class Observed(NamedTuple):
@@ -74,7 +77,8 @@ def observed(
         NetworkError: the network fails on images.
     """
     if isinstance(loader, Recorder):
-        yield from loader.observed(net, listener, progress, desc)
+        recorded = loader.observed(net, listener, progress, desc)
+        yield from recorded if listener.restore is None else map(listener.restore, recorded)
         return
     for images, labels in batches(loader, progress, desc):
         with network_errors(net, images):

@@ -112,7 +112,6 @@ class Panel:
             "taps": self.taps,
             "norms": self.norms,
             "outputs": self.outputs,
-            "features": bool(self.posthoc),
             "thresholds": {str(q): fitted.thresholds[q] for q in self.percentiles},
         }
 
@@ -129,16 +128,27 @@ class Panel:
             TapError: the network lacks what an expert needs: a tap, a gradient with respect to the
                 images, or for post-hoc experts a final linear layer.
         """
+        rows, done = self.hear(net, structure, images, fitted)
+        return rows, done.pred, self.seen(net, structure, done)
+
+    def hear(
+        self, net: nn.Module, structure: Structure, images: Tensor, fitted: Fitted
+    ) -> tuple[Tensor, Pass]:
+        """As `listen`, but with all of the pass; see there."""
         with undisturbed(unwrapped(net)):
             listened = [
                 self._listen(net, structure, part, fitted)
                 for part in parts(images, structure.mixes)
             ]
         rows, passes = zip(*listened, strict=True)
-        first = joined(passes)
-        return torch.cat(rows, dim=1), first.pred, self._seen(net, structure, first)
+        return torch.cat(rows, dim=1), joined(passes)
 
-    def _seen(self, net: nn.Module, structure: Structure, done: Pass) -> Seen | None:
+    def seen(self, net: nn.Module, structure: Structure, done: Pass) -> Seen | None:
+        """What the post-hoc experts see of a pass, None without such experts.
+
+        Raises:
+            TapError: see `listen`.
+        """
         if not self.posthoc:
             return None
         names = [expert.name for expert in self.posthoc if expert.name != "gen"]

@@ -14,6 +14,7 @@ from fusenorm_openood.listening.batches import not_finite
 from fusenorm_openood.listening.observed import Heard, Listener, observed
 from fusenorm_openood.listening.passes import Pass, apply_head, forward_pass
 from fusenorm_openood.method.posthoc import Head, Seen
+from fusenorm_openood.networks.lazy import LazyNetwork
 from fusenorm_openood.structure.head import linear_head
 from fusenorm_openood.structure.modes import undisturbed
 from fusenorm_openood.structure.reading import Structure
@@ -39,14 +40,13 @@ def react_thresholds(
     if not percentiles:
         return {}
     sample = ActivationSample()
-    with undisturbed(unwrapped(net)), torch.no_grad():
-        for heard in observed(net, loader, _activations(net, structure), progress, "ReAct"):
-            assert heard.seen is not None
-            activations = heard.seen.feature.float().cpu().numpy()
-            if not np.isfinite(activations).all():
-                image = int(np.argwhere(~np.isfinite(activations))[0, 0])
-                raise not_finite(heard.images, image, "a penultimate feature that is not finite")
-            sample.update(activations)
+    for heard in observed(net, loader, _activations(net, structure), progress, "ReAct"):
+        assert heard.seen is not None
+        activations = heard.seen.feature.float().cpu().numpy()
+        if not np.isfinite(activations).all():
+            image = int(np.argwhere(~np.isfinite(activations))[0, 0])
+            raise not_finite(heard.images, image, "a penultimate feature that is not finite")
+        sample.update(activations)
     return {q: sample.percentile(q) for q in percentiles}
 
 
@@ -54,7 +54,8 @@ def _activations(net: nn.Module, structure: Structure) -> Listener:
     """A pass that gives the activations as features."""
 
     def listen(images: Tensor) -> Heard:
-        done = forward_pass(net, images, structure)
+        with undisturbed(unwrapped(net)), torch.no_grad():
+            done = forward_pass(net, images, structure)
         if done.activations is None:
             raise _no_head(net)
         return done.norms, done.pred, Seen(done.activations, done.logits[:, :0])
@@ -91,14 +92,17 @@ def head_of(net: nn.Module, structure: Structure) -> Head:
     Raises:
         TapError: the logits do not come from layers with a weight matrix.
     """
+    if isinstance(net, LazyNetwork) and net.known is not None and net.known.head is not None:
+        head: Head = net.known.head
+        return head
     layers = [unwrapped(net).get_submodule(name) for name in structure.head.names]
-    head = linear_head(layers, structure.head.shares)
-    if head is None:
+    found = linear_head(layers, structure.head.shares)
+    if found is None:
         raise TapError(
             f"the logits of {type(net).__name__} do not come from a linear layer, whose weights "
             "an expert needs: set strong=['output']"
         )
-    return head
+    return found
 
 
 class ActivationSample:

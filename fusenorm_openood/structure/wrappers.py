@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fusenorm_openood.errors import FuseNormError, NetworkError, TapError
 from fusenorm_openood.kernels.guards import is_out_of_memory
+from fusenorm_openood.networks.lazy import LazyNetwork
 from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 from fusenorm_openood.structure.hooks import hooked
 
@@ -25,6 +26,8 @@ def unwrapped(net: nn.Module) -> nn.Module:
     while True:
         if isinstance(net, nn.DataParallel | DistributedDataParallel):
             net = net.module
+        elif isinstance(net, LazyNetwork):
+            net = net.core
         elif isinstance(getattr(net, "_orig_mod", None), nn.Module):
             net = net._orig_mod  # type: ignore[assignment]
         else:

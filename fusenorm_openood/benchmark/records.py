@@ -1,0 +1,135 @@
+"""What is kept of a run's network and images, so that no image is scored twice."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from fusenorm_openood.data.benchmarks import ImageSet, image_loader
+from fusenorm_openood.data.lists import ImageList
+from fusenorm_openood.errors import DataError, StoreError, TapError
+from fusenorm_openood.listening.react import head_of
+from fusenorm_openood.listening.recorded import RecordedLoader
+from fusenorm_openood.method.posthoc import Head
+from fusenorm_openood.networks.lazy import LazyNetwork
+from fusenorm_openood.store import ShardSet, file_digest
+from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.version import __version__
+
+Loader = Callable[[ImageSet], Iterable[Any]]
+
+
+class Known(NamedTuple):
+    """What is known of a network without loading it."""
+
+    structure: Structure
+    head: Head | None
+
+
+@dataclass(frozen=True)
+class Records:
+    """The part of a store that belongs to one network, as it is run.
+
+    Attributes:
+        store: folder of the store.
+        network: what determines the network and how it runs, in terms of JSON; see
+            `network_record`.
+        batch_size, num_workers: settings of the data loaders.
+    """
+
+    store: Path
+    network: Mapping[str, Any]
+    batch_size: int = 200
+    num_workers: int = 0
+
+    def loader(self, image_set: ImageSet) -> RecordedLoader:
+        """A loader of an image set that keeps what is heard of its images."""
+        images = image_set.images()
+        record = {**self.network, "images": manifest(images), "transform": repr(images.transform)}
+        name = image_set.imagelist.stem
+        return RecordedLoader(images, self.store, record, name, self.batch_size, self.num_workers)
+
+    def known(self) -> Known | None:
+        """What `keep` kept of the network."""
+        try:
+            kept = self._kept().read(0)
+            structure = Structure.from_json(json.loads(kept["structure"][0]))
+        except (StoreError, KeyError, TypeError, ValueError):
+            return None
+        if "weight" not in kept:
+            return Known(structure, None)
+        bias = torch.from_numpy(kept["bias"][0])
+        return Known(structure, Head(torch.from_numpy(kept["weight"]).view(len(bias), -1), bias))
+
+    def keep(self, net: nn.Module, structure: Structure) -> None:
+        """Keep how the network is built, and its head."""
+        kept = self._kept()
+        if not kept.missing():
+            return
+        columns = {"structure": np.array([json.dumps(structure.to_json())], dtype=object)}
+        try:
+            head = Head(*(t.detach().cpu().float() for t in head_of(net, structure)))
+            columns |= {
+                "weight": head.weight.reshape(1, -1).numpy(),
+                "bias": head.bias[None].numpy(),
+            }
+        except TapError:  # no linear head
+            pass
+        kept.write(0, columns)
+
+    def _kept(self) -> ShardSet:
+        return ShardSet(self.store, {**self.network, "heard": "structure"}, "network", rows=1)
+
+
+def network_record(checkpoint: Path, network: str | None, image_size: int, **run: Any) -> Any:
+    """What determines a network's scores, besides its images.
+
+    Args:
+        checkpoint: its file, all of whose bytes count.
+        network: its architecture, if it is named.
+        image_size: size of the images.
+        run: how it is run, for example in half precision.
+    """
+    return {
+        "version": __version__,
+        "checkpoint": file_digest(checkpoint),
+        "network": network,
+        "image_size": image_size,
+        **run,
+    }
+
+
+def manifest(images: ImageList) -> str:
+    """SHA-256 of an image list's paths, labels, and the sizes and times of its files.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    hashed = sha256()
+    for entry in images.entries:
+        path = images.data_dir / entry.name
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise DataError(
+                f"image {path} cannot be read ({error.strerror}): restore or replace it"
+            ) from None
+        hashed.update(f"{entry.name} {entry.label} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return hashed.hexdigest()
+
+
+def plain_loader(batch_size: int, num_workers: int) -> Loader:
+    """Loaders of images that keep nothing."""
+    return lambda image_set: image_loader(image_set, batch_size, num_workers)
+
+
+def lazy(records: Records, load: Callable[[], nn.Module]) -> nn.Module:
+    """The network, loaded only when it is to run if enough of it is known."""
+    known = records.known()
+    return load() if known is None else LazyNetwork(load, known)

@@ -1,0 +1,123 @@
+"""The processes that PyTorch's `torchrun` started together: which one this is, and its peers.
+
+Processes that score images meet in the files that they write. None of them waits in a collective,
+so none can hang in one.
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any, NamedTuple
+
+PATIENCE = 2.0  # longest time in seconds between two looks at the files of the others
+
+
+class Process(NamedTuple):
+    """This process among those that work together, as numbered by `torchrun`."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the one that prints and writes tables."""
+        return self.rank == 0
+
+    def share(self, numbers: Iterator[int] | list[int]) -> list[int]:
+        """Those of some numbered units of work that are this process's."""
+        return [number for number in numbers if number % self.world == self.rank]
+
+
+def this_process() -> Process:
+    """This process by the environment of `torchrun`; the only one without it."""
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    return Process(*(int(os.environ.get(name, default)) for name, default in names.items()))
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    """Look again and again, ever less often, until something is done by another process."""
+    pause = 0.01
+    while not done():
+        time.sleep(pause)
+        pause = min(2 * pause, PATIENCE)
+
+
+@contextmanager
+def among_peers() -> Iterator[Process]:
+    """Context of one of several processes: only the first one prints to standard output.
+
+    When another one fails, `torchrun` terminates this one, which then says on standard error which
+    one that was, as far as they share a machine, and exits with status 143.
+    """
+    process = this_process()
+    if process.world == 1:
+        yield process
+        return
+    folder = _meeting_place()
+    mine = folder / str(process.rank)
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        mine.write_text(str(os.getpid()))
+
+    def terminated(number: int, frame: Any) -> None:
+        gone = ", ".join(map(str, _gone(folder, process))) or "another one"
+        print(
+            f"fusenorm: process {process.rank} of {process.world} stops because process {gone} "
+            "ended; finished shards are kept: start the command again to go on",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(128 + number)  # other threads may be inside a long computation
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            redirect_stdout(sys.stdout if process.leads else nowhere),
+        ):
+            yield process
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        with suppress(OSError):
+            mine.unlink(missing_ok=True)
+
+
+def _meeting_place() -> Path:
+    """A folder of this machine that only the processes of this run share."""
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    run = "-".join(os.environ.get(name, "") for name in names)
+    safe = "".join(c if c.isalnum() else "_" for c in f"{socket.gethostname()}-{run}")
+    return Path(gettempdir()) / f"fusenorm-{safe}"
+
+
+def _gone(folder: Path, process: Process) -> list[int]:
+    """Which other processes of this machine have ended without leaving."""
+    gone = []
+    for file in sorted(folder.glob("*")):
+        with suppress(OSError, ValueError):
+            rank, number = int(file.name), int(file.read_text())
+            if rank != process.rank and not _lives(number):
+                gone.append(rank)
+    return gone
+
+
+def _lives(number: int) -> bool:
+    try:
+        status = Path(f"/proc/{number}/stat").read_text()
+        return status.rpartition(")")[2].split()[0] != "Z"  # torchrun has not waited for it yet
+    except FileNotFoundError:
+        pass
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return not Path("/proc/self").exists()  # /proc, where there is one, knows all that live
