@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.torchrun import this_process
 
 
 class _RedirectCuda(TorchFunctionMode):
@@ -67,6 +68,14 @@ def find_device(name: str) -> torch.device:
             f"device {name!r} cannot be used ({reason}): choose auto or cpu"
         ) from None
     return device
+
+
+def own_device(name: str) -> torch.device:
+    """As `find_device`; each process of `torchrun` has a GPU of its own, if there are enough."""
+    device, process = find_device(name), this_process()
+    if process.world == 1 or device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", process.local_rank % torch.cuda.device_count())
 
 
 def device_of(net: nn.Module) -> torch.device:

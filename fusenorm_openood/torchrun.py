@@ -49,6 +49,22 @@ def wait_until(done: Callable[[], bool]) -> None:
         pause = min(2 * pause, PATIENCE)
 
 
+def first_then_all(make: Callable[[], object]) -> None:
+    """Let the first process make something that may exist, and then all the others find it."""
+    process = this_process()
+    if process.world == 1:
+        make()
+        return
+    made = _meeting_place() / "made"
+    if process.leads:
+        make()
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.touch()
+    else:
+        wait_until(made.exists)
+        make()
+
+
 @contextmanager
 def among_peers() -> Iterator[Process]:
     """Context of one of several processes: only the first one prints to standard output.

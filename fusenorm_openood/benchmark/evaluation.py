@@ -13,6 +13,7 @@ from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
 from fusenorm_openood.detectors.base import Detector, Scored
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.metrics import accuracy, ood_metrics
+from fusenorm_openood.structure.reading import Structure
 
 
 class Evaluation(NamedTuple):
@@ -22,11 +23,13 @@ class Evaluation(NamedTuple):
         table: metrics in percent, one row per data set and per mean, with OpenOOD's columns.
         compare: AUROC / FPR@95 in percent, one row per expert, one column per data set or mean.
         scores: predictions, confidences and labels, in the nested dict that OpenOOD saves.
+        structure: how the network is built, as far as it was understood.
     """
 
     table: pd.DataFrame
     compare: pd.DataFrame
     scores: dict[str, Any]
+    structure: Structure | None = None
 
 
 def evaluate(
@@ -90,7 +93,7 @@ def evaluate(
         for i, expert in enumerate(detector.rows)
     }
     compare = pd.DataFrame({"fused": fused, **single}).T
-    return Evaluation(table, compare, _scores(test, csid, groups))
+    return Evaluation(table, compare, _scores(test, csid, groups), detector.known_structure)
 
 
 def check_fsood(benchmark: Benchmark, fsood: bool) -> None:

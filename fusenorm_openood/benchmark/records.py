@@ -17,7 +17,6 @@ from fusenorm_openood.errors import DataError, StoreError, TapError
 from fusenorm_openood.listening.react import head_of
 from fusenorm_openood.listening.recorded import RecordedLoader
 from fusenorm_openood.method.posthoc import Head
-from fusenorm_openood.networks.lazy import LazyNetwork
 from fusenorm_openood.store import ShardSet, file_digest
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.version import __version__
@@ -127,9 +126,3 @@ def manifest(images: ImageList) -> str:
 def plain_loader(batch_size: int, num_workers: int) -> Loader:
     """Loaders of images that keep nothing."""
     return lambda image_set: image_loader(image_set, batch_size, num_workers)
-
-
-def lazy(records: Records, load: Callable[[], nn.Module]) -> nn.Module:
-    """The network, loaded only when it is to run if enough of it is known."""
-    known = records.known()
-    return load() if known is None else LazyNetwork(load, known)

@@ -1,7 +1,7 @@
 """Evaluate a postprocessor with this package (`native`) or with OpenOOD's `Evaluator`."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ import pandas as pd
 from torch import nn
 
 from fusenorm_openood.benchmark.evaluation import Evaluation, evaluate
+from fusenorm_openood.benchmark.records import Loader, Records, plain_loader
 from fusenorm_openood.configs import lookup
-from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader, load_benchmark
+from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, load_benchmark
 from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.configuration import NATIVE, detector_for, read_fusenorm
 from fusenorm_openood.detectors.fusenorm import FuseNorm
@@ -23,6 +24,7 @@ from fusenorm_openood.method.posthoc import POSTHOC
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.openood.bridge import openood_installed
 from fusenorm_openood.openood.evaluator import csid_of_evaluator, evaluate_with_openood
+from fusenorm_openood.torchrun import this_process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class Job:
         amp: whether the network runs in bfloat16 where that is safe.
         batch_size, num_workers, progress: how images are loaded, and whether progress is shown.
         trials: folder under which a search saves its trials, or None to save none.
+        records: what is kept of each run's network and its images, if anything is.
     """
 
     postprocessor: str
@@ -51,6 +54,13 @@ class Job:
     num_workers: int = 0
     progress: bool = False
     trials: Path | None = None
+    records: Mapping[str, Records] = field(default_factory=dict)
+
+    def loader(self, run: str) -> Loader:
+        """What loads the image sets for the network of one training run."""
+        if run in self.records:
+            return self.records[run].loader
+        return plain_loader(self.batch_size, self.num_workers)
 
     @property
     def aps_mode(self) -> Any:
@@ -149,16 +159,15 @@ def evaluate_run(job: Job, engine: str, net: nn.Module, run: str = "") -> Evalua
         job.batch_size,
         job.num_workers,
         job.progress,
+        job.loader(run),
     )
 
 
 def _searched(job: Job, net: nn.Module, run: str) -> FuseNorm:
     """The detector with the best settings on validation images, which are printed."""
     settings, sweep, aps_mode = read_fusenorm(job.config)
-    id_loader, ood_loader = (
-        image_loader(image_set, job.batch_size, job.num_workers)
-        for image_set in (job.benchmark.id["val"], job.benchmark.val_ood)
-    )
+    load = job.loader(run)
+    id_loader, ood_loader = load(job.benchmark.id["val"]), load(job.benchmark.val_ood)
     unknown = None if aps_mode == "pseudo" else ood_loader
     found = search(net, settings, sweep, id_loader, unknown, job.progress)
     chosen = ", ".join(f"{name} = {getattr(found.settings, name)}" for name in sweep)
@@ -181,6 +190,7 @@ def _unsupported_by_openood(job: Job, requested: str) -> list[str]:
         "--normalization": job.benchmark.norm != load_benchmark(job.benchmark.name).norm,
         "--compare": job.compare,
         "--validation": job.validation,
+        "torchrun": this_process().world > 1,
     }
     reasons = [f"does not support {option}" for option, used in unsupported.items() if used]
     if reasons or not openood_installed():

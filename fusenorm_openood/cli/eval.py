@@ -4,12 +4,15 @@ import pickle
 import sys
 from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import torch
 
 from fusenorm_openood.benchmark.evaluation import check_fsood
 from fusenorm_openood.benchmark.networks import load_runs
+from fusenorm_openood.benchmark.records import Records, network_record
 from fusenorm_openood.benchmark.runs import results_folder, unfinished
 from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
@@ -18,9 +21,10 @@ from fusenorm_openood.cli.inputs import check_files, check_networks, ensure_digi
 from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.data.digits import write_digits
-from fusenorm_openood.devices import find_device
+from fusenorm_openood.devices import own_device
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.files import check_writable, write_whole
+from fusenorm_openood.torchrun import among_peers, first_then_all, this_process
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -47,12 +51,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--amp", choices=["bf16"], help="run the network in bfloat16 where that is safe")
     add("--channels-last", action="store_true", help="use the channels-last memory format")
     add("--engine", default="auto", choices=["auto", "native", "openood"], help="what evaluates")
+    options.add_store(parser)
     options.add_computing(parser)
 
 
+@among_peers()
 def run(args: Namespace) -> int:
     """Check all inputs, then evaluate one run after another and print the table."""
-    device = find_device(args.device)
+    process = this_process()
+    device = own_device(args.device)
     benchmark = load_benchmark(args.id_data, args.data_root, args.normalization)
     if args.validation and args.fsood:
         raise ConfigError("--validation and --fsood cannot be combined: leave one out")
@@ -73,19 +80,23 @@ def run(args: Namespace) -> int:
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         progress=progress,
-        trials=output if args.save_csv else None,
+        trials=output if args.save_csv and process.leads else None,
     )
     job.check()
-    if args.save_csv or args.save_score:
+    if process.leads and (args.save_csv or args.save_score):
         check_writable(output, "--output-dir")
     if benchmark.name == "digits" and args.network:
-        write_digits(args.data_root)
+        first_then_all(lambda: write_digits(args.data_root))
     elif benchmark.name == "digits":
-        ensure_digits(args.data_root, args.root, progress)
-    checkpoints = check_files(benchmark, args.root, job.image_sets())
-    networks = load_runs(checkpoints, benchmark.num_classes, args.network, benchmark.image_size)
-    check_networks(job, networks, checkpoints)
+        first_then_all(lambda: ensure_digits(args.data_root, args.root, progress))
+    checkpoints = check_files(benchmark, args.root, job.image_sets(), opened=process.leads)
     engine = find_engine(job, args.engine)
+    if engine == "native":
+        job = replace(job, records=_records(args, job, checkpoints))
+    networks = load_runs(
+        checkpoints, benchmark.num_classes, args.network, benchmark.image_size, job.records
+    )
+    check_networks(job, networks, checkpoints)
 
     print(f"{name} on {args.id_data}: engine {engine}, device {device}", flush=True)
     for checkpoint in filter(unfinished, checkpoints.values()):
@@ -99,7 +110,9 @@ def run(args: Namespace) -> int:
             result = evaluate_run(job, engine, net, run_name)
         net.cpu()
         tables.append(result.table)
-        if args.save_score and not args.validation:
+        if run_name in job.records and result.structure is not None:
+            job.records[run_name].keep(net, result.structure)
+        if process.leads and args.save_score and not args.validation:
             scores = pickle.dumps(result.scores, pickle.HIGHEST_PROTOCOL)
             path = output / run_name / "scores" / f"{name}.pkl"
             write_whole(path, lambda file, scores=scores: file.write_bytes(scores))  # type: ignore[misc]
@@ -108,13 +121,35 @@ def run(args: Namespace) -> int:
     table = summarise(tables)
     folder = "val" if args.validation else "fsood" if args.fsood else "ood"
     path = output / folder / f"{name}.csv"
-    if args.save_csv:
+    if process.leads and args.save_csv:
         write_whole(path, table.to_csv)
     print(f"\n{name}, {args.id_data}, {len(tables)} run(s), mean ± std in percent:")
     print(_text(table))
     if args.save_csv:
         print(f"saved {path}")
     return 0
+
+
+def _records(args: Namespace, job: Job, checkpoints: dict[str, Path]) -> dict[str, Records]:
+    """What is kept of each run, by run; empty with `--store none`."""
+    if args.store == "none":
+        if this_process().world > 1:
+            raise ConfigError(
+                "several processes meet in the store, got --store none: give a folder that all of "
+                "them can write to"
+            )
+        return {}
+    how = {"amp": job.amp, "channels_last": args.channels_last}
+    size = job.benchmark.image_size
+    return {
+        run: Records(
+            Path(args.store),
+            network_record(path, args.network, size, **how),
+            args.batch_size,
+            args.num_workers,
+        )
+        for run, path in checkpoints.items()
+    }
 
 
 def _text(table: pd.DataFrame) -> str:

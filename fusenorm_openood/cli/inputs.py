@@ -18,9 +18,15 @@ from fusenorm_openood.training.recipes import METHODS
 
 
 def check_files(
-    benchmark: Benchmark, root: str | Path, image_sets: Iterable[ImageSet]
+    benchmark: Benchmark, root: str | Path, image_sets: Iterable[ImageSet], opened: bool = True
 ) -> dict[str, Path]:
     """The checkpoints of all training runs, after checking all images that will be read.
+
+    Args:
+        benchmark: the benchmark of the images.
+        root: folder of the training runs, or a checkpoint file.
+        image_sets: the images.
+        opened: whether every image is opened, which one of several processes needs to do.
 
     Raises:
         DataError, CheckpointError: files are missing, all listed in one message.
@@ -45,7 +51,8 @@ def check_files(
             f"{how_to_get(benchmark.name)}. Or give their location with --data-root and --root."
         )
     benchmark.check_labels(image_sets)
-    check_readable(image_sets)
+    if opened:
+        check_readable(image_sets)
     return checkpoints
 
 

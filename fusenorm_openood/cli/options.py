@@ -47,6 +47,17 @@ def add_computing(parser: ArgumentParser) -> None:
     add_no_progress(parser)
 
 
+def add_store(parser: ArgumentParser) -> None:
+    """`--store`: where scores are kept."""
+    parser.add_argument(
+        "--store",
+        default="results/store",
+        metavar="DIR",
+        help="keep what the network says of each image in this folder, so that it is never asked "
+        "twice; none = keep nothing (default: results/store)",
+    )
+
+
 def add_no_progress(parser: ArgumentParser) -> None:
     """`--no-progress`."""
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
