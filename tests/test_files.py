@@ -18,9 +18,9 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path):
 
 def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     def write_while_another_writes(path):
+        path.write_text("last")
         write_whole(tmp_path / "file", lambda other: other.write_text("first"))
         assert (tmp_path / "file").read_text() == "first"
-        path.write_text("last")
 
     write_whole(tmp_path / "file", write_while_another_writes)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["last"]
