@@ -16,6 +16,16 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     assert [p.read_text() for p in (tmp_path / "run").iterdir()] == ["whole"]
 
 
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    def write_while_another_writes(path):
+        path.write_text("last")
+        write_whole(tmp_path / "file", lambda other: other.write_text("first"))
+        assert (tmp_path / "file").read_text() == "first"
+
+    write_whole(tmp_path / "file", write_while_another_writes)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["last"]
+
+
 def test_the_error_for_a_folder_that_is_not_writable_names_the_option(tmp_path):
     check_writable(tmp_path / "new", "--root")
     assert list((tmp_path / "new").iterdir()) == []

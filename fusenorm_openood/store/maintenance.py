@@ -136,8 +136,12 @@ def _sets(root: Path) -> Iterator[ShardSet]:
 
 def _own_files(folder: Path) -> list[Path]:
     """The files of a set that this package wrote, its key last."""
-    shards = [path for path in folder.iterdir() if shard_number(path.name) >= 0]
-    return [*shards, *filter(_is_temporary, folder.iterdir()), folder / KEY]
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        raise StoreError(f"folder {folder} cannot be read ({error.strerror})") from None
+    shards = [path for path in paths if shard_number(path.name) >= 0]
+    return [*shards, *filter(_is_temporary, paths), folder / KEY]
 
 
 def _is_temporary(path: Path) -> bool:

@@ -16,22 +16,24 @@ from fusenorm_openood.store import ShardSet
 from fusenorm_openood.store.encoding import encode
 from tests.store.sets import RECORD, columns_of
 
-shards = ShardSet(Path(sys.argv[1]), RECORD, "digits", 8000, 40)
+shards = ShardSet(Path(sys.argv[1]), RECORD, "digits", 400_000, 40)
 encode(columns_of(shards, 0), "")  # imports what is imported on first use
 chance = random.Random(0)
 for trial in range(20):
+    begun, begin = os.pipe()
     child = os.fork()
     if child == 0:
-        while missing := shards.missing():
-            shards.write(missing[0], columns_of(shards, missing[0]))
-        os._exit(0)
-    time.sleep(chance.uniform(0.001, 0.1))
+        for number in shards.missing():
+            shards.write(number, columns_of(shards, number))
+            os.write(begin, b"1")
+    os.read(begun, 1)
+    time.sleep(chance.uniform(0, 0.02))
     os.kill(child, signal.SIGKILL)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 WRITER = """
-import sys, time
+import sys
 from pathlib import Path
 from fusenorm_openood.store import ShardSet
 from tests.store.sets import RECORD, columns_of
@@ -49,10 +51,10 @@ def test_a_writer_killed_at_any_moment_leaves_no_damaged_shard(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLER, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split().count("-9") > 15
-    shards = ShardSet(tmp_path, RECORD, "digits", 8000, 40)
+    assert done.stdout.split() == ["-9"] * 20
+    shards = ShardSet(tmp_path, RECORD, "digits", 400_000, 40)
     present = shards.present()
-    assert len(present) > 10
+    assert len(present) >= 20
     assert [error for _, error in shards.verify() if error] == []
     for number in present:
         assert_same_bits(shards.read(number), columns_of(shards, number))
