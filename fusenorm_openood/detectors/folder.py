@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -87,26 +89,54 @@ def judge_files(
     files = ImageFiles(paths, detector.known_preprocessing())
     loader = DataLoader(files, batch_size, num_workers=num_workers, collate_fn=list)
     for batch in loader:
-        images = [image for _, image in batch if isinstance(image, Tensor)]
-        said = iter(_judged(detector, images, acceptance))
-        yield [
-            Judged(str(paths[number]), **next(said))
-            if isinstance(image, Tensor)
-            else Judged(str(paths[number]), error=image)
-            for number, image in batch
-        ]
+        names = [str(paths[number]) for number, _ in batch]
+        yield judged(detector, names, score_batch(detector, batch), acceptance)
 
 
-def _judged(detector: FuseNorm, images: list[Tensor], acceptance: float) -> list[dict[str, Any]]:
+class FileScores(NamedTuple):
+    """What the experts say of `B` image files.
+
+    Attributes:
+        experts: their scores `[L, B]`, NaN for files that could not be scored.
+        pred: predicted classes `[B]`, -1 for such files.
+        error: why a file could not be scored `[B]`, empty if it was.
+    """
+
+    experts: NDArray[np.float64]
+    pred: NDArray[np.int64]
+    error: NDArray[Any]
+
+
+def score_batch(detector: FuseNorm, batch: Sequence[tuple[int, Tensor | str]]) -> FileScores:
+    """The scores of the items of `ImageFiles`; an image with non-finite scores has an error."""
+    scores = FileScores(
+        np.full((len(detector.experts), len(batch)), np.nan),
+        np.full(len(batch), -1, np.int64),
+        np.array([item if isinstance(item, str) else "" for _, item in batch], dtype=object),
+    )
+    images = [(at, item) for at, (_, item) in enumerate(batch) if isinstance(item, Tensor)]
     if not images:
-        return []
+        return scores
+    places = [at for at, _ in images]
     try:
-        why = detector.explain(torch.stack(images), with_maps=False)
-    except NonFiniteError as error:
-        if len(images) == 1:
-            return [{"error": str(error)}]
-        return [said for image in images for said in _judged(detector, [image], acceptance)]
-    names = detector.class_names
+        found = detector.expert_scores(torch.stack([image for _, image in images]))
+        scores.experts[:, places], scores.pred[places] = found
+    except NonFiniteError:
+        for at, image in images:
+            try:
+                scores.experts[:, [at]], scores.pred[[at]] = detector.expert_scores(image[None])
+            except NonFiniteError as error:
+                scores.error[at] = str(error)
+    return scores
+
+
+def judged(
+    detector: FuseNorm, paths: Sequence[str], scores: FileScores, acceptance: float
+) -> list[Judged]:
+    """What a detector says of files with these scores."""
+    fine = scores.error == ""
+    why = detector.explain_scores(scores.experts[:, fine], scores.pred[fine])
+    names, p_values = detector.class_names, why.p_values
     said: list[dict[str, Any]] = [
         {
             "predicted": str(c) if names is None else names[c],
@@ -115,7 +145,11 @@ def _judged(detector: FuseNorm, images: list[Tensor], acceptance: float) -> list
         }
         for c, conf, expert in zip(why.pred, why.conf, why.objected, strict=True)
     ]
-    if why.p_values is not None:
-        for one, p, ood in zip(said, why.p_values, rejects(why.p_values, acceptance), strict=True):
+    if p_values is not None:
+        for one, p, ood in zip(said, p_values, rejects(p_values, acceptance), strict=True):
             one |= {"p_value": float(p), "ood": bool(ood)}
-    return said
+    about = iter(said)
+    return [
+        Judged(path, **next(about)) if not error else Judged(path, error=error)
+        for path, error in zip(paths, scores.error, strict=True)
+    ]

@@ -227,10 +227,11 @@ class FuseNorm(DecidingDetector):
         Raises:
             NotFittedError, NonFiniteError: as in `score`.
         """
-        calibration, tensor = self._check_fitted(), self._images(images)
+        self._check_fitted()
+        tensor = self._images(images)
         batch = checked_images(tensor.unsqueeze(0) if tensor.ndim == 3 else tensor)
-        experts, pred = self._heard(batch)
-        experts, maps = experts[: len(self.experts)], dict[str, Tensor]()
+        experts, pred = self.expert_scores(batch)
+        maps = dict[str, Tensor]()
         if with_maps:
             norm, moved = self.settings.feature_norm, self._moved(batch)
             with undisturbed(unwrapped(self.net)), torch.no_grad():
@@ -241,9 +242,27 @@ class FuseNorm(DecidingDetector):
                     self.taps,
                     lambda feature_map: atf_map(feature_map, *norm).cpu(),
                 )
-        conf = self.confidence(experts)
-        classes = pred.cpu().numpy()
-        return explanation(calibration, experts, conf, classes, maps, self.reference_)
+        return self.explain_scores(experts, pred, maps)
+
+    def expert_scores(self, images: Tensor) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Scores `[L, B]` of the experts and predicted classes `[B]` of images `[B, C, H, W]`.
+
+        Raises:
+            NotFittedError, NonFiniteError: as in `score`.
+        """
+        self._check_fitted()
+        experts, pred = self._heard(images)
+        return experts[: len(self.experts)], pred.cpu().numpy()
+
+    def explain_scores(
+        self,
+        experts: NDArray[np.float64],
+        pred: NDArray[np.int64],
+        maps: dict[str, Tensor] | None = None,
+    ) -> Explanation:
+        """As `explain`, of images with these scores `[L, B]` of the experts."""
+        calibration, conf = self._check_fitted(), self.confidence(experts)
+        return explanation(calibration, experts, conf, pred, maps or {}, self.reference_)
 
     def _images(self, images: Images) -> Tensor:
         if isinstance(images, str | Path):

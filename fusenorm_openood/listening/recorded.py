@@ -18,6 +18,7 @@ from fusenorm_openood.errors import DamagedShardError, StoreError
 from fusenorm_openood.listening.observed import Listener, Observed, observed
 from fusenorm_openood.method.posthoc import Seen
 from fusenorm_openood.store import Key, ShardSet
+from fusenorm_openood.store.loading import shard_batches
 from fusenorm_openood.torchrun import Process, this_process, wait_until
 
 SHARD = 1000  # images
@@ -57,7 +58,9 @@ class RecordedLoader:
     num_workers: int = 0
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._loader([range(len(self))]))
+        size = self.batch_size
+        every = range(len(self))
+        return self._load([list(every[at : at + size]) for at in range(0, len(self), size)])
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -115,27 +118,26 @@ class RecordedLoader:
 
     def _write(self, shards: ShardSet, numbers: list[int], work: "_Work") -> None:
         """Compute shards, and write each as soon as it is complete."""
-        loader = self._loader([shards.span(number) for number in numbers])
-        remaining, heard, count = iter(numbers), list[Observed](), 0
-        number = next(remaining, 0)
-        total = sum(len(shards.span(n)) for n in numbers)
+        total = sum(len(shards.span(number)) for number in numbers)
         hidden = not work.progress or not numbers
         with tqdm(total=total, desc=work.desc, unit=" images", disable=hidden, leave=False) as bar:
-            for batch in observed(work.net, loader, work.listener):
-                heard.append(batch._replace(images=None))
-                count += len(batch.pred)
-                bar.update(len(batch.pred))
-                if count == len(shards.span(number)):
-                    shards.write(number, _columns(heard))
-                    number, heard, count = next(remaining, 0), [], 0
+            for number, batches in shard_batches(shards, numbers, self._load, self.batch_size):
+                heard = []
+                for batch in observed(work.net, batches, work.listener._replace(restore=None)):
+                    heard.append(batch._replace(images=None))
+                    bar.update(len(batch.pred))
+                shards.write(number, _columns(heard))
 
-    def _loader(self, spans: list[range]) -> DataLoader[Any]:
-        """Batches of some spans of images; none has images of two."""
-        size = self.batch_size
-        sampler = [list(span[at : at + size]) for span in spans for at in range(0, len(span), size)]
+    def _load(self, batches: list[list[int]]) -> Iterator[Any]:
+        """Batches of images, given by their numbers."""
         pinned = torch.cuda.is_available()
-        return DataLoader(
-            self.dataset, batch_sampler=sampler, num_workers=self.num_workers, pin_memory=pinned
+        return iter(
+            DataLoader(
+                self.dataset,
+                batch_sampler=batches,
+                num_workers=self.num_workers,
+                pin_memory=pinned,
+            )
         )
 
 
