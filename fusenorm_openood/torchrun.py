@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import gettempdir
@@ -30,7 +30,7 @@ class Process(NamedTuple):
         """Whether it is the one that prints and writes tables."""
         return self.rank == 0
 
-    def share(self, numbers: Iterator[int] | list[int]) -> list[int]:
+    def share(self, numbers: Iterable[int]) -> list[int]:
         """Those of some numbered units of work that are this process's."""
         return [number for number in numbers if number % self.world == self.rank]
 

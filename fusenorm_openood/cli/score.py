@@ -5,6 +5,7 @@ import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from fusenorm_openood.data.paths import image_paths
 from fusenorm_openood.detectors.folder import Judged, judge_files
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.rows import RowFile, read_rows
+from fusenorm_openood.detectors.sharded import FileShards
 from fusenorm_openood.detectors.storage import read_contents
-from fusenorm_openood.devices import find_device
+from fusenorm_openood.devices import own_device
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.conformal import check_enough, rejects, rejects_at_fdr
+from fusenorm_openood.torchrun import Process, among_peers, this_process
 
 SOME_UNREADABLE = 3  # exit status
 
@@ -35,12 +38,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     verdict.add_argument("--fdr", type=_share, help=f"{of_rejected}: judges all images together")
     add("--csv", metavar="FILE", help="CSV or .parquet file of rows (default: standard output)")
     add("--resume", action="store_true", help="go on with the rows that --csv already has")
+    add("--store", metavar="DIR", help="keep scores of experts here; torchrun needs it")
     options.add_network(parser)
     add("--weights", metavar="FILE", help="checkpoint (default: where `fit` found it)")
     add("--batch-size", type=options.positive, default=64, help="images per batch (default: 64)")
     options.add_computing(parser)
 
 
+@among_peers()
 def run(args: Namespace) -> int:
     """Judge every file; an unreadable one is a row with the reason.
 
@@ -56,15 +61,17 @@ def run(args: Namespace) -> int:
         print("fusenorm: the detector is not calibrated, so there are no verdicts", file=sys.stderr)
     elif args.fdr is None:
         check_enough(n, args.acceptance)
-    given = image_paths(args.paths)
+    process, given = this_process(), image_paths(args.paths)
+    _check_store(args, process)
+    if not process.leads:
+        return sum(map(len, _judged(args, detector, given, process)))  # it is given none: 0
     with RowFile(Path(args.csv) if args.csv else None, args.resume) as file:
         _check_same(detector, file)
         paths = [path for path in given if str(path) not in file.judged]
         hidden = args.no_progress or not args.csv
-        judged = judge_files(detector, paths, args.acceptance, args.batch_size, args.num_workers)
         started, counts = time.perf_counter(), Counter[str]()
         with tqdm(total=len(paths), unit=" images", disable=hidden, leave=False) as bar:
-            for rows in judged:
+            for rows in _judged(args, detector, paths, process):
                 # A verdict at a false discovery rate needs all images.
                 file.write(rows if args.fdr is None else [r._replace(ood=None) for r in rows])
                 bar.update(len(rows))
@@ -86,9 +93,28 @@ def run(args: Namespace) -> int:
     return SOME_UNREADABLE if counts["unreadable"] else 0
 
 
+def _check_store(args: Namespace, process: Process) -> None:
+    """Raise ConfigError where a store is missing, or `--resume` is given beside it."""
+    if process.world > 1 and not args.store:
+        raise ConfigError(
+            f"{process.world} processes meet in a store: give --store DIR, which all can write to"
+        )
+    if args.store and args.resume:
+        raise ConfigError("--store goes on with what it has: leave out --resume")
+
+
+def _judged(
+    args: Namespace, detector: FuseNorm, paths: list[Path], process: Process
+) -> Iterator[list[Judged]]:
+    how = args.batch_size, args.num_workers
+    if not args.store:
+        return judge_files(detector, paths, args.acceptance, *how)
+    return FileShards(detector, paths, Path(args.store), *how).judged(args.acceptance, process)
+
+
 def _loaded(args: Namespace) -> FuseNorm:
     """The detector, with the network that `fit` had, or the one that is given."""
-    device = find_device(args.device)
+    device = own_device(args.device)
     source = read_contents(Path(args.detector)).record.get("source") or {}
     size = source.get("image_size")
     net = source_network(
