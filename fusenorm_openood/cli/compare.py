@@ -12,11 +12,13 @@ from fusenorm_openood.benchmark.runs import find_checkpoints
 from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.inputs import check_images, check_readable
+from fusenorm_openood.cli.kept import records_of
 from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.detectors.configuration import read_fusenorm
-from fusenorm_openood.devices import find_device
+from fusenorm_openood.devices import own_device
 from fusenorm_openood.files import check_writable, write_whole
+from fusenorm_openood.torchrun import among_peers, this_process
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -30,32 +32,35 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--config", help="YAML file with the sweep to search (default: this package's)")
     add("--batch-size", type=options.positive, default=200, help="images per batch (default: 200)")
     add("--csv", metavar="FILE", help="also write all figures to this file")
+    options.add_store(parser)
     options.add_computing(parser)
 
 
+@among_peers()
 def run(args: Namespace) -> int:
     """Print, for each root, AUROC and FPR@95 of every method, the mean over the root's runs."""
-    device = find_device(args.device)
+    process, device = this_process(), own_device(args.device)
     benchmark = load_benchmark(args.id_data, args.data_root, args.normalization)
     check_fsood(benchmark, args.fsood)
     config = read_config(args.config or config_root() / "postprocessors" / "fusenorm.yml")
     sweep = read_fusenorm(config).sweep if args.search or args.config else None
-    if args.csv:
+    if args.csv and process.leads:
         check_writable(Path(args.csv).parent, "--csv")
     image_sets = [*benchmark.tested(args.fsood), *([benchmark.val_ood] * bool(sweep))]
     check_images(benchmark, image_sets)
-    check_readable(image_sets)
+    if process.leads:
+        check_readable(image_sets)
+    checkpoints = {root: find_checkpoints(root) for root in args.root}
     networks = {
-        root: load_runs(
-            find_checkpoints(root), benchmark.num_classes, args.network, benchmark.image_size
-        )
-        for root in args.root
+        root: load_runs(found, benchmark.num_classes, args.network, benchmark.image_size)
+        for root, found in checkpoints.items()
     }
     labels = _labels(list(networks))
     figures: dict[str, pd.DataFrame] = {}
     for root, runs in networks.items():
         results = []
-        for net in runs.values():
+        records = records_of(args, benchmark, checkpoints[root], amp=False, channels_last=False)
+        for run_name, net in runs.items():
             results.append(
                 compare(
                     net.to(device),
@@ -65,12 +70,13 @@ def run(args: Namespace) -> int:
                     args.batch_size,
                     args.num_workers,
                     not args.no_progress,
+                    records[run_name].loader if records else None,
                 )
             )
             net.cpu()
         fpr95 = _mean([result.fpr95 for result in results]).add_suffix(" FPR@95")
         figures[labels[root]] = _mean([result.auroc for result in results]).join(fpr95)
-        if args.csv:
+        if args.csv and process.leads:
             _write_csv(Path(args.csv), figures)
         _print_root(labels[root], args.id_data, results)
     if len(figures) > 1:

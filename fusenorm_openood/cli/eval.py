@@ -5,19 +5,18 @@ import sys
 from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import torch
 
 from fusenorm_openood.benchmark.evaluation import check_fsood
 from fusenorm_openood.benchmark.networks import load_runs
-from fusenorm_openood.benchmark.records import Records, network_record
 from fusenorm_openood.benchmark.runs import results_folder, unfinished
 from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.engines import Job, evaluate_run, find_engine
 from fusenorm_openood.cli.inputs import check_files, check_networks, ensure_digits
+from fusenorm_openood.cli.kept import records_of
 from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.data.digits import write_digits
@@ -92,7 +91,8 @@ def run(args: Namespace) -> int:
     checkpoints = check_files(benchmark, args.root, job.image_sets(), opened=process.leads)
     engine = find_engine(job, args.engine)
     if engine == "native":
-        job = replace(job, records=_records(args, job, checkpoints))
+        how = {"amp": job.amp, "channels_last": args.channels_last}
+        job = replace(job, records=records_of(args, benchmark, checkpoints, **how))
     networks = load_runs(
         checkpoints, benchmark.num_classes, args.network, benchmark.image_size, job.records
     )
@@ -128,28 +128,6 @@ def run(args: Namespace) -> int:
     if args.save_csv:
         print(f"saved {path}")
     return 0
-
-
-def _records(args: Namespace, job: Job, checkpoints: dict[str, Path]) -> dict[str, Records]:
-    """What is kept of each run, by run; empty with `--store none`."""
-    if args.store == "none":
-        if this_process().world > 1:
-            raise ConfigError(
-                "several processes meet in the store, got --store none: give a folder that all of "
-                "them can write to"
-            )
-        return {}
-    how = {"amp": job.amp, "channels_last": args.channels_last}
-    size = job.benchmark.image_size
-    return {
-        run: Records(
-            Path(args.store),
-            network_record(path, args.network, size, **how),
-            args.batch_size,
-            args.num_workers,
-        )
-        for run, path in checkpoints.items()
-    }
 
 
 def _text(table: pd.DataFrame) -> str:

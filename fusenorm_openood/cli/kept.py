@@ -1,0 +1,43 @@
+"""What `--store` keeps of training runs."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusenorm_openood.benchmark.records import Records, network_record
+from fusenorm_openood.data.benchmarks import Benchmark
+from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.torchrun import this_process
+
+
+def records_of(
+    args: Namespace, benchmark: Benchmark, checkpoints: Mapping[str, Path], **how: Any
+) -> dict[str, Records]:
+    """What is kept of each run, by run; empty with `--store none`.
+
+    Args:
+        args: with `store`, `network`, `batch_size` and `num_workers`.
+        benchmark: the benchmark of the images.
+        checkpoints: file by run.
+        how: how the networks are run.
+
+    Raises:
+        ConfigError: several processes without a store.
+    """
+    if args.store == "none":
+        if this_process().world > 1:
+            raise ConfigError(
+                "several processes meet in the store, got --store none: give a folder that all of "
+                "them can write to"
+            )
+        return {}
+    return {
+        run: Records(
+            Path(args.store),
+            network_record(path, args.network, benchmark.image_size, **how),
+            args.batch_size,
+            args.num_workers,
+        )
+        for run, path in checkpoints.items()
+    }
