@@ -1,6 +1,7 @@
 # Sourced by the other scripts. Sets ROOT, the project root, and defines
 #   environment [EXTRA]     chooses the Python environment and puts it first on PATH
 #   run_training ARGUMENTS  'fusenorm train' in $NPROC processes that share each batch
+#   run_evaluation ARGUMENTS  scripts/eval_ood.py in $NPROC processes that share the images
 #
 # The environment is
 #   1. the folder $FUSENORM_VENV, where that is set,
@@ -83,9 +84,27 @@ find_python() {
 }
 
 run_training() {
-    case ${NPROC:-1} in
+    local count
+    count=$(processes) || exit 1
+    case $count in
     1) fusenorm train "$@" ;;
+    *) torchrun --standalone --nproc-per-node "$count" -m fusenorm_openood.cli train "$@" ;;
+    esac
+}
+
+run_evaluation() {
+    local count
+    count=$(processes) || exit 1
+    set -- "$ROOT/scripts/eval_ood.py" --store "$ROOT/results/store" "$@"
+    case $count in
+    1) python "$@" ;;
+    *) torchrun --standalone --nproc-per-node "$count" "$@" ;;
+    esac
+}
+
+processes() {
+    case ${NPROC:-1} in
     *[!0-9]* | 0*) fail "NPROC must be the number of processes, got $NPROC" ;;
-    *) torchrun --standalone --nproc-per-node "$NPROC" -m fusenorm_openood.cli train "$@" ;;
+    *) echo "${NPROC:-1}" ;;
     esac
 }

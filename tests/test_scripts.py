@@ -92,30 +92,32 @@ def test_the_tests_need_more_of_an_environment_than_the_package(project, tmp_pat
 
 
 @pytest.mark.parametrize(("processes", "way"), [("1", "fusenorm"), ("4", "torchrun")])
-def test_training_is_started_in_the_requested_number_of_processes(
-    project, tmp_path, processes, way
-):
-    for name in ("fusenorm", "torchrun"):
+def test_work_is_started_in_the_requested_number_of_processes(project, tmp_path, processes, way):
+    for name in ("fusenorm", "torchrun", "python"):
         stub = tmp_path / "bin" / name
         stub.parent.mkdir(exist_ok=True)
         stub.write_text(f'#!/bin/sh\necho {name} "$@"\n')
         stub.chmod(0o755)
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    code = f". {project}/scripts/env.sh; run_training --seed 1"
+    code = f"set -e; . {project}/scripts/env.sh; run_training --seed 1; run_evaluation --fsood"
     done = subprocess.run(
         ["bash", "-c", code], capture_output=True, text=True, check=True,
         env={**os.environ, "PATH": path, "NPROC": processes},
     )  # fmt: skip
+    torchrun = "torchrun --standalone --nproc-per-node 4"
+    script = "ROOT/scripts/eval_ood.py --store ROOT/results/store --fsood"
     expected = {
-        "fusenorm": "fusenorm train --seed 1",
-        "torchrun": "torchrun --standalone --nproc-per-node 4 "
-        "-m fusenorm_openood.cli train --seed 1",
-    }
-    assert done.stdout.strip() == expected[way]
+        "fusenorm": ["fusenorm train --seed 1", f"python {script}"],
+        "torchrun": [
+            f"{torchrun} -m fusenorm_openood.cli train --seed 1", f"{torchrun} {script}"
+        ],
+    }  # fmt: skip
+    assert done.stdout.replace(str(project), "ROOT").splitlines() == expected[way]
 
 
-def test_an_invalid_number_of_processes_is_rejected(project):
-    code = f". {project}/scripts/env.sh; NPROC=two run_training"
+@pytest.mark.parametrize("work", ["run_training", "run_evaluation"])
+def test_an_invalid_number_of_processes_is_rejected(project, work):
+    code = f"set -e; . {project}/scripts/env.sh; NPROC=two {work}"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "NPROC must be the number of processes, got two" in done.stderr
@@ -149,6 +151,7 @@ def test_scripts_evaluate_the_run_that_training_writes(project, id_data, method)
     compare = ["--compare"] if (id_data, method) == ("digits", "fusenorm") else []
     assert called(project, f"{method}/{id_data}_test_{method}.sh") == [
         "python", "ROOT/scripts/eval_ood.py",
+        "--store", "ROOT/results/store",
         "--id-data", id_data,
         "--root", f"ROOT/results/{run}",
         "--data-root", "ROOT/data",

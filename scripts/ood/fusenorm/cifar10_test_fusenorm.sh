@@ -5,7 +5,7 @@ set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment
 
-python "$ROOT/scripts/eval_ood.py" \
+run_evaluation \
     --id-data cifar10 \
     --root "$ROOT/results/cifar10_resnet18_32x32_base_e100_lr0.1_default" \
     --data-root "$ROOT/data" \

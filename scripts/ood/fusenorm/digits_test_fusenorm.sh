@@ -5,7 +5,7 @@ set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment
 
-python "$ROOT/scripts/eval_ood.py" \
+run_evaluation \
     --id-data digits \
     --root "$ROOT/results/digits_resnet18_32x32_base_e16_lr0.05_default" \
     --data-root "$ROOT/data" \

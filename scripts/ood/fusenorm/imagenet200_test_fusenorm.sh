@@ -5,7 +5,7 @@ set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment
 
-python "$ROOT/scripts/eval_ood.py" \
+run_evaluation \
     --id-data imagenet200 \
     --root "$ROOT/results/imagenet200_resnet18_224x224_base_e90_lr0.1_default" \
     --data-root "$ROOT/data" \

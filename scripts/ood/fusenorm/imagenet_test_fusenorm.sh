@@ -6,7 +6,7 @@ set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment
 
-python "$ROOT/scripts/eval_ood.py" \
+run_evaluation \
     --id-data imagenet \
     --root "$ROOT/results/imagenet_resnet50_tvsv1_base_default" \
     --data-root "$ROOT/data" \

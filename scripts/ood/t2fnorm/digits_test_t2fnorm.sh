@@ -5,7 +5,7 @@ set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment
 
-python "$ROOT/scripts/eval_ood.py" \
+run_evaluation \
     --id-data digits \
     --root "$ROOT/results/digits_t2fnorm_net_t2fnorm_e16_lr0.05_alpha0.1_default" \
     --data-root "$ROOT/data" \

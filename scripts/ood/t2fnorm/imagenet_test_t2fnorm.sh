@@ -5,7 +5,7 @@ set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment
 
-python "$ROOT/scripts/eval_ood.py" \
+run_evaluation \
     --id-data imagenet \
     --root "$ROOT/results/imagenet_t2fnorm_net_t2fnorm_e30_lr0.001_alpha0.05_default" \
     --data-root "$ROOT/data" \
