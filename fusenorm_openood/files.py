@@ -1,7 +1,9 @@
 """Write files completely or not at all."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -33,3 +35,25 @@ def check_writable(folder: Path, option: str) -> None:
         raise ConfigError(
             f"folder {folder} is not writable ({error.strerror}): choose another with {option}"
         ) from None
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Context that processes of one machine enter one after another, if their system has locks.
+
+    The lock is the folder's own, which is created if it does not exist; whatever ends a process
+    releases it.
+    """
+    opened = None
+    with suppress(OSError):  # a folder or a file system that does not allow it
+        folder.mkdir(parents=True, exist_ok=True)
+        if sys.platform != "win32":
+            import fcntl
+
+            opened = os.open(folder, os.O_RDONLY)
+            fcntl.flock(opened, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if opened is not None:
+            os.close(opened)

@@ -4,18 +4,22 @@ Processes that score images meet in the files that they write. None of them wait
 so none can hang in one.
 """
 
+import math
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 PATIENCE = 2.0  # longest time in seconds between two looks at the files of the others
+
+Found = TypeVar("Found")
 
 
 class Process(NamedTuple):
@@ -41,28 +45,21 @@ def this_process() -> Process:
     return Process(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
 
-def wait_until(done: Callable[[], bool]) -> None:
-    """Look again and again, ever less often, until something is done by another process."""
-    pause = 0.01
-    while not done():
+def wait_until(find: Callable[[], Found], at_most: float = math.inf) -> Found:
+    """Look again and again, ever less often, until another process has done something.
+
+    Args:
+        find: what is looked for, false until it is there.
+        at_most: seconds after which to give up.
+
+    Returns:
+        What was found last.
+    """
+    pause, end = 0.01, time.monotonic() + at_most
+    while not (found := find()) and time.monotonic() < end:
         time.sleep(pause)
         pause = min(2 * pause, PATIENCE)
-
-
-def first_then_all(make: Callable[[], object]) -> None:
-    """Let the first process make something that may exist, and then all the others find it."""
-    process = this_process()
-    if process.world == 1:
-        make()
-        return
-    made = _meeting_place() / "made"
-    if process.leads:
-        make()
-        made.parent.mkdir(parents=True, exist_ok=True)
-        made.touch()
-    else:
-        wait_until(made.exists)
-        make()
+    return found
 
 
 @contextmanager
@@ -81,28 +78,38 @@ def among_peers() -> Iterator[Process]:
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         mine.write_text(str(os.getpid()))
+    with (
+        _says_why_it_is_terminated(folder, process),
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        redirect_stdout(sys.stdout if process.leads else nowhere),
+    ):
+        yield process
+    with suppress(OSError):  # one that fails leaves its file, so that the others can name it
+        mine.unlink()
+        folder.rmdir()  # the last one
 
+
+@contextmanager
+def _says_why_it_is_terminated(folder: Path, process: Process) -> Iterator[None]:
     def terminated(number: int, frame: Any) -> None:
-        gone = ", ".join(map(str, _gone(folder, process))) or "another one"
+        gone = " and ".join(map(str, _gone(folder, process)))
+        why = f"stops because process {gone} ended" if gone else "was terminated"
         print(
-            f"fusenorm: process {process.rank} of {process.world} stops because process {gone} "
-            "ended; finished shards are kept: start the command again to go on",
+            f"fusenorm: process {process.rank} of {process.world} {why}; finished shards are kept: "
+            "start the command again to go on",
             file=sys.stderr,
             flush=True,
         )
         os._exit(128 + number)  # other threads may be inside a long computation
 
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
     before = signal.signal(signal.SIGTERM, terminated)
     try:
-        with (
-            open(os.devnull, "w", encoding="utf-8") as nowhere,
-            redirect_stdout(sys.stdout if process.leads else nowhere),
-        ):
-            yield process
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        with suppress(OSError):
-            mine.unlink(missing_ok=True)
 
 
 def _meeting_place() -> Path:
@@ -114,12 +121,12 @@ def _meeting_place() -> Path:
 
 
 def _gone(folder: Path, process: Process) -> list[int]:
-    """Which other processes of this machine have ended without leaving."""
+    """Which other processes of this machine have failed."""
     gone = []
     for file in sorted(folder.glob("*")):
         with suppress(OSError, ValueError):
             rank, number = int(file.name), int(file.read_text())
-            if rank != process.rank and not _lives(number):
+            if rank != process.rank and rank < process.world and not _lives(number):
                 gone.append(rank)
     return gone
 

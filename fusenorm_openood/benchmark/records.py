@@ -69,8 +69,9 @@ class Records:
     def keep(self, net: nn.Module, structure: Structure) -> None:
         """Keep how the network is built, and its head."""
         kept = self._kept()
-        if not kept.missing():
+        if self.known() is not None:
             return
+        kept.discard(0)  # a damaged file
         columns = {"structure": np.array([json.dumps(structure.to_json())], dtype=object)}
         try:
             head = Head(*(t.detach().cpu().float() for t in head_of(net, structure)))

@@ -5,6 +5,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -22,8 +23,8 @@ from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.devices import own_device
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.files import check_writable, write_whole
-from fusenorm_openood.torchrun import among_peers, first_then_all, this_process
+from fusenorm_openood.files import alone_in, check_writable, write_whole
+from fusenorm_openood.torchrun import among_peers, this_process
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -84,10 +85,12 @@ def run(args: Namespace) -> int:
     job.check()
     if process.leads and (args.save_csv or args.save_score):
         check_writable(output, "--output-dir")
-    if benchmark.name == "digits" and args.network:
-        first_then_all(lambda: write_digits(args.data_root))
-    elif benchmark.name == "digits":
-        first_then_all(lambda: ensure_digits(args.data_root, args.root, progress))
+    if benchmark.name == "digits":
+        with alone_in(Path(args.data_root)):
+            if args.network:
+                write_digits(args.data_root)
+            else:
+                ensure_digits(args.data_root, args.root, progress)
     checkpoints = check_files(benchmark, args.root, job.image_sets(), opened=process.leads)
     engine = find_engine(job, args.engine)
     if engine == "native":
@@ -99,7 +102,7 @@ def run(args: Namespace) -> int:
     check_networks(job, networks, checkpoints)
 
     print(f"{name} on {args.id_data}: engine {engine}, device {device}", flush=True)
-    for checkpoint in filter(unfinished, checkpoints.values()):
+    for checkpoint in filter(unfinished, checkpoints.values() if process.leads else ()):
         print(f"fusenorm: training run {checkpoint.parent} is not finished", file=sys.stderr)
     tables = []
     for run_name, net in networks.items():

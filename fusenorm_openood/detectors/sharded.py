@@ -13,10 +13,9 @@ from torch.utils.data import DataLoader
 from fusenorm_openood.detectors.calibration import packed
 from fusenorm_openood.detectors.folder import FileScores, ImageFiles, Judged, judged, score_batch
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.errors import DamagedShardError
 from fusenorm_openood.networks.fingerprint import fingerprint
 from fusenorm_openood.store import ShardSet
-from fusenorm_openood.store.loading import shard_batches
+from fusenorm_openood.store.loading import Batches, intact, shard_batches
 from fusenorm_openood.structure.wrappers import unwrapped
 from fusenorm_openood.torchrun import Process, wait_until
 from fusenorm_openood.version import __version__
@@ -86,26 +85,23 @@ class FileShards:
         if process.world > 1:
             self.score(mine, after)
         for number in range(self.shards.count if process.leads else 0):
-            if process.world == 1 and number in mine:
+            if process.world > 1:
+                wait_until(partial(self._is_present, number))
+            elif number in mine:
                 self.score([number], after)
-            wait_until(partial(self._is_present, number))
             yield self._said(number, acceptance)
 
     def _is_present(self, number: int) -> bool:
         return number in self.shards.present()
 
     def _said(self, number: int, acceptance: float) -> list[Judged]:
-        try:
-            kept = self.shards.read(number)
-        except DamagedShardError:
-            self.score([number])
-            kept = self.shards.read(number)
+        kept = intact(self.shards, number, partial(self.score, [number]))
         span = self.shards.span(number)
         names = [str(path) for path in self.paths[span.start : span.stop]]
         scores = FileScores(np.ascontiguousarray(kept["scores"].T), kept["pred"], kept["error"])
         return judged(self.detector, names, scores, acceptance)
 
-    def _load(self, batches: list[list[int]]) -> Iterator[Any]:
+    def _load(self, batches: Batches) -> Iterator[Any]:
         loader = DataLoader(
             self._files, batch_sampler=batches, num_workers=self.num_workers, collate_fn=list
         )

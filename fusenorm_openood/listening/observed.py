@@ -1,7 +1,8 @@
 """What is heard of images in one pass, live or recorded earlier."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,14 +50,19 @@ class Observed(NamedTuple):
     images: Tensor | None = None
 
 
-@runtime_checkable
-class Recorder(Protocol):
+class Recorder(ABC):
     """A loader that keeps what is heard of its images, so that no image is heard twice."""
 
+    @abstractmethod
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of its images."""
+
     @property
+    @abstractmethod
     def first(self) -> Tensor:
         """At least one of its images `[B, C, H, W]`."""
 
+    @abstractmethod
     def observed(
         self, net: nn.Module, listener: Listener, progress: bool, desc: str
     ) -> Iterator[Observed]:

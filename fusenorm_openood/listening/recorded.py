@@ -1,9 +1,9 @@
 """A loader that keeps what is heard of its images in a store, shard by shard."""
 
-import sys
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fusenorm_openood.errors import DamagedShardError, StoreError
-from fusenorm_openood.listening.observed import Listener, Observed, observed
+from fusenorm_openood.listening.observed import Listener, Observed, Recorder, observed
 from fusenorm_openood.method.posthoc import Seen
 from fusenorm_openood.store import Key, ShardSet
-from fusenorm_openood.store.loading import shard_batches
-from fusenorm_openood.torchrun import Process, this_process, wait_until
+from fusenorm_openood.store.loading import Batches, intact, row_batches, shard_batches
+from fusenorm_openood.torchrun import this_process, wait_until
 
 SHARD = 1000  # images
 Columns = dict[str, NDArray[Any]]
@@ -35,7 +34,7 @@ class _Work(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RecordedLoader:
+class RecordedLoader(Recorder):
     """Batches of a data set whose images are heard at most once per listener.
 
     What is heard of `SHARD` images is one file of a store. Shards that exist are read; the others
@@ -58,9 +57,7 @@ class RecordedLoader:
     num_workers: int = 0
 
     def __iter__(self) -> Iterator[Any]:
-        size = self.batch_size
-        every = range(len(self))
-        return self._load([list(every[at : at + size]) for at in range(0, len(self), size)])
+        return self._load(row_batches(range(len(self)), self.batch_size))
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -80,12 +77,20 @@ class RecordedLoader:
             DataError: an image cannot be read.
             NetworkError: the network fails on images.
         """
-        shards, process = self._shards(listener.what), this_process()
+        process = this_process()
         work = _Work(net, listener, progress and process.leads, desc)
+        shards = self._shards(listener.what)
         self._write(shards, process.share(shards.missing()), work)
-        wait_until(lambda: not shards.missing())
-        for number in range(shards.count):
-            yield _observed(self._read(shards, number, process, work))
+        complete = wait_until(lambda: self._complete(listener.what))
+        assert complete is not None  # there is no end to the wait
+        for number in range(complete.count):
+            compute = partial(self._write, complete, [number], work)
+            yield _observed(intact(complete, number, compute, bool(process.share([number]))))
+
+    def _complete(self, what: Mapping[str, Any]) -> ShardSet | None:
+        """The shards of a pass once there are all, also if another process found others."""
+        shards = self._shards(what)
+        return None if shards.missing() else shards
 
     def _shards(self, what: Mapping[str, Any]) -> ShardSet:
         """The shards of a pass, or if these exist, of the same pass with features."""
@@ -95,28 +100,13 @@ class RecordedLoader:
 
         if what.get("features") is False:
             richer = shards({**what, "features": True})
-            if (self.store / Key(*richer).folder_name).is_dir():
+            if os.path.isdir(self.store / Key(*richer).folder_name):
                 found = ShardSet(self.store, *richer)
                 if not found.missing():
                     return found
         return ShardSet(self.store, *shards(what))
 
-    def _read(self, shards: ShardSet, number: int, process: Process, work: "_Work") -> Columns:
-        """A shard; a damaged one is computed again by the process whose share it is."""
-        try:
-            return shards.read(number)
-        except DamagedShardError as error:
-            if not process.share([number]):
-                wait_until(lambda: _is_intact(shards, number))
-                return shards.read(number)
-            tqdm.write(f"fusenorm: {error}: it is computed again", file=sys.stderr)
-            damaged = shards.present()[number]
-            self._write(shards, [number], work)
-            if shards.present()[number] == damaged and not _is_intact(shards, number):
-                damaged.unlink(missing_ok=True)
-            return shards.read(number)
-
-    def _write(self, shards: ShardSet, numbers: list[int], work: "_Work") -> None:
+    def _write(self, shards: ShardSet, numbers: Sequence[int], work: _Work) -> None:
         """Compute shards, and write each as soon as it is complete."""
         total = sum(len(shards.span(number)) for number in numbers)
         hidden = not work.progress or not numbers
@@ -128,7 +118,7 @@ class RecordedLoader:
                     bar.update(len(batch.pred))
                 shards.write(number, _columns(heard))
 
-    def _load(self, batches: list[list[int]]) -> Iterator[Any]:
+    def _load(self, batches: Batches) -> Iterator[Any]:
         """Batches of images, given by their numbers."""
         pinned = torch.cuda.is_available()
         return iter(
@@ -139,14 +129,6 @@ class RecordedLoader:
                 pin_memory=pinned,
             )
         )
-
-
-def _is_intact(shards: ShardSet, number: int) -> bool:
-    try:
-        shards.read(number)
-    except StoreError:
-        return False
-    return True
 
 
 def _columns(heard: list[Observed]) -> Columns:

@@ -92,7 +92,9 @@ class Key:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise StoreError(f"{path} cannot be read ({error.strerror})") from None
+            raise StoreError(
+                f"{path} cannot be read ({error.strerror}): choose another store"
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             raise StoreError(f"{path} is damaged: delete its folder") from None
         if [type(value) for value in vars(key).values()] != [dict, str, int, int]:

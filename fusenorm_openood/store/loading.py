@@ -1,19 +1,28 @@
-"""Load the rows of shards in batches, none of which has rows of two shards."""
+"""Load what shards are computed from, and what they have."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from tqdm import tqdm
+
+from fusenorm_openood.errors import StoreError
+from fusenorm_openood.store.encoding import Columns
 from fusenorm_openood.store.shards import ShardSet
+from fusenorm_openood.torchrun import wait_until
+
+Batches = Sequence[Any]  # ranges or lists of rows; torch's annotations have lists only
+OWNER_TIME = 60.0  # seconds that a process has to compute a damaged shard of its own again
 
 
 def shard_batches(
     shards: ShardSet,
     numbers: Sequence[int],
-    load: Callable[[list[list[int]]], Iterator[Any]],
+    load: Callable[[Batches], Iterator[Any]],
     batch_size: int,
 ) -> Iterator[tuple[int, Iterator[Any]]]:
-    """Each shard's number, and the batches of its rows.
+    """Each shard's number, and the batches of its rows, none of which has rows of two shards.
 
     Args:
         shards: the set.
@@ -21,14 +30,44 @@ def shard_batches(
         load: loads batches of rows, given by their numbers, in order.
         batch_size: most rows in a batch.
     """
-    batches = {
-        number: [
-            list(span[at : at + batch_size])
-            for span in [shards.span(number)]
-            for at in range(0, len(span), batch_size)
-        ]
-        for number in numbers
-    }
+    if not numbers:  # no worker processes for nothing
+        return
+    batches = {number: row_batches(shards.span(number), batch_size) for number in numbers}
     loaded = load([batch for number in numbers for batch in batches[number]])
     for number in numbers:
         yield number, islice(loaded, len(batches[number]))
+
+
+def row_batches(rows: range, batch_size: int) -> list[range]:
+    """Consecutive rows in batches."""
+    return [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
+
+
+def intact(
+    shards: ShardSet, number: int, compute: Callable[[], object], own: bool = True
+) -> Columns:
+    """A shard of a complete set; one that is damaged is computed again.
+
+    Args:
+        shards: the set.
+        number: the shard.
+        compute: computes and writes it.
+        own: whether it is this process's share; others give the owner a minute to do it.
+    """
+
+    def found() -> Columns | None:
+        try:
+            return shards.read(number)
+        except StoreError:  # damaged, or about to be replaced
+            return None
+
+    try:
+        return shards.read(number)
+    except StoreError as error:
+        if not own and (columns := wait_until(found, OWNER_TIME)) is not None:
+            return columns
+        reason = str(error).removesuffix(": delete it")
+        tqdm.write(f"fusenorm: {reason}: it is computed again", file=sys.stderr)
+        shards.discard(number)
+        compute()
+    return shards.read(number)
