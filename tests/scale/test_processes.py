@@ -48,3 +48,29 @@ def test_processes_and_recording_change_no_bit(short, tmp_path, options):
         assert evaluated(short, home, store, options, world, shard=shard) == live
         stores[world] = shards_of(store)
     assert stores[1] == stores[2]
+
+
+def test_processes_and_recording_change_no_figure_of_a_comparison(short, tmp_path):
+    (live,) = run(tmp_path / "live", short.argv("compare", "none"))
+    stores = []
+    for world in (1, 2):
+        store = tmp_path / f"store{world}"
+        done = run(tmp_path / str(world), short.argv("compare", store), world, shard=8)
+        assert [(d.status, d.out) for d in done] == [(0, live.out), (0, "")][:world]
+        stores.append(shards_of(store))
+    assert stores[0] == stores[1]
+
+
+def test_processes_and_recording_change_no_row_of_files(short, detector, tmp_path):
+    argv = ["score", "--detector", detector, short.data / "images_digits" / "test_digit8"]
+    argv += ["--num-workers", 0, "--no-progress", "--device", "cpu", "--batch-size", 16]
+    (live,) = run(tmp_path / "live", argv)
+    assert (live.status, live.out.count("\n")) == (0, 175)
+    stores = []
+    for world, shard in ((1, 70), (2, 70), (3, 100)):
+        store = tmp_path / f"store{world}"
+        done = run(tmp_path / str(world), [*argv, "--store", store], world, shard=shard)
+        assert [(d.status, d.out) for d in done] == [(0, live.out), *[(0, "")] * (world - 1)]
+        stores.append(shards_of(store))
+    assert stores[0] == stores[1]
+    assert [len(store) for store in stores] == [3, 3, 2]
