@@ -1,0 +1,170 @@
+"""What the store answers without the network, and what makes it compute anew."""
+
+import os
+import shutil
+from functools import partial
+
+import pytest
+import torch
+
+from fusenorm_openood.benchmark import networks, records
+from fusenorm_openood.data.lists import ImageList
+from tests.scale.commands import log_of, run
+from tests.scale.conftest import Short
+
+SETS = {
+    "val_digits", "test_digits", "test_digit8", "test_digit9",
+    "test_china", "test_flower", "test_noise", "test_stripes",
+}  # fmt: skip
+
+
+def without_network_and_images():
+    """Let whatever loads the network or reads an image fail."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("this was in the store")
+
+    networks.load_network = ImageList.__getitem__ = fail
+
+
+def as_version(version):
+    records.__version__ = version
+
+
+@pytest.fixture(scope="module")
+def own(short, tmp_path_factory) -> Short:
+    """A copy of the images and the checkpoint, which a test may change."""
+    home = tmp_path_factory.mktemp("own")
+    shutil.copytree(short.data / "benchmark_imglist", home / "data" / "benchmark_imglist")
+    for path in (short.data / "benchmark_imglist" / "digits").glob("*.txt"):
+        for line in path.read_text().splitlines():
+            image = home / "data" / "images_digits" / line.rsplit(maxsplit=1)[0]
+            image.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(short.data / "images_digits" / line.rsplit(maxsplit=1)[0], image)
+    (home / "run" / "s0").mkdir(parents=True)
+    return Short(home / "data", shutil.copy2(short.checkpoint, home / "run" / "s0" / "best.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def full(own, tmp_path_factory):
+    """A store with all that the default method needs."""
+    home = tmp_path_factory.mktemp("full")
+    (done,) = run(home, own.argv("eval", home / "store"))
+    assert done.status == 0, done.err
+    assert written(home) == {*SETS, "network"}
+    return home / "store"
+
+
+def written(home):
+    return {name.rpartition("-")[0] for kind, name, _ in log_of(home) if kind == "written"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--set", "weights=[3, 1, 1]"],
+        ["--set", "base=5", "--set", "cap=0.5", "--set", "clip=False"],
+        ["--set", "percentile_low=1", "--set", "percentile_high=99"],
+        ["--set", "strong=[output, knn, vim, nci, gen, she, scale, ash]", "--set", "neighbours=3"],
+        ["--set", "strong=auto"],
+        ["--set", "output=msp", "--set", "temperature=2"],
+        ["--postprocessor", "fusenorm_joint"],
+        ["--compare", "--batch-size", "7"],
+    ],
+    ids=" ".join,
+)
+def test_another_fusion_needs_neither_network_nor_images(own, full, tmp_path, options):
+    live, again = ([*own.argv("eval", store), *options] for store in ("none", full))
+    (expected,) = run(tmp_path / "live", live)
+    for world in (1, 2):
+        done = run(tmp_path / str(world), again, world, first=without_network_and_images)
+        assert [d.status for d in done] == [0] * world, done
+        assert done[0].out == expected.out
+        assert log_of(tmp_path / str(world)) == []
+
+
+def test_anything_else_is_computed(own, full, tmp_path):
+    (done,) = run(tmp_path, own.argv("eval", tmp_path), first=without_network_and_images)
+    assert done.status == 1
+    assert "this was in the store" in done.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--set", "k_min=0.2"],
+        ["--set", "alpha=0.5"],
+        ["--set", "taps=stages"],
+        ["--normalization", "cifar10"],
+        ["--channels-last"],
+        ["--amp", "bf16"],
+    ],
+    ids=" ".join,
+)
+def test_other_scores_of_the_network_are_computed(own, full, tmp_path, options):
+    before = {path.name for path in full.iterdir()}
+    (done,) = run(tmp_path, [*own.argv("eval", full), *options])
+    assert done.status == 0, done.err
+    assert written(tmp_path) >= SETS
+    (live,) = run(tmp_path / "live", [*own.argv("eval", "none"), *options])
+    assert done.out == live.out
+    for path in set(full.iterdir()):
+        if path.name not in before:
+            shutil.rmtree(path)
+
+
+def test_another_version_computes_anew(own, full, tmp_path):
+    (done,) = run(tmp_path, own.argv("eval", full), first=partial(as_version, "0.0"))
+    assert done.status == 0, done.err
+    assert written(tmp_path) == {*SETS, "network"}
+
+
+def test_another_checkpoint_computes_anew(own, full, tmp_path):
+    weights = torch.load(own.checkpoint, weights_only=True)
+    next(iter(weights.values())).mul_(1.01)
+    other = own._replace(checkpoint=tmp_path / "other.ckpt")
+    torch.save(weights, other.checkpoint)
+    (done,) = run(tmp_path, other.argv("eval", full))
+    assert done.status == 0, done.err
+    assert written(tmp_path) == {*SETS, "network"}
+
+
+def rewritten(image, path):
+    image.write_bytes(image.read_bytes() + b"\0")
+
+
+def of_the_same_size(image, path):
+    other = sorted(image.parent.iterdir())[1].read_bytes()
+    size = max(len(other), image.stat().st_size)
+    image.write_bytes(other + bytes(size - len(other)))
+
+
+def touched(image, path):
+    os.utime(image, ns=(0, image.stat().st_mtime_ns + 1))
+
+
+def shortened(image, path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def reordered(image, path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[::-1]))
+
+
+def relabelled(image, path):
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([first.rsplit(maxsplit=1)[0] + " -2\n", *others]))
+
+
+@pytest.mark.parametrize(
+    "change", [rewritten, of_the_same_size, touched, shortened, reordered, relabelled]
+)
+def test_a_changed_image_set_is_computed_anew_and_no_other(own, full, tmp_path, change):
+    path = own.data / "benchmark_imglist" / "digits" / "test_flower.txt"
+    name = path.read_text().split()[0]
+    change(own.data / "images_digits" / name, path)
+    (done,) = run(tmp_path, own.argv("eval", full))
+    assert done.status == 0, done.err
+    assert written(tmp_path) == {"test_flower"}
+    (live,) = run(tmp_path / "live", own.argv("eval", "none"))
+    assert done.out == live.out
