@@ -6,7 +6,6 @@ from typing import NamedTuple
 import pytest
 
 from fusenorm_openood.cli.main import main
-
 from tests.conftest import shortened_digits
 
 
@@ -36,8 +35,8 @@ def short(digits, tmp_path_factory) -> Short:
 def detector(short, tmp_path_factory) -> Path:
     """A detector in a file, with calibration images."""
     images, path = short.data / "images_digits", tmp_path_factory.mktemp("detector") / "d.st"
-    argv = ["fit", "--weights", short.checkpoint, "--id-dir", images / "val_digits", "--output", path]
-    argv += ["--calibration-dir", images / "test_digits", "--image-size", 24]
+    argv = ["fit", "--weights", short.checkpoint, "--id-dir", images / "val_digits"]
+    argv += ["--output", path, "--calibration-dir", images / "test_digits", "--image-size", 24]
     argv += ["--normalization", "digits", "--no-progress", "--num-workers", 0, "--device", "cpu"]
     assert main([str(a) for a in argv]) == 0
     return path

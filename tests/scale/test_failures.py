@@ -1,0 +1,223 @@
+"""Whatever fails, finished shards are kept, and the next run gives the right table."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from contextlib import suppress
+from functools import partial
+
+import pytest
+
+from fusenorm_openood.data.lists import ImageList
+from fusenorm_openood.store import loading
+from fusenorm_openood.store.maintenance import verify
+from tests.scale.commands import ended, log_of, run, scored_twice, start
+from tests.scale.test_reuse import without_network_and_images
+
+
+@pytest.fixture(scope="module")
+def table(short, tmp_path_factory):
+    """What an undisturbed evaluation prints, without a store."""
+    (done,) = run(tmp_path_factory.mktemp("live"), short.argv("eval", "none"))
+    assert done.status == 0, done.err
+    return done.out
+
+
+@pytest.fixture(scope="module")
+def whole(short, tmp_path_factory):
+    """A complete store with shards of 8 images."""
+    home = tmp_path_factory.mktemp("whole")
+    (done,) = run(home, short.argv("eval", home / "store"), shard=8)
+    assert done.status == 0, done.err
+    return home / "store"
+
+
+@pytest.fixture
+def store(whole, tmp_path):
+    """A copy of the complete store."""
+    return shutil.copytree(whole, tmp_path / "store")
+
+
+def shard_of(store, images, number):
+    (path,) = store.glob(f"{images}-*/{number:06d}-*.parquet")
+    return path
+
+
+def assert_one_sentence(done, *said):
+    assert done.status == 1
+    assert done.err.startswith("fusenorm: ")
+    assert done.err.count("\n") == 1, done.err
+    for words in said:
+        assert words in done.err
+
+
+def kill_at_random_moments(short, home, world, moments, chance):
+    """Kill one process at each moment, and let the others end; the status of each is returned."""
+    ends = []
+    for _ in range(moments):
+        argv = short.argv("eval", home / "store")
+        running = [start(home, argv, rank, world, shard=8) for rank in range(world)]
+        victim = running[chance.randrange(world)]
+        time.sleep(chance.uniform(0, 1))
+        with suppress(ProcessLookupError):  # it was faster
+            os.kill(victim.process.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        ends.append([done.status for done in ended(running)])
+        assert time.monotonic() - killed < 20
+    return ends
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_processes_killed_at_any_moment_lose_no_shard(short, table, tmp_path, world):
+    ends = kill_at_random_moments(short, tmp_path, world, 3, random.Random(world))
+    assert all(-signal.SIGKILL in statuses or statuses == [0] * world for statuses in ends)
+    done = run(tmp_path, short.argv("eval", tmp_path / "store"), world, shard=8)
+    assert [d.status for d in done] == [0] * world, done
+    assert done[0].out == table
+    assert scored_twice(log_of(tmp_path)) == []
+    assert not any(verify(tmp_path / "store").values())
+
+
+def cut(path, store):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip(path, store):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def swap(path, store):
+    shutil.copy(shard_of(store, "test_noise", 0), path)
+
+
+def misname(path, store):
+    path.rename(path.with_name(f"{path.name[:7]}{0:016x}.parquet"))
+
+
+@pytest.mark.parametrize("damage", [cut, flip, swap, misname])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_damaged_shard_is_reported_and_computed_again(
+    short, table, store, tmp_path, damage, world
+):
+    damage(shard_of(store, "test_china", 1), store)
+    done = run(tmp_path, short.argv("eval", store), world, shard=8)
+    assert [d.status for d in done] == [0] * world, done
+    assert done[0].out == table
+    said = "".join(d.err for d in done)
+    assert said.count("\n") == 1
+    assert "000001-" in said
+    assert said.endswith("it is computed again\n")
+    assert [(kind, number) for kind, _, number in log_of(tmp_path)] == [
+        ("loaded", "1"), ("written", "1"),
+    ]  # fmt: skip
+    assert not any(verify(store).values())
+
+
+def test_a_damaged_structure_is_understood_again(short, table, store, tmp_path):
+    flip(shard_of(store, "network", 0), store)
+    (done,) = run(tmp_path, short.argv("eval", store), shard=8)
+    assert (done.status, done.out, done.err) == (0, table, "")
+    argv = short.argv("eval", store)
+    (done,) = run(tmp_path, argv, shard=8, first=without_network_and_images)
+    assert (done.status, done.out) == (0, table)
+
+
+def impatient():
+    loading.OWNER_TIME = 0.1
+
+
+def test_a_damaged_shard_of_a_process_that_is_past_it_is_computed_by_another(
+    short, store, tmp_path
+):
+    flip(shard_of(store, "test_china", 2), store)
+    running = start(tmp_path, short.argv("eval", store), 1, 2, shard=8, first=impatient)
+    assert running.done().status == 0
+
+
+def full_disk():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_full_disk_is_one_sentence(short, table, store, tmp_path, world):
+    shard_of(store, "test_stripes", 1).unlink()
+    done = run(tmp_path, short.argv("eval", store), world, shard=8, first=full_disk)
+    assert_one_sentence(done[world - 1], "shard 1 cannot be written", "free disk space")
+    assert list(store.rglob("*.tmp")) == []
+    (done,) = run(tmp_path, short.argv("eval", store), shard=8)
+    assert (done.status, done.out) == (0, table)
+    assert [kind for kind, *_ in log_of(tmp_path)] == ["loaded"] * 2 + ["written"]
+
+
+def test_a_store_that_is_a_file_or_nowhere_is_one_sentence(short, tmp_path):
+    (tmp_path / "file").touch()
+    for store in (tmp_path / "file", "/proc/store"):
+        (done,) = run(tmp_path, short.argv("eval", store))
+        assert_one_sentence(done, str(store), "choose another store")
+
+
+def vanishing(image, moment, name):
+    """Let an image vanish while another one of its set, or of an earlier set, is read."""
+    read = ImageList.__getitem__
+
+    def reading(self, index):
+        if self.path.stem == name and index == moment:
+            image.unlink(missing_ok=True)
+        return read(self, index)
+
+    ImageList.__getitem__ = reading
+
+
+@pytest.mark.parametrize("name", ["test_digits", "test_flower"])
+def test_an_image_that_vanishes_is_one_sentence(short, table, tmp_path, name):
+    images = tmp_path / "data" / "images_digits"
+    shutil.copytree(short.data / "benchmark_imglist", tmp_path / "data" / "benchmark_imglist")
+    shutil.copytree(short.data / "images_digits" / "test_flower", images / "test_flower")
+    for other in (short.data / "images_digits").iterdir():
+        if other.name != "test_flower":
+            (images / other.name).symlink_to(other)
+    image = images / "test_flower" / "0012.png"  # of shard 1
+    shutil.copy2(image, tmp_path)
+    argv = short._replace(data=tmp_path / "data").argv("eval", tmp_path / "store")
+    vanish = partial(vanishing, image, 9, name)
+    done = run(tmp_path, argv, 2, shard=8, first=vanish)
+    assert_one_sentence(done[1], "0012.png", "cannot be read", "restore or replace")
+    if name == "test_flower":
+        assert done[0].status == 128 + signal.SIGTERM
+        assert "process 0 of 2 stops because process 1 ended; finished shards" in done[0].err
+    shutil.copy2(tmp_path / "0012.png", image)
+    done = run(tmp_path, argv, 2, shard=8)
+    assert [d.status for d in done] == [0, 0]
+    assert done[0].out == table
+    assert scored_twice(log_of(tmp_path)) == []
+
+
+def test_two_runs_at_once_share_a_store(short, table, tmp_path):
+    argv = short.argv("eval", tmp_path / "store")
+    running = [start(tmp_path / str(number), argv, shard=8) for number in range(2)]
+    assert [(r.done().status, r.done().out) for r in running] == [(0, table)] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_whose_peers_are_done_waits_for_none(short, store, tmp_path, rank):
+    for path in store.rglob("*.parquet"):
+        if int(path.name[:6]) % 2 == rank:
+            path.unlink()
+    running = start(tmp_path, short.argv("eval", store), rank, 2, shard=8)
+    assert running.done().status == 0
+
+
+def test_a_process_goes_on_when_another_run_has_computed_more(short, store, tmp_path):
+    """It waits for scores without features, of which the other run has those with features."""
+    argv = [*short.argv("eval", tmp_path / "new"), "--set", "strong=[output]"]
+    waiting = start(tmp_path / "waiting", argv, 1, 2, shard=8)
+    while not any(kind == "written" for kind, *_ in log_of(tmp_path / "waiting")):
+        time.sleep(0.05)
+    (other,) = run(tmp_path / "other", short.argv("eval", tmp_path / "new"), shard=8)
+    assert other.status == 0
+    assert waiting.done().status == 0
