@@ -50,19 +50,21 @@ def run(args: Namespace) -> int:
     """Judge every file; an unreadable one is a row with the reason.
 
     Returns:
-        0 = all were judged, 3 = some were unreadable.
+        0 = all were judged, 3 = some were unreadable; among several processes 0, because `torchrun`
+        takes any other status for a failure.
     """
     detector = _loaded(args)
     n = None if detector.reference_ is None else len(detector.reference_)
     if args.fdr is not None and (n is None or not args.csv):
         lacks = "calibration images: fit with --calibration-dir" if n is None else "a file: --csv"
         raise ConfigError(f"--fdr judges all images together, for which it needs {lacks}")
-    if n is None:
+    process = this_process()
+    if n is None and process.leads:
         print("fusenorm: the detector is not calibrated, so there are no verdicts", file=sys.stderr)
-    elif args.fdr is None:
+    if n is not None and args.fdr is None:
         check_enough(n, args.acceptance)
-    process, given = this_process(), image_paths(args.paths)
     _check_store(args, process)
+    given = image_paths(args.paths)
     if not process.leads:
         return sum(map(len, _judged(args, detector, given, process)))  # it is given none: 0
     with RowFile(Path(args.csv) if args.csv else None, args.resume) as file:
@@ -90,14 +92,18 @@ def run(args: Namespace) -> int:
             "it: calibrate on more, or choose --acceptance",
             file=sys.stderr,
         )
-    return SOME_UNREADABLE if counts["unreadable"] else 0
+    return SOME_UNREADABLE if counts["unreadable"] and process.world == 1 else 0
 
 
 def _check_store(args: Namespace, process: Process) -> None:
-    """Raise ConfigError where a store is missing, or `--resume` is given beside it."""
+    """Raise ConfigError where a store is missing, or what does not go with it is given."""
     if process.world > 1 and not args.store:
         raise ConfigError(
             f"{process.world} processes meet in a store: give --store DIR, which all can write to"
+        )
+    if process.world > 1 and "-" in args.paths:
+        raise ConfigError(
+            f"{process.world} processes cannot read the same standard input: give a list in a file"
         )
     if args.store and args.resume:
         raise ConfigError("--store goes on with what it has: leave out --resume")

@@ -15,9 +15,9 @@ from fusenorm_openood.detectors.folder import FileScores, ImageFiles, Judged, ju
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.networks.fingerprint import fingerprint
 from fusenorm_openood.store import ShardSet
-from fusenorm_openood.store.loading import Batches, intact, shard_batches
+from fusenorm_openood.store.loading import Batches, intact, shard_batches, wait_for_shards
 from fusenorm_openood.structure.wrappers import unwrapped
-from fusenorm_openood.torchrun import Process, wait_until
+from fusenorm_openood.torchrun import Process
 from fusenorm_openood.version import __version__
 
 SHARD = 1000  # images
@@ -86,19 +86,25 @@ class FileShards:
             self.score(mine, after)
         for number in range(self.shards.count if process.leads else 0):
             if process.world > 1:
-                wait_until(partial(self._is_present, number))
+                wait_for_shards(
+                    partial(self._missing, number), lambda: self.score(self.shards.missing(), after)
+                )
             elif number in mine:
                 self.score([number], after)
             yield self._said(number, acceptance)
 
-    def _is_present(self, number: int) -> bool:
-        return number in self.shards.present()
+    def _missing(self, last: int) -> list[int]:
+        return [number for number in self.shards.missing() if number <= last]
 
     def _said(self, number: int, acceptance: float) -> list[Judged]:
         kept = intact(self.shards, number, partial(self.score, [number]))
         span = self.shards.span(number)
         names = [str(path) for path in self.paths[span.start : span.stop]]
         scores = FileScores(np.ascontiguousarray(kept["scores"].T), kept["pred"], kept["error"])
+        for at in np.flatnonzero(scores.error != ""):  # perhaps it could not be read for a moment
+            again = score_batch(self.detector, [self._files[span[at]]])
+            for values, value in zip(scores, again, strict=True):
+                values[..., [at]] = value
         return judged(self.detector, names, scores, acceptance)
 
     def _load(self, batches: Batches) -> Iterator[Any]:

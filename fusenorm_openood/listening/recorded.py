@@ -17,8 +17,14 @@ from tqdm import tqdm
 from fusenorm_openood.listening.observed import Listener, Observed, Recorder, observed
 from fusenorm_openood.method.posthoc import Seen
 from fusenorm_openood.store import Key, ShardSet
-from fusenorm_openood.store.loading import Batches, intact, row_batches, shard_batches
-from fusenorm_openood.torchrun import this_process, wait_until
+from fusenorm_openood.store.loading import (
+    Batches,
+    intact,
+    row_batches,
+    shard_batches,
+    wait_for_shards,
+)
+from fusenorm_openood.torchrun import this_process
 
 SHARD = 1000  # images
 Columns = dict[str, NDArray[Any]]
@@ -79,18 +85,19 @@ class RecordedLoader(Recorder):
         """
         process = this_process()
         work = _Work(net, listener, progress and process.leads, desc)
-        shards = self._shards(listener.what)
-        self._write(shards, process.share(shards.missing()), work)
-        complete = wait_until(lambda: self._complete(listener.what))
-        assert complete is not None  # there is no end to the wait
+
+        def shards() -> ShardSet:  # of which another process may find others
+            return self._shards(listener.what)
+
+        begun = shards()
+        self._write(begun, process.share(begun.missing()), work)
+        wait_for_shards(
+            lambda: shards().missing(), lambda: self._write(begun, begun.missing(), work)
+        )
+        complete = shards()
         for number in range(complete.count):
             compute = partial(self._write, complete, [number], work)
             yield _observed(intact(complete, number, compute, bool(process.share([number]))))
-
-    def _complete(self, what: Mapping[str, Any]) -> ShardSet | None:
-        """The shards of a pass once there are all, also if another process found others."""
-        shards = self._shards(what)
-        return None if shards.missing() else shards
 
     def _shards(self, what: Mapping[str, Any]) -> ShardSet:
         """The shards of a pass, or if these exist, of the same pass with features."""

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from fusenorm_openood.torchrun import wait_until
 
 Batches = Sequence[Any]  # ranges or lists of rows; torch's annotations have lists only
 OWNER_TIME = 60.0  # seconds that a process has to compute a damaged shard of its own again
+SILENCE = 600.0  # seconds without a new shard after which one does not wait for others any longer
 
 
 def shard_batches(
@@ -41,6 +43,23 @@ def shard_batches(
 def row_batches(rows: range, batch_size: int) -> list[range]:
     """Consecutive rows in batches."""
     return [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
+
+
+def wait_for_shards(missing: Callable[[], list[int]], compute: Callable[[], object]) -> None:
+    """Wait until other processes have written the shards that are missing.
+
+    Args:
+        missing: the numbers of these shards, as they are now.
+        compute: computes and writes them, which is done if the others are silent for too long:
+            they may have ended, or work on another list of images.
+    """
+    while left := missing():
+        if not wait_until(partial(_is_other, missing, left), SILENCE):
+            compute()
+
+
+def _is_other(missing: Callable[[], list[int]], left: list[int]) -> bool:
+    return missing() != left
 
 
 def intact(

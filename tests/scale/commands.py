@@ -42,7 +42,8 @@ class Running(NamedTuple):
         return Done(self.process.exitcode, self._text("out"), self._text("err"))
 
     def _text(self, stream: str) -> str:
-        return self.printed.with_suffix(f".{stream}").read_text()
+        path = self.printed.with_suffix(f".{stream}")
+        return path.read_text() if path.exists() else ""  # killed at its very start
 
 
 def start(
