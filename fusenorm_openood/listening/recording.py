@@ -68,4 +68,5 @@ def _logits(
         return seen.logits
     weight, bias = (t.cpu().float() for t in head_of(net, structure))
     threshold = fitted.thresholds[output.react_percentile]
-    return F.linear(seen.feature.clamp(max=threshold).float(), weight, bias)
+    with torch.autocast("cpu", enabled=False):  # in full precision, as in `react_logits`
+        return F.linear(seen.feature.clamp(max=threshold).float(), weight, bias)

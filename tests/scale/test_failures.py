@@ -14,6 +14,7 @@ import pytest
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.store import loading
 from fusenorm_openood.store.maintenance import verify
+from fusenorm_openood.torchrun import wait_until
 from tests.scale.commands import ended, log_of, run, scored_twice, start
 from tests.scale.test_reuse import without_network_and_images
 
@@ -61,7 +62,9 @@ def kill_at_random_moments(short, home, world, moments, chance):
         argv = short.argv("eval", home / "store")
         running = [start(home, argv, rank, world, shard=8) for rank in range(world)]
         victim = running[chance.randrange(world)]
-        time.sleep(chance.uniform(0, 1))
+        some = len(log_of(home)) + chance.randrange(20)
+        wait_until(lambda some=some: len(log_of(home)) >= some, 5)
+        time.sleep(chance.uniform(0, 0.03))
         with suppress(ProcessLookupError):  # it was faster
             os.kill(victim.process.pid, signal.SIGKILL)
         killed = time.monotonic()

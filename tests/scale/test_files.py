@@ -105,7 +105,10 @@ def test_a_process_does_not_wait_for_ever_for_one_with_other_images(argv, images
 def test_several_processes_need_a_store_and_no_standard_input(argv, images, tmp_path):
     for wrong, said in (
         ([a for a in argv if a not in ("--store", tmp_path / "store")], "2 processes meet in a"),
-        (["-" if a == images else a for a in argv], "2 processes cannot read the same standard input"),
+        (
+            ["-" if a == images else a for a in argv],
+            "2 processes cannot read the same standard input",
+        ),
         ([*argv, "--resume", "--csv", tmp_path / "x.csv"], "leave out --resume"),
     ):
         done = run(tmp_path, wrong, 2)

@@ -13,6 +13,7 @@ EVAL = {
     "knn": ["--postprocessor", "knn", "--set", "K=5"],
     "vim": ["--postprocessor", "vim", "--set", "dim=4"],
     "react": ["--postprocessor", "react"],
+    "half precision": ["--amp", "bf16", "--set", "react_percentile=90"],
     "msp": ["--postprocessor", "msp"],
 }
 

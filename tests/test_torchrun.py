@@ -1,0 +1,111 @@
+"""Processes of `torchrun`: their shares, their waits, and what they say when one of them fails."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from fusenorm_openood.torchrun import Process, among_peers, wait_until
+
+PAIR = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+
+
+@pytest.fixture
+def pair(monkeypatch, tmp_path):
+    """This process is the second of two, which meet in a folder of the test."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name, value in PAIR.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_shares_are_all_of_the_work_and_none_of_it_twice(world):
+    for numbers in ([], [0], [5], range(7), [1, 3, 5, 7]):
+        shares = [Process(rank, rank, world).share(numbers) for rank in range(world)]
+        assert sorted(number for share in shares for number in share) == list(numbers)
+
+
+def test_a_wait_ends_with_what_was_found_or_when_its_time_is_over():
+    answers = iter([None, [], [3]])
+    assert wait_until(lambda: next(answers)) == [3]
+    begun = time.monotonic()
+    assert not wait_until(lambda: False, 0.2)
+    assert 0.2 <= time.monotonic() - begun < 5
+
+
+def test_peers_print_nothing_and_leave_nothing_behind(pair, capsys):
+    with among_peers() as process:
+        print("twice")
+        assert process == Process(1, 1, 2)
+        assert [file.name for file in pair.rglob("1")] == ["1"]
+    print("once")
+    assert capsys.readouterr().out == "once\n"
+    assert list(pair.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_thread_may_be_among_peers(pair):
+    found = []
+
+    def work():
+        with among_peers() as process:
+            found.append(process)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [Process(1, 1, 2)]
+
+
+@pytest.mark.parametrize("failed", ["0", "5"])
+def test_only_a_process_of_the_same_run_is_named(tmp_path, failed):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    code = f"""
+import os, signal, sys
+from fusenorm_openood.torchrun import among_peers, _meeting_place
+with among_peers():
+    (_meeting_place() / "{failed}").write_text("{gone.pid}")
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    environment = {**os.environ, **PAIR, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    why = "stops because process 0 ended" if failed == "0" else "was terminated"
+    assert done.stderr == (
+        f"fusenorm: process 1 of 2 {why}; finished shards are kept: start the command again to go "
+        "on\n"
+    )
+
+
+def test_a_killed_process_ends_the_others_of_torchrun_which_name_it(digits, tmp_path):
+    data, checkpoint = digits
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    command += ["-m", "fusenorm_openood.cli", "eval", "--root", str(checkpoint)]
+    command += ["--id-data", "digits", "--data-root", str(data), "--store", str(tmp_path / "store")]
+    command += ["--num-workers", "0", "--no-progress", "--device", "cpu"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    begun = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    met = wait_until(lambda: len([*tmp_path.glob("fusenorm-*/[01]")]) == 2, 60)
+    assert met
+    (first,) = tmp_path.glob("fusenorm-*/0")  # it has all shards, for which the other waits
+    os.kill(int(first.read_text()), signal.SIGKILL)
+    killed = time.monotonic()
+    _, said = begun.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert begun.returncode != 0
+    assert "fusenorm: process 1 of 2 stops because process 0 ended; finished shards" in said
