@@ -1,7 +1,10 @@
+import subprocess
+import sys
+
 import pytest
 
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.files import check_writable, write_whole
+from fusenorm_openood.files import alone_in, check_writable, write_whole
 
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path):
@@ -34,3 +37,33 @@ def test_the_error_for_a_folder_that_is_not_writable_names_the_option(tmp_path):
         ConfigError, match=r"folder .*file.*is not writable .*choose another with --root"
     ):
         check_writable(tmp_path / "file", "--root")
+
+
+COUNTER = """
+import sys, time
+from pathlib import Path
+from fusenorm_openood.files import alone_in
+
+folder = Path(sys.argv[1])
+with alone_in(folder):
+    count = folder.with_suffix(".txt")
+    before = int(count.read_text()) if count.exists() else 0
+    time.sleep(0.1)
+    count.write_text(str(before + 1))
+"""
+
+
+def test_processes_enter_a_folder_one_after_another(tmp_path):
+    command = [sys.executable, "-c", COUNTER, str(tmp_path / "new")]
+    running = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert (tmp_path / "new.txt").read_text() == "3"
+
+
+def test_a_folder_that_cannot_be_locked_is_entered(tmp_path):
+    (tmp_path / "file").touch()
+    entered = []
+    for folder in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with alone_in(folder):
+            entered.append(folder)
+    assert len(entered) == 2

@@ -71,7 +71,6 @@ class Records:
         kept = self._kept()
         if self.known() is not None:
             return
-        kept.discard(0)  # a damaged file
         columns = {"structure": np.array([json.dumps(structure.to_json())], dtype=object)}
         try:
             head = Head(*(t.detach().cpu().float() for t in head_of(net, structure)))
@@ -82,6 +81,7 @@ class Records:
         except TapError:  # no linear head
             pass
         kept.write(0, columns)
+        kept.discard_damaged(0)
 
     def _kept(self) -> ShardSet:
         return ShardSet(self.store, {**self.network, "heard": "structure"}, "network", rows=1)

@@ -87,6 +87,6 @@ def intact(
             return columns
         reason = str(error).removesuffix(": delete it")
         tqdm.write(f"fusenorm: {reason}: it is computed again", file=sys.stderr)
-        shards.discard(number)
         compute()
+        shards.discard_damaged(number)  # not before: others would find the shard missing
     return shards.read(number)

@@ -133,6 +133,19 @@ class ShardSet:
             if found == number:
                 delete(path)
 
+    def discard_damaged(self, number: int) -> None:
+        """Delete the files of a shard that are damaged, which one with other bits cannot replace.
+
+        Raises:
+            StoreError: a file cannot be deleted.
+        """
+        for found, path in list_shards(self.folder):
+            if found == number:
+                try:
+                    read_shard(path, self._label(number))
+                except DamagedShardError:
+                    delete(path)
+
     def iterate(self, columns: Sequence[str] | None = None) -> Iterator[Columns]:
         """The shards in order, with the columns asked for, after a check of all bytes.
 

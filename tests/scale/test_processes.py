@@ -41,14 +41,20 @@ def evaluated(short, home, store, options, world=1, **how):
 
 
 @pytest.mark.parametrize("options", EVAL.values(), ids=EVAL)
-def test_processes_and_recording_change_no_bit(short, tmp_path, options):
+def test_recording_in_two_processes_changes_no_bit(short, tmp_path, options):
     live = evaluated(short, tmp_path / "live", "none", options)
-    stores = {}
+    assert evaluated(short, tmp_path / "two", tmp_path / "store", options, 2, shard=8) == live
+
+
+def test_the_number_of_processes_changes_no_bit(short, tmp_path):
+    options = EVAL["published"]
+    found = []
     for world, shard in ((1, 8), (2, 8), (3, 20)):
         home, store = tmp_path / f"{world}", tmp_path / f"store{world}"
-        assert evaluated(short, home, store, options, world, shard=shard) == live
-        stores[world] = shards_of(store)
-    assert stores[1] == stores[2]
+        scores = evaluated(short, home, store, options, world, shard=shard)
+        found.append((scores, shards_of(store)))
+    assert found[0] == found[1]
+    assert found[0][0] == found[2][0]
 
 
 def test_processes_and_recording_change_no_figure_of_a_comparison(short, tmp_path):

@@ -7,8 +7,14 @@ from functools import partial
 import pytest
 import torch
 
+from fusenorm_openood import FuseNorm
 from fusenorm_openood.benchmark import networks, records
+from fusenorm_openood.benchmark.records import network_record
 from fusenorm_openood.data.lists import ImageList
+from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.detectors.sharded import experts_record
+from fusenorm_openood.store import digest
+from tests.conftest import make_loader, make_net
 from tests.scale.commands import log_of, run
 from tests.scale.conftest import Short
 
@@ -76,11 +82,10 @@ def written(home):
 def test_another_fusion_needs_neither_network_nor_images(own, full, tmp_path, options):
     live, again = ([*own.argv("eval", store), *options] for store in ("none", full))
     (expected,) = run(tmp_path / "live", live)
-    for world in (1, 2):
-        done = run(tmp_path / str(world), again, world, first=without_network_and_images)
-        assert [d.status for d in done] == [0] * world, done
-        assert done[0].out == expected.out
-        assert log_of(tmp_path / str(world)) == []
+    done = run(tmp_path, again, 2, first=without_network_and_images)
+    assert [d.status for d in done] == [0, 0], done
+    assert done[0].out == expected.out
+    assert log_of(tmp_path) == []
 
 
 def test_anything_else_is_computed(own, full, tmp_path):
@@ -102,15 +107,9 @@ def test_anything_else_is_computed(own, full, tmp_path):
     ids=" ".join,
 )
 def test_other_scores_of_the_network_are_computed(own, full, tmp_path, options):
-    before = {path.name for path in full.iterdir()}
     (done,) = run(tmp_path, [*own.argv("eval", full), *options])
     assert done.status == 0, done.err
     assert written(tmp_path) >= SETS
-    (live,) = run(tmp_path / "live", [*own.argv("eval", "none"), *options])
-    assert done.out == live.out
-    for path in set(full.iterdir()):
-        if path.name not in before:
-            shutil.rmtree(path)
 
 
 def test_another_version_computes_anew(own, full, tmp_path):
@@ -168,3 +167,35 @@ def test_a_changed_image_set_is_computed_anew_and_no_other(own, full, tmp_path, 
     assert written(tmp_path) == {"test_flower"}
     (live,) = run(tmp_path / "live", own.argv("eval", "none"))
     assert done.out == live.out
+
+
+def test_a_network_is_known_by_its_file_its_name_the_size_of_images_and_how_it_runs(tmp_path):
+    files = tmp_path / "one", tmp_path / "two"
+    for path in files:
+        path.write_text(path.name)
+    known = [
+        network_record(files[0], None, 32, amp=False),
+        network_record(files[1], None, 32, amp=False),
+        network_record(files[0], "timm:resnet18", 32, amp=False),
+        network_record(files[0], None, 64, amp=False),
+        network_record(files[0], None, 32, amp=True),
+    ]
+    assert len(set(map(digest, known))) == len(known)
+    files[0].rename(tmp_path / "three")
+    assert network_record(tmp_path / "three", None, 32, amp=False) == known[0]
+
+
+def test_scores_of_files_are_known_by_all_that_they_depend_on(net, loader):
+    def known(net=net, loader=loader, size=16, **changes):
+        detector = FuseNorm(net, **changes).fit(loader)
+        detector.preprocessing = Preprocessing(size, (16, 16), "bilinear", (0.5,) * 3, (0.5,) * 3)
+        return digest(experts_record(detector))
+
+    same = [known(), known(), known(base=5), known(percentile_low=1), known(weights=(1, 2, 1))]
+    assert len(set(same)) == 1
+    other = [
+        known(make_net(1)), known(loader=make_loader(seed=2)), known(size=32), known(k_min=0.2),
+        known(strong=("output", "fdbd")), known(output="msp"), known(temperature=2.0),
+        known(react_percentile=90.0), known(strong=("output", "knn"), neighbours=3),
+    ]  # fmt: skip
+    assert len({*same, *other}) == 1 + len(other)
