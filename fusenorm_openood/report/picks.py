@@ -1,0 +1,96 @@
+"""The images of a benchmark that a report shows."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
+from fusenorm_openood.detectors.base import Scored
+from fusenorm_openood.method.conformal import conformal_p_values
+from fusenorm_openood.report.gallery import PER_GROUP, Chosen
+from fusenorm_openood.report.sections import GROUPS
+
+Values = NDArray[np.float64]
+
+
+class _Place(NamedTuple):
+    """Where an image is, and what was said of it."""
+
+    group: str
+    name: str
+    index: int
+    conf: float
+    pred: int
+    label: int
+
+
+def picks(
+    sets: Mapping[str, Mapping[str, Scored]],
+    benchmark: Benchmark,
+    cut: float,
+    reference: Values | None,
+    split: str = "test",
+) -> dict[str, list[Chosen]]:
+    """The images to show, by group: extreme and doubtful ones, and the worst mistakes.
+
+    Args:
+        sets: `Evaluation.sets`.
+        benchmark: where the images come from.
+        cut: the threshold of the confidence.
+        reference: confidences of calibration images, for p-values; None = no p-values.
+        split: which ID images were tested.
+    """
+    ood = [(group, name) for group in GROUPS for name in sets.get(group, ())]
+    known = [(group, name) for group in ("id", "csid") for name in sets[group]]
+
+    def nearest(keys: list[tuple[str, str]], distance: Callable[[Values], Values]) -> list[Chosen]:
+        found = []
+        for group, name in keys:
+            s = sets[group][name]
+            for index in np.argsort(distance(s.conf), kind="stable")[:PER_GROUP]:
+                place = _Place(
+                    group, name, int(index), float(s.conf[index]), s.pred[index], s.label[index]
+                )
+                found.append((float(distance(s.conf[index])), place))
+        found.sort(key=lambda pair: pair[0])
+        return [_chosen(place, benchmark, reference, split) for _, place in found[:PER_GROUP]]
+
+    return {
+        "Most rejected": nearest([*known, *ood], lambda conf: conf),
+        "Most doubtful": nearest([*known, *ood], lambda conf: np.abs(conf - cut)),
+        "Most trusted": nearest([*known, *ood], lambda conf: -conf),
+        "OOD images that are trusted most": nearest(ood, lambda conf: -conf),
+        "ID images that are rejected most": nearest(known, lambda conf: conf),
+    }
+
+
+def _chosen(
+    place: _Place, benchmark: Benchmark, reference: Values | None, split: str
+) -> Chosen:
+    image_set = _image_set(place, benchmark, split)
+    kind = GROUPS.get(place.group, "ID" if place.group == "id" else "covariate-shifted ID")
+    is_known = place.group not in GROUPS
+    truth = f"{kind}, class {place.label}" if is_known else f"{kind}, {place.name}"
+    facts = [("is", truth), ("predicted", f"class {place.pred}")]
+    facts.append(("confidence", f"{place.conf:.3f}"))
+    if reference is not None:
+        facts.append(("p-value", f"{float(conformal_p_values(place.conf, reference)):.3g}"))
+    images = image_set.images()
+
+    def read(index: int = place.index) -> Tensor:
+        tensor: Tensor = images[index]["data"]
+        return tensor
+
+    return Chosen(images.entries[place.index].name, tuple(facts), read)
+
+
+def _image_set(place: _Place, benchmark: Benchmark, split: str) -> ImageSet:
+    if place.group == "id":
+        return benchmark.id[split]
+    if place.group == "valood":
+        return benchmark.val_ood
+    sets = {"csid": benchmark.csid, "nearood": benchmark.near, "farood": benchmark.far}
+    return sets[place.group][place.name]
