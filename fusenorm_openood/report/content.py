@@ -30,11 +30,13 @@ class Figure:
 
     Attributes:
         title: its title, set above it.
+        lines: more lines of the title.
         text: what it shows, for those who cannot see it.
         svg: the SVG file.
     """
 
     title: str
+    lines: tuple[str, ...]
     text: str
     svg: str
 

@@ -11,7 +11,7 @@ from fusenorm_openood.report.content import Figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SIZE = (3.7, 2.5)  # inches; 360 pixels of a phone show text of 8 points as 10 pixels
+SIZE = (3.7, 2.6)  # inches; 360 pixels of a phone show text of 8 points as 10.5 pixels
 INK, SOFT, GRID = "#1a1a1a", "#595959", "#d0d0d0"
 # Okabe and Ito's colours, each with a line style of its own: never colour alone.
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -21,7 +21,8 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fusenorm",  # the same drawing has the same ids
     "text.parse_math": False,
-    "font.size": 8,
+    "font.size": 8.5,
+    "legend.fontsize": 8,
     "axes.edgecolor": SOFT,
     "axes.labelcolor": INK,
     "axes.spines.top": False,
@@ -40,7 +41,11 @@ _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 
 def drawn(
-    title: str, text: str, draw: "Callable[[Axes], None]", size: tuple[float, float] = SIZE
+    title: str,
+    text: str,
+    draw: "Callable[[Axes], None]",
+    size: tuple[float, float] = SIZE,
+    lines: tuple[str, ...] = (),
 ) -> Figure:
     """The figure that `draw` draws; without pyplot, and whatever the user's matplotlibrc says."""
     from matplotlib import style
@@ -51,7 +56,7 @@ def drawn(
         draw(canvas.subplots())
         file = io.StringIO()
         canvas.savefig(file, format="svg", metadata=_NO_METADATA, transparent=True)
-    return Figure(title, text, file.getvalue())
+    return Figure(title, lines, text, file.getvalue())
 
 
 def embedded(figure: Figure, prefix: str) -> str:
@@ -73,10 +78,11 @@ def embedded(figure: Figure, prefix: str) -> str:
             # A colour begins with # as well.
             is_link = key.endswith("href") or "url(#" in value
             element.set(key, f"{prefix}-{value}" if key == "id" else linked if is_link else value)
-    for number, (tag, content) in enumerate((("title", figure.title), ("desc", figure.text))):
-        described = ElementTree.Element(f"{{{_SVG}}}{tag}", {"id": f"{prefix}-{tag}"})
-        described.text = content
-        root.insert(number, described)
+    described = " ".join((*figure.lines, figure.text))
+    for number, (tag, content) in enumerate((("title", figure.title), ("desc", described))):
+        child = ElementTree.Element(f"{{{_SVG}}}{tag}", {"id": f"{prefix}-{tag}"})
+        child.text = content
+        root.insert(number, child)
     root.attrib.pop("width", None), root.attrib.pop("height", None)
     root.attrib |= {"role": "img", "aria-labelledby": f"{prefix}-title {prefix}-desc"}
     return ElementTree.tostring(root, encoding="unicode")

@@ -11,9 +11,17 @@ from fusenorm_openood.report.content import Facts, Report, Section
 from fusenorm_openood.report.figures import Series
 from fusenorm_openood.report.gallery import gallery
 from fusenorm_openood.report.picks import picks
-from fusenorm_openood.report.scores import Score, histograms_section, roc_section, scores_of
+from fusenorm_openood.report.scores import (
+    Score,
+    Values,
+    histograms_section,
+    known_sets,
+    roc_section,
+    scores_of,
+)
 from fusenorm_openood.report.sections import (
     GROUPS,
+    HEAT,
     acceptance_section,
     detector_facts,
     objected,
@@ -48,18 +56,20 @@ def report_of_evaluation(
     """
     scores, detector = scores_of(result), result.detector
     conf = scores[0]
-    sections = [
-        _results(result, table, note),
-        histograms_section(scores),
-        roc_section(scores),
-    ]
     # Every other ID image calibrates, the rest is tested.
-    reference = None if validation else np.sort(conf.known[::2])
+    halves = [conf for s in known_sets(result) for conf in (s.conf[::2], s.conf[1::2])]
+    reference = None if validation else np.sort(np.concatenate(halves[::2]))
     cut = threshold(reference, ACCEPTANCE)
+    promised = cut is not None
     if cut is None:
         cut = float(np.quantile(conf.known, 1 - ACCEPTANCE))
-    elif reference is not None:
-        sections.append(_acceptance(conf, reference))
+    sections = [
+        _results(result, table, note),
+        histograms_section(scores, cut),
+        roc_section(scores),
+    ]
+    if reference is not None and promised:
+        sections.append(_acceptance(conf, reference, np.concatenate(halves[1::2])))
     if isinstance(detector, FuseNorm):
         counts = {}
         for group in conf.unknown:
@@ -70,10 +80,10 @@ def report_of_evaluation(
     if detector is not None:
         chosen = picks(result.sets, benchmark, cut, reference, "val" if validation else "test")
         cards = gallery(chosen, detector, benchmark.norm).cards
+        heat = f", and {HEAT}" if isinstance(detector, FuseNorm) else ""
         text = (
-            "Each image as the network sees it, and a heat map of where its feature norm comes from, "
-            f"if the detector is FuseNorm. Doubtful images are closest to {cut:.3g}, the confidence "
-            f"above which {ACCEPTANCE:.0%} of ID images are."
+            f"Each image as the network sees it{heat}. Doubtful images are closest to the threshold "
+            f"{cut:.3g}, which {ACCEPTANCE:.0%} of ID images exceed."
         )
         sections.append(Section("Images", (text,), galleries=cards))
     about = (*facts, *(() if detector is None else detector_facts(detector)))
@@ -94,8 +104,8 @@ def _results(result: Evaluation, table: pd.DataFrame | None, note: str) -> Secti
     return Section("Results", (note,) if note else (), tuple(tables))
 
 
-def _acceptance(conf: Score, reference: np.ndarray) -> Section:
-    known = Series("ID accepted", conformal_p_values(conf.known[1::2], reference))
+def _acceptance(conf: Score, reference: Values, tested: Values) -> Section:
+    known = Series("ID accepted", conformal_p_values(tested, reference))
     others = [
         Series(f"{GROUPS[group]} rejected", conformal_p_values(conf.pooled(group), reference))
         for group in conf.unknown

@@ -31,6 +31,7 @@ def histogram(
     axis: str,
     threshold: float | None = None,
     marks: Sequence[Series] = (),
+    lines: tuple[str, ...] = (),
 ) -> Figure:
     """How scores of ID images and of others are distributed; `marks` are single images."""
     edges = bin_edges(known.values, [s.values for s in (*others, *marks)])
@@ -55,7 +56,7 @@ def histogram(
         ax.set_ylim(0, top * (1.05 + 0.09 * len(marks)))
         ax.set_xlabel(axis)
         ax.set_ylabel("% of the images")
-        _legend(ax)
+        _legend(ax, 3 if len(ax.get_legend_handles_labels()[0]) <= 3 else 2)
 
     spread = "; ".join(
         f"{s.label}: median {np.median(s.values):.3g}, 90 % between "
@@ -63,7 +64,7 @@ def histogram(
         for s in (known, *others, *marks)
         if len(s.values)
     )
-    return drawn(title, f"Histogram. {spread}.", draw)
+    return drawn(title, f"Histogram. {spread}.", draw, lines=lines)
 
 
 def bin_edges(known: Values, others: Sequence[Values]) -> Values:
@@ -106,10 +107,11 @@ def roc(title: str, curves: Mapping[str, tuple[Values, Values]], shown: int = 4)
         ax.set_xlabel("% of ID images rejected")
         ax.set_ylabel("% of OOD images rejected")
         ax.grid()
+        ax.set(xlim=(-1, 100), ylim=(0, 101))
         handles, labels = ax.get_legend_handles_labels()
-        ax.legend(handles[::-1], labels[::-1], loc="lower right", fontsize=7.5)
+        ax.figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2)
 
-    return drawn(title, f"ROC curves: {'; '.join(curves)}.", draw, (SIZE[0], 3.2))
+    return drawn(title, f"ROC curves: {'; '.join(curves)}.", draw, (SIZE[0], 3.4))
 
 
 def acceptance_curves(
@@ -152,14 +154,14 @@ def acceptance_curves(
         ax.set_xlabel("acceptance asked for, %")
         ax.set_ylabel("% of the images")
         ax.grid()
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=7.5)
+        _legend(ax, 2)
 
     at = float(x[np.argmin(np.abs(x - (asked or 0.95)))])
     said = [f"at an acceptance of {at:.1%}"]
     if known is not None:
         said.append(f"{1 - rejects(known.values, at).mean():.1%} {known.label}")
     said += [f"{rejects(s.values, at).mean():.1%} {s.label}" for s in others]
-    return drawn(title, f"Line chart: {', '.join(said)}.", draw, (SIZE[0], 3.2))
+    return drawn(title, f"Line chart: {', '.join(said)}.", draw, (SIZE[0], 3.4))
 
 
 def bars(title: str, groups: Mapping[str, Mapping[str, float]], axis: str) -> Figure:
@@ -175,7 +177,8 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]], axis: str) -> Fi
             values = [shares.get(name, 0.0) for name in names]
             style = {"color": colours[number], "hatch": hatches[number], "edgecolor": "white"}
             drawing = ax.barh(y, values, height * 0.92, label=group, linewidth=0, **style)
-            ax.bar_label(drawing, [f"{v:.0f}" for v in values], padding=2, fontsize=7)
+            shown = [f"{v:.0f}" if v >= 0.5 else "" for v in values]
+            ax.bar_label(drawing, shown, padding=2, fontsize=7.5)
         ax.set_yticks(range(len(names)), names)
         ax.tick_params(axis="y", length=0, labelcolor=INK)
         ax.invert_yaxis()
@@ -188,7 +191,7 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]], axis: str) -> Fi
         for group, shares in groups.items()
     )
     rows = len(names) * len(groups)
-    return drawn(title, f"Bar chart. {listed}.", draw, (SIZE[0], 1.2 + 0.14 * rows + 0.1 * len(names)))
+    return drawn(title, f"Bar chart. {listed}.", draw, (SIZE[0], 0.9 + 0.13 * rows + 0.08 * len(names)))
 
 
 def dots(title: str, groups: Mapping[str, Mapping[str, float]], axis: str) -> Figure:
@@ -202,7 +205,7 @@ def dots(title: str, groups: Mapping[str, Mapping[str, float]], axis: str) -> Fi
             x = [values[name] for name in names]
             ax.plot(x, range(len(names)), mark, color=colour, markersize=4.5, label=group)
         ax.set_yticks(range(len(names)), names)
-        ax.tick_params(axis="y", length=0, labelcolor=INK, labelsize=7.5)
+        ax.tick_params(axis="y", length=0, labelcolor=INK, labelsize=8)
         ax.invert_yaxis()
         ax.set_xlabel(axis)
         ax.grid()
@@ -212,11 +215,11 @@ def dots(title: str, groups: Mapping[str, Mapping[str, float]], axis: str) -> Fi
     return drawn(title, f"Dot chart. {best}.", draw, (SIZE[0], 1.0 + 0.17 * len(names)))
 
 
-def _legend(ax: Any) -> None:
+def _legend(ax: Any, columns: int = 3) -> None:
     """A legend below the axes, where it hides nothing."""
-    if (number := len(ax.get_legend_handles_labels()[0])) > 1:
-        columns = number if number < 4 else 2
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, fontsize=7.5)
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) > 1:
+        ax.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def _percent(curve: tuple[Values, Values]) -> tuple[Values, Values]:

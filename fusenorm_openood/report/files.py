@@ -15,6 +15,7 @@ from fusenorm_openood.report.figures import Series, histogram
 from fusenorm_openood.report.gallery import PER_GROUP, Chosen, Gallery, gallery
 from fusenorm_openood.report.sections import (
     ENDS,
+    HEAT,
     acceptance_section,
     detector_facts,
     objections_section,
@@ -104,7 +105,7 @@ def _confidences(detector: FuseNorm, conf: NDArray[np.float64], cut: float | Non
 
 
 def _images(shown: Gallery, cut: float | None) -> Section:
-    text = "Each image as the network sees it, and a heat map of where its feature norm comes from."
+    text = f"Each image as the network sees it, and {HEAT}."
     if cut is not None:
         text += " Doubtful images are closest to the threshold."
     return Section("Images", (text,), galleries=shown.cards)

@@ -14,7 +14,7 @@ from fusenorm_openood.errors import DataError
 from fusenorm_openood.report.content import Card, Cards, Facts, Picture
 from fusenorm_openood.report.thumbnails import data_uri, overlaid, thumbnail, where
 
-PER_GROUP = 5
+PER_GROUP = 4
 
 
 class Chosen(NamedTuple):

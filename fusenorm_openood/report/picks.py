@@ -50,13 +50,18 @@ def picks(
         found = []
         for group, name in keys:
             s = sets[group][name]
-            for index in np.argsort(distance(s.conf), kind="stable")[:PER_GROUP]:
-                place = _Place(
-                    group, name, int(index), float(s.conf[index]), s.pred[index], s.label[index]
-                )
-                found.append((float(distance(s.conf[index])), place))
+            far = np.array(distance(s.conf), np.float64)
+            if reference is not None and group not in GROUPS:
+                far[::2] = np.inf  # these calibrate
+            for index in map(int, np.argsort(far, kind="stable")[:PER_GROUP]):
+                said = float(s.conf[index]), int(s.pred[index]), int(s.label[index])
+                found.append((far[index], _Place(group, name, index, *said)))
         found.sort(key=lambda pair: pair[0])
-        return [_chosen(place, benchmark, reference, split) for _, place in found[:PER_GROUP]]
+        return [
+            _chosen(place, benchmark, reference, split)
+            for distance_, place in found[:PER_GROUP]
+            if np.isfinite(distance_)
+        ]
 
     return {
         "Most rejected": nearest([*known, *ood], lambda conf: conf),
@@ -74,7 +79,7 @@ def _chosen(
     kind = GROUPS.get(place.group, "ID" if place.group == "id" else "covariate-shifted ID")
     is_known = place.group not in GROUPS
     truth = f"{kind}, class {place.label}" if is_known else f"{kind}, {place.name}"
-    facts = [("is", truth), ("predicted", f"class {place.pred}")]
+    facts = [("truth", truth), ("predicted", f"class {place.pred}")]
     facts.append(("confidence", f"{place.conf:.3f}"))
     if reference is not None:
         facts.append(("p-value", f"{float(conformal_p_values(place.conf, reference)):.3g}"))

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusenorm_openood.benchmark.evaluation import Evaluation
+from fusenorm_openood.detectors.base import Scored
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.report.content import Section
@@ -39,9 +40,14 @@ class Score(NamedTuple):
         return tuple(100 * np.mean([(m.auroc, m.fpr95) for m in each], axis=0))
 
 
+def known_sets(result: Evaluation) -> list[Scored]:
+    """What the detector gave for the ID images, covariate-shifted ones last."""
+    return [s for group in ("id", "csid") for s in result.sets[group].values()]
+
+
 def scores_of(result: Evaluation) -> list[Score]:
     """The confidence of an evaluation, and the scores of FuseNorm's experts."""
-    known = [s for group in ("id", "csid") for s in result.sets[group].values()]
+    known = known_sets(result)
     unknown = {group: result.sets[group] for group in GROUPS if result.sets.get(group)}
     conf = Score(
         "confidence",
@@ -63,17 +69,17 @@ def scores_of(result: Evaluation) -> list[Score]:
     ]
 
 
-def histograms_section(scores: list[Score]) -> Section:
-    """The distribution of every score, ID against OOD."""
+def histograms_section(scores: list[Score], cut: float | None = None) -> Section:
+    """The distribution of every score, ID against OOD; `cut` is the threshold of the first."""
     figures = []
-    for score in scores:
-        merits = [
+    for number, score in enumerate(scores):
+        merits = tuple(
             "{} AUROC {:.2f}, FPR@95 {:.2f}".format(GROUPS[group], *score.figures(group))
             for group in score.unknown
-        ]
-        title = f"{score.name}: {'; '.join(merits)}"
+        )
         others = [Series(GROUPS[group], score.pooled(group)) for group in score.unknown]
-        figures.append(histogram(title, Series("ID", score.known), others, score.name))
+        known, line = Series("ID", score.known), cut if number == 0 else None
+        figures.append(histogram(score.name, known, others, "score", line, lines=merits))
     text = (
         f"Larger = more in-distribution. {ENDS} AUROC and FPR@95 in percent are means over the data "
         "sets, as in the table."

@@ -19,6 +19,9 @@ from fusenorm_openood.report.figures import Series, acceptance_curves, bars
 from fusenorm_openood.structure.wrappers import unwrapped
 
 GROUPS = {"nearood": "near-OOD", "farood": "far-OOD", "valood": "validation OOD"}
+HEAT = (
+    "a heat map of the energy that a block's norm is computed from (dark blue = none, yellow = most)"
+)
 ENDS = "The outermost bins also hold all images beyond them."
 
 
@@ -100,15 +103,23 @@ def objected(detector: FuseNorm, scores: NDArray[Any]) -> list[str]:
 
 def table_of(frame: pd.DataFrame, caption: str, corner: str, best: Mapping[Any, bool] = {}) -> Table:
     """A table of a data frame; `best` has the columns of numbers whose largest cell is marked."""
-    rows = [(str(name), *(_cell(v) for v in row)) for name, row in zip(frame.index, frame.to_numpy(), strict=True)]
+    rows = [
+        (_name(name), *map(_cell, row))
+        for name, row in zip(frame.index, frame.to_numpy(), strict=True)
+    ]
     marked = set()
     for number, column in enumerate(frame.columns, start=1):
         if column in best:
             values = frame[column].to_numpy(float)
             top = values.max() if best[column] else values.min()
             marked |= {(row, number) for row in np.flatnonzero(values.round(2) == round(top, 2))}
-    columns = (corner, *map(str, frame.columns))
-    return Table(caption, columns, tuple(rows), frozenset(GROUPS), frozenset(marked))
+    columns = (corner, *map(_name, frame.columns))
+    return Table(caption, columns, tuple(rows), frozenset(map(_name, GROUPS)), frozenset(marked))
+
+
+def _name(name: Any) -> str:
+    """How a row or a column is called; a group's has its mean."""
+    return f"{GROUPS[name]} mean" if name in GROUPS else str(name)
 
 
 def _cell(value: Any) -> str:

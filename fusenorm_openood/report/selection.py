@@ -33,7 +33,7 @@ class Selection:
         chosen: readable files to show, by group; a file is in one group only.
     """
 
-    confidences: array[float] = field(default_factory=lambda: array("d"))
+    confidences: "array[float]" = field(default_factory=lambda: array("d"))
     objected: Counter[str] = field(default_factory=Counter)
     rejected: int = 0
     unreadable: int = 0
