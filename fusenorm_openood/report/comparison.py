@@ -25,16 +25,19 @@ def report_of_comparison(
         title: what was compared.
         facts: more to say in the header.
     """
-    sections = [_root(name, runs, len(results) > 1) for name, runs in results.items()]
+    sections = []
+    for name, runs in results.items():
+        of = f", {name}" if len(results) > 1 else ""
+        sections += [_at_a_glance(runs, of), _root(runs, of)]
     root, runs = next(iter(results.items()))
     scores = _scores(runs[0])
     several = len(results) > 1 or len(runs) > 1
     which = (f"Of the first training run of {root}.",) if several else ()
     for section in (roc_section(scores), histograms_section(scores[:SHOWN])):
         sections.append(Section(section.title, (*which, *section.text), (), section.figures))
-    auroc = _mean([run.auroc for run in runs])
+    auroc, _ = _means(runs)
     highlights = [
-        (f"{GROUPS[group]} AUROC, {name}", f"{auroc.loc[name, group]:.2f} %")
+        (f"{GROUPS[group]} AUROC, {name}", f"{float(auroc.loc[name, group]):.2f}%")
         for group in MEANS
         if group in auroc
         for name in (METHOD, _best_other(auroc[group]))
@@ -45,34 +48,45 @@ def report_of_comparison(
     return Report(title, about, tuple(highlights), tuple(sections))
 
 
-def _root(name: str, runs: Sequence[Comparison], named: bool) -> Section:
-    auroc, fpr95 = (_mean([getattr(run, which) for run in runs]) for which in ("auroc", "fpr95"))
+def _at_a_glance(runs: Sequence[Comparison], of: str) -> Section:
+    """Near- and far-OOD figures of every method, best first."""
+    auroc, fpr95 = _means(runs)
+    groups = [group for group in MEANS if group in auroc]
+
+    def chart(title: str, table: pd.DataFrame, ascending: bool) -> Figure:
+        order = table[groups].mean(axis=1).sort_values(ascending=ascending).index
+        shares = {
+            GROUPS[group]: {str(name): float(table.loc[name, group]) for name in order}
+            for group in groups
+        }
+        return dots(f"{title} of every method, best mean first", shares, f"{title}, %")
+
+    figures = chart("AUROC", auroc, False), chart("FPR@95", fpr95, True)
+    return Section(f"At a glance{of}", figures=figures)
+
+
+def _root(runs: Sequence[Comparison], of: str) -> Section:
+    auroc, fpr95 = _means(runs)
     over = f", mean over {len(runs)} training runs" if len(runs) > 1 else ""
+    best = f"in percent{over}; the best is underlined"
     tables = [
-        table_of(auroc, f"AUROC in percent{over}; the best is underlined", "method", _all(auroc, True)),
-        table_of(fpr95, f"FPR@95 in percent{over}; the best is underlined", "method", _all(fpr95, False)),
+        table_of(auroc, f"AUROC {best}", "method", dict.fromkeys(auroc, True)),
+        table_of(fpr95, f"FPR@95 {best}", "method", dict.fromkeys(fpr95, False)),
     ]
     if len(runs) == 1:
         caption = (
-            "Ranks, and 95 % bootstrap intervals of the gain in AUROC over the best single expert"
+            "Mean rank by AUROC over the data sets, and 95% bootstrap intervals of the gain in "
+            "AUROC over the best single expert"
         )
-        kept = [c for c in runs[0].summary if not c.endswith(("AUROC", "FPR@95"))]
-        tables.append(table_of(runs[0].summary[kept], caption, "method"))
+        summary = runs[0].summary
+        kept = [name for name in summary if str(name).split()[-1] not in ("AUROC", "FPR@95")]
+        ours = [name for name in summary.index if str(name).startswith(METHOD)]
+        tables.append(table_of(summary.loc[ours, kept], caption, "method"))
     text = tuple(
-        f"{row}: AUROC {100 * found.auroc:.2f} on its search images."
+        f"{row}: AUROC {100 * found.auroc:.2f}% on the images of its search."
         for row, found in runs[0].found.items()
     )
-    return Section(f"Results, {name}" if named else "Results", text, tuple(tables), (_dots(auroc),))
-
-
-def _dots(auroc: pd.DataFrame) -> Figure:
-    groups = [group for group in MEANS if group in auroc]
-    order = auroc[groups].mean(axis=1).sort_values(ascending=False).index
-    shares = {
-        GROUPS[group]: {str(name): float(auroc.loc[name, group]) for name in order}
-        for group in groups
-    }
-    return dots("AUROC of every method, best mean first", shares, "AUROC, %")
+    return Section(f"Results{of}", text, tuple(tables))
 
 
 def _scores(result: Comparison) -> list[Score]:
@@ -99,8 +113,9 @@ def _best_other(auroc: "pd.Series[float]") -> str:
     return str(auroc[others].idxmax())
 
 
-def _all(table: pd.DataFrame, largest: bool) -> dict[object, bool]:
-    return dict.fromkeys(table.columns, largest)
+def _means(runs: Sequence[Comparison]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """AUROC and FPR@95 in percent, means over training runs."""
+    return _mean([run.auroc for run in runs]), _mean([run.fpr95 for run in runs])
 
 
 def _mean(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -15,6 +15,7 @@ class Table:
         rows: cells, the row's name first.
         strong: names of the rows that matter most.
         best: row and column numbers of cells that are the best of their column.
+        prose: whether its cells are text, not numbers.
     """
 
     caption: str
@@ -22,6 +23,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     strong: frozenset[str] = frozenset()
     best: frozenset[tuple[int, int]] = frozenset()
+    prose: bool = False
 
 
 @dataclass(frozen=True)

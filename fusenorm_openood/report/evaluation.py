@@ -82,13 +82,13 @@ def report_of_evaluation(
         cards = gallery(chosen, detector, benchmark.norm).cards
         heat = f", and {HEAT}" if isinstance(detector, FuseNorm) else ""
         text = (
-            f"Each image as the network sees it{heat}. Doubtful images are closest to the threshold "
-            f"{cut:.3g}, which {ACCEPTANCE:.0%} of ID images exceed."
+            f"Each image as the network sees it{heat}. Doubtful images are closest to the "
+            f"threshold {cut:.3g}, which {ACCEPTANCE:.0%} of ID images exceed."
         )
         sections.append(Section("Images", (text,), galleries=cards))
     about = (*facts, *(() if detector is None else detector_facts(detector)))
     highlights = [
-        (f"{GROUPS[group]} {name}", f"{value:.2f} %")
+        (f"{GROUPS[group]} {name}", f"{value:.2f}%")
         for group in conf.unknown
         for name, value in zip(("AUROC", "FPR@95"), conf.figures(group), strict=True)
     ]

@@ -56,10 +56,11 @@ def histogram(
         ax.set_ylim(0, top * (1.05 + 0.09 * len(marks)))
         ax.set_xlabel(axis)
         ax.set_ylabel("% of the images")
-        _legend(ax, 3 if len(ax.get_legend_handles_labels()[0]) <= 3 else 2)
+        ax.locator_params(axis="x", nbins=6)
+        _legend(ax)
 
     spread = "; ".join(
-        f"{s.label}: median {np.median(s.values):.3g}, 90 % between "
+        f"{s.label}: median {np.median(s.values):.3g}, 90% between "
         f"{np.percentile(s.values, 5):.3g} and {np.percentile(s.values, 95):.3g}"
         for s in (known, *others, *marks)
         if len(s.values)
@@ -103,15 +104,16 @@ def roc(title: str, curves: Mapping[str, tuple[Values, Values]], shown: int = 4)
             label = f"{len(rest)} more" if number == 0 else None
             ax.plot(*_percent(curves[name]), color="#a6a6a6", linewidth=0.7, label=label)
         for name, (colour, line, width) in reversed(list(zip(curves, styles, strict=False))):
-            ax.plot(*_percent(curves[name]), color=colour, linestyle=line, linewidth=width, label=name)
+            ax.plot(
+                *_percent(curves[name]), color=colour, linestyle=line, linewidth=width, label=name
+            )
         ax.set_xlabel("% of ID images rejected")
         ax.set_ylabel("% of OOD images rejected")
         ax.grid()
         ax.set(xlim=(-1, 100), ylim=(0, 101))
-        handles, labels = ax.get_legend_handles_labels()
-        ax.figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2)
+        _legend(ax, backwards=True)
 
-    return drawn(title, f"ROC curves: {'; '.join(curves)}.", draw, (SIZE[0], 3.4))
+    return drawn(title, f"ROC curves: {'; '.join(curves)}.", draw, (SIZE[0], 3.5))
 
 
 def acceptance_curves(
@@ -139,7 +141,7 @@ def acceptance_curves(
         return np.array([100 * rejects(values, float(a)).mean() for a in x])
 
     def draw(ax: Any) -> None:
-        label = "ID accepted: 95 % interval"
+        label = "ID accepted: 95% interval"
         ax.fill_between(100 * x, 100 * low, 100 * high, color=BLUE, alpha=0.25, lw=0, label=label)
         style = {"color": BLUE, "linewidth": 0.8, "linestyle": (0, (1, 2))}
         ax.plot(100 * x, 100 * np.clip(x - uniform, 0, 1), label="… at all acceptances", **style)
@@ -147,21 +149,23 @@ def acceptance_curves(
         if known is not None:
             ax.plot(100 * x, 100 - rejected(known.values), color=BLUE, label=known.label)
         for series, (colour, line) in zip(others, LINES, strict=False):
-            ax.plot(100 * x, rejected(series.values), color=colour, linestyle=line, label=series.label)
+            ax.plot(
+                100 * x, rejected(series.values), color=colour, linestyle=line, label=series.label
+            )
         if asked is not None:
             ax.axvline(100 * asked, color=SOFT, linestyle=(0, (1, 1.5)), linewidth=1)
         ax.set(xlim=(50, 100), ylim=(0, 102))
         ax.set_xlabel("acceptance asked for, %")
         ax.set_ylabel("% of the images")
         ax.grid()
-        _legend(ax, 2)
+        _legend(ax)
 
     at = float(x[np.argmin(np.abs(x - (asked or 0.95)))])
     said = [f"at an acceptance of {at:.1%}"]
     if known is not None:
         said.append(f"{1 - rejects(known.values, at).mean():.1%} {known.label}")
     said += [f"{rejects(s.values, at).mean():.1%} {s.label}" for s in others]
-    return drawn(title, f"Line chart: {', '.join(said)}.", draw, (SIZE[0], 3.4))
+    return drawn(title, f"Line chart: {', '.join(said)}.", draw, (SIZE[0], 3.5))
 
 
 def bars(title: str, groups: Mapping[str, Mapping[str, float]], axis: str) -> Figure:
@@ -187,11 +191,13 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]], axis: str) -> Fi
         _legend(ax)
 
     listed = "; ".join(
-        f"{group}: {', '.join(f'{name} {share:.0f} %' for name, share in shares.items())}"
+        f"{group}: {', '.join(f'{name} {share:.0f}%' for name, share in shares.items())}"
         for group, shares in groups.items()
     )
     rows = len(names) * len(groups)
-    return drawn(title, f"Bar chart. {listed}.", draw, (SIZE[0], 0.9 + 0.13 * rows + 0.08 * len(names)))
+    return drawn(
+        title, f"Bar chart. {listed}.", draw, (SIZE[0], 0.9 + 0.13 * rows + 0.08 * len(names))
+    )
 
 
 def dots(title: str, groups: Mapping[str, Mapping[str, float]], axis: str) -> Figure:
@@ -215,11 +221,14 @@ def dots(title: str, groups: Mapping[str, Mapping[str, float]], axis: str) -> Fi
     return drawn(title, f"Dot chart. {best}.", draw, (SIZE[0], 1.0 + 0.17 * len(names)))
 
 
-def _legend(ax: Any, columns: int = 3) -> None:
-    """A legend below the axes, where it hides nothing."""
+def _legend(ax: Any, backwards: bool = False) -> None:
+    """A legend below the axes, where it hides nothing, in as many columns as fit."""
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) > 1:
-        ax.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        step = -1 if backwards else 1
+        columns = int(72 * SIZE[0] // (42 + 4.8 * max(map(len, labels))))
+        where = {"loc": "outside lower center", "ncols": min(max(columns, 1), len(labels))}
+        ax.figure.legend(handles[::step], labels[::step], columnspacing=1.2, **where)
 
 
 def _percent(curve: tuple[Values, Values]) -> tuple[Values, Values]:

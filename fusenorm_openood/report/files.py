@@ -57,9 +57,13 @@ def report_of_files(
         sections.append(_confidences(detector, conf, cut))
         if reference is not None:
             p = Series("scored images rejected", conformal_p_values(conf, reference))
-            about = f"If all {len(conf):,} images were ID, the dashed line would be the diagonal."
-            sections.append(acceptance_section(len(reference), None, [p], acceptance, about))
-        sections += objections_section(detector.experts, {"rejected": seen.objected})
+            rejected, expected = (
+                f"{seen.rejected / len(conf):.1%}",
+                f"{100 * (1 - acceptance):.3g}%",
+            )
+            said = f"{rejected} of the scored images are rejected, of ID images about {expected}."
+            sections.append(acceptance_section(len(reference), None, [p], acceptance, said))
+        sections += objections_section(detector.experts, {"scored": seen.objected})
         sections.append(_images(shown, cut))
         sections += _experts(detector.calibration_, shown)
     highlights = [("images", f"{len(conf) + seen.unreadable:,}")]
@@ -67,10 +71,9 @@ def report_of_files(
         highlights.append(("accepted", f"{len(conf) - seen.rejected:,}"))
         highlights.append(("rejected as OOD", f"{seen.rejected:,}"))
     highlights.append(("unreadable", f"{seen.unreadable:,}"))
-    about = detector_facts(detector)
-    if cut is not None:
-        about = (*about, ("acceptance", f"{acceptance:g}"))
-    return Report("Judged images", (*facts, *about), tuple(highlights), tuple(sections))
+    asked = () if cut is None else (("acceptance", f"{acceptance:g}"),)
+    about = (*facts, *detector_facts(detector), *asked)
+    return Report("Judged images", about, tuple(highlights), tuple(sections))
 
 
 def _counts(seen: Selection, cut: float | None) -> Section:
@@ -80,12 +83,12 @@ def _counts(seen: Selection, cut: float | None) -> Section:
         counts[1:1] = [("accepted", readable - seen.rejected), ("rejected as OOD", seen.rejected)]
     total = max(counts[0][1], 1)
     rows = tuple((name, f"{n:,}", f"{100 * n / total:.2f}") for name, n in counts)
-    tables = [Table("Verdicts", ("images", "number", "%"), rows)]
+    tables = [Table("Number of images", ("images", "number", "%"), rows)]
     text = () if cut is not None else ("The detector is not calibrated: there are no verdicts.",)
     if seen.faulty:
         named = tuple((row.path, row.error or "") for row in seen.faulty)
         first = f", the first {len(named)}" if seen.unreadable > len(named) else ""
-        tables.append(Table(f"Unreadable files{first}", ("file", "reason"), named))
+        tables.append(Table(f"Unreadable files{first}", ("file", "reason"), named, prose=True))
     return Section("Verdicts", text, tuple(tables))
 
 
@@ -121,15 +124,16 @@ def _experts(calibration: Calibration | None, shown: Gallery) -> list[Section]:
         known = Series("images of the fit (ID)", calibration.id_scores[row])
         figures.append(histogram(name, known, [], "score", marks=marks))
     text = (
-        "How every expert scores the ID images of the fit; the marks are the images of the gallery. "
+        "How every expert scores the ID images of the fit; the marks are images of the gallery. "
         f"Larger = more in-distribution. {ENDS}"
     )
     return [Section("Experts", (text,), figures=tuple(figures))]
 
 
 def _chosen(row: Judged, detector: FuseNorm) -> Chosen:
-    facts = [("predicted", str(row.predicted)), ("confidence", f"{row.confidence:.3f}")]
+    predicted = str(row.predicted) if detector.class_names else f"class {row.predicted}"
+    facts = [("predicted", predicted), ("confidence", f"{row.confidence:.3f}")]
     if row.p_value is not None:
         facts.append(("p-value", f"{row.p_value:.3g}"))
     read = detector.known_preprocessing().read
-    return Chosen(Path(row.path).name, tuple(facts), lambda: read(row.path))
+    return Chosen("/".join(Path(row.path).parts[-2:]), tuple(facts), lambda: read(row.path))

@@ -32,7 +32,7 @@ class Chosen(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """Cards of images, and by group the explanation of those that could be read, if there is one."""
+    """Cards of images, and by group the explanation of those that could be read."""
 
     cards: tuple[Cards, ...]
     explained: dict[str, Explanation]

@@ -21,7 +21,7 @@ class _Place(NamedTuple):
 
     group: str
     name: str
-    index: int
+    position: int
     conf: float
     pred: int
     label: int
@@ -72,9 +72,7 @@ def picks(
     }
 
 
-def _chosen(
-    place: _Place, benchmark: Benchmark, reference: Values | None, split: str
-) -> Chosen:
+def _chosen(place: _Place, benchmark: Benchmark, reference: Values | None, split: str) -> Chosen:
     image_set = _image_set(place, benchmark, split)
     kind = GROUPS.get(place.group, "ID" if place.group == "id" else "covariate-shifted ID")
     is_known = place.group not in GROUPS
@@ -85,11 +83,11 @@ def _chosen(
         facts.append(("p-value", f"{float(conformal_p_values(place.conf, reference)):.3g}"))
     images = image_set.images()
 
-    def read(index: int = place.index) -> Tensor:
-        tensor: Tensor = images[index]["data"]
+    def read(position: int = place.position) -> Tensor:
+        tensor: Tensor = images[position]["data"]
         return tensor
 
-    return Chosen(images.entries[place.index].name, tuple(facts), read)
+    return Chosen(images.entries[place.position].name, tuple(facts), read)
 
 
 def _image_set(place: _Place, benchmark: Benchmark, split: str) -> ImageSet:

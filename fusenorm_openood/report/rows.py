@@ -41,5 +41,6 @@ def _judged(row: list[str], where: str) -> Judged:
             f"{where} is not a row of fusenorm score: {','.join(row)[:80]!r}; score again, or "
             "remove the line"
         ) from None
-    text = {n: value for n, value in values.items() if n not in (*NUMBERS, "path")}
-    return Judged(path=values["path"] or "", ood=ood, **numbers, **text)
+    predicted, objected, error = (values[n] for n in ("predicted", "objected", "error"))
+    conf, p_value = (numbers[n] for n in NUMBERS)
+    return Judged(values["path"] or "", predicted, conf, p_value, ood, objected, error)

@@ -81,8 +81,8 @@ def histograms_section(scores: list[Score], cut: float | None = None) -> Section
         known, line = Series("ID", score.known), cut if number == 0 else None
         figures.append(histogram(score.name, known, others, "score", line, lines=merits))
     text = (
-        f"Larger = more in-distribution. {ENDS} AUROC and FPR@95 in percent are means over the data "
-        "sets, as in the table."
+        f"Larger = more in-distribution. {ENDS} AUROC and FPR@95 in percent are means over the "
+        "data sets, as in the table."
     )
     return Section("Scores of ID and OOD images", (text,), figures=tuple(figures))
 

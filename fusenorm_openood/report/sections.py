@@ -19,15 +19,16 @@ from fusenorm_openood.report.figures import Series, acceptance_curves, bars
 from fusenorm_openood.structure.wrappers import unwrapped
 
 GROUPS = {"nearood": "near-OOD", "farood": "far-OOD", "valood": "validation OOD"}
-HEAT = (
-    "a heat map of the energy that a block's norm is computed from (dark blue = none, yellow = most)"
-)
+HEAT = "a heat map of the energy that a block's norm comes from (dark blue = none, yellow = most)"
 ENDS = "The outermost bins also hold all images beyond them."
 
 
 def detector_facts(detector: Detector) -> Facts:
     """What a detector and its network are."""
-    facts = [("detector", type(detector).__name__), ("network", type(unwrapped(detector.net)).__name__)]
+    facts = [
+        ("detector", type(detector).__name__),
+        ("network", type(unwrapped(detector.net)).__name__),
+    ]
     if isinstance(detector, FuseNorm):
         changed = {k: v for k, v in asdict(detector.settings).items() if v != _DEFAULTS[k]}
         said = ", ".join(f"{key} = {value}" for key, value in changed.items())
@@ -64,7 +65,7 @@ def acceptance_section(
         "Acceptance and rejection",
         (
             text[0].upper() + text[1:],
-            "The band is where the accepted share of ID images lies with a probability of 95 % "
+            "The band is where the accepted share of ID images lies with a probability of 95% "
             "(Beta distribution); between the dotted lines it lies at all acceptances at once "
             "(Dvoretzky, Kiefer, Wolfowitz). Both hold for ID images like the calibration images.",
         ),
@@ -101,7 +102,9 @@ def objected(detector: FuseNorm, scores: NDArray[Any]) -> list[str]:
     return [calibration.experts[row] for row in worst]
 
 
-def table_of(frame: pd.DataFrame, caption: str, corner: str, best: Mapping[Any, bool] = {}) -> Table:
+def table_of(
+    frame: pd.DataFrame, caption: str, corner: str, best: Mapping[Any, bool] = {}
+) -> Table:
     """A table of a data frame; `best` has the columns of numbers whose largest cell is marked."""
     rows = [
         (_name(name), *map(_cell, row))
@@ -110,16 +113,19 @@ def table_of(frame: pd.DataFrame, caption: str, corner: str, best: Mapping[Any, 
     marked = set()
     for number, column in enumerate(frame.columns, start=1):
         if column in best:
-            values = frame[column].to_numpy(float)
+            values = frame[column].to_numpy(float).round(2)
             top = values.max() if best[column] else values.min()
-            marked |= {(row, number) for row in np.flatnonzero(values.round(2) == round(top, 2))}
+            marked |= {(int(row), number) for row in np.flatnonzero(values == top)}
     columns = (corner, *map(_name, frame.columns))
     return Table(caption, columns, tuple(rows), frozenset(map(_name, GROUPS)), frozenset(marked))
 
 
 def _name(name: Any) -> str:
     """How a row or a column is called; a group's has its mean."""
-    return f"{GROUPS[name]} mean" if name in GROUPS else str(name)
+    if name in GROUPS:
+        return f"{GROUPS[name]} mean"
+    first, *rest = str(name).split(" ")
+    return " ".join((GROUPS.get(first, first), *rest))
 
 
 def _cell(value: Any) -> str:

@@ -87,7 +87,9 @@ def select(
         for name, distance in nearest.items():
             wanted = judged
             if reference is not None and name != DOUBTFUL:
-                wanted = [r for r, out in zip(judged, ood, strict=True) if out == (name == REJECTED)]
+                wanted = [
+                    r for r, out in zip(judged, ood, strict=True) if out == (name == REJECTED)
+                ]
             # Some may be in another group already.
             kept[name] = heapq.nsmallest(3 * per_group, [*kept[name], *wanted], key=distance)
     taken: set[str] = set()

@@ -59,5 +59,3 @@ def data_uri(picture: Image.Image) -> str:
         picture.save(file, "JPEG", quality=82)
     kind = "png" if few else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
