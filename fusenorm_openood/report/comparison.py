@@ -6,8 +6,8 @@ import pandas as pd
 
 from fusenorm_openood.benchmark.comparison import GROUPS as MEANS
 from fusenorm_openood.benchmark.comparison import Comparison
+from fusenorm_openood.report.charts import dots
 from fusenorm_openood.report.content import Facts, Figure, Report, Section
-from fusenorm_openood.report.figures import dots
 from fusenorm_openood.report.scores import Score, histograms_section, roc_section
 from fusenorm_openood.report.sections import GROUPS, table_of
 
@@ -37,7 +37,7 @@ def report_of_comparison(
         sections.append(Section(section.title, (*which, *section.text), (), section.figures))
     auroc, _ = _means(runs)
     highlights = [
-        (f"{GROUPS[group]} AUROC, {name}", f"{float(auroc.loc[name, group]):.2f}%")
+        (f"{GROUPS[group]} AUROC, {name}", f"{dict(auroc[group])[name]:.2f}%")
         for group in MEANS
         if group in auroc
         for name in (METHOD, _best_other(auroc[group]))

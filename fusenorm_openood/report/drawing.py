@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from fusenorm_openood.report.content import Figure
@@ -57,6 +57,16 @@ def drawn(
         file = io.StringIO()
         canvas.savefig(file, format="svg", metadata=_NO_METADATA, transparent=True)
     return Figure(title, lines, text, file.getvalue())
+
+
+def legend(ax: "Axes", backwards: bool = False) -> None:
+    """A legend below the axes, where it hides nothing, in as many columns as fit."""
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) > 1:
+        step = -1 if backwards else 1
+        columns = int(72 * SIZE[0] // (42 + 4.8 * max(map(len, labels))))
+        where: Any = {"loc": "outside lower center", "ncols": min(max(columns, 1), len(labels))}
+        ax.figure.legend(handles[::step], labels[::step], columnspacing=1.2, **where)
 
 
 def embedded(figure: Figure, prefix: str) -> str:

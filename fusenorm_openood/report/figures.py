@@ -9,7 +9,7 @@ from sklearn import metrics
 
 from fusenorm_openood.method.conformal import EQUAL, guarantee, rejects
 from fusenorm_openood.report.content import Figure
-from fusenorm_openood.report.drawing import BLUE, GRID, INK, LINES, SIZE, SOFT, drawn
+from fusenorm_openood.report.drawing import BLUE, GRID, INK, LINES, SIZE, SOFT, drawn, legend
 
 BINS, POINTS = 40, 150
 MARKS = ("v", "D", "^")
@@ -57,7 +57,7 @@ def histogram(
         ax.set_xlabel(axis)
         ax.set_ylabel("% of the images")
         ax.locator_params(axis="x", nbins=6)
-        _legend(ax)
+        legend(ax)
 
     spread = "; ".join(
         f"{s.label}: median {np.median(s.values):.3g}, 90% between "
@@ -111,7 +111,7 @@ def roc(title: str, curves: Mapping[str, tuple[Values, Values]], shown: int = 4)
         ax.set_ylabel("% of OOD images rejected")
         ax.grid()
         ax.set(xlim=(-1, 100), ylim=(0, 101))
-        _legend(ax, backwards=True)
+        legend(ax, backwards=True)
 
     return drawn(title, f"ROC curves: {'; '.join(curves)}.", draw, (SIZE[0], 3.5))
 
@@ -158,7 +158,7 @@ def acceptance_curves(
         ax.set_xlabel("acceptance asked for, %")
         ax.set_ylabel("% of the images")
         ax.grid()
-        _legend(ax)
+        legend(ax)
 
     at = float(x[np.argmin(np.abs(x - (asked or 0.95)))])
     said = [f"at an acceptance of {at:.1%}"]
@@ -166,69 +166,6 @@ def acceptance_curves(
         said.append(f"{1 - rejects(known.values, at).mean():.1%} {known.label}")
     said += [f"{rejects(s.values, at).mean():.1%} {s.label}" for s in others]
     return drawn(title, f"Line chart: {', '.join(said)}.", draw, (SIZE[0], 3.5))
-
-
-def bars(title: str, groups: Mapping[str, Mapping[str, float]], axis: str) -> Figure:
-    """Horizontal bars in percent, for each name one per group."""
-    names = list(dict.fromkeys(name for shares in groups.values() for name in shares))
-    hatches = ("", "////", "....")
-
-    def draw(ax: Any) -> None:
-        height = 0.8 / len(groups)
-        colours = [colour for colour, _ in LINES]
-        for number, (group, shares) in enumerate(groups.items()):
-            y = np.arange(len(names)) + (number - (len(groups) - 1) / 2) * height
-            values = [shares.get(name, 0.0) for name in names]
-            style = {"color": colours[number], "hatch": hatches[number], "edgecolor": "white"}
-            drawing = ax.barh(y, values, height * 0.92, label=group, linewidth=0, **style)
-            shown = [f"{v:.0f}" if v >= 0.5 else "" for v in values]
-            ax.bar_label(drawing, shown, padding=2, fontsize=7.5)
-        ax.set_yticks(range(len(names)), names)
-        ax.tick_params(axis="y", length=0, labelcolor=INK)
-        ax.invert_yaxis()
-        ax.set_xlabel(axis)
-        ax.margins(x=0.1)
-        _legend(ax)
-
-    listed = "; ".join(
-        f"{group}: {', '.join(f'{name} {share:.0f}%' for name, share in shares.items())}"
-        for group, shares in groups.items()
-    )
-    rows = len(names) * len(groups)
-    return drawn(
-        title, f"Bar chart. {listed}.", draw, (SIZE[0], 0.9 + 0.13 * rows + 0.08 * len(names))
-    )
-
-
-def dots(title: str, groups: Mapping[str, Mapping[str, float]], axis: str) -> Figure:
-    """One line per name, one dot per group."""
-    names = list(next(iter(groups.values())))
-
-    def draw(ax: Any) -> None:
-        for (group, values), (colour, _), mark in zip(
-            groups.items(), LINES, ("o", "s", "D"), strict=False
-        ):
-            x = [values[name] for name in names]
-            ax.plot(x, range(len(names)), mark, color=colour, markersize=4.5, label=group)
-        ax.set_yticks(range(len(names)), names)
-        ax.tick_params(axis="y", length=0, labelcolor=INK, labelsize=8)
-        ax.invert_yaxis()
-        ax.set_xlabel(axis)
-        ax.grid()
-        _legend(ax)
-
-    best = "; ".join(f"{g}: best {max(v, key=v.__getitem__)}" for g, v in groups.items())
-    return drawn(title, f"Dot chart. {best}.", draw, (SIZE[0], 1.0 + 0.17 * len(names)))
-
-
-def _legend(ax: Any, backwards: bool = False) -> None:
-    """A legend below the axes, where it hides nothing, in as many columns as fit."""
-    handles, labels = ax.get_legend_handles_labels()
-    if len(labels) > 1:
-        step = -1 if backwards else 1
-        columns = int(72 * SIZE[0] // (42 + 4.8 * max(map(len, labels))))
-        where = {"loc": "outside lower center", "ncols": min(max(columns, 1), len(labels))}
-        ax.figure.legend(handles[::step], labels[::step], columnspacing=1.2, **where)
 
 
 def _percent(curve: tuple[Values, Values]) -> tuple[Values, Values]:

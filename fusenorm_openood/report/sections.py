@@ -14,8 +14,9 @@ from fusenorm_openood.detectors.explanation import normalised_and_shares
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.method.conformal import EQUAL, guarantee, needed_images
 from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.report.charts import bars
 from fusenorm_openood.report.content import Facts, Section, Table
-from fusenorm_openood.report.figures import Series, acceptance_curves, bars
+from fusenorm_openood.report.figures import Series, acceptance_curves
 from fusenorm_openood.structure.wrappers import unwrapped
 
 GROUPS = {"nearood": "near-OOD", "farood": "far-OOD", "valood": "validation OOD"}
