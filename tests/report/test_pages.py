@@ -99,7 +99,7 @@ def test_the_counts_are_those_of_the_rows(score_page, judged):
 
 
 def test_the_most_rejected_images_are_shown(score_page, judged):
-    rows = [row for row in csv.DictReader(judged.open(newline="", encoding="utf-8"))]
+    rows = list(csv.DictReader(judged.open(newline="", encoding="utf-8")))
     worst = min((r for r in rows if r["ood"] == "True"), key=lambda row: float(row["confidence"]))
     text = " ".join(Elements(score_page.read_text(encoding="utf-8")).text.split())
     shown = text.partition("Most rejected")[2]
