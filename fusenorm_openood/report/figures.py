@@ -141,10 +141,10 @@ def acceptance_curves(
         return np.array([100 * rejects(values, float(a)).mean() for a in x])
 
     def draw(ax: Any) -> None:
-        label = "ID accepted: 95% interval"
+        label = "ID accepted, 95%"
         ax.fill_between(100 * x, 100 * low, 100 * high, color=BLUE, alpha=0.25, lw=0, label=label)
         style = {"color": BLUE, "linewidth": 0.8, "linestyle": (0, (1, 2))}
-        ax.plot(100 * x, 100 * np.clip(x - uniform, 0, 1), label="… at all acceptances", **style)
+        ax.plot(100 * x, 100 * np.clip(x - uniform, 0, 1), label="… all at once", **style)
         ax.plot(100 * x, 100 * np.clip(x + uniform, 0, 1), **style)
         if known is not None:
             ax.plot(100 * x, 100 - rejected(known.values), color=BLUE, label=known.label)

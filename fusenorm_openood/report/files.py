@@ -56,7 +56,7 @@ def report_of_files(
     if len(conf):
         sections.append(_confidences(detector, conf, cut))
         if reference is not None:
-            p = Series("scored images rejected", conformal_p_values(conf, reference))
+            p = Series("scored, rejected", conformal_p_values(conf, reference))
             rejected, expected = (
                 f"{seen.rejected / len(conf):.1%}",
                 f"{100 * (1 - acceptance):.3g}%",
@@ -93,16 +93,16 @@ def _counts(seen: Selection, cut: float | None) -> Section:
 
 
 def _confidences(detector: FuseNorm, conf: NDArray[np.float64], cut: float | None) -> Section:
-    known = Series("calibration images", np.zeros(0))
+    known = Series("ID", np.zeros(0))
     if detector.reference_ is not None:
-        known = Series("calibration images (ID)", detector.reference_)
+        known = Series("ID (calibration)", detector.reference_)
     elif (calibration := detector.calibration_) is not None:
-        known = Series("images of the fit (ID)", detector.confidence(calibration.id_scores))
+        known = Series("ID (fit)", detector.confidence(calibration.id_scores))
     text = f"Larger = more in-distribution. {ENDS}"
     if cut is not None:
         text += f" Images below the threshold, {cut:.3g}, are rejected."
     title = "Confidence of the scored images and of ID images"
-    scored = Series("scored images", conf)
+    scored = Series("scored", conf)
     figure = histogram(title, known, [scored], "confidence", cut)
     return Section("Confidences", (text,), figures=(figure,))
 
@@ -121,7 +121,7 @@ def _experts(calibration: Calibration | None, shown: Gallery) -> list[Section]:
     figures = []
     for row, name in enumerate(calibration.experts):
         marks = [Series(title.lower(), why.scores[row]) for title, why in shown.explained.items()]
-        known = Series("images of the fit (ID)", calibration.id_scores[row])
+        known = Series("ID (fit)", calibration.id_scores[row])
         figures.append(histogram(name, known, [], "score", marks=marks))
     text = (
         "How every expert scores the ID images of the fit; the marks are images of the gallery. "

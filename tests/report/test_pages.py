@@ -2,6 +2,8 @@
 
 import csv
 import re
+import subprocess
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -190,3 +192,27 @@ def test_several_runs_are_named(digits, short_data, tmp_path):
     text = page.read_text(encoding="utf-8")
     assert "everything else is from the first one, s0" in text
     assert "± 0.00" in text
+
+
+def test_results_outlive_a_report_that_fails(digits, short_data, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fusenorm_openood.report.write.write_whole", full)
+    page, out = tmp_path / "page.html", tmp_path / "out"
+    arguments = ["eval", "--id-data", "digits", "--data-root", short_data, "--root", digits[1]]
+    arguments += ["--num-workers", 0, "--no-progress", "--engine", "native", "--report", page]
+    assert main([*map(str, arguments), "--save-csv", "--output-dir", str(out)]) == 1
+    said = capsys.readouterr()
+    assert "farood" in said.out
+    assert f"report {page} cannot be written (No space left on device)" in said.err
+    assert (out / "ood" / "fusenorm.csv").exists()
+
+
+def test_commands_start_without_matplotlib():
+    code = (
+        "import sys, fusenorm_openood.cli.eval, fusenorm_openood.cli.compare\n"
+        "import fusenorm_openood.cli.report\n"
+        "assert 'matplotlib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
