@@ -216,3 +216,14 @@ def test_commands_start_without_matplotlib():
         "assert 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_single_expert_has_pictures_without_heat_maps(digits, short_data, tmp_path):
+    page = tmp_path / "page.html"
+    arguments = ["eval", "--id-data", "digits", "--data-root", short_data, "--root", digits[1]]
+    arguments += ["--num-workers", 0, "--no-progress", "--engine", "native", "--report", page]
+    assert main([*map(str, arguments), "--postprocessor", "msp"]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "as the network sees it" in text
+    assert "eat map" not in text
+    assert "Objections" not in text
