@@ -1,1 +1,1 @@
-"""Export a fitted detector: one program from pixels to verdicts, for ONNX and for `torch.export`."""
+"""Export a fitted detector and its network as one program from pixels to verdicts."""
