@@ -61,14 +61,11 @@ class Inputs(NamedTuple):
         return cls(known, getattr(torch, dtype), normalization)
 
     def examples(self) -> Tensor:
-        """Drawn images `[N, C, H, W]`: noise, and one that is constant."""
+        """Images of noise `[N, C, H, W]`, always the same."""
         generator = torch.Generator().manual_seed(0)
         if self.normalization is None:
-            images = torch.randn(EXAMPLES, *self.shape, generator=generator)
-        else:
-            images = torch.randint(0, 256, (EXAMPLES, *self.shape), generator=generator)
-        images[-1] = images[-1].flatten()[0]
-        return images.to(self.dtype)
+            return torch.randn(EXAMPLES, *self.shape, generator=generator)
+        return torch.randint(0, 256, (EXAMPLES, *self.shape), generator=generator).to(self.dtype)
 
     def normalised(self, image: Tensor) -> Tensor:
         """What the network takes."""
@@ -105,8 +102,13 @@ class Judge(nn.Module):
     ) -> None:
         super().__init__()
         self.net, self.fusion, self.inputs = net, fusion, inputs
-        self.structure, self.panel, self.rows, self.fitted = structure, panel, list(rows), fitted
-        self.reference = None if reference is None else torch.from_numpy(reference)
+        self.structure, self.panel, self.rows = structure, panel, list(rows)
+        copies = {  # a program is saved without a warning if no tensor is a view
+            expert: {n: v.clone(memory_format=torch.contiguous_format) for n, v in state.items()}
+            for expert, state in fitted.states.items()
+        }
+        self.fitted = Fitted(fitted.thresholds, copies)
+        self.reference = None if reference is None else torch.tensor(reference)
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -62,7 +62,10 @@ def export_judge(
         raise ConfigError(
             f"{path} must end in {' or '.join(_FORMATS)}, which says what the program is for"
         )
-    serialise = _FORMATS[path.suffix]
+    serialise, needed = _FORMATS[path.suffix]
+    for package in needed:
+        if find_spec(package) is None:
+            raise ExportError(f"exporting {path} needs {package}, which is missing: {INSTALL}")
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     default = None if judge.reference is None else torch.tensor(acceptance, dtype=torch.float64)
     data, run = serialise(judge, traced(judge, images[:2], default), default, texts)
@@ -122,9 +125,6 @@ def _pt2(
 def _onnx(
     judge: Judge, program: ExportedProgram, acceptance: Tensor | None, metadata: dict[str, str]
 ) -> tuple[bytes, Run | None]:
-    for package in ("onnx", "onnxscript"):
-        if find_spec(package) is None:
-            raise ExportError(f"exporting to ONNX needs {package}, which is missing: {INSTALL}")
     import onnx
 
     inputs = ["image"] if acceptance is None else ["image", "acceptance"]
@@ -176,4 +176,5 @@ def _reason(error: Exception) -> str:
     return f"{type(cause).__name__}: {lines[0].strip() if lines else ''}"
 
 
-_FORMATS = {".onnx": _onnx, ".pt2": _pt2}
+# What writes a format, and the packages that it needs.
+_FORMATS = {".onnx": (_onnx, ("onnx", "onnxscript")), ".pt2": (_pt2, ())}
