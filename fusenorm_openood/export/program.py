@@ -18,6 +18,7 @@ from fusenorm_openood.files import write_whole
 
 TOLERANCE = 1e-4  # between confidences of PyTorch and of an exported program
 INSTALL = "pip install 'fusenorm-openood[export]'"
+OLDEST_TORCH = (2, 9)
 Run = Callable[[Tensor], Any]  # from images to confidences `[N]`
 
 
@@ -63,6 +64,11 @@ def export_judge(
             f"{path} must end in {' or '.join(_FORMATS)}, which says what the program is for"
         )
     serialise, needed = _FORMATS[path.suffix]
+    if not is_new_enough():
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ExportError(
+            f"exporting needs torch {oldest}, this is {torch.__version__}: pip install -U torch"
+        )
     for package in needed:
         if find_spec(package) is None:
             raise ExportError(f"exporting {path} needs {package}, which is missing: {INSTALL}")
@@ -87,6 +93,11 @@ def export_judge(
             f"{path} cannot be written ({error.strerror}): choose another folder"
         ) from None
     return Exported(path, judge.outputs, difference)
+
+
+def is_new_enough() -> bool:
+    """Whether this torch is one that exports are tested with, or a newer one."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= OLDEST_TORCH
 
 
 def traced(judge: Judge, images: Tensor, acceptance: Tensor | None) -> ExportedProgram:

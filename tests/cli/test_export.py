@@ -7,6 +7,9 @@ from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.export import program
+from tests.export.programs import needs_export
+
+pytestmark = needs_export
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,6 @@ def export(saved, *arguments) -> int:
 
 
 def test_both_programs_are_written_and_compared(saved, tmp_path, capsys):
-    pytest.importorskip("onnxruntime", reason="pip install '.[export]'")
     onnx, pt2 = tmp_path / "digits.onnx", tmp_path / "new" / "digits.pt2"
     assert export(saved, "--onnx", onnx, "--pt2", pt2) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -42,7 +44,6 @@ def test_both_programs_are_written_and_compared(saved, tmp_path, capsys):
 
 
 def test_without_onnxruntime_it_says_so(saved, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("onnxscript", reason="pip install '.[export]'")
     real = program.find_spec
     monkeypatch.setattr(program, "find_spec", lambda n: None if n == "onnxruntime" else real(n))
     assert export(saved, "--onnx", tmp_path / "digits.onnx", "--acceptance", "0.9") == 0

@@ -1,14 +1,20 @@
 """Run exported programs, and the detectors that are exported."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.export.program import is_new_enough
+
+CAN_EXPORT = is_new_enough() and all(map(find_spec, ("onnx", "onnxscript", "onnxruntime")))
+needs_export = pytest.mark.skipif(not CAN_EXPORT, reason="needs the extra export and its torch")
 
 Program = Callable[..., dict[str, np.ndarray]]  # (image, acceptance=None) -> outputs by name
 NAMES = ("logits", "confidence", "p_value", "ood")

@@ -25,19 +25,19 @@ from tests.export.programs import (
     drawn_pixels,
     fitted,
     loaded,
+    needs_export,
     normalised,
 )
 from tests.nets import CLASSES, Net
 
-pytest.importorskip("onnxscript", reason="pip install '.[export]'")
-
+pytestmark = needs_export
 FORMATS = (".onnx", ".pt2")
 METHODS = {
     "fusenorm": Settings(),
     "joint": Settings.joint(),
     "published without a step": Settings.published(noise=0.0),
-    "stages, msp, ReAct": Settings(taps="stages", output="msp", react_percentile=80.0),
-    "tokens of the trade": Settings(
+    "stages, MSP and ReAct": Settings(taps="stages", output="msp", react_percentile=80.0),
+    "post-hoc experts": Settings(
         strong=("knn", "nci", "gen", "vim", "she"), weights=(1.0, 2.0, 0.0, 1.0, 1.0), clip=False
     ),
     "shaping": Settings(output="mls", strong=(1, "mls", "scale", "ash"), alpha=0.5, base=20.0),
@@ -221,6 +221,12 @@ def test_errors_leave_no_file(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r"differ from PyTorch's by .* was not written"):
         detector.export(path)
     assert not path.parent.exists()
+
+
+def test_an_old_torch_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.4.0+cpu")
+    with pytest.raises(ExportError, match=r"^exporting needs torch 2\.9, this is 2\.4\.0\+cpu: "):
+        fitted(Net()).export(tmp_path / "detector.pt2")
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])

@@ -15,10 +15,9 @@ from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.folder import judge_files
 from tests.docs.pages import ROOT, blocks
 from tests.export.files import COUNT, KINDS, write_files
+from tests.export.programs import needs_export
 
-for package in ("onnxscript", "onnxruntime"):
-    pytest.importorskip(package, reason="pip install '.[export]'")
-
+pytestmark = needs_export
 NEAR = 1e-4  # of confidences, within which a verdict may differ
 
 # Appended to the recipe of the documentation, which has defined `session` and `pixels`.

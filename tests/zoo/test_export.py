@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from fusenorm_openood import FuseNorm
+from tests.export.programs import needs_export
 from tests.zoo.networks import build
 
-for library in ("timm", "transformers", "onnxscript", "onnxruntime"):
-    pytest.importorskip(library, reason="pip install '.[zoo]'")
+for library in ("timm", "transformers"):
+    pytest.importorskip(library, reason="the catalogue needs the extra zoo: pip install '.[zoo]'")
+pytestmark = needs_export
 
 NETWORKS = {
     "torchvision:resnet18": 64,
