@@ -1,9 +1,11 @@
 """Trace a judge, turn it into the bytes of a file, run these, and write them."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from importlib.util import find_spec
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,7 +111,7 @@ def traced(judge: Judge, images: Tensor, acceptance: Tensor | None) -> ExportedP
     given = (images,) if acceptance is None else (images, acceptance)
     shapes = ({0: Dim("batch")}, None)[: len(given)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), redirect_stderr(StringIO()):  # where torch prints what it has traced
             return torch.export.export(judge, given, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise ExportError(
@@ -158,8 +160,8 @@ def _onnx(
         data = model.SerializeToString()
     except Exception as error:
         raise ExportError(
-            f"{type(judge.net).__name__} cannot be written as one ONNX file of at most 2 GB "
-            f"({_reason(error)}): export it to a file that ends in .pt2"
+            f"{type(judge.net).__name__} cannot be written as one ONNX file ({_reason(error)}): "
+            "export it to a file that ends in .pt2"
         ) from error
     if find_spec("onnxruntime") is None:
         return data, None
@@ -181,10 +183,10 @@ def _name_batch(graph: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, or of its cause, which torch wraps in a report."""
+    """The first sentence of an error, or of its cause, which torch wraps in a report."""
     cause = error.__cause__ or error
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0].strip() if lines else ''}"
+    sentence = re.split(r"[.!]\s|\n", str(cause).strip(), maxsplit=1)[0]
+    return f"{type(cause).__name__}: {sentence}"
 
 
 # What writes a format, and the packages that it needs.
