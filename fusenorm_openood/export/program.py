@@ -130,7 +130,7 @@ def _pt2(
 
     def run(images: Tensor) -> Any:
         given = (images,) if acceptance is None else (images, acceptance)
-        return loaded(*given)[1].numpy()
+        return loaded(*given)[1].detach().numpy()
 
     return data, run
 

@@ -69,7 +69,7 @@ def _pt2(path: Path) -> Program:
     def run(image: Tensor, acceptance: float | None = 0.95) -> dict[str, np.ndarray]:
         given = () if acceptance is None else (torch.tensor(acceptance, dtype=torch.float64),)
         outputs = module(image, *given)
-        return {n: o.numpy() for n, o in zip(NAMES, outputs, strict=False)}
+        return {n: o.detach().numpy() for n, o in zip(NAMES, outputs, strict=False)}
 
     return run
 
