@@ -160,8 +160,8 @@ def _onnx(
         data = model.SerializeToString()
     except Exception as error:
         raise ExportError(
-            f"{type(judge.net).__name__} cannot be written as one ONNX file ({_reason(error)}): "
-            "export it to a file that ends in .pt2"
+            f"{type(judge.net).__name__} cannot be written as one ONNX file, which holds at most "
+            f"2 GB ({_reason(error)}): export it to a file that ends in .pt2"
         ) from error
     if find_spec("onnxruntime") is None:
         return data, None

@@ -247,6 +247,19 @@ def test_without_onnxruntime_it_is_not_compared(tmp_path, monkeypatch):
     assert exported.path.exists()
 
 
+class Bessel(Net):
+    """An operation that ONNX lacks."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.special.bessel_j0(x).mean()
+
+
+def test_an_operation_that_onnx_lacks_is_a_typed_error(tmp_path):
+    with pytest.raises(ExportError, match=r"Bessel cannot be .*bessel_j0.*: export it to .*\.pt2$"):
+        fitted(Bessel()).export(tmp_path / "detector.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_network_that_cannot_be_copied_is_a_typed_error(tmp_path):
     net = Net()
     detector = fitted(net)
