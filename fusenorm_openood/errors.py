@@ -51,3 +51,7 @@ class CalibrationError(FuseNormError, ValueError):
 
 class DetectorFileError(FuseNormError, ValueError):
     """A detector file that is missing, damaged, of a newer format, or of another network."""
+
+
+class ExportError(FuseNormError, RuntimeError):
+    """A detector that cannot be exported, or whose exported program gives other confidences."""

@@ -1,6 +1,6 @@
 """The detector and the network that a command line names."""
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from torch import nn
@@ -51,14 +51,3 @@ def source_network(spec: str | None, weights: str | None, image_size: int | None
     if spec is None:
         raise ConfigError("a network is needed: give --weights FILE, --network SPEC, or both")
     return build_network(spec, image_size=image_size)
-
-
-def share(text: str) -> float:
-    """A number in (0, 1), for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise ArgumentTypeError(f"must be a number in (0, 1), got {text!r}")
-    return value

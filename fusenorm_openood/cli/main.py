@@ -18,6 +18,7 @@ COMMANDS = {
     "fit": "fit a detector to a network and ID images, and keep it in a file",
     "score": "confidences, p-values and verdicts of image files",
     "report": "HTML page about image files that were judged before",
+    "export": "a detector and its network as one program for ONNX or torch.export",
     "taps": "list the modules of a checkpoint's network that can be tapped",
     "leaderboard": "entry for OpenOOD's leaderboard, from saved results",
     "doctor": "what is installed and what is missing",

@@ -3,7 +3,8 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fusenorm_openood.cli.detector import add_detector, load_detector, share
+from fusenorm_openood.cli import options
+from fusenorm_openood.cli.detector import add_detector, load_detector
 from fusenorm_openood.detectors.rows import read_rows
 from fusenorm_openood.report.files import report_of_files
 from fusenorm_openood.report.write import check_report, write_report
@@ -14,7 +15,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_detector(parser)
     add("--csv", required=True, metavar="FILE", help="what `fusenorm score` has written")
     add("--output", required=True, metavar="FILE", help="the HTML page")
-    add("--acceptance", type=share, default=0.95, help="share of ID images to accept (0.95)")
+    add(
+        "--acceptance", type=options.share, default=0.95, help="share of ID images to accept (0.95)"
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fusenorm_openood.cli import options
-from fusenorm_openood.cli.detector import add_detector, load_detector, share
+from fusenorm_openood.cli.detector import add_detector, load_detector
 from fusenorm_openood.data.paths import image_paths
 from fusenorm_openood.detectors.folder import Judged, judge_files
 from fusenorm_openood.detectors.fusenorm import FuseNorm
@@ -31,8 +31,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("paths", nargs="+", metavar="PATH", help="folders, patterns, image lists (.txt), files, -")
     verdict = parser.add_mutually_exclusive_group()
     of_id, of_rejected = "share of ID images to accept (0.95)", "share of ID images among the OOD"
-    verdict.add_argument("--acceptance", type=share, default=0.95, help=of_id)
-    verdict.add_argument("--fdr", type=share, help=f"{of_rejected}: judges all images together")
+    verdict.add_argument("--acceptance", type=options.share, default=0.95, help=of_id)
+    verdict.add_argument(
+        "--fdr", type=options.share, help=f"{of_rejected}: judges all images together"
+    )
     add("--csv", metavar="FILE", help="CSV or .parquet file of rows (default: standard output)")
     add("--report", metavar="FILE", help="also write an HTML page about the rows of --csv")
     add("--resume", action="store_true", help="go on with the rows that --csv already has")

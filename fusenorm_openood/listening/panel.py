@@ -126,14 +126,15 @@ class Panel:
         """
         with undisturbed(unwrapped(net)):
             listened = [
-                self._listen(net, structure, part, fitted)
+                self.listen_whole(net, structure, part, fitted)
                 for part in parts(images, structure.mixes)
             ]
         rows, passes = zip(*listened, strict=True)
         first = joined(passes)
-        return torch.cat(rows, dim=1), first.pred, self._seen(net, structure, first)
+        return torch.cat(rows, dim=1), first.pred, self.seen(net, structure, first)
 
-    def _seen(self, net: nn.Module, structure: Structure, done: Pass) -> Seen | None:
+    def seen(self, net: nn.Module, structure: Structure, done: Pass) -> Seen | None:
+        """What the post-hoc experts see of a pass, if there are any; TapError as in `listen`."""
         if not self.posthoc:
             return None
         names = [expert.name for expert in self.posthoc if expert.name != "gen"]
@@ -147,9 +148,11 @@ class Panel:
             )
         return Seen(done.feature, done.logits)
 
-    def _listen(
+    def listen_whole(
         self, net: nn.Module, structure: Structure, images: Tensor, fitted: Fitted
     ) -> tuple[Tensor, Pass]:
+        """As `listen`, for a network in evaluation mode, in one part, with the whole pass."""
+
         def clipped(seen: Tensor, done: Pass, output: Output) -> Tensor:
             q = output.react_percentile
             threshold = None if q is None else fitted.thresholds[q]
