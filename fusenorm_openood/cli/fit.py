@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fusenorm_openood.cli import options
+from fusenorm_openood.cli.detector import source_network
 from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.paths import image_paths
 from fusenorm_openood.data.preprocessing import Preprocessing
@@ -16,7 +17,6 @@ from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.devices import find_device
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.files import check_writable
-from fusenorm_openood.networks import build_network, load_network
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -69,20 +69,6 @@ def run(args: Namespace) -> int:
     detector.save(args.output)
     print(f"saved {args.output}")
     return 0
-
-
-def source_network(spec: str | None, weights: str | None, image_size: int | None) -> nn.Module:
-    """The network of `--network` and `--weights`.
-
-    Raises:
-        ConfigError: neither of the two.
-        CheckpointError: a checkpoint that cannot be loaded.
-    """
-    if weights is not None:
-        return load_network(weights, network=spec, image_size=image_size)
-    if spec is None:
-        raise ConfigError("a network is needed: give --weights FILE, --network SPEC, or both")
-    return build_network(spec, image_size=image_size)
 
 
 def _class_names(path: str | None, id_dirs: list[str]) -> tuple[str, ...] | None:
