@@ -55,8 +55,12 @@ class ImageFiles(Dataset[tuple[int, Tensor | str]]):
             return number, str(error)
 
 
-class ReadableFiles(Dataset[Tensor]):
-    """Tensors `[3, H, W]` of image files that all have to be readable."""
+class ReadableFiles(Dataset[dict[str, Any]]):
+    """Image files that all have to be readable, without labels: `{"data": [3, H, W], "label": -1}`.
+
+    Raises:
+        DataError: on access to an image, a file that cannot be read.
+    """
 
     def __init__(self, paths: Sequence[Path], preprocessing: Preprocessing) -> None:
         self.paths, self.preprocessing = paths, preprocessing
@@ -64,8 +68,8 @@ class ReadableFiles(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, number: int) -> Tensor:
-        return self.preprocessing.read(self.paths[number])
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {"data": self.preprocessing.read(self.paths[number]), "label": -1}
 
 
 def judge_files(

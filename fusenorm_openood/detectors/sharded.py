@@ -54,7 +54,7 @@ class FileShards:
         self.detector, self.paths, self.pace = detector, paths, pace or Pace()
         self.batch_size, self.num_workers = batch_size, num_workers
         self._files = ImageFiles(paths, detector.known_preprocessing())
-        record = {**experts_record(detector), "images": _manifest(paths)}
+        record = {**experts_record(detector), "images": manifest(paths)}
         self.shards = ShardSet(store, record, "files", len(paths), SHARD)
 
     def score(self, numbers: Sequence[int], after: Callable[[int], object] | None = None) -> None:
@@ -134,7 +134,7 @@ def experts_record(detector: FuseNorm) -> dict[str, Any]:
     }
 
 
-def _manifest(paths: Sequence[Path]) -> str:
+def manifest(paths: Sequence[Path]) -> str:
     """SHA-256 of the paths, and of the sizes and times of the files that exist."""
     hashed = sha256()
     for path in paths:
