@@ -59,3 +59,7 @@ class StoreError(FuseNormError, ValueError):
 
 class DamagedShardError(StoreError):
     """A stored shard that is truncated, altered or unreadable: delete it and compute it again."""
+
+
+class ExportError(FuseNormError, RuntimeError):
+    """A detector that cannot be exported, or whose exported program gives other confidences."""

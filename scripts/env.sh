@@ -36,7 +36,7 @@ environment() {
 suffices() { # suffices ENVIRONMENT EXTRA
     local modules="fusenorm_openood torch"
     case $2 in
-    test) modules+=" pytest pytest_cov xdist hypothesis" ;;
+    test) modules+=" pytest pytest_cov xdist hypothesis jinja2 matplotlib playwright" ;;
     zoo) modules+=" pytest xdist timm transformers" ;;
     dev) modules+=" ruff mypy importlinter" ;;
     esac

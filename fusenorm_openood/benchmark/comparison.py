@@ -45,12 +45,16 @@ class Comparison(NamedTuple):
             FuseNorm's rows the 95 % bootstrap interval of the difference in AUROC to the best
             single expert.
         found: results of the searches, by row.
+        known: confidences of the ID test images, by method.
+        unknown: confidences of the OOD images, by group, data set and method.
     """
 
     auroc: pd.DataFrame
     fpr95: pd.DataFrame
     summary: pd.DataFrame
     found: dict[str, Found]
+    known: dict[str, NDArray[Any]]
+    unknown: dict[str, dict[str, dict[str, NDArray[Any]]]]
 
 
 def compare(
@@ -123,7 +127,8 @@ def compare(
         group: {name: score(image_set) for name, image_set in image_sets.items()}
         for group, image_sets in zip(GROUPS, (benchmark.near, benchmark.far), strict=True)
     }
-    return Comparison(*tables(known, unknown, [*outputs, *experts, *peers]), found)
+    figures = tables(known, unknown, [*outputs, *experts, *peers])
+    return Comparison(*figures, found, known, unknown)
 
 
 def single_experts(

@@ -13,7 +13,6 @@ from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
 from fusenorm_openood.detectors.base import Detector, Scored
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.metrics import accuracy, ood_metrics
-from fusenorm_openood.structure.reading import Structure
 
 
 class Evaluation(NamedTuple):
@@ -23,13 +22,17 @@ class Evaluation(NamedTuple):
         table: metrics in percent, one row per data set and per mean, with OpenOOD's columns.
         compare: AUROC / FPR@95 in percent, one row per expert, one column per data set or mean.
         scores: predictions, confidences and labels, in the nested dict that OpenOOD saves.
-        structure: how the network is built, as far as it was understood.
+        sets: what the detector gave for each data set, by group (`id`, `csid`, `valood`, `nearood`,
+            `farood`) and name.
+        detector: the fitted detector; None if OpenOOD evaluated, and then there are no expert
+            scores.
     """
 
     table: pd.DataFrame
     compare: pd.DataFrame
     scores: dict[str, Any]
-    structure: Structure | None = None
+    sets: dict[str, dict[str, Scored]]
+    detector: Detector | None = None
 
 
 def evaluate(
@@ -93,7 +96,28 @@ def evaluate(
         for i, expert in enumerate(detector.rows)
     }
     compare = pd.DataFrame({"fused": fused, **single}).T
-    return Evaluation(table, compare, _scores(test, csid, groups), detector.known_structure)
+    sets = {"id": {benchmark.name: test}, "csid": csid, **groups}
+    return Evaluation(table, compare, _scores(test, csid, groups), sets, detector)
+
+
+def sets_of(scores: dict[str, Any], name: str) -> dict[str, dict[str, Scored]]:
+    """`Evaluation.sets` without expert scores, from the nested dict that OpenOOD saves.
+
+    Args:
+        scores: see `Evaluation.scores`.
+        name: name of the ID data set.
+    """
+
+    def scored(listed: list[Any]) -> Scored:
+        pred, conf, label = map(np.asarray, listed)
+        return Scored(conf, pred, label, np.zeros((0, len(conf))))
+
+    found = {"id": {name: scores["id"]["test"]}, "csid": scores["csid"] or {}}
+    found |= {f"{group}ood": scores["ood"][group] or {} for group in ("near", "far")}
+    return {
+        group: {n: scored(listed) for n, listed in sets.items() if listed is not None}
+        for group, sets in found.items()
+    }
 
 
 def check_fsood(benchmark: Benchmark, fsood: bool) -> None:

@@ -12,12 +12,13 @@ from fusenorm_openood.benchmark.runs import find_checkpoints
 from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.inputs import check_images, check_readable
-from fusenorm_openood.cli.kept import records_of
+from fusenorm_openood.cli.kept import records_of, say_pace
 from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.devices import own_device
 from fusenorm_openood.files import check_writable, write_whole
+from fusenorm_openood.report.write import check_report, write_report
 from fusenorm_openood.torchrun import among_peers, this_process
 
 
@@ -32,6 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--config", help="YAML file with the sweep to search (default: this package's)")
     add("--batch-size", type=options.positive, default=200, help="images per batch (default: 200)")
     add("--csv", metavar="FILE", help="also write all figures to this file")
+    add("--report", metavar="FILE", help="also write an HTML page with figures")
     options.add_store(parser)
     options.add_computing(parser)
 
@@ -46,6 +48,8 @@ def run(args: Namespace) -> int:
     sweep = read_fusenorm(config).sweep if args.search or args.config else None
     if args.csv and process.leads:
         check_writable(Path(args.csv).parent, "--csv")
+    if args.report:
+        check_report(args.report)
     image_sets = [*benchmark.tested(args.fsood), *([benchmark.val_ood] * bool(sweep))]
     check_images(benchmark, image_sets)
     if process.leads:
@@ -57,6 +61,7 @@ def run(args: Namespace) -> int:
     }
     labels = _labels(list(networks))
     figures: dict[str, pd.DataFrame] = {}
+    compared: dict[str, list[Comparison]] = {}
     for root, runs in networks.items():
         results = []
         records = records_of(args, benchmark, checkpoints[root], amp=False, channels_last=False)
@@ -74,16 +79,31 @@ def run(args: Namespace) -> int:
                 )
             )
             net.cpu()
+        say_pace(records)
         fpr95 = _mean([result.fpr95 for result in results]).add_suffix(" FPR@95")
         figures[labels[root]] = _mean([result.auroc for result in results]).join(fpr95)
         if args.csv and process.leads:
             _write_csv(Path(args.csv), figures)
         _print_root(labels[root], args.id_data, results)
+        if args.report:
+            compared[labels[root]] = results
     if len(figures) > 1:
         print(f"\nmean ± std over {len(figures)} roots, AUROC in percent:")
         shared = [table[["nearood", "farood"]] for table in _shared_rows(list(figures.values()))]
         print(summarise(shared).to_string(justify="right"))
+    if args.report and process.leads:
+        _write_report(args, compared)
     return 0
+
+
+def _write_report(args: Namespace, compared: dict[str, list[Comparison]]) -> None:
+    from fusenorm_openood.report.comparison import report_of_comparison
+
+    runs = sum(map(len, compared.values()))
+    facts = (("roots", ", ".join(args.root)), ("training runs", str(runs)))
+    kind = args.id_data + (", full-spectrum" if args.fsood else "")
+    write_report(report_of_comparison(compared, f"Methods on {kind}", facts), args.report)
+    print(f"saved {args.report}")
 
 
 def _write_csv(path: Path, figures: dict[str, pd.DataFrame]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from fusenorm_openood.benchmark.evaluation import Evaluation, evaluate
+from fusenorm_openood.benchmark.evaluation import Evaluation, evaluate, sets_of
 from fusenorm_openood.benchmark.records import Loader, Records, plain_loader
 from fusenorm_openood.configs import lookup
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, load_benchmark
@@ -147,7 +147,7 @@ def evaluate_run(job: Job, engine: str, net: nn.Module, run: str = "") -> Evalua
             job.fsood,
             job.progress,
         )
-        return Evaluation(table, pd.DataFrame(), scores)
+        return Evaluation(table, pd.DataFrame(), scores, sets_of(scores, job.benchmark.name))
     detector = _searched(job, net, run) if job.aps_mode else job.detector(net)
     if job.compare and isinstance(detector, FuseNorm):
         detector.with_companions()

@@ -10,20 +10,21 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from fusenorm_openood.benchmark.evaluation import check_fsood
+from fusenorm_openood.benchmark.evaluation import Evaluation, check_fsood
 from fusenorm_openood.benchmark.networks import load_runs
 from fusenorm_openood.benchmark.runs import results_folder, unfinished
 from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.engines import Job, evaluate_run, find_engine
 from fusenorm_openood.cli.inputs import check_files, check_networks, ensure_digits
-from fusenorm_openood.cli.kept import records_of
+from fusenorm_openood.cli.kept import records_of, say_pace
 from fusenorm_openood.cli.postprocessors import read_postprocessor
-from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.data.benchmarks import Benchmark, load_benchmark
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.devices import own_device
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.files import alone_in, check_writable, write_whole
+from fusenorm_openood.report.write import check_report, write_report
 from fusenorm_openood.torchrun import among_peers, this_process
 
 
@@ -38,6 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--save-score", action="store_true", help="write scores to OUTPUT/s0/scores/NAME.pkl")
     add("--validation", action="store_true", help="test on the validation pair, to choose settings")
     add("--compare", action="store_true", help="also print AUROC / FPR@95 of every expert")
+    add("--report", metavar="FILE", help="also write an HTML page with figures and images")
     add("--config", metavar="NAME", help="YAML file of the postprocessor, or this package's name")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set one of its arguments")
     add(
@@ -85,6 +87,8 @@ def run(args: Namespace) -> int:
     job.check()
     if process.leads and (args.save_csv or args.save_score):
         check_writable(output, "--output-dir")
+    if args.report:
+        check_report(args.report)
     if benchmark.name == "digits":
         with alone_in(Path(args.data_root)):
             if args.network:
@@ -104,7 +108,7 @@ def run(args: Namespace) -> int:
     print(f"{name} on {args.id_data}: engine {engine}, device {device}", flush=True)
     for checkpoint in filter(unfinished, checkpoints.values() if process.leads else ()):
         print(f"fusenorm: training run {checkpoint.parent} is not finished", file=sys.stderr)
-    tables = []
+    tables, first = [], None
     for run_name, net in networks.items():
         net.to(device)
         if args.channels_last:
@@ -113,8 +117,10 @@ def run(args: Namespace) -> int:
             result = evaluate_run(job, engine, net, run_name)
         net.cpu()
         tables.append(result.table)
-        if run_name in job.records and result.structure is not None:
-            job.records[run_name].keep(net, result.structure)
+        first = first or (run_name, result)
+        structure = None if result.detector is None else result.detector.known_structure
+        if run_name in job.records and structure is not None:
+            job.records[run_name].keep(net, structure)
         if process.leads and args.save_score and not args.validation:
             scores = pickle.dumps(result.scores, pickle.HIGHEST_PROTOCOL)
             path = output / run_name / "scores" / f"{name}.pkl"
@@ -130,7 +136,44 @@ def run(args: Namespace) -> int:
     print(_text(table))
     if args.save_csv:
         print(f"saved {path}")
+    say_pace(job.records)
+    if args.report and first and process.leads:
+        print(f"saved {_report(args, benchmark, table, list(networks), first[1], engine)}")
     return 0
+
+
+def _report(
+    args: Namespace,
+    benchmark: Benchmark,
+    table: pd.DataFrame,
+    runs: list[str],
+    first: Evaluation,
+    engine: str,
+) -> str:
+    """Write the page about all runs, with pictures of the first one."""
+    from fusenorm_openood.report.evaluation import report_of_evaluation
+
+    note = ""
+    if len(runs) > 1:
+        note = (
+            f"The first table has the mean and the standard deviation over {len(runs)} training "
+            f"runs; everything else is from the first one, {runs[0]}."
+        )
+    else:
+        table = first.table
+    facts = (("training runs", args.root), ("evaluated by", f"{engine} engine"))
+    kind = "validation pair of " * args.validation + args.id_data + " (full-spectrum)" * args.fsood
+    report = report_of_evaluation(
+        first,
+        benchmark,
+        f"{args.postprocessor or 'fusenorm'} on {kind}",
+        facts,
+        table,
+        args.validation,
+        note,
+    )
+    write_report(report, args.report)
+    return str(args.report)
 
 
 def _text(table: pd.DataFrame) -> str:

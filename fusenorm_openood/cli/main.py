@@ -17,6 +17,8 @@ COMMANDS = {
     "train": "train a network with T2FNorm or cross-entropy",
     "fit": "fit a detector to a network and ID images, and keep it in a file",
     "score": "confidences, p-values and verdicts of image files",
+    "report": "HTML page about image files that were judged before",
+    "export": "a detector and its network as one program for ONNX or torch.export",
     "taps": "list the modules of a checkpoint's network that can be tapped",
     "store": "list, verify and prune stored scores",
     "leaderboard": "entry for OpenOOD's leaderboard, from saved results",

@@ -103,3 +103,14 @@ def _normalization(text: str) -> Any:
 def positive(text: str) -> int:
     """An integer >= 1, for argparse."""
     return whole(text, least=1)
+
+
+def share(text: str) -> float:
+    """A number in (0, 1), for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise ArgumentTypeError(f"must be a number in (0, 1), got {text!r}")
+    return value

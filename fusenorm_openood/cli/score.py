@@ -2,8 +2,7 @@
 
 import math
 import sys
-import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +12,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fusenorm_openood.cli import options
-from fusenorm_openood.cli.fit import source_network
+from fusenorm_openood.cli.detector import add_detector, load_detector
 from fusenorm_openood.data.paths import image_paths
 from fusenorm_openood.detectors.folder import Judged, judge_files
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.rows import RowFile, read_rows
 from fusenorm_openood.detectors.sharded import FileShards
-from fusenorm_openood.detectors.storage import read_contents
-from fusenorm_openood.devices import own_device
 from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.listening.pace import Pace
 from fusenorm_openood.method.conformal import check_enough, rejects, rejects_at_fdr
+from fusenorm_openood.report.files import report_of_files
+from fusenorm_openood.report.write import check_report, write_report
 from fusenorm_openood.torchrun import Process, among_peers, this_process
 
 SOME_UNREADABLE = 3  # exit status
@@ -30,17 +30,18 @@ SOME_UNREADABLE = 3  # exit status
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--detector", required=True, metavar="FILE", help="what `fusenorm fit` has saved")
+    add_detector(parser)
     add("paths", nargs="+", metavar="PATH", help="folders, patterns, image lists (.txt), files, -")
     verdict = parser.add_mutually_exclusive_group()
     of_id, of_rejected = "share of ID images to accept (0.95)", "share of ID images among the OOD"
-    verdict.add_argument("--acceptance", type=_share, default=0.95, help=of_id)
-    verdict.add_argument("--fdr", type=_share, help=f"{of_rejected}: judges all images together")
+    verdict.add_argument("--acceptance", type=options.share, default=0.95, help=of_id)
+    verdict.add_argument(
+        "--fdr", type=options.share, help=f"{of_rejected}: judges all images together"
+    )
     add("--csv", metavar="FILE", help="CSV or .parquet file of rows (default: standard output)")
+    add("--report", metavar="FILE", help="also write an HTML page about the rows of --csv")
     add("--resume", action="store_true", help="go on with the rows that --csv already has")
     add("--store", metavar="DIR", help="keep scores of experts here; torchrun needs it")
-    options.add_network(parser)
-    add("--weights", metavar="FILE", help="checkpoint (default: where `fit` found it)")
     add("--batch-size", type=options.positive, default=64, help="images per batch (default: 64)")
     options.add_computing(parser)
 
@@ -53,7 +54,13 @@ def run(args: Namespace) -> int:
         0 = all were judged, 3 = some were unreadable; among several processes 0, because `torchrun`
         takes any other status for a failure.
     """
-    detector = _loaded(args)
+    if args.report:
+        check_report(args.report)
+        if not args.csv:
+            raise ConfigError("--report is about the rows of a file: give --csv FILE")
+        if args.fdr is not None:
+            raise ConfigError("--report shows verdicts at an acceptance: leave out --fdr")
+    detector = load_detector(args)
     n = None if detector.reference_ is None else len(detector.reference_)
     if args.fdr is not None and (n is None or not args.csv):
         lacks = "calibration images: fit with --calibration-dir" if n is None else "a file: --csv"
@@ -64,27 +71,27 @@ def run(args: Namespace) -> int:
     if n is not None and args.fdr is None:
         check_enough(n, args.acceptance)
     _check_store(args, process)
-    given = image_paths(args.paths)
+    given, pace = image_paths(args.paths), Pace()
     if not process.leads:
-        return sum(map(len, _judged(args, detector, given, process)))  # it is given none: 0
+        return sum(map(len, _judged(args, detector, given, process, pace)))  # it is given none: 0
     with RowFile(Path(args.csv) if args.csv else None, args.resume) as file:
         _check_same(detector, file)
         paths = [path for path in given if str(path) not in file.judged]
         hidden = args.no_progress or not args.csv
-        started, counts = time.perf_counter(), Counter[str]()
+        counts = Counter[str]()
         with tqdm(total=len(paths), unit=" images", disable=hidden, leave=False) as bar:
-            for rows in _judged(args, detector, paths, process):
+            for rows in _judged(args, detector, paths, process, pace):
                 # A verdict at a false discovery rate needs all images.
                 file.write(rows if args.fdr is None else [r._replace(ood=None) for r in rows])
                 bar.update(len(rows))
                 counts.update(map(_verdict, rows))
-        seconds = time.perf_counter() - started
         file.finish(lambda p: _verdicts(p, args))
     if args.csv:
         counts = Counter(map(_verdict, read_rows(Path(args.csv))))
     summary = f"{counts.total()} images: {counts['OOD']} OOD, {counts['unreadable']} unreadable"
     summary += f", {len(file.judged)} judged before" if file.judged else ""
-    print(f"fusenorm: {summary} ({len(paths) / seconds:.0f} images per second)", file=sys.stderr)
+    summary += f"; {pace}" if pace.images else ""
+    print(f"fusenorm: {summary}", file=sys.stderr)
     if args.fdr is not None and n is not None and not counts["OOD"]:
         print(
             f"fusenorm: {n} calibration images give no p-value below {1 / (n + 1):.2g}, so an FDR "
@@ -92,6 +99,10 @@ def run(args: Namespace) -> int:
             "it: calibrate on more, or choose --acceptance",
             file=sys.stderr,
         )
+    if args.report:
+        facts = (("judged in", args.csv), ("detector file", args.detector))
+        report = report_of_files(detector, read_rows(Path(args.csv)), args.acceptance, facts)
+        write_report(report, args.report)
     return SOME_UNREADABLE if counts["unreadable"] and process.world == 1 else 0
 
 
@@ -110,25 +121,12 @@ def _check_store(args: Namespace, process: Process) -> None:
 
 
 def _judged(
-    args: Namespace, detector: FuseNorm, paths: list[Path], process: Process
+    args: Namespace, detector: FuseNorm, paths: list[Path], process: Process, pace: Pace
 ) -> Iterator[list[Judged]]:
-    how = args.batch_size, args.num_workers
+    how = args.batch_size, args.num_workers, pace
     if not args.store:
         return judge_files(detector, paths, args.acceptance, *how)
     return FileShards(detector, paths, Path(args.store), *how).judged(args.acceptance, process)
-
-
-def _loaded(args: Namespace) -> FuseNorm:
-    """The detector, with the network that `fit` had, or the one that is given."""
-    device = own_device(args.device)
-    source = read_contents(Path(args.detector)).record.get("source") or {}
-    size = source.get("image_size")
-    net = source_network(
-        args.network or source.get("network"),
-        args.weights or source.get("weights"),
-        None if size is None else int(size),
-    )
-    return FuseNorm.load(args.detector, net.to(device))
 
 
 def _check_same(detector: FuseNorm, file: RowFile) -> None:
@@ -152,13 +150,3 @@ def _verdicts(p: NDArray[np.float64], args: Namespace) -> NDArray[np.bool_]:
 
 def _verdict(row: Judged) -> str:
     return "unreadable" if row.error is not None else "OOD" if row.ood else "accepted"
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise ArgumentTypeError(f"must be a number in (0, 1), got {text!r}")
-    return value

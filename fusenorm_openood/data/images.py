@@ -59,7 +59,9 @@ def to_rgb(file: Image.Image) -> Image.Image:
     """A PIL image in RGB with 8 bits per channel; see `read_image`."""
     # PNG and PPM hold at most 16 bits, which PIL may store in 32.
     if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
-        return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGB")
+        grey = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
+        grey.info |= file.info  # the EXIF orientation, for example
+        return grey.convert("RGB")
     if file.mode in ("I", "F"):
         kind = "integer" if file.mode == "I" else "floating-point"
         raise DataError(f"its pixels are {kind} numbers of unknown range: convert it to 8 bit")

@@ -58,7 +58,7 @@ class Preprocessing:
         Raises:
             DataError: pixels with 32 bits, whose range is unknown.
         """
-        upright = to_rgb(ImageOps.exif_transpose(image))
+        upright = ImageOps.exif_transpose(to_rgb(image))
         mode = transforms.InterpolationMode(self.interpolation)
         resized = TF.center_crop(TF.resize(upright, [self.resize], mode), list(self.crop))
         tensor: Tensor = TF.normalize(TF.to_tensor(resized), list(self.mean), list(self.std))

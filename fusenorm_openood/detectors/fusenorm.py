@@ -1,6 +1,7 @@
 """The FuseNorm detector, for any torch network; it does not need OpenOOD."""
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ from fusenorm_openood.detectors.explanation import Explanation, explanation
 from fusenorm_openood.detectors.keeping import Kept, read_kept, write_kept
 from fusenorm_openood.devices import find_device
 from fusenorm_openood.errors import ConfigError, DataError, NotFittedError
+from fusenorm_openood.export.fusion import Fusion, Roles
+from fusenorm_openood.export.judge import Dtype, Inputs, Judge, check_exportable, float32_copy
+from fusenorm_openood.export.program import Exported, export_judge
 from fusenorm_openood.listening.batches import checked_images
 from fusenorm_openood.listening.observed import Listener, Observed
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.passes import tapped_maps
 from fusenorm_openood.listening.taps import check_taps, first_of_last_stage, resolve_taps
 from fusenorm_openood.method.atf import atf_map
+from fusenorm_openood.method.conformal import check_enough
 from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, OUTPUT_EXPERTS, Output
 from fusenorm_openood.method.fusion import fuse, mean_of_strong
 from fusenorm_openood.method.joint import joint_penalty, joint_statistics
@@ -39,6 +44,7 @@ from fusenorm_openood.structure.modes import undisturbed
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.understanding import guess_structure
 from fusenorm_openood.structure.wrappers import unwrapped
+from fusenorm_openood.version import __version__
 
 
 class FuseNorm(DecidingDetector):
@@ -307,6 +313,71 @@ class FuseNorm(DecidingDetector):
         detector.reference_, detector.preprocessing = kept.reference, kept.preprocessing
         detector.class_names, detector.network_source = kept.class_names, kept.network_source
         return detector
+
+    def export(
+        self,
+        path: str | Path,
+        dtype: Dtype = "uint8",
+        acceptance: float = 0.95,
+        shape: Sequence[int] | None = None,
+    ) -> Exported:
+        """Write the network and the detector as one program, for ONNX or `torch.export`.
+
+        It runs without this package and computes in float32 what this detector computes on the
+        CPU. Inputs and outputs:
+
+        - `image`: `[N, 3, H, W]` with values from 0 to 255, resized and cropped as
+          `preprocessing` says. Without `preprocessing`, what the network takes, in float32.
+        - `acceptance`: float64 scalar, may be left out in ONNX.
+        - `logits` `[N, K]`, `confidence` `[N]`, and if the detector is calibrated `p_value` `[N]`
+          and the verdict `ood` `[N]`. An image with a score that is not finite has the confidence
+          NaN and the smallest p-value.
+
+        The program is run on a few images, and is not written if its confidences differ. ONNX is
+        run if ONNX Runtime is installed.
+
+        Args:
+            path: a file that ends in `.onnx` or `.pt2`.
+            dtype: of `image`, `"uint8"` or `"float32"`.
+            acceptance: default of the input of that name.
+            shape: of one image, `[C, H, W]`, without `preprocessing`.
+
+        Raises:
+            NotFittedError: before `fit`.
+            CalibrationError: too few calibration images for the acceptance.
+            ConfigError: settings that need a gradient, another suffix, no shape.
+            ExportError: a network that cannot be traced, a package that is missing, other
+                confidences, or a file that cannot be written.
+        """
+        calibration = self._check_fitted()
+        if self.reference_ is not None:
+            check_enough(len(self.reference_), acceptance)
+        check_exportable(self.settings, self.strong)
+        inputs = Inputs.of(self.preprocessing, dtype, shape)
+        twin = copy(self)
+        twin.net = float32_copy(self.net)
+        images = inputs.examples()
+        panel, roles = self._panel_with(()), Roles.of(self.experts, self.taps, self.strong)
+        judge = Judge(
+            twin.net,
+            twin.structure(inputs.normalised(images)),
+            panel,
+            self.rows_in(panel),
+            calibration.fitted,
+            Fusion(self.settings, roles, calibration.statistics, calibration.joint),
+            inputs,
+            self.reference_,
+        )
+        known = {
+            "version": __version__,
+            "class_names": self.class_names,
+            "experts": self.experts,
+            "strong": self.strong,
+            "preprocessing": self.preprocessing and self.preprocessing.to_json(),
+            "calibration_images": 0 if self.reference_ is None else len(self.reference_),
+        }
+        expected = twin.score(inputs.normalised(images))
+        return export_judge(judge, Path(path), images, expected, acceptance, known)
 
     def with_companions(self) -> Self:
         """Also score the output experts that need no extra forward pass, for comparison.

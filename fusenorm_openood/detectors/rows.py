@@ -2,7 +2,7 @@
 
 import csv
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +19,7 @@ AT_ONCE = 10_000  # rows in memory
 KINDS: dict[str, Callable[[str], Any]] = {
     "confidence": float,
     "p_value": float,
-    "ood": lambda text: text == "True",
+    "ood": {"True": True, "False": False}.__getitem__,
 }
 
 
@@ -38,8 +38,8 @@ class RowFile:
         readable: the last of these rows whose image could be judged.
 
     Raises:
-        ConfigError: `resume` for a file of other columns, or without a file; the file cannot be
-            written.
+        ConfigError: `resume` without a file; the file cannot be written.
+        DataError: `resume` for a file that is something else.
     """
 
     def __init__(self, path: Path | None, resume: bool = False) -> None:
@@ -127,6 +127,8 @@ class RowFile:
                     break
                 end = start
             file.truncate(end)
+        if not end:
+            return
         for row in read_rows(self._rows):
             self.judged.add(row.path)
             self.readable = row if row.error is None else self.readable
@@ -144,43 +146,59 @@ def is_parquet(path: Path) -> bool:
 
 
 def read_rows(path: Path) -> Iterator[Judged]:
-    """The rows of a file that `RowFile` wrote.
+    """The rows of a file that `RowFile` wrote, one after another.
 
     Raises:
-        ConfigError: a file that is missing or has other columns.
+        DataError: the file cannot be read, has other columns, or has a row that is none.
     """
-    wrong = ConfigError(f"{path} was not written by this version of fusenorm score: give another")
     try:
-        if is_parquet(path):
-            from pyarrow import ArrowInvalid, parquet
+        yield from _read_parquet(path) if is_parquet(path) else _read_csv(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(
+            f"{path} cannot be read ({reason}): give a file that fusenorm score wrote"
+        ) from None
 
+
+def _read_csv(path: Path) -> Iterator[Judged]:
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = csv.reader(file)
+        _check_columns(path, next(lines, []))
+        for row in lines:
             try:
-                file = parquet.ParquetFile(path)
-            except ArrowInvalid:
-                raise wrong from None
-            if tuple(file.schema_arrow.names) != Judged._fields:
-                raise wrong
-            for batch in file.iter_batches(AT_ONCE):
-                yield from (Judged(**row) for row in batch.to_pylist())
-            return
-        with path.open(encoding="utf-8", newline="") as text:
-            rows = csv.reader(text)
-            header = next(rows, None)
-            if header is not None and tuple(header) != Judged._fields:
-                raise wrong
-            for texts in rows:
-                if len(texts) != len(header or ()):
-                    raise ConfigError(f"{path} has a row of {len(texts)} columns: remove it")
-                yield _row(texts)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} not found: give a file that fusenorm score wrote") from None
+                yield _row(row)
+            except (KeyError, ValueError):
+                raise DataError(
+                    f"{path}, line {lines.line_num} is not a row of fusenorm score: "
+                    f"{','.join(row)[:80]!r}; score again, or remove the line"
+                ) from None
+
+
+def _read_parquet(path: Path) -> Iterator[Judged]:
+    from pyarrow import ArrowInvalid, parquet  # takes longer to import than the rest of the command
+
+    try:
+        file = parquet.ParquetFile(path)
+        _check_columns(path, file.schema_arrow.names)
+        for batch in file.iter_batches(AT_ONCE):
+            yield from (Judged(**row) for row in batch.to_pylist())
+    except ArrowInvalid as error:
+        raise DataError(f"{path} is damaged ({error}): score again") from None
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    if tuple(names) != Judged._fields:
+        raise DataError(
+            f"{path} was not written by this version of fusenorm score: its columns must be "
+            f"{', '.join(Judged._fields)}"
+        )
 
 
 def _texts(row: Judged) -> list[object]:
     return ["" if value is None else value for value in row]
 
 
-def _row(texts: list[str]) -> Judged:
+def _row(texts: Sequence[str]) -> Judged:
     path, *rest = texts
     named = zip(Judged._fields[1:], rest, strict=True)
     values: Iterator[Any] = (KINDS.get(name, str)(text) if text else None for name, text in named)
@@ -195,7 +213,7 @@ def _write_csv(path: Path, rows: Iterator[Judged]) -> None:
 
 
 def _write_parquet(path: Path, rows: Iterator[Judged]) -> None:
-    import pyarrow as pa  # takes longer to import than the rest of the command
+    import pyarrow as pa
     from pyarrow import parquet
 
     kinds = {"confidence": pa.float64(), "p_value": pa.float64(), "ood": pa.bool_()}

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from fusenorm_openood.detectors.calibration import packed
 from fusenorm_openood.detectors.folder import FileScores, ImageFiles, Judged, judged, score_batch
 from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.listening.pace import Pace
 from fusenorm_openood.networks.fingerprint import fingerprint
 from fusenorm_openood.store import ShardSet
 from fusenorm_openood.store.loading import Batches, intact, shard_batches, wait_for_shards
@@ -33,6 +34,7 @@ class FileShards:
         paths: image files.
         store: folder of the store.
         batch_size, num_workers: settings of the data loader.
+        pace: counts the images that are scored.
 
     Raises:
         DataError: the detector does not know its preprocessing.
@@ -46,11 +48,12 @@ class FileShards:
         store: Path,
         batch_size: int = 64,
         num_workers: int = 0,
+        pace: Pace | None = None,
     ) -> None:
-        self.detector, self.paths = detector, paths
+        self.detector, self.paths, self.pace = detector, paths, pace or Pace()
         self.batch_size, self.num_workers = batch_size, num_workers
         self._files = ImageFiles(paths, detector.known_preprocessing())
-        record = {**experts_record(detector), "images": _manifest(paths)}
+        record = {**experts_record(detector), "images": manifest(paths)}
         self.shards = ShardSet(store, record, "files", len(paths), SHARD)
 
     def score(self, numbers: Sequence[int], after: Callable[[int], object] | None = None) -> None:
@@ -62,8 +65,9 @@ class FileShards:
         """
         for number, batches in shard_batches(self.shards, numbers, self._load, self.batch_size):
             parts = []
-            for batch in batches:
+            for batch in self.pace.timed(batches):
                 parts.append(score_batch(self.detector, batch))
+                self.pace.images += len(batch)
                 if after is not None:
                     after(len(batch))
             experts, pred, error = zip(*parts, strict=True)
@@ -132,7 +136,7 @@ def experts_record(detector: FuseNorm) -> dict[str, Any]:
     }
 
 
-def _manifest(paths: Sequence[Path]) -> str:
+def manifest(paths: Sequence[Path]) -> str:
     """SHA-256 of the paths, and of the sizes and times of the files that exist."""
     hashed = sha256()
     for path in paths:

@@ -137,7 +137,7 @@ class Panel:
         """As `listen`, but with all of the pass; see there."""
         with undisturbed(unwrapped(net)):
             listened = [
-                self._listen(net, structure, part, fitted)
+                self.listen_whole(net, structure, part, fitted)
                 for part in parts(images, structure.mixes)
             ]
         rows, passes = zip(*listened, strict=True)
@@ -162,9 +162,11 @@ class Panel:
             )
         return Seen(done.feature, done.logits)
 
-    def _listen(
+    def listen_whole(
         self, net: nn.Module, structure: Structure, images: Tensor, fitted: Fitted
     ) -> tuple[Tensor, Pass]:
+        """As `listen`, for a network in evaluation mode, in one part, with the whole pass."""
+
         def clipped(seen: Tensor, done: Pass, output: Output) -> Tensor:
             q = output.react_percentile
             threshold = None if q is None else fitted.thresholds[q]

@@ -27,15 +27,20 @@ class Pass(NamedTuple):
         feature: input `[B, D]` of the layers that make the logits, None without such layers.
         logits: logits `[B, K]` that OOD scores are computed from, at least in float32: a final
             linear layer is applied in full precision where autocast or its weights are half.
-        pred: predicted classes `[B]`.
+        classified: logits `[B, K]` that classes are predicted from.
         activations: the same input `[B, A]` before any mean over its pixels.
     """
 
     norms: Tensor
     feature: Tensor | None
     logits: Tensor
-    pred: Tensor
+    classified: Tensor
     activations: Tensor | None
+
+    @property
+    def pred(self) -> Tensor:
+        """Predicted classes `[B]`."""
+        return self.classified.argmax(dim=1)
 
 
 def forward_pass(
@@ -71,15 +76,15 @@ def forward_pass(
         kept_head(head, threshold) as (inputs, outputs),
     ):
         output = scoring_run(core, structure.scoring)(images.clone())
-    logits = _logits(core, structure, head, output, inputs, outputs, len(images))
-    pred = logits.detach()
+    logits = _logits(core, structure, head, output, inputs, outputs, images.shape[0])
+    classified = logits.detach()
     if structure.scoring is not None:
         with torch.no_grad():
-            pred = _classified(core, structure, head, inputs, images)
-    norms = torch.stack([heard[n] for n in taps]) if taps else logits.new_empty(0, len(images))
+            classified = _classified(core, structure, head, inputs, images)
+    norms = torch.stack([heard[n] for n in taps]) if taps else logits.new_empty(0, images.shape[0])
     feature, flat = feature_of(head, inputs), [x.flatten(1) for x in inputs.values()]
     activations = None if not flat else flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
-    return Pass(norms, feature, logits, pred.argmax(dim=1), activations)
+    return Pass(norms, feature, logits, classified, activations)
 
 
 def tapped_maps(
@@ -98,13 +103,13 @@ def tapped_maps(
 
 def joined(passes: Sequence[Pass]) -> Pass:
     """Join the passes over the parts of a batch, without their graphs and activations."""
-    norms, features, logits, preds, _ = zip(*passes, strict=True)
+    norms, features, logits, classified, _ = zip(*passes, strict=True)
     known = [feature.detach() for feature in features if feature is not None]
     return Pass(
         torch.cat(norms, dim=-1),
         torch.cat(known) if known else None,
         torch.cat([part.detach() for part in logits]),
-        torch.cat(preds),
+        torch.cat(classified),
         None,
     )
 
@@ -165,7 +170,7 @@ def _classified(
         normalised = classification_feature(scoring, inputs[name])
         if normalised is not None:
             return apply_head(layer, normalised)
-    return logits_at(core, core(images.clone()), structure.logits, len(images))
+    return logits_at(core, core(images.clone()), structure.logits, images.shape[0])
 
 
 def apply_head(head: nn.Module, feature: Tensor) -> Tensor:

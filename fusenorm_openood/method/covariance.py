@@ -19,6 +19,7 @@ from fusenorm_openood.method.seen import (
     fit_labels,
     in_float32,
     norms,
+    row_parts,
     rows_per_part,
 )
 
@@ -58,7 +59,7 @@ def mds_score(seen: Seen, head: Head, state: State, arguments: Arguments) -> Ten
     """Negative squared Mahalanobis distance to the closest class mean; see `mds_fit`."""
     white, means = _whiten(seen.feature, state), state["means"]
     scores = []
-    for part in torch.split(white, rows_per_part(len(means))):
+    for part in row_parts(white, len(means)):
         closest = (2 * part @ means.T - means.square().sum(dim=1)).argmax(dim=1)
         scores.append(-(part - means[closest]).square().sum(dim=1))
     return torch.cat(scores)

@@ -18,7 +18,7 @@ from fusenorm_openood.method.seen import (
     fit_labels,
     in_float32,
     norms,
-    rows_per_part,
+    row_parts,
 )
 
 
@@ -48,7 +48,7 @@ def _negative_distance(feature: Tensor, stored: Tensor, rank: int) -> Tensor:
     rank = min(rank, len(stored))
     squares = stored.square().sum(dim=1)  # 1, or 0 for a zero feature
     scores = []
-    for part in torch.split(F.normalize(feature, dim=1), rows_per_part(len(stored))):
+    for part in row_parts(F.normalize(feature, dim=1), len(stored)):
         # 2 a b - |b|^2 ranks the stored b by their distance to a.
         nearness = torch.addmm(squares, part, stored.T, beta=-1, alpha=2)
         kth = nearness.topk(rank, dim=1, sorted=False).values.amin(dim=1)

@@ -58,6 +58,11 @@ def rows_per_part(columns: int) -> int:
     return max(1, PART_BYTES // (4 * max(1, columns)))
 
 
+def row_parts(rows: Tensor, columns: int) -> tuple[Tensor, ...]:
+    """Parts of rows that each make so many columns of a float32 matrix; whole in a trace."""
+    return (rows,) if torch.compiler.is_compiling() else torch.split(rows, rows_per_part(columns))
+
+
 def fit_features(seen: Seen) -> Tensor:
     """Features `[N, D]` to fit an expert on: float32, on the CPU.
 

@@ -91,4 +91,4 @@ def as_maps(x: Tensor, layout: str, image: Sequence[int]) -> Tensor:
         return x.permute(0, 3, 1, 2)
     tokens = x if layout == "BNC" else x.transpose(0, 1)
     prefix, height, width = token_grid(tokens.shape[1], (image[-2], image[-1]))
-    return tokens[:, prefix:].mT.view(len(tokens), tokens.shape[2], height, width)
+    return tokens[:, prefix:].mT.view(*tokens.mT.shape[:2], height, width)

@@ -81,7 +81,7 @@ def no_logits(net: nn.Module, output: Any, batch: int) -> TapError:
 
 
 def _may_be_logits(tensor: Tensor, batch: int) -> bool:
-    return tensor.ndim == 2 and len(tensor) == batch and tensor.shape[1] >= 2
+    return tensor.ndim == 2 and tensor.shape[0] == batch and tensor.shape[1] >= 2
 
 
 def _is_from(tensor: Tensor, other: Tensor) -> bool:

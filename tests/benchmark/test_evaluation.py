@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from fusenorm_openood import FuseNorm, Settings, load_network
-from fusenorm_openood.benchmark.evaluation import evaluate
+from fusenorm_openood.benchmark.evaluation import evaluate, sets_of
 from fusenorm_openood.benchmark.networks import load_runs
 from fusenorm_openood.benchmark.runs import find_checkpoints, parse_root_name, results_folder
 from fusenorm_openood.benchmark.tables import COLUMNS, summarise
@@ -64,6 +64,30 @@ def test_the_saved_scores_reproduce_the_table(evaluated):
     assert set(label) == set(range(7))
     assert set(ood_label) == {-1}
     assert fused.scores["id_preds"].shape == fused.scores["id_labels"].shape == (len(known),)
+
+
+def test_the_sets_have_every_image_and_expert(evaluated):
+    fused = evaluated[0]
+    assert fused.detector.is_fitted
+    assert [*fused.sets["id"], *fused.sets["nearood"]] == ["digits", "digit8", "digit9"]
+    assert fused.sets["csid"] == fused.sets["valood"] == {}
+    near = fused.sets["nearood"]["digit9"]
+    assert near.experts.shape == (len(fused.detector.rows), len(near.conf))
+    known, row = fused.sets["id"]["digits"], fused.detector.rows.index("mds")
+    auroc = roc_auc_score(
+        [1] * len(known.conf) + [0] * len(near.conf), [*known.experts[row], *near.experts[row]]
+    )
+    assert fused.compare.digit9["mds"].startswith(f"{100 * auroc:.2f} / ")
+
+
+def test_the_sets_are_found_in_saved_scores(evaluated):
+    fused = evaluated[0]
+    found = sets_of(fused.scores, "digits")
+    for group in ("id", "csid", "nearood", "farood"):
+        assert list(found[group]) == list(fused.sets[group])
+        for name, scored in found[group].items():
+            np.testing.assert_array_equal(scored.conf, fused.sets[group][name].conf)
+            assert scored.experts.shape == (0, len(scored.conf))
 
 
 def test_compare_lists_every_expert_next_to_the_fused_score(evaluated):

@@ -91,6 +91,9 @@ def test_a_run_that_was_cut_goes_on(folders, tmp_path, capsys):
     assert [row["path"] for row in rows_of(cut)] == [row["path"] for row in rows_of(whole)]
     assert score(folders, folders / "test_noise", "--csv", cut, "--resume") == 0
     assert len(rows_of(cut)) == len(rows_of(whole))
+    cut.write_text(lines[0][:10])  # the header itself was cut
+    assert score(folders, folders / "test_noise", "--csv", cut, "--resume") == 0
+    assert len(rows_of(cut)) == len(rows_of(whole))
 
 
 def test_rows_are_written_as_they_come(folders, tmp_path):
@@ -122,6 +125,7 @@ def test_rows_are_written_as_they_come(folders, tmp_path):
         (["--acceptance", "0.9999"], "needs at least 9999 calibration images"),
         (["--resume"], "give --csv FILE"),
         (["--fdr", "0.1"], "for which it needs a file: --csv"),
+        (["--report", "a.html"], "--report is about the rows of a file: give --csv FILE"),
         (["--csv", "/dev/full"], "cannot be written (No space left on device)"),
         (["--csv", "absent/folder.csv"], "give another file to --csv"),
         (["--weights", "absent.ckpt"], "absent.ckpt not found"),
@@ -236,3 +240,15 @@ def test_class_names_from_folders(folders, digits, tmp_path, capsys):
     assert "class_names must be the names of 7 classes, got 8" in capsys.readouterr().err
     assert main([*given, str(folders / "val_digits")]) == 1
     assert "needs one folder per class in --id-dir" in capsys.readouterr().err
+
+
+def test_a_report_about_the_rows(folders, tmp_path):
+    table, page = tmp_path / "out.parquet", tmp_path / "out.html"
+    assert score(folders, folders / "test_noise", "--csv", table, "--report", page) == 0
+    text = page.read_text(encoding="utf-8")
+    rejected = sum(row.ood for row in read_rows(table))
+    assert f"{rejected:,}" in text
+    again = tmp_path / "again.html"
+    arguments = ["report", "--detector", folders / "detector.safetensors", "--csv", table]
+    assert main([*map(str, arguments), "--output", str(again)]) == 0
+    assert again.read_text(encoding="utf-8") == text

@@ -32,12 +32,20 @@ def test_every_mode_becomes_rgb(mode):
     assert PREPROCESSING(photograph().convert(mode)).shape == (3, 32, 32)
 
 
-def test_images_are_turned_upright_by_their_exif_orientation(tmp_path):
-    image, turned = photograph(), photograph().transpose(Image.Transpose.ROTATE_90)
+@pytest.mark.parametrize(
+    ("suffix", "deep"), [("png", False), ("png", True), ("tif", False), ("webp", False)]
+)
+def test_images_are_turned_upright_by_their_exif_orientation(tmp_path, suffix, deep):
+    image, path = photograph(), tmp_path / f"turned.{suffix}"
+    if deep:
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 256 + 7)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 270 degrees
-    turned.save(tmp_path / "turned.png", exif=exif)
-    assert torch.equal(PREPROCESSING.read(tmp_path / "turned.png"), PREPROCESSING(image))
+    lossless = {"lossless": True} if suffix == "webp" else {}
+    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, **lossless)
+    assert torch.equal(PREPROCESSING.read(path), PREPROCESSING(image))
+    with Image.open(path) as file:
+        assert torch.equal(PREPROCESSING(file), PREPROCESSING(image))
 
 
 def test_json_and_back():

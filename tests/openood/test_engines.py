@@ -1,6 +1,7 @@
 """OpenOOD's Evaluator, its pipelines and the native engine agree for every postprocessor."""
 
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -330,3 +331,18 @@ def test_a_network_that_is_named_gives_the_same_table_in_both_engines(name, name
 
 def test_openoods_own_postprocessors_get_the_features_of_a_network_that_is_named(named):
     assert "farood" in named("--postprocessor", "dice")
+
+
+def test_both_engines_make_the_same_figures(home, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    shown = {}
+    for engine in ("native", "openood"):
+        page = tmp_path / f"{engine}.html"
+        args = ["--root", str(checkpoints["base"]), "--num-workers", "0", "--device", "cpu"]
+        args += ["--engine", engine, "--report", str(page), "--no-progress"]
+        assert fusenorm(["eval", "--id-data", "cifar10", *args]) == 0
+        text = page.read_text(encoding="utf-8")
+        assert ("Most rejected" in text) == (engine == "native")
+        shown[engine] = re.findall(r"<dd>([\d.]+%)</dd>", text)
+    assert len(shown["native"]) == 4
+    assert shown["native"] == shown["openood"]

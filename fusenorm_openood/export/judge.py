@@ -1,0 +1,158 @@
+"""The whole way from pixels to a verdict as one module, which can be traced."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.errors import ConfigError, ExportError
+from fusenorm_openood.export.fusion import Fusion, p_values
+from fusenorm_openood.listening.observed import Observed
+from fusenorm_openood.listening.panel import Fitted, Panel
+from fusenorm_openood.method.conformal import EQUAL
+from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.structure.wrappers import unwrapped
+
+Dtype = Literal["uint8", "float32"]
+EXAMPLES = 4
+
+
+class Inputs(NamedTuple):
+    """What an exported program is given.
+
+    Attributes:
+        shape: of one image, `[C, H, W]`.
+        dtype: of the images.
+        normalization: mean and standard deviation of the channels, of values in [0, 1]; None =
+            the images are normalised already.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None
+
+    @classmethod
+    def of(
+        cls, preprocessing: Preprocessing | None, dtype: str, shape: Sequence[int] | None
+    ) -> "Inputs":
+        """The inputs of a detector.
+
+        Raises:
+            ConfigError: an unknown dtype; a shape that is missing, or differs from that of the
+                preprocessing.
+        """
+        if dtype not in get_args(Dtype):
+            raise ConfigError(f"dtype must be uint8 or float32, got {dtype!r}")
+        if preprocessing is None:
+            if shape is None or len(shape) != 3:
+                raise ConfigError(
+                    f"this detector knows no preprocessing, and shape is {shape!r}: set "
+                    "detector.preprocessing, or give shape=(C, H, W)"
+                )
+            return cls(tuple(shape), torch.float32, None)
+        known = (3, *preprocessing.crop)
+        if shape is not None and tuple(shape) != known:
+            raise ConfigError(f"shape must be that of the preprocessing, {known}, got {shape!r}")
+        normalization = preprocessing.mean, preprocessing.std
+        return cls(known, getattr(torch, dtype), normalization)
+
+    def examples(self) -> Tensor:
+        """Images of noise `[N, C, H, W]`, always the same."""
+        generator = torch.Generator().manual_seed(0)
+        if self.normalization is None:
+            return torch.randn(EXAMPLES, *self.shape, generator=generator)
+        return torch.randint(0, 256, (EXAMPLES, *self.shape), generator=generator).to(self.dtype)
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """What the network takes."""
+        if self.normalization is None:
+            return image
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.normalization)
+        return (image.float() / 255 - mean) / std
+
+
+class Judge(nn.Module):
+    """Logits, confidences, p-values and verdicts of a batch of images.
+
+    Args:
+        net: a network in evaluation mode, on the CPU, in float32.
+        structure: how it is built.
+        panel: the experts.
+        rows: the panel's rows that take part in the fusion, in order.
+        fitted: what the experts have fitted.
+        fusion: from their scores to confidences.
+        inputs: what images it is given.
+        reference: confidences `[n]` of the calibration images, None without.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        structure: Structure,
+        panel: Panel,
+        rows: Sequence[int],
+        fitted: Fitted,
+        fusion: Fusion,
+        inputs: Inputs,
+        reference: NDArray[Any] | None,
+    ) -> None:
+        super().__init__()
+        self.net, self.fusion, self.inputs = net, fusion, inputs
+        self.structure, self.panel, self.rows = structure, panel, list(rows)
+        copies = {  # a program is saved without a warning if no tensor is a view
+            expert: {n: v.clone(memory_format=torch.contiguous_format) for n, v in state.items()}
+            for expert, state in fitted.states.items()
+        }
+        self.fitted = Fitted(fitted.thresholds, copies)
+        self.reference = None if reference is None else torch.tensor(reference)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what `forward` returns."""
+        names = ("logits", "confidence", "p_value", "ood")
+        return names[:2] if self.reference is None else names
+
+    def forward(self, image: Tensor, acceptance: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Logits `[N, K]`, confidences `[N]`, and if calibrated p-values and verdicts `[N]`."""
+        net, structure, images = self.net, self.structure, self.inputs.normalised(image)
+        scores, done = self.panel.listen_whole(net, structure, images, self.fitted)
+        seen = self.panel.seen(net, structure, done)
+        heard = Observed(scores, done.classified, np.empty(0, np.int64), seen)
+        scores = self.panel.completed(net, structure, heard, self.fitted)
+        conf = self.fusion(scores[torch.tensor(self.rows)])
+        if self.reference is None or acceptance is None:
+            return done.classified, conf
+        p = p_values(conf, self.reference)
+        return done.classified, conf, p, p <= 1 - acceptance + EQUAL
+
+
+def check_exportable(settings: Settings, strong: Sequence[str]) -> None:
+    """Raise ConfigError if the output expert needs a gradient, which no exported program has."""
+    if "output" in strong and settings.output_expert.needs_gradient:
+        raise ConfigError(
+            f"output='odin' with noise={settings.noise:g} needs a gradient, which an exported "
+            "program cannot compute: fit with noise=0, or with output='energy', 'msp' or 'mls'"
+        )
+
+
+def float32_copy(net: nn.Module) -> nn.Module:
+    """A copy of a network on the CPU, in float32 and in evaluation mode.
+
+    Raises:
+        ExportError: it cannot be copied.
+    """
+    core = unwrapped(net)
+    try:
+        return deepcopy(core).cpu().float().eval().requires_grad_(False)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        why = (str(error).strip().splitlines() or [""])[0]
+        raise ExportError(
+            f"{type(core).__name__} cannot be copied to the CPU in float32 ({why}): build it anew "
+            "and load the detector with it"
+        ) from error

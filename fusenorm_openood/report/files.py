@@ -1,0 +1,139 @@
+"""The report about image files that `fusenorm score` judged, however many they are."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusenorm_openood.detectors.calibration import Calibration
+from fusenorm_openood.detectors.folder import Judged
+from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.method.conformal import check_enough, conformal_p_values
+from fusenorm_openood.report.content import Facts, Report, Section, Table
+from fusenorm_openood.report.figures import Series, histogram
+from fusenorm_openood.report.gallery import PER_GROUP, Chosen, Gallery, gallery
+from fusenorm_openood.report.sections import (
+    ENDS,
+    HEAT,
+    acceptance_section,
+    detector_facts,
+    objections_section,
+    threshold,
+)
+from fusenorm_openood.report.selection import Selection, select
+
+
+def report_of_files(
+    detector: FuseNorm,
+    rows: Iterable[Judged],
+    acceptance: float = 0.95,
+    facts: Facts = (),
+    per_group: int = PER_GROUP,
+) -> Report:
+    """The report about judged files; only the images of its gallery are read and scored again.
+
+    Args:
+        detector: the detector that judged them, with its preprocessing.
+        rows: the judgements, which are read once and not kept.
+        acceptance: share of ID images to accept; verdicts follow from it and the p-values.
+        facts: more to say in the header.
+        per_group: number of images in each group of the gallery.
+
+    Raises:
+        CalibrationError: too few calibration images for the acceptance.
+        DataError: rows of another detector, or one that does not know its preprocessing.
+    """
+    reference, preprocessing = detector.reference_, detector.known_preprocessing()
+    if reference is not None:
+        check_enough(len(reference), acceptance)
+    cut = threshold(reference, acceptance)
+    seen = select(rows, reference, acceptance, cut, per_group)
+    conf = np.array(seen.confidences)
+    groups = {n: [_chosen(row, detector) for row in found] for n, found in seen.chosen.items()}
+    shown = gallery(groups, detector, (preprocessing.mean, preprocessing.std))
+    sections = [_counts(seen, cut)]
+    if len(conf):
+        sections.append(_confidences(detector, conf, cut))
+        if reference is not None:
+            p = Series("scored, rejected", conformal_p_values(conf, reference))
+            rejected, expected = (
+                f"{seen.rejected / len(conf):.1%}",
+                f"{100 * (1 - acceptance):.3g}%",
+            )
+            said = f"{rejected} of the scored images are rejected, of ID images about {expected}."
+            sections.append(acceptance_section(len(reference), None, [p], acceptance, said))
+        sections += objections_section(detector.experts, {"scored": seen.objected})
+        sections.append(_images(shown, cut))
+        sections += _experts(detector.calibration_, shown)
+    highlights = [("images", f"{len(conf) + seen.unreadable:,}")]
+    if cut is not None:
+        highlights.append(("accepted", f"{len(conf) - seen.rejected:,}"))
+        highlights.append(("rejected as OOD", f"{seen.rejected:,}"))
+    highlights.append(("unreadable", f"{seen.unreadable:,}"))
+    asked = () if cut is None else (("acceptance", f"{acceptance:g}"),)
+    about = (*facts, *detector_facts(detector), *asked)
+    return Report("Judged images", about, tuple(highlights), tuple(sections))
+
+
+def _counts(seen: Selection, cut: float | None) -> Section:
+    readable = len(seen.confidences)
+    counts = [("all", readable + seen.unreadable), ("unreadable", seen.unreadable)]
+    if cut is not None:
+        counts[1:1] = [("accepted", readable - seen.rejected), ("rejected as OOD", seen.rejected)]
+    total = max(counts[0][1], 1)
+    rows = tuple((name, f"{n:,}", f"{100 * n / total:.2f}") for name, n in counts)
+    tables = [Table("Number of images", ("images", "number", "%"), rows)]
+    text = () if cut is not None else ("The detector is not calibrated: there are no verdicts.",)
+    if seen.faulty:
+        named = tuple((row.path, row.error or "") for row in seen.faulty)
+        first = f", the first {len(named)}" if seen.unreadable > len(named) else ""
+        tables.append(Table(f"Unreadable files{first}", ("file", "reason"), named, prose=True))
+    return Section("Verdicts", text, tuple(tables))
+
+
+def _confidences(detector: FuseNorm, conf: NDArray[np.float64], cut: float | None) -> Section:
+    known = Series("ID", np.zeros(0))
+    if detector.reference_ is not None:
+        known = Series("ID (calibration)", detector.reference_)
+    elif (calibration := detector.calibration_) is not None:
+        known = Series("ID (fit)", detector.confidence(calibration.id_scores))
+    text = f"Larger = more in-distribution. {ENDS}"
+    if cut is not None:
+        text += f" Images below the threshold, {cut:.3g}, are rejected."
+    title = "Confidence of the scored images and of ID images"
+    scored = Series("scored", conf)
+    figure = histogram(title, known, [scored], "confidence", cut)
+    return Section("Confidences", (text,), figures=(figure,))
+
+
+def _images(shown: Gallery, cut: float | None) -> Section:
+    text = f"Each image as the network sees it, and {HEAT}."
+    if cut is not None:
+        text += " Doubtful images are closest to the threshold."
+    return Section("Images", (text,), galleries=shown.cards)
+
+
+def _experts(calibration: Calibration | None, shown: Gallery) -> list[Section]:
+    """Every expert's scores on ID images, with the images of the gallery as marks."""
+    if calibration is None or not shown.explained:
+        return []
+    figures = []
+    for row, name in enumerate(calibration.experts):
+        marks = [Series(title.lower(), why.scores[row]) for title, why in shown.explained.items()]
+        known = Series("ID (fit)", calibration.id_scores[row])
+        figures.append(histogram(name, known, [], "score", marks=marks))
+    text = (
+        "How every expert scores the ID images of the fit; the marks are images of the gallery. "
+        f"Larger = more in-distribution. {ENDS}"
+    )
+    return [Section("Experts", (text,), figures=tuple(figures))]
+
+
+def _chosen(row: Judged, detector: FuseNorm) -> Chosen:
+    predicted = str(row.predicted) if detector.class_names else f"class {row.predicted}"
+    facts = [("predicted", predicted), ("confidence", f"{row.confidence:.3f}")]
+    if row.p_value is not None:
+        facts.append(("p-value", f"{row.p_value:.3g}"))
+    read = detector.known_preprocessing().read
+    return Chosen("/".join(Path(row.path).parts[-2:]), tuple(facts), lambda: read(row.path))

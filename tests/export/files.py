@@ -1,0 +1,85 @@
+"""A thousand image files of many kinds, from scikit-learn's digits and its two photographs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+
+COUNT = 1000
+ORIENTATION = 0x0112  # tag of EXIF
+
+
+def _turned(image: Image.Image, number: int) -> dict[str, Image.Exif]:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 1 + number % 8
+    return {"exif": exif}
+
+
+def _jpeg(image: Image.Image, path: Path, number: int) -> Path:
+    image.save(path.with_suffix(".jpg"), quality=80, **_turned(image, number))
+    return path.with_suffix(".jpg")
+
+
+def _webp(image: Image.Image, path: Path, number: int) -> Path:
+    image.save(path.with_suffix(".webp"), **_turned(image, number))
+    return path.with_suffix(".webp")
+
+
+def _turned_png(image: Image.Image, path: Path, number: int) -> Path:
+    image.save(path.with_suffix(".png"), **_turned(image, number))
+    return path.with_suffix(".png")
+
+
+def _deep(image: Image.Image, path: Path, number: int) -> Path:
+    grey = np.asarray(image.convert("L")).astype(np.uint16) * 256 + number % 256
+    Image.fromarray(grey).save(path.with_suffix((".png", ".tif")[number % 2]))
+    return path.with_suffix((".png", ".tif")[number % 2])
+
+
+def _in_mode(mode: str, suffix: str) -> Callable[[Image.Image, Path, int], Path]:
+    def save(image: Image.Image, path: Path, number: int) -> Path:
+        converted = image.convert(mode)
+        if "A" in mode:
+            converted.putalpha(image.convert("L"))
+        converted.save(path.with_suffix(suffix))
+        return path.with_suffix(suffix)
+
+    return save
+
+
+KINDS: dict[str, Callable[[Image.Image, Path, int], Path]] = {
+    "JPEG, turned": _jpeg,
+    "WebP, turned": _webp,
+    "PNG, turned": _turned_png,
+    "16 bit": _deep,
+    "CMYK JPEG": _in_mode("CMYK", ".jpg"),
+    "CMYK TIFF": _in_mode("CMYK", ".tif"),
+    "TIFF": _in_mode("RGB", ".tif"),
+    "grey JPEG": _in_mode("L", ".jpg"),
+    "palette GIF": _in_mode("P", ".gif"),
+    "palette PNG": _in_mode("P", ".png"),
+    "PNG with alpha": _in_mode("RGBA", ".png"),
+    "grey WebP with alpha": _in_mode("LA", ".webp"),
+    "grey PNG with alpha": _in_mode("LA", ".png"),
+    "black and white": _in_mode("1", ".png"),
+}
+
+
+def write_files(folder: Path) -> list[Path]:
+    """Write `COUNT` files of odd sizes, digits and photographs in turn."""
+    rng, digits, photographs = np.random.default_rng(0), load_digits().images, load_sample_images()
+    folder.mkdir()
+    kinds, paths = list(KINDS.values()), []
+    for number in range(COUNT):
+        width, height = (int(side) for side in rng.integers(9, 120, 2))
+        if number % 2:
+            pixels = photographs.images[number // 2 % 2]
+            left, top = (int(rng.integers(0, side - 120)) for side in pixels.shape[1::-1])
+            image = Image.fromarray(pixels).crop((left, top, left + width, top + height))
+        else:
+            pixels = (digits[number] * 15.9).astype(np.uint8)
+            image = Image.fromarray(pixels).resize((width, height)).convert("RGB")
+        paths.append(kinds[number % len(kinds)](image, folder / f"{number:04}", number))
+    return paths

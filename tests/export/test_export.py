@@ -1,0 +1,295 @@
+"""Exported programs against the detector that they were made from."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fusenorm_openood import FuseNorm, Settings
+from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.errors import (
+    CalibrationError,
+    ConfigError,
+    ExportError,
+    NotFittedError,
+)
+from fusenorm_openood.export import program
+from fusenorm_openood.networks.t2fnorm import T2FNormNet
+from tests.conftest import assert_undisturbed, make_net, state_of
+from tests.export.programs import (
+    PREPROCESSING,
+    SIZE,
+    assert_agrees,
+    drawn_pixels,
+    fitted,
+    loaded,
+    needs_export,
+    normalised,
+)
+from tests.nets import CLASSES, Net
+
+pytestmark = needs_export
+FORMATS = (".onnx", ".pt2")
+METHODS = {
+    "fusenorm": Settings(),
+    "joint": Settings.joint(),
+    "published without a step": Settings.published(noise=0.0),
+    "stages, MSP and ReAct": Settings(taps="stages", output="msp", react_percentile=80.0),
+    "post-hoc experts": Settings(
+        strong=("knn", "nci", "gen", "vim", "she"), weights=(1.0, 2.0, 0.0, 1.0, 1.0), clip=False
+    ),
+    "shaping": Settings(output="mls", strong=(1, "mls", "scale", "ash"), alpha=0.5, base=20.0),
+    "cold energy": Settings(strong=("energy",), temperature=0.5, k_min=1.0, k_max=1.0),
+}
+
+
+@pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
+def test_every_setting_for_onnx(settings, tmp_path):
+    detector = fitted(Net(), settings)
+    exported = detector.export(tmp_path / "detector.onnx")
+    assert exported.difference < 1e-5
+    run = loaded(exported.path)
+    for count in (1, 3, 8):
+        assert_agrees(detector, run, drawn_pixels(count, count))
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def exported(request, tmp_path_factory):
+    """A detector for a ResNet, its file, and the program in it."""
+    detector = fitted(make_net())
+    detector.class_names = ("ant", "bee", "cat", "dog")
+    path = tmp_path_factory.mktemp("exported") / f"detector{request.param}"
+    assert detector.export(path, acceptance=0.9).difference < 1e-5
+    return detector, path, loaded(path)
+
+
+def test_images_that_are_constant(exported):
+    detector, _, run = exported
+    pixels = drawn_pixels(8, 3)
+    pixels[0], pixels[1], pixels[2] = 0, 255, 128
+    for part in (pixels, pixels[:1], pixels[:3]):
+        assert_agrees(detector, lambda image: run(image, 0.95), part)
+
+
+def test_acceptance_is_an_input(exported):
+    _, path, run = exported
+    pixels = drawn_pixels(200, 5)
+    p = run(pixels)["p_value"]
+    for acceptance in (0.5, 0.9, 0.95, 0.975):  # k / 40 exactly
+        ood = run(pixels, acceptance)["ood"]
+        assert ood.tolist() == (np.rint(p * 40) <= round((1 - acceptance) * 40)).tolist()
+    assert 0 < run(pixels, 0.8)["ood"].sum() < run(pixels, 0.5)["ood"].sum()
+    if path.suffix == ".onnx":
+        assert run(pixels)["ood"].tolist() == run(pixels, 0.9)["ood"].tolist()
+
+
+def test_the_file_says_what_is_in_it(exported):
+    detector, path, _ = exported
+    if path.suffix == ".onnx":
+        import onnx
+
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=True)
+        known = {entry.key: entry.value for entry in model.metadata_props}
+        sizes = model.graph.input[0].type.tensor_type.shape.dim
+        assert [size.dim_param or size.dim_value for size in sizes] == ["batch", 3, SIZE, SIZE]
+    else:
+        known = dict.fromkeys(("class_names", "experts", "preprocessing"), "")
+        torch.export.load(path, extra_files=known)
+    known = {name: json.loads(text) for name, text in known.items()}
+    assert known["class_names"] == list(detector.class_names)
+    assert known["experts"] == list(detector.experts)
+    assert Preprocessing.from_json(known["preprocessing"]) == PREPROCESSING
+
+
+def test_pixels_in_float32(exported, tmp_path):
+    detector, path, run = exported
+    pixels = drawn_pixels(5, 4)
+    other = detector.export(tmp_path / path.name, dtype="float32", acceptance=0.9).path
+    found, expected = loaded(other)(pixels.float(), 0.9), run(pixels, 0.9)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_dead_channels(tmp_path):
+    net = Net()
+    with torch.no_grad():
+        for name in ("conv2", "skip"):
+            getattr(net.b[0], name).weight[:5] = 0
+            getattr(net.b[0], name).bias[:5] = -1
+    detector = fitted(net, Settings.joint())
+    run = loaded(detector.export(tmp_path / "detector.onnx").path)
+    assert_agrees(detector, run, drawn_pixels(8, 3))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_without_calibration_images_there_are_confidences_alone(suffix, tmp_path):
+    detector = fitted(Net(), calibrated=False)
+    exported = detector.export(tmp_path / f"detector{suffix}")
+    assert exported.outputs == ("logits", "confidence")
+    run = loaded(exported.path)
+    found = run(drawn_pixels(3, 4), None)
+    assert list(found) == ["logits", "confidence"]
+    conf = detector.score(normalised(drawn_pixels(3, 4)))
+    np.testing.assert_allclose(found["confidence"], conf, rtol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_without_preprocessing_it_takes_what_the_network_takes(suffix, tmp_path):
+    detector = fitted(Net())
+    detector.preprocessing = None
+    with pytest.raises(ConfigError, match=r"or give shape=\(C, H, W\)"):
+        detector.export(tmp_path / f"detector{suffix}")
+    run = loaded(detector.export(tmp_path / f"detector{suffix}", shape=(3, SIZE, SIZE)).path)
+    images = normalised(drawn_pixels(4, 4))
+    np.testing.assert_allclose(run(images)["confidence"], detector.score(images), rtol=1e-5)
+    images[1], images[2] = torch.nan, torch.inf
+    found = run(images)
+    assert np.isnan(found["confidence"]).tolist() == [False, True, True, False]
+    assert found["p_value"][1:3].tolist() == [1 / 40, 1 / 40]
+    assert found["ood"][1:3].tolist() == [True, True]
+
+
+def test_logits_of_t2fnorm_are_those_of_its_classification(tmp_path):
+    torch.manual_seed(0)
+    net = T2FNormNet(make_net(), 4)
+    net.set_tau(0.1)
+    detector = fitted(net.eval())
+    run = loaded(detector.export(tmp_path / "detector.onnx").path)
+    pixels = drawn_pixels(8, 4)
+    assert_agrees(detector, run, pixels)
+    with torch.no_grad():
+        np.testing.assert_allclose(run(pixels)["logits"], net(normalised(pixels)), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_network_in_another_precision_is_exported_in_float32(dtype, tmp_path):
+    net = Net().to(dtype)
+    pixels = normalised(drawn_pixels(60, 1)).to(dtype)
+    detector = FuseNorm(net).fit([pixels])
+    detector.preprocessing = PREPROCESSING
+    exported = detector.export(tmp_path / "detector.pt2")
+    assert exported.difference < 1e-5
+    conf = loaded(exported.path)(drawn_pixels(60, 1), None)["confidence"]
+    near = 1e-5 if dtype == torch.float64 else 0.5
+    np.testing.assert_allclose(conf, detector.score(pixels).numpy(), atol=near)
+    assert next(net.parameters()).dtype == dtype
+
+
+class Branching(Net):
+    """Its forward depends on values."""
+
+    def forward(self, x):
+        feature = self.feature(x)
+        return self.fc(feature if feature.sum() > -1e9 else -feature)
+
+
+def test_a_network_is_left_as_it_came(tmp_path):
+    for net in (Net().train(), Branching().train()):
+        net.fc.weight.grad = torch.ones_like(net.fc.weight)
+        net.stem.requires_grad_(False)
+        net.fc.register_forward_hook(lambda *given: None)
+        detector, before = fitted(net), state_of(net)
+        if isinstance(net, Branching):
+            with pytest.raises(ExportError, match=r"^torch.export cannot trace Branching \(.+\): "):
+                detector.export(tmp_path / "detector.pt2")
+        else:
+            detector.export(tmp_path / "detector.pt2")
+        assert_undisturbed(net, before)
+        assert detector.net is net
+
+
+def test_errors_leave_no_file(tmp_path, monkeypatch):
+    net = Net()
+    path = tmp_path / "folder" / "detector.onnx"
+    with pytest.raises(NotFittedError):
+        FuseNorm(net).export(path)
+    stepping = fitted(net, Settings.published())
+    with pytest.raises(ConfigError, match=r"noise=0\.01 needs a gradient.*fit with noise=0, or"):
+        stepping.export(path)
+    detector = fitted(net)
+    with pytest.raises(CalibrationError, match="needs at least 99 calibration images, got 39"):
+        detector.export(path, acceptance=0.99)
+    with pytest.raises(ConfigError, match=r"must end in \.onnx or \.pt2"):
+        detector.export(path.with_suffix(".pb"))
+    with pytest.raises(ConfigError, match="dtype must be uint8 or float32, got 'int8'"):
+        detector.export(path, dtype="int8")
+    with pytest.raises(ConfigError, match=r"\(3, 16, 16\), got \(3, 8, 8\)"):
+        detector.export(path, shape=(3, 8, 8))
+    monkeypatch.setattr(program, "TOLERANCE", -1.0)
+    with pytest.raises(ExportError, match=r"differ from PyTorch's by .* was not written"):
+        detector.export(path)
+    assert not path.parent.exists()
+
+
+def test_an_old_torch_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.4.0+cpu")
+    with pytest.raises(ExportError, match=r"^exporting needs torch 2\.9, this is 2\.4\.0\+cpu: "):
+        fitted(Net()).export(tmp_path / "detector.pt2")
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_a_missing_package_is_one_sentence(package, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "find_spec", lambda name: None if name == package else object())
+    with pytest.raises(
+        ExportError, match=rf"{package}, .*pip install 'fusenorm-openood\[export\]'"
+    ):
+        fitted(Net()).export(tmp_path / "detector.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_onnxruntime_it_is_not_compared(tmp_path, monkeypatch):
+    real = program.find_spec
+    monkeypatch.setattr(program, "find_spec", lambda n: None if n == "onnxruntime" else real(n))
+    exported = fitted(Net()).export(tmp_path / "detector.onnx")
+    assert exported.difference is None
+    assert exported.path.exists()
+
+
+class Bessel(Net):
+    """An operation that ONNX lacks."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.special.bessel_j0(x).mean()
+
+
+def test_an_operation_that_onnx_lacks_is_a_typed_error(tmp_path):
+    with pytest.raises(ExportError, match=r"Bessel cannot be .*bessel_j0.*: export it to .*\.pt2$"):
+        fitted(Bessel()).export(tmp_path / "detector.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_cannot_be_copied_is_a_typed_error(tmp_path):
+    net = Net()
+    detector = fitted(net)
+    net.kept = net.fc.weight * 2  # no leaf
+    with pytest.raises(ExportError, match="Net cannot be copied"):
+        detector.export(tmp_path / "detector.onnx")
+
+
+def test_tokens(tmp_path):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed = nn.Conv2d(3, 12, 4, 4)
+            layer = {"dim_feedforward": 24, "dropout": 0.0, "batch_first": True}
+            self.blocks = nn.ModuleList(
+                nn.TransformerEncoderLayer(12, 2, **layer) for _ in range(3)
+            )
+            self.head = nn.Linear(12, CLASSES)
+            self.prefix = nn.Parameter(torch.randn(1, 1, 12))
+
+        def forward(self, x):
+            x = self.embed(x).flatten(2).mT
+            x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], 1)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x[:, 0])
+
+    detector = fitted(Tokens().eval())
+    assert detector.known_structure.layouts["blocks.0"] == "BNC"
+    run = loaded(detector.export(tmp_path / "detector.onnx").path)
+    for count in (1, 3):
+        assert_agrees(detector, run, drawn_pixels(count, 4))

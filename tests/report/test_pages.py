@@ -1,0 +1,229 @@
+"""What is on the pages of the digits, and what is not."""
+
+import csv
+import re
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusenorm_openood import FuseNorm, load_network, ood_metrics
+from fusenorm_openood.benchmark.evaluation import evaluate
+from fusenorm_openood.cli.main import main
+from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.report.evaluation import report_of_evaluation
+from fusenorm_openood.report.page import render
+
+PAGES = ("eval_page", "compare_page", "score_page")
+LIMIT = 5 * 2**20
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text between them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += f" {data} "
+
+
+@pytest.fixture(params=PAGES)
+def elements(request):
+    return Elements(request.getfixturevalue(request.param).read_text(encoding="utf-8"))
+
+
+def test_ids_are_unique_and_links_lead_to_them(elements):
+    ids = [attributes["id"] for _, attributes in elements.tags if "id" in attributes]
+    assert [name for name, times in Counter(ids).items() if times > 1] == []
+    values = [value or "" for _, attributes in elements.tags for value in attributes.values()]
+    used = {name for value in values for name in re.findall(r"url\(#([^)]+)\)", value)}
+    for _, attributes in elements.tags:
+        used |= {v[1:] for k, v in attributes.items() if k.endswith("href") and v[:1] == "#"}
+        used |= set((attributes.get("aria-labelledby") or "").split())
+    assert used
+    assert used <= set(ids)
+
+
+def test_a_page_refers_to_nothing_outside(elements):
+    for tag, attributes in elements.tags:
+        assert tag not in ("script", "iframe", "object", "embed", "base")
+        for name, value in attributes.items():
+            if name in ("src", "srcset", "href", "xlink:href", "action", "data"):
+                assert value.startswith(("data:", "#")), (tag, name, value)
+            elif not name.startswith("xmlns"):
+                assert "//" not in (value or "") or name in ("alt", "aria-label"), (tag, name)
+            assert not name.startswith("on")
+    assert "@import" not in elements.text
+    assert "url(" not in elements.text
+
+
+def test_every_picture_has_an_alternative_text(elements):
+    images = [attributes for tag, attributes in elements.tags if tag == "img"]
+    drawings = [attributes for tag, attributes in elements.tags if tag == "svg"]
+    assert all(attributes["alt"] for attributes in images)
+    assert drawings
+    assert all(a["role"] == "img" and a["aria-labelledby"] for a in drawings)
+    assert ("html", {"lang": "en"}) in elements.tags
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_small(page, request):
+    assert request.getfixturevalue(page).stat().st_size < LIMIT
+
+
+def test_hostile_names_are_text(score_page):
+    page = score_page.read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "&lt;script&gt;class_" in page
+    assert "broken&lt;b&gt;.png" in page
+
+
+def test_the_counts_are_those_of_the_rows(score_page, judged):
+    rows = list(csv.DictReader(judged.open(newline="", encoding="utf-8")))
+    counts = Counter(row["ood"] for row in rows)
+    text = " ".join(Elements(score_page.read_text(encoding="utf-8")).text.split())
+    assert f"images {len(rows)} accepted {counts['False']} rejected as OOD {counts['True']}" in text
+    assert f"unreadable {counts['']}" in text
+    rejected = Counter(row["objected"] for row in rows if row["ood"] == "True")
+    name, times = rejected.most_common(1)[0]
+    assert f"{name} {100 * times / counts['True']:.0f}%" in text
+
+
+def test_the_most_rejected_images_are_shown(score_page, judged):
+    rows = list(csv.DictReader(judged.open(newline="", encoding="utf-8")))
+    worst = min((r for r in rows if r["ood"] == "True"), key=lambda row: float(row["confidence"]))
+    text = " ".join(Elements(score_page.read_text(encoding="utf-8")).text.split())
+    shown = text.partition("Most rejected")[2]
+    assert shown.split()[0] == "/".join(Path(worst["path"]).parts[-2:]).split()[0]
+    assert f"{float(worst['confidence']):.3f}" in shown
+
+
+def test_another_acceptance_gives_other_verdicts(folders, judged, tmp_path):
+    page = tmp_path / "page.html"
+    arguments = ["report", "--detector", folders / "detector.safetensors", "--csv", judged]
+    arguments += ["--output", page, "--acceptance", 0.8]
+    assert main([str(argument) for argument in arguments]) == 0
+    rows = csv.DictReader(judged.open(newline="", encoding="utf-8"))
+    p = np.array([float(row["p_value"]) for row in rows if row["p_value"]])
+    text = " ".join(Elements(page.read_text(encoding="utf-8")).text.split())
+    assert f"rejected as OOD {(p <= 0.2 + 1e-12).sum()} " in text
+
+
+@pytest.fixture(scope="module")
+def evaluated(digits, short_data):
+    benchmark = load_benchmark("digits", short_data)
+    return evaluate(FuseNorm(load_network(digits[1])), benchmark, progress=False), benchmark
+
+
+def test_figures_are_those_of_the_metrics(evaluated):
+    result, benchmark = evaluated
+    page = render(report_of_evaluation(result, benchmark, "digits"))
+    text = " ".join(Elements(page).text.split())
+    known = result.sets["id"]["digits"]
+    for row, name in [(None, "confidence"), *enumerate(result.detector.experts)]:
+        said = []
+        for group, title in (("nearood", "near-OOD"), ("farood", "far-OOD")):
+            each = [
+                ood_metrics(known.conf, s.conf)
+                if row is None
+                else ood_metrics(known.experts[row], s.experts[row])
+                for s in result.sets[group].values()
+            ]
+            auroc, fpr95 = (
+                100 * np.mean([getattr(m, n) for m in each]) for n in ("auroc", "fpr95")
+            )
+            said.append(f"{title} AUROC {auroc:.2f}, FPR@95 {fpr95:.2f}")
+        assert " ".join((name, *said)).replace(" ", "") in text.replace(" ", "")
+
+
+def test_the_same_data_give_the_same_page(evaluated):
+    first, again = (
+        render(report_of_evaluation(*evaluated, "digits"), date="today") for _ in range(2)
+    )
+    assert first == again
+
+
+def test_the_table_is_that_of_the_evaluation(evaluated):
+    result, benchmark = evaluated
+    report = report_of_evaluation(result, benchmark, "digits")
+    table = report.sections[0].tables[0]
+    shown = np.array([row[1:] for row in table.rows], float)
+    assert np.allclose(shown, result.table.to_numpy(), atol=0.005001)
+    assert "near-OOD mean" in table.strong
+
+
+def test_without_experts_there_are_still_curves(evaluated):
+    result, benchmark = evaluated
+    alone = result._replace(detector=None, compare=result.compare.iloc[:0])
+    titles = [s.title for s in report_of_evaluation(alone, benchmark, "digits").sections]
+    assert titles[:3] == ["Results", "Scores of ID and OOD images", "ROC curves"]
+    assert "Images" not in titles
+
+
+def test_a_report_on_the_validation_pair_promises_nothing(digits, short_data):
+    benchmark = load_benchmark("digits", short_data)
+    detector = FuseNorm(load_network(digits[1]))
+    result = evaluate(detector, benchmark, validation=True, progress=False)
+    report = report_of_evaluation(result, benchmark, "digits", validation=True)
+    assert "Acceptance and rejection" not in [section.title for section in report.sections]
+    assert "p-value" not in render(report)
+
+
+def test_several_runs_are_named(digits, short_data, tmp_path):
+    root = tmp_path / "runs"
+    for run in ("s0", "s1"):
+        (root / run).mkdir(parents=True)
+        (root / run / "best.ckpt").symlink_to(digits[1])
+    page = tmp_path / "page.html"
+    arguments = ["eval", "--id-data", "digits", "--data-root", short_data, "--root", root]
+    arguments += ["--num-workers", 0, "--no-progress", "--report", page, "--engine", "native"]
+    assert main([str(argument) for argument in arguments]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "everything else is from the first one, s0" in text
+    assert "± 0.00" in text
+
+
+def test_results_outlive_a_report_that_fails(digits, short_data, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fusenorm_openood.report.write.write_whole", full)
+    page, out = tmp_path / "page.html", tmp_path / "out"
+    arguments = ["eval", "--id-data", "digits", "--data-root", short_data, "--root", digits[1]]
+    arguments += ["--num-workers", 0, "--no-progress", "--engine", "native", "--report", page]
+    assert main([*map(str, arguments), "--save-csv", "--output-dir", str(out)]) == 1
+    said = capsys.readouterr()
+    assert "farood" in said.out
+    assert f"report {page} cannot be written (No space left on device)" in said.err
+    assert (out / "ood" / "fusenorm.csv").exists()
+
+
+def test_commands_start_without_matplotlib():
+    code = (
+        "import sys, fusenorm_openood.cli.eval, fusenorm_openood.cli.compare\n"
+        "import fusenorm_openood.cli.report\n"
+        "assert 'matplotlib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_single_expert_has_pictures_without_heat_maps(digits, short_data, tmp_path):
+    page = tmp_path / "page.html"
+    arguments = ["eval", "--id-data", "digits", "--data-root", short_data, "--root", digits[1]]
+    arguments += ["--num-workers", 0, "--no-progress", "--engine", "native", "--report", page]
+    assert main([*map(str, arguments), "--postprocessor", "msp"]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "as the network sees it" in text
+    assert "eat map" not in text
+    assert "Objections" not in text

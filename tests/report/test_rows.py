@@ -1,0 +1,142 @@
+"""Rows of `fusenorm score` read back, and reports about very many of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusenorm_openood import FuseNorm, load_network
+from fusenorm_openood.cli.main import main
+from fusenorm_openood.detectors.folder import Judged
+from fusenorm_openood.detectors.rows import read_rows
+from fusenorm_openood.errors import DataError
+from fusenorm_openood.method.conformal import conformal_p_values, rejects
+from fusenorm_openood.report.files import report_of_files
+from fusenorm_openood.report.page import render
+from fusenorm_openood.report.sections import threshold
+from fusenorm_openood.report.write import check_report
+
+HEADER = ",".join(Judged._fields)
+
+
+@pytest.fixture(scope="module")
+def detector(folders, digits):
+    return FuseNorm.load(folders / "detector.safetensors", load_network(digits[1]))
+
+
+def test_rows_are_read_as_they_were_written(judged, folders):
+    rows = list(read_rows(judged))
+    broken = [row for row in rows if row.error is not None]
+    assert [Path(row.path).name for row in broken] == ["broken<b>.png"]
+    assert broken[0].confidence is broken[0].ood is broken[0].p_value is None
+    readable = [row for row in rows if row.error is None]
+    assert {type(row.confidence) for row in readable} == {float}
+    assert {row.ood for row in readable} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,score\n", "was not written by this version of fusenorm score"),
+        ("", "was not written by this version of fusenorm score"),
+        (f"{HEADER}\na.png,3,high,0.5,True,mds,\n", "line 2 is not a row of fusenorm score"),
+        (f"{HEADER}\na.png,3,0.5\n", "line 2 is not a row of fusenorm score"),
+        (f"{HEADER}\na.png,3,0.5,0.5,maybe,mds,\n", "line 2 is not a row of fusenorm score"),
+    ],
+)
+def test_a_file_that_is_none_of_score(tmp_path, text, message):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        list(read_rows(path))
+
+
+def test_a_file_that_is_missing(tmp_path):
+    with pytest.raises(DataError, match="cannot be read \\(No such file"):
+        list(read_rows(tmp_path / "absent.csv"))
+
+
+def test_a_hundred_thousand_rows_make_a_small_page(detector, folders):
+    rng = np.random.default_rng(0)
+    conf = rng.normal(0.3, 0.5, 100_000)
+    p = conformal_p_values(conf, detector.reference_)
+    image = str(next((folders / "test_digits").iterdir()))
+    rows = (
+        Judged(image if i % 2 else f"gone/{i}.png", "class", c, q, bool(q <= 0.05), "mds")
+        for i, (c, q) in enumerate(zip(conf, p, strict=True))
+    )
+    report = report_of_files(detector, rows)
+    assert dict(report.highlights)["images"] == "100,000"
+    assert dict(report.highlights)["rejected as OOD"] == f"{rejects(p, 0.95).sum():,}"
+    page = render(report)
+    assert len(page.encode()) < 5 * 2**20
+    assert "can no longer be read" in page
+
+
+def test_an_image_is_shown_once(detector, folders):
+    paths = sorted((folders / "test_digits").iterdir())[:5]
+    scores = [float(detector.score(path)) for path in paths]
+    rows = [Judged(str(path), "c", score) for path, score in zip(paths, scores, strict=True)]
+    galleries = next(s for s in report_of_files(detector, rows).sections if s.galleries).galleries
+    names = [card.name for cards in galleries for card in cards.cards]
+    assert len(names) == len(set(names)) == 5
+
+
+def test_without_readable_images_there_is_still_a_page(detector):
+    report = report_of_files(detector, [Judged("a.png", error="no image")])
+    assert dict(report.highlights) == {
+        "images": "1",
+        "accepted": "0",
+        "rejected as OOD": "0",
+        "unreadable": "1",
+    }
+    assert "no image" in render(report)
+
+
+def test_without_calibration_there_are_no_verdicts(folders, digits):
+    detector = FuseNorm.load(folders / "detector.safetensors", load_network(digits[1]))
+    detector.reference_ = None
+    path = next((folders / "test_digits").iterdir())
+    report = report_of_files(detector, [Judged(str(path), "c", float(detector.score(path)))])
+    assert dict(report.highlights) == {"images": "1", "unreadable": "0"}
+    assert "there are no verdicts" in render(report)
+
+
+def test_rows_of_another_detector_are_refused(detector):
+    with pytest.raises(DataError, match=r"a.png was judged by another detector: .* 0.123"):
+        report_of_files(detector, [Judged("a.png", "c", 0.0, 0.123)])
+
+
+@pytest.mark.parametrize("acceptance", [0.5, 0.8, 0.95, 0.99])
+def test_the_threshold_is_where_rejection_begins(acceptance):
+    reference = np.sort(np.random.default_rng(0).normal(size=199))
+    cut = threshold(reference, acceptance)
+    p = conformal_p_values([np.nextafter(cut, -np.inf), cut], reference)
+    assert rejects(p, acceptance).tolist() == [True, False]
+    assert threshold(reference[:5], 0.95) is None
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_a_missing_package_is_found_before_any_work(monkeypatch, tmp_path, capsys, package):
+    monkeypatch.setattr(
+        "fusenorm_openood.report.write.find_spec", lambda name: None if name == package else 1
+    )
+    arguments = ["report", "--detector", "absent", "--csv", "absent"]
+    assert main([*arguments, "--output", str(tmp_path / "page.html")]) == 1
+    said = capsys.readouterr().err
+    assert f"needs {package}: pip install 'fusenorm-openood[report]'" in said
+
+
+def test_a_place_that_cannot_be_written_is_found_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for command in ("eval", "compare"):
+        arguments = [command, "--id-data", "digits", "--root", "absent", "--report"]
+        assert main([*arguments, str(tmp_path)]) == 1
+        assert "is a folder: give a file to --report" in capsys.readouterr().err
+        assert main([*arguments, str(tmp_path / "file" / "page.html")]) == 1
+        assert "is not writable" in capsys.readouterr().err
+
+
+def test_a_page_may_be_in_a_new_folder(tmp_path):
+    check_report(tmp_path / "new" / "page.html")
+    assert (tmp_path / "new").is_dir()
