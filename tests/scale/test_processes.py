@@ -81,3 +81,15 @@ def test_processes_and_recording_change_no_row_of_files(short, detector, tmp_pat
         stores.append(shards_of(store))
     assert stores[0] == stores[1]
     assert [len(store) for store in stores] == [3, 3, 2]
+
+
+def test_processes_and_recording_fit_the_same_detector(short, tmp_path):
+    images = short.data / "images_digits"
+    argv = ["fit", "--weights", short.checkpoint, "--id-dir", images / "val_digits"]
+    argv += ["--calibration-dir", images / "test_digits", "--image-size", 24]
+    argv += ["--normalization", "digits", "--no-progress", "--num-workers", 0, "--device", "cpu"]
+    (live,) = run(tmp_path / "live", [*argv, "--output", tmp_path / "live.st"])
+    again = [*argv, "--store", tmp_path / "store", "--output", tmp_path / "two.st"]
+    done = run(tmp_path / "two", again, 2)
+    assert [live.status, *(d.status for d in done)] == [0, 0, 0], done
+    assert (tmp_path / "live.st").read_bytes() == (tmp_path / "two.st").read_bytes()
