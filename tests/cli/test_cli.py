@@ -95,7 +95,7 @@ def test_a_normalization_changes_the_images_and_the_step_of_odin(root, monkeypat
         assert main(evaluation(root, "--postprocessor", "odin", "--normalization", value)) == 0
         tables.append(capsys.readouterr().out)
     assert tables[0] == tables[1] != tables[2]
-    assert stds == [(0.5,) * 3, (0.5,) * 3, (0.229, 0.224, 0.225)]
+    assert list(dict.fromkeys(stds)) == [(0.5,) * 3, (0.229, 0.224, 0.225)]
     with pytest.raises(SystemExit, match="2"):
         main(evaluation(root, "--normalization", "mean"))
     assert "--normalization: normalization must be one of cifar10" in capsys.readouterr().err
