@@ -106,7 +106,10 @@ class RecordedLoader(Recorder):
         """The shards of a pass, or if these exist, of the same pass with features."""
 
         def shards(what: Mapping[str, Any]) -> tuple[dict[str, Any], str, int, int]:
-            return {**self.record, "heard": what}, self.name, len(self), SHARD
+            record = {**self.record, "heard": what}
+            if what.get("mixes"):  # the images of a batch influence each other
+                record["batch_size"] = self.batch_size
+            return record, self.name, len(self), SHARD
 
         if what.get("features") is False:
             richer = shards({**what, "features": True})

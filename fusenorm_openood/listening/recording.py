@@ -52,7 +52,8 @@ def recording_listener(
             seen = Seen(seen.logits, seen.logits)
         return heard._replace(rows=torch.cat(rows), seen=seen)
 
-    return Listener(listen, {**kept.what(fitted), "features": features}, restore)
+    what = {**kept.what(fitted), "features": features, "mixes": structure.mixes}
+    return Listener(listen, what, restore)
 
 
 def _runs(output: Output, structure: Structure) -> bool:
