@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 from tqdm import tqdm
@@ -41,8 +41,10 @@ def shard_batches(
 
 
 def row_batches(rows: range, batch_size: int) -> list[range]:
-    """Consecutive rows in batches."""
-    return [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
+    """Consecutive rows in as few batches as possible, equally large: tiny ones round otherwise."""
+    count = -(-len(rows) // batch_size)
+    ends = [len(rows) * number // count for number in range(count + 1)]
+    return [rows[start:end] for start, end in pairwise(ends)]
 
 
 def wait_for_shards(missing: Callable[[], list[int]], compute: Callable[[], object]) -> None:
