@@ -17,6 +17,7 @@ from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.devices import find_device
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.files import check_writable
+from fusenorm_openood.urls import Place
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -55,7 +56,7 @@ def run(args: Namespace) -> int:
         detector.network_source["image_size"] = str(args.image_size)
     detector.class_names = class_names
 
-    def loader(paths: list[Path]) -> DataLoader[object]:
+    def loader(paths: list[Place]) -> DataLoader[object]:
         files = ReadableFiles(paths, preprocessing)
         return DataLoader(files, args.batch_size, num_workers=args.num_workers)
 

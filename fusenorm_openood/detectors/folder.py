@@ -1,7 +1,6 @@
 """Judge image files one by one, whatever some of them are."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import DataError, NonFiniteError
 from fusenorm_openood.method.conformal import rejects
+from fusenorm_openood.urls import Place
 
 
 class Judged(NamedTuple):
@@ -41,7 +41,7 @@ class Judged(NamedTuple):
 class ImageFiles(Dataset[tuple[int, Tensor | str]]):
     """Tensors `[3, H, W]` of image files, or why a file cannot be read, with their numbers."""
 
-    def __init__(self, paths: Sequence[Path], preprocessing: Preprocessing) -> None:
+    def __init__(self, paths: Sequence[Place], preprocessing: Preprocessing) -> None:
         self.paths, self.preprocessing = paths, preprocessing
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class ImageFiles(Dataset[tuple[int, Tensor | str]]):
 class ReadableFiles(Dataset[Tensor]):
     """Tensors `[3, H, W]` of image files that all have to be readable."""
 
-    def __init__(self, paths: Sequence[Path], preprocessing: Preprocessing) -> None:
+    def __init__(self, paths: Sequence[Place], preprocessing: Preprocessing) -> None:
         self.paths, self.preprocessing = paths, preprocessing
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ class ReadableFiles(Dataset[Tensor]):
 
 def judge_files(
     detector: FuseNorm,
-    paths: Sequence[Path],
+    paths: Sequence[Place],
     acceptance: float = 0.95,
     batch_size: int = 64,
     num_workers: int = 0,

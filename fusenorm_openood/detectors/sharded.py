@@ -1,13 +1,13 @@
 """Score image files shard by shard, in any number of processes, into a store."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fusenorm_openood.detectors.calibration import packed
@@ -16,9 +16,11 @@ from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import DamagedShardError
 from fusenorm_openood.networks.fingerprint import fingerprint
 from fusenorm_openood.store import ShardSet
+from fusenorm_openood.store.encoding import Columns
 from fusenorm_openood.store.loading import shard_batches
 from fusenorm_openood.structure.wrappers import unwrapped
 from fusenorm_openood.torchrun import Process, wait_until
+from fusenorm_openood.urls import Place, versions
 from fusenorm_openood.version import __version__
 
 SHARD = 1000  # images
@@ -32,7 +34,7 @@ class FileShards:
     Args:
         detector: a fitted detector that knows its preprocessing.
         paths: image files.
-        store: folder of the store.
+        store: folder or URL of the store.
         batch_size, num_workers: settings of the data loader.
 
     Raises:
@@ -43,8 +45,8 @@ class FileShards:
     def __init__(
         self,
         detector: FuseNorm,
-        paths: Sequence[Path],
-        store: Path,
+        paths: Sequence[Place],
+        store: Place,
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
@@ -62,18 +64,7 @@ class FileShards:
             after: called with the number of images of each batch.
         """
         for number, batches in shard_batches(self.shards, numbers, self._load, self.batch_size):
-            parts = []
-            for batch in batches:
-                parts.append(score_batch(self.detector, batch))
-                if after is not None:
-                    after(len(batch))
-            experts, pred, error = zip(*parts, strict=True)
-            columns = {
-                "scores": np.ascontiguousarray(np.concatenate(experts, axis=1).T),
-                "pred": np.concatenate(pred),
-                "error": np.concatenate(error),
-            }
-            self.shards.write(number, columns)
+            self.shards.write(number, scored(self.detector, batches, after))
 
     def judged(
         self, acceptance: float, process: Process, after: Callable[[int], object] | None = None
@@ -91,6 +82,24 @@ class FileShards:
             wait_until(partial(self._is_present, number))
             yield self._said(number, acceptance)
 
+    def judged_after(self, written: Iterator[int], acceptance: float) -> Iterator[list[Judged]]:
+        """Judge all shards, in order, while others write the missing ones.
+
+        Args:
+            written: the missing shards, in the order in which they are written.
+            acceptance: see `judge_files`.
+        """
+        missing = set(self.shards.missing())
+        for number in range(self.shards.count):
+            while number in missing:
+                missing.discard(next(written))
+            yield self._said(number, acceptance)
+
+    def paths_of(self, number: int) -> Sequence[Place]:
+        """The files of a shard."""
+        span = self.shards.span(number)
+        return self.paths[span.start : span.stop]
+
     def _is_present(self, number: int) -> bool:
         return number in self.shards.present()
 
@@ -100,8 +109,7 @@ class FileShards:
         except DamagedShardError:
             self.score([number])
             kept = self.shards.read(number)
-        span = self.shards.span(number)
-        names = [str(path) for path in self.paths[span.start : span.stop]]
+        names = [str(path) for path in self.paths_of(number)]
         scores = FileScores(np.ascontiguousarray(kept["scores"].T), kept["pred"], kept["error"])
         return judged(self.detector, names, scores, acceptance)
 
@@ -110,6 +118,25 @@ class FileShards:
             self._files, batch_sampler=batches, num_workers=self.num_workers, collate_fn=list
         )
         return iter(loader)
+
+
+def scored(
+    detector: FuseNorm,
+    batches: Iterable[Sequence[tuple[int, Tensor | str]]],
+    after: Callable[[int], object] | None = None,
+) -> Columns:
+    """The columns of a shard, from the items of `ImageFiles`; `after` as in `FileShards.score`."""
+    parts = []
+    for batch in batches:
+        parts.append(score_batch(detector, batch))
+        if after is not None:
+            after(len(batch))
+    experts, pred, error = zip(*parts, strict=True)
+    return {
+        "scores": np.ascontiguousarray(np.concatenate(experts, axis=1).T),
+        "pred": np.concatenate(pred),
+        "error": np.concatenate(error),
+    }
 
 
 def experts_record(detector: FuseNorm) -> dict[str, Any]:
@@ -130,13 +157,9 @@ def experts_record(detector: FuseNorm) -> dict[str, Any]:
     }
 
 
-def _manifest(paths: Sequence[Path]) -> str:
-    """SHA-256 of the paths, and of the sizes and times of the files that exist."""
+def _manifest(paths: Sequence[Place]) -> str:
+    """SHA-256 of the paths, and of the versions of the files that exist."""
     hashed = sha256()
-    for path in paths:
-        try:
-            found = path.stat()
-            hashed.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
-        except OSError:
-            hashed.update(f"{path}\n".encode())
+    for path, version in zip(paths, versions(paths), strict=True):
+        hashed.update(f"{path} {version}".rstrip().encode() + b"\n")
     return hashed.hexdigest()
