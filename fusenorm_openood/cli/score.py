@@ -18,7 +18,8 @@ from fusenorm_openood.cli import options
 from fusenorm_openood.cli.detector import add_detector, load_detector
 from fusenorm_openood.data.manifest import manifest_paths
 from fusenorm_openood.data.paths import image_paths
-from fusenorm_openood.detectors.actors import cluster, score_with_actors
+from fusenorm_openood.detectors.actors import score_with_actors
+from fusenorm_openood.detectors.cluster import cluster
 from fusenorm_openood.detectors.folder import Judged, judge_files
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.rows import RowFile, read_rows

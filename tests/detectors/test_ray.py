@@ -10,7 +10,8 @@ import pytest
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.detectors import sharded
-from fusenorm_openood.detectors.actors import TRIES, score_with_actors
+from fusenorm_openood.detectors.actors import score_with_actors
+from fusenorm_openood.detectors.cluster import TRIES
 from fusenorm_openood.detectors.sharded import FileShards
 from fusenorm_openood.errors import CheckpointError, ClusterError
 from tests.detectors.imagefiles import Loading, ends, fails, network, write_detector, write_images
