@@ -10,7 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from tqdm import tqdm
@@ -25,6 +25,8 @@ _OBJECTS = 100_000_000  # bytes of the object store of a local cluster; results 
 def cluster() -> Iterator[Any]:
     """Context with the module `ray`, connected to the cluster of `RAY_ADDRESS` or a local one.
 
+    Standard output is redirected to standard error: Ray prints messages of its nodes.
+
     Raises:
         ConfigError: Ray is not installed.
         ClusterError: the cluster cannot be reached.
@@ -36,7 +38,8 @@ def cluster() -> Iterator[Any]:
             f"engine ray needs Ray ({error}): pip install 'fusenorm-openood[ray]'"
         ) from None
     if ray.is_initialized():  # by the caller, who also ends it
-        yield ray
+        with redirect_stdout(sys.stderr):
+            yield ray
         return
     address = os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECTS}
@@ -48,7 +51,8 @@ def cluster() -> Iterator[Any]:
             f"cluster {address or 'of this machine'} cannot be reached ({error}): check RAY_ADDRESS"
         ) from None
     try:
-        yield ray
+        with redirect_stdout(sys.stderr):
+            yield ray
     finally:
         ray.shutdown()
 
