@@ -22,9 +22,12 @@ from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.data.pseudo import KINDS
 from fusenorm_openood.data.transforms import NORMALIZATIONS
 from fusenorm_openood.listening.batches import batches
-from fusenorm_openood.listening.panel import Fitted, Panel, head_of
+from fusenorm_openood.listening.panel import Fitted, Panel
+from fusenorm_openood.listening.react import head_of
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
+from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.structure.understanding import understand
 
 FOLDS = 5
 CONTRASTS = (1, 3, 10, 100)
@@ -97,10 +100,10 @@ def far_off(
         yield f"{name} x {contrast}, normalised", contrast * (x - m) / s
 
 
-def hear(net: nn.Module, panel: Panel, loader: Any) -> Heard:
+def hear(net: nn.Module, structure: Structure, panel: Panel, loader: Any) -> Heard:
     rows, features, logits = [], [], []
     for images, _ in batches(loader):
-        scores, _, seen = panel.listen(net, images, Fitted())
+        scores, _, seen = panel.listen(net, structure, images, Fitted())
         assert seen is not None
         rows.append(scores.numpy())
         features.append(seen.feature)
@@ -122,16 +125,17 @@ def tables(specification: str) -> pd.DataFrame:
         tuple(dict.fromkeys(output for p in panels for output in p.outputs)),
         tuple(dict.fromkeys(expert for p in panels for expert in p.posthoc)),
     )
-    head = Head(*(t.float() for t in head_of(net)))
     val = torch.cat([images for images, _ in batches(image_loader(benchmark.id["val"]))])
-    known = hear(net, panel, image_loader(benchmark.id["val"]))
-    unknown = hear(net, panel, image_loader(benchmark.val_ood))
+    structure = understand(net, val[:2])
+    head = Head(*(t.float() for t in head_of(net, structure)))
+    known = hear(net, structure, panel, image_loader(benchmark.id["val"]))
+    unknown = hear(net, structure, panel, image_loader(benchmark.val_ood))
     pseudo = {
-        kind: hear(net, panel, make(val, torch.Generator().manual_seed(0)).split(200))
+        kind: hear(net, structure, panel, make(val, torch.Generator().manual_seed(0)).split(200))
         for kind, make in KINDS.items()
     }
     far = {
-        name: hear(net, panel, images.split(200))
+        name: hear(net, structure, panel, images.split(200))
         for name, images in far_off(250, val.shape[-1], *benchmark.norm)
     }
     sums: dict[str, list[tuple[float, ...]]] = {name: [] for name in detectors}

@@ -1,9 +1,13 @@
 """The benchmarks run; their figures are only meaningful on an idle machine."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+from fusenorm_openood import Settings
+from tests.conftest import shortened_digits
 
 RUN = Path(__file__).parent.parent / "benchmarks" / "run.py"
 
@@ -19,3 +23,14 @@ def test_ratios_are_written_after_each_section(tmp_path):
     ratios = found["ratios"]
     assert all(value > 0 for value in ratios.values())
     assert {"atf/resnet18-32x32/eager_vs_loop", "growth/images/exponent"} <= set(ratios)
+
+
+def test_the_protocol_compares_candidates_on_validation_images(digits, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(RUN.parent)
+    protocol = importlib.import_module("protocol")
+    data = shortened_digits(digits[0], tmp_path / "data", 64, 60)
+    two = {"default": Settings(), "joint": Settings.joint()}
+    monkeypatch.setattr(protocol, "candidates", lambda: two)
+    table = protocol.tables(f"digits:digits:{data}:{digits[1]}")
+    assert list(table.index) == list(two)
+    assert table.notna().all(axis=None)

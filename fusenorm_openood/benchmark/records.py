@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import nn
 from fusenorm_openood.data.benchmarks import ImageSet, image_loader
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.errors import DataError, StoreError, TapError
+from fusenorm_openood.listening.pace import Pace
 from fusenorm_openood.listening.react import head_of
 from fusenorm_openood.listening.recorded import RecordedLoader
 from fusenorm_openood.method.posthoc import Head
@@ -40,19 +41,22 @@ class Records:
         network: what determines the network and how it runs, in terms of JSON; see
             `network_record`.
         batch_size, num_workers: settings of the data loaders.
+        pace: counts the images that its network is run on.
     """
 
     store: Path
     network: Mapping[str, Any]
     batch_size: int = 200
     num_workers: int = 0
+    pace: Pace = field(default_factory=Pace, compare=False)
 
     def loader(self, image_set: ImageSet) -> RecordedLoader:
         """A loader of an image set that keeps what is heard of its images."""
         images = image_set.images()
         record = {**self.network, "images": manifest(images), "transform": repr(images.transform)}
         name = image_set.imagelist.stem
-        return RecordedLoader(images, self.store, record, name, self.batch_size, self.num_workers)
+        how = self.batch_size, self.num_workers, self.pace
+        return RecordedLoader(images, self.store, record, name, *how)
 
     def known(self) -> Known | None:
         """What `keep` kept of the network."""

@@ -12,7 +12,7 @@ from fusenorm_openood.benchmark.runs import find_checkpoints
 from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.inputs import check_images, check_readable
-from fusenorm_openood.cli.kept import records_of
+from fusenorm_openood.cli.kept import records_of, say_pace
 from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.detectors.configuration import read_fusenorm
@@ -79,6 +79,7 @@ def run(args: Namespace) -> int:
                 )
             )
             net.cpu()
+        say_pace(records)
         fpr95 = _mean([result.fpr95 for result in results]).add_suffix(" FPR@95")
         figures[labels[root]] = _mean([result.auroc for result in results]).join(fpr95)
         if args.csv and process.leads:

@@ -16,7 +16,7 @@ from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.engines import Job, evaluate_run, find_engine
 from fusenorm_openood.cli.inputs import check_files, check_networks, ensure_digits
-from fusenorm_openood.cli.kept import records_of
+from fusenorm_openood.cli.kept import records_of, say_pace
 from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.benchmarks import Benchmark, load_benchmark
 from fusenorm_openood.data.digits import write_digits
@@ -133,6 +133,7 @@ def run(args: Namespace) -> int:
     print(_text(table))
     if args.save_csv:
         print(f"saved {path}")
+    say_pace(job.records)
     if args.report and first and process.leads:
         print(f"saved {_report(args, benchmark, table, list(networks), first[1], engine)}")
     return 0

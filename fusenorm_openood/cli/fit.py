@@ -1,7 +1,9 @@
 """`fusenorm fit`: fit and calibrate a detector on folders of images, and keep it in a file."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -14,10 +16,15 @@ from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.folder import ReadableFiles
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.devices import find_device
+from fusenorm_openood.detectors.sharded import manifest
+from fusenorm_openood.devices import own_device
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.files import check_writable
+from fusenorm_openood.listening.recorded import RecordedLoader
+from fusenorm_openood.networks.fingerprint import fingerprint
+from fusenorm_openood.torchrun import among_peers, this_process
 from fusenorm_openood.urls import Place
+from fusenorm_openood.version import __version__
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -35,12 +42,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--config", metavar="NAME", help="YAML file of FuseNorm, or this package's name")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set one of its arguments")
     add("--batch-size", type=options.positive, default=64, help="images per batch (default: 64)")
+    add("--store", metavar="DIR", help="keep what the network says of images; torchrun needs it")
     options.add_computing(parser)
 
 
+@among_peers()
 def run(args: Namespace) -> int:
     """Fit on the ID images, calibrate on the others, save."""
-    device = find_device(args.device)
+    device, process = own_device(args.device), this_process()
+    if process.world > 1 and not args.store:
+        raise ConfigError(
+            f"{process.world} processes meet in a store: give --store DIR, which all can write to"
+        )
     settings = read_fusenorm(read_postprocessor(None, args.config, args.set)).settings
     check_writable(Path(args.output).resolve().parent, "--output")
     id_paths = image_paths(args.id_dir)
@@ -56,18 +69,26 @@ def run(args: Namespace) -> int:
         detector.network_source["image_size"] = str(args.image_size)
     detector.class_names = class_names
 
-    def loader(paths: list[Place]) -> DataLoader[object]:
-        files = ReadableFiles(paths, preprocessing)
-        return DataLoader(files, args.batch_size, num_workers=args.num_workers)
+    known = {"version": __version__, "preprocessing": preprocessing.to_json()}
+    if args.store:
+        known["network"] = fingerprint(net).weights
 
-    detector.fit(loader(id_paths), progress=not args.no_progress)
+    def loader(paths: list[Place], name: str) -> Iterable[Any]:
+        files, how = ReadableFiles(paths, preprocessing), (args.batch_size, args.num_workers)
+        if not args.store:
+            return DataLoader(files, how[0], num_workers=how[1])
+        record = {**known, "images": manifest(paths)}
+        return RecordedLoader(files, Path(args.store), record, name, *how)
+
+    detector.fit(loader(id_paths, "fit"), progress=not args.no_progress)
     print(f"fitted on {len(id_paths)} images: {', '.join(detector.experts)}")
     if other_paths:
-        detector.calibrate(loader(other_paths), progress=not args.no_progress)
+        detector.calibrate(loader(other_paths, "calibration"), progress=not args.no_progress)
         print(f"calibrated on {len(other_paths)} images: {detector.guarantee()}")
     else:
         print("not calibrated, so it gives confidences without verdicts: see --calibration-dir")
-    detector.save(args.output)
+    if process.leads:
+        detector.save(args.output)
     print(f"saved {args.output}")
     return 0
 

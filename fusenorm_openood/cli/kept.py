@@ -1,5 +1,6 @@
 """What `--store` keeps of training runs."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from fusenorm_openood.benchmark.records import Records, network_record
 from fusenorm_openood.data.benchmarks import Benchmark
 from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.listening.pace import Pace
 from fusenorm_openood.torchrun import this_process
 
 
@@ -32,12 +34,21 @@ def records_of(
                 "them can write to"
             )
         return {}
+    pace = Pace()
     return {
         run: Records(
             Path(args.store),
             network_record(path, args.network, benchmark.image_size, **how),
             args.batch_size,
             args.num_workers,
+            pace,
         )
         for run, path in checkpoints.items()
     }
+
+
+def say_pace(records: Mapping[str, Records]) -> None:
+    """Say on standard error how fast images were scored, if any were."""
+    pace = next((kept.pace for kept in records.values()), Pace())
+    if pace.images and this_process().leads:
+        print(f"fusenorm: {pace.images:,} images scored, {pace}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.rows import RowFile, read_rows
 from fusenorm_openood.detectors.sharded import FileShards
 from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.listening.pace import Pace
 from fusenorm_openood.method.conformal import check_enough, rejects, rejects_at_fdr
 from fusenorm_openood.report.files import report_of_files
 from fusenorm_openood.report.write import check_report, write_report
@@ -79,29 +79,29 @@ def run(args: Namespace) -> int:
         print("fusenorm: the detector is not calibrated, so there are no verdicts", file=sys.stderr)
     elif args.fdr is None:
         check_enough(n, args.acceptance)
-    process = this_process()
+    process, pace = this_process(), Pace()
     _check_store(args, process)
     given = _given(args)
     if not process.leads:
-        return sum(map(len, _judged(args, detector, given, process)))  # it is given none: 0
+        return sum(map(len, _judged(args, detector, given, process, pace)))  # it is given none: 0
     with RowFile(Path(args.csv) if args.csv else None, args.resume) as file:
         _check_same(detector, file)
         paths = [path for path in given if str(path) not in file.judged]
         hidden = args.no_progress or not args.csv
-        started, counts = time.perf_counter(), Counter[str]()
+        counts = Counter[str]()
         with tqdm(total=len(paths), unit=" images", disable=hidden, leave=False) as bar:
-            for rows in _judged(args, detector, paths, process):
+            for rows in _judged(args, detector, paths, process, pace):
                 # A verdict at a false discovery rate needs all images.
                 file.write(rows if args.fdr is None else [r._replace(ood=None) for r in rows])
                 bar.update(len(rows))
                 counts.update(map(_verdict, rows))
-        seconds = time.perf_counter() - started
         file.finish(lambda p: _verdicts(p, args))
     if args.csv:
         counts = Counter(map(_verdict, read_rows(Path(args.csv))))
     summary = f"{counts.total()} images: {counts['OOD']} OOD, {counts['unreadable']} unreadable"
     summary += f", {len(file.judged)} judged before" if file.judged else ""
-    print(f"fusenorm: {summary} ({len(paths) / seconds:.0f} images per second)", file=sys.stderr)
+    summary += f"; {pace}" if pace.images else ""
+    print(f"fusenorm: {summary}", file=sys.stderr)
     if args.fdr is not None and n is not None and not counts["OOD"]:
         print(
             f"fusenorm: {n} calibration images give no p-value below {1 / (n + 1):.2g}, so an FDR "
@@ -139,9 +139,9 @@ def _given(args: Namespace) -> list[Place]:
 
 
 def _judged(
-    args: Namespace, detector: FuseNorm, paths: list[Place], process: Process
+    args: Namespace, detector: FuseNorm, paths: list[Place], process: Process, pace: Pace
 ) -> Iterator[list[Judged]]:
-    how = args.batch_size, args.num_workers
+    how = args.batch_size, args.num_workers, pace
     if not args.store:
         yield from judge_files(detector, paths, args.acceptance, *how)
         return

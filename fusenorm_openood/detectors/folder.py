@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import DataError, NonFiniteError
+from fusenorm_openood.listening.pace import Pace
 from fusenorm_openood.method.conformal import rejects
 from fusenorm_openood.urls import Place
 
@@ -54,8 +55,12 @@ class ImageFiles(Dataset[tuple[int, Tensor | str]]):
             return number, str(error)
 
 
-class ReadableFiles(Dataset[Tensor]):
-    """Tensors `[3, H, W]` of image files that all have to be readable."""
+class ReadableFiles(Dataset[dict[str, Any]]):
+    """Image files that all have to be readable, without labels: `{"data": [3, H, W], "label": -1}`.
+
+    Raises:
+        DataError: on access to an image, a file that cannot be read.
+    """
 
     def __init__(self, paths: Sequence[Place], preprocessing: Preprocessing) -> None:
         self.paths, self.preprocessing = paths, preprocessing
@@ -63,8 +68,8 @@ class ReadableFiles(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, number: int) -> Tensor:
-        return self.preprocessing.read(self.paths[number])
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {"data": self.preprocessing.read(self.paths[number]), "label": -1}
 
 
 def judge_files(
@@ -73,6 +78,7 @@ def judge_files(
     acceptance: float = 0.95,
     batch_size: int = 64,
     num_workers: int = 0,
+    pace: Pace | None = None,
 ) -> Iterator[list[Judged]]:
     """The judgements of image files, in order, batch by batch.
 
@@ -82,13 +88,16 @@ def judge_files(
         paths: image files.
         acceptance: share of ID images to accept; see `DecidingDetector.is_ood`.
         batch_size, num_workers: settings of the data loader.
+        pace: counts the images that are scored.
 
     Raises:
         DataError: the detector does not know its preprocessing.
     """
+    pace = pace or Pace()
     files = ImageFiles(paths, detector.known_preprocessing())
     loader = DataLoader(files, batch_size, num_workers=num_workers, collate_fn=list)
-    for batch in loader:
+    for batch in pace.timed(loader):
+        pace.images += len(batch)
         names = [str(paths[number]) for number, _ in batch]
         yield judged(detector, names, score_batch(detector, batch), acceptance)
 

@@ -14,6 +14,7 @@ from fusenorm_openood.detectors.calibration import packed
 from fusenorm_openood.detectors.folder import FileScores, ImageFiles, Judged, judged, score_batch
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import DamagedShardError
+from fusenorm_openood.listening.pace import Pace
 from fusenorm_openood.networks.fingerprint import fingerprint
 from fusenorm_openood.store import ShardSet
 from fusenorm_openood.store.encoding import Columns
@@ -36,6 +37,7 @@ class FileShards:
         paths: image files.
         store: folder or URL of the store.
         batch_size, num_workers: settings of the data loader.
+        pace: counts the images that are scored.
 
     Raises:
         DataError: the detector does not know its preprocessing.
@@ -49,11 +51,12 @@ class FileShards:
         store: Place,
         batch_size: int = 64,
         num_workers: int = 0,
+        pace: Pace | None = None,
     ) -> None:
-        self.detector, self.paths = detector, paths
+        self.detector, self.paths, self.pace = detector, paths, pace or Pace()
         self.batch_size, self.num_workers = batch_size, num_workers
         self._files = ImageFiles(paths, detector.known_preprocessing())
-        record = {**experts_record(detector), "images": _manifest(paths)}
+        record = {**experts_record(detector), "images": manifest(paths)}
         self.shards = ShardSet(store, record, "files", len(paths), SHARD)
 
     def score(self, numbers: Sequence[int], after: Callable[[int], object] | None = None) -> None:
@@ -63,8 +66,14 @@ class FileShards:
             numbers: the shards.
             after: called with the number of images of each batch.
         """
+
+        def count(images: int) -> None:
+            self.pace.images += images
+            if after is not None:
+                after(images)
+
         for number, batches in shard_batches(self.shards, numbers, self._load, self.batch_size):
-            self.shards.write(number, scored(self.detector, batches, after))
+            self.shards.write(number, scored(self.detector, self.pace.timed(batches), count))
 
     def judged(
         self, acceptance: float, process: Process, after: Callable[[int], object] | None = None
@@ -123,14 +132,13 @@ class FileShards:
 def scored(
     detector: FuseNorm,
     batches: Iterable[Sequence[tuple[int, Tensor | str]]],
-    after: Callable[[int], object] | None = None,
+    after: Callable[[int], object] = lambda images: None,
 ) -> Columns:
     """The columns of a shard, from the items of `ImageFiles`; `after` as in `FileShards.score`."""
     parts = []
     for batch in batches:
         parts.append(score_batch(detector, batch))
-        if after is not None:
-            after(len(batch))
+        after(len(batch))
     experts, pred, error = zip(*parts, strict=True)
     return {
         "scores": np.ascontiguousarray(np.concatenate(experts, axis=1).T),
@@ -157,7 +165,7 @@ def experts_record(detector: FuseNorm) -> dict[str, Any]:
     }
 
 
-def _manifest(paths: Sequence[Place]) -> str:
+def manifest(paths: Sequence[Place]) -> str:
     """SHA-256 of the paths, and of the versions of the files that exist."""
     hashed = sha256()
     for path, version in zip(paths, versions(paths), strict=True):

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fusenorm_openood.errors import DamagedShardError, StoreError
 from fusenorm_openood.listening.observed import Listener, Observed, observed
+from fusenorm_openood.listening.pace import Pace
 from fusenorm_openood.method.posthoc import Seen
 from fusenorm_openood.store import Key, ShardSet
 from fusenorm_openood.store.loading import shard_batches
@@ -48,6 +49,7 @@ class RecordedLoader:
             and how they are read, in terms of JSON.
         name: a name of the images, for people.
         batch_size, num_workers: settings of the data loader.
+        pace: counts the images that are heard.
     """
 
     dataset: Dataset[Any]
@@ -56,6 +58,7 @@ class RecordedLoader:
     name: str
     batch_size: int = 200
     num_workers: int = 0
+    pace: Pace = field(default_factory=Pace, compare=False)
 
     def __iter__(self) -> Iterator[Any]:
         size = self.batch_size
@@ -123,8 +126,10 @@ class RecordedLoader:
         with tqdm(total=total, desc=work.desc, unit=" images", disable=hidden, leave=False) as bar:
             for number, batches in shard_batches(shards, numbers, self._load, self.batch_size):
                 heard = []
-                for batch in observed(work.net, batches, work.listener._replace(restore=None)):
+                timed = self.pace.timed(batches)
+                for batch in observed(work.net, timed, work.listener._replace(restore=None)):
                     heard.append(batch._replace(images=None))
+                    self.pace.images += len(batch.pred)
                     bar.update(len(batch.pred))
                 shards.write(number, _columns(heard))
 

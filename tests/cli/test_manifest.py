@@ -11,7 +11,7 @@ import pytest
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.manifest import manifest_paths
 from fusenorm_openood.detectors import sharded
-from fusenorm_openood.detectors.sharded import _manifest
+from fusenorm_openood.detectors.sharded import manifest
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.store import ShardSet
 from fusenorm_openood.urls import Url
@@ -103,13 +103,13 @@ def test_images_manifest_and_store_at_urls_give_the_local_rows(home, tmp_path, m
 def test_a_changed_or_new_object_is_another_set(memory):
     urls = [Url("memory://b/x.png"), Url("memory://b/y.png")]
     memory.pipe_file("/b/x.png", b"1")
-    found = [_manifest(urls)]
+    found = [manifest(urls)]
     memory.pipe_file("/b/y.png", b"1")
-    found.append(_manifest(urls))
+    found.append(manifest(urls))
     memory.pipe_file("/b/y.png", b"2")  # as many bytes, later
-    found.append(_manifest(urls))
+    found.append(manifest(urls))
     assert len(set(found)) == 3
-    assert _manifest(urls) == found[-1]
+    assert manifest(urls) == found[-1]
 
 
 def test_shards_at_a_url_are_verified_and_discarded(memory):

@@ -1,0 +1,175 @@
+"""Measure what large runs are made of: loading, scoring, several processes, shards, memory.
+
+    python benchmarks/scale.py [--images 4000] [--rounds 3] [--only loading processes table memory]
+
+Images are crops of scikit-learn's two photographs, made or written on the fly; networks have random
+weights. Leave the machine otherwise idle. One thread per process, as `torchrun` sets it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_sample_images
+from torch.utils.data import Dataset
+
+from fusenorm_openood import FuseNorm
+from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.data.transforms import NORMALIZATIONS
+from fusenorm_openood.detectors.folder import ImageFiles
+from fusenorm_openood.listening.recorded import RecordedLoader
+from fusenorm_openood.networks import ResNet18_32x32
+from fusenorm_openood.store import ShardSet
+from fusenorm_openood.torchrun import this_process, wait_until
+
+PARTS = ("loading", "processes", "table", "memory")
+
+
+class Crops(Dataset[dict[str, Any]]):
+    """Crops `[3, size, size]` of photographs, the same for the same number."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.size = count, size
+        self.photographs = [torch.from_numpy(p.copy()) for p in load_sample_images().images]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        photograph = self.photographs[number % 2]
+        top, left = (number * step % (side - self.size) for step, side in ((7, 427), (13, 640)))
+        crop = photograph[top : top + self.size, left : left + self.size]
+        return {"data": crop.permute(2, 0, 1).float() / 127.5 - 1, "label": number % 10}
+
+
+def detector() -> FuseNorm:
+    torch.manual_seed(0)
+    return FuseNorm(ResNet18_32x32(num_classes=10).eval())
+
+
+def loading(images: int, rounds: int) -> None:
+    """JPEG files of 500 x 375 pixels, ImageNet's mean size, decoded and resized to 224."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{number}.jpg") for number in range(200)]
+        photographs = load_sample_images().images
+        for number, path in enumerate(paths):
+            crop = photographs[number % 2][number % 50 : number % 50 + 375, number : number + 500]
+            Image.fromarray(crop).save(path, quality=90)
+        preprocessing = Preprocessing(256, (224, 224), "bilinear", *NORMALIZATIONS["imagenet"])
+        files, speeds = ImageFiles(paths, preprocessing), []
+        for _ in range(rounds):
+            started = time.perf_counter()
+            for number in range(len(paths)):
+                files[number]
+            speeds.append(len(paths) / (time.perf_counter() - started))
+    print(f"loading: {np.median(speeds):.0f} JPEG files per second and core")
+
+
+def processes(images: int, rounds: int) -> None:
+    """The same set of images, recorded by one process and by two."""
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for count in seconds:
+            seconds[count].append(float(in_processes(count, "worker", images)["seconds"]))
+    one, two = (float(np.median(times)) for times in seconds.values())
+    print(
+        f"processes: {images / one:.0f} images per second with one process, {images / two:.0f} "
+        f"with two: {one / two:.2f} times as fast"
+    )
+
+
+def in_processes(count: int, job: str, images: int) -> dict[str, float]:
+    """What the leading one of several processes of this script measures."""
+    with tempfile.TemporaryDirectory() as store:
+        command = ["torchrun", "--standalone", "--nproc-per-node", str(count)]
+        command += [__file__, "--job", job, "--images", str(images), "--store", store]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def worker(images: int, store: Path) -> None:
+    """Record the scores of a set of images, from the moment at which all processes are ready."""
+    process, found = this_process(), detector()
+    few = RecordedLoader(Crops(4, 32), store / "few", {}, "few")
+    found.fit(few)  # understands the network, compiles the kernel
+    ready = store / f"ready-{process.rank}"
+    ready.touch()
+    wait_until(lambda: len(list(store.glob("ready-*"))) == process.world)
+    started = time.perf_counter()
+    found.infer(RecordedLoader(Crops(images, 32), store / "scores", {}, "crops"))
+    if process.leads:
+        print(json.dumps({"seconds": time.perf_counter() - started}))
+
+
+def table(images: int, rounds: int) -> None:
+    """A million rows of 12 scores, written and read back."""
+    rows, shard = 10**6, 1000
+    with tempfile.TemporaryDirectory() as store:
+        shards = ShardSet(Path(store), {}, "table", rows, shard)
+        scores = np.random.default_rng(0).normal(size=(shard, 12))
+        started = time.perf_counter()
+        for number in range(shards.count):
+            shards.write(number, {"scores": scores + number})
+        written = time.perf_counter()
+        shards.load()
+        read = time.perf_counter() - written
+    print(f"table: a million rows written in {written - started:.1f} s, read in {read:.1f} s")
+
+
+def memory(images: int, rounds: int) -> None:
+    """Peak memory of one process with few images and with ten times as many."""
+    few, many = (in_processes(1, "peak", n)["mebibytes"] for n in (images, 10 * images))
+    print(
+        f"memory: {few:.0f} MiB at the peak with {images:,} images, {many:.0f} with "
+        f"{10 * images:,}: {many / few:.3f} times"
+    )
+
+
+def peak(images: int, store: Path) -> None:
+    import resource
+
+    found = detector()
+    found.fit(RecordedLoader(Crops(200, 32), store, {}, "few"))
+    for scored in shards_of(found, images, store):
+        del scored
+    print(json.dumps({"mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def shards_of(found: FuseNorm, images: int, store: Path) -> Iterator[Any]:
+    """What is heard of images of 8 x 8 pixels, shard by shard."""
+    loader = RecordedLoader(Crops(images, 8), store, {}, "tiny")
+    return loader.observed(found.net, found._listener(recorded=True), False, "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--job", choices=("worker", "peak"), help=argparse.SUPPRESS)
+    parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        globals()[args.job](args.images, args.store)
+        return
+    torch.set_num_threads(1)
+    for part in args.only:
+        globals()[part](args.images, args.rounds)
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
