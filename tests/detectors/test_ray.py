@@ -11,7 +11,7 @@ from fusenorm_openood import FuseNorm
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.detectors import sharded
 from fusenorm_openood.detectors.actors import score_with_actors
-from fusenorm_openood.detectors.cluster import TRIES
+from fusenorm_openood.detectors.cluster import TRIES, cluster, shape
 from fusenorm_openood.detectors.sharded import FileShards
 from fusenorm_openood.errors import CheckpointError, ClusterError
 from tests.detectors.imagefiles import Loading, ends, fails, network, write_detector, write_images
@@ -73,7 +73,8 @@ def test_a_killed_actor_loses_no_shard_and_repeats_none_that_is_written(
     two_cores, home, files, tmp_path, line, capsys
 ):
     load = Loading(home / "d.st", tmp_path / "log", killed=line)
-    done = list(score_with_actors(ray, files, load, cores=1))
+    with cluster():
+        done = list(score_with_actors(ray, files, load, cores=1))
     assert sorted(done) == list(range(5))
     assert load.log.with_suffix(".killed").exists()
     assert sorted(s for s in load.said() if s.startswith("written")) == [
@@ -81,7 +82,9 @@ def test_a_killed_actor_loses_no_shard_and_repeats_none_that_is_written(
     ]
     assert load.said().count("begins 2") == (2 if line == "begins 2" else 1)
     assert shards_in(tmp_path / "store") == shards_in(home / "one.store")
-    assert "an actor ended while scoring shard 2" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "an actor ended while scoring shard 2" in captured.err
+    assert captured.out == ""
 
 
 def test_only_missing_shards_are_dealt_out(two_cores, home, files, tmp_path):
@@ -115,6 +118,17 @@ def test_an_actor_with_another_detector_writes_nothing(two_cores, files, tmp_pat
 def test_too_few_cores_are_one_sentence(two_cores, files):
     with pytest.raises(ClusterError, match=r"has 2 CPU cores, and an actor takes 3: choose fewer"):
         list(score_with_actors(ray, files, partial(fails), cores=3))
+
+
+def test_gpus_and_cores_say_how_many_actors_there_are():
+    class Cluster:
+        def __init__(self, **resources):
+            self.cluster_resources = lambda: resources
+
+    assert shape(Cluster(CPU=7.0), 2, gpus=True) == (3, {"num_cpus": 2, "num_gpus": 0})
+    assert shape(Cluster(CPU=8.0, GPU=2.0), 2, gpus=True) == (2, {"num_cpus": 2, "num_gpus": 1})
+    assert shape(Cluster(CPU=2.0, GPU=2.0), 2, gpus=True) == (1, {"num_cpus": 2, "num_gpus": 1})
+    assert shape(Cluster(CPU=8.0, GPU=2.0), 2, gpus=False) == (4, {"num_cpus": 2, "num_gpus": 0})
 
 
 COMMAND = """
