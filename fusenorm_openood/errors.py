@@ -33,6 +33,14 @@ class DataError(FuseNormError, ValueError):
     """An image list, an image or a batch that cannot be read."""
 
 
+class RemoteError(FuseNormError, RuntimeError):
+    """A URL that cannot be read now, which says nothing about what it names."""
+
+
+class ClusterError(FuseNormError, RuntimeError):
+    """A cluster that cannot be reached, lacks resources, or whose workers end again and again."""
+
+
 class CheckpointError(FuseNormError, ValueError):
     """A checkpoint that is missing, damaged, or made for another network."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.urls import Place, Url
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -24,6 +25,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_bytes_whole(path: Place, data: bytes) -> None:
+    """Create a file with these bytes, as `write_whole` does; an object store does so by itself."""
+    if isinstance(path, Url):
+        path.write_bytes(data)
+    else:
+        write_whole(path, lambda file: file.write_bytes(data))
 
 
 def check_writable(folder: Path, option: str) -> None:

@@ -41,7 +41,7 @@ OPENOOD = {
     "openood.trainers": "OpenOOD's trainers",
 }
 OPENOOD_COMMIT = "3c35632"  # the commit that this package is tested with
-OPTIONAL = ("numba", "triton", "jinja2", "matplotlib", "onnx", "onnxscript", "onnxruntime")
+OPTIONAL = ("numba", "triton", "ray", "jinja2", "matplotlib", "onnx", "onnxscript", "onnxruntime")
 INSTALL_OPENOOD = "bash scripts/install_openood.sh"
 TIMEOUT = 300  # seconds that a subprocess may take for its trials
 

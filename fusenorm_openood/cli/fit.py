@@ -23,6 +23,7 @@ from fusenorm_openood.files import check_writable
 from fusenorm_openood.listening.recorded import RecordedLoader
 from fusenorm_openood.networks.fingerprint import fingerprint
 from fusenorm_openood.torchrun import among_peers, this_process
+from fusenorm_openood.urls import Place
 from fusenorm_openood.version import __version__
 
 
@@ -72,7 +73,7 @@ def run(args: Namespace) -> int:
     if args.store:
         known["network"] = fingerprint(net).weights
 
-    def loader(paths: list[Path], name: str) -> Iterable[Any]:
+    def loader(paths: list[Place], name: str) -> Iterable[Any]:
         files, how = ReadableFiles(paths, preprocessing), (args.batch_size, args.num_workers)
         if not args.store:
             return DataLoader(files, how[0], num_workers=how[1])

@@ -5,6 +5,8 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,10 @@ from tqdm import tqdm
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.detector import add_detector, load_detector
+from fusenorm_openood.data.manifest import manifest_paths
 from fusenorm_openood.data.paths import image_paths
+from fusenorm_openood.detectors.actors import score_with_actors
+from fusenorm_openood.detectors.cluster import cluster
 from fusenorm_openood.detectors.folder import Judged, judge_files
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.rows import RowFile, read_rows
@@ -24,6 +29,7 @@ from fusenorm_openood.method.conformal import check_enough, rejects, rejects_at_
 from fusenorm_openood.report.files import report_of_files
 from fusenorm_openood.report.write import check_report, write_report
 from fusenorm_openood.torchrun import Process, among_peers, this_process
+from fusenorm_openood.urls import Place, place
 
 SOME_UNREADABLE = 3  # exit status
 
@@ -31,7 +37,9 @@ SOME_UNREADABLE = 3  # exit status
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add_detector(parser)
-    add("paths", nargs="+", metavar="PATH", help="folders, patterns, image lists (.txt), files, -")
+    add("paths", nargs="*", metavar="PATH", help="folders, patterns, lists (.txt), files, URLs, -")
+    columns = "column path of a Parquet or CSV file, or lines of a text file"
+    add("--manifest", metavar="FILE", help=f"files to score: {columns}; a path, pattern or URL")
     verdict = parser.add_mutually_exclusive_group()
     of_id, of_rejected = "share of ID images to accept (0.95)", "share of ID images among the OOD"
     verdict.add_argument("--acceptance", type=options.share, default=0.95, help=of_id)
@@ -41,7 +49,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--csv", metavar="FILE", help="CSV or .parquet file of rows (default: standard output)")
     add("--report", metavar="FILE", help="also write an HTML page about the rows of --csv")
     add("--resume", action="store_true", help="go on with the rows that --csv already has")
-    add("--store", metavar="DIR", help="keep scores of experts here; torchrun needs it")
+    add("--store", metavar="DIR", help="keep scores of experts here, a folder or a URL")
+    add("--engine", choices=("native", "ray"), default="native", help="ray: actors of a cluster")
+    cores = "CPU cores of each of Ray's actors (default: 2)"
+    add("--cores-per-actor", type=options.positive, default=2, metavar="N", help=cores)
     add("--batch-size", type=options.positive, default=64, help="images per batch (default: 64)")
     options.add_computing(parser)
 
@@ -71,7 +82,7 @@ def run(args: Namespace) -> int:
     if n is not None and args.fdr is None:
         check_enough(n, args.acceptance)
     _check_store(args, process)
-    given, pace = image_paths(args.paths), Pace()
+    given, pace = _given(args), Pace()
     if not process.leads:
         return sum(map(len, _judged(args, detector, given, process, pace)))  # it is given none: 0
     with RowFile(Path(args.csv) if args.csv else None, args.resume) as file:
@@ -116,17 +127,41 @@ def _check_store(args: Namespace, process: Process) -> None:
         raise ConfigError(
             f"{process.world} processes cannot read the same standard input: give a list in a file"
         )
+    if args.engine == "ray" and (process.world > 1 or not args.store):
+        raise ConfigError(
+            "engine ray deals the shards of a store to actors: give --store, and no torchrun"
+        )
     if args.store and args.resume:
         raise ConfigError("--store goes on with what it has: leave out --resume")
 
 
+def _given(args: Namespace) -> list[Place]:
+    """The files to score, each once."""
+    if not (args.paths or args.manifest):
+        raise ConfigError("there is nothing to score: give PATH or --manifest FILE")
+    listed = manifest_paths(args.manifest) if args.manifest else []
+    return list(dict.fromkeys([*image_paths(args.paths), *listed]))
+
+
 def _judged(
-    args: Namespace, detector: FuseNorm, paths: list[Path], process: Process, pace: Pace
+    args: Namespace, detector: FuseNorm, paths: list[Place], process: Process, pace: Pace
 ) -> Iterator[list[Judged]]:
     how = args.batch_size, args.num_workers, pace
     if not args.store:
-        return judge_files(detector, paths, args.acceptance, *how)
-    return FileShards(detector, paths, Path(args.store), *how).judged(args.acceptance, process)
+        yield from judge_files(detector, paths, args.acceptance, *how)
+        return
+    files = FileShards(detector, paths, place(args.store), *how)
+    if args.engine == "native":
+        yield from files.judged(args.acceptance, process)
+        return
+    load = partial(load_detector, args)
+    with (
+        cluster() as ray,
+        closing(
+            score_with_actors(ray, files, load, args.cores_per_actor, args.device != "cpu")
+        ) as done,
+    ):
+        yield from files.judged_after(done, args.acceptance)
 
 
 def _check_same(detector: FuseNorm, file: RowFile) -> None:

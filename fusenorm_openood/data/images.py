@@ -3,13 +3,15 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from io import BytesIO
 from pathlib import Path
 from threading import RLock
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from fusenorm_openood.errors import DataError
+from fusenorm_openood.errors import DataError, RemoteError
+from fusenorm_openood.urls import Place, Url
 
 # What PIL raises for a file that it cannot decode.
 UNREADABLE = (
@@ -28,7 +30,7 @@ class TruncatedImageWarning(UserWarning):
     """A truncated image file was read with its missing rows filled with grey."""
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Place) -> Image.Image:
     """An image in RGB with 8 bits per channel.
 
     PIL takes the higher 8 bits of 16-bit colour images; so do we of 16-bit greyscale images, which
@@ -38,14 +40,15 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         FileNotFoundError, or another of `UNREADABLE`: the file cannot be read as an image.
         DataError: pixels with 32 bits.
+        RemoteError: a URL cannot be read now.
     """
     try:
-        with _truncated_images(read=False), Image.open(path) as file:
+        with _truncated_images(read=False), Image.open(_opened(path)) as file:
             return to_rgb(file)
     except (FileNotFoundError, Image.DecompressionBombError, DataError):
         raise
     except UNREADABLE:
-        with _truncated_images(read=True), Image.open(path) as file:
+        with _truncated_images(read=True), Image.open(_opened(path)) as file:
             image = to_rgb(file)
         warnings.warn(
             f"image {path} is truncated: its missing rows are filled with grey, as in OpenOOD",
@@ -53,6 +56,29 @@ def read_image(path: Path) -> Image.Image:
             stacklevel=2,
         )
         return image
+
+
+class _Downloaded(BytesIO):
+    """The bytes of a URL, which PIL's messages call by it."""
+
+    def __init__(self, url: Url) -> None:
+        try:
+            super().__init__(url.read_bytes())
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # says nothing about the image
+            raise RemoteError(
+                f"{url} cannot be read now ({error.strerror}): check the network and credentials"
+            ) from None
+        self._url = url
+
+    def __repr__(self) -> str:
+        return repr(str(self._url))
+
+
+def _opened(path: Place) -> Path | BytesIO:
+    """What PIL opens."""
+    return path if isinstance(path, Path) else _Downloaded(path)
 
 
 def to_rgb(file: Image.Image) -> Image.Image:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from fusenorm_openood.data.manifest import listed_in
 from fusenorm_openood.errors import DataError
+from fusenorm_openood.urls import Place, place
 
 
-def image_paths(given: Iterable[str]) -> list[Path]:
+def image_paths(given: Iterable[str]) -> list[Place]:
     """The image files that command-line arguments name, in order, each once.
 
     A folder stands for all image files in it and in its folders, a pattern such as `*.png` for the
@@ -23,17 +25,19 @@ def image_paths(given: Iterable[str]) -> list[Path]:
     return list(dict.fromkeys(path for argument in given for path in _paths(argument)))
 
 
-def _paths(argument: str) -> Iterator[Path]:
+def _paths(argument: str) -> Iterator[Place]:
     path = Path(argument)
-    if argument == "-":
-        yield from (Path(line.strip()) for line in sys.stdin if line.strip())
+    if "://" in argument:
+        yield place(argument)
+    elif argument == "-":
+        yield from (place(line.strip()) for line in sys.stdin if line.strip())
     elif path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file() and is_image_name(p))
         if not found:
             raise DataError(f"folder {argument} has no image files: give one that has")
         yield from found
     elif path.is_file() and path.suffix.lower() == ".txt":
-        yield from _listed(path)
+        yield from listed_in(path)
     elif path.is_file():
         yield path
     elif has_magic(argument):
@@ -43,19 +47,6 @@ def _paths(argument: str) -> Iterator[Path]:
         yield from (Path(p) for p in matched if Path(p).is_file())
     else:
         raise DataError(f"{argument} is no file, folder or pattern: check the path")
-
-
-def _listed(path: Path) -> Iterator[Path]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise DataError(
-            f"list {path} must be in UTF-8: convert it, for example with iconv"
-        ) from None
-    for line in filter(None, map(str.strip, lines)):
-        fields = line.rsplit(maxsplit=1)
-        labelled = len(fields) == 2 and fields[1].lstrip("-").isdecimal()
-        yield path.parent / (fields[0] if labelled else line)
 
 
 def is_image_name(path: Path) -> bool:

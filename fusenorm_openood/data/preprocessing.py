@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -12,6 +11,7 @@ from torchvision.transforms import functional as TF
 
 from fusenorm_openood.data.images import UNREADABLE, read_image, to_rgb
 from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.urls import Place, place
 
 INTERPOLATIONS = tuple(mode.value for mode in transforms.InterpolationMode)
 
@@ -64,14 +64,14 @@ class Preprocessing:
         tensor: Tensor = TF.normalize(TF.to_tensor(resized), list(self.mean), list(self.std))
         return tensor
 
-    def read(self, path: str | Path) -> Tensor:
-        """The tensor `[3, H, W]` of an image file.
+    def read(self, path: str | Place) -> Tensor:
+        """The tensor `[3, H, W]` of an image file, local or at a URL.
 
         Raises:
             DataError: the file is missing or cannot be read as an image.
         """
         try:
-            return self(read_image(Path(path)))
+            return self(read_image(place(path)))
         except DataError as error:
             raise DataError(f"image {path} cannot be read ({error})") from None
         except UNREADABLE as error:

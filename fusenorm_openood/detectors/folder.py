@@ -1,7 +1,6 @@
 """Judge image files one by one, whatever some of them are."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import DataError, NonFiniteError
 from fusenorm_openood.listening.pace import Pace
 from fusenorm_openood.method.conformal import rejects
+from fusenorm_openood.urls import Place
 
 
 class Judged(NamedTuple):
@@ -42,7 +42,7 @@ class Judged(NamedTuple):
 class ImageFiles(Dataset[tuple[int, Tensor | str]]):
     """Tensors `[3, H, W]` of image files, or why a file cannot be read, with their numbers."""
 
-    def __init__(self, paths: Sequence[Path], preprocessing: Preprocessing) -> None:
+    def __init__(self, paths: Sequence[Place], preprocessing: Preprocessing) -> None:
         self.paths, self.preprocessing = paths, preprocessing
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class ReadableFiles(Dataset[dict[str, Any]]):
         DataError: on access to an image, a file that cannot be read.
     """
 
-    def __init__(self, paths: Sequence[Path], preprocessing: Preprocessing) -> None:
+    def __init__(self, paths: Sequence[Place], preprocessing: Preprocessing) -> None:
         self.paths, self.preprocessing = paths, preprocessing
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class ReadableFiles(Dataset[dict[str, Any]]):
 
 def judge_files(
     detector: FuseNorm,
-    paths: Sequence[Path],
+    paths: Sequence[Place],
     acceptance: float = 0.95,
     batch_size: int = 64,
     num_workers: int = 0,

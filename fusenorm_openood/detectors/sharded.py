@@ -1,13 +1,13 @@
 """Score image files shard by shard, in any number of processes, into a store."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fusenorm_openood.detectors.calibration import packed
@@ -16,9 +16,11 @@ from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.listening.pace import Pace
 from fusenorm_openood.networks.fingerprint import fingerprint
 from fusenorm_openood.store import ShardSet
+from fusenorm_openood.store.encoding import Columns
 from fusenorm_openood.store.loading import Batches, intact, shard_batches, wait_for_shards
 from fusenorm_openood.structure.wrappers import unwrapped
 from fusenorm_openood.torchrun import Process
+from fusenorm_openood.urls import Place, versions
 from fusenorm_openood.version import __version__
 
 SHARD = 1000  # images
@@ -32,7 +34,7 @@ class FileShards:
     Args:
         detector: a fitted detector that knows its preprocessing.
         paths: image files.
-        store: folder of the store.
+        store: folder or URL of the store.
         batch_size, num_workers: settings of the data loader.
         pace: counts the images that are scored.
 
@@ -44,8 +46,8 @@ class FileShards:
     def __init__(
         self,
         detector: FuseNorm,
-        paths: Sequence[Path],
-        store: Path,
+        paths: Sequence[Place],
+        store: Place,
         batch_size: int = 64,
         num_workers: int = 0,
         pace: Pace | None = None,
@@ -63,20 +65,14 @@ class FileShards:
             numbers: the shards.
             after: called with the number of images of each batch.
         """
+
+        def count(images: int) -> None:
+            self.pace.images += images
+            if after is not None:
+                after(images)
+
         for number, batches in shard_batches(self.shards, numbers, self._load, self.batch_size):
-            parts = []
-            for batch in self.pace.timed(batches):
-                parts.append(score_batch(self.detector, batch))
-                self.pace.images += len(batch)
-                if after is not None:
-                    after(len(batch))
-            experts, pred, error = zip(*parts, strict=True)
-            columns = {
-                "scores": np.ascontiguousarray(np.concatenate(experts, axis=1).T),
-                "pred": np.concatenate(pred),
-                "error": np.concatenate(error),
-            }
-            self.shards.write(number, columns)
+            self.shards.write(number, scored(self.detector, self.pace.timed(batches), count))
 
     def judged(
         self, acceptance: float, process: Process, after: Callable[[int], object] | None = None
@@ -100,10 +96,28 @@ class FileShards:
     def _missing(self, last: int) -> list[int]:
         return [number for number in self.shards.missing() if number <= last]
 
+    def judged_after(self, written: Iterator[int], acceptance: float) -> Iterator[list[Judged]]:
+        """Judge all shards, in order, while others write the missing ones.
+
+        Args:
+            written: the missing shards, in the order in which they are written.
+            acceptance: see `judge_files`.
+        """
+        missing = set(self.shards.missing())
+        for number in range(self.shards.count):
+            while number in missing:
+                missing.discard(next(written))
+            yield self._said(number, acceptance)
+
+    def paths_of(self, number: int) -> Sequence[Place]:
+        """The files of a shard."""
+        span = self.shards.span(number)
+        return self.paths[span.start : span.stop]
+
     def _said(self, number: int, acceptance: float) -> list[Judged]:
         kept = intact(self.shards, number, partial(self.score, [number]))
         span = self.shards.span(number)
-        names = [str(path) for path in self.paths[span.start : span.stop]]
+        names = [str(path) for path in self.paths_of(number)]
         scores = FileScores(np.ascontiguousarray(kept["scores"].T), kept["pred"], kept["error"])
         for at in np.flatnonzero(scores.error != ""):  # perhaps it could not be read for a moment
             again = score_batch(self.detector, [self._files[span[at]]])
@@ -116,6 +130,24 @@ class FileShards:
             self._files, batch_sampler=batches, num_workers=self.num_workers, collate_fn=list
         )
         return iter(loader)
+
+
+def scored(
+    detector: FuseNorm,
+    batches: Iterable[Sequence[tuple[int, Tensor | str]]],
+    after: Callable[[int], object] = lambda images: None,
+) -> Columns:
+    """The columns of a shard, from the items of `ImageFiles`; `after` as in `FileShards.score`."""
+    parts = []
+    for batch in batches:
+        parts.append(score_batch(detector, batch))
+        after(len(batch))
+    experts, pred, error = zip(*parts, strict=True)
+    return {
+        "scores": np.ascontiguousarray(np.concatenate(experts, axis=1).T),
+        "pred": np.concatenate(pred),
+        "error": np.concatenate(error),
+    }
 
 
 def experts_record(detector: FuseNorm) -> dict[str, Any]:
@@ -136,13 +168,9 @@ def experts_record(detector: FuseNorm) -> dict[str, Any]:
     }
 
 
-def manifest(paths: Sequence[Path]) -> str:
-    """SHA-256 of the paths, and of the sizes and times of the files that exist."""
+def manifest(paths: Sequence[Place]) -> str:
+    """SHA-256 of the paths, and of the versions of the files that exist."""
     hashed = sha256()
-    for path in paths:
-        try:
-            found = path.stat()
-            hashed.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
-        except OSError:
-            hashed.update(f"{path}\n".encode())
+    for path, version in zip(paths, versions(paths), strict=True):
+        hashed.update(f"{path} {version}".rstrip().encode() + b"\n")
     return hashed.hexdigest()

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fusenorm_openood.errors import StoreError
-from fusenorm_openood.files import write_whole
+from fusenorm_openood.files import write_bytes_whole
+from fusenorm_openood.urls import Place
 
 FORMAT = "fusenorm shards 1"
 KEY = "key.json"
@@ -59,7 +60,7 @@ class Key:
         safe = re.sub(r"[^A-Za-z0-9_-]+", "_", self.name)[:60]
         return f"{safe}-{digest(self.record)}"
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Place) -> None:
         """Write the key and the present time.
 
         Raises:
@@ -69,14 +70,14 @@ class Key:
         content = {"format": FORMAT, "created": created, **vars(self)}
         text = json.dumps(_plain(content), indent=2) + "\n"
         try:
-            write_whole(folder / KEY, lambda file: file.write_text(text, encoding="utf-8"))
+            write_bytes_whole(folder / KEY, text.encode())
         except OSError as error:
             raise StoreError(
                 f"folder {folder} is not writable ({error.strerror}): choose another store"
             ) from None
 
     @staticmethod
-    def read(folder: Path) -> "Key":
+    def read(folder: Place) -> "Key":
         """Read the key of a folder.
 
         Raises:
@@ -101,7 +102,7 @@ class Key:
             raise StoreError(f"{path} is damaged: delete its folder")
         return key
 
-    def check(self, folder: Path) -> None:
+    def check(self, folder: Place) -> None:
         """Compare this key with that of a folder.
 
         Raises:

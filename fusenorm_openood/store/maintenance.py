@@ -56,12 +56,12 @@ def listing(root: Path) -> list[Entry]:
     """
     return [
         Entry(
-            shards.folder,
+            root / shards.folder.name,
             dict(shards.key.record),
             shards.key.rows,
             len(shards.present()),
             shards.count,
-            sum(_size(path) for path in _own_files(shards.folder)),
+            sum(_size(path) for path in _own_files(root / shards.folder.name)),
         )
         for shards in _sets(root)
     ]
@@ -73,7 +73,11 @@ def verify(root: Path) -> dict[Path, DamagedShardError | None]:
     Raises:
         StoreError: the store does not exist or cannot be read.
     """
-    return {path: error for shards in _sets(root) for path, error in shards.verify()}
+    return {
+        root / shards.folder.name / path.name: error
+        for shards in _sets(root)
+        for path, error in shards.verify()
+    }
 
 
 def prune(

@@ -1,33 +1,33 @@
 """The file of one shard: its name has the shard's number and a checksum of its bytes."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from fusenorm_openood.errors import DamagedShardError, StoreError
-from fusenorm_openood.files import write_whole
+from fusenorm_openood.files import write_bytes_whole
 from fusenorm_openood.store.encoding import Columns, decode, encode
+from fusenorm_openood.urls import Place
 
 _NAME = re.compile(r"([0-9]{6,})-([0-9a-f]{16})\.parquet")
 
 
-def list_shards(folder: Path) -> list[tuple[int, Path]]:
+def list_shards(folder: Place) -> list[tuple[int, Place]]:
     """Number and path of all shard files of a folder, sorted.
 
     Raises:
         StoreError: the folder cannot be read.
     """
     try:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries]
+        names = [path.name for path in folder.iterdir()]
     except OSError as error:
         raise StoreError(f"folder {folder} cannot be read ({error.strerror})") from None
-    return sorted((number, folder / name) for name in names if (number := shard_number(name)) >= 0)
+    return [
+        (shard_number(name), folder / name) for name in sorted(names) if shard_number(name) >= 0
+    ]
 
 
 def shard_number(name: str) -> int:
@@ -38,7 +38,9 @@ def shard_number(name: str) -> int:
     return int(match[1])
 
 
-def write_shard(folder: Path, number: int, columns: Mapping[str, NDArray[Any]], label: str) -> Path:
+def write_shard(
+    folder: Place, number: int, columns: Mapping[str, NDArray[Any]], label: str
+) -> Place:
     """Write a shard under a temporary name, flush it to disk and rename it.
 
     Raises:
@@ -47,7 +49,7 @@ def write_shard(folder: Path, number: int, columns: Mapping[str, NDArray[Any]], 
     data = encode(columns, label)
     path = folder / f"{number:06d}-{_checksum(data)}.parquet"
     try:
-        write_whole(path, lambda file: file.write_bytes(data))
+        write_bytes_whole(path, data)
     except OSError as error:
         raise StoreError(
             f"shard {number} cannot be written to {folder} ({error.strerror}): "
@@ -56,7 +58,7 @@ def write_shard(folder: Path, number: int, columns: Mapping[str, NDArray[Any]], 
     return path
 
 
-def read_shard(path: Path, label: str, names: Sequence[str] | None = None) -> Columns:
+def read_shard(path: Place, label: str, names: Sequence[str] | None = None) -> Columns:
     """Columns of a shard, after a check of all its bytes; None = all columns.
 
     Raises:
@@ -81,7 +83,7 @@ def read_shard(path: Path, label: str, names: Sequence[str] | None = None) -> Co
     return columns
 
 
-def delete(path: Path) -> None:
+def delete(path: Place) -> None:
     """Delete a file, which another process may have deleted.
 
     Raises:

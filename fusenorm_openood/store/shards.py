@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from fusenorm_openood.errors import DamagedShardError, StoreError
 from fusenorm_openood.store.encoding import Columns
 from fusenorm_openood.store.keys import Key, digest
 from fusenorm_openood.store.shardfiles import delete, list_shards, read_shard, write_shard
+from fusenorm_openood.urls import Place
 
 
 class ShardSet:
@@ -22,7 +22,7 @@ class ShardSet:
     If two of them write different bits under one number, the file whose name sorts first is read.
 
     Args:
-        root: the store.
+        root: the store, a folder or a URL.
         record: what the rows are computed from and how, in values that JSON has. Sets of different
             records share no folder.
         name: a short name for humans, for example of the data set.
@@ -40,12 +40,12 @@ class ShardSet:
     """
 
     def __init__(
-        self, root: Path, record: Mapping[str, Any], name: str, rows: int, shard_rows: int = 1024
+        self, root: Place, record: Mapping[str, Any], name: str, rows: int, shard_rows: int = 1024
     ) -> None:
         if rows < 0 or shard_rows < 1:
             raise StoreError(f"rows must be >= 0 and shard_rows >= 1, got {rows} and {shard_rows}")
         self.key = Key(record, name, rows, shard_rows)
-        self.folder = Path(root) / self.key.folder_name
+        self.folder = root / self.key.folder_name
         self.count = -(-rows // shard_rows)
         self._digest = digest(record)
         try:
@@ -70,12 +70,12 @@ class ShardSet:
         present = self.present()
         return [number for number in range(self.count) if number not in present]
 
-    def present(self) -> dict[int, Path]:
+    def present(self) -> dict[int, Place]:
         """Number -> the file that is read, from one listing of the folder."""
         files = reversed(list_shards(self.folder))  # of two files of a number, the first one stays
         return {number: path for number, path in files if number < self.count}
 
-    def write(self, number: int, columns: Mapping[str, NDArray[Any]]) -> Path:
+    def write(self, number: int, columns: Mapping[str, NDArray[Any]]) -> Place:
         """Write a shard: a file with all rows under its final name, or none.
 
         The bytes depend on the record, the number, the columns and the release of pyarrow only.
@@ -111,7 +111,7 @@ class ShardSet:
             raise StoreError(f"shard {number} of {self.folder} is missing: compute it")
         return read_shard(path, label, columns)
 
-    def verify(self) -> Iterator[tuple[Path, DamagedShardError | None]]:
+    def verify(self) -> Iterator[tuple[Place, DamagedShardError | None]]:
         """Every file of every shard, also those that `read` passes over, and what is wrong."""
         for number, path in list_shards(self.folder):
             try:

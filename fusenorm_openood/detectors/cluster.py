@@ -1,0 +1,149 @@
+"""Deal units of work to the actors of a Ray cluster.
+
+An actor that ends, for whatever reason, is replaced, and its unit goes to whichever actor is idle
+first. Ray's own restarts would leave it with the restarted actor, which waits for ever if the
+cluster no longer has room for it.
+"""
+
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+from tqdm import tqdm
+
+from fusenorm_openood.errors import ClusterError, ConfigError, FuseNormError
+
+TRIES = 3  # actors that may end at one unit, or in a row before any unit
+_OBJECTS = 100_000_000  # bytes of the object store of a local cluster; results do not go through it
+
+
+@contextmanager
+def cluster() -> Iterator[Any]:
+    """Context with the module `ray`, connected to the cluster of `RAY_ADDRESS` or a local one.
+
+    Standard output is redirected to standard error: Ray prints messages of its nodes.
+
+    Raises:
+        ConfigError: Ray is not installed.
+        ClusterError: the cluster cannot be reached.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            f"engine ray needs Ray ({error}): pip install 'fusenorm-openood[ray]'"
+        ) from None
+    if ray.is_initialized():  # by the caller, who also ends it
+        with redirect_stdout(sys.stderr):
+            yield ray
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECTS}
+    how = {} if address else local
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **how)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"cluster {address or 'of this machine'} cannot be reached ({error}): check RAY_ADDRESS"
+        ) from None
+    try:
+        with redirect_stdout(sys.stderr):
+            yield ray
+    finally:
+        ray.shutdown()
+
+
+def shape(ray: Any, cores: int, gpus: bool) -> tuple[int, dict[str, int]]:
+    """How many actors there is room for, and the resources of each.
+
+    Args:
+        ray: the module; see `cluster`.
+        cores: CPU cores of an actor.
+        gpus: whether an actor has a GPU, if the cluster has any.
+
+    Raises:
+        ClusterError: there are fewer cores.
+    """
+    has = ray.cluster_resources()
+    room, devices = int(has.get("CPU", 0)) // cores, int(has.get("GPU", 0)) if gpus else 0
+    if not room:
+        raise ClusterError(
+            f"the cluster has {has.get('CPU', 0):g} CPU cores, and an actor takes {cores}: choose "
+            "fewer with --cores-per-actor"
+        )
+    return min(room, devices or room), {"num_cpus": cores, "num_gpus": min(devices, 1)}
+
+
+def deal(
+    ray: Any,
+    create: Callable[[], Any],
+    count: int,
+    units: Sequence[int],
+    do: Callable[[Any, int], Any],
+    is_done: Callable[[int], bool],
+) -> Generator[int, None, None]:
+    """Let actors do units of work, one at a time each.
+
+    Args:
+        ray: the module; see `cluster`.
+        create: creates an actor with a method `prepare`, which is called first.
+        count: most actors at a time.
+        units: the units.
+        do: calls an actor to do a unit.
+        is_done: whether an actor that then ended has done a unit.
+
+    Yields:
+        Units that are done.
+
+    Raises:
+        ClusterError: actors end again and again.
+        FuseNormError: what an actor raises.
+    """
+    waiting, idle, ended = list(reversed(units)), list[Any](), Counter[int | None]()
+    running: dict[Any, tuple[Any, int | None]] = {}  # call -> its actor and unit; None = prepares
+    try:
+        left = len(units)
+        while left:
+            while waiting and idle:
+                actor, unit = idle.pop(), waiting.pop()
+                running[do(actor, unit)] = actor, unit
+            while len(running) < min(count, left):
+                actor = create()
+                running[actor.prepare.remote()] = actor, None
+            (call,), _ = ray.wait(list(running), num_returns=1)
+            actor, done = running.pop(call)
+            try:
+                ray.get(call)
+                ended[None] = 0
+                idle.append(actor)
+            except ray.exceptions.RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, FuseNormError) else error) from None
+            except ray.exceptions.RayError as error:
+                ray.kill(actor)
+                _count(ended, done, error)
+                if done is not None and not is_done(done):
+                    waiting.append(done)
+                    continue
+            if done is not None:
+                left -= 1
+                yield done
+    finally:
+        for actor in [*idle, *(actor for actor, _ in running.values())]:
+            ray.kill(actor)
+
+
+def _count(ended: Counter[int | None], unit: int | None, error: Exception) -> None:
+    """Count that an actor has ended; raise ClusterError if it is one too many."""
+    ended[unit] += 1
+    doing = "loading the detector" if unit is None else f"scoring shard {unit}"
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    if ended[unit] >= TRIES:
+        raise ClusterError(
+            f"{TRIES} actors ended while {doing} ({reason}): see Ray's logs; memory is the usual "
+            "reason, which a smaller --batch-size or more --cores-per-actor saves"
+        )
+    tqdm.write(f"fusenorm: an actor ended while {doing} ({reason}): replaced", file=sys.stderr)

@@ -1,0 +1,143 @@
+"""Files and folders that URLs name, with the methods of `pathlib.Path` that this package uses.
+
+Each call finds its file system anew in fsspec's cache: a `Url` pickles, and survives a fork.
+"""
+
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+# Where the usual object stores say which version of an object they have.
+_VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
+
+
+@dataclass(frozen=True, order=True)
+class Url:
+    """A file or folder of an object store, or of anything else that fsspec can read.
+
+    Methods raise what those of `Path` raise; errors of a file system, of a missing package for it
+    and of credentials are OSErrors with the reason in `strerror`.
+    """
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __truediv__(self, name: str) -> "Url":
+        return Url(f"{self.text.rstrip('/')}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.text.rstrip("/").rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> "Url":
+        return Url(self.text.rstrip("/").rpartition("/")[0])
+
+    def read_bytes(self) -> bytes:
+        with self._system() as (system, path):
+            data: bytes = system.cat_file(path)
+            return data
+
+    def read_text(self, encoding: str) -> str:
+        return self.read_bytes().decode(encoding)
+
+    def write_bytes(self, data: bytes) -> None:
+        """Replace the object; object stores show all of it or nothing."""
+        with self._system() as (system, path):
+            system.pipe_file(path, data)
+
+    def iterdir(self) -> Iterator["Url"]:
+        """What a folder has now, whatever fsspec has cached."""
+        with self._system() as (system, path):
+            system.invalidate_cache(path)
+            found = system.ls(path, detail=False)
+        return (self / str(entry).rstrip("/").rpartition("/")[2] for entry in found)
+
+    def glob(self) -> list["Url"]:
+        """The files that match this URL as a pattern, sorted."""
+        with self._system() as (system, path):
+            return [Url(system.unstrip_protocol(found)) for found in sorted(system.glob(path))]
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            with self._system() as (system, path):
+                system.rm_file(path)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    @contextmanager
+    def _system(self) -> Iterator[tuple[Any, str]]:
+        """Context with the file system and this file's path in it."""
+        from fsspec.core import url_to_fs  # imports the package of the protocol
+
+        try:
+            yield url_to_fs(self.text)
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, "no such file", self.text) from None
+        except MemoryError:
+            raise
+        except Exception as error:  # each package has its own errors, of credentials for example
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise OSError(errno.EIO, reason, self.text) from error
+
+
+Place: TypeAlias = Path | Url
+
+
+def place(text: str | Place) -> Place:
+    """A local path, also one given as `file://`, or a URL."""
+    given = str(text)
+    if "://" not in given:
+        return Path(given)
+    local = given.removeprefix("file://")
+    return Url(given) if local == given else Path(local)
+
+
+def versions(places: Iterable[Place]) -> Iterator[str]:
+    """Size and time of the last change, or the ETag, of each file; empty if it cannot be found.
+
+    The folders of URLs are listed: that is one request per thousand files, not one per file.
+    """
+    folders: dict[Url, dict[str, str]] = {}
+    for one in places:
+        try:
+            if isinstance(one, Path):
+                found = one.stat()
+                yield f"{found.st_size} {found.st_mtime_ns}"
+                continue
+            if one.parent not in folders:
+                folders[one.parent] = _listed(one.parent)
+            yield folders[one.parent].get(one.name) or _version(one)
+        except OSError:
+            yield ""
+
+
+def _listed(folder: Url) -> dict[str, str]:
+    """Name -> version of the files of a folder; web servers list none."""
+    try:
+        with folder._system() as (system, path):
+            system.invalidate_cache(path)
+            found = system.ls(path, detail=True)
+    except OSError:
+        return {}
+    return {entry["name"].rpartition("/")[2]: _said(entry) for entry in found}
+
+
+def _version(url: Url) -> str:
+    with url._system() as (system, path):
+        return _said(system.info(path))
+
+
+def _said(info: dict[str, Any]) -> str:
+    version = next((info[name] for name in _VERSIONS if info.get(name)), "")
+    return f"{info.get('size')} {version}"
