@@ -16,6 +16,7 @@ from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.sharded import FileShards, experts_record, scored
 from fusenorm_openood.errors import ClusterError
 from fusenorm_openood.store import ShardSet
+from fusenorm_openood.store.loading import Batches, row_batches
 from fusenorm_openood.urls import Place
 
 
@@ -59,7 +60,10 @@ class Scorer:
     def score(self, number: int, paths: Sequence[Place]) -> None:
         """Score the files of a shard, and write it."""
         files = ImageFiles(paths, self._detector.known_preprocessing())
-        loader = DataLoader(files, self.batch_size, num_workers=self.num_workers, collate_fn=list)
+        batches: Batches = row_batches(range(len(paths)), self.batch_size)
+        loader = DataLoader(
+            files, batch_sampler=batches, num_workers=self.num_workers, collate_fn=list
+        )
         self.shards.write(number, scored(self._detector, loader))
 
 
