@@ -222,9 +222,9 @@ def fit_panel(
     classes = torch.from_numpy(pred)  # labels would make the fit depend on more than the images
     scored = []
     for expert in panel.posthoc:
-        kind, arguments = POSTHOC[expert.name], dict(expert.arguments)
-        fitted.states[expert] = kind.fit(seen, classes, head, arguments)
-        scored.append(kind.score_fit(seen, head, fitted.states[expert], arguments))
+        state, arguments = expert.fit(seen, classes, head), dict(expert.arguments)
+        fitted.states[expert] = state
+        scored.append(POSTHOC[expert.name].score_fit(seen, head, state, arguments))
     experts = np.concatenate([rows, torch.stack(scored).numpy()])
     return PanelFit(fitted, experts, pred, label, seen)
 

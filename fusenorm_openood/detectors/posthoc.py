@@ -15,7 +15,7 @@ from fusenorm_openood.errors import NotFittedError
 from fusenorm_openood.listening.observed import Listener, Observed
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.sample import FeatureSample
-from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc
+from fusenorm_openood.method.posthoc import Head, Posthoc
 from fusenorm_openood.structure.reading import Structure
 
 UNFITTED = ("gen", "scale", "ash")  # need no ID images
@@ -55,9 +55,7 @@ class PosthocBaseline(DecidingDetector):
         _, pred, label = self._collect(readings, progress, "fit", score=keep)
         classes = torch.from_numpy(np.where(label < 0, pred, label))
         head = Head(*(t.cpu().float() for t in self._panel.head(self.net, self._known())))
-        arguments = dict(self.expert.arguments)
-        state = POSTHOC[self.expert.name].fit(sample.seen, classes, head, arguments)
-        self._fitted = Fitted(states={self.expert: state})
+        self._fitted = Fitted(states={self.expert: self.expert.fit(sample.seen, classes, head)})
         return self
 
     def _try(self, images: Tensor) -> None:

@@ -98,6 +98,11 @@ class Posthoc(NamedTuple):
         """The expert of a name; see `check_arguments`."""
         return cls(name, tuple(check_arguments(name, arguments or {}).items()))
 
+    def fit(self, seen: Seen, labels: Tensor, head: Head) -> State:
+        """What the expert fits, in the order in which files keep it: products depend on it."""
+        state = POSTHOC[self.name].fit(seen, labels, head, dict(self.arguments))
+        return {name: value.contiguous() for name, value in state.items()}
+
 
 def check_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The expert's arguments, with defaults for those not given.

@@ -1,27 +1,18 @@
 """The processes that `torchrun` started to train together, and their threads."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fusenorm_openood import torchrun
 from fusenorm_openood.errors import ConfigError
 
 
-class Process(NamedTuple):
-    """This process among those that train together, as numbered by `torchrun`."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world: int = 1
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
+class Process(torchrun.Process):
+    """This process among those that train together."""
 
     def wait(self) -> None:
         """Wait until all processes have reached this point."""
@@ -36,8 +27,7 @@ def processes(device: torch.device) -> Iterator[Process]:
     Raises:
         ConfigError: a device on which several processes cannot train.
     """
-    env = os.environ
-    process = Process(*(int(env.get(k, d)) for k, d in _TORCHRUN.items()))
+    process = Process(*torchrun.this_process())
     if process.world == 1:
         yield process
         return
@@ -58,9 +48,6 @@ def processes(device: torch.device) -> Iterator[Process]:
         yield process
     finally:
         distributed.destroy_process_group()
-
-
-_TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
 
 
 def data_parallel(net: nn.Module, process: Process, device: torch.device) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import nn
 
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.errors import DetectorFileError, NotFittedError
+from fusenorm_openood.networks import ResNet18_32x32
 from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
 
 IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(9))
@@ -155,3 +156,16 @@ def test_a_folder_that_cannot_be_written(saved, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DetectorFileError, match="cannot be written"):
         detector.save(tmp_path / "file" / "detector")
+
+
+@pytest.mark.parametrize("strong", [("output", "fdbd", "mds"), ("vim", "knn", "she", "nci")])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_matrices_as_large_as_a_real_network_s_give_the_same_bits(strong, batch, tmp_path):
+    """Whose products round in another way if a matrix is kept in another order."""
+    torch.manual_seed(0)
+    net = ResNet18_32x32(num_classes=10).eval()
+    detector = FuseNorm(net, strong=strong).fit(make_loader(40, seed=7))
+    detector.save(tmp_path / "detector.safetensors")
+    loaded = FuseNorm.load(tmp_path / "detector.safetensors", net)
+    images = torch.randn(batch, 3, 16, 16)
+    assert torch.equal(loaded.score(images), detector.score(images))
