@@ -62,7 +62,7 @@ def network_errors(net: nn.Module, images: Tensor) -> Iterator[None]:
             raise
         why = (str(error).strip().splitlines() or [""])[0]
         raise NetworkError(
-            f"{type(net).__name__} fails on images {list(images.shape)} of {images.dtype} "
+            f"{type(unwrapped(net)).__name__} fails on images {list(images.shape)} of {images.dtype} "
             f"({type(error).__name__}: {why}): give it images as it takes them"
         ) from error
 
