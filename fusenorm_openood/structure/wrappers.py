@@ -62,8 +62,8 @@ def network_errors(net: nn.Module, images: Tensor) -> Iterator[None]:
             raise
         why = (str(error).strip().splitlines() or [""])[0]
         raise NetworkError(
-            f"{type(unwrapped(net)).__name__} fails on images {list(images.shape)} of {images.dtype} "
-            f"({type(error).__name__}: {why}): give it images as it takes them"
+            f"{type(unwrapped(net)).__name__} fails on images {list(images.shape)} of "
+            f"{images.dtype} ({type(error).__name__}: {why}): give it images as it takes them"
         ) from error
 
 
