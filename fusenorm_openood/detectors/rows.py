@@ -2,7 +2,7 @@
 
 import csv
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -45,6 +45,7 @@ class RowFile:
     def __init__(self, path: Path | None, resume: bool = False) -> None:
         self.path, self.judged = path, set[str]()
         self.readable: Judged | None = None
+        self._undecided = False  # whether rows wait for their verdicts
         if path is None:
             if resume:
                 raise ConfigError("--resume goes on with a file: give --csv FILE")
@@ -65,7 +66,7 @@ class RowFile:
         if not self.judged:
             self._writer.writerow(Judged._fields)
 
-    def write(self, rows: Iterable[Judged]) -> None:
+    def write(self, rows: Sequence[Judged]) -> None:
         """Append rows; they are in the file when this returns.
 
         Raises:
@@ -74,6 +75,7 @@ class RowFile:
         try:
             self._writer.writerows(map(_texts, rows))
             self._file.flush()
+            self._undecided |= any(r.ood is None and r.p_value is not None for r in rows)
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -89,6 +91,8 @@ class RowFile:
         if self.path is None:
             return
         self._file.close()
+        if self._rows == self.path and not self.judged and not self._undecided:
+            return
         p = np.array([row.p_value for row in read_rows(self._rows) if row.p_value is not None])
         ood = iter(verdicts(p).tolist())
         rows = (
@@ -149,7 +153,7 @@ def read_rows(path: Path) -> Iterator[Judged]:
     """The rows of a file that `RowFile` wrote, one after another.
 
     Raises:
-        DataError: the file cannot be read, has other columns, or has a row that is none.
+        DataError: the file cannot be read, has other columns, or a malformed row.
     """
     try:
         yield from _read_parquet(path) if is_parquet(path) else _read_csv(path)

@@ -52,7 +52,7 @@ class Inputs(NamedTuple):
         if preprocessing is None:
             if shape is None or len(shape) != 3:
                 raise ConfigError(
-                    f"this detector knows no preprocessing, and shape is {shape!r}: set "
+                    f"this detector has no preprocessing, and shape is {shape!r}: set "
                     "detector.preprocessing, or give shape=(C, H, W)"
                 )
             return cls(tuple(shape), torch.float32, None)

@@ -38,7 +38,7 @@ class Observed(NamedTuple):
     Attributes:
         rows: scores `[R, B]`.
         pred: predicted classes `[B]`.
-        label: labels `[B]`, -1 where there is none.
+        label: labels `[B]`, -1 for images without a label.
         seen: features and logits, if the pass gives them.
         images: the images `[B, C, H, W]`, unless the pass was recorded.
     """
