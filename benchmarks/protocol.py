@@ -153,10 +153,9 @@ def tables(specification: str) -> pd.DataFrame:
             rows = [heard.rows]
             for expert in panel.posthoc:
                 kind = POSTHOC[expert.name]
-                score = kind.score_fit if of_fit else kind.score
-                rows.append(
-                    score(heard.seen, head, states[expert], dict(expert.arguments)).numpy()[None]
-                )
+                given = heard.seen, head, states[expert], dict(expert.arguments)
+                score = kind.score_fit(*given, heard.seen.logits.argmax(1)) if of_fit else None
+                rows.append((kind.score(*given) if score is None else score).numpy()[None])
             return np.concatenate(rows)
 
         id_fit, id_test, ood = scored(fit, True), scored(known.part(test)), scored(unknown)

@@ -1,6 +1,6 @@
 """A bank of expert scores: each image is scored once, however many settings are tried."""
 
-import sys
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -95,7 +95,7 @@ class ScoreBank(ExpertScorer):
     def add(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Score the images of a loader under all settings, unless they already have been."""
         if not self.holds(loader):
-            self._sample = FeatureSample(limit=sys.maxsize) if self.keep_seen else None
+            self._sample = FeatureSample(math.inf, math.inf) if self.keep_seen else None
             experts, pred, label = self._collect(loader, progress, "APS")
             scored = Scored(np.empty(0), pred, label, experts)
             self._kept[id(loader)] = loader, scored  # keeps the loader, so that its id stays unique

@@ -21,6 +21,7 @@ from fusenorm_openood.listening.react import react_thresholds
 from fusenorm_openood.listening.readings import Readings
 from fusenorm_openood.listening.recording import recording_listener
 from fusenorm_openood.listening.sample import FeatureSample
+from fusenorm_openood.listening.sums import BlockSums
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
 from fusenorm_openood.networks.lazy import LazyNetwork
 from fusenorm_openood.structure.reading import Structure
@@ -192,16 +193,16 @@ def fit_panel(
 ) -> PanelFit:
     """Fit a panel's experts on ID images, and score these.
 
-    The loader is read once, and once more before if ReAct needs a threshold. Post-hoc experts are
-    fitted on an even sample of at most `LIMIT` images, and then only its images are returned; no
-    image is its own neighbour.
+    The loader is read once, and once more before if ReAct needs a threshold. With post-hoc experts,
+    only the images of an even sample of at most `LIMIT` are returned: they are the neighbours, none
+    of which is its own. Means and covariances are those of all images.
 
     Raises:
         DataError: a loader that gives other batches when it is read again.
         TapError: the network lacks what an expert needs.
         NonFiniteError: a score or a feature is not finite.
     """
-    net, sample = scorer.net, FeatureSample()
+    net, sample, sums = scorer.net, FeatureSample(), BlockSums(panel.posthoc)
     structure = scorer.known_structure
     assert structure is not None  # since the readings began
     recorded = isinstance(readings, Recorder)
@@ -210,6 +211,7 @@ def fit_panel(
     def score(heard: Observed) -> Tensor:
         if heard.seen is not None:
             sample.add(heard.seen)
+            sums.add(heard.seen, heard.pred)  # labels would make more than the images count
         return heard.rows
 
     listener = scorer._listener_of(panel, fitted, recorded)
@@ -219,12 +221,11 @@ def fit_panel(
     kept, seen = sample.indices, sample.seen
     rows, pred, label = rows[:, kept], pred[kept], label[kept]
     head = Head(*(t.cpu().float() for t in panel.head(net, structure)))
-    classes = torch.from_numpy(pred)  # labels would make the fit depend on more than the images
-    scored = []
+    classes, scored = torch.from_numpy(pred), []
     for expert in panel.posthoc:
-        state, arguments = expert.fit(seen, classes, head), dict(expert.arguments)
-        fitted.states[expert] = state
-        scored.append(POSTHOC[expert.name].score_fit(seen, head, state, arguments))
+        fitted.states[expert] = state = expert.fitted(sums.of(expert), seen, head)
+        score_fit, arguments = POSTHOC[expert.name].score_fit, dict(expert.arguments)
+        scored.append(score_fit(seen, head, state, arguments, classes))
     experts = np.concatenate([rows, torch.stack(scored).numpy()])
     return PanelFit(fitted, experts, pred, label, seen)
 

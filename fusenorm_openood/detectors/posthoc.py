@@ -1,10 +1,9 @@
 """Single post-hoc experts as postprocessors, with OpenOOD's names and arguments."""
 
-import sys
+import math
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from fusenorm_openood.errors import NotFittedError
 from fusenorm_openood.listening.observed import Listener, Observed
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.sample import FeatureSample
+from fusenorm_openood.listening.sums import BlockSums
 from fusenorm_openood.method.posthoc import Head, Posthoc
 from fusenorm_openood.structure.reading import Structure
 
@@ -22,7 +22,10 @@ UNFITTED = ("gen", "scale", "ash")  # need no ID images
 
 
 class PosthocBaseline(DecidingDetector):
-    """One post-hoc expert, fitted on all images that it is given.
+    """One post-hoc expert, fitted on all images that it is given, in bounded memory.
+
+    KNN's neighbours and the scale of ViM's virtual logit are those of all images if their features
+    and logits take at most 1 GiB, else those of an even sample.
 
     Args:
         net: any network whose logits are the output of a final linear layer.
@@ -45,17 +48,20 @@ class PosthocBaseline(DecidingDetector):
         """Fit the expert, as OpenOOD does on the training images."""
         if self.experts[0] in UNFITTED:
             return self
-        sample, readings = FeatureSample(limit=sys.maxsize), self._begin(loader)
+        sample, sums = FeatureSample(limit=math.inf), BlockSums([self.expert])
+        readings = self._begin(loader)
 
         def keep(heard: Observed) -> Tensor:
             if heard.seen is not None:
+                label = torch.from_numpy(heard.label)
                 sample.add(heard.seen)
+                sums.add(heard.seen, torch.where(label < 0, heard.pred.cpu(), label))
             return heard.rows
 
-        _, pred, label = self._collect(readings, progress, "fit", score=keep)
-        classes = torch.from_numpy(np.where(label < 0, pred, label))
+        self._collect(readings, progress, "fit", score=keep)
         head = Head(*(t.cpu().float() for t in self._panel.head(self.net, self._known())))
-        self._fitted = Fitted(states={self.expert: self.expert.fit(sample.seen, classes, head)})
+        state = self.expert.fitted(sums.of(self.expert), sample.seen, head)
+        self._fitted = Fitted(states={self.expert: state})
         return self
 
     def _try(self, images: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What post-hoc experts are fitted on: features and logits of ID images, in bounded memory."""
+"""An even sample of a stream of images, in bounded memory."""
 
 import numpy as np
 import torch
@@ -7,16 +7,18 @@ from numpy.typing import NDArray
 from fusenorm_openood.method.posthoc import Seen
 
 LIMIT = 10_000  # images
+MEMORY = 2**30  # bytes
 
 
 class FeatureSample:
     """Features and logits of a stream of images.
 
-    All of them up to `limit` images; beyond that an even sample: every second, fourth, ... image.
+    All of them up to `limit` images and `memory` bytes; beyond that an even sample: every second,
+    fourth, ... image.
     """
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self.limit = limit
+    def __init__(self, limit: float = LIMIT, memory: float = MEMORY) -> None:
+        self.limit, self.memory = limit, memory
         self._parts: list[Seen] = []
         self._images = self._count = 0
         self._stride = 1
@@ -28,7 +30,8 @@ class FeatureSample:
         self._images += len(seen.logits)
         self._parts.append(part)
         self._count += len(part.logits)
-        while self._count > self.limit:
+        row = 4 * sum(t.shape[1] for t in part)
+        while self._count > max(1, min(self.limit, self.memory // max(row, 1))):
             self._stride *= 2
             halved = Seen(*(t[::2].clone() for t in self.seen))
             self._parts, self._count = [halved], len(halved.logits)

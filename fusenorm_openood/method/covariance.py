@@ -13,12 +13,13 @@ from fusenorm_openood.method.seen import (
     Head,
     Seen,
     State,
-    check_fit_images,
     class_sums,
+    feature_sum,
     fit_features,
     fit_labels,
     in_float32,
     norms,
+    products,
     row_parts,
     rows_per_part,
 )
@@ -28,7 +29,14 @@ SMALLEST_VARIANCE = 1e-10  # of normalised features; below it is float32 roundin
 ROUNDING = float(torch.finfo(torch.float32).eps)
 
 
-def mds_fit(seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
+def mds_sums(seen: Seen, labels: Tensor) -> State:
+    """Class sums, counts and products of L2-normalised features."""
+    feature, labels = F.normalize(fit_features(seen), dim=1), fit_labels(labels, seen)
+    sums, counts = class_sums(feature, labels, seen.logits.shape[1])
+    return {"class_sums": sums, "counts": counts, "products": products(feature)}
+
+
+def mds_fit(sums: State, sample: Seen, head: Head, arguments: Arguments) -> State:
     """Class means and shared covariance of L2-normalised features.
 
     Differs from OpenOOD's `mds` in three ways: features are normalised, RIDGE times the mean
@@ -37,20 +45,21 @@ def mds_fit(seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> Sta
 
     Source: Lee et al., NeurIPS 2018; Mueller and Hein, ICML 2025 (Mahalanobis++).
     """
-    feature, labels = F.normalize(fit_features(seen), dim=1), fit_labels(labels, seen)
-    sums, counts = class_sums(feature, labels, seen.logits.shape[1])
-    means = sums / counts.clamp_min(1).unsqueeze(1)
-    covariance = _scatter(feature, means, labels) / len(feature)
+    classes = sums["counts"].nonzero().flatten()
+    counts, images = sums["counts"][classes], sums["counts"].sum()
+    class_sums = sums["class_sums"][classes]
+    means, centre = class_sums / counts.unsqueeze(1), class_sums.sum(dim=0) / images
+    covariance = (sums["products"] - class_sums.T @ means) / images
     values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp_min(0)  # rounding
     variance = values + RIDGE * values.mean()
     whitening = vectors / variance.clamp_min(SMALLEST_VARIANCE).sqrt()
-    present, centre = counts > 0, feature.mean(dim=0, dtype=torch.float64)
     return {
         "centre": centre.float(),
         "whitening": whitening.float(),
-        "means": ((means[present] - centre) @ whitening).float(),
-        "counts": counts[present],
-        "classes": (present.cumsum(0) - 1)[labels],  # row of `means` of each image's class
+        "means": ((means - centre) @ whitening).float(),
+        "counts": counts,
+        "classes": classes,  # of each of the means
     }
 
 
@@ -66,22 +75,22 @@ def mds_score(seen: Seen, head: Head, state: State, arguments: Arguments) -> Ten
 
 
 @in_float32
-def mds_score_fit(seen: Seen, head: Head, state: State, arguments: Arguments) -> Tensor:
-    """`mds_score` of the images of the fit, in order, each left out of the means and covariance.
+def mds_score_fit(
+    seen: Seen, head: Head, state: State, arguments: Arguments, labels: Tensor
+) -> Tensor:
+    """`mds_score` of images of the fit, each left out of the means and the covariance.
 
     A rank-one update of the inverse gives these scores without further fits. In-sample scores
     would be far too high unless there are many more images than dimensions.
-
-    Raises:
-        DataError: not as many images as in the fit.
     """
-    check_fit_images(seen, len(state["classes"]))
     white, means, counts = _whiten(seen.feature, state), state["means"], state["counts"]
-    if len(white) == 1:
+    images = int(counts.sum())
+    if images == 1:
         return -(white - means).square().sum(dim=1)
+    rows = torch.searchsorted(state["classes"], labels.contiguous())
     scores = []
     size = rows_per_part(2 * len(means))
-    for part, own in zip(*(torch.split(t, size) for t in (white, state["classes"])), strict=True):
+    for part, own in zip(*(torch.split(t, size) for t in (white, rows)), strict=True):
         residual = part - means[own]
         n = counts[own].to(part.dtype).unsqueeze(1)
         # Without the image, its residual is n / (n - 1) times as long.
@@ -92,7 +101,7 @@ def mds_score_fit(seen: Seen, head: Head, state: State, arguments: Arguments) ->
         square = residual.square().sum(dim=1, keepdim=True)
         differences.scatter_(1, own.unsqueeze(1), growth.square() * square)
         products.scatter_(1, own.unsqueeze(1), growth * square)
-        share = growth / len(white)
+        share = growth / images
         left = (1 - share * square).clamp_min(ROUNDING)
         distances = differences + share * products.square() / left
         # The class of a single image has no mean without it.
@@ -106,34 +115,30 @@ def _whiten(feature: Tensor, state: State) -> Tensor:
     return (F.normalize(feature, dim=1) - state["centre"]) @ state["whitening"]
 
 
-def _scatter(feature: Tensor, means: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the outer products of features less their means, `[D, D]` in float64."""
-    scatter = torch.zeros(feature.shape[1], feature.shape[1], dtype=torch.float64)
-    size = rows_per_part(2 * feature.shape[1])
-    for x, y in zip(torch.split(feature, size), torch.split(labels, size), strict=True):
-        centred = x.double() - means[y]
-        scatter.addmm_(centred.T, centred)
-    return scatter
+def vim_sums(seen: Seen, labels: Tensor) -> State:
+    """Sum and products of the features."""
+    return {**feature_sum(seen, labels), "products": products(fit_features(seen))}
 
 
-def vim_fit(seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
-    """Origin, residual space and scale of the virtual logit.
+def vim_fit(sums: State, sample: Seen, head: Head, arguments: Arguments) -> State:
+    """Origin, residual space and scale of the virtual logit; the scale is that of the sample.
 
     A `dim` that leaves no residual, because there are not more than `dim` features or images, is
     replaced with half of their number.
     """
-    feature = fit_features(seen)
+    feature = fit_features(sample)
     weight, bias = head.weight.detach().cpu().double(), head.bias.detach().cpu().double()
     origin = -torch.linalg.pinv(weight) @ bias
-    nowhere = torch.zeros(len(feature), dtype=torch.long)
-    values, vectors = torch.linalg.eigh(_scatter(feature, origin.unsqueeze(0), nowhere))
-    dim, most = arguments["dim"], min(feature.shape)
+    # The products of features less the origin, from those of the features.
+    shift = torch.outer(sums["feature"] - sums["images"] / 2 * origin, origin)
+    values, vectors = torch.linalg.eigh(sums["products"] - shift - shift.T)
+    dim, most = arguments["dim"], min(int(sums["images"]), len(values))
     dim = dim if dim < most else most // 2
     state = {"origin": origin.float(), "residual": vectors[:, : len(values) - dim].float()}
     length = _residual(feature, state).mean(dtype=torch.float64)
     # Residuals that are rounding errors must not become a scale.
     smallest = ROUNDING * feature.norm(dim=1).mean(dtype=torch.float64)
-    largest_logit = seen.logits.detach().cpu().double().amax(dim=1).mean()
+    largest_logit = sample.logits.detach().cpu().double().amax(dim=1).mean()
     state["scale"] = (largest_logit / length.clamp_min(max(float(smallest), EPS))).float()
     return state
 

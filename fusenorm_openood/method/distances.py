@@ -12,19 +12,20 @@ from fusenorm_openood.method.seen import (
     Head,
     Seen,
     State,
-    check_fit_images,
     class_sums,
+    feature_sum,
     fit_features,
     fit_labels,
     in_float32,
+    mean_feature,
     norms,
     row_parts,
 )
 
 
-def knn_fit(seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
-    """L2-normalised features `[N, D]`."""
-    return {"features": F.normalize(fit_features(seen), dim=1)}
+def knn_fit(sums: State, sample: Seen, head: Head, arguments: Arguments) -> State:
+    """L2-normalised features `[N, D]` of the sample."""
+    return {"features": F.normalize(fit_features(sample), dim=1)}
 
 
 @in_float32
@@ -38,10 +39,11 @@ def knn_score(seen: Seen, head: Head, state: State, arguments: Arguments) -> Ten
     return _negative_distance(seen.feature, state["features"], arguments["K"])
 
 
-@in_float32
-def knn_score_fit(seen: Seen, head: Head, state: State, arguments: Arguments) -> Tensor:
-    """`knn_score` of images that were fitted on, each without itself; 0 if it is the only one."""
-    return _negative_distance(seen.feature, state["features"], arguments["K"] + 1)
+def knn_score_fit(
+    seen: Seen, head: Head, state: State, arguments: Arguments, labels: Tensor
+) -> Tensor:
+    """`knn_score` of images of the sample, each without itself; 0 if it is the only one."""
+    return knn_score(seen, head, state, {**arguments, "K": arguments["K"] + 1})
 
 
 def _negative_distance(feature: Tensor, stored: Tensor, rank: int) -> Tensor:
@@ -56,22 +58,22 @@ def _negative_distance(feature: Tensor, stored: Tensor, rank: int) -> Tensor:
     return torch.cat(scores)
 
 
-def she_fit(seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
+def she_sums(seen: Seen, labels: Tensor) -> State:
+    """Class sums and counts of correctly classified images, and the sum over all images."""
+    feature, labels = fit_features(seen), fit_labels(labels, seen)
+    right = labels == seen.logits.cpu().argmax(dim=1)
+    sums, counts = class_sums(feature[right], labels[right], seen.logits.shape[1])
+    return {**feature_sum(seen, labels), "class_sums": sums, "counts": counts}
+
+
+def she_fit(sums: State, sample: Seen, head: Head, arguments: Arguments) -> State:
     """Mean feature of each class's correctly classified images.
 
     A class without any has the mean of all images.
     """
-    feature, labels = fit_features(seen), fit_labels(labels, seen)
-    correct = labels == seen.logits.cpu().argmax(dim=1)
-    sums, counts = class_sums(feature[correct], labels[correct], seen.logits.shape[1])
-    overall = feature.mean(dim=0, dtype=torch.float64)
-    means = torch.where(counts.unsqueeze(1) > 0, sums / counts.unsqueeze(1), overall)
-    return {
-        "means": means.float(),
-        "overall": overall.float(),
-        "counts": counts,
-        "correct": correct,
-    }
+    counts, overall = sums["counts"].unsqueeze(1), mean_feature(sums)
+    means = torch.where(counts > 0, sums["class_sums"] / counts, overall)
+    return {"means": means.float(), "overall": overall.float(), "counts": sums["counts"]}
 
 
 @in_float32
@@ -87,20 +89,18 @@ def she_score(seen: Seen, head: Head, state: State, arguments: Arguments) -> Ten
 
 
 @in_float32
-def she_score_fit(seen: Seen, head: Head, state: State, arguments: Arguments) -> Tensor:
-    """`she_score` of the images of the fit, in order, each left out of its class's mean.
+def she_score_fit(
+    seen: Seen, head: Head, state: State, arguments: Arguments, labels: Tensor
+) -> Tensor:
+    """`she_score` of images of the fit, each left out of its class's mean.
 
     An image that is alone in its class is compared with the mean of all images.
-
-    Raises:
-        DataError: not as many images as in the fit.
     """
-    check_fit_images(seen, len(state["correct"]))
     predicted = seen.logits.argmax(dim=1)
     means, counts = state["means"][predicted], state["counts"][predicted].unsqueeze(1)
     others = (means * counts - seen.feature) / (counts - 1).clamp_min(1)
     others = torch.where(counts > 1, others, state["overall"])
-    target = torch.where(state["correct"].unsqueeze(1), others, means)
+    target = torch.where((labels == predicted).unsqueeze(1), others, means)
     return _similarity(seen.feature, target, arguments["metric"])
 
 

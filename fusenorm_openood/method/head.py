@@ -12,15 +12,10 @@ from fusenorm_openood.method.seen import (
     Head,
     Seen,
     State,
-    fit_features,
     in_float32,
+    mean_feature,
     norms,
 )
-
-
-def gen_fit(seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
-    """GEN fits nothing."""
-    return {}
 
 
 @in_float32
@@ -42,13 +37,13 @@ def gen_score(seen: Seen, head: Head, state: State, arguments: Arguments) -> Ten
     return -(gamma * (log_p + log_q)).exp().sum(dim=1)
 
 
-def fdbd_fit(seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
+def fdbd_fit(sums: State, sample: Seen, head: Head, arguments: Arguments) -> State:
     """Mean feature, and distances `||w_p - w_q||` that turn logit gaps into distances `[K, K]`."""
     weight = head.weight.detach().cpu().double()
     gaps = torch.cdist(weight, weight, compute_mode="donot_use_mm_for_euclid_dist")
     # No boundary separates a class from itself, or from one with the same weights.
     inverse = torch.where(gaps > EPS, 1 / gaps, 0.0)
-    return {"mean": _mean(seen), "inverse": inverse.float()}
+    return {"mean": mean_feature(sums).float(), "inverse": inverse.float()}
 
 
 @in_float32
@@ -66,9 +61,9 @@ def fdbd_score(seen: Seen, head: Head, state: State, arguments: Arguments) -> Te
     return distances.sum(dim=1) / norms(feature - origin).clamp_min(EPS)
 
 
-def nci_fit(seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
+def nci_fit(sums: State, sample: Seen, head: Head, arguments: Arguments) -> State:
     """Mean feature."""
-    return {"mean": _mean(seen)}
+    return {"mean": mean_feature(sums).float()}
 
 
 @in_float32
@@ -83,7 +78,3 @@ def nci_score(seen: Seen, head: Head, state: State, arguments: Arguments) -> Ten
     proximity = (weight * centred).sum(dim=1) / norms(centred).clamp_min(EPS)
     alpha: float = arguments["alpha"]
     return proximity + alpha * feature.abs().sum(dim=1)
-
-
-def _mean(seen: Seen) -> Tensor:
-    return fit_features(seen).mean(dim=0, dtype=torch.float64).float()

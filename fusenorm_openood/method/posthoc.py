@@ -12,8 +12,10 @@ from fusenorm_openood.method.covariance import (
     mds_fit,
     mds_score,
     mds_score_fit,
+    mds_sums,
     vim_fit,
     vim_score,
+    vim_sums,
 )
 from fusenorm_openood.method.distances import (
     knn_fit,
@@ -22,17 +24,24 @@ from fusenorm_openood.method.distances import (
     she_fit,
     she_score,
     she_score_fit,
+    she_sums,
 )
-from fusenorm_openood.method.head import (
-    fdbd_fit,
-    fdbd_score,
-    gen_fit,
-    gen_score,
-    nci_fit,
-    nci_score,
+from fusenorm_openood.method.head import fdbd_fit, fdbd_score, gen_score, nci_fit, nci_score
+from fusenorm_openood.method.seen import (
+    Arguments,
+    Fit,
+    Head,
+    Score,
+    ScoreFit,
+    Seen,
+    State,
+    Sums,
+    feature_sum,
+    fit_nothing,
+    in_sample,
+    no_sums,
 )
-from fusenorm_openood.method.seen import Arguments, Head, Score, Seen, State
-from fusenorm_openood.method.shaping import ash_score, fit_nothing, scale_score
+from fusenorm_openood.method.shaping import ash_score, scale_score
 
 __all__ = ["POSTHOC", "Head", "PosthocExpert", "Seen", "State", "check_arguments"]
 
@@ -41,38 +50,61 @@ METRICS = ("inner_product", "cosine", "euclidean")
 
 @dataclass(frozen=True)
 class PosthocExpert:
-    """An expert as three functions.
+    """An expert as four functions; what it is fitted on comes as a stream of blocks.
 
     Attributes:
         title: name in tables.
-        fit: computes the state from ID images: (seen, labels `[N]`, head, arguments) -> state on
-            the CPU. Labels are the predicted classes where there are no others.
+        sums: what adds up over blocks of ID images: (seen, labels `[N]`) -> tensors on the CPU, in
+            float64. Labels are the predicted classes where there are no others.
+        finish: the state from the sums over all ID images, and a sample of these: (sums, sample,
+            head, arguments) -> state on the CPU.
         score: (seen, head, state, arguments) -> scores `[B]`, float32, larger = more
             in-distribution; all tensors on one device.
-        score_fit: `score` of the images of the fit, for ID statistics, each left out of what was
-            fitted where the expert allows it (KNN, MDS, SHE).
+        score_fit: `score` of images of the sample, for ID statistics, each left out of what was
+            fitted where the expert allows it (KNN, MDS, SHE): (seen, head, state, arguments, labels
+            `[B]`) -> scores `[B]`.
         arguments: the arguments with their defaults, by OpenOOD's names.
     """
 
     title: str
-    fit: Callable[[Seen, Tensor, Head, Arguments], State]
+    sums: Sums
+    finish: Fit
     score: Score
-    score_fit: Score
+    score_fit: ScoreFit
     arguments: Mapping[str, float | bool | str] = field(default_factory=dict)
+
+    def fit(self, seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
+        """The state from all ID images at once."""
+        return self.finish(self.sums(seen, labels), seen, head, arguments)
 
 
 POSTHOC: dict[str, PosthocExpert] = {
-    "knn": PosthocExpert("KNN", knn_fit, knn_score, knn_score_fit, {"K": 50}),
-    "nci": PosthocExpert("NCI", nci_fit, nci_score, nci_score, {"alpha": 0.0001}),
-    "gen": PosthocExpert("GEN", gen_fit, gen_score, gen_score, {"gamma": 0.1, "M": 100}),
-    "fdbd": PosthocExpert(
-        "fDBD", fdbd_fit, fdbd_score, fdbd_score, {"distance_as_normalizer": True}
+    "knn": PosthocExpert("KNN", no_sums, knn_fit, knn_score, knn_score_fit, {"K": 50}),
+    "nci": PosthocExpert(
+        "NCI", feature_sum, nci_fit, nci_score, in_sample(nci_score), {"alpha": 0.0001}
     ),
-    "scale": PosthocExpert("SCALE", fit_nothing, scale_score, scale_score, {"percentile": 85}),
-    "ash": PosthocExpert("ASH", fit_nothing, ash_score, ash_score, {"percentile": 90}),
-    "vim": PosthocExpert("ViM", vim_fit, vim_score, vim_score, {"dim": 256}),
-    "mds": PosthocExpert("MDS", mds_fit, mds_score, mds_score_fit),
-    "she": PosthocExpert("SHE", she_fit, she_score, she_score_fit, {"metric": METRICS[0]}),
+    "gen": PosthocExpert(
+        "GEN", no_sums, fit_nothing, gen_score, in_sample(gen_score), {"gamma": 0.1, "M": 100}
+    ),
+    "fdbd": PosthocExpert(
+        "fDBD",
+        feature_sum,
+        fdbd_fit,
+        fdbd_score,
+        in_sample(fdbd_score),
+        {"distance_as_normalizer": True},
+    ),
+    "scale": PosthocExpert(
+        "SCALE", no_sums, fit_nothing, scale_score, in_sample(scale_score), {"percentile": 85}
+    ),
+    "ash": PosthocExpert(
+        "ASH", no_sums, fit_nothing, ash_score, in_sample(ash_score), {"percentile": 90}
+    ),
+    "vim": PosthocExpert("ViM", vim_sums, vim_fit, vim_score, in_sample(vim_score), {"dim": 256}),
+    "mds": PosthocExpert("MDS", mds_sums, mds_fit, mds_score, mds_score_fit),
+    "she": PosthocExpert(
+        "SHE", she_sums, she_fit, she_score, she_score_fit, {"metric": METRICS[0]}
+    ),
 }
 
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -98,9 +130,9 @@ class Posthoc(NamedTuple):
         """The expert of a name; see `check_arguments`."""
         return cls(name, tuple(check_arguments(name, arguments or {}).items()))
 
-    def fit(self, seen: Seen, labels: Tensor, head: Head) -> State:
+    def fitted(self, sums: State, sample: Seen, head: Head) -> State:
         """What the expert fits, in the order in which files keep it: products depend on it."""
-        state = POSTHOC[self.name].fit(seen, labels, head, dict(self.arguments))
+        state = POSTHOC[self.name].finish(sums, sample, head, dict(self.arguments))
         return {name: value.contiguous() for name, value in state.items()}
 
 

@@ -1,8 +1,8 @@
 """What a post-hoc expert sees of a batch of images, and what it may compute from it."""
 
 from collections.abc import Callable, Mapping
-from functools import wraps
-from typing import Any, NamedTuple
+from functools import partial, wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -33,19 +33,36 @@ class Head(NamedTuple):
         return feature @ self.weight.T + self.bias
 
 
+Sums = Callable[[Seen, Tensor], State]
+Fit = Callable[[State, Seen, Head, Arguments], State]
 Score = Callable[[Seen, Head, State, Arguments], Tensor]
+ScoreFit = Callable[[Seen, Head, State, Arguments, Tensor], Tensor]
+P = ParamSpec("P")
 
 
-def in_float32(score: Score) -> Score:
+def in_float32(
+    score: Callable[Concatenate[Seen, Head, P], Tensor],
+) -> Callable[Concatenate[Seen, Head, P], Tensor]:
     """A score computed in float32, whatever the precision given, and without gradients."""
 
     @wraps(score)
-    def wrapped(seen: Seen, head: Head, state: State, arguments: Arguments) -> Tensor:
+    def wrapped(seen: Seen, head: Head, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         with torch.no_grad(), torch.autocast(seen.feature.device.type, enabled=False):
             seen, head = Seen(*(t.float() for t in seen)), Head(*(t.float() for t in head))
-            return score(seen, head, state, arguments)
+            return score(seen, head, *args, **kwargs)
 
     return wrapped
+
+
+def in_sample(score: Score) -> ScoreFit:
+    """The score of an expert that does not leave out an image of its fit."""
+    return partial(_without_labels, score)
+
+
+def _without_labels(
+    score: Score, seen: Seen, head: Head, state: State, arguments: Arguments, labels: Tensor
+) -> Tensor:
+    return score(seen, head, state, arguments)
 
 
 def norms(rows: Tensor) -> Tensor:
@@ -95,13 +112,34 @@ def fit_labels(labels: Tensor, seen: Seen) -> Tensor:
     return labels
 
 
-def check_fit_images(seen: Seen, count: int) -> None:
-    """Raise DataError unless there are as many images as the expert was fitted on."""
-    if len(seen.feature) != count:
-        raise DataError(
-            f"the images of the fit must be scored all at once and in their order, got "
-            f"{len(seen.feature)} of {count}"
-        )
+def no_sums(seen: Seen, labels: Tensor) -> State:
+    """For an expert that is fitted on the sample alone, or not at all."""
+    return {}
+
+
+def fit_nothing(sums: State, sample: Seen, head: Head, arguments: Arguments) -> State:
+    """For an expert that needs no ID images."""
+    return {}
+
+
+def feature_sum(seen: Seen, labels: Tensor) -> State:
+    """Sum of the features `[D]`, and the number of images."""
+    feature = fit_features(seen)
+    total, images = feature.sum(dim=0, dtype=torch.float64), torch.tensor(len(feature))
+    return {"feature": total, "images": images}
+
+
+def mean_feature(sums: State) -> Tensor:
+    """Mean feature `[D]`, in float64, from a `feature_sum`."""
+    return sums["feature"] / sums["images"]
+
+
+def products(rows: Tensor) -> Tensor:
+    """Sum of the outer products of rows `[N, D]` with themselves: `[D, D]` in float64."""
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for part in torch.split(rows, rows_per_part(2 * rows.shape[1])):
+        total.addmm_(part.double().T, part.double())
+    return total
 
 
 def class_sums(feature: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,6 @@ from fusenorm_openood.method.seen import Arguments, Head, Seen, State, in_float3
 LARGEST_EXPONENT = 40.0
 
 
-def fit_nothing(seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
-    """Activation shaping needs no ID images."""
-    return {}
-
-
 @in_float32
 def ash_score(seen: Seen, head: Head, state: State, arguments: Arguments) -> Tensor:
     """Energy after ASH-B: each kept activation becomes the sum of all over the number kept.

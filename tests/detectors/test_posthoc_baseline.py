@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.detectors import base
+from fusenorm_openood.detectors import base, posthoc
 from fusenorm_openood.detectors.posthoc import UNFITTED, PosthocBaseline
 from fusenorm_openood.errors import ConfigError, DataError, NotFittedError
 from fusenorm_openood.listening.sample import FeatureSample
@@ -74,6 +74,23 @@ def test_more_images_than_the_limit_are_thinned_evenly(net, monkeypatch):
     assert len(state["features"]) == 15
 
 
+@pytest.mark.parametrize("name", ["mds", "she", "nci", "fdbd"])
+def test_means_and_covariances_are_those_of_all_images_beyond_the_limit(net, monkeypatch, name):
+    images = torch.cat([batch for batch, _ in make_loader(60)])
+
+    def fit():
+        return FuseNorm(net, strong=[name]).fit([(images, None)]).calibration_
+
+    whole = fit()
+    monkeypatch.setattr(base, "FeatureSample", lambda: FeatureSample(limit=20))
+    thinned = fit()
+    assert thinned.id_scores.shape[1] == 15
+    # Images are left out of the fit to all of them.
+    np.testing.assert_allclose(thinned.id_scores, whole.id_scores[:, ::4], rtol=1e-4, atol=1e-6)
+    (all_of_it,), (state,) = (c.fitted.states.values() for c in (whole, thinned))
+    assert all(torch.equal(state[key], value) for key, value in all_of_it.items())
+
+
 def test_the_default_reads_the_loader_once_and_needs_one_forward_pass(net, loader):
     passes = []
 
@@ -89,3 +106,12 @@ def test_the_default_reads_the_loader_once_and_needs_one_forward_pass(net, loade
         detector.score(IMAGES)
         assert sum(passes) == len(IMAGES)
         passes.clear()
+
+
+def test_a_baseline_keeps_no_more_features_than_memory_allows(net, monkeypatch):
+    loader = make_loader(60, batch_size=7)
+    row = 4 * (net.fc.in_features + net.fc.out_features)
+    (whole,) = PosthocBaseline(net, "knn").fit(loader)._fitted.states.values()
+    monkeypatch.setattr(posthoc, "FeatureSample", lambda limit: FeatureSample(limit, 20 * row))
+    (thinned,) = PosthocBaseline(net, "knn").fit(loader)._fitted.states.values()
+    assert torch.equal(thinned["features"], whole["features"][::4])

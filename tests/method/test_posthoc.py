@@ -220,7 +220,7 @@ def test_scores_stay_finite(name, case):
     arguments, expert = check_arguments(name, {}), POSTHOC[name]
     state = expert.fit(fit, fit.logits.argmax(1), head, arguments)
     assert torch.isfinite(expert.score(Seen(test, head(test)), head, state, arguments)).all()
-    in_sample = expert.score_fit(fit, head, state, arguments)
+    in_sample = expert.score_fit(fit, head, state, arguments, fit.logits.argmax(1))
     assert in_sample.shape == (len(feature),)
     assert torch.isfinite(in_sample).all()
 
@@ -233,8 +233,8 @@ def test_a_thousand_classes_with_five_images_each(name):
     feature = (torch.randn(5000, 16, generator=g) * 0.3 + head.weight[labels]).relu()
     fit, arguments = Seen(feature, head(feature)), check_arguments(name, {})
     state = POSTHOC[name].fit(fit, labels, head, arguments)
-    for score in (POSTHOC[name].score, POSTHOC[name].score_fit):
-        scores = score(fit, head, state, arguments)
+    of_fit = POSTHOC[name].score_fit(fit, head, state, arguments, labels)
+    for scores in (POSTHOC[name].score(fit, head, state, arguments), of_fit):
         assert torch.isfinite(scores).all()
         assert len(scores.unique()) > 1000
 
@@ -250,8 +250,8 @@ def test_the_order_of_the_fit_images_changes_nothing(name, seed):
     test, _ = make_seen(20, head, seed=2)
     scores = [POSTHOC[name].score(test, head, s, changed(name)) for s in (state, permuted)]
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
-    in_sample = POSTHOC[name].score_fit(fit, head, state, changed(name))[order]
-    again = POSTHOC[name].score_fit(other, head, permuted, changed(name))
+    in_sample = POSTHOC[name].score_fit(fit, head, state, changed(name), labels)[order]
+    again = POSTHOC[name].score_fit(other, head, permuted, changed(name), labels[order])
     torch.testing.assert_close(again, in_sample, rtol=1e-3, atol=1e-4)
 
 
@@ -284,7 +284,7 @@ def test_a_fit_image_is_scored_without_itself(name):
     head, fit, labels, state = fitted(name, 60)
     labels[-1], labels[:-1][labels[:-1] == 0] = 0, 1  # a class of one image
     state = POSTHOC[name].fit(fit, labels, head, changed(name))
-    got = POSTHOC[name].score_fit(fit, head, state, changed(name))
+    got = POSTHOC[name].score_fit(fit, head, state, changed(name), labels)
     expected = brute_force(name, fit, labels, head)
     close = torch.isclose(got, expected, rtol=1e-4, atol=1e-5)
     # The mean of all images, SHE's substitute, keeps the image itself.
@@ -299,7 +299,7 @@ def test_mds_scores_a_fit_image_without_itself(n):
     head, fit, labels, _ = fitted("mds", n)
     labels[-1], labels[:-1][labels[:-1] == 0] = 0, 1  # a class of one image
     state = POSTHOC["mds"].fit(fit, labels, head, {})
-    got = POSTHOC["mds"].score_fit(fit, head, state, {}).numpy()
+    got = POSTHOC["mds"].score_fit(fit, head, state, {}, labels).numpy()
     z, y = unit(fit.feature.double().numpy()), labels.numpy()
     r = z - np.stack([z[y == c].mean(0) for c in y])
     ridge = RIDGE * (r**2).sum() / n / D
@@ -316,17 +316,32 @@ def test_mds_scores_of_fit_images_are_like_those_of_others_where_n_is_about_d():
     state = POSTHOC["mds"].fit(fit, labels, head, {})
     held_out = POSTHOC["mds"].score(test, head, state, {}).median()
     in_sample = POSTHOC["mds"].score(fit, head, state, {}).median()
-    left_out = POSTHOC["mds"].score_fit(fit, head, state, {}).median()
+    left_out = POSTHOC["mds"].score_fit(fit, head, state, {}, labels).median()
     assert in_sample / held_out < 0.3
     assert 0.7 < left_out / held_out < 1.4
 
 
-@pytest.mark.parametrize("name", ["mds", "she"])
-def test_scores_of_part_of_the_fit_images_are_refused(name):
-    head, fit, _, state = fitted(name)
-    part = Seen(*(t[:7] for t in fit))
-    with pytest.raises(DataError, match="got 7 of 200"):
-        POSTHOC[name].score_fit(part, head, state, changed(name))
+@pytest.mark.parametrize("name", ALL)
+def test_part_of_the_fit_images_has_the_scores_that_it_has_among_all(name):
+    head, fit, labels, state = fitted(name)
+    score_fit = POSTHOC[name].score_fit
+    whole = score_fit(fit, head, state, changed(name), labels)
+    part = score_fit(Seen(*(t[::4] for t in fit)), head, state, changed(name), labels[::4])
+    torch.testing.assert_close(part, whole[::4], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("blocks", [[200], [1, 199], [70, 0, 130], [50] * 4])
+def test_sums_over_blocks_add_up_to_the_fit_of_all_images(name, blocks):
+    head, fit, labels, whole = fitted(name)
+    parts = zip(*(t.split(blocks) for t in (*fit, labels)), strict=True)
+    sums = [POSTHOC[name].sums(Seen(f, z), y) for f, z, y in parts if len(y)]
+    total = {key: sum(s[key] for s in sums) for key in sums[0]}
+    assert all(t.dtype in (torch.float64, torch.int64) for t in total.values())
+    state = POSTHOC[name].finish(total, fit, head, changed(name))
+    test, _ = make_seen(30, head, seed=2)
+    scores = [POSTHOC[name].score(test, head, s, changed(name)) for s in (state, whole)]
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5)
 
 
 def test_knn_has_the_same_scores_in_parts(monkeypatch):
