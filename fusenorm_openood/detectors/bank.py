@@ -184,8 +184,7 @@ class ScoreBank(ExpertScorer):
 
     def head(self) -> Head:
         """Weight and bias of the network's head, after `fit`."""
-        assert self._structure is not None
-        return self.panel.head(self.net, self._structure)
+        return self.panel.head(self.net, self._known())
 
     def seen(self, loader: Iterable[Any]) -> Seen:
         """Features and logits of a loader's images, with `keep_seen`."""
@@ -204,10 +203,9 @@ class ScoreBank(ExpertScorer):
         return self._listener_of(self.panel, self._fitted, recorded)
 
     def _expert_scores(self, observed: Observed) -> Tensor:
-        assert self._structure is not None
         if self._sample is not None and observed.seen is not None:
             self._sample.add(observed.seen)
-        return self.panel.completed(self.net, self._structure, observed, self._fitted)
+        return self.panel.completed(self.net, self._known(), observed, self._fitted)
 
     def _check_finite(self, images: Tensor | None, experts: NDArray[Any]) -> None:
         """Require finite images; non-finite scores only rule out the settings that use them."""

@@ -17,11 +17,11 @@ from fusenorm_openood.errors import DataError, NotFittedError
 from fusenorm_openood.listening.batches import checked_images, not_finite
 from fusenorm_openood.listening.observed import Heard, Listener, Observed, Recorder, observed
 from fusenorm_openood.listening.panel import Fitted, Panel
-from fusenorm_openood.listening.react import react_thresholds
 from fusenorm_openood.listening.readings import Readings
 from fusenorm_openood.listening.recording import recording_listener
 from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.listening.sums import BlockSums
+from fusenorm_openood.listening.thresholds import react_thresholds
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
 from fusenorm_openood.networks.lazy import LazyNetwork
 from fusenorm_openood.structure.reading import Structure
@@ -63,6 +63,10 @@ class ExpertScorer(ABC):
         """How the network is built, None before the first images."""
         return self._structure
 
+    def _known(self) -> Structure:
+        assert self._structure is not None  # since the first images
+        return self._structure
+
     def structure(self, images: Tensor) -> Structure:
         """How the network is built, understood at the first images `[B, C, H, W]`."""
         if self._structure is None:
@@ -95,8 +99,7 @@ class ExpertScorer(ABC):
 
     def _listener_of(self, panel: Panel, fitted: Fitted, recorded: bool) -> Listener:
         if recorded:
-            assert self._structure is not None  # since the first images
-            return recording_listener(self.net, self._structure, panel, fitted)
+            return recording_listener(self.net, self._known(), panel, fitted)
 
         def listen(images: Tensor) -> Heard:
             return panel.listen(self.net, self.structure(images), images, fitted)
@@ -203,10 +206,9 @@ def fit_panel(
         NonFiniteError: a score or a feature is not finite.
     """
     net, sample, sums = scorer.net, FeatureSample(), BlockSums(panel.posthoc)
-    structure = scorer.known_structure
-    assert structure is not None  # since the readings began
+    structure = scorer._known()
     recorded = isinstance(readings, Recorder)
-    fitted = Fitted(react_thresholds(net, structure, readings, panel.percentiles, progress))
+    fitted = Fitted(react_thresholds(net, structure, readings, panel, progress))
 
     def score(heard: Observed) -> Tensor:
         if heard.seen is not None:

@@ -13,9 +13,12 @@ from fusenorm_openood.configs import config_root, lookup, read_config
 from fusenorm_openood.detectors.decisions import DecidingDetector
 from fusenorm_openood.errors import CheckpointError, ConfigError, NotFittedError
 from fusenorm_openood.listening.gradient import gradients_of_images
-from fusenorm_openood.listening.observed import Heard, Listener
+from fusenorm_openood.listening.observed import Heard, Listener, Observed
+from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.passes import Pass, forward_pass
-from fusenorm_openood.listening.react import react_logits, react_thresholds
+from fusenorm_openood.listening.react import react_logits
+from fusenorm_openood.listening.recording import clipped_logits, recording, runs_network
+from fusenorm_openood.listening.thresholds import react_thresholds
 from fusenorm_openood.method.experts import (
     PROBABILITY,
     Output,
@@ -26,6 +29,7 @@ from fusenorm_openood.method.experts import (
 )
 from fusenorm_openood.method.posthoc import POSTHOC
 from fusenorm_openood.structure.modes import undisturbed
+from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.wrappers import scoring_module, unwrapped
 
 
@@ -77,17 +81,15 @@ class Baseline(DecidingDetector):
             )
         self.experts = (name,)
         self.output = output_of(name, args, input_std)
-        self._thresholds: dict[float, float] = {}
+        self._fitted = Fitted()
 
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Fit ReAct's threshold on ID images; the other experts have nothing to fit."""
-        percentiles = [q for q in (self.output.react_percentile,) if q is not None]
-        if percentiles:
+        panel = Panel((), (), (self.output,))
+        if panel.percentiles:
             readings = self._begin(loader)
-            assert self._structure is not None  # since the readings began
-            self._thresholds = react_thresholds(
-                self.net, self._structure, readings, percentiles, progress
-            )
+            thresholds = react_thresholds(self.net, self._known(), readings, panel, progress)
+            self._fitted = Fitted(thresholds)
         return self
 
     def _try(self, images: Tensor) -> None:
@@ -99,18 +101,32 @@ class Baseline(DecidingDetector):
     @property
     def threshold_(self) -> float | None:
         """ReAct's clipping threshold, None before `fit`."""
-        return next(iter(self._thresholds.values()), None)
+        return next(iter(self._fitted.thresholds.values()), None)
 
     def _check_fitted(self) -> None:
         if self.output.react_percentile is not None and self.threshold_ is None:
             raise NotFittedError("this ReAct has no threshold: call fit(loader) first")
 
     def _listener(self, recorded: bool = False) -> Listener:
-        return Listener(self._listen, {"output": list(self.output), "threshold": self.threshold_})
+        if recorded:
+            return self._pass(self._known())
+
+        def listen(images: Tensor) -> Heard:
+            return self._pass(self.structure(images)).listen(images)
+
+        return Listener(listen, {})
+
+    def _pass(self, structure: Structure) -> Listener:
+        """A pass that gives scores if they take more of the network, else logits and features."""
+        if runs_network(self.output, structure):
+            what = {"output": list(self.output), "threshold": self.threshold_}
+            return Listener(self._listen, what)
+        clips = self.output.react_percentile is not None
+        return recording(self.net, structure, Panel((), ()), Fitted(), features=clips)
 
     def _listen(self, images: Tensor) -> Heard:
-        name, temperature, noise, input_std, _ = self.output
         net, structure = self.net, self.structure(images)
+        name, temperature, noise, input_std, _ = self.output
         with undisturbed(unwrapped(net)):
             if name == "odin":
 
@@ -121,16 +137,25 @@ class Baseline(DecidingDetector):
 
                 first, images = gradients_of_images(net, images, perturb)
                 with torch.no_grad():
-                    score = msp(forward_pass(net, images, structure).logits, temperature)
-                return score.unsqueeze(0), first.pred, None
-            with torch.no_grad():
-                first = forward_pass(net, images, structure)
-                logits = react_logits(net, structure, images, first, self.threshold_)
+                    logits = forward_pass(net, images, structure).logits
+            else:
+                with torch.no_grad():
+                    first = forward_pass(net, images, structure)
+                    logits = react_logits(net, structure, images, first, self.threshold_)
+        return self._scored(logits), first.pred, None
+
+    def _expert_scores(self, observed: Observed) -> Tensor:
+        if observed.seen is None:
+            return observed.rows
+        seen, structure = observed.seen, self._known()
+        return self._scored(clipped_logits(self.net, structure, seen, self.output, self._fitted))
+
+    def _scored(self, logits: Tensor) -> Tensor:
+        """Scores `[1, B]` of logits, in their precision."""
+        name, temperature, *_ = self.output
         if name == "mls":
-            score = mls(logits)
-        else:
-            score = (energy if name == "energy" else msp)(logits, temperature)
-        return score.unsqueeze(0), first.pred, None
+            return mls(logits).unsqueeze(0)
+        return (energy if name == "energy" else msp)(logits, temperature).unsqueeze(0)
 
     def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
         conf: NDArray[Any] = experts[0]

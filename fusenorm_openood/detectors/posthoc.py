@@ -16,7 +16,6 @@ from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.listening.sums import BlockSums
 from fusenorm_openood.method.posthoc import Head, Posthoc
-from fusenorm_openood.structure.reading import Structure
 
 UNFITTED = ("gen", "scale", "ash")  # need no ID images
 
@@ -76,10 +75,6 @@ class PosthocBaseline(DecidingDetector):
 
     def _expert_scores(self, observed: Observed) -> Tensor:
         return self._panel.completed(self.net, self._known(), observed, self._fitted)
-
-    def _known(self) -> Structure:
-        assert self._structure is not None  # since the first images
-        return self._structure
 
     def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
         conf: NDArray[Any] = experts[0]

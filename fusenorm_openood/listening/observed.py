@@ -22,14 +22,16 @@ class Listener(NamedTuple):
     Attributes:
         listen: scores `[R, B]`, predicted classes `[B]`, and perhaps features and logits of images
             `[B, C, H, W]` on the network's device.
-        what: all that its answers depend on besides the network and the images, in terms of JSON;
-            a pass that has `features` serves as well where none are asked for.
+        what: all that its answers depend on besides the network and the images, in terms of JSON.
         restore: what is to become of an answer that was recorded; None = nothing.
+        taken: of another pass, given its `what`, how its answers contain those of this one; None =
+            they do not.
     """
 
     listen: Callable[[Tensor], Heard]
     what: Mapping[str, Any]
-    restore: "Callable[[Observed], Observed] | None" = None
+    restore: "Change | None" = None
+    taken: "Callable[[Mapping[str, Any]], Change | None]" = lambda what: None
 
 
 class Observed(NamedTuple):
@@ -48,6 +50,9 @@ class Observed(NamedTuple):
     label: NDArray[np.int64]
     seen: Seen | None
     images: Tensor | None = None
+
+
+Change = Callable[[Observed], Observed]
 
 
 class Recorder(ABC):

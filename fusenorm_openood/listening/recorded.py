@@ -1,6 +1,5 @@
 """A loader that keeps what is heard of its images in a store, shard by shard."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -14,14 +13,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fusenorm_openood.listening.observed import Listener, Observed, Recorder, observed
+from fusenorm_openood.errors import StoreError
+from fusenorm_openood.listening.observed import Change, Listener, Observed, Recorder, observed
 from fusenorm_openood.listening.pace import Pace
 from fusenorm_openood.method.posthoc import Seen
-from fusenorm_openood.store import Key, ShardSet
+from fusenorm_openood.store import Key, ShardSet, keys_like
 from fusenorm_openood.store.loading import (
     Batches,
     intact,
     row_batches,
+    say_damaged,
     shard_batches,
     wait_for_shards,
 )
@@ -88,36 +89,46 @@ class RecordedLoader(Recorder):
         """
         process = this_process()
         work = _Work(net, listener, progress and process.leads, desc)
-
-        def shards() -> ShardSet:  # of which another process may find others
-            return self._shards(listener.what)
-
-        begun = shards()
+        begun, _ = self._shards(listener)
         self._write(begun, process.share(begun.missing()), work)
-        wait_for_shards(
-            lambda: shards().missing(), lambda: self._write(begun, begun.missing(), work)
+        wait_for_shards(  # of which another process may find others
+            lambda: self._shards(listener)[0].missing(),
+            lambda: self._write(begun, begun.missing(), work),
         )
-        complete = shards()
+        complete, taken = self._shards(listener)
         for number in range(complete.count):
+            if taken is not None:
+                try:
+                    yield taken(_observed(complete.read(number)))
+                    continue
+                except StoreError as error:  # what is missing there is not what is heard here
+                    say_damaged(error)
+                    complete, taken = self._own(listener), None
+                    self._write(complete, [n for n in complete.missing() if n >= number], work)
             compute = partial(self._write, complete, [number], work)
             yield _observed(intact(complete, number, compute, bool(process.share([number]))))
 
-    def _shards(self, what: Mapping[str, Any]) -> ShardSet:
-        """The shards of a pass, or if these exist, of the same pass with features."""
+    def _shards(self, listener: Listener) -> tuple[ShardSet, Change | None]:
+        """The shards of a pass, or else the complete ones of a pass that contains its answers."""
+        key = self._key(listener)
+        if not (self.store / key.folder_name).is_dir() or self._own(listener).missing():
+            for found in keys_like(self.store, key, but="heard"):
+                taken = listener.taken(found.record["heard"])
+                if taken and not (other := self._of(found)).missing():
+                    return other, taken
+        return self._own(listener), None
 
-        def shards(what: Mapping[str, Any]) -> tuple[dict[str, Any], str, int, int]:
-            record = {**self.record, "heard": what}
-            if what.get("mixes"):  # the images of a batch influence each other
-                record["batch_size"] = self.batch_size
-            return record, self.name, len(self), SHARD
+    def _key(self, listener: Listener) -> Key:
+        record = {**self.record, "heard": listener.what}
+        if listener.what.get("mixes"):  # the images of a batch influence each other
+            record["batch_size"] = self.batch_size
+        return Key(record, self.name, len(self), SHARD)
 
-        if what.get("features") is False:
-            richer = shards({**what, "features": True})
-            if os.path.isdir(self.store / Key(*richer).folder_name):
-                found = ShardSet(self.store, *richer)
-                if not found.missing():
-                    return found
-        return ShardSet(self.store, *shards(what))
+    def _own(self, listener: Listener) -> ShardSet:
+        return self._of(self._key(listener))
+
+    def _of(self, key: Key) -> ShardSet:
+        return ShardSet(self.store, key.record, key.name, key.rows, key.shard_rows)
 
     def _write(self, shards: ShardSet, numbers: Sequence[int], work: _Work) -> None:
         """Compute shards, and write each as soon as it is complete."""

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -16,10 +16,11 @@ from fusenorm_openood.urls import Place
 
 FORMAT = "fusenorm shards 1"
 KEY = "key.json"
+DIGITS = 20  # of a digest
 
 
 def digest(record: Mapping[str, Any]) -> str:
-    """The first 20 hex digits of the SHA-256 of a record as canonical JSON.
+    """The first `DIGITS` hex digits of the SHA-256 of a record as canonical JSON.
 
     Keys are sorted, tuples are lists, and floats have the digits of their `repr`: 1 and 1.0 differ.
 
@@ -27,7 +28,7 @@ def digest(record: Mapping[str, Any]) -> str:
         TypeError: JSON has no such value (NaN, bytes, sets, arrays, keys that are not strings).
     """
     text = json.dumps(_plain(record), sort_keys=True, separators=(",", ":"))
-    return sha256(text.encode()).hexdigest()[:20]
+    return sha256(text.encode()).hexdigest()[:DIGITS]
 
 
 def file_digest(path: str | Path) -> str:
@@ -117,6 +118,22 @@ class Key:
                 f"{folder} has {found.rows} rows in shards of {found.shard_rows}, not "
                 f"{self.rows} in shards of {self.shard_rows}: use these, or another store"
             )
+
+
+def keys_like(root: Path, key: Key, but: str) -> Iterator[Key]:
+    """The keys of a store that equal a key but for one entry of the record."""
+
+    def rest(of: Key) -> str:
+        return digest({**vars(of), "record": {**of.record, but: None}})
+
+    prefix = key.folder_name[:-DIGITS]
+    for folder in sorted(root.glob(f"{prefix}{'[0-9a-f]' * DIGITS}")):
+        try:
+            found = Key.read(folder)
+        except (FileNotFoundError, StoreError):
+            continue
+        if but in found.record and rest(found) == rest(key):
+            yield found
 
 
 def _plain(value: Any) -> Any:

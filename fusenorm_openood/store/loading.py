@@ -87,8 +87,13 @@ def intact(
     except StoreError as error:
         if not own and (columns := wait_until(found, OWNER_TIME)) is not None:
             return columns
-        reason = str(error).removesuffix(": delete it")
-        tqdm.write(f"fusenorm: {reason}: it is computed again", file=sys.stderr)
+        say_damaged(error)
         compute()
         shards.discard_damaged(number)  # not before: others would find the shard missing
     return shards.read(number)
+
+
+def say_damaged(error: StoreError) -> None:
+    """Say on standard error that a shard is computed again, and why."""
+    reason = str(error).removesuffix(": delete it")
+    tqdm.write(f"fusenorm: {reason}: it is computed again", file=sys.stderr)
