@@ -73,6 +73,7 @@ def written(home):
         ["--set", "percentile_low=1", "--set", "percentile_high=99"],
         ["--set", "strong=[output, knn, vim, nci, gen, she, scale, ash]", "--set", "neighbours=3"],
         ["--set", "strong=auto"],
+        ["--set", "taps=stages"],
         ["--set", "output=msp", "--set", "temperature=2"],
         ["--postprocessor", "fusenorm_joint"],
         ["--compare", "--batch-size", "7"],
@@ -99,7 +100,7 @@ def test_anything_else_is_computed(own, full, tmp_path):
     [
         ["--set", "k_min=0.2"],
         ["--set", "alpha=0.5"],
-        ["--set", "taps=stages"],
+        ["--set", "taps=[conv1, layer2.0]"],
         ["--normalization", "cifar10"],
         ["--channels-last"],
         ["--amp", "bf16"],
