@@ -5,9 +5,9 @@
 
 Lists have OpenOOD's names and a share of their counts, images the usual sizes: see simulated.py.
 Shards are smaller by the same share, so that a run deals out as many as a full one does. Each job
-runs as one process, as two under torchrun, or on Ray's actors, with one thread per process and an
-empty store for each. Tables, rows and shards must be equal in every digit and byte, and no image may
-be scored twice; otherwise the exit status is 1. Times are only meaningful on an idle machine.
+runs as one process, as two under torchrun or on Ray's actors, with one thread per process and an
+empty store for each. Tables, rows and shards must be equal in every digit and byte, and no image
+may be scored twice; else the exit status is 1. Times are only meaningful on an idle machine.
 With --root, images, networks and stores are kept, of which another run only takes the images.
 """
 
@@ -27,19 +27,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import parts
 import pyarrow.parquet as pq
 import torch
 from simulated import write_images, write_network
 
-from fusenorm_openood.benchmark.records import manifest
 from fusenorm_openood.cli.main import main as fusenorm
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, load_benchmark
 from fusenorm_openood.detectors import sharded
 from fusenorm_openood.listening import recorded
-from fusenorm_openood.store import ShardSet
-from fusenorm_openood.store.encoding import decode
-
-LOADED = 300  # images that are loaded to measure how fast that is
 
 
 class Case(NamedTuple):
@@ -157,7 +153,7 @@ def fitted_evaluation(case: Case) -> Job:
 
 
 def scoring(case: Case) -> Job:
-    """Files of a manifest, all that the benchmark tests, with a detector fitted on its ID images."""
+    """All files that the benchmark tests, with a detector fitted on its ID validation images."""
     b, detector = case.benchmark, case.folder / "detector.safetensors"
     lists = {"id.txt": [b.id["val"]], "files.txt": [*b.tested(fsood=True)]}
     for name, image_sets in lists.items():
@@ -176,50 +172,21 @@ def scoring(case: Case) -> Job:
     return Job("score", command, count(lists["files.txt"]))
 
 
-def parts(case: Case) -> dict[str, float]:
-    """What a run of any size is made of, measured in this process."""
+def parts_of(case: Case) -> dict[str, Any]:
+    """What is measured of the parts of these jobs."""
     image_sets = [*case.benchmark.tested(fsood=True)]
-    items = [(s.images(), n) for s in image_sets for n in range(len(s.images()))]
-    chosen = items[:: -(-len(items) // LOADED)]
-    files = [images.data_dir / images.entries[number].name for images, number in chosen]
-    clock = [time.perf_counter()]
-    for images, number in chosen:
-        images[number]
-    clock.append(time.perf_counter())
-    case.benchmark.missing(image_sets)
-    for image_set in image_sets:
-        manifest(image_set.images())
-    clock.append(time.perf_counter())
-    for image_set in image_sets:
-        list(image_set.images().faults())
-    clock.append(time.perf_counter())
-    loaded, listed, opened = np.diff(clock)
+    heard, scores = (
+        parts.shard_of(case.folder / job / "one" / "store") for job in ("OOD", "score")
+    )
+    files, detector = case.folder / "files.txt", case.folder / "detector.safetensors"
     return {
-        "loaded_per_second": len(chosen) / loaded,
-        "bytes_per_jpeg": float(np.mean([file.stat().st_size for file in files])),
-        "list_seconds_per_image": listed / len(items),
-        "open_seconds_per_image": opened / len(items),
+        **parts.loading(image_sets),
+        **parts.checking(image_sets),
+        **parts.fitting(heard),
+        **parts.driving(files, detector, scores),
+        "eval": parts.storing(heard),
+        "score": parts.storing(scores),
     }
-
-
-def full_shard(store: Path) -> dict[str, float]:
-    """Size and times of a shard of 1,000 images, made of those in a store."""
-    found = [decode(data)[1] for data in shard_files(store).values()]
-    rows = 1000
-    columns = {
-        name: np.resize(whole, (rows, *whole.shape[1:]))
-        for name in found[0]
-        for whole in [np.concatenate([columns[name] for columns in found])]
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        shards, clock = ShardSet(Path(folder), {}, "full", rows, rows), [time.perf_counter()]
-        path = shards.write(0, columns)
-        clock.append(time.perf_counter())
-        shards.read(0)
-        clock.append(time.perf_counter())
-        size = Path(str(path)).stat().st_size
-    written, read = np.diff(clock)
-    return {"bytes_per_image": size / rows, "write_seconds": written, "read_seconds": read}
 
 
 def cases(args: argparse.Namespace, root: Path) -> Iterator[Case]:
@@ -246,15 +213,10 @@ def measured(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     for case in cases(args, root):
         name, two = case.benchmark.name, ("one", "two")
         rows += compared(case, evaluations(case), two)
-        stores = {"FS-OOD": case.folder / "OOD" / "one" / "store"}
         if name in args.fitted and case.kind == args.kinds[0]:
             rows += compared(case, [fitted_evaluation(case)], two)
-            stores["mds"] = case.folder / "mds" / "one" / "store"
-        if not args.skip_ray:
-            rows += compared(case, [scoring(case)], ("one", "ray"))
-            stores["score"] = case.folder / "score" / "one" / "store"
-        shards = {job: full_shard(store) for job, store in stores.items()}
-        found[f"{name} {case.kind}"] = {**parts(case), "shards": shards}
+        rows += compared(case, [scoring(case)], ("one",) if args.skip_ray else ("one", "ray"))
+        found[f"{name} {case.kind}"] = parts_of(case)
     return {"share": args.share, "rows": rows, "parts": found}
 
 
@@ -263,9 +225,9 @@ def main() -> int:
         recorded.SHARD = sharded.SHARD = int(sys.argv[2])
         return fusenorm(sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__)
-    names = ("imagenet200", "imagenet")
+    names, kinds = ("imagenet200", "imagenet"), ("base", "t2fnorm")
     parser.add_argument("--benchmarks", nargs="+", choices=names, default=names)
-    parser.add_argument("--kinds", nargs="+", choices=("base", "t2fnorm"), default=("base", "t2fnorm"))
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--share", type=float, default=0.01, help="of the benchmarks' counts")
     help = "benchmarks in which mds is also evaluated, fitted on the training images"
     parser.add_argument("--fitted", nargs="*", choices=names, default=names[:1], help=help)

@@ -1,0 +1,119 @@
+"""What large runs are made of, measured in one process and one thread; see imagenet.py."""
+
+import tempfile
+import time
+import tracemalloc
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fusenorm_openood.benchmark import records
+from fusenorm_openood.cli.detector import load_detector
+from fusenorm_openood.data.benchmarks import ImageSet
+from fusenorm_openood.data.manifest import manifest_paths
+from fusenorm_openood.detectors.rows import RowFile
+from fusenorm_openood.detectors.sharded import SHARD, FileShards, manifest
+from fusenorm_openood.listening.sums import BlockSums
+from fusenorm_openood.method.posthoc import Posthoc, Seen
+from fusenorm_openood.store import ShardSet
+from fusenorm_openood.store.encoding import Columns, decode
+from fusenorm_openood.torchrun import Process
+
+LOADED = 300  # images that are loaded to measure how fast that is
+
+
+def loading(image_sets: Sequence[ImageSet]) -> dict[str, float]:
+    """Images that one core decodes and resizes per second, and how large their files are."""
+    items = [(s.images(), number) for s in image_sets for number in range(len(s.images()))]
+    chosen = items[:: -(-len(items) // LOADED)]
+    files = [images.data_dir / images.entries[number].name for images, number in chosen]
+    chosen[0][0][0]  # imports and compiles what it needs
+    begun = time.perf_counter()
+    for images, number in chosen:
+        images[number]
+    return {
+        "loaded_per_second": len(chosen) / (time.perf_counter() - begun),
+        "bytes_per_jpeg": float(np.mean([file.stat().st_size for file in files])),
+    }
+
+
+def checking(image_sets: Sequence[ImageSet]) -> dict[str, float]:
+    """Seconds per image before the first is scored: in each process, and in the first one."""
+    images, clock = [s.images() for s in image_sets], [time.perf_counter()]
+    for one in images:
+        one.first_missing()
+        records.manifest(one)
+    clock.append(time.perf_counter())
+    for one in images:
+        list(one.faults())
+    clock.append(time.perf_counter())
+    listed, opened = np.diff(clock) / sum(map(len, images))
+    return {"list_seconds_per_image": float(listed), "open_seconds_per_image": float(opened)}
+
+
+def shard_of(store: Path) -> Columns:
+    """The columns of a shard of at most `SHARD` images, made of those in a store."""
+    files = [file for file in store.rglob("*.parquet") if "network-" not in file.parent.name]
+    found = [decode(file.read_bytes())[1] for file in sorted(files)]
+    return {name: np.concatenate([c[name] for c in found])[:SHARD] for name in found[0]}
+
+
+def storing(columns: Columns) -> dict[str, float]:
+    """Bytes per image in a shard, and seconds per image to write and to read it."""
+    rows = len(columns["pred"])
+    with tempfile.TemporaryDirectory() as folder:
+        shards, clock = ShardSet(Path(folder), {}, "one", rows, rows), [time.perf_counter()]
+        path = Path(str(shards.write(0, columns)))
+        clock.append(time.perf_counter())
+        shards.read(0)
+        clock.append(time.perf_counter())
+        size = path.stat().st_size
+    written, read = np.diff(clock) / rows
+    return {
+        "bytes_per_image": size / rows,
+        "write_seconds_per_image": float(written),
+        "read_seconds_per_image": float(read),
+    }
+
+
+def fitting(columns: Columns) -> dict[str, float]:
+    """Seconds per image to sum up what mds is fitted on."""
+    seen = Seen(torch.from_numpy(columns["feature"]), torch.from_numpy(columns["logits"]))
+    mds, begun = Posthoc.of("mds", {}), time.perf_counter()
+    sums = BlockSums([mds])
+    sums.add(seen, torch.from_numpy(columns["pred"]))
+    sums.of(mds)
+    return {"fit_seconds_per_image": (time.perf_counter() - begun) / len(seen.logits)}
+
+
+def driving(listed: Path, detector: Path, columns: Columns) -> dict[str, float]:
+    """Bytes and seconds per file in the driver of `fusenorm score`, when all have been scored."""
+    tracemalloc.start()
+    paths = manifest_paths(str(listed))
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    clock = [time.perf_counter()]
+    manifest(manifest_paths(str(listed)))
+    clock.append(time.perf_counter())
+    given = Namespace(detector=str(detector), network=None, weights=None, device="cpu")
+    with tempfile.TemporaryDirectory() as folder, RowFile(Path(folder, "rows.csv")) as file:
+        files = FileShards(load_detector(given), paths, Path(folder))
+        for number in range(files.shards.count):
+            rows = len(files.shards.span(number))
+            whole = {name: np.resize(c, (rows, *c.shape[1:])) for name, c in columns.items()}
+            files.shards.write(number, whole)
+        clock.append(time.perf_counter())
+        for judged in files.judged(0.95, Process()):
+            file.write(judged)
+        clock.append(time.perf_counter())
+        size = Path(folder, "rows.csv").stat().st_size
+    begin, _, judge = np.diff(clock) / len(paths)
+    return {
+        "driver_bytes_per_image": held / len(paths),
+        "driver_begin_seconds_per_image": float(begin),
+        "driver_seconds_per_image": float(judge),
+        "row_bytes": size / len(paths),
+    }
