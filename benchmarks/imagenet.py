@@ -1,7 +1,7 @@
 """OpenOOD's ImageNet benchmarks end to end, on simulated images at a share of their counts.
 
     python benchmarks/imagenet.py [--benchmarks imagenet200 imagenet] [--kinds base t2fnorm]
-        [--share 0.01] [--fitted imagenet200] [--skip-ray] [--root DIR] [--json FILE]
+        [--share 0.01] [--fitted imagenet200] [--skip-ray] [--root DIR] [--json DIR]
 
 Lists have OpenOOD's names and a share of their counts, images the usual sizes: see simulated.py.
 Shards are smaller by the same share, so that a run deals out as many as a full one does. Each job
@@ -25,7 +25,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import parts
 import pyarrow.parquet as pq
@@ -98,7 +97,7 @@ def run_job(case: Case, job: Job, engine: str, home: Path) -> Done:
         "images": images,
         "seconds": seconds,
         "images/s": images / seconds,
-        "waiting": int(waited[1]) / 100 if waited else np.nan,
+        "waiting": int(waited[1]) / 100 if waited else None,
         "peak MiB": usage.ru_maxrss / 1024,
         "bytes/image": sum(file.stat().st_size for file in new) / max(images, 1),
         "as planned": images == job.images and before.items() <= after.items(),
@@ -133,7 +132,7 @@ def count(image_sets: Sequence[ImageSet]) -> int:
 
 
 def evaluations(case: Case) -> list[Job]:
-    """OOD, then FS-OOD, which adds the covariate-shifted images, then the same again."""
+    """OOD, then FS-OOD, which adds the covariate-shifted images."""
     b = case.benchmark
     command = ["eval", "--engine", "native", "--id-data", b.name, "--data-root", str(b.data_root)]
     command += ["--root", str(case.checkpoint.parent.parent), "--save-csv"]
@@ -141,13 +140,12 @@ def evaluations(case: Case) -> list[Job]:
     return [
         Job("OOD", command, tested),
         Job("FS-OOD", [*command, "--fsood"], shifted),
-        Job("FS-OOD again", [*command, "--fsood"], 0),
     ]
 
 
 def fitted_evaluation(case: Case) -> Job:
     """OOD with a detector that is fitted on all training images."""
-    (ood, *_), b = evaluations(case), case.benchmark
+    ood, b = evaluations(case)[0], case.benchmark
     images = ood.images + count([b.id["train"]]) - count([b.id["val"]])
     return Job("mds", [*ood.command, "--postprocessor", "mds"], images)
 
@@ -206,18 +204,20 @@ def cases(args: argparse.Namespace, root: Path) -> Iterator[Case]:
 
 
 def measured(args: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """Run all jobs of all cases."""
-    rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {}
+    """Run all jobs of all cases; returns what was measured, by benchmark."""
+    found = {name: {"share": args.share, "rows": [], "parts": {}} for name in args.benchmarks}
     shutil.rmtree(root / "jobs", ignore_errors=True)
     for case in cases(args, root):
         name, two = case.benchmark.name, ("one", "two")
+        rows: list[dict[str, Any]] = found[name]["rows"]
         rows += compared(case, evaluations(case), two)
+        again = Job("FS-OOD again", evaluations(case)[1].command, 0)  # runs no network
+        rows.append({**run_job(case, again, "one", case.folder / "OOD" / "one").row, "equal": ""})
         if name in args.fitted and case.kind == args.kinds[0]:
             rows += compared(case, [fitted_evaluation(case)], two)
         rows += compared(case, [scoring(case)], ("one",) if args.skip_ray else ("one", "ray"))
-        found[f"{name} {case.kind}"] = parts_of(case)
-    return {"share": args.share, "rows": rows, "parts": found}
+        found[name]["parts"][case.kind] = parts_of(case)
+    return found
 
 
 def main() -> int:
@@ -233,7 +233,7 @@ def main() -> int:
     parser.add_argument("--fitted", nargs="*", choices=names, default=names[:1], help=help)
     parser.add_argument("--skip-ray", action="store_true")
     parser.add_argument("--root", type=Path, help="keep images, networks, stores in this folder")
-    parser.add_argument("--json", type=Path, help="write what was measured")
+    parser.add_argument("--json", type=Path, metavar="DIR", help="write DIR/BENCHMARK.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if not args.skip_ray and find_spec("ray") is None:
@@ -241,13 +241,14 @@ def main() -> int:
         args.skip_ray = True
     with tempfile.TemporaryDirectory() as folder:
         found = measured(args, (args.root or Path(folder)).resolve())
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-    table = pd.DataFrame(found["rows"])
+    for name, one in found.items() if args.json else ():
+        args.json.mkdir(parents=True, exist_ok=True)
+        (args.json / f"{name}.json").write_text(json.dumps(one, indent=1) + "\n")
+    table = pd.DataFrame([row for one in found.values() for row in one["rows"]])
     formats = {"seconds": "{:.1f}", "images/s": "{:.1f}", "waiting": "{:.0%}"}
     formats |= {"peak MiB": "{:.0f}", "bytes/image": "{:,.0f}"}
     print(table.to_string(index=False, formatters={k: v.format for k, v in formats.items()}))
-    good = all(row["as planned"] and row["equal"] in ("", True) for row in found["rows"])
+    good = all(row["as planned"] and row["equal"] in ("", True) for row in table.to_dict("records"))
     print(
         "All tables, rows and shards are equal, and no image was scored twice."
         if good

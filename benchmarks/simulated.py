@@ -38,7 +38,7 @@ LARGER = {
     "test_textures": (500, 450),
 }
 CROPPED = 224
-LEAST = 10  # images of a list: a detector cannot be fitted on fewer
+LEAST = 10  # validation images: a detector cannot be fitted on fewer
 QUALITY = 95  # of the JPEG files; photographs that are enlarged take fewer bytes than others
 NETWORKS = {"imagenet200": ResNet18_224x224, "imagenet": ResNet50}
 TAU = {"imagenet200": 0.1, "imagenet": 0.05}
@@ -75,7 +75,9 @@ def write_images(benchmark: Benchmark, image_set: ImageSet, share: float) -> int
     """Write a list with a share of its images, rounded up, and these; returns their number."""
     name = image_set.imagelist.stem
     known = image_set in (*benchmark.id.values(), *benchmark.csid.values())
-    count = max(LEAST, math.ceil(full_count(benchmark.name, name) * share))
+    count = math.ceil(full_count(benchmark.name, name) * share)
+    if name.startswith("val_"):
+        count = max(LEAST, count)
     (image_set.data_dir / name).mkdir(parents=True, exist_ok=True)
     image_set.imagelist.parent.mkdir(parents=True, exist_ok=True)
     lines = []

@@ -4,6 +4,7 @@ import argparse
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from importlib import import_module
@@ -235,6 +236,14 @@ def pseudo_ood() -> str:
     return table(("searched on", *joined.columns, "mean"), rows)
 
 
+def large_runs(name: str) -> str:
+    """A table of benchmarks/extrapolate.py, about what large runs cost."""
+    sys.path.append(str(RESULTS.parent))
+    extrapolate = import_module("extrapolate")
+    made: str = extrapolate.tables(extrapolate.read_measured(), extrapolate.Assumed())[name]
+    return made
+
+
 def catalogue() -> str:
     """What is tapped in each network of the catalogue, a table per group."""
     stages = "stages: taps of height x width + prefix tokens"
@@ -301,7 +310,11 @@ PROTOCOL_ALSO = (
     "published, energy",
 )
 
-MEASURED_TABLES: dict[str, Callable[[str], str]] = {"compare": comparison, "sizes": fit_sizes}
+MEASURED_TABLES: dict[str, Callable[[str], str]] = {
+    "compare": comparison,
+    "sizes": fit_sizes,
+    "large": large_runs,
+}
 TABLES: dict[str, Callable[[], str]] = {
     "results": short_comparison,
     "catalogue": catalogue,
