@@ -1,6 +1,6 @@
 """What the full ImageNet benchmarks and an archive of images cost: measured parts, assumed GPUs.
 
-    python benchmarks/extrapolate.py [--resnet18 9000] [--resnet50 3000] [--slowdown 1.2]
+    python benchmarks/extrapolate.py [--resnet18 4500] [--resnet50 1500] [--slowdown 1.2]
         [--cores 12] [--price 2.5] [--startup 30] [--archive 1e9] [--manifest 1e7] [--measured DIR]
 
 Prints the Markdown tables of docs/scaling.md. What was measured is read from the files that
@@ -30,7 +30,7 @@ class Assumed:
     """What was not measured.
 
     Attributes:
-        resnet18, resnet50: images per second of a forward pass on one GPU, in half precision.
+        resnet18, resnet50: images per second of a forward pass on one GPU, in float32.
         slowdown: how many times as long FuseNorm's pass takes.
         cores: CPU cores per GPU, all of which load images.
         price: of one GPU with these cores, in any currency per hour.
@@ -39,8 +39,8 @@ class Assumed:
         manifest: images per run of `fusenorm score`.
     """
 
-    resnet18: float = 9000
-    resnet50: float = 3000
+    resnet18: float = 4500
+    resnet50: float = 1500
     slowdown: float = 1.2
     cores: float = 12
     price: float = 2.5

@@ -217,6 +217,9 @@ def measured(args: argparse.Namespace, root: Path) -> dict[str, Any]:
             rows += compared(case, [fitted_evaluation(case)], two)
         rows += compared(case, [scoring(case)], ("one",) if args.skip_ray else ("one", "ray"))
         found[name]["parts"][case.kind] = parts_of(case)
+        if args.json:
+            args.json.mkdir(parents=True, exist_ok=True)
+            (args.json / f"{name}.json").write_text(json.dumps(found[name], indent=1) + "\n")
     return found
 
 
@@ -241,9 +244,6 @@ def main() -> int:
         args.skip_ray = True
     with tempfile.TemporaryDirectory() as folder:
         found = measured(args, (args.root or Path(folder)).resolve())
-    for name, one in found.items() if args.json else ():
-        args.json.mkdir(parents=True, exist_ok=True)
-        (args.json / f"{name}.json").write_text(json.dumps(one, indent=1) + "\n")
     table = pd.DataFrame([row for one in found.values() for row in one["rows"]])
     formats = {"seconds": "{:.1f}", "images/s": "{:.1f}", "waiting": "{:.0%}"}
     formats |= {"peak MiB": "{:.0f}", "bytes/image": "{:,.0f}"}
