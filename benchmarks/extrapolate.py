@@ -104,6 +104,8 @@ def scoring(gpus: int, parts: Mapping[str, Any], a: Assumed) -> Estimate:
     driver = a.manifest * parts["driver_seconds_per_image"]
     begin = a.startup + a.manifest * parts["driver_begin_seconds_per_image"]
     limit = "driver" if driver > actors else "decoding" if decoding < on_gpu else "GPU"
+    if begin > max(actors, driver):
+        limit = "listing"
     runs = a.archive / a.manifest
     return Estimate(runs * max(actors, driver), runs * begin, limit)
 
