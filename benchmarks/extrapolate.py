@@ -3,111 +3,22 @@
     python benchmarks/extrapolate.py [--resnet18 4500] [--resnet50 1500] [--slowdown 1.2]
         [--cores 12] [--price 2.5] [--startup 30] [--archive 1e9] [--manifest 1e7] [--measured DIR]
 
-Prints the Markdown tables of docs/scaling.md. What was measured is read from the files that
+Prints the Markdown tables of docs/cost.md. What was measured is read from the files that
 `imagenet.py --json DIR` writes; every option but --measured is an assumption.
 """
 
 import argparse
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from simulated import full_count
-
-from fusenorm_openood.data.benchmarks import load_benchmark
-from fusenorm_openood.listening.recorded import SHARD
+from costs import Assumed, evaluation, scoring, sets_of
 
 MEASURED = Path(__file__).parent / "results" / "large"
 GPUS = (1, 8, 64)
 TITLES = {"imagenet200": "ImageNet-200, ResNet-18", "imagenet": "ImageNet-1k, ResNet-50"}
-
-
-@dataclass(frozen=True)
-class Assumed:
-    """What was not measured.
-
-    Attributes:
-        resnet18, resnet50: images per second of a forward pass on one GPU, in float32.
-        slowdown: how many times as long FuseNorm's pass takes.
-        cores: CPU cores per GPU, all of which load images.
-        price: of one GPU with these cores, in any currency per hour.
-        startup: seconds until all processes score.
-        archive: images of an archive.
-        manifest: images per run of `fusenorm score`.
-    """
-
-    resnet18: float = 4500
-    resnet50: float = 1500
-    slowdown: float = 1.2
-    cores: float = 12
-    price: float = 2.5
-    startup: float = 30
-    archive: float = 1e9
-    manifest: float = 1e7
-
-    def on_gpu(self, benchmark: str) -> float:
-        """Images per second that one GPU scores when it never waits for them."""
-        forward = self.resnet18 if benchmark == "imagenet200" else self.resnet50
-        return forward / self.slowdown
-
-
-class Estimate(NamedTuple):
-    """Seconds of a run, and what limits it."""
-
-    scoring: float
-    rest: float
-    limit: str
-
-    @property
-    def seconds(self) -> float:
-        return self.scoring + self.rest
-
-
-def sets_of(name: str, fsood: bool, train: bool) -> list[int]:
-    """Numbers of images of the lists that an evaluation reads, in their order."""
-    benchmark = load_benchmark(name)
-    image_sets = [benchmark.id["train"]] * train + [*benchmark.tested(fsood)]
-    return [full_count(name, image_set.imagelist.stem) for image_set in image_sets]
-
-
-def evaluation(
-    name: str, counts: Sequence[int], gpus: int, fitted: int, parts: Mapping[str, Any], a: Assumed
-) -> Estimate:
-    """`fusenorm eval` with one process per GPU and an empty store.
-
-    A list is scored when the process with most of its shards is ready; then each process reads all
-    of them, and sums up the images that a postprocessor is fitted on.
-    """
-    decoding, on_gpu = a.cores * parts["loaded_per_second"], a.on_gpu(name)
-    each = 1 / min(decoding, on_gpu) + parts["eval"]["write_seconds_per_image"]
-    most = sum(min(n, SHARD * math.ceil(math.ceil(n / SHARD) / gpus)) for n in counts)
-    scoring, even = most * each, sum(counts) * each / gpus
-    read = parts["eval"]["read_seconds_per_image"]
-    checks = parts["list_seconds_per_image"] + parts["open_seconds_per_image"]
-    after = sum(counts) * (checks + read) + fitted * parts["fit_seconds_per_image"]
-    limit = "decoding" if decoding < on_gpu else "GPU"
-    if scoring > 1.5 * even:
-        limit = "lists of few shards"
-    if a.startup + after > scoring:
-        limit = "start" if a.startup > after else "one core per process"
-    return Estimate(scoring, a.startup + after, limit)
-
-
-def scoring(gpus: int, parts: Mapping[str, Any], a: Assumed) -> Estimate:
-    """`fusenorm score --engine ray`, one manifest after another, one actor per GPU."""
-    decoding, on_gpu = a.cores * parts["loaded_per_second"], a.on_gpu("imagenet")
-    each = 1 / min(decoding, on_gpu) + parts["score"]["write_seconds_per_image"]
-    actors = SHARD * math.ceil(a.manifest / SHARD / gpus) * each
-    driver = a.manifest * parts["driver_seconds_per_image"]
-    begin = a.startup + a.manifest * parts["driver_begin_seconds_per_image"]
-    limit = "driver" if driver > actors else "decoding" if decoding < on_gpu else "GPU"
-    if begin > max(actors, driver):
-        limit = "listing"
-    runs = a.archive / a.manifest
-    return Estimate(runs * max(actors, driver), runs * begin, limit)
 
 
 def duration(seconds: float) -> str:
@@ -131,14 +42,13 @@ def cost(seconds: float, gpus: int, a: Assumed) -> tuple[str, str]:
 
 def run_table(measured: Mapping[str, Any], a: Assumed) -> Iterator[Sequence[object]]:
     """The runs at a share of the images, as they were measured."""
-    yield "run", "processes", "images", "seconds", "waiting", "peak memory", "as with one process"
+    yield "run", "processes", "images", "seconds", "waiting", "peak MiB", "as one process"
     for name, found in measured.items():
         for row in found["rows"]:
-            waiting = "" if row["waiting"] is None else f"{row['waiting']:.0%}"
             run = f"{TITLES[name]} ({row['network']}), {row['job']}", row["processes"]
-            equal = {True: "equal", False: "different"}.get(row["equal"], "")
-            memory = f"{row['peak MiB'] / 1024:.2f} GiB"
-            yield *run, f"{row['images']:,}", f"{row['seconds']:.0f}", waiting, memory, equal
+            formats = {"images": ",d", "seconds": ".0f", "waiting": ".0%", "peak MiB": ",.0f"}
+            values = ("" if row[key] is None else format(row[key], f) for key, f in formats.items())
+            yield *run, *values, {True: "equal", False: "different"}.get(row["equal"], "")
 
 
 def part_table(measured: Mapping[str, Any], a: Assumed) -> Iterator[Sequence[object]]:

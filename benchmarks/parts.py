@@ -1,4 +1,7 @@
-"""What large runs are made of, measured in one process and one thread; see imagenet.py."""
+"""What large runs are made of, measured in one process and one thread; see imagenet.py.
+
+Seconds are those of a core, which other processes do not prolong, except for the disk's part.
+"""
 
 import tempfile
 import time
@@ -31,25 +34,25 @@ def loading(image_sets: Sequence[ImageSet]) -> dict[str, float]:
     chosen = items[:: -(-len(items) // LOADED)]
     files = [images.data_dir / images.entries[number].name for images, number in chosen]
     chosen[0][0][0]  # imports and compiles what it needs
-    begun = time.perf_counter()
+    begun = time.process_time()
     for images, number in chosen:
         images[number]
     return {
-        "loaded_per_second": len(chosen) / (time.perf_counter() - begun),
+        "loaded_per_second": len(chosen) / (time.process_time() - begun),
         "bytes_per_jpeg": float(np.mean([file.stat().st_size for file in files])),
     }
 
 
 def checking(image_sets: Sequence[ImageSet]) -> dict[str, float]:
     """Seconds per image before the first is scored: in each process, and in the first one."""
-    images, clock = [s.images() for s in image_sets], [time.perf_counter()]
+    images, clock = [s.images() for s in image_sets], [time.process_time()]
     for one in images:
         one.first_missing()
         records.manifest(one)
-    clock.append(time.perf_counter())
+    clock.append(time.process_time())
     for one in images:
         list(one.faults())
-    clock.append(time.perf_counter())
+    clock.append(time.process_time())
     listed, opened = np.diff(clock) / sum(map(len, images))
     return {"list_seconds_per_image": float(listed), "open_seconds_per_image": float(opened)}
 
@@ -84,11 +87,11 @@ def storing(columns: Columns) -> dict[str, float]:
 def fitting(columns: Columns) -> dict[str, float]:
     """Seconds per image to sum up what mds is fitted on."""
     seen = Seen(torch.from_numpy(columns["feature"]), torch.from_numpy(columns["logits"]))
-    mds, begun = Posthoc.of("mds", {}), time.perf_counter()
+    mds, begun = Posthoc.of("mds", {}), time.process_time()
     sums = BlockSums([mds])
     sums.add(seen, torch.from_numpy(columns["pred"]))
     sums.of(mds)
-    return {"fit_seconds_per_image": (time.perf_counter() - begun) / len(seen.logits)}
+    return {"fit_seconds_per_image": (time.process_time() - begun) / len(seen.logits)}
 
 
 def driving(listed: Path, detector: Path, columns: Columns) -> dict[str, float]:
@@ -97,9 +100,9 @@ def driving(listed: Path, detector: Path, columns: Columns) -> dict[str, float]:
     paths = manifest_paths(str(listed))
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    clock = [time.perf_counter()]
+    clock = [time.process_time()]
     manifest(manifest_paths(str(listed)))
-    clock.append(time.perf_counter())
+    clock.append(time.process_time())
     given = Namespace(detector=str(detector), network=None, weights=None, device="cpu")
     with tempfile.TemporaryDirectory() as folder, RowFile(Path(folder, "rows.csv")) as file:
         files = FileShards(load_detector(given), paths, Path(folder))
@@ -107,10 +110,10 @@ def driving(listed: Path, detector: Path, columns: Columns) -> dict[str, float]:
             rows = len(files.shards.span(number))
             whole = {name: np.resize(c, (rows, *c.shape[1:])) for name, c in columns.items()}
             files.shards.write(number, whole)
-        clock.append(time.perf_counter())
+        clock.append(time.process_time())
         for judged in files.judged(0.95, Process()):
             file.write(judged)
-        clock.append(time.perf_counter())
+        clock.append(time.process_time())
         size = Path(folder, "rows.csv").stat().st_size
     begin, _, judge = np.diff(clock) / len(paths)
     return {

@@ -13,7 +13,6 @@ from fusenorm_openood import Settings
 from tests.conftest import shortened_digits
 
 RUN = Path(__file__).parent.parent / "benchmarks" / "run.py"
-MEASURED = RUN.parent / "results" / "large"
 
 
 def test_ratios_are_written_after_each_section(tmp_path):
