@@ -43,8 +43,8 @@ def cost(seconds: float, gpus: int, a: Assumed) -> tuple[str, str]:
 def run_table(measured: Mapping[str, Any], a: Assumed) -> Iterator[Sequence[object]]:
     """The runs at a share of the images, as they were measured."""
     yield "run", "processes", "images", "seconds", "waiting", "peak MiB", "as one process"
-    for name, found in measured.items():
-        for row in found["rows"]:
+    for name in filter(measured.get, TITLES):
+        for row in measured[name]["rows"]:
             run = f"{TITLES[name]} ({row['network']}), {row['job']}", row["processes"]
             formats = {"images": ",d", "seconds": ".0f", "waiting": ".0%", "peak MiB": ",.0f"}
             values = ("" if row[key] is None else format(row[key], f) for key, f in formats.items())
@@ -66,7 +66,7 @@ def part_table(measured: Mapping[str, Any], a: Assumed) -> Iterator[Sequence[obj
         ("µs to judge an image, driver of `score`", 1e6, ".0f", "driver_seconds_per_image"),
         ("bytes in memory per listed file, driver", 1, ".0f", "driver_bytes_per_image"),
     )
-    names = [name for name in TITLES if name in measured]
+    names = [*filter(measured.get, TITLES)]
     yield "measured", *(TITLES[name] for name in names)
     for title, scale, form, *keys in shown:
         values = []
@@ -82,9 +82,7 @@ def part_table(measured: Mapping[str, Any], a: Assumed) -> Iterator[Sequence[obj
 
 def cases(measured: Mapping[str, Any]) -> Iterator[tuple[str, str, list[int], int, Any]]:
     """Benchmark, what is run, numbers of images in its lists, those of the fit, measured parts."""
-    for name in TITLES:
-        if name not in measured:
-            continue
+    for name in filter(measured.get, TITLES):
         parts = measured[name]["parts"]["base"]
         for job, fsood, train in (("OOD", 0, 0), ("FS-OOD", 1, 0), ("OOD, `mds`", 0, 1)):
             counts = sets_of(name, bool(fsood), bool(train))
