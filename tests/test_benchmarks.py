@@ -61,31 +61,54 @@ def test_imagenet_is_the_same_in_one_process_and_in_two(tmp_path):
     }
 
 
+STORED = {"write_seconds_per_image": 1e-5, "read_seconds_per_image": 5e-5}
+PARTS = {
+    "loaded_per_second": 400,
+    "list_seconds_per_image": 1e-5,
+    "open_seconds_per_image": 4e-5,
+    "fit_seconds_per_image": 2e-4,
+    "driver_begin_seconds_per_image": 1e-5,
+    "driver_seconds_per_image": 1e-4,
+    "eval": STORED,
+    "score": STORED,
+}
+
+
 @pytest.fixture
-def extrapolate(monkeypatch):
+def costs(monkeypatch):
     monkeypatch.syspath_prepend(RUN.parent)
-    return importlib.import_module("extrapolate")
+    return importlib.import_module("costs")
 
 
-def test_eight_gpus_take_an_eighth_of_one_for_lists_that_can_be_shared(extrapolate):
-    parts = extrapolate.read_measured()["imagenet"]["parts"]["base"]
+def test_eight_gpus_score_a_list_of_eighty_shards_in_an_eighth_of_the_time(costs):
     one, eight = (
-        extrapolate.evaluation("imagenet", [80_000], gpus, 0, parts, extrapolate.Assumed())
-        for gpus in (1, 8)
+        costs.evaluation("imagenet", [80_000], gpus, 0, PARTS, costs.Assumed()) for gpus in (1, 8)
     )
     assert one.scoring == pytest.approx(8 * eight.scoring)
-    assert one.rest == eight.rest
+    assert one.rest == pytest.approx(30 + 80_000 * (1e-5 + 4e-5 + 5e-5))
+    assert eight.rest == one.rest
 
 
-def test_what_limits_a_run_is_the_slowest_of_its_parts(extrapolate):
-    parts = extrapolate.read_measured()["imagenet"]["parts"]["base"]
-    slow, fast = extrapolate.Assumed(resnet50=1, archive=1e6), extrapolate.Assumed(resnet50=1e9)
+def test_what_limits_a_run_is_the_slowest_of_its_parts(costs):
+    slow, fast = costs.Assumed(resnet50=1), costs.Assumed(resnet50=1e9)
 
-    def limit(assumed, gpus=1, images=800_000):
-        return extrapolate.evaluation("imagenet", [images], gpus, 0, parts, assumed).limit
+    def limit(assumed, gpus=1, images=800_000, fitted=0):
+        return costs.evaluation("imagenet", [images], gpus, fitted, PARTS, assumed).limit
 
     assert (limit(slow), limit(fast)) == ("GPU", "decoding")
-    assert limit(slow, 64, 8000) == "lists of few shards"
-    assert limit(fast, 64, 1000) == "start"
-    assert extrapolate.scoring(1, parts, slow).limit == "GPU"
-    assert extrapolate.scoring(1000, parts, fast).limit == "driver"
+    assert limit(slow, gpus=64, images=8000) == "lists of few shards"
+    assert limit(fast, gpus=64, images=1000) == "start"
+    assert limit(fast, gpus=64, fitted=800_000) == "one core per process"
+    assert costs.scoring(1, PARTS, slow).limit == "GPU"
+    assert costs.scoring(64, PARTS, fast).limit == "driver"
+    assert (
+        costs.scoring(64, {**PARTS, "driver_begin_seconds_per_image": 1}, fast).limit == "listing"
+    )
+
+
+def test_tables_of_large_runs_have_as_many_cells_in_each_row(costs):
+    extrapolate = importlib.import_module("extrapolate")
+    made = extrapolate.tables(extrapolate.read_measured(), costs.Assumed())
+    for name, table in made.items():
+        assert len({row.count("|") for row in table.splitlines()}) == 1, name
+    assert len(made["time"].splitlines()) == 2 + 2 * 3 * 3  # head, benchmarks, jobs, GPUs
