@@ -67,20 +67,22 @@ def evaluate(
 
     load = loader or plain_loader(batch_size, num_workers)
 
-    def infer(image_set: ImageSet, name: str) -> Scored:
-        return detector.infer(load(image_set), progress, name)
-
     if not detector.is_fitted:
         detector.fit(load(benchmark.id[detector.fitted_on]), progress)
-    test = infer(benchmark.id["val" if validation else "test"], benchmark.name)
-    csid = {name: infer(s, name) for name, s in benchmark.csid.items()} if fsood else {}
-    groups: dict[str, dict[str, Scored]] = {"valood": {}, "nearood": {}, "farood": {}}
-    if validation:
-        groups["valood"] = {"val": infer(benchmark.val_ood, "val")}
-    else:
-        groups["nearood"] = {name: infer(s, name) for name, s in benchmark.near.items()}
-        groups["farood"] = {name: infer(s, name) for name, s in benchmark.far.items()}
+    tested: dict[str, dict[str, ImageSet]] = {
+        "id": {benchmark.name: benchmark.id["val" if validation else "test"]},
+        "csid": benchmark.csid if fsood else {},
+        "valood": {"val": benchmark.val_ood} if validation else {},
+        "nearood": {} if validation else benchmark.near,
+        "farood": {} if validation else benchmark.far,
+    }
+    named = [(group, name, s) for group, sets in tested.items() for name, s in sets.items()]
+    loaders = detector.prepare([load(image_set) for *_, image_set in named], progress)
+    groups: dict[str, dict[str, Scored]] = {group: {} for group in tested}
+    for (group, name, _), images in zip(named, loaders, strict=True):
+        groups[group][name] = detector.infer(images, progress, name)
 
+    test, csid = groups.pop("id")[benchmark.name], groups.pop("csid")
     known = [test, *csid.values()]
     id_conf = np.concatenate([s.conf for s in known])
     id_experts = np.concatenate([s.experts for s in known], axis=1)

@@ -18,6 +18,7 @@ from fusenorm_openood.listening.batches import checked_images, not_finite
 from fusenorm_openood.listening.observed import Heard, Listener, Observed, Recorder, observed
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.readings import Readings
+from fusenorm_openood.listening.recorded import dealt_out
 from fusenorm_openood.listening.recording import recording_listener
 from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.listening.sums import BlockSums
@@ -88,6 +89,20 @@ class ExpertScorer(ABC):
         self._structure = understand(self.net, images)
         self._try(images)
         return readings
+
+    def prepare(self, loaders: Iterable[Any], progress: bool = False) -> list[Any]:
+        """Let recorded loaders keep their images, each process its share, before any is waited for.
+
+        Returns:
+            The loaders, recorded or not, to be read instead.
+        """
+        dealt = dealt_out(loaders)
+        for loader in dealt:
+            if isinstance(loader, Recorder):
+                if self._structure is None:
+                    self.structure(self._moved(loader.first))
+                loader.prepare(self.net, self._listener(recorded=True), progress)
+        return dealt
 
     @abstractmethod
     def _try(self, images: Tensor) -> None:

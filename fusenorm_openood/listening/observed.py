@@ -68,6 +68,10 @@ class Recorder(ABC):
         """At least one of its images `[B, C, H, W]`."""
 
     @abstractmethod
+    def prepare(self, net: nn.Module, listener: Listener, progress: bool) -> None:
+        """Hear this process's share of the images, without waiting for others."""
+
+    @abstractmethod
     def observed(
         self, net: nn.Module, listener: Listener, progress: bool, desc: str
     ) -> Iterator[Observed]:

@@ -1,7 +1,7 @@
 """A loader that keeps what is heard of its images in a store, shard by shard."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +56,7 @@ class RecordedLoader(Recorder):
         name: a name of the images, for people.
         batch_size, num_workers: settings of the data loader.
         pace: counts the images that are heard.
+        start: shards of other loaders that are dealt out before; see `dealt_out`.
     """
 
     dataset: Dataset[Any]
@@ -65,6 +66,7 @@ class RecordedLoader(Recorder):
     batch_size: int = 200
     num_workers: int = 0
     pace: Pace = field(default_factory=Pace, compare=False)
+    start: int = 0
 
     def __iter__(self) -> Iterator[Any]:
         return self._load(row_batches(range(len(self)), self.batch_size))
@@ -87,13 +89,12 @@ class RecordedLoader(Recorder):
             DataError: an image cannot be read.
             NetworkError: the network fails on images.
         """
-        process = this_process()
-        work = _Work(net, listener, progress and process.leads, desc)
+        work = self._work(net, listener, progress, desc)
         begun, _ = self._shards(listener)
-        self._write(begun, process.share(begun.missing()), work)
+        self._write(begun, self._share(begun.missing()), work)
         wait_for_shards(  # of which another process may find others
             lambda: self._shards(listener)[0].missing(),
-            lambda: self._write(begun, begun.missing(), work),
+            lambda: self._write(self._own(listener), self._own(listener).missing(), work),
         )
         complete, taken = self._shards(listener)
         for number in range(complete.count):
@@ -106,7 +107,25 @@ class RecordedLoader(Recorder):
                     complete, taken = self._own(listener), None
                     self._write(complete, [n for n in complete.missing() if n >= number], work)
             compute = partial(self._write, complete, [number], work)
-            yield _observed(intact(complete, number, compute, bool(process.share([number]))))
+            yield _observed(intact(complete, number, compute, bool(self._share([number]))))
+
+    def prepare(self, net: nn.Module, listener: Listener, progress: bool) -> None:
+        """Hear and keep the images of this process's shards, as far as they are missing.
+
+        Raises:
+            StoreError, DataError, NetworkError: as in `observed`.
+        """
+        shards, _ = self._shards(listener)
+        work = self._work(net, listener, progress, self.name)
+        self._write(shards, self._share(shards.missing()), work)
+
+    def _share(self, numbers: Iterable[int]) -> list[int]:
+        """Those of some shards that are this process's."""
+        mine = this_process().share(self.start + number for number in numbers)
+        return [number - self.start for number in mine]
+
+    def _work(self, net: nn.Module, listener: Listener, progress: bool, desc: str) -> _Work:
+        return _Work(net, listener, progress and this_process().leads, desc)
 
     def _shards(self, listener: Listener) -> tuple[ShardSet, Change | None]:
         """The shards of a pass, or else the complete ones of a pass that contains its answers."""
@@ -155,6 +174,20 @@ class RecordedLoader(Recorder):
                 pin_memory=pinned,
             )
         )
+
+
+def dealt_out(loaders: Iterable[Any]) -> list[Any]:
+    """The loaders; the shards of recorded ones are dealt out to processes as if all were one set.
+
+    Short sets would otherwise leave most of many processes without work.
+    """
+    start, dealt = 0, []
+    for loader in loaders:
+        if isinstance(loader, RecordedLoader):
+            loader = replace(loader, start=start)
+            start += -(-len(loader) // SHARD)
+        dealt.append(loader)
+    return dealt
 
 
 def _columns(heard: list[Observed]) -> Columns:
