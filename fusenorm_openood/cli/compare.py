@@ -12,7 +12,7 @@ from fusenorm_openood.benchmark.runs import find_checkpoints
 from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.inputs import check_images, check_readable
-from fusenorm_openood.cli.kept import records_of, say_pace
+from fusenorm_openood.cli.kept import records_of, say_pace, store_of
 from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.detectors.configuration import read_fusenorm
@@ -53,7 +53,7 @@ def run(args: Namespace) -> int:
     image_sets = [*benchmark.tested(args.fsood), *([benchmark.val_ood] * bool(sweep))]
     check_images(benchmark, image_sets)
     if process.leads:
-        check_readable(image_sets)
+        check_readable(image_sets, store_of(args))
     checkpoints = {root: find_checkpoints(root) for root in args.root}
     networks = {
         root: load_runs(found, benchmark.num_classes, args.network, benchmark.image_size)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.benchmark import networks, records
+from fusenorm_openood.benchmark import faults, networks, records
 from fusenorm_openood.benchmark.records import network_record
+from fusenorm_openood.data import lists
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.sharded import experts_record
@@ -22,19 +23,20 @@ SETS = {
     "val_digits", "test_digits", "test_digit8", "test_digit9",
     "test_china", "test_flower", "test_noise", "test_stripes",
 }  # fmt: skip
+FAULTS = {f"{name}_faults" for name in SETS}
 
 
 def without_network_and_images():
-    """Let whatever loads the network or reads an image fail."""
+    """Let whatever loads the network or opens an image fail."""
 
     def fail(*args, **kwargs):
         raise AssertionError("this was in the store")
 
-    networks.load_network = ImageList.__getitem__ = fail
+    networks.load_network = ImageList.__getitem__ = lists.find_fault = fail
 
 
 def as_version(version):
-    records.__version__ = version
+    records.__version__ = faults.__version__ = version
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def full(own, tmp_path_factory):
     home = tmp_path_factory.mktemp("full")
     (done,) = run(home, own.argv("eval", home / "store"))
     assert done.status == 0, done.err
-    assert written(home) == {*SETS, "network"}
+    assert written(home) == {*SETS, *FAULTS, "network"}
     return home / "store"
 
 
@@ -115,7 +117,7 @@ def test_other_scores_of_the_network_are_computed(own, full, tmp_path, options):
 def test_another_version_computes_anew(own, full, tmp_path):
     (done,) = run(tmp_path, own.argv("eval", full), first=partial(as_version, "0.0"))
     assert done.status == 0, done.err
-    assert written(tmp_path) == {*SETS, "network"}
+    assert written(tmp_path) == {*SETS, *FAULTS, "network"}
 
 
 def test_another_checkpoint_computes_anew(own, full, tmp_path):
@@ -164,7 +166,7 @@ def test_a_changed_image_set_is_computed_anew_and_no_other(own, full, tmp_path, 
     change(own.data / "images_digits" / name, path)
     (done,) = run(tmp_path, own.argv("eval", full))
     assert done.status == 0, done.err
-    assert written(tmp_path) == {"test_flower"}
+    assert written(tmp_path) == {"test_flower", "test_flower_faults"}
     (live,) = run(tmp_path / "live", own.argv("eval", "none"))
     assert done.out == live.out
 
