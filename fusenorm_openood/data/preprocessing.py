@@ -6,14 +6,12 @@ from typing import Any
 
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision import transforms
-from torchvision.transforms import functional as TF
 
 from fusenorm_openood.data.images import UNREADABLE, read_image, to_rgb
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.urls import Place, place
 
-INTERPOLATIONS = tuple(mode.value for mode in transforms.InterpolationMode)
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,11 @@ class Preprocessing:
         Raises:
             DataError: pixels with 32 bits, whose range is unknown.
         """
+        from torchvision.transforms import InterpolationMode  # takes a second to import
+        from torchvision.transforms import functional as TF
+
         upright = ImageOps.exif_transpose(to_rgb(image))
-        mode = transforms.InterpolationMode(self.interpolation)
+        mode = InterpolationMode(self.interpolation)
         resized = TF.center_crop(TF.resize(upright, [self.resize], mode), list(self.crop))
         tensor: Tensor = TF.normalize(TF.to_tensor(resized), list(self.mean), list(self.std))
         return tensor
