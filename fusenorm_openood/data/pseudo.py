@@ -80,3 +80,4 @@ KINDS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "mixing": mixing,
     "zoom": zoom,
 }
+RANDOM = ("jigsaw", "noise", "rotation")  # they draw, as much as the shape of the images says
