@@ -45,7 +45,10 @@ def test_images_are_turned_upright_by_their_exif_orientation(tmp_path, suffix, d
     image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, **lossless)
     assert torch.equal(PREPROCESSING.read(path), PREPROCESSING(image))
     with Image.open(path) as file:
+        before = np.asarray(file), dict(file.getexif())
         assert torch.equal(PREPROCESSING(file), PREPROCESSING(image))
+        np.testing.assert_array_equal(np.asarray(file), before[0])
+        assert dict(file.getexif()) == before[1]
 
 
 def test_json_and_back():
