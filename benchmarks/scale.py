@@ -13,21 +13,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.datasets import load_sample_images
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from fusenorm_openood import FuseNorm
+from fusenorm_openood.cli.main import main as cli
+from fusenorm_openood.data.images import read_image
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.data.transforms import NORMALIZATIONS
-from fusenorm_openood.detectors.folder import ImageFiles
+from fusenorm_openood.detectors.folder import ReadableFiles
 from fusenorm_openood.listening.recorded import RecordedLoader
-from fusenorm_openood.networks import ResNet18_32x32
+from fusenorm_openood.networks import ResNet18_32x32, ResNet18_224x224
 from fusenorm_openood.store import ShardSet
 from fusenorm_openood.torchrun import this_process, wait_until
 
@@ -51,9 +53,9 @@ class Crops(Dataset[dict[str, Any]]):
         return {"data": crop.permute(2, 0, 1).float() / 127.5 - 1, "label": number % 10}
 
 
-def detector() -> FuseNorm:
+def detector(width: int = 64) -> FuseNorm:
     torch.manual_seed(0)
-    return FuseNorm(ResNet18_32x32(num_classes=10).eval())
+    return FuseNorm(ResNet18_32x32(num_classes=10, width=width).eval())
 
 
 def loading(images: int, rounds: int) -> None:
@@ -66,14 +68,39 @@ def loading(images: int, rounds: int) -> None:
         for number, path in enumerate(paths):
             crop = photographs[number % 2][number % 50 : number % 50 + 375, number : number + 500]
             Image.fromarray(crop).save(path, quality=90)
-        preprocessing = Preprocessing(256, (224, 224), "bilinear", *NORMALIZATIONS["imagenet"])
-        files, speeds = ImageFiles(paths, preprocessing), []
-        for _ in range(rounds):
-            started = time.perf_counter()
-            for number in range(len(paths)):
-                files[number]
-            speeds.append(len(paths) / (time.perf_counter() - started))
-    print(f"loading: {np.median(speeds):.0f} JPEG files per second and core")
+        how = (224, 224), "bilinear", *NORMALIZATIONS["imagenet"]
+        files, without_resizing = (
+            ReadableFiles(paths, Preprocessing(256, *how)),
+            Preprocessing(224, *how),
+        )
+        cropped = [read_image(path).resize((224, 224)) for path in paths]
+        loader = DataLoader(files, 50)
+        found = FuseNorm(ResNet18_224x224().eval()).fit(loader)
+        whole, decode, rest, scored = (
+            per_image(work, rounds)
+            for work in (
+                lambda: [files[number] for number in range(200)],
+                lambda: [read_image(path) for path in paths],
+                lambda: [without_resizing(image) for image in cropped],
+                lambda: found.score_loader(loader),
+            )
+        )
+    resize = whole - decode - rest
+    print(
+        f"loading: {1 / whole:.0f} JPEG files per second and core, of whose time decoding takes "
+        f"{decode / whole:.0%}, resizing and cropping {resize / whole:.0%} and the rest "
+        f"{rest / whole:.0%}; {1 / scored:.0f} with a ResNet-18"
+    )
+
+
+def per_image(work: Callable[[], object], rounds: int, images: int = 200) -> float:
+    """Processor seconds per image, the median over the rounds."""
+    seconds = []
+    for _ in range(rounds):
+        started = time.process_time()
+        work()
+        seconds.append((time.process_time() - started) / images)
+    return float(np.median(seconds))
 
 
 def processes(images: int, rounds: int) -> None:
@@ -130,28 +157,57 @@ def table(images: int, rounds: int) -> None:
 
 
 def memory(images: int, rounds: int) -> None:
-    """Peak memory of one process with few images and with ten times as many."""
-    few, many = (in_processes(1, "peak", n)["mebibytes"] for n in (images, 10 * images))
-    print(
-        f"memory: {few:.0f} MiB at the peak with {images:,} images, {many:.0f} with "
-        f"{10 * images:,}: {many / few:.3f} times"
-    )
+    """Peak memory of one process with few images and with a hundred times as many."""
+    for job, title in (("recorded", "recorded pass"), ("files", "fusenorm score --manifest")):
+        few, many = (in_processes(1, job, n)["mebibytes"] for n in (images, 100 * images))
+        each = (many - few) * 2**20 / (99 * images)
+        print(
+            f"memory, {title}: {few:.0f} MiB at the peak with {images:,} images, {many:.0f} with "
+            f"{100 * images:,}: {many / few:.3f} times, {each:.0f} bytes per image"
+        )
+        sys.stdout.flush()
 
 
-def peak(images: int, store: Path) -> None:
+def recorded(images: int, store: Path) -> None:
+    """What is heard of images of 8 x 8 pixels, shard by shard."""
+    found = detector(width=4)
+    found.fit(RecordedLoader(Crops(200, 8), store, {}, "few"))
+    loader = RecordedLoader(Crops(images, 8), store, {}, "tiny")
+    for scored in loader.observed(found.net, found._listener(recorded=True), False, ""):
+        del scored
+    say_peak()
+
+
+def files(images: int, store: Path) -> None:
+    """`fusenorm score` of one file of 8 x 8 pixels, under as many names as there are images."""
+    from PIL import Image
+
+    crops = (store / "crops").absolute()
+    for number in range(1000):
+        (crops / str(number)).mkdir(parents=True)
+    for number in range(20):
+        crop = ((Crops(20, 8)[number]["data"] + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(crop).save(crops / f"{number}.png")
+    with (store / "manifest.txt").open("w") as file:
+        for number in range(images):
+            file.write(f"crops/{number // 1000}/../{number % 1000}/../{number % 20}.png\n")
+    torch.save(detector(width=4).net.state_dict(), store / "net.ckpt")
+    quick = ["--num-workers", "0", "--no-progress", "--device", "cpu", "--batch-size", "200"]
+    fit = ["fit", "--weights", store / "net.ckpt", "--id-dir", crops, "--image-size", 8]
+    fit += ["--resize", 8, "--normalization", "digits", "--output", store / "detector.st"]
+    score = ["score", "--detector", store / "detector.st", "--manifest", store / "manifest.txt"]
+    score += ["--store", store / "scores", "--csv", store / "rows.csv"]
+    for argv in (fit, score):
+        if cli([*map(str, argv), *quick]):
+            sys.exit("a command failed")
+    say_peak()
+
+
+def say_peak() -> None:
     import resource
 
-    found = detector()
-    found.fit(RecordedLoader(Crops(200, 32), store, {}, "few"))
-    for scored in shards_of(found, images, store):
-        del scored
-    print(json.dumps({"mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
-
-
-def shards_of(found: FuseNorm, images: int, store: Path) -> Iterator[Any]:
-    """What is heard of images of 8 x 8 pixels, shard by shard."""
-    loader = RecordedLoader(Crops(images, 8), store, {}, "tiny")
-    return loader.observed(found.net, found._listener(recorded=True), False, "")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"mebibytes": peak}))
 
 
 def main() -> None:
@@ -159,7 +215,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--job", choices=("worker", "peak"), help=argparse.SUPPRESS)
+    parser.add_argument("--job", choices=("worker", "recorded", "files"), help=argparse.SUPPRESS)
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:

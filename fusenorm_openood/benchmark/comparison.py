@@ -23,7 +23,8 @@ from fusenorm_openood.method.joint import joint_penalty
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc
 from fusenorm_openood.method.settings import Settings
-from fusenorm_openood.networks.t2fnorm import has_scoring_logits
+from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.structure.wrappers import scoring_module
 
 GROUPS = ("nearood", "farood")
 # FuseNorm's rows, in order; each search adds one.
@@ -47,6 +48,7 @@ class Comparison(NamedTuple):
         found: results of the searches, by row.
         known: confidences of the ID test images, by method.
         unknown: confidences of the OOD images, by group, data set and method.
+        structure: how the network is built.
     """
 
     auroc: pd.DataFrame
@@ -55,6 +57,7 @@ class Comparison(NamedTuple):
     found: dict[str, Found]
     known: dict[str, NDArray[Any]]
     unknown: dict[str, dict[str, dict[str, NDArray[Any]]]]
+    structure: Structure
 
 
 def compare(
@@ -128,7 +131,9 @@ def compare(
         for group, image_sets in zip(GROUPS, (benchmark.near, benchmark.far), strict=True)
     }
     figures = tables(known, unknown, [*outputs, *experts, *peers])
-    return Comparison(*figures, found, known, unknown)
+    structure = bank.known_structure
+    assert structure is not None  # the bank is fitted
+    return Comparison(*figures, found, known, unknown, structure)
 
 
 def single_experts(
@@ -140,7 +145,7 @@ def single_experts(
         BASELINES[name].title: output_of(name, default_args(name), benchmark.norm[1])
         for name in names
     }
-    if has_scoring_logits(net):  # T2FNorm's postprocessor is MSP of the scoring logits
+    if scoring_module(net) is not None:  # T2FNorm's postprocessor is MSP of the scoring logits
         outputs = {"MSP (T2FNorm)" if n == "MSP" else n: output for n, output in outputs.items()}
     posthoc = {kind.title: Posthoc.of(name) for name, kind in POSTHOC.items()}
     # K is OpenOOD's for 50,000 training images; a few ID validation images have fewer neighbours.

@@ -1,6 +1,7 @@
 """What is kept of a run's network and images, so that no image is scored twice."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -116,10 +117,9 @@ def manifest(images: ImageList) -> str:
         DataError: a file is missing.
     """
     hashed = sha256()
-    for entry in images.entries:
-        path = images.data_dir / entry.name
+    for entry, path in zip(images.entries, images.paths(), strict=True):
         try:
-            found = path.stat()
+            found = os.stat(path)
         except OSError as error:
             raise DataError(
                 f"image {path} cannot be read ({error.strerror}): restore or replace it"

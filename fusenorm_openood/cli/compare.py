@@ -12,7 +12,7 @@ from fusenorm_openood.benchmark.runs import find_checkpoints
 from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.inputs import check_images, check_readable
-from fusenorm_openood.cli.kept import records_of, say_pace
+from fusenorm_openood.cli.kept import records_of, say_pace, store_of
 from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.detectors.configuration import read_fusenorm
@@ -53,10 +53,15 @@ def run(args: Namespace) -> int:
     image_sets = [*benchmark.tested(args.fsood), *([benchmark.val_ood] * bool(sweep))]
     check_images(benchmark, image_sets)
     if process.leads:
-        check_readable(image_sets)
+        check_readable(image_sets, store_of(args))
     checkpoints = {root: find_checkpoints(root) for root in args.root}
+    records = {
+        root: records_of(args, benchmark, found, amp=False, channels_last=False)
+        for root, found in checkpoints.items()
+    }
+    size = benchmark.image_size
     networks = {
-        root: load_runs(found, benchmark.num_classes, args.network, benchmark.image_size)
+        root: load_runs(found, benchmark.num_classes, args.network, size, records[root])
         for root, found in checkpoints.items()
     }
     labels = _labels(list(networks))
@@ -64,22 +69,23 @@ def run(args: Namespace) -> int:
     compared: dict[str, list[Comparison]] = {}
     for root, runs in networks.items():
         results = []
-        records = records_of(args, benchmark, checkpoints[root], amp=False, channels_last=False)
         for run_name, net in runs.items():
-            results.append(
-                compare(
-                    net.to(device),
-                    benchmark,
-                    sweep,
-                    args.fsood,
-                    args.batch_size,
-                    args.num_workers,
-                    not args.no_progress,
-                    records[run_name].loader if records else None,
-                )
+            kept = records[root].get(run_name)
+            result = compare(
+                net.to(device),
+                benchmark,
+                sweep,
+                args.fsood,
+                args.batch_size,
+                args.num_workers,
+                not args.no_progress,
+                kept.loader if kept else None,
             )
+            results.append(result)
             net.cpu()
-        say_pace(records)
+            if kept:
+                kept.keep(net, result.structure)
+        say_pace(records[root])
         fpr95 = _mean([result.fpr95 for result in results]).add_suffix(" FPR@95")
         figures[labels[root]] = _mean([result.auroc for result in results]).join(fpr95)
         if args.csv and process.leads:

@@ -16,8 +16,8 @@ from fusenorm_openood.benchmark.runs import results_folder, unfinished
 from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.engines import Job, evaluate_run, find_engine
-from fusenorm_openood.cli.inputs import check_files, check_networks, ensure_digits
-from fusenorm_openood.cli.kept import records_of, say_pace
+from fusenorm_openood.cli.inputs import check_files, check_networks, check_readable, ensure_digits
+from fusenorm_openood.cli.kept import records_of, say_pace, store_of
 from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.benchmarks import Benchmark, load_benchmark
 from fusenorm_openood.data.digits import write_digits
@@ -95,8 +95,10 @@ def run(args: Namespace) -> int:
                 write_digits(args.data_root)
             else:
                 ensure_digits(args.data_root, args.root, progress)
-    checkpoints = check_files(benchmark, args.root, job.image_sets(), opened=process.leads)
+    checkpoints = check_files(benchmark, args.root, job.image_sets())
     engine = find_engine(job, args.engine)
+    if process.leads:
+        check_readable(job.image_sets(), store_of(args) if engine == "native" else None)
     if engine == "native":
         how = {"amp": job.amp, "channels_last": args.channels_last}
         job = replace(job, records=records_of(args, benchmark, checkpoints, **how))

@@ -1,7 +1,7 @@
 """`fusenorm fit`: fit and calibrate a detector on folders of images, and keep it in a file."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def run(args: Namespace) -> int:
     if args.store:
         known["network"] = fingerprint(net).weights
 
-    def loader(paths: list[Place], name: str) -> Iterable[Any]:
+    def loader(paths: Sequence[Place], name: str) -> Iterable[Any]:
         files, how = ReadableFiles(paths, preprocessing), (args.batch_size, args.num_workers)
         if not args.store:
             return DataLoader(files, how[0], num_workers=how[1])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fusenorm_openood.benchmark.faults import find_faults
 from fusenorm_openood.benchmark.runs import find_checkpoints, parse_root_name
 from fusenorm_openood.cli.engines import Job
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
@@ -18,20 +19,18 @@ from fusenorm_openood.training.recipes import METHODS
 
 
 def check_files(
-    benchmark: Benchmark, root: str | Path, image_sets: Iterable[ImageSet], opened: bool = True
+    benchmark: Benchmark, root: str | Path, image_sets: Iterable[ImageSet]
 ) -> dict[str, Path]:
-    """The checkpoints of all training runs, after checking all images that will be read.
+    """The checkpoints of all training runs, after checking that no image is missing.
 
     Args:
         benchmark: the benchmark of the images.
         root: folder of the training runs, or a checkpoint file.
         image_sets: the images.
-        opened: whether every image is opened, which one of several processes needs to do.
 
     Raises:
         DataError, CheckpointError: files are missing, all listed in one message.
         DataError: a label of an ID image that is no class of the benchmark.
-        DataError: images that cannot be read, all listed in one message.
     """
     problems: list[str] = []
     image_sets = list(image_sets)
@@ -51,8 +50,6 @@ def check_files(
             f"{how_to_get(benchmark.name)}. Or give their location with --data-root and --root."
         )
     benchmark.check_labels(image_sets)
-    if opened:
-        check_readable(image_sets)
     return checkpoints
 
 
@@ -70,13 +67,17 @@ def check_images(benchmark: Benchmark, image_sets: Iterable[ImageSet]) -> None:
     benchmark.check_labels(image_sets)
 
 
-def check_readable(image_sets: Iterable[ImageSet]) -> None:
+def check_readable(image_sets: Iterable[ImageSet], store: Path | None = None) -> None:
     """Warn about truncated images, which are read as in OpenOOD, with missing rows in grey.
+
+    Args:
+        image_sets: the images.
+        store: see `find_faults`.
 
     Raises:
         DataError: images that cannot be read; the message lists all of them.
     """
-    faults = [fault for image_set in image_sets for fault in image_set.images().faults()]
+    faults = [f for image_set in image_sets for f in find_faults(image_set.images(), store)]
     truncated = [where for where, fault in faults if fault == "truncated"]
     unreadable = [f"{where} ({fault})" for where, fault in faults if fault != "truncated"]
     if truncated:

@@ -13,6 +13,11 @@ from fusenorm_openood.listening.pace import Pace
 from fusenorm_openood.torchrun import this_process
 
 
+def store_of(args: Namespace) -> Path | None:
+    """The folder of the store, None with `--store none`."""
+    return None if args.store == "none" else Path(args.store)
+
+
 def records_of(
     args: Namespace, benchmark: Benchmark, checkpoints: Mapping[str, Path], **how: Any
 ) -> dict[str, Records]:
@@ -27,7 +32,8 @@ def records_of(
     Raises:
         ConfigError: several processes without a store.
     """
-    if args.store == "none":
+    store = store_of(args)
+    if store is None:
         if this_process().world > 1:
             raise ConfigError(
                 "several processes meet in the store, got --store none: give a folder that all of "
@@ -37,7 +43,7 @@ def records_of(
     pace = Pace()
     return {
         run: Records(
-            Path(args.store),
+            store,
             network_record(path, args.network, benchmark.image_size, **how),
             args.batch_size,
             args.num_workers,

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from fusenorm_openood.method.conformal import check_enough, rejects, rejects_at_
 from fusenorm_openood.report.files import report_of_files
 from fusenorm_openood.report.write import check_report, write_report
 from fusenorm_openood.torchrun import Process, among_peers, this_process
-from fusenorm_openood.urls import Place, place
+from fusenorm_openood.urls import Places, place
 
 SOME_UNREADABLE = 3  # exit status
 
@@ -87,7 +88,7 @@ def run(args: Namespace) -> int:
         return sum(map(len, _judged(args, detector, given, process, pace)))  # it is given none: 0
     with RowFile(Path(args.csv) if args.csv else None, args.resume) as file:
         _check_same(detector, file)
-        paths = [path for path in given if str(path) not in file.judged]
+        paths = Places(path for path in given.texts if path not in file.judged)
         hidden = args.no_progress or not args.csv
         counts = Counter[str]()
         with tqdm(total=len(paths), unit=" images", disable=hidden, leave=False) as bar:
@@ -135,16 +136,16 @@ def _check_store(args: Namespace, process: Process) -> None:
         raise ConfigError("--store goes on with what it has: leave out --resume")
 
 
-def _given(args: Namespace) -> list[Place]:
+def _given(args: Namespace) -> Places:
     """The files to score, each once."""
     if not (args.paths or args.manifest):
         raise ConfigError("there is nothing to score: give PATH or --manifest FILE")
-    listed = manifest_paths(args.manifest) if args.manifest else []
-    return list(dict.fromkeys([*image_paths(args.paths), *listed]))
+    listed = manifest_paths(args.manifest) if args.manifest else Places(())
+    return Places(chain(image_paths(args.paths).texts, listed.texts))
 
 
 def _judged(
-    args: Namespace, detector: FuseNorm, paths: list[Place], process: Process, pace: Pace
+    args: Namespace, detector: FuseNorm, paths: Places, process: Process, pace: Pace
 ) -> Iterator[list[Judged]]:
     how = args.batch_size, args.num_workers, pace
     if not args.store:

@@ -81,7 +81,7 @@ class ImageList(Dataset[dict[str, Any]]):
             image = read_image(self.data_dir / entry.name)
         except UNREADABLE as error:
             raise DataError(
-                f"{self._where(entry)} cannot be read ({explain(error)}): restore or replace it"
+                f"{self.where(index)} cannot be read ({explain(error)}): restore or replace it"
             ) from None
         return {"data": self.transform(image), "label": entry.label}
 
@@ -97,16 +97,21 @@ class ImageList(Dataset[dict[str, Any]]):
 
     def first_missing(self) -> str | None:
         """A message about the first image that does not exist, None if all do; reads no image."""
-        for entry in self.entries:
-            if not os.path.isfile(self.data_dir / entry.name):
-                return f"{self._where(entry)} is missing"
+        for number, path in enumerate(self.paths()):
+            if not os.path.isfile(path):
+                return f"{self.where(number)} is missing"
         return None
 
-    def faults(self) -> Iterator[tuple[str, str]]:
-        """The position and the fault of each faulty image; see `find_fault`. Opens every file."""
-        for entry in self.entries:
-            if (fault := find_fault(self.data_dir / entry.name)) is not None:
-                yield self._where(entry), fault
+    def faults(self) -> dict[int, str]:
+        """The fault of each faulty image by its number; see `find_fault`. Opens every file."""
+        found = ((n, find_fault(self.data_dir / e.name)) for n, e in enumerate(self.entries))
+        return {number: fault for number, fault in found if fault is not None}
 
-    def _where(self, entry: Entry) -> str:
+    def paths(self) -> Iterator[str]:
+        """The files, as strings, which is faster than paths."""
+        return (os.path.join(self.data_dir, entry.name) for entry in self.entries)
+
+    def where(self, number: int) -> str:
+        """An image's list, line and file."""
+        entry = self.entries[number]
         return f"{self.path}, line {entry.line}: image {self.data_dir / entry.name}"

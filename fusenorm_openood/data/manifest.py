@@ -6,10 +6,10 @@ from glob import glob, has_magic
 from io import BytesIO, StringIO
 
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.urls import Place, Url, place
+from fusenorm_openood.urls import Place, Places, Url, place
 
 
-def manifest_paths(given: str) -> list[Place]:
+def manifest_paths(given: str) -> Places:
     """The files that manifests list, in order, each once.
 
     Args:
@@ -23,10 +23,10 @@ def manifest_paths(given: str) -> list[Place]:
     manifests = [place(given)]
     if has_magic(given):
         manifests = _matches(place(given))
-    listed = dict.fromkeys(path for manifest in manifests for path in listed_in(manifest))
+    listed = Places(path for manifest in manifests for path in listed_in(manifest))
     if not listed:
         raise DataError(f"manifest {given} lists no files: give one that does")
-    return list(listed)
+    return listed
 
 
 def listed_in(manifest: Place) -> Iterator[Place]:

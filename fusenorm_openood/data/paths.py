@@ -9,10 +9,10 @@ from PIL import Image
 
 from fusenorm_openood.data.manifest import listed_in
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.urls import Place, place
+from fusenorm_openood.urls import Place, Places, place
 
 
-def image_paths(given: Iterable[str]) -> list[Place]:
+def image_paths(given: Iterable[str]) -> Places:
     """The image files that command-line arguments name, in order, each once.
 
     A folder stands for all image files in it and in its folders, a pattern such as `*.png` for the
@@ -22,7 +22,7 @@ def image_paths(given: Iterable[str]) -> list[Place]:
     Raises:
         DataError: an argument that names nothing.
     """
-    return list(dict.fromkeys(path for argument in given for path in _paths(argument)))
+    return Places(path for argument in given for path in _paths(argument))
 
 
 def _paths(argument: str) -> Iterator[Place]:

@@ -6,14 +6,12 @@ from typing import Any
 
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision import transforms
-from torchvision.transforms import functional as TF
 
 from fusenorm_openood.data.images import UNREADABLE, read_image, to_rgb
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.urls import Place, place
 
-INTERPOLATIONS = tuple(mode.value for mode in transforms.InterpolationMode)
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,7 @@ class Preprocessing:
         Raises:
             DataError: pixels with 32 bits, whose range is unknown.
         """
-        upright = ImageOps.exif_transpose(to_rgb(image))
-        mode = transforms.InterpolationMode(self.interpolation)
-        resized = TF.center_crop(TF.resize(upright, [self.resize], mode), list(self.crop))
-        tensor: Tensor = TF.normalize(TF.to_tensor(resized), list(self.mean), list(self.std))
-        return tensor
+        return self._prepared(to_rgb(image))  # a copy
 
     def read(self, path: str | Place) -> Tensor:
         """The tensor `[3, H, W]` of an image file, local or at a URL.
@@ -71,12 +65,23 @@ class Preprocessing:
             DataError: the file is missing or cannot be read as an image.
         """
         try:
-            return self(read_image(place(path)))
+            return self._prepared(read_image(place(path)))
         except DataError as error:
             raise DataError(f"image {path} cannot be read ({error})") from None
         except UNREADABLE as error:
             reason = "missing" if isinstance(error, FileNotFoundError) else str(error)
             raise DataError(f"image {path} cannot be read ({reason}): replace it") from None
+
+    def _prepared(self, image: Image.Image) -> Tensor:
+        """The tensor of an RGB image, which is turned upright itself: a copy takes time."""
+        from torchvision.transforms import InterpolationMode  # takes a second to import
+        from torchvision.transforms import functional as TF
+
+        ImageOps.exif_transpose(image, in_place=True)
+        mode = InterpolationMode(self.interpolation)
+        resized = TF.center_crop(TF.resize(image, [self.resize], mode), list(self.crop))
+        tensor: Tensor = TF.normalize(TF.to_tensor(resized), list(self.mean), list(self.std))
+        return tensor
 
     def to_json(self) -> dict[str, Any]:
         """The preprocessing in terms of JSON; see `from_json`."""

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as V
 
 GRID = 4  # tiles per side of a jigsaw
 
@@ -27,6 +26,8 @@ def jigsaw(images: Tensor, generator: Generator) -> Tensor:
 
 def blur(images: Tensor, generator: Generator) -> Tensor:
     """Images under a Gaussian blur of a standard deviation of an eighth of the shorter side."""
+    from torchvision.transforms.v2 import functional as V  # takes a second to import
+
     sigma = min(images.shape[2:]) / 8
     reach = min(int(3 * sigma), min(images.shape[2:]) - 1)
     blurred: Tensor = V.gaussian_blur(images, [2 * reach + 1] * 2, [sigma, sigma])
@@ -79,3 +80,4 @@ KINDS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "mixing": mixing,
     "zoom": zoom,
 }
+RANDOM = ("jigsaw", "noise", "rotation")  # they draw, as much as the shape of the images says

@@ -1,12 +1,16 @@
-"""OpenOOD's preprocessing of training and test images."""
+"""OpenOOD's preprocessing of training and test images.
+
+torchvision, which takes a second to import, is imported for the first image only.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from math import isfinite
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
-from torchvision import transforms
 
 from fusenorm_openood.errors import ConfigError
 
@@ -54,14 +58,35 @@ def parse_normalization(text: str) -> Normalization:
     return numbers[:3], numbers[3:]
 
 
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resize the shorter side (bilinear), centre-crop and normalise to `[3, size, size]`.
+
+    Attributes:
+        norm: mean and standard deviation of the RGB channels.
+        sizes: length of the shorter side after resizing, and of the sides of the centre crop;
+            None = neither resized nor cropped.
+    """
+
+    norm: Normalization
+    sizes: tuple[int, int] | None = None
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self._steps(image)
+
+    @cached_property
+    def _steps(self) -> Transform:
+        return _compose(*(_resized(*self.sizes) if self.sizes else ()), *_normalised(self.norm))
+
+
 def eval_transform(pre_size: int, image_size: int, norm: Normalization) -> Transform:
-    """Resize the shorter side (bilinear), centre-crop and normalise to `[3, size, size]`."""
-    return _compose(*_resized(pre_size, image_size), *_normalised(norm))
+    """OpenOOD's transform of test images; see `EvalTransform`."""
+    return EvalTransform(norm, (pre_size, image_size))
 
 
 def plain_transform(norm: Normalization) -> Transform:
     """Normalise only, for images that already have their final size, such as ImageNet-C's."""
-    return _compose(*_normalised(norm))
+    return EvalTransform(norm)
 
 
 def train_transform(
@@ -72,6 +97,8 @@ def train_transform(
     A random crop with a padding of one eighth (4 of 32 pixels), or with `zoom`, as for ImageNet, a
     crop of random scale and aspect ratio; with `flip`, also a random horizontal flip.
     """
+    from torchvision import transforms
+
     mirror = [transforms.RandomHorizontalFlip()] if flip else []
     if zoom:
         bilinear = transforms.InterpolationMode.BILINEAR
@@ -82,14 +109,20 @@ def train_transform(
 
 
 def _resized(pre_size: int, image_size: int) -> list[Any]:
+    from torchvision import transforms
+
     resize = transforms.Resize(pre_size, transforms.InterpolationMode.BILINEAR)
     return [resize, transforms.CenterCrop(image_size)]
 
 
 def _normalised(norm: Normalization) -> list[Any]:
+    from torchvision import transforms
+
     return [transforms.ToTensor(), transforms.Normalize(*norm)]
 
 
 def _compose(*steps: Any) -> Transform:
+    from torchvision import transforms
+
     transform: Transform = transforms.Compose(steps)
     return transform

@@ -74,10 +74,10 @@ class Baseline(DecidingDetector):
     ) -> None:
         super().__init__(net)
         check_baseline(name, args)
-        if name == "t2fnorm" and scoring_module(unwrapped(net)) is None:
+        if name == "t2fnorm" and scoring_module(net) is None:
             raise CheckpointError(
                 "postprocessor 't2fnorm' needs a network trained with T2FNorm, got a "
-                f"{type(net).__name__}: use such a checkpoint, or another postprocessor"
+                f"{type(unwrapped(net)).__name__}: use such a checkpoint, or another postprocessor"
             )
         self.experts = (name,)
         self.output = output_of(name, args, input_std)

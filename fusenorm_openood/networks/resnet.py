@@ -5,7 +5,6 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import resnet as torchvision_resnet
 
 from fusenorm_openood.errors import ConfigError
 
@@ -83,8 +82,17 @@ class ResNet18_32x32(FeatureClassifier):
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
-class _TorchvisionResNet(FeatureClassifier, torchvision_resnet.ResNet):  # type: ignore[misc]
+class _TorchvisionResNet(FeatureClassifier):
     """torchvision's ResNet, split into features and classifier."""
+
+    name: str
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        from torchvision import models  # takes a second to import
+
+        super().__init__()
+        for name, module in models.get_model(self.name, num_classes=num_classes).named_children():
+            self.add_module(name, module)
 
     def features(self, x: Tensor) -> Tensor:
         stem = ("conv1", "bn1", "relu", "maxpool")
@@ -96,19 +104,13 @@ class _TorchvisionResNet(FeatureClassifier, torchvision_resnet.ResNet):  # type:
 class ResNet18_224x224(_TorchvisionResNet):
     """torchvision's ResNet-18, for 224x224 images."""
 
-    def __init__(self, num_classes: int = 1000) -> None:
-        torchvision_resnet.ResNet.__init__(
-            self, torchvision_resnet.BasicBlock, [2, 2, 2, 2], num_classes=num_classes
-        )
+    name = "resnet18"
 
 
 class ResNet50(_TorchvisionResNet):
     """torchvision's ResNet-50, for 224x224 images."""
 
-    def __init__(self, num_classes: int = 1000) -> None:
-        torchvision_resnet.ResNet.__init__(
-            self, torchvision_resnet.Bottleneck, [3, 4, 6, 3], num_classes=num_classes
-        )
+    name = "resnet50"
 
 
 class PreActBlock(nn.Module):

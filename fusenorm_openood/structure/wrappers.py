@@ -43,8 +43,15 @@ def unwrapped(net: nn.Module) -> nn.Module:
 
 
 def scoring_module(net: nn.Module) -> str | None:
-    """Name of the module with separate scoring logits, `""` for the network itself, or None."""
-    return next((name for name, m in net.named_modules() if has_scoring_logits(m)), None)
+    """Name of the module with separate scoring logits, `""` for the network itself, or None.
+
+    A network about which this is known is not loaded.
+    """
+    if isinstance(net, LazyNetwork) and net.known is not None:
+        known: str | None = net.known.structure.scoring
+        return known
+    modules = unwrapped(net).named_modules()
+    return next((name for name, module in modules if has_scoring_logits(module)), None)
 
 
 @contextmanager

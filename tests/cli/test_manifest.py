@@ -65,7 +65,7 @@ def test_a_manifest_lists_paths_from_its_folder_and_urls(tmp_path, memory, kind,
     folder = tmp_path if where == "local" else Url("memory://lists")
     write_manifest(str(folder / f"m.{kind}"), ["b/a b.png", "s3://b/d.png", "b/a b.png"])
     listed = manifest_paths(str(folder / f"m.{kind}"))
-    assert listed == [folder / "b/a b.png", Url("s3://b/d.png")]
+    assert list(listed) == [folder / "b/a b.png", Url("s3://b/d.png")]
 
 
 @pytest.mark.parametrize("where", ["local", "memory"])

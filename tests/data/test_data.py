@@ -96,9 +96,8 @@ def test_messages_name_the_line_although_blank_lines_are_skipped(images):
     with pytest.raises(DataError, match=rf"{where} cannot be read \(missing\)"):
         listed[1]
     assert re.search(f"{where} is missing", listed.first_missing())
-    ((found, fault),) = listed.faults()
-    assert re.search(where, found)
-    assert fault == "missing"
+    assert listed.faults() == {1: "missing"}
+    assert re.search(where, listed.where(1))
     with pytest.raises(DataError, match=r"line 4: .* a/gone 1\.png .* 5 classes 0 to 4, got 9"):
         listed.check_labels(5)
     (images / "list.txt").write_text("\n\na/grey.png\n")

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from fusenorm_openood.cli.inputs import check_readable
+from fusenorm_openood.data import lists
 from fusenorm_openood.data.benchmarks import ImageSet
 from fusenorm_openood.data.images import TruncatedImageWarning, find_fault, read_image, to_rgb
 from fusenorm_openood.data.lists import ImageList
@@ -168,6 +169,24 @@ def test_all_faults_of_all_lists_are_reported_at_once(folder, capsys):
     assert "2 image(s) cannot be read" in str(error.value)
     assert f"list.txt, line 3: image {home / 'cut.jpg'}" in str(error.value)
     assert f"other.txt, line 1: image {home / 'gone.png'} (missing)" in str(error.value)
+
+
+def test_images_are_opened_once_per_store_until_they_change(folder, capsys, monkeypatch):
+    home, cut = folder
+    path = cut("png", 0.9)
+    (home / "list.txt").write_text("whole.png 0\n\ncut.png 1\n")
+    opened = []
+    monkeypatch.setattr(lists, "find_fault", lambda path: opened.append(path) or find_fault(path))
+    image_sets = [ImageSet(home / "list.txt", home, lambda image: image)]
+    for store, count in ((None, 2), (None, 4), (home / "store", 6), (home / "store", 6)):
+        check_readable(image_sets, store)
+        assert f"list.txt, line 3: image {path}" in capsys.readouterr().err
+        assert len(opened) == count
+    path.write_bytes(b"no image")
+    for count in (8, 10):  # what cannot be read may become readable as it is
+        with pytest.raises(DataError, match=r"line 3: image .*cut\.png"):
+            check_readable(image_sets, home / "store")
+        assert len(opened) == count
 
 
 def test_intact_lists_give_no_warning(folder, capsys):

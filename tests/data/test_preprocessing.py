@@ -45,7 +45,10 @@ def test_images_are_turned_upright_by_their_exif_orientation(tmp_path, suffix, d
     image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, **lossless)
     assert torch.equal(PREPROCESSING.read(path), PREPROCESSING(image))
     with Image.open(path) as file:
+        before = np.asarray(file), dict(file.getexif())
         assert torch.equal(PREPROCESSING(file), PREPROCESSING(image))
+        np.testing.assert_array_equal(np.asarray(file), before[0])
+        assert dict(file.getexif()) == before[1]
 
 
 def test_json_and_back():
@@ -99,14 +102,14 @@ def folder(tmp_path):
 
 def test_folders_patterns_lists_and_files_name_images(folder, monkeypatch):
     found = [folder / "a.JPG", folder / "b.png", folder / "inner" / "c d.webp"]
-    assert image_paths([str(folder)]) == found
-    assert image_paths([str(folder / "*.png"), str(folder)]) == [found[1], found[0], found[2]]
-    assert image_paths([str(folder / "**" / "*.webp")]) == [found[2]]
+    assert list(image_paths([str(folder)])) == found
+    assert list(image_paths([str(folder / "*.png"), str(folder)])) == [found[1], found[0], found[2]]
+    assert list(image_paths([str(folder / "**" / "*.webp")])) == [found[2]]
     listed = folder / "list.txt"
     listed.write_text("\ufeffb.png 3\n\ninner/c d.webp\na.JPG\t-1\n", encoding="utf-8")
-    assert image_paths([str(listed)]) == [found[1], found[2], found[0]]
+    assert list(image_paths([str(listed)])) == [found[1], found[2], found[0]]
     monkeypatch.setattr("sys.stdin", [f"{found[0]}\n", "\n"])
-    assert image_paths(["-"]) == [found[0]]
+    assert list(image_paths(["-"])) == [found[0]]
 
 
 @pytest.mark.parametrize(

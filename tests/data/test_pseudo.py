@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from fusenorm_openood.data.pseudo import KINDS
-from fusenorm_openood.detectors.pseudo import PseudoOOD, pseudo_ood
+from fusenorm_openood.data.pseudo import KINDS, RANDOM
+from fusenorm_openood.detectors.pseudo import PseudoImages, PseudoOOD, pseudo_ood
+from fusenorm_openood.store.loading import row_batches
 
 SIZES = [
     (1, 3, 32, 32),
@@ -64,3 +65,29 @@ def test_loaders_of_pseudo_ood_images_are_the_same_in_every_pass():
         assert torch.equal(first, second)
         assert len(first) == 6
     assert not torch.equal(*(torch.cat(list(PseudoOOD(loader, "noise", s))) for s in (0, 1)))
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_some_kinds_draw_and_how_much_the_shape_says(kind, shape):
+    after = []
+    for x in (images(shape), torch.zeros(shape)):
+        generator = torch.Generator().manual_seed(3)
+        before = generator.get_state()
+        KINDS[kind](x, generator)
+        after.append(generator.get_state())
+    assert torch.equal(*after)
+    assert kind in RANDOM or torch.equal(before, after[0])
+
+
+@pytest.mark.parametrize("order", [range(11), range(10, -1, -1), [7, 0, 10, 3, 7]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_pseudo_ood_images_by_number_are_those_of_the_loader_in_any_order(kind, order):
+    x = images((11, 3, 8, 8))
+    loader = [(x[batch.start : batch.stop], None) for batch in row_batches(range(11), 4)]
+    expected = torch.cat(list(PseudoOOD(loader, kind)))
+    made = PseudoImages([{"data": image, "label": 1} for image in x], kind, 4)
+    assert len(made) == 11
+    for number in order:
+        assert torch.equal(made[number]["data"], expected[number])
+        assert made[number]["label"] == -1

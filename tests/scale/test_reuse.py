@@ -6,35 +6,41 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.benchmark import networks, records
+from fusenorm_openood.benchmark import faults, networks, records
 from fusenorm_openood.benchmark.records import network_record
+from fusenorm_openood.configs import config_root, read_config
+from fusenorm_openood.data import lists
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.sharded import experts_record
 from fusenorm_openood.store import digest
 from tests.conftest import make_loader, make_net
-from tests.scale.commands import log_of, run
+from tests.scale.commands import log_of, run, scored_twice
 from tests.scale.conftest import Short
 
 SETS = {
     "val_digits", "test_digits", "test_digit8", "test_digit9",
     "test_china", "test_flower", "test_noise", "test_stripes",
 }  # fmt: skip
+FAULTS = {f"{name}_faults" for name in SETS}
+
+FEW = {"base": [5, 10], "percentile_high": [95, 99]}  # values to search
 
 
 def without_network_and_images():
-    """Let whatever loads the network or reads an image fail."""
+    """Let whatever loads the network or opens an image fail."""
 
     def fail(*args, **kwargs):
         raise AssertionError("this was in the store")
 
-    networks.load_network = ImageList.__getitem__ = fail
+    networks.load_network = ImageList.__getitem__ = lists.find_fault = fail
 
 
 def as_version(version):
-    records.__version__ = version
+    records.__version__ = faults.__version__ = version
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +63,7 @@ def full(own, tmp_path_factory):
     home = tmp_path_factory.mktemp("full")
     (done,) = run(home, own.argv("eval", home / "store"))
     assert done.status == 0, done.err
-    assert written(home) == {*SETS, "network"}
+    assert written(home) == {*SETS, *FAULTS, "network"}
     return home / "store"
 
 
@@ -89,6 +95,46 @@ def test_another_fusion_needs_neither_network_nor_images(own, full, tmp_path, op
     assert log_of(tmp_path) == []
 
 
+@pytest.fixture(params=["base", "T2FNorm"])
+def trained(request, own, tmp_path):
+    """A network, plain or with separate scoring logits."""
+    if request.param == "base":
+        return own
+    weights = torch.load(own.checkpoint, weights_only=True)
+    weights = {f"backbone.{name}": tensor for name, tensor in weights.items()}
+    torch.save({**weights, "tau": torch.tensor(0.1)}, tmp_path / "t2fnorm.ckpt")
+    return own._replace(checkpoint=tmp_path / "t2fnorm.ckpt")
+
+
+@pytest.mark.parametrize(
+    "command", [["compare"], ["compare", "--search"], ["eval", "--aps", "pseudo"]], ids=" ".join
+)
+def test_a_second_comparison_or_search_needs_neither_network_nor_images(trained, tmp_path, command):
+    if len(command) > 1:
+        config = read_config(config_root() / "postprocessors" / "fusenorm.yml")
+        config["postprocessor"]["postprocessor_sweep"] = FEW
+        (tmp_path / "few.yml").write_text(yaml.dump(config))
+        command = [*command, "--config", tmp_path / "few.yml"]
+    live, again = (
+        trained.argv(command[0], store, *command[1:]) for store in ("none", tmp_path / "store")
+    )
+    (expected,) = run(tmp_path / "live", live)
+    done = run(tmp_path / "first", again, 2, shard=8)
+    done += run(tmp_path / "second", again, 2, shard=8, first=without_network_and_images)
+    assert [d.status for d in done] == [0] * 4, done
+    assert [d.out for d in done] == [expected.out, ""] * 2
+    assert scored_twice(log_of(tmp_path / "first")) == []
+    assert log_of(tmp_path / "second") == []
+
+
+def test_baselines_of_a_known_network_do_not_load_it(trained, tmp_path):
+    argv = [*trained.argv("eval", tmp_path / "store"), "--postprocessor", "t2fnorm"]
+    first, second = (
+        run(tmp_path, argv, first=how)[0] for how in (None, without_network_and_images)
+    )
+    assert (first.status, first.out) == (second.status, second.out)
+
+
 def test_anything_else_is_computed(own, full, tmp_path):
     (done,) = run(tmp_path, own.argv("eval", tmp_path), first=without_network_and_images)
     assert done.status == 1
@@ -116,7 +162,7 @@ def test_other_scores_of_the_network_are_computed(own, full, tmp_path, options):
 def test_another_version_computes_anew(own, full, tmp_path):
     (done,) = run(tmp_path, own.argv("eval", full), first=partial(as_version, "0.0"))
     assert done.status == 0, done.err
-    assert written(tmp_path) == {*SETS, "network"}
+    assert written(tmp_path) == {*SETS, *FAULTS, "network"}
 
 
 def test_another_checkpoint_computes_anew(own, full, tmp_path):
@@ -165,7 +211,7 @@ def test_a_changed_image_set_is_computed_anew_and_no_other(own, full, tmp_path, 
     change(own.data / "images_digits" / name, path)
     (done,) = run(tmp_path, own.argv("eval", full))
     assert done.status == 0, done.err
-    assert written(tmp_path) == {"test_flower"}
+    assert written(tmp_path) == {"test_flower", "test_flower_faults"}
     (live,) = run(tmp_path / "live", own.argv("eval", "none"))
     assert done.out == live.out
 
