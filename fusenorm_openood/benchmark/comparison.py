@@ -12,7 +12,7 @@ from fusenorm_openood.benchmark.bootstrap import Confidences, difference_interva
 from fusenorm_openood.benchmark.peers import fitted_peers, peers_installed
 from fusenorm_openood.benchmark.records import Loader, plain_loader
 from fusenorm_openood.benchmark.tables import mean_ranks, with_means
-from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
+from fusenorm_openood.data.benchmarks import Benchmark
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.baselines import BASELINES, default_args, output_of
 from fusenorm_openood.detectors.pseudo import pseudo_ood
@@ -111,8 +111,7 @@ def compare(
     joint = bank.calibration(fused["FuseNorm (joint)"]).joint
     assert joint is not None  # its settings have the joint penalty
 
-    def score(image_set: ImageSet) -> dict[str, NDArray[Any]]:
-        images = load(image_set)
+    def score(images: Iterable[Any]) -> dict[str, NDArray[Any]]:
         bank.add(images, progress)
         conf = {name: bank.output(output, images) for name, output in outputs.items()}
         conf |= {name: bank.posthoc(expert, images) for name, expert in experts.items()}
@@ -123,12 +122,15 @@ def compare(
         bank.forget(images)
         return {**conf, **parts, **{name: s.conf for name, s in scored.items()}}
 
+    groups = (benchmark.near, benchmark.far)
     id_sets = [benchmark.id["test"], *(benchmark.csid.values() if fsood else ())]
-    each = [score(image_set) for image_set in id_sets]
+    ood_sets = [image_set for image_sets in groups for image_set in image_sets.values()]
+    tested = iter(bank.prepare([load(image_set) for image_set in id_sets + ood_sets], progress))
+    each = [score(next(tested)) for _ in id_sets]
     known = {method: np.concatenate([conf[method] for conf in each]) for method in each[0]}
     unknown = {
-        group: {name: score(image_set) for name, image_set in image_sets.items()}
-        for group, image_sets in zip(GROUPS, (benchmark.near, benchmark.far), strict=True)
+        group: {name: score(next(tested)) for name in image_sets}
+        for group, image_sets in zip(GROUPS, groups, strict=True)
     }
     figures = tables(known, unknown, [*outputs, *experts, *peers])
     structure = bank.known_structure

@@ -6,7 +6,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fusenorm_openood import FuseNorm
+from fusenorm_openood.listening import recorded
 from fusenorm_openood.listening.recorded import RecordedLoader
+from fusenorm_openood.torchrun import Process
 from tests.conftest import make_net
 
 
@@ -53,3 +55,30 @@ def test_another_batch_size_is_scored_anew_if_images_mix(make, again, tmp_path):
     assert (images.read > 0) == again
     live = fitted.infer(list(images.images.split(2))).conf
     torch.testing.assert_close(torch.from_numpy(conf), torch.from_numpy(live))
+
+
+def test_short_sets_are_dealt_out_as_if_they_were_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorded, "SHARD", 4)
+    fitted = FuseNorm(make_net()).fit([Images(40).images])
+    sizes = [3, 4, 2, 9, 1, 8]  # 1, 1, 1, 3, 1 and 2 shards
+    read = []
+    for rank in range(3):
+        monkeypatch.setattr(recorded, "this_process", lambda rank=rank: Process(rank, rank, 3))
+        store = tmp_path / str(rank)  # as if the others had written nothing yet
+        sets = [Images(size) for size in sizes]
+        fitted.prepare(
+            RecordedLoader(images, store, {}, f"set{number}") for number, images in enumerate(sets)
+        )
+        read.append([images.read for images in sets])
+    assert read == [[3, 0, 0, 4, 1, 0], [0, 4, 0, 4, 0, 4], [0, 0, 2, 1, 0, 4]]
+
+
+def test_what_was_prepared_is_not_heard_again(tmp_path):
+    fitted, images = FuseNorm(make_net()).fit([Images(40).images]), Images(9)
+    loose = [images.images]
+    prepared, same = fitted.prepare([RecordedLoader(images, tmp_path, {}, "set"), loose])
+    assert same is loose
+    assert images.read == 9
+    live = fitted.infer(loose)
+    assert (fitted.infer(prepared).conf == live.conf).all()
+    assert images.read == 9
