@@ -82,5 +82,9 @@ class ExportError(FuseNormError, RuntimeError):
 
 
 def is_lost_loader(error: BaseException | None) -> bool:
-    """Whether PyTorch says that a loader process ended; it has no exception of its own for that."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker ")
+    """Whether an error says that a process of a data loader ended.
+
+    PyTorch has no exception of its own for that, and none if it ends while it passes on a batch.
+    """
+    said = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker ")
+    return said or isinstance(error, ConnectionError | EOFError)

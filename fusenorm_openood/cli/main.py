@@ -54,12 +54,13 @@ def _run(argv: Sequence[str] | None) -> int:
     except FuseNormError as error:
         print(f"fusenorm: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         if not is_lost_loader(error):
             raise
-        reason = str(error).strip().rstrip(".")
+        reason = str(error).strip().rstrip(".") or type(error).__name__
         print(
-            f"fusenorm: {reason}: memory is the usual reason, so choose fewer with --num-workers",
+            f"fusenorm: a loader process ended ({reason}); finished shards are kept: memory is the "
+            "usual reason, so choose fewer with --num-workers",
             file=sys.stderr,
         )
         return 1
