@@ -4,8 +4,8 @@
 
 The moments are spread over `fusenorm eval` in one process, `fusenorm eval` in two processes of
 `torchrun`, one of which is killed, and `fusenorm score --engine ray` with two actors, one of which
-is killed, or every fourth time the driver. The same command is then run to its end. It must give the
-bytes of an undisturbed run, without a second pass over the images of a shard that was written.
+is killed, or about every fourth time the driver. If the run ends, the same command is run again. It
+must give the bytes of an undisturbed run, and begin no shard that was written.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -28,7 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from fusenorm_openood.cli import eval, fit, score  # noqa: F401: imported before processes fork
+from fusenorm_openood.cli import eval as _eval  # noqa: F401; what is imported now, forks share
+from fusenorm_openood.cli import fit as _fit  # noqa: F401
+from fusenorm_openood.cli import score
 from fusenorm_openood.cli.main import main as fusenorm
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.detectors import actors, sharded
@@ -43,7 +44,7 @@ PATIENCE = 60.0  # seconds that the other processes have to end
 
 
 class Log:
-    """A file with a line `PID begun|written SET NUMBER` for each shard; loads detectors that log."""
+    """A file with lines `PID loaded` and `PID begun|written SET NUMBER`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -148,14 +149,16 @@ def moment(home: Home, run: BaseProcess, after: int, ready: Callable[[], bool]) 
 def interrupted(home: Home, kind: str, lines: int, chance: random.Random) -> Counter[str]:
     """Kill a process of a run at a random moment, and let the others end."""
     run = home.start(under_torchrun if kind == "torchrun" else alone)
-    pids: Callable[[], list[int]] = lambda: [run.pid or 0]  # noqa: E731
-    if kind == "torchrun":
-        pids = lambda: [
-            int(f.read_text() or 0) for f in sorted(home.folder.glob("fusenorm-*/[01]"))
-        ]  # noqa: E731
     whom = chance.randrange(4)
-    if kind == "ray" and whom:
-        pids = lambda: [int(pid) for pid, what, *_ in home.log.lines() if what == "loaded"]  # noqa: E731
+
+    def pids() -> list[int]:
+        """The processes of which one is killed, as far as they have begun."""
+        if kind == "torchrun":
+            return [int(f.read_text() or 0) for f in sorted(home.folder.glob("fusenorm-*/[01]"))]
+        if kind == "ray" and whom:
+            return [int(pid) for pid, what, *_ in home.log.lines() if what == "loaded"]
+        return [run.pid or 0]
+
     wanted = 2 if kind == "torchrun" else 1
     moment(home, run, chance.randrange(lines), lambda: len(pids()) >= wanted and 0 not in pids())
     time.sleep(chance.uniform(0, 0.03))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from fusenorm_openood.detectors.actors import score_with_actors
 from fusenorm_openood.detectors.cluster import TRIES, cluster, shape
 from fusenorm_openood.detectors.sharded import FileShards
 from fusenorm_openood.errors import CheckpointError, ClusterError, StoreError, is_lost_loader
-from fusenorm_openood.torchrun import wait_until
+from fusenorm_openood.torchrun import _lives, wait_until
 from tests.detectors.imagefiles import (
     Loading,
     ends,
@@ -210,11 +211,13 @@ def started_by(ancestor: int) -> set[int]:
 def test_a_killed_driver_leaves_no_process_and_no_half_shard(home, tmp_path):
     store = tmp_path / "store"
     with subprocess.Popen(command(home, tmp_path), stderr=subprocess.DEVNULL) as driver:
-        assert wait_until(lambda: list(store.rglob("*.parquet")), 60)
+        while driver.poll() is None and not list(store.rglob("*.parquet")):
+            time.sleep(0.005)
         others = started_by(driver.pid)
         driver.kill()
     assert len(others) > 2
-    assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in others), 60)
+    wait_until(lambda: not any(map(_lives, others)), 20)
+    assert [Path(f"/proc/{pid}/cmdline").read_text() for pid in others if _lives(pid)] == []
     assert shards_in(store).items() <= shards_in(home / "one.store").items()
     assert score(home, tmp_path / "again", "--store", store) == 3
     assert (tmp_path / "again.csv").read_bytes() == (home / "one.csv").read_bytes()
