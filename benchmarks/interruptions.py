@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from fusenorm_openood.cli import eval as _eval  # noqa: F401; what is imported now, forks share
+from fusenorm_openood.cli import eval as _eval  # noqa: F401
 from fusenorm_openood.cli import fit as _fit  # noqa: F401
 from fusenorm_openood.cli import score
 from fusenorm_openood.cli.main import main as fusenorm
