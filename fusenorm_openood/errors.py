@@ -33,6 +33,14 @@ class DataError(FuseNormError, ValueError):
     """An image list, an image or a batch that cannot be read."""
 
 
+class UnwritableError(FuseNormError, OSError):
+    """A file that cannot be written, for example because the disk is full."""
+
+    def __str__(self) -> str:
+        reason = f"{self.filename} cannot be written ({self.strerror})"
+        return f"{reason}: free disk space, or write elsewhere"
+
+
 class RemoteError(FuseNormError, RuntimeError):
     """A URL that cannot be read now, which says nothing about what it names."""
 
@@ -71,3 +79,12 @@ class DamagedShardError(StoreError):
 
 class ExportError(FuseNormError, RuntimeError):
     """A detector that cannot be exported, or whose exported program gives other confidences."""
+
+
+def is_lost_loader(error: BaseException | None) -> bool:
+    """Whether an error says that a process of a data loader ended.
+
+    PyTorch has no exception of its own for that, and none if it ends while it passes on a batch.
+    """
+    said = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker ")
+    return said or isinstance(error, ConnectionError | EOFError)

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.errors import ConfigError, UnwritableError
 from fusenorm_openood.urls import Place, Url
 
 
@@ -15,16 +15,22 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Create a file with `write` under a temporary name, flush it to disk and rename it to `path`.
 
     Any number of threads, processes and hosts may write the same `path` at once: the last one wins.
+
+    Raises:
+        UnwritableError: the disk is full, or the folder is not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(unfinished)
         with unfinished.open("r+b") as file:  # after a power failure: the old file or the new one
             os.fsync(file.fileno())
         unfinished.replace(path)
+    except OSError as error:
+        raise UnwritableError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def write_bytes_whole(path: Place, data: bytes) -> None:

@@ -94,12 +94,12 @@ def _says_why_it_is_terminated(folder: Path, process: Process) -> Iterator[None]
     def terminated(number: int, frame: Any) -> None:
         gone = " and ".join(map(str, _gone(folder, process)))
         why = f"stops because process {gone} ended" if gone else "was terminated"
-        print(
+        said = (
             f"fusenorm: process {process.rank} of {process.world} {why}; finished shards are kept: "
-            "start the command again to go on",
-            file=sys.stderr,
-            flush=True,
+            "start the command again to go on\n"
         )
+        with suppress(OSError):
+            os.write(2, said.encode())  # sys.stderr may be in the middle of a print
         os._exit(128 + number)  # other threads may be inside a long computation
 
     if threading.current_thread() is not threading.main_thread():  # no other may set handlers
@@ -113,9 +113,12 @@ def _says_why_it_is_terminated(folder: Path, process: Process) -> Iterator[None]
 
 
 def _meeting_place() -> Path:
-    """A folder of this machine that only the processes of this run share."""
+    """A folder of this machine that only the processes of this run share.
+
+    Runs of the same name and port, one after another, have another parent.
+    """
     names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
-    run = "-".join(os.environ.get(name, "") for name in names)
+    run = "-".join([*(os.environ.get(name, "") for name in names), str(os.getppid())])
     safe = "".join(c if c.isalnum() else "_" for c in f"{socket.gethostname()}-{run}")
     return Path(gettempdir()) / f"fusenorm-{safe}"
 

@@ -85,6 +85,55 @@ with among_peers():
     )
 
 
+WAITING = """
+import sys, time
+from fusenorm_openood.torchrun import among_peers
+with among_peers():
+    print("here", file=sys.stderr, flush=True)
+    time.sleep(60)
+"""
+EARLIER = f"""
+import os, subprocess, sys
+run = subprocess.Popen([sys.executable, "-c", '''{WAITING}'''], stderr=subprocess.PIPE)
+run.stderr.readline()
+run.kill()
+run.wait()
+"""
+
+
+def test_a_process_of_an_earlier_run_of_the_same_name_is_not_named(tmp_path):
+    environment = {**os.environ, **PAIR, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", EARLIER]
+    subprocess.run(command, env={**environment, "RANK": "0", "LOCAL_RANK": "0"}, check=True)
+    assert len([*tmp_path.glob("fusenorm-*/0")]) == 1
+    command = [sys.executable, "-c", WAITING]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as run:
+        run.stderr.readline()
+        run.terminate()
+        assert "process 1 of 2 was terminated" in run.stderr.read()
+
+
+def test_a_process_says_why_it_ends_also_in_the_middle_of_a_print(tmp_path):
+    code = """
+import os, signal, sys
+from fusenorm_openood.torchrun import among_peers
+
+class Busy:
+    def write(self, text):
+        raise RuntimeError("reentrant call")
+
+with among_peers():
+    sys.stderr = Busy()
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    environment = {**os.environ, **PAIR, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.startswith("fusenorm: process 1 of 2 was terminated")
+
+
 def test_a_killed_process_ends_the_others_of_torchrun_which_name_it(digits, tmp_path):
     data, checkpoint = digits
     command = [

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from fusenorm_openood import __version__
 from fusenorm_openood.cli.output import tolerant_output
-from fusenorm_openood.errors import FuseNormError
+from fusenorm_openood.errors import FuseNormError, is_lost_loader
 
 # Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`.
 COMMANDS = {
@@ -50,8 +50,19 @@ def _run(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     try:
         status: int = args.run(args)
+        sys.stdout.flush()
     except FuseNormError as error:
         print(f"fusenorm: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not is_lost_loader(error):
+            raise
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        print(
+            f"fusenorm: a loader process ended ({reason}); finished shards are kept: memory is the "
+            "usual reason, so choose fewer with --num-workers",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("fusenorm: interrupted; no file was left half-written", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Standard output and error that cannot stop a command: ASCII terminals, closed pipes."""
+"""Standard output and error in ASCII terminals, closed pipes and on full disks."""
 
 import os
 import sys
@@ -6,15 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
+from fusenorm_openood.errors import UnwritableError
+
 
 class _Tolerant:
-    """A stream that writes `?` for what its encoding lacks, and nothing into a closed pipe."""
+    """A stream that writes `?` for what its encoding lacks, and nothing into a closed pipe.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    Args:
+        stream: the stream.
+        name: what an UnwritableError calls it if its disk is full; None = raise none.
+    """
+
+    def __init__(self, stream: TextIO, name: str | None = None) -> None:
+        self._stream, self._name = stream, name
 
     def write(self, text: str) -> int:
-        with self._may_be_closed():
+        with self._may_fail():
             try:
                 return self._stream.write(text)
             except UnicodeEncodeError:
@@ -23,28 +30,34 @@ class _Tolerant:
         return len(text)
 
     def flush(self) -> None:
-        with self._may_be_closed():
+        with self._may_fail():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     @contextmanager
-    def _may_be_closed(self) -> Iterator[None]:
+    def _may_fail(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:  # from now on, and at the exit of Python, nothing is written
+        except OSError as error:  # from now on, and at the exit of Python, nothing is written
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if self._name and not isinstance(error, BrokenPipeError):
+                raise UnwritableError(error.errno, error.strerror, self._name) from None
 
 
 @contextmanager
 def tolerant_output() -> Iterator[None]:
-    """Context in which no print fails, so that a command finishes and saves its files."""
-    out, err = _Tolerant(sys.stdout), _Tolerant(sys.stderr)
+    """Context in which no print fails, so that a command finishes and saves its files.
+
+    On a full disk, a print to standard output or its flush raises UnwritableError.
+    """
+    out, err = _Tolerant(sys.stdout, "standard output"), _Tolerant(sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):
         try:
             yield
         finally:
-            out.flush()
+            with suppress(UnwritableError):
+                out.flush()
             err.flush()

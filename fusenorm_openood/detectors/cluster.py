@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fusenorm_openood.errors import ClusterError, ConfigError, FuseNormError
+from fusenorm_openood.errors import ClusterError, ConfigError, FuseNormError, is_lost_loader
 
 TRIES = 3  # actors that may end at one unit, or in a row before any unit
 _OBJECTS = 100_000_000  # bytes of the object store of a local cluster; results do not go through it
@@ -25,7 +25,8 @@ _OBJECTS = 100_000_000  # bytes of the object store of a local cluster; results 
 def cluster() -> Iterator[Any]:
     """Context with the module `ray`, connected to the cluster of `RAY_ADDRESS` or a local one.
 
-    Standard output is redirected to standard error: Ray prints messages of its nodes.
+    Standard output is redirected to standard error: Ray prints messages of its nodes. A local
+    cluster sends no usage statistics unless `RAY_USAGE_STATS_ENABLED` says so.
 
     Raises:
         ConfigError: Ray is not installed.
@@ -41,6 +42,7 @@ def cluster() -> Iterator[Any]:
         with redirect_stdout(sys.stderr):
             yield ray
         return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECTS}
     how = {} if address else local
@@ -121,7 +123,8 @@ def deal(
                 ended[None] = 0
                 idle.append(actor)
             except ray.exceptions.RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, FuseNormError) else error) from None
+                told = isinstance(error.cause, FuseNormError) or is_lost_loader(error.cause)
+                raise (error.cause if told else error) from None
             except ray.exceptions.RayError as error:
                 ray.kill(actor)
                 _count(ended, done, error)

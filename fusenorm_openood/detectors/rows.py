@@ -3,6 +3,7 @@
 import csv
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -64,20 +65,20 @@ class RowFile:
                 ) from None
         self._writer = csv.writer(self._file)
         if not self.judged:
-            self._writer.writerow(Judged._fields)
+            with self._writing():
+                self._writer.writerow(Judged._fields)
 
     def write(self, rows: Sequence[Judged]) -> None:
         """Append rows; they are in the file when this returns.
 
         Raises:
             DataError: the disk is full.
+            UnwritableError: likewise, that of standard output.
         """
-        try:
+        with self._writing():
             self._writer.writerows(map(_texts, rows))
             self._file.flush()
-            self._undecided |= any(r.ood is None and r.p_value is not None for r in rows)
-        except OSError as error:
-            raise self._unwritable(error) from None
+        self._undecided |= any(r.ood is None and r.p_value is not None for r in rows)
 
     def finish(self, verdicts: Callable[[NDArray[np.float64]], NDArray[np.bool_]]) -> None:
         """Give all rows their verdicts, also those of an earlier run, and make the file whole.
@@ -90,7 +91,8 @@ class RowFile:
         """
         if self.path is None:
             return
-        self._file.close()
+        with self._writing():
+            self._file.close()
         if self._rows == self.path and not self.judged and not self._undecided:
             return
         p = np.array([row.p_value for row in read_rows(self._rows) if row.p_value is not None])
@@ -100,19 +102,18 @@ class RowFile:
             for row in read_rows(self._rows)
         )
         write = _write_parquet if is_parquet(self.path) else _write_csv
-        try:
+        with self._writing():
             write_whole(self.path, lambda file: write(file, rows))
             if self._rows != self.path:
                 self._rows.unlink()
-        except OSError as error:
-            raise self._unwritable(error) from None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *raised: object) -> None:
         if self._file is not sys.stdout:
-            self._file.close()
+            with suppress(OSError):  # of rows that `write` has failed to write
+                self._file.close()
 
     def _begun(self) -> None:
         """Read which paths were judged before, and remove a row that was cut short."""
@@ -137,11 +138,17 @@ class RowFile:
             self.judged.add(row.path)
             self.readable = row if row.error is None else self.readable
 
-    def _unwritable(self, error: OSError) -> DataError:
-        where = self.path or "standard output"
-        return DataError(
-            f"{where} cannot be written ({error.strerror}): make room, then go on with --resume"
-        )
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self.path is None:
+                raise
+            raise DataError(
+                f"{self.path} cannot be written ({error.strerror}): make room, then start again, "
+                "with --resume unless there is a --store"
+            ) from None
 
 
 def is_parquet(path: Path) -> bool:

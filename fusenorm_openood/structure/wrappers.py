@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fusenorm_openood.errors import FuseNormError, NetworkError, TapError
+from fusenorm_openood.errors import FuseNormError, NetworkError, TapError, is_lost_loader
 from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.networks.lazy import LazyNetwork
 from fusenorm_openood.networks.t2fnorm import has_scoring_logits
@@ -58,14 +58,14 @@ def scoring_module(net: nn.Module) -> str | None:
 def network_errors(net: nn.Module, images: Tensor) -> Iterator[None]:
     """Turn what a network raises on images into a NetworkError that shows their shape.
 
-    Errors of this package and a lack of memory are passed on.
+    Errors of this package, of loader processes and a lack of memory are passed on.
     """
     try:
         yield
     except FuseNormError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_lost_loader(error):
             raise
         why = (str(error).strip().splitlines() or [""])[0]
         raise NetworkError(

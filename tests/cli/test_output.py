@@ -1,7 +1,9 @@
 """A command finishes and saves its files whatever becomes of its standard output."""
 
+import resource
 import subprocess
 import sys
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -53,6 +55,36 @@ def test_files_are_saved_although_the_pipe_is_closed(command, err):
     assert process.returncode == 0, said
     assert b"Error" not in said
     assert len(pd.read_csv(csv)) > 5
+
+
+def on_a_full_disk(command, size, out=None):
+    """What a command says if no file may be larger than so many bytes."""
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    pipe = subprocess.PIPE
+    args = [*command, "--no-progress"]
+    return subprocess.run(args, stdout=out, stderr=pipe, preexec_fn=limit, text=True, check=False)
+
+
+def test_a_full_disk_under_standard_output_is_one_sentence(command):
+    args, _ = command
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "fusenorm: standard output cannot be written (No space left on device): free disk space, "
+        "or write elsewhere"
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_under_a_table_is_one_sentence(command, tmp_path):
+    args, csv = command
+    done = on_a_full_disk([*args, "--store", "none"], 100, subprocess.DEVNULL)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"fusenorm: {csv} cannot be written (File too large): free disk space, or write elsewhere\n"
+    )
+    assert list(tmp_path.rglob("*.csv*")) == []
 
 
 def test_standard_output_is_as_before_afterwards(capsys):

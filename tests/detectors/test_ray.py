@@ -1,7 +1,10 @@
 """Actors of a local Ray cluster write the shards that one process writes."""
 
+import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +16,18 @@ from fusenorm_openood.detectors import sharded
 from fusenorm_openood.detectors.actors import score_with_actors
 from fusenorm_openood.detectors.cluster import TRIES, cluster, shape
 from fusenorm_openood.detectors.sharded import FileShards
-from fusenorm_openood.errors import CheckpointError, ClusterError
-from tests.detectors.imagefiles import Loading, ends, fails, network, write_detector, write_images
+from fusenorm_openood.errors import CheckpointError, ClusterError, StoreError, is_lost_loader
+from fusenorm_openood.torchrun import _lives, wait_until
+from tests.detectors.imagefiles import (
+    Loading,
+    ends,
+    fails,
+    loader_ends,
+    network,
+    on_a_full_disk,
+    write_detector,
+    write_images,
+)
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
 
@@ -22,6 +35,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ra
 @pytest.fixture(scope="module")
 def two_cores():
     """Ray with two cores and little memory."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False
     )
@@ -115,6 +129,30 @@ def test_an_actor_with_another_detector_writes_nothing(two_cores, files, tmp_pat
     assert shards_in(tmp_path / "store") == {}
 
 
+def test_a_full_disk_is_one_sentence(two_cores, home, files, tmp_path):
+    files.score([0, 3])
+    with pytest.raises(StoreError, match=r"^shard \d cannot be written to .*: free disk space"):
+        list(score_with_actors(ray, files, partial(on_a_full_disk, home / "d.st"), cores=1))
+    assert sorted(files.shards.present()) == [0, 3]
+    assert list((tmp_path / "store").rglob("*.tmp")) == []
+
+
+def test_a_loader_process_that_ends_is_said(two_cores, home, files):
+    files.num_workers = 1
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker") as raised:
+        list(score_with_actors(ray, files, partial(loader_ends, home / "d.st"), cores=1))
+    assert is_lost_loader(raised.value)
+
+
+def test_another_run_at_once_changes_no_shard(two_cores, home, files, tmp_path):
+    load = Loading(home / "d.st", tmp_path / "log")
+    done = score_with_actors(ray, files, load, cores=1)
+    first = next(done)
+    files.score([number for number in range(5) if number != first])
+    assert sorted([first, *done]) == list(range(5))
+    assert shards_in(tmp_path / "store") == shards_in(home / "one.store")
+
+
 def test_too_few_cores_are_one_sentence(two_cores, files):
     with pytest.raises(ClusterError, match=r"has 2 CPU cores, and an actor takes 3: choose fewer"):
         list(score_with_actors(ray, files, partial(fails), cores=3))
@@ -145,11 +183,49 @@ print(status, ray.is_initialized())
 
 
 def test_a_command_starts_ray_and_shuts_it_down(home, tmp_path):
+    done = subprocess.run(command(home, tmp_path), capture_output=True, text=True)
+    assert done.stdout == "3 False\n", done.stderr
+    assert (tmp_path / "ray.csv").read_bytes() == (home / "one.csv").read_bytes()
+
+
+def command(home, tmp_path):
     argv = ["score", "--detector", home / "d.st", home / "images", "--store", tmp_path / "store"]
     argv += ["--csv", tmp_path / "ray.csv", "--num-workers", 0, "--batch-size", 4]
     argv += ["--engine", "ray", "--cores-per-actor", 1, "--device", "cpu", "--no-progress"]
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND, *map(str, argv)], capture_output=True, text=True
-    )
-    assert done.stdout == "3 False\n", done.stderr
-    assert (tmp_path / "ray.csv").read_bytes() == (home / "one.csv").read_bytes()
+    return [sys.executable, "-c", COMMAND, *map(str, argv)]
+
+
+def started_by(ancestor: int) -> set[int]:
+    """The processes that a process started, and those that these started."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = {ancestor}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {ancestor}
+
+
+def computes(pid: int) -> bool:
+    """Whether a process lives that is none of Ray's agents, which end by themselves later."""
+    name = Path(f"/proc/{pid}/cmdline")
+    with suppress(OSError):
+        return _lives(pid) and "Agent" not in name.read_text()
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_a_killed_driver_leaves_no_actor_and_no_half_shard(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharded, "SHARD", 10)
+    store = tmp_path / "store"
+    with subprocess.Popen(command(home, tmp_path), stderr=subprocess.DEVNULL) as driver:
+        while driver.poll() is None and not list(store.rglob("*.parquet")):
+            time.sleep(0.005)
+        others = started_by(driver.pid)
+        driver.kill()
+    assert len(others) > 2
+    assert wait_until(lambda: not any(map(computes, others)), 20)
+    assert shards_in(store).items() <= shards_in(home / "one.store").items()
+    assert score(home, tmp_path / "again", "--store", store) == 3
+    assert (tmp_path / "again.csv").read_bytes() == (home / "one.csv").read_bytes()

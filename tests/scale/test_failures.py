@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -141,28 +140,6 @@ def test_a_damaged_shard_of_a_process_that_is_past_it_is_computed_by_another(
     assert running.done().status == 0
 
 
-def full_disk():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_full_disk_is_one_sentence(short, table, store, tmp_path, world):
-    shard_of(store, "test_stripes", 1).unlink()
-    done = run(tmp_path, short.argv("eval", store), world, shard=8, first=full_disk)
-    assert_one_sentence(done[world - 1], "shard 1 cannot be written", "free disk space")
-    assert list(store.rglob("*.tmp")) == []
-    (done,) = run(tmp_path, short.argv("eval", store), shard=8)
-    assert (done.status, done.out) == (0, table)
-    assert [kind for kind, *_ in log_of(tmp_path)] == ["loaded"] * 2 + ["written"]
-
-
-def test_a_store_that_is_a_file_or_nowhere_is_one_sentence(short, tmp_path):
-    (tmp_path / "file").touch()
-    for store in (tmp_path / "file", "/proc/store"):
-        (done,) = run(tmp_path, short.argv("eval", store))
-        assert_one_sentence(done, str(store), "choose another store")
-
-
 def vanishing(image, moment, name):
     """Let an image vanish while another one of its set, or of an earlier set, is read."""
     read = ImageList.__getitem__
@@ -198,12 +175,6 @@ def test_an_image_that_vanishes_is_one_sentence(short, table, tmp_path, name):
     assert [d.status for d in done] == [0, 0]
     assert done[0].out == table
     assert scored_twice(log_of(tmp_path)) == []
-
-
-def test_two_runs_at_once_share_a_store(short, table, tmp_path):
-    argv = short.argv("eval", tmp_path / "store")
-    running = [start(tmp_path / str(number), argv, shard=8) for number in range(2)]
-    assert [(r.done().status, r.done().out) for r in running] == [(0, table)] * 2
 
 
 @pytest.mark.parametrize("rank", [0, 1])
