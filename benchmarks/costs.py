@@ -64,19 +64,22 @@ def evaluation(
 ) -> Estimate:
     """`fusenorm eval` with one process per GPU and an empty store.
 
-    A list is scored when the process with most of its shards is ready; then each process reads all
-    of them, and sums up the images that a postprocessor is fitted on.
+    The list of the fit is scored when the process with most of its shards is ready, and so are all
+    others, which are dealt out as one. Each process reads all shards, and sums up the images that a
+    postprocessor is fitted on.
     """
     decoding, on_gpu = a.cores * parts["loaded_per_second"], a.on_gpu(name)
     each = 1 / min(decoding, on_gpu) + parts["eval"]["write_seconds_per_image"]
-    most = sum(min(n, SHARD * math.ceil(math.ceil(n / SHARD) / gpus)) for n in counts)
+    fit, *tested = (math.ceil(n / SHARD) for n in counts)
+    dealt = math.ceil(fit / gpus) + math.ceil(sum(tested) / gpus)
+    most = min(SHARD * dealt, sum(counts))
     scoring, even = most * each, sum(counts) * each / gpus
     read = parts["eval"]["read_seconds_per_image"]
     checks = parts["list_seconds_per_image"] + parts["open_seconds_per_image"]
     after = sum(counts) * (checks + read) + fitted * parts["fit_seconds_per_image"]
     limit = "decoding" if decoding < on_gpu else "GPU"
     if scoring > 1.5 * even:
-        limit = "lists of few shards"
+        limit = "few shards"
     if a.startup + after > scoring:
         limit = "start" if a.startup > after else "one core per process"
     return Estimate(scoring, a.startup + after, limit)

@@ -112,8 +112,7 @@ def run_job(case: Case, job: Job, engine: str, home: Path) -> Done:
 
 def shard_files(store: Path) -> dict[str, bytes]:
     """The bytes of all shards of images in a store."""
-    files = sorted(file for file in store.rglob("*.parquet") if "network-" not in file.parent.name)
-    return {str(file.relative_to(store)): file.read_bytes() for file in files}
+    return {str(file.relative_to(store)): file.read_bytes() for file in parts.shards_in(store)}
 
 
 def compared(case: Case, jobs: Sequence[Job], engines: Sequence[str]) -> Iterator[dict[str, Any]]:

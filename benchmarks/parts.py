@@ -57,10 +57,16 @@ def checking(image_sets: Sequence[ImageSet]) -> dict[str, float]:
     return {"list_seconds_per_image": float(listed), "open_seconds_per_image": float(opened)}
 
 
+def shards_in(store: Path) -> list[Path]:
+    """The shards of images in a store, which also has networks and faults of lists."""
+    others = ("network-*", "*_faults-*")
+    files = sorted(store.rglob("*.parquet"))
+    return [file for file in files if not any(map(file.parent.match, others))]
+
+
 def shard_of(store: Path) -> Columns:
     """The columns of a shard of at most `SHARD` images, made of those in a store."""
-    files = [file for file in store.rglob("*.parquet") if "network-" not in file.parent.name]
-    found = [decode(file.read_bytes())[1] for file in sorted(files)]
+    found = [decode(file.read_bytes())[1] for file in shards_in(store)]
     return {name: np.concatenate([c[name] for c in found])[:SHARD] for name in found[0]}
 
 

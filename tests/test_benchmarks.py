@@ -96,7 +96,7 @@ def test_what_limits_a_run_is_the_slowest_of_its_parts(costs):
         return costs.evaluation("imagenet", [images], gpus, fitted, PARTS, assumed).limit
 
     assert (limit(slow), limit(fast)) == ("GPU", "decoding")
-    assert limit(slow, gpus=64, images=8000) == "lists of few shards"
+    assert limit(slow, gpus=64, images=8000) == "few shards"
     assert limit(fast, gpus=64, images=1000) == "start"
     assert limit(fast, gpus=64, fitted=800_000) == "one core per process"
     assert costs.scoring(1, PARTS, slow).limit == "GPU"

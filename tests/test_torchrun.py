@@ -39,6 +39,7 @@ def test_a_wait_ends_with_what_was_found_or_when_its_time_is_over():
 
 
 def test_peers_print_nothing_and_leave_nothing_behind(pair, capsys):
+    terminated = signal.getsignal(signal.SIGTERM)
     with among_peers() as process:
         print("twice")
         assert process == Process(1, 1, 2)
@@ -46,7 +47,7 @@ def test_peers_print_nothing_and_leave_nothing_behind(pair, capsys):
     print("once")
     assert capsys.readouterr().out == "once\n"
     assert list(pair.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == terminated
 
 
 def test_a_thread_may_be_among_peers(pair):

@@ -83,7 +83,7 @@ def run(args: Namespace) -> int:
             )
             results.append(result)
             net.cpu()
-            if kept:
+            if kept and process.leads:
                 kept.keep(net, result.structure)
         say_pace(records[root])
         fpr95 = _mean([result.fpr95 for result in results]).add_suffix(" FPR@95")

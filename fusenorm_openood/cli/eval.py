@@ -121,7 +121,7 @@ def run(args: Namespace) -> int:
         tables.append(result.table)
         first = first or (run_name, result)
         structure = None if result.detector is None else result.detector.known_structure
-        if run_name in job.records and structure is not None:
+        if process.leads and run_name in job.records and structure is not None:
             job.records[run_name].keep(net, structure)
         if process.leads and args.save_score and not args.validation:
             scores = pickle.dumps(result.scores, pickle.HIGHEST_PROTOCOL)

@@ -7,7 +7,9 @@ cluster no longer has room for it.
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -46,6 +48,7 @@ def cluster() -> Iterator[Any]:
     address = os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECTS}
     how = {} if address else local
+    terminated = signal.getsignal(signal.SIGTERM)  # Ray sets its own
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **how)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -57,6 +60,8 @@ def cluster() -> Iterator[Any]:
             yield ray
     finally:
         ray.shutdown()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminated)
 
 
 def shape(ray: Any, cores: int, gpus: bool) -> tuple[int, dict[str, int]]:

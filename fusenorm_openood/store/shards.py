@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ class ShardSet:
         self.folder = root / self.key.folder_name
         self.count = -(-rows // shard_rows)
         self._digest = digest(record)
+        self._listed: dict[int, Place] = {}  # by the last listing
         try:
             self.key.check(self.folder)
         except FileNotFoundError:
@@ -73,7 +75,8 @@ class ShardSet:
     def present(self) -> dict[int, Place]:
         """Number -> the file that is read, from one listing of the folder."""
         files = reversed(list_shards(self.folder))  # of two files of a number, the first one stays
-        return {number: path for number, path in files if number < self.count}
+        self._listed = {number: path for number, path in files if number < self.count}
+        return self._listed
 
     def write(self, number: int, columns: Mapping[str, NDArray[Any]]) -> Place:
         """Write a shard: a file with all rows under its final name, or none.
@@ -106,6 +109,9 @@ class ShardSet:
             StoreError: no file has this shard, or it has no such column.
         """
         label = self._label(number)
+        if number in self._listed:  # a listing for each shard would be quadratic
+            with suppress(StoreError):
+                return read_shard(self._listed[number], label, columns)
         path = self.present().get(number)
         if path is None:
             raise StoreError(f"shard {number} of {self.folder} is missing: compute it")
