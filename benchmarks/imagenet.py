@@ -8,7 +8,8 @@ Shards are smaller by the same share, so that a run deals out as many as a full 
 runs as one process, as two under torchrun or on Ray's actors, with one thread per process and an
 empty store for each. Tables, rows and shards must be equal in every digit and byte, and no image
 may be scored twice; else the exit status is 1. Times are only meaningful on an idle machine.
-With --root, images, networks and stores are kept, of which another run only takes the images.
+With --root, images, networks and stores are kept, of which another run only takes the images. What
+--json has of kinds of network that are not run is kept.
 """
 
 import argparse
@@ -202,9 +203,19 @@ def cases(args: argparse.Namespace, root: Path) -> Iterator[Case]:
             yield Case(benchmark, kind, checkpoint, root / "jobs" / f"{name}_{kind}", shard)
 
 
+def measured_before(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What an earlier run has measured of other kinds of network at the same share."""
+    found: dict[str, Any] = {"share": args.share, "rows": [], "parts": {}}
+    path = args.json / f"{name}.json" if args.json else None
+    if path and path.exists() and (before := json.loads(path.read_text()))["share"] == args.share:
+        found["rows"] = [row for row in before["rows"] if row["network"] not in args.kinds]
+        found["parts"] = {k: of for k, of in before["parts"].items() if k not in args.kinds}
+    return found
+
+
 def measured(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Run all jobs of all cases; returns what was measured, by benchmark."""
-    found = {name: {"share": args.share, "rows": [], "parts": {}} for name in args.benchmarks}
+    found = {name: measured_before(args, name) for name in args.benchmarks}
     shutil.rmtree(root / "jobs", ignore_errors=True)
     for case in cases(args, root):
         name, two = case.benchmark.name, ("one", "two")

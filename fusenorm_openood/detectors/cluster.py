@@ -51,9 +51,11 @@ def cluster() -> Iterator[Any]:
     terminated = signal.getsignal(signal.SIGTERM)  # Ray sets its own
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **how)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ClusterError(
-            f"cluster {address or 'of this machine'} cannot be reached ({error}): check RAY_ADDRESS"
+            f"cluster {address or 'of this machine'} cannot be reached ({why}): check RAY_ADDRESS, "
+            "and RAY_AUTH_MODE and the token if it needs one"
         ) from None
     try:
         with redirect_stdout(sys.stderr):
