@@ -62,7 +62,8 @@ def cluster() -> Iterator[Any]:
             yield ray
     finally:
         ray.shutdown()
-        if threading.current_thread() is threading.main_thread():
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and terminated is not None:  # None: it is not Python's
             signal.signal(signal.SIGTERM, terminated)
 
 

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from fusenorm_openood.detectors.decisions import DecidingDetector
 from fusenorm_openood.errors import NotFittedError
-from fusenorm_openood.listening.observed import Listener, Observed
+from fusenorm_openood.listening.observed import Listener, Observed, finite_feature
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.listening.sums import BlockSums
@@ -44,7 +44,12 @@ class PosthocBaseline(DecidingDetector):
         self._fitted = Fitted(states={self.expert: {}} if name in UNFITTED else {})
 
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
-        """Fit the expert, as OpenOOD does on the training images."""
+        """Fit the expert, as OpenOOD does on the training images.
+
+        Raises:
+            NonFiniteError: a feature is not finite.
+            DataError: the loader gives no images, or labels that are no class of the network.
+        """
         if self.experts[0] in UNFITTED:
             return self
         sample, sums = FeatureSample(limit=math.inf), BlockSums([self.expert])
@@ -52,6 +57,7 @@ class PosthocBaseline(DecidingDetector):
 
         def keep(heard: Observed) -> Tensor:
             if heard.seen is not None:
+                finite_feature(heard)
                 label = torch.from_numpy(heard.label)
                 sample.add(heard.seen)
                 sums.add(heard.seen, torch.where(label < 0, heard.pred.cpu(), label))

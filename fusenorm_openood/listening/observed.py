@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusenorm_openood.devices import moved
-from fusenorm_openood.listening.batches import batches
+from fusenorm_openood.listening.batches import batches, not_finite
 from fusenorm_openood.method.posthoc import Seen
 from fusenorm_openood.structure.wrappers import network_errors
 
@@ -76,6 +76,21 @@ class Recorder(ABC):
         self, net: nn.Module, listener: Listener, progress: bool, desc: str
     ) -> Iterator[Observed]:
         """What a listener hears of the images, in order."""
+
+
+def finite_feature(heard: Observed) -> Tensor:
+    """The features `[B, D]` of a pass that gives them.
+
+    Raises:
+        NonFiniteError: one of them is not finite.
+    """
+    assert heard.seen is not None
+    feature = heard.seen.feature
+    finite = feature.isfinite().all(dim=1)
+    if not finite.all():
+        image = int((~finite).nonzero()[0, 0])
+        raise not_finite(heard.images, image, "a penultimate feature that is not finite")
+    return feature
 
 
 def observed(

@@ -9,8 +9,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.listening.batches import not_finite
-from fusenorm_openood.listening.observed import Heard, Listener, Recorder, observed
+from fusenorm_openood.listening.observed import (
+    Heard,
+    Listener,
+    Recorder,
+    finite_feature,
+    observed,
+)
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.passes import forward_pass
 from fusenorm_openood.listening.react import no_head
@@ -42,12 +47,7 @@ def react_thresholds(
     again = run_again(panel, structure) if isinstance(loader, Recorder) else Panel((), ())
     listener, sample = _activations(net, structure, again), ActivationSample()
     for heard in observed(net, loader, listener, progress, "ReAct"):
-        assert heard.seen is not None
-        activations = heard.seen.feature.float().cpu().numpy()
-        if not np.isfinite(activations).all():
-            image = int(np.argwhere(~np.isfinite(activations))[0, 0])
-            raise not_finite(heard.images, image, "a penultimate feature that is not finite")
-        sample.update(activations)
+        sample.update(finite_feature(heard).float().cpu().numpy())
     return {q: sample.percentile(q) for q in panel.percentiles}
 
 

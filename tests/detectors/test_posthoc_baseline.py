@@ -7,7 +7,7 @@ import torch
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors import base, posthoc
 from fusenorm_openood.detectors.posthoc import UNFITTED, PosthocBaseline
-from fusenorm_openood.errors import ConfigError, DataError, NotFittedError
+from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, NotFittedError
 from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.method.posthoc import POSTHOC
 from tests.conftest import assert_undisturbed, make_loader, state_of
@@ -54,6 +54,14 @@ def test_arguments_are_checked(net):
         PosthocBaseline(net, "knn", k=3)
     with pytest.raises(ConfigError, match="unknown post-hoc expert 'gram'"):
         PosthocBaseline(net, "gram")
+
+
+@pytest.mark.parametrize("name", [name for name in POSTHOC if name not in UNFITTED])
+def test_no_expert_is_fitted_on_features_that_are_not_finite(net, name):
+    images = next(iter(make_loader()))[0]
+    images[3, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="image 3 of the batch has a penultimate feature"):
+        PosthocBaseline(net, name).fit([(images, None)])
 
 
 def test_no_image_is_its_own_neighbour(net, loader):

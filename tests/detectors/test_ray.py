@@ -208,7 +208,7 @@ def started_by(ancestor: int) -> set[int]:
 
 
 def computes(pid: int) -> bool:
-    """Whether a process lives that is none of Ray's agents, which end by themselves later."""
+    """Whether a process is alive and not one of Ray's agents, which end on their own later."""
     name = Path(f"/proc/{pid}/cmdline")
     with suppress(OSError):
         return _lives(pid) and "Agent" not in name.read_text()
