@@ -1,13 +1,17 @@
-"""Read configuration files in OpenOOD's schema."""
+"""Read configuration files in OpenOOD's schema, and values of JSON as the types they were."""
 
 import re
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from fusenorm_openood.errors import ConfigError
+
+MOST = 2**63  # numbers beyond it, infinity and NaN are refused where JSON has numbers
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,3 +67,49 @@ def lookup(config: Mapping[str, Any], *keys: str) -> Any:
             )
         value = value[key]
     return value
+
+
+def typed(kind: Any, value: Any, name: str) -> Any:
+    """A value of a type, from what JSON has made of it: tuples are lists there, records mappings.
+
+    Args:
+        kind: a dataclass, a NamedTuple, a tuple, a mapping with keys of strings, a union, a plain
+            type or `Any`.
+        value: what JSON has.
+        name: what the value is called in messages.
+
+    Raises:
+        ConfigError: the value is of another type, or a number is too large or not finite; the
+            message names the part.
+    """
+    outer, inner = get_origin(kind) or kind, get_args(kind)
+    if kind is Any:
+        return value
+    if outer in (Union, UnionType):
+        errors = []
+        for one in inner:
+            try:
+                return typed(one, value, name)
+            except ConfigError as error:
+                errors.append(error)
+        raise errors[0]
+    if outer is tuple and isinstance(value, list | tuple):
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        if len(kinds) == len(value):
+            items = enumerate(zip(kinds, value, strict=True))
+            return tuple(typed(one, item, f"{name}[{number}]") for number, (one, item) in items)
+    elif isinstance(value, Mapping) and (is_dataclass(kind) or hasattr(kind, "_fields")):
+        hints = get_type_hints(kind)
+        parts = {k: typed(hints.get(k, Any), v, f"{name}.{k}") for k, v in value.items()}
+        try:
+            return kind(**parts)
+        except TypeError as error:  # a field that is unknown or missing
+            raise ConfigError(f"{name} is not complete ({error})") from None
+    elif isinstance(value, Mapping) and isinstance(outer, type) and issubclass(outer, Mapping):
+        return {key: typed(inner[1], item, f"{name}.{key}") for key, item in value.items()}
+    elif isinstance(value, int | float):
+        if (type(value) is kind or (kind, type(value)) == (float, int)) and abs(value) < MOST:
+            return value
+    elif type(value) is kind:
+        return value
+    raise ConfigError(f"{name} must be {getattr(kind, '__name__', kind)}, got {str(value)[:60]!r}")

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -16,6 +17,8 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, NamedTuple, TypeVar
+
+from fusenorm_openood.errors import ConfigError
 
 PATIENCE = 2.0  # longest time in seconds between two looks at the files of the others
 
@@ -40,9 +43,29 @@ class Process(NamedTuple):
 
 
 def this_process() -> Process:
-    """This process by the environment of `torchrun`; the only one without it."""
-    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-    return Process(*(int(os.environ.get(name, default)) for name, default in names.items()))
+    """This process by the environment of `torchrun`; the only one without it.
+
+    `torchrun` sets LOCAL_RANK, too. A cluster or a notebook may set or leave the others.
+
+    Raises:
+        ConfigError: numbers that no launcher gives.
+    """
+    given = {
+        name: os.environ.get(name, "").strip() for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    if not (given["LOCAL_RANK"] and given["WORLD_SIZE"]):
+        return Process()
+    try:
+        process = Process(*(int(number or 0) for number in given.values()))
+    except ValueError:
+        process = Process(-1)
+    if not (0 <= process.rank < process.world and 0 <= process.local_rank < process.world):
+        said = ", ".join(f"{name}={number}" for name, number in given.items())
+        raise ConfigError(
+            f"RANK and LOCAL_RANK must be numbers below WORLD_SIZE, got {said}: start with "
+            "torchrun, or unset them"
+        )
+    return process
 
 
 def wait_until(find: Callable[[], Found], at_most: float = math.inf) -> Found:
@@ -75,9 +98,9 @@ def among_peers() -> Iterator[Process]:
         return
     folder = _meeting_place()
     mine = folder / str(process.rank)
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        mine.write_text(str(os.getpid()))
+    if _is_private(folder):
+        with suppress(OSError):
+            mine.write_text(str(os.getpid()))
     with (
         _says_why_it_is_terminated(folder, process),
         open(os.devnull, "w", encoding="utf-8") as nowhere,
@@ -123,9 +146,25 @@ def _meeting_place() -> Path:
     return Path(gettempdir()) / f"fusenorm-{safe}"
 
 
+def _is_private(folder: Path) -> bool:
+    """Whether a folder, created if it does not exist, is one that only this user can write to.
+
+    Its name can be guessed, and the folder around it is everybody's.
+    """
+    with suppress(OSError):
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()  # of a link itself
+        own = sys.platform == "win32" or (found.st_uid == os.getuid() and not found.st_mode & 0o077)
+        return stat.S_ISDIR(found.st_mode) and own
+    return False
+
+
 def _gone(folder: Path, process: Process) -> list[int]:
     """Which other processes of this machine have failed."""
-    gone = []
+    gone: list[int] = []
+    if not _is_private(folder):
+        return gone
     for file in sorted(folder.glob("*")):
         with suppress(OSError, ValueError):
             rank, number = int(file.name), int(file.read_text())

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +98,7 @@ def network_record(checkpoint: Path, network: str | None, image_size: int, **run
 
     Args:
         checkpoint: its file, all of whose bytes count.
-        network: its architecture, if it is named.
+        network: its architecture, if it is named; of a factory, the bytes of its module count.
         image_size: size of the images.
         run: how it is run, for example in half precision.
     """
@@ -105,9 +106,21 @@ def network_record(checkpoint: Path, network: str | None, image_size: int, **run
         "version": __version__,
         "checkpoint": file_digest(checkpoint),
         "network": network,
+        "code": None if network is None else _code(network.partition(":")[0]),
         "image_size": image_size,
         **run,
     }
+
+
+def _code(module: str) -> str | None:
+    """Digest of the file of a module, None of a package or without one."""
+    try:
+        found = find_spec(module)
+    except (ImportError, ValueError):  # as its import will say
+        return None
+    if found is None or found.origin is None or found.submodule_search_locations is not None:
+        return None
+    return file_digest(found.origin) if Path(found.origin).is_file() else None
 
 
 def manifest(images: ImageList) -> str:

@@ -1,5 +1,6 @@
 """The detector and the network that a command line names."""
 
+import re
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -7,10 +8,13 @@ from torch import nn
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.detectors.storage import read_contents
+from fusenorm_openood.detectors.keeping import read_source
 from fusenorm_openood.devices import own_device
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.networks import build_network, load_network
+from fusenorm_openood.networks.named import is_catalogued
+
+_NOT_LOCAL = re.compile(r"[\\/]{2}|[A-Za-z][A-Za-z0-9+.-]+:")  # URLs, network shares
 
 
 def add_detector(parser: ArgumentParser) -> None:
@@ -22,20 +26,33 @@ def add_detector(parser: ArgumentParser) -> None:
 
 
 def load_detector(args: Namespace) -> FuseNorm:
-    """The detector, with the network that `fit` had, or the one that is given.
+    """The detector, with the network that is given, or the one that `fit` had.
+
+    A file may come from others, so that it names no code: of the network in it only the name of an
+    architecture of torchvision or timm is followed, and a path of weights on this machine.
 
     Raises:
         DetectorFileError: a file that cannot be read, or another network.
-        CheckpointError, ConfigError: a network that cannot be loaded.
+        CheckpointError, ConfigError: a network that cannot be loaded, or that must be given.
     """
     device = own_device(args.device)
-    source = read_contents(Path(args.detector)).record.get("source") or {}
-    size = source.get("image_size")
-    net = source_network(
-        args.network or source.get("network"),
-        args.weights or source.get("weights"),
-        None if size is None else int(size),
-    )
+    source = read_source(Path(args.detector))
+    spec, weights, size = args.network, args.weights, source.image_size
+    if spec is None and source.network is not None:
+        spec = source.network
+        if not is_catalogued(spec):
+            raise ConfigError(
+                f"detector file {args.detector} names the network {spec!r}, and no file is trusted "
+                "to name code: if you trust it yourself, give it with --network"
+            )
+    if weights is None and source.weights is not None:
+        weights = source.weights
+        if _NOT_LOCAL.match(weights):
+            raise ConfigError(
+                f"detector file {args.detector} names the weights {weights!r}, which are not on "
+                "this machine: give a checkpoint with --weights"
+            )
+    net = source_network(spec, weights, None if size is None else int(size))
     return FuseNorm.load(args.detector, net.to(device))
 
 

@@ -16,15 +16,13 @@ from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.folder import ReadableFiles
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.detectors.sharded import manifest
+from fusenorm_openood.detectors.sharded import manifest, network_record
 from fusenorm_openood.devices import own_device
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.files import check_writable
 from fusenorm_openood.listening.recorded import RecordedLoader
-from fusenorm_openood.networks.fingerprint import fingerprint
 from fusenorm_openood.torchrun import among_peers, this_process
 from fusenorm_openood.urls import Place
-from fusenorm_openood.version import __version__
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -69,9 +67,9 @@ def run(args: Namespace) -> int:
         detector.network_source["image_size"] = str(args.image_size)
     detector.class_names = class_names
 
-    known = {"version": __version__, "preprocessing": preprocessing.to_json()}
+    known: dict[str, Any] = {"preprocessing": preprocessing.to_json()}
     if args.store:
-        known["network"] = fingerprint(net).weights
+        known |= network_record(net, preprocessing, Path(args.store))
 
     def loader(paths: Sequence[Place], name: str) -> Iterable[Any]:
         files, how = ReadableFiles(paths, preprocessing), (args.batch_size, args.num_workers)

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from fusenorm_openood.configs import typed
 from fusenorm_openood.data.images import UNREADABLE, read_image, to_rgb
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.urls import Place, place
@@ -89,8 +90,9 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Preprocessing":
-        """The preprocessing that `to_json` gave."""
-        return cls(**record)
+        """The preprocessing that `to_json` gave; ConfigError if it is something else."""
+        preprocessing: Preprocessing = typed(cls, record, "preprocessing")
+        return preprocessing
 
     @classmethod
     def of(cls, net: nn.Module) -> "Preprocessing | None":

@@ -51,7 +51,8 @@ class Scorer:
             os.chdir(self.folder)
         torch.set_num_threads(self.threads)
         self._detector = self.load()
-        if not experts_record(self._detector).items() <= self.shards.key.record.items():
+        store = self.shards.folder.parent
+        if not experts_record(self._detector, store).items() <= self.shards.key.record.items():
             raise ClusterError(
                 f"node {platform.node()} has another detector, network or version of this package "
                 "than the driver: give files that all nodes share"

@@ -20,6 +20,7 @@ from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.method.experts import Output
 from fusenorm_openood.method.posthoc import Head, Posthoc, Seen
 from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.networks.fingerprint import Fingerprint
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.understanding import guess_structure
 
@@ -34,6 +35,9 @@ class ScoreBank(ExpertScorer):
         posthoc: post-hoc experts that will be needed on their own.
         keep_seen: whether to keep features and logits, too, until their loader is forgotten.
         structure: how the network is built, if that is known already.
+
+    Attributes:
+        network: what the network is recognised by, after `fit`, if that is known.
 
     Raises:
         ConfigError: settings that do not fit the network.
@@ -53,6 +57,7 @@ class ScoreBank(ExpertScorer):
         self._settings, self._outputs = tuple(dict.fromkeys(settings)), tuple(outputs)
         self._posthoc = tuple(posthoc)
         self._fitted = Fitted()
+        self.network: Fingerprint | None = None
         self._sample: FeatureSample | None = None
         self.keep_seen, self._seen = keep_seen, dict[int, Seen]()
         self._kept: dict[int, tuple[Iterable[Any], Scored]] = {}
@@ -84,6 +89,7 @@ class ScoreBank(ExpertScorer):
         """Score the ID validation images, on which every calibration is based."""
         self._kept.clear()
         readings = self._begin(loader)
+        self.network = self._identified(readings)
         fit = fit_panel(self, self.panel, readings, progress, "APS")
         self._fitted = fit.fitted
         self._kept[id(loader)] = loader, Scored(np.empty(0), fit.pred, fit.label, fit.experts)
@@ -117,7 +123,7 @@ class ScoreBank(ExpertScorer):
         rows += [self.panel.posthoc_row(expert) for expert in bank.panel.posthoc]
         for key, (loader, scored) in self._kept.items():
             bank._kept[key] = loader, scored._replace(experts=scored.experts[rows])
-        bank._fitted, bank.id_loader = self._fitted, self.id_loader
+        bank._fitted, bank.network, bank.id_loader = self._fitted, self.network, self.id_loader
         bank._seen = dict(self._seen)
         return bank
 
@@ -157,7 +163,7 @@ class ScoreBank(ExpertScorer):
             {q: self._fitted.thresholds[q] for q in panel.percentiles},
             {expert: self._fitted.states[expert] for expert in panel.posthoc},
         )
-        return detector.learn(id_scores, fitted)
+        return detector.learn(id_scores, fitted, self.network)
 
     def scored(self, settings: Settings, loader: Iterable[Any]) -> Scored:
         """What `FuseNorm.infer` would return for a loader's images under these settings.
@@ -165,7 +171,7 @@ class ScoreBank(ExpertScorer):
         Raises:
             ZeroRangeError, NonFiniteError: as in `calibration`.
         """
-        detector = self._detectors[settings].with_calibration(self.calibration(settings))
+        detector = self._detectors[settings].adopt(self.calibration(settings))
         scored = self._kept[id(loader)][1]
         experts = scored.experts[self._rows(detector)]
         return scored._replace(conf=detector.confidence(experts), experts=experts)

@@ -24,7 +24,9 @@ from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.listening.sums import BlockSums
 from fusenorm_openood.listening.thresholds import react_thresholds
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
+from fusenorm_openood.networks.fingerprint import Fingerprint
 from fusenorm_openood.networks.lazy import LazyNetwork
+from fusenorm_openood.structure.identity import identify
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.understanding import understand
 from fusenorm_openood.structure.wrappers import network_errors
@@ -89,6 +91,12 @@ class ExpertScorer(ABC):
         self._structure = understand(self.net, images)
         self._try(images)
         return readings
+
+    def _identified(self, readings: Any) -> Fingerprint | None:
+        """What the network is recognised by; None of one that is only loaded when it is to run."""
+        if isinstance(self.net, LazyNetwork):
+            return None
+        return identify(self.net, readings.first.shape[1:])
 
     def prepare(self, loaders: Iterable[Any], progress: bool = False) -> list[Any]:
         """Let recorded loaders keep their images, each process its share, before any is waited for.

@@ -15,6 +15,7 @@ from fusenorm_openood.method.posthoc import Posthoc
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.method.shares import joint_shares, strong_shares, weak_shares
 from fusenorm_openood.method.statistics import IDStatistics, normalise, standardise
+from fusenorm_openood.networks.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Calibration:
         joint: statistics of the joint distance, with the joint penalty.
         settings: all settings of the fit.
         strong: names of the strong experts.
+        network: what the network of the fit is recognised by, if that is known.
     """
 
     experts: tuple[str, ...]
@@ -38,6 +40,7 @@ class Calibration:
     joint: JointStatistics | None
     settings: Settings
     strong: tuple[str, ...]
+    network: Fingerprint | None = None
 
     @cached_property
     def mean_shares(self) -> NDArray[np.float64]:
@@ -89,11 +92,7 @@ def packed(calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def unpacked(tensors: dict[str, Tensor], record: dict[str, Any]) -> Calibration:
-    """The calibration that was `packed`.
-
-    Raises:
-        KeyError, TypeError, ValueError: parts are missing or of another kind.
-    """
+    """The calibration that was `packed`, from parts that are known to be right."""
 
     def named(group: str) -> dict[str, Tensor]:
         prefix = f"{group}."
@@ -119,4 +118,5 @@ def unpacked(tensors: dict[str, Tensor], record: dict[str, Any]) -> Calibration:
         joint=joint,
         settings=Settings.from_mapping(record["settings"]),
         strong=tuple(record["strong"]),
+        network=record["network"],
     )

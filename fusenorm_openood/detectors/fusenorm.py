@@ -17,9 +17,16 @@ from fusenorm_openood.detectors.base import Images, fit_panel
 from fusenorm_openood.detectors.calibration import Calibration as Calibration
 from fusenorm_openood.detectors.decisions import DecidingDetector, repeated_columns
 from fusenorm_openood.detectors.explanation import Explanation, explanation
-from fusenorm_openood.detectors.keeping import Kept, read_kept, write_kept
+from fusenorm_openood.detectors.keeping import Kept, nonsense, read_kept, write_kept
 from fusenorm_openood.devices import find_device
-from fusenorm_openood.errors import ConfigError, DataError, NotFittedError
+from fusenorm_openood.errors import (
+    ConfigError,
+    DataError,
+    FuseNormError,
+    NonFiniteError,
+    NotFittedError,
+    TapError,
+)
 from fusenorm_openood.export.fusion import Fusion, Roles
 from fusenorm_openood.export.judge import Dtype, Inputs, Judge, check_exportable, float32_copy
 from fusenorm_openood.export.program import Exported, export_judge
@@ -40,6 +47,8 @@ from fusenorm_openood.method.statistics import (
     normalise,
     standardise,
 )
+from fusenorm_openood.networks.fingerprint import Fingerprint
+from fusenorm_openood.structure.identity import fixed_images, is_network
 from fusenorm_openood.structure.modes import undisturbed
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.understanding import guess_structure
@@ -165,11 +174,14 @@ class FuseNorm(DecidingDetector):
         """
         self.calibration_ = None
         readings = self._begin(loader)
+        network = self._identified(readings)  # what cannot be saved fails before the fit
         self._fitted, scores, *_ = fit_panel(self, self.panel, readings, progress, "fit")
-        self.calibration_ = self.learn(scores[self._rows()], self._fitted)
+        self.calibration_ = self.learn(scores[self._rows()], self._fitted, network)
         return self if calibration is None else self.calibrate(calibration, progress)
 
-    def learn(self, id_scores: NDArray[np.float64], fitted: Fitted) -> Calibration:
+    def learn(
+        self, id_scores: NDArray[np.float64], fitted: Fitted, network: Fingerprint | None = None
+    ) -> Calibration:
         """The calibration from scores `[L, N]` of the experts on ID images; it is not kept.
 
         Raises:
@@ -183,7 +195,7 @@ class FuseNorm(DecidingDetector):
         normalised = [self.experts[row] for row in rows]
         statistics = compute_id_statistics(id_scores[rows], low, high, normalised)
         return Calibration(
-            self.experts, fitted, id_scores, statistics, joint, self.settings, self.strong
+            self.experts, fitted, id_scores, statistics, joint, self.settings, self.strong, network
         )
 
     def with_calibration(self, calibration: Calibration) -> Self:
@@ -193,8 +205,18 @@ class FuseNorm(DecidingDetector):
         statistics are then computed anew from the ID scores.
 
         Raises:
-            ConfigError: the fit had other experts, or a setting that changes their scores.
+            ConfigError: the fit had another network or other weights, other experts, or a setting
+                that changes their scores.
         """
+        if calibration.network is not None and not is_network(self.net, calibration.network):
+            raise ConfigError(
+                f"calibration must be of this network, got that of a {calibration.network.kind} "
+                "with other weights or another forward: fit again"
+            )
+        return self.adopt(calibration)
+
+    def adopt(self, calibration: Calibration) -> Self:
+        """As `with_calibration`, of a fit that is known to have had this network."""
         then, now = vars(calibration.settings), vars(self.settings)
         for name in (n for n in now if n not in FUSION_SETTINGS and now[n] != then[n]):
             raise ConfigError(
@@ -212,7 +234,7 @@ class FuseNorm(DecidingDetector):
             )
         self._fitted, self.reference_ = calibration.fitted, None
         if then != now:
-            calibration = self.learn(calibration.id_scores, calibration.fitted)
+            calibration = self.learn(calibration.id_scores, calibration.fitted, calibration.network)
         self.calibration_ = calibration
         return self
 
@@ -308,11 +330,30 @@ class FuseNorm(DecidingDetector):
                 network.
         """
         kept = read_kept(Path(path), net, strict)
-        detector = cls(net, kept.calibration.settings, kept.structure)
-        detector.with_calibration(kept.calibration)
+        try:
+            detector = cls(net, kept.calibration.settings, kept.structure)
+            if detector.experts and detector.strong != kept.calibration.strong:
+                raise ConfigError(f"strong must be {', '.join(detector.strong)}")
+            detector.adopt(kept.calibration)
+            detector.class_names = kept.class_names
+        except (ConfigError, TapError) as error:
+            raise nonsense(Path(path), error) from None
         detector.reference_, detector.preprocessing = kept.reference, kept.preprocessing
-        detector.class_names, detector.network_source = kept.class_names, kept.network_source
+        detector.network_source = kept.network_source
+        detector._check_scoring(Path(path))
         return detector
+
+    def _check_scoring(self, path: Path) -> None:
+        """Raise DetectorFileError unless two images can be scored, of the size of the fit."""
+        known = self._check_fitted().network
+        if known is None or not known.image:
+            return
+        try:
+            self.expert_scores(fixed_images(known.image))
+        except NonFiniteError:  # of these images, which are no photographs
+            pass
+        except FuseNormError as error:
+            raise nonsense(path, error) from None
 
     def export(
         self,

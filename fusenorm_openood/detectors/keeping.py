@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.detectors.calibration import Calibration, packed, unpacked
+from fusenorm_openood.detectors.calibration import Calibration, packed
+from fusenorm_openood.detectors.record import STATES, Record, Source, read_record
 from fusenorm_openood.detectors.storage import Contents, read_contents, write_contents
-from fusenorm_openood.errors import DetectorFileError
-from fusenorm_openood.networks.fingerprint import Fingerprint, fingerprint
+from fusenorm_openood.errors import ConfigError, DetectorFileError
+from fusenorm_openood.networks.fingerprint import Fingerprint
+from fusenorm_openood.structure.head import weight_of
+from fusenorm_openood.structure.identity import identify
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.wrappers import unwrapped
 from fusenorm_openood.version import __version__
@@ -42,7 +45,7 @@ def write_kept(path: Path, kept: Kept, net: nn.Module) -> None:
     record |= {
         "version": __version__,
         "structure": kept.structure and kept.structure.to_json(),
-        "network": fingerprint(unwrapped(net))._asdict(),
+        "network": (kept.calibration.network or identify(net, ()))._asdict(),
         "source": kept.network_source,
         "class_names": kept.class_names,
         "preprocessing": kept.preprocessing and kept.preprocessing.to_json(),
@@ -50,31 +53,50 @@ def write_kept(path: Path, kept: Kept, net: nn.Module) -> None:
     write_contents(path, Contents(tensors, record))
 
 
+def read_source(path: Path) -> Source:
+    """How the command line built the network of a file.
+
+    Raises:
+        DetectorFileError: the file is missing, damaged, of a newer format, or nonsense.
+    """
+    return _read(path)[0].source
+
+
 def read_kept(path: Path, net: nn.Module, strict: bool) -> Kept:
     """Read a detector for this network; other weights are an error, or if not `strict` a warning.
 
     Raises:
-        DetectorFileError: the file is missing, damaged, of a newer format, or of another network.
+        DetectorFileError: the file is missing, damaged, of a newer format, nonsense, or of another
+            network.
     """
-    tensors, record = read_contents(path)
+    record, calibration, reference = _read(path)
+    _check_network(path, record.network, identify(net, record.network.image, passes=1), strict)
+    _check_modules(path, record, calibration, unwrapped(net))
+    return Kept(
+        calibration,
+        reference,
+        record.structure,
+        record.preprocessing,
+        record.class_names,
+        {name: value for name, value in record.source._asdict().items() if value is not None},
+    )
+
+
+def nonsense(path: Path, error: Exception | str) -> DetectorFileError:
+    """The error for a file whose parts do not fit each other."""
+    return DetectorFileError(
+        f"detector file {path} holds what no fit has given ({error}): fit again"
+    )
+
+
+def _read(path: Path) -> tuple[Record, Calibration, NDArray[np.float64] | None]:
+    contents = read_contents(path)
     try:
-        known, reference = Fingerprint(**record["network"]), tensors.get("reference")
-        structure, preprocessing = record["structure"], record["preprocessing"]
-        names = record["class_names"]
-        kept = Kept(
-            unpacked(tensors, record),
-            None if reference is None else reference.numpy(),
-            structure and Structure.from_json(structure),
-            preprocessing and Preprocessing.from_json(preprocessing),
-            None if names is None else tuple(names),
-            record.get("source", {}),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DetectorFileError(
-            f"detector file {path} lacks what this version reads ({error}): fit again"
-        ) from None
-    _check_network(path, known, fingerprint(unwrapped(net)), strict)
-    return kept
+        record, calibration = read_record(contents)
+    except ConfigError as error:
+        raise nonsense(path, error) from None
+    reference = contents.tensors.get("reference")
+    return record, calibration, None if reference is None else reference.numpy()
 
 
 def _check_network(path: Path, known: Fingerprint, given: Fingerprint, strict: bool) -> None:
@@ -86,10 +108,31 @@ def _check_network(path: Path, known: Fingerprint, given: Fingerprint, strict: b
             f"({', '.join(differences[:3])}{more}): give the network that it was fitted with"
         )
     if given.weights != known.weights:
-        message = (
-            f"detector file {path} was made with other weights of a {known.kind}: give the "
-            "checkpoint that it was fitted with, or fit again"
-        )
-        if strict:
-            raise DetectorFileError(message)
-        warnings.warn(message, UserWarning, stacklevel=4)
+        what = f"other weights of a {known.kind}: give the checkpoint"
+    elif not given.agrees(known):
+        what = f"a {known.kind} that computes other logits with these weights: give the network"
+    else:
+        return
+    message = f"detector file {path} was made with {what} that it was fitted with, or fit again"
+    if strict:
+        raise DetectorFileError(message)
+    warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _check_modules(path: Path, record: Record, calibration: Calibration, core: nn.Module) -> None:
+    """Require that what the file says of modules is true of the network."""
+    structure, modules = record.structure, dict(core.named_modules())
+    if structure is None:
+        return
+    for field in ("runs", "shapes", "layouts"):
+        if absent := getattr(structure, field).keys() - modules.keys():
+            raise nonsense(path, f"structure.{field} names the absent module {min(absent)!r}")
+    if structure.scoring is not None and structure.scoring not in modules:
+        raise nonsense(path, f"structure.scoring names the absent module {structure.scoring!r}")
+    weights = [weight_of(modules[name]) for name in structure.head.names]
+    widths = [weight.shape[1] for weight in weights if weight is not None]
+    for number, (expert, state) in enumerate(calibration.fitted.states.items()):
+        for name, letters in STATES[expert.name].items():
+            sizes = dict(zip(letters.split(), state[name].shape, strict=True))
+            if len(widths) == len(weights) > 0 and sizes.get("D", sum(widths)) != sum(widths):
+                raise nonsense(path, f"state.{number}.{name} must be of width {sum(widths)}")

@@ -22,6 +22,7 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "p_value": float,
     "ood": {"True": True, "False": False}.__getitem__,
 }
+_FORMULA = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20'"  # begin a formula, or a cell that is guarded
 
 
 class RowFile:
@@ -206,14 +207,26 @@ def _check_columns(path: Path, names: Sequence[str]) -> None:
 
 
 def _texts(row: Judged) -> list[object]:
-    return ["" if value is None else value for value in row]
+    return ["" if v is None else guarded(v) if isinstance(v, str) else v for v in row]
 
 
 def _row(texts: Sequence[str]) -> Judged:
     path, *rest = texts
     named = zip(Judged._fields[1:], rest, strict=True)
-    values: Iterator[Any] = (KINDS.get(name, str)(text) if text else None for name, text in named)
-    return Judged(path, *values)
+    values: Iterator[Any] = (
+        KINDS.get(name, unguarded)(text) if text else None for name, text in named
+    )
+    return Judged(unguarded(path), *values)
+
+
+def guarded(text: str) -> str:
+    """A cell of a CSV file that no spreadsheet takes for a formula."""
+    return f"'{text}" if text[:1] and text[0] in _FORMULA else text
+
+
+def unguarded(text: str) -> str:
+    """The text of a cell of `guarded`."""
+    return text[1:] if text[:1] == "'" and text[1:2] and text[1] in _FORMULA else text
 
 
 def _write_csv(path: Path, rows: Iterator[Judged]) -> None:

@@ -7,18 +7,19 @@ from hashlib import sha256
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.calibration import packed
 from fusenorm_openood.detectors.folder import FileScores, ImageFiles, Judged, judged, score_batch
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.listening.pace import Pace
-from fusenorm_openood.networks.fingerprint import fingerprint
-from fusenorm_openood.store import ShardSet
+from fusenorm_openood.store import ShardSet, forward_digest
 from fusenorm_openood.store.encoding import Columns
 from fusenorm_openood.store.loading import Batches, intact, shard_batches, wait_for_shards
-from fusenorm_openood.structure.wrappers import unwrapped
+from fusenorm_openood.structure.identity import identify
 from fusenorm_openood.torchrun import Process
 from fusenorm_openood.urls import Place, versions
 from fusenorm_openood.version import __version__
@@ -55,7 +56,9 @@ class FileShards:
         self.detector, self.paths, self.pace = detector, paths, pace or Pace()
         self.batch_size, self.num_workers = batch_size, num_workers
         self._files = ImageFiles(paths, detector.known_preprocessing())
-        record = {**experts_record(detector), "images": manifest(paths)}
+        record = {**experts_record(detector, store), "images": manifest(paths)}
+        if (structure := detector.known_structure) and structure.mixes:
+            record["batch_size"] = batch_size  # the images of a batch influence each other
         self.shards = ShardSet(store, record, "files", len(paths), SHARD)
 
     def score(self, numbers: Sequence[int], after: Callable[[int], object] | None = None) -> None:
@@ -150,7 +153,7 @@ def scored(
     }
 
 
-def experts_record(detector: FuseNorm) -> dict[str, Any]:
+def experts_record(detector: FuseNorm, store: Place) -> dict[str, Any]:
     """All that the expert scores of image files depend on besides these, in terms of JSON."""
     calibration, preprocessing = detector._check_fitted(), detector.known_preprocessing()
     tensors, record = packed(calibration)
@@ -158,14 +161,29 @@ def experts_record(detector: FuseNorm) -> dict[str, Any]:
     for name in sorted(name for name in tensors if name.startswith("state.")):
         hashed.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
     return {
-        "version": __version__,
-        "network": fingerprint(unwrapped(detector.net)).weights,
+        **network_record(detector.net, preprocessing, store),
         "experts": detector.experts,
         "norm": detector.settings.feature_norm,
         "output": detector.settings.output_expert,
         "fitted": hashed.hexdigest(),
         "preprocessing": preprocessing.to_json(),
     }
+
+
+def network_record(
+    net: nn.Module, preprocessing: Preprocessing, store: Place
+) -> dict[str, str | None]:
+    """What a store tells a network by: its modules and weights, and what it computes."""
+    found = identify(net, (3, *preprocessing.crop))
+    record = {"version": __version__, "network": found.digest}
+    if not found.logits:
+        return {**record, "forward": None}
+
+    def agrees(logits: NDArray[np.float64]) -> bool:
+        return found.agrees(found._replace(logits=logits.tolist()))
+
+    logits, images = np.array(found.logits, np.float64), {"image": found.image}
+    return {**record, "forward": forward_digest(store, {**record, **images}, logits, agrees)}
 
 
 def manifest(paths: Sequence[Place]) -> str:

@@ -17,7 +17,8 @@ from torch import Tensor
 from fusenorm_openood.errors import DetectorFileError
 from fusenorm_openood.files import write_whole
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
 _NO_CHECKSUM = "0" * 64
 _CHECKSUM = re.compile(rb'\\"checksum\\": \\"([0-9a-f]{64})\\"')
 
@@ -79,13 +80,13 @@ def read_contents(path: Path) -> Contents:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         record = json.loads(header["__metadata__"]["fusenorm"])
         version = record["format"]
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError):
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         raise DetectorFileError(
             f"{path} is no detector file: give a file that detector.save wrote"
         ) from None
-    if version != FORMAT:
+    if version not in READABLE:
         raise DetectorFileError(
-            f"detector file {path} has format {version!r}, this version of the package reads "
+            f"detector file {path} has format {version!r}, this version of the package reads up to "
             f"{FORMAT}: install the version that wrote it ({record.get('version')}), or fit again"
         )
     return Contents(tensors, record)

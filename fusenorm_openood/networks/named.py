@@ -1,6 +1,7 @@
 """Build a network from its name: torchvision's, timm's, or a function in any module."""
 
 import inspect
+import re
 from collections.abc import Callable
 from importlib import import_module
 from operator import attrgetter
@@ -59,6 +60,25 @@ def build_network(
     return net.eval()
 
 
+def is_catalogued(spec: str) -> bool:
+    """Whether a network is one of torchvision's classifiers or timm's architectures.
+
+    Such a name runs the code of these packages only, and downloads nothing; a name of a hub, of a
+    folder or of any other module does not count, nor a detector of torchvision's, whose backbone
+    comes with weights. Nothing but the two packages is imported.
+    """
+    found = _CATALOGUED.fullmatch(spec)
+    if found is None:
+        return False
+    source, name = found.groups()
+    if source == "timm":
+        return bool(_module(spec, source).is_model(name))
+    models = import_module("torchvision").models
+    listed = [*models.list_models(models), *models.list_models(models.quantization)]
+    return name.lower() in listed
+
+
+_CATALOGUED = re.compile(r"(torchvision|timm):([A-Za-z0-9_.-]+)")
 # The argument for the size of the images, in the networks that take one.
 _SIZE = {"torchvision": "image_size", "timm": "img_size"}
 

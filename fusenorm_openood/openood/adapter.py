@@ -12,6 +12,7 @@ from fusenorm_openood.configs import lookup
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.listening.passes import forward_pass
 from fusenorm_openood.method.settings import METHODS
+from fusenorm_openood.networks.fingerprint import Fingerprint, fingerprint
 from fusenorm_openood.networks.t2fnorm import has_scoring_logits
 from fusenorm_openood.openood.bridge import base_postprocessor, openood_module
 from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
@@ -88,14 +89,20 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
     def __init__(self, inner: Any, name: str) -> None:
         super().__init__(inner.config)
         self.inner, self.name = inner, name
+        self._network: Fingerprint | None = None  # that it was set up with
 
     def setup(self, net: Any, id_loader_dict: Any, ood_loader_dict: Any) -> None:
-        """Set up the inner postprocessor.
+        """Set up the inner postprocessor, again if this is another network, or has other weights.
 
         Raises:
             CheckpointError: `t2fnorm` with a network that was not trained with T2FNorm.
         """
-        self.inner.setup(self._view(self._core(net)), id_loader_dict, ood_loader_dict)
+        core = self._core(net)
+        found = fingerprint(core)
+        if self._network is not None and self._network.digest != found.digest:
+            self.inner.setup_flag = False
+        self._network = found
+        self.inner.setup(self._view(core), id_loader_dict, ood_loader_dict)
 
     def postprocess(self, net: Any, data: Tensor) -> tuple[Tensor, Tensor]:
         """The network's predictions `[B]`, and the inner postprocessor's confidences `[B]`."""

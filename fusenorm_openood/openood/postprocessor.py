@@ -15,6 +15,7 @@ from fusenorm_openood.detectors.search import UNUSABLE, choose, search
 from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
 from fusenorm_openood.openood.bridge import base_postprocessor
+from fusenorm_openood.structure.identity import is_network
 from fusenorm_openood.structure.reading import Structure
 
 
@@ -48,7 +49,10 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
     def setup(
         self, net: nn.Module, id_loader_dict: Mapping[str, Any], ood_loader_dict: Any = None
     ) -> None:
-        """Fit the ID statistics on the ID validation images; a second call has no effect.
+        """Fit the ID statistics on the ID validation images.
+
+        A second call has no effect with the same network; with another one, or with other weights,
+        the statistics are fitted again.
 
         With `APS_mode: pseudo`, the settings are searched here, on pseudo-OOD images made from the
         ID validation images. With `APS_mode: True`, the images of both validation loaders are
@@ -65,7 +69,9 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
                 "id_loader_dict must contain 'val', the loader that FuseNorm is fitted on, got "
                 f"{', '.join(id_loader_dict) or 'no loader'}"
             )
-        if self._fitted_on is None or self._fitted_on[0] is not net:
+        if self.setup_flag and not self._is_of(net):
+            self.setup_flag, self.calibration, self._bank, self._last = False, None, None, None
+        if not self.setup_flag or self._fitted_on is None or self._fitted_on[0] is not net:
             self._structure = None
         self._fitted_on = net, id_loader_dict["val"]
         if self.setup_flag:
@@ -88,6 +94,13 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             self.setup_flag = True
         else:
             self._fit()
+
+    def _is_of(self, net: nn.Module) -> bool:
+        """Whether the ID statistics, or the scores for a search, are those of a network."""
+        network = (
+            self._bank.network if self._bank else self.calibration and self.calibration.network
+        )
+        return network is None or is_network(net, network)
 
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions `[B]` and confidences `[B]`, larger = more in-distribution."""
@@ -182,13 +195,14 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             self._recalibrate = False
             c = self.calibration
             if c.experts == detector.experts:
-                self.calibration = detector.learn(c.id_scores, c.fitted)
+                self.calibration = detector.learn(c.id_scores, c.fitted, c.network)
             else:  # other strong experts
                 self.setup_flag, self.calibration = False, None
                 self._fit()
         if self.calibration is None:
             raise NotFittedError("FuseNorm has no ID statistics: call setup(net, loaders) first")
-        self._last = detector.with_calibration(self.calibration)
+        use = detector.adopt if same else detector.with_calibration
+        self._last = use(self.calibration)
         return self._last
 
     def __getstate__(self) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from tqdm import tqdm
 from fusenorm_openood.errors import StoreError
 from fusenorm_openood.store.encoding import Columns
 from fusenorm_openood.store.shards import ShardSet
-from fusenorm_openood.torchrun import wait_until
+from fusenorm_openood.torchrun import this_process, wait_until
 
 Batches = Sequence[Any]  # ranges or lists of rows; torch's annotations have lists only
 OWNER_TIME = 60.0  # seconds that a process has to compute a damaged shard of its own again
+WORD = 20.0  # seconds of silence after which a process says that it waits
 SILENCE = 600.0  # seconds without a new shard after which one does not wait for others any longer
 
 
@@ -55,8 +56,18 @@ def wait_for_shards(missing: Callable[[], list[int]], compute: Callable[[], obje
         compute: computes and writes them, which is done if the others are silent for too long:
             they may have ended, or work on another list of images.
     """
+    world, is_said = this_process().world, False
     while left := missing():
-        if not wait_until(partial(_is_other, missing, left), SILENCE):
+        is_other = partial(_is_other, missing, left)
+        found = wait_until(is_other, WORD)
+        if not (found or is_said):
+            is_said = True
+            tqdm.write(
+                f"fusenorm: waiting for other processes of WORLD_SIZE={world}: unset it unless "
+                "torchrun started this one",
+                file=sys.stderr,
+            )
+        if not (found or wait_until(is_other, SILENCE)):
             compute()
 
 

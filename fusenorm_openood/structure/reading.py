@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusenorm_openood.configs import typed
 from fusenorm_openood.errors import FuseNormError
 from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.structure.blocks import find_blocks
@@ -63,19 +64,13 @@ class Structure:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Structure":
-        """The structure that `to_json` gave, also after JSON has turned its tuples into lists."""
-        head = record["head"]
-        return cls(
-            **{
-                **record,
-                "blocks": tuple(record["blocks"]),
-                "shapes": {name: tuple(shape) for name, shape in record["shapes"].items()},
-                "head": HeadLayers(
-                    **{**head, "names": tuple(head["names"]), "shares": tuple(head["shares"])}
-                ),
-                "logits": tuple(record["logits"]),
-            }
-        )
+        """The structure that `to_json` gave, also after JSON has turned its tuples into lists.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        structure: Structure = typed(cls, record, "structure")
+        return structure
 
     def stages(self, taps: Sequence[str]) -> list[list[str]]:
         """Taps by stage: those of a stage follow each other and have equally many pixels."""

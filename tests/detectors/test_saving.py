@@ -134,10 +134,10 @@ def test_a_thousand_damaged_files_are_all_refused(saved, net, tmp_path):
 
 def test_a_newer_format_is_refused(saved, net, tmp_path, monkeypatch):
     detector, _ = saved
-    monkeypatch.setattr("fusenorm_openood.detectors.storage.FORMAT", 2)
+    monkeypatch.setattr("fusenorm_openood.detectors.storage.FORMAT", 3)
     detector.save(tmp_path / "newer")
     monkeypatch.undo()
-    with pytest.raises(DetectorFileError, match=r"has format 2, this version .* reads 1"):
+    with pytest.raises(DetectorFileError, match=r"has format 3, this version .* reads up to 2"):
         FuseNorm.load(tmp_path / "newer", net)
 
 

@@ -232,11 +232,11 @@ def test_a_network_is_known_by_its_file_its_name_the_size_of_images_and_how_it_r
     assert network_record(tmp_path / "three", None, 32, amp=False) == known[0]
 
 
-def test_scores_of_files_are_known_by_all_that_they_depend_on(net, loader):
+def test_scores_of_files_are_known_by_all_that_they_depend_on(net, loader, tmp_path):
     def known(net=net, loader=loader, size=16, **changes):
         detector = FuseNorm(net, **changes).fit(loader)
         detector.preprocessing = Preprocessing(size, (16, 16), "bilinear", (0.5,) * 3, (0.5,) * 3)
-        return digest(experts_record(detector))
+        return digest(experts_record(detector, tmp_path))
 
     same = [known(), known(), known(base=5), known(percentile_low=1), known(weights=(1, 2, 1))]
     assert len(set(same)) == 1
