@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood import kernels
+from fusenorm_openood.devices import with_double
 from fusenorm_openood.errors import ConfigError, TapError
 from fusenorm_openood.numbers import numbers
 
@@ -65,7 +66,7 @@ def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
     settings = [checked_atf_settings(*setting) for setting in settings]
     _check_maps(x)
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    return kernels.norms(x.flatten(2), settings, _by_torch).to(x.device, dtype)
+    return kernels.norms(x.flatten(2), settings, _by_torch).to(dtype).to(x.device)
 
 
 def atf_map(
@@ -88,8 +89,7 @@ def atf_map(
     """
     setting = checked_atf_settings(k_min, k_max, alpha, eps)
     _check_maps(x)
-    a = x.detach().flatten(2).abs()
-    a = a.cpu() if a.device.type == "mps" else a
+    a = with_double(x.detach().flatten(2).abs())
     h = _entropy(a, eps)
     w = _channel_weights(h, alpha, eps)
     order = a.sort(dim=-1, descending=True, stable=True)
@@ -115,7 +115,7 @@ def adaptive_k(h: Tensor, k_min: float, k_max: float, pixels: int) -> Tensor:
 
 def _by_torch(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> Tensor:
     """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]`` on any device."""
-    x = x.cpu() if x.device.type == "mps" else x  # has no float64
+    x = with_double(x)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return _norms(x, settings)
     size = max(IN_CACHE // x.shape[1:].numel(), 1)
