@@ -1,7 +1,7 @@
 """Choose a device, and run code that was written for CUDA on it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -89,3 +89,24 @@ def moved(net: nn.Module, images: Tensor) -> Tensor:
     parameter = next((p for p in net.parameters() if p.is_floating_point()), None)
     dtype = images.dtype if parameter is None else parameter.dtype
     return images.to(device_of(net), dtype, non_blocking=True)
+
+
+def with_double(values: Tensor) -> Tensor:
+    """The tensor on a device that has float64: on the CPU if it was on Apple's MPS."""
+    return values.cpu() if values.device.type == "mps" else values
+
+
+def following(values: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; a trace does not see what is there already."""
+    return values if values.device == device else values.to(device)
+
+
+def casts_down(device: torch.device) -> bool:
+    """Whether autocast is on for a device; some devices do not have it."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Context without autocast."""
+    return torch.autocast(device.type, enabled=False) if casts_down(device) else nullcontext()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fusenorm_openood.configs import typed
 from fusenorm_openood.data.images import UNREADABLE, read_image, to_rgb
 from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.numbers import numbers, whole
 from fusenorm_openood.urls import Place, place
 
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -37,8 +38,12 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        for name in ("crop", "mean", "std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("resize", "crop", "mean", "std"):
+            given = getattr(self, name)
+            found = whole(given) if name == "resize" else numbers(given)
+            if found is None or (name == "crop" and None in map(whole, given)):
+                raise ConfigError(f"{name} must be finite numbers, of pixels whole, got {given!r}")
+            object.__setattr__(self, name, found)
         if min(self.resize, *self.crop) < 1:
             raise ConfigError(f"sizes must be >= 1, got resize={self.resize}, crop={self.crop}")
         if self.interpolation not in INTERPOLATIONS:

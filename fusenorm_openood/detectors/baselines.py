@@ -1,7 +1,7 @@
 """Single output experts as postprocessors, with OpenOOD's names and conventions."""
 
-import math
 from collections.abc import Iterable, Mapping
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from fusenorm_openood.method.experts import (
     odin_perturb,
 )
 from fusenorm_openood.method.posthoc import POSTHOC
+from fusenorm_openood.numbers import number
 from fusenorm_openood.structure.modes import undisturbed
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.wrappers import scoring_module, unwrapped
@@ -73,7 +74,7 @@ class Baseline(DecidingDetector):
         **args: float,
     ) -> None:
         super().__init__(net)
-        check_baseline(name, args)
+        args = checked_baseline(name, args)
         if name == "t2fnorm" and scoring_module(net) is None:
             raise CheckpointError(
                 "postprocessor 't2fnorm' needs a network trained with T2FNorm, got a "
@@ -182,8 +183,8 @@ def default_args(name: str) -> dict[str, float]:
     return lookup(config, "postprocessor").get("postprocessor_args") or {}
 
 
-def check_baseline(name: str, args: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless the name and the arguments are valid."""
+def checked_baseline(name: str, args: Mapping[str, Any]) -> dict[str, float]:
+    """The arguments as Python's numbers; ConfigError unless they and the name are valid."""
     if name not in BASELINES:
         raise ConfigError(f"unknown postprocessor {name!r}: choose from {', '.join(BASELINES)}")
     arguments = BASELINES[name].arguments
@@ -191,11 +192,13 @@ def check_baseline(name: str, args: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"postprocessor {name!r} takes the arguments {sorted(arguments)}, got {sorted(args)}"
         )
-    for key, value in args.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        most = 100 if key == "percentile" else math.inf
-        if not number or not 0 <= value < most or (value == 0 and key != "noise"):
+    found = {}
+    for key, given in args.items():
+        value, most = number(given), 100 if key == "percentile" else inf
+        if value is None or not 0 <= value < most or (value == 0 and key != "noise"):
             bracket = "[" if key == "noise" else "("
             raise ConfigError(
-                f"{key} of {name!r} must be a number in {bracket}0, {most}), got {value!r}"
+                f"{key} of {name!r} must be a number in {bracket}0, {most}), got {given!r}"
             )
+        found[key] = value
+    return found

@@ -7,7 +7,7 @@ from torch import nn
 
 from fusenorm_openood.configs import lookup
 from fusenorm_openood.detectors.base import Detector
-from fusenorm_openood.detectors.baselines import SINGLE, Baseline, check_baseline
+from fusenorm_openood.detectors.baselines import SINGLE, Baseline, checked_baseline
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from fusenorm_openood.detectors.sweep import candidates
@@ -98,5 +98,5 @@ def detector_for(
     if name in POSTHOC:
         check_arguments(name, args)
         return lambda net: PosthocBaseline(net, name, **args)
-    check_baseline(name, args)
+    checked_baseline(name, args)
     return lambda net: Baseline(net, name, input_std if name == "odin" else None, **args)

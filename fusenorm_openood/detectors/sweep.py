@@ -26,7 +26,7 @@ def candidates(base: Settings, sweep: Mapping[str, Sequence[Any]]) -> list[Candi
     found = [Candidate(values, _try_settings(base, values)) for values in combined]
     for name, values in sweep.items():
         for value in values:
-            outcomes = [c.settings for c in found if c.values[name] == value]
+            outcomes = [c.settings for c in found if c.values[name] is value]
             if all(isinstance(outcome, ConfigError) for outcome in outcomes):
                 raise ConfigError(f"postprocessor_sweep.{name}: {outcomes[0]}")
     return found

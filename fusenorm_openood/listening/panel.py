@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusenorm_openood.devices import following, with_double
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.gradient import gradients_of_images
 from fusenorm_openood.listening.observed import Heard, Observed
@@ -36,6 +37,9 @@ class Fitted:
 
     def __post_init__(self) -> None:
         self._moved: dict[tuple[Posthoc, torch.device], State] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:  # what was moved to a device is not pickled
+        return Fitted, (self.thresholds, self.states)
 
     def state(self, expert: Posthoc, device: torch.device) -> State:
         """The state of an expert on a device, to which it is moved once."""
@@ -94,16 +98,18 @@ class Panel:
         head = self.head(net, structure)
         scored = [
             POSTHOC[expert.name].score(
-                seen, head, fitted.state(expert, rows.device), dict(expert.arguments)
+                seen, head, fitted.state(expert, seen.feature.device), dict(expert.arguments)
             )
             for expert in self.posthoc
         ]
-        return torch.cat([rows, torch.stack(scored).to(rows)])
+        # First the device and then the precision, which the other device may not have.
+        return torch.cat([rows, following(torch.stack(scored), rows.device).to(rows)])
 
     def head(self, net: nn.Module, structure: Structure) -> Head:
         """What the post-hoc experts read of the network's head; GEN reads the logits alone."""
         if all(expert.name == "gen" for expert in self.posthoc):
-            return Head(torch.empty(0, 0), torch.empty(0))
+            none = torch.empty(0, dtype=torch.float32, device="cpu")
+            return Head(none[:, None], none)
         return head_of(net, structure)
 
     def what(self, fitted: Fitted) -> dict[str, Any]:
@@ -197,9 +203,9 @@ class Panel:
                 for output in self.outputs
             ]
         norms = first.norms  # [0, B] without taps, else [L, S, B] -> [S * L, B]
-        norms = norms.transpose(0, 1).flatten(0, 1) if self.taps else norms
+        norms = with_double(norms.transpose(0, 1).flatten(0, 1) if self.taps else norms)
         if not scored:
-            return norms if norms.device.type == "mps" else norms.double(), first
+            return norms.double(), first
         return torch.cat([norms.to(scored[0]), torch.stack(scored)]), first
 
     def _reduce(self, feature_map: Tensor) -> Tensor:

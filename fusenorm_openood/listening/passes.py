@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusenorm_openood.devices import full_precision
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.taps import listening
 from fusenorm_openood.networks.t2fnorm import classification_feature
@@ -182,5 +183,5 @@ def _in_full(head: nn.Module, feature: Tensor, logits: Tensor) -> Tensor:
     if logits.dtype not in HALF or not isinstance(head, nn.Linear):
         return logits
     bias = None if head.bias is None else head.bias.float()
-    with torch.autocast(logits.device.type, enabled=False):
+    with full_precision(logits.device):
         return F.linear(feature.float(), head.weight.float(), bias)

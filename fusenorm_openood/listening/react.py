@@ -1,9 +1,9 @@
 """ReAct: clipping the penultimate feature at a percentile of its ID activations."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusenorm_openood.devices import following, full_precision
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.passes import Pass, apply_head, forward_pass
 from fusenorm_openood.method.posthoc import Head
@@ -31,9 +31,14 @@ def react_logits(
     clipped = done.feature.clamp(max=threshold)
     if structure.head.shares == (1.0,) and isinstance(core.get_submodule(names[0]), nn.Linear):
         return apply_head(core.get_submodule(names[0]), clipped)
-    weight, bias = head_of(net, structure)
-    with torch.autocast(clipped.device.type, enabled=False):
-        return F.linear(clipped.float(), weight.float(), bias.float())
+    return linear_logits(net, structure, clipped)
+
+
+def linear_logits(net: nn.Module, structure: Structure, feature: Tensor) -> Tensor:
+    """Logits `[B, K]` of features `[B, D]`, on their device and in float32."""
+    weight, bias = (following(t.float(), feature.device) for t in head_of(net, structure))
+    with full_precision(feature.device):
+        return F.linear(feature.float(), weight, bias)
 
 
 def head_of(net: nn.Module, structure: Structure) -> Head:

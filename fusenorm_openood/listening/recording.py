@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fusenorm_openood.listening.observed import Change, Heard, Listener, Observed
 from fusenorm_openood.listening.panel import Fitted, Panel
-from fusenorm_openood.listening.react import head_of
+from fusenorm_openood.listening.react import linear_logits
 from fusenorm_openood.method.experts import Output, score_logits
 from fusenorm_openood.method.posthoc import Seen
 from fusenorm_openood.structure.reading import Structure
@@ -89,10 +88,8 @@ def clipped_logits(
     """Logits `[B, K]` for an output expert that does not run the network."""
     if output.react_percentile is None:
         return seen.logits
-    weight, bias = (t.to(seen.feature.device).float() for t in head_of(net, structure))
     threshold = fitted.thresholds[output.react_percentile]
-    with torch.autocast(weight.device.type, enabled=False):  # as in `react_logits`
-        return F.linear(seen.feature.clamp(max=threshold).float(), weight, bias)
+    return linear_logits(net, structure, seen.feature.clamp(max=threshold))
 
 
 def _taken(mine: Mapping[str, Any], other: Mapping[str, Any]) -> Change | None:

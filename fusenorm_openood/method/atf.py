@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood import kernels
+from fusenorm_openood.devices import with_double
 from fusenorm_openood.errors import ConfigError, TapError
+from fusenorm_openood.numbers import numbers
 
 IN_CACHE = 2**18  # values that a CPU works on at a time
 
@@ -61,11 +63,10 @@ def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
 
     All settings share the energies, and all with the same ``eps`` the entropies, too.
     """
-    for setting in settings:
-        check_atf_settings(*setting)
+    settings = [checked_atf_settings(*setting) for setting in settings]
     _check_maps(x)
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    return kernels.norms(x.flatten(2), settings, _by_torch).to(x.device, dtype)
+    return kernels.norms(x.flatten(2), settings, _by_torch).to(dtype).to(x.device)
 
 
 def atf_map(
@@ -86,11 +87,9 @@ def atf_map(
     Raises:
         ConfigError, TapError: see `atf`.
     """
-    setting = FeatureNorm(k_min, k_max, alpha, eps)
-    check_atf_settings(*setting)
+    setting = checked_atf_settings(k_min, k_max, alpha, eps)
     _check_maps(x)
-    a = x.detach().flatten(2).abs()
-    a = a.cpu() if a.device.type == "mps" else a
+    a = with_double(x.detach().flatten(2).abs())
     h = _entropy(a, eps)
     w = _channel_weights(h, alpha, eps)
     order = a.sort(dim=-1, descending=True, stable=True)
@@ -116,7 +115,7 @@ def adaptive_k(h: Tensor, k_min: float, k_max: float, pixels: int) -> Tensor:
 
 def _by_torch(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> Tensor:
     """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]`` on any device."""
-    x = x.cpu() if x.device.type == "mps" else x  # has no float64
+    x = with_double(x)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return _norms(x, settings)
     size = max(IN_CACHE // x.shape[1:].numel(), 1)
@@ -174,11 +173,21 @@ def _entropy(a: Tensor, eps: float) -> Tensor:
     return h / math.log(N) if N > 1 else h * 0
 
 
-def check_atf_settings(k_min: float, k_max: float, alpha: float, eps: float) -> None:
-    """Raise ConfigError unless 0 < k_min <= k_max <= 1, 0 <= alpha <= 1 and eps > 0."""
+def checked_atf_settings(*values: float) -> FeatureNorm:
+    """k_min, k_max, alpha and eps as Python's numbers.
+
+    Raises:
+        ConfigError: unless 0 < k_min <= k_max <= 1, 0 <= alpha <= 1 and eps > 0.
+    """
+    found = numbers(values)
+    if found is None:
+        given = ", ".join(f"{n} = {v!r}" for n, v in zip(FeatureNorm._fields, values, strict=True))
+        raise ConfigError(f"the settings of a feature norm must be finite numbers, got {given}")
+    k_min, k_max, alpha, eps = found
     if not 0 < k_min <= k_max <= 1:
         raise ConfigError(f"0 < k_min <= k_max <= 1 is required, got {k_min = !s} and {k_max = !s}")
     if not 0 <= alpha <= 1:
         raise ConfigError(f"alpha must be in [0, 1], got {alpha = !s}")
-    if not (eps > 0 and math.isfinite(eps)):
+    if not eps > 0:
         raise ConfigError(f"eps must be > 0 and finite, got {eps = !s}")
+    return FeatureNorm(*found)

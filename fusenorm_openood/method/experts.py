@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusenorm_openood.devices import with_double
 from fusenorm_openood.errors import ConfigError
 
 OutputExpert = Literal["msp", "mls", "energy", "odin"]
@@ -99,14 +100,15 @@ def odin_step(
     images: Tensor, direction: Tensor, noise: float, input_std: Sequence[float] | None
 ) -> Tensor:
     """Images `[B, C, H, W]` after ODIN's step against a direction; see `odin_perturb`."""
-    step = torch.where(direction, -noise, noise).to(images.dtype)
+    step = torch.where(direction, -1, 1).to(images.dtype) * noise
     if input_std is not None:
         if len(input_std) != images.shape[1]:
             raise ConfigError(
                 f"input_std must have one entry per channel, got {len(input_std)} entries for "
                 f"images with {images.shape[1]} channels"
             )
-        step = step / step.new_tensor(input_std).view(1, -1, 1, 1)
+        std = torch.tensor(input_std, dtype=step.dtype, device=step.device)
+        step = step / std.view(1, -1, 1, 1)
     return images.detach() + step
 
 
@@ -116,8 +118,7 @@ def score_logits(name: str, logits: Tensor, temperature: float) -> Tensor:
     MSP and ODIN are returned as log-odds: these rank images as the probability does, but keep a
     wide range where it saturates, and are linear in it near 1/K.
     """
-    logits = logits.detach()
-    logits = logits.cpu() if logits.device.type == "mps" else logits
+    logits = with_double(logits.detach())
     if name == PROBABILITY:
         return msp(logits, temperature).double()
     logits = logits.double()

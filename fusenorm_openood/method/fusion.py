@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.numbers import number, numbers
 
 
 def deviation(z: ArrayLike) -> NDArray[np.float64]:
@@ -77,8 +78,9 @@ def mean_of_strong(
 
 def check_weights(weights: Sequence[float] | None, count: int) -> NDArray[np.float64]:
     """The weights of `count` strong experts, scaled to sum to 1; ConfigError if invalid."""
-    w = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
-    if w.shape != (count,) or not np.isfinite(w).all() or (w < 0).any() or w.sum() <= 0:
+    given = (1.0,) * count if weights is None else numbers(weights)
+    w = np.array(() if given is None else given, dtype=np.float64)
+    if w.shape != (count,) or (w < 0).any() or not 0 < w.sum() < np.inf:
         raise ConfigError(
             f"weights must be one number >= 0 for each of the {count} strong experts, not all 0, "
             f"got {weights}"
@@ -89,7 +91,7 @@ def check_weights(weights: Sequence[float] | None, count: int) -> NDArray[np.flo
 
 def check_penalty(base: float, cap: float) -> None:
     """Raise ConfigError unless base >= 1 and cap >= 0, both finite."""
-    if not (1 <= base < np.inf and 0 <= cap < np.inf):
+    if number(base) is None or number(cap) is None or base < 1 or cap < 0:
         raise ConfigError(
             f"base must be >= 1 and cap >= 0, both finite, got base={base} and cap={cap}"
         )

@@ -1,6 +1,5 @@
 """Post-hoc experts that need no forward pass but the one that is scored, by OpenOOD's names."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -42,6 +41,7 @@ from fusenorm_openood.method.seen import (
     no_sums,
 )
 from fusenorm_openood.method.shaping import ash_score, scale_score
+from fusenorm_openood.numbers import number, whole
 
 __all__ = ["POSTHOC", "Head", "PosthocExpert", "Seen", "State", "check_arguments"]
 
@@ -107,15 +107,25 @@ POSTHOC: dict[str, PosthocExpert] = {
     ),
 }
 
-_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "K": ("an integer >= 1", lambda v: _is_integer(v) and v >= 1),
-    "M": ("an integer >= 1", lambda v: _is_integer(v) and v >= 1),
-    "dim": ("an integer >= 1", lambda v: _is_integer(v) and v >= 1),
-    "alpha": ("a finite number >= 0", lambda v: _is_finite(v) and v >= 0),
-    "gamma": ("a finite number > 0", lambda v: _is_finite(v) and v > 0),
-    "percentile": ("a number >= 0 and < 100", lambda v: _is_finite(v) and 0 <= v < 100),
-    "distance_as_normalizer": ("true or false", lambda v: isinstance(v, bool)),
-    "metric": (f"one of {', '.join(METRICS)}", lambda v: isinstance(v, str) and v in METRICS),
+
+def _as_given(value: Any) -> Any:
+    return value
+
+
+# What an argument must be, the value that is kept of one, and whether that is in its range.
+_RANGES: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any], bool]]] = {
+    "K": ("an integer >= 1", whole, lambda v: v >= 1),
+    "M": ("an integer >= 1", whole, lambda v: v >= 1),
+    "dim": ("an integer >= 1", whole, lambda v: v >= 1),
+    "alpha": ("a finite number >= 0", number, lambda v: v >= 0),
+    "gamma": ("a finite number > 0", number, lambda v: v > 0),
+    "percentile": ("a number >= 0 and < 100", number, lambda v: 0 <= v < 100),
+    "distance_as_normalizer": ("true or false", _as_given, lambda v: isinstance(v, bool)),
+    "metric": (
+        f"one of {', '.join(METRICS)}",
+        _as_given,
+        lambda v: isinstance(v, str) and v in METRICS,
+    ),
 }
 
 
@@ -148,19 +158,13 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     if name not in POSTHOC:
         raise ConfigError(f"unknown post-hoc expert {name!r}: choose from {', '.join(POSTHOC)}")
     defaults = POSTHOC[name].arguments
+    found = dict(defaults)
     for key, value in arguments.items():
         if key not in defaults:
             known = f"choose from {', '.join(defaults)}" if defaults else "it has none"
             raise ConfigError(f"unknown argument {key!r} of {name}: {known}")
-        kind, is_valid = _RANGES[key]
-        if not is_valid(value):
+        kind, read, is_valid = _RANGES[key]
+        found[key] = read(value)
+        if found[key] is None or not is_valid(found[key]):
             raise ConfigError(f"{key} of {name} must be {kind}, got {value!r}")
-    return {**defaults, **arguments}
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return found

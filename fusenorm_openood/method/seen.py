@@ -7,6 +7,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec
 import torch
 from torch import Tensor
 
+from fusenorm_openood.devices import following, full_precision
 from fusenorm_openood.errors import DataError
 
 State = dict[str, Tensor]  # what an expert fits, on the CPU
@@ -41,15 +42,23 @@ P = ParamSpec("P")
 
 
 def in_float32(
-    score: Callable[Concatenate[Seen, Head, P], Tensor],
-) -> Callable[Concatenate[Seen, Head, P], Tensor]:
-    """A score computed in float32, whatever the precision given, and without gradients."""
+    score: Callable[Concatenate[Seen, Head, State, P], Tensor],
+) -> Callable[Concatenate[Seen, Head, State, P], Tensor]:
+    """A score computed in float32, whatever the precision given, and without gradients.
+
+    It is computed where the feature is, as it was recorded or heard: head and state go there.
+    """
 
     @wraps(score)
-    def wrapped(seen: Seen, head: Head, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
-        with torch.no_grad(), torch.autocast(seen.feature.device.type, enabled=False):
-            seen, head = Seen(*(t.float() for t in seen)), Head(*(t.float() for t in head))
-            return score(seen, head, *args, **kwargs)
+    def wrapped(
+        seen: Seen, head: Head, state: State, /, *args: P.args, **kwargs: P.kwargs
+    ) -> Tensor:
+        device = seen.feature.device
+        with torch.no_grad(), full_precision(device):
+            seen = Seen(*(t.float() for t in seen))
+            head = Head(*(following(t.float(), device) for t in head))
+            state = {name: following(t, device) for name, t in state.items()}
+            return score(seen, head, state, *args, **kwargs)
 
     return wrapped
 

@@ -1,17 +1,17 @@
 """The settings of FuseNorm, validated when they are created, and its three methods."""
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.method.atf import FeatureNorm, check_atf_settings
+from fusenorm_openood.method.atf import FeatureNorm, checked_atf_settings
 from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, Output, check_output_expert
 from fusenorm_openood.method.fusion import check_penalty, check_weights
 from fusenorm_openood.method.posthoc import Posthoc
 from fusenorm_openood.method.statistics import check_percentiles
+from fusenorm_openood.numbers import number, numbers, whole
 
 PENALTIES = ("deviation", "joint")
 
@@ -93,15 +93,10 @@ class Settings:
         return cls(penalty="joint").replace(**changes)
 
     def __post_init__(self) -> None:
-        for name in ("taps", "input_std", "strong", "weights"):  # YAML gives lists
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, str):
-                object.__setattr__(self, field.name, _from_text(value, field.type))
-            self._check_type(field.name, getattr(self, field.name))
-        check_atf_settings(self.k_min, self.k_max, self.alpha, self.eps)
+            value = self._checked(field.name, getattr(self, field.name), field.type)
+            object.__setattr__(self, field.name, value)
+        checked_atf_settings(self.k_min, self.k_max, self.alpha, self.eps)
         check_output_expert(self.output)
         check_percentiles(self.percentile_low, self.percentile_high)
         check_penalty(self.base, self.cap)
@@ -136,32 +131,34 @@ class Settings:
         if self.weights is not None:
             check_weights(self.weights, 2 if isinstance(self.strong, str) else len(self.strong))
 
-    def _check_type(self, name: str, value: Any) -> None:
+    def _checked(self, name: str, value: Any, kind: Any) -> Any:
+        """The value of a setting, with Python's own numbers; ConfigError for another type."""
+        if isinstance(value, str):
+            value = _from_text(value, kind)
         optional = name in ("temperature", "input_std", "react_percentile", "weights")
         if optional and value is None:
-            return
+            return None
+        found: Any
         if name in ("input_std", "weights"):
-            kind = "a list of numbers"
-            right = isinstance(value, tuple) and all(isinstance(v, int | float) for v in value)
+            wanted, found = "a list of numbers", numbers(value)
         elif name in ("taps", "strong"):
-            item, kind = (str, "names") if name == "taps" else (str | int, "names and numbers")
-            kind = f"a string or a list of {kind}"
-            right = isinstance(value, str) or (
-                isinstance(value, tuple) and all(isinstance(v, item) for v in value)
-            )
+            wanted = f"a string or a list of {'names' if name == 'taps' else 'names and numbers'}"
+            found = value if isinstance(value, str) else None
+            if isinstance(value, tuple | list):  # YAML gives lists
+                number_of = whole if name == "strong" else lambda v: None
+                items = tuple(v if isinstance(v, str) else number_of(v) for v in value)
+                found = None if None in items else items
         elif name in ("output", "penalty"):
-            kind, right = "a string", isinstance(value, str)
+            wanted, found = "a string", value if isinstance(value, str) else None
         elif name == "clip":
-            kind, right = "true or false", isinstance(value, bool)
+            wanted, found = "true or false", value if isinstance(value, bool) else None
         elif name == "neighbours":
-            kind = "a whole number"
-            right = isinstance(value, int) and not isinstance(value, bool)
+            wanted, found = "a whole number", whole(value)
         else:
-            kind = "a finite number"
-            right = isinstance(value, int | float) and not isinstance(value, bool)
-            right = right and math.isfinite(value)
-        if not right:
-            raise ConfigError(f"{name} must be {kind}{' or None' * optional}, got {value!r}")
+            wanted, found = "a finite number", number(value)
+        if found is None:
+            raise ConfigError(f"{name} must be {wanted}{' or None' * optional}, got {value!r}")
+        return found
 
     def posthoc(self, name: str) -> Posthoc:
         """A post-hoc expert with its default arguments, but for the neighbours of `knn`."""

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
+from fusenorm_openood.numbers import number
 
 # Networks compute in float32: a range this small relative to the scores is rounding error.
 ROUNDING = 8 * float(np.finfo(np.float32).eps)
@@ -106,7 +107,7 @@ def _rows_of(scores: ArrayLike, statistics: IDStatistics) -> NDArray[np.float64]
 
 def check_percentiles(low: float, high: float) -> None:
     """Raise ConfigError unless 0 <= low < high <= 100."""
-    if not 0 <= low < high <= 100:
+    if number(low) is None or number(high) is None or not 0 <= low < high <= 100:
         raise ConfigError(
             "percentile_low and percentile_high must satisfy 0 <= low < high <= 100, got "
             f"percentile_low={low} and percentile_high={high}"

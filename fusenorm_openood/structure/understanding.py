@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusenorm_openood.devices import moved
+from fusenorm_openood.devices import casts_down, moved
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.structure.head import HALF, HeadLayers, flat_feature, kept_head, linear_head
@@ -100,9 +100,7 @@ def _mixes(core: nn.Module, structure: Structure, images: Tensor, logits: Tensor
     if not (alone.isfinite().all() and logits.isfinite().all()):
         return False
     spread = float(logits.float().max() - logits.float().min())
-    is_half = {logits.dtype, images.dtype} & set(HALF) or torch.is_autocast_enabled(
-        images.device.type
-    )
+    is_half = {logits.dtype, images.dtype} & set(HALF) or casts_down(images.device)
     rounding = 1e-2 if is_half else 1e-3
     return not torch.allclose(alone, beside, rtol=0, atol=rounding * spread + 1e-6)
 
@@ -167,8 +165,8 @@ def find_shares(
     sums: Sequence[Tensor], logits: Tensor, tolerance: float = 1e-3
 ) -> tuple[tuple[float, ...], bool]:
     """Factors with which tensors `[B, K]` add up to the logits, and whether they do exactly."""
-    columns = torch.stack([part.flatten().double().cpu() for part in sums], dim=1)
-    wanted = logits.flatten().double().cpu()
+    columns = torch.stack([part.flatten().cpu().double() for part in sums], dim=1)
+    wanted = logits.flatten().cpu().double()
     if not columns.any():  # a head that is initialised to zero
         return (1 / len(sums),) * len(sums), not bool(wanted.any())
     found = torch.linalg.lstsq(columns, wanted.unsqueeze(1), driver="gelsd").solution.squeeze(1)

@@ -14,6 +14,7 @@ from fusenorm_openood.networks import (
     ResNet50,
     T2FNormNet,
 )
+from fusenorm_openood.numbers import number, whole
 
 METHODS = {"base": "baseline", "t2fnorm": "train_t2fnorm"}  # method -> configs/pipelines/train
 NETWORKS: dict[str, type[nn.Module]] = {
@@ -62,9 +63,12 @@ class Recipe:
     def __post_init__(self) -> None:
         check_method(self.method)
         for name in ("epochs", "lr", "batch_size", "tau"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} must be a finite number > 0, got {value}")
+            given, is_whole = getattr(self, name), name in ("epochs", "batch_size")
+            value = (whole if is_whole else number)(given)
+            if value is None or value <= 0:
+                kind = "whole" if is_whole else "finite"
+                raise ConfigError(f"{name} must be a {kind} number > 0, got {given!r}")
+            object.__setattr__(self, name, value)
 
     def batch_per_process(self, processes: int) -> int:
         """Images per step and process; ConfigError if the batch cannot be divided evenly."""
