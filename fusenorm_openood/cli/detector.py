@@ -1,6 +1,7 @@
 """The detector and the network that a command line names."""
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -18,6 +19,7 @@ def add_detector(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--detector", required=True, metavar="FILE", help="what `fusenorm fit` has saved")
     options.add_network(parser)
+    options.add_bits(parser)
     add("--weights", metavar="FILE", help="checkpoint (default: where `fit` found it)")
 
 
@@ -36,7 +38,10 @@ def load_detector(args: Namespace) -> FuseNorm:
         args.weights or source.get("weights"),
         None if size is None else int(size),
     )
-    return FuseNorm.load(args.detector, net.to(device))
+    detector = FuseNorm.load(args.detector, net.to(device))
+    if args.bits is not None:
+        detector.preprocessing = replace(detector.known_preprocessing(), bits=args.bits)
+    return detector
 
 
 def source_network(spec: str | None, weights: str | None, image_size: int | None) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--output", required=True, metavar="FILE", help="the detector's file")
     names = "text file with one class name per line, or `folders`: those in --id-dir, sorted"
     add("--class-names", metavar="FILE", help=names)
-    add("--image-size", type=options.positive, help="size of the centre crop (default: declared)")
-    add("--resize", type=options.positive, help="length of the shorter side (default: declared)")
+    add("--image-size", type=options.positive, help="sides of the centre crop (default: declared)")
+    add("--resize", type=options.positive, help="size before the crop (default: declared)")
     options.add_normalization(parser)
+    options.add_bits(parser)
     add("--config", metavar="NAME", help="YAML file of FuseNorm, or this package's name")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set one of its arguments")
     add("--batch-size", type=options.positive, default=64, help="images per batch (default: 64)")
@@ -118,8 +120,8 @@ def _class_names(path: str | None, id_dirs: list[str]) -> tuple[str, ...] | None
 
 
 def _preprocessing(net: nn.Module, args: Namespace) -> Preprocessing:
-    declared = Preprocessing.of(net)
     size, normalization = args.image_size, args.normalization
+    declared = Preprocessing.of(net, size)
     if declared is None:
         if size is None or normalization is None:
             raise ConfigError(
@@ -127,8 +129,8 @@ def _preprocessing(net: nn.Module, args: Namespace) -> Preprocessing:
                 "--normalization as they were in its training"
             )
         mean, std = normalization
-        return Preprocessing(args.resize or size, (size, size), "bilinear", mean, std)
-    crop = (size, size) if size else declared.crop
-    resize = args.resize or (size if size else declared.resize)
+        resize = args.resize or size
+        return Preprocessing(resize, (size, size), "bilinear", mean, std, bits=args.bits)
     mean, std = normalization or (declared.mean, declared.std)
-    return Preprocessing(resize, crop, declared.interpolation, mean, std)
+    resize = args.resize or declared.resize
+    return replace(declared, resize=resize, mean=mean, std=std, bits=args.bits)
