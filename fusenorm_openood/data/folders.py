@@ -12,20 +12,8 @@ from fusenorm_openood.errors import DataError
 from fusenorm_openood.urls import Place, Url
 
 # Names that network storage and operating systems use for copies of their own, in lower case.
-_SYSTEM = frozenset(
-    [
-        "@eadir",
-        "@recycle",
-        "@recently-snapshot",
-        "#recycle",
-        "#snapshot",
-        "$recycle.bin",
-        "__macosx",
-        "lost+found",
-        "system volume information",
-        "thumbs.db",
-    ]
-)
+_SYSTEM = {"@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin"}
+_SYSTEM |= {"__macosx", "lost+found", "system volume information", "thumbs.db"}
 
 
 class Walk:
