@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.detector import source_network
 from fusenorm_openood.cli.postprocessors import read_postprocessor
+from fusenorm_openood.data.folders import is_hidden
 from fusenorm_openood.data.paths import image_paths
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.configuration import read_fusenorm
@@ -105,7 +106,7 @@ def _class_names(path: str | None, id_dirs: list[str]) -> tuple[str, ...] | None
         return None
     if path == "folders":
         inside = (folder for given in id_dirs for folder in Path(given).glob("*/"))
-        names = sorted({folder.name for folder in inside if folder.is_dir()})
+        names = sorted({f.name for f in inside if f.is_dir() and not is_hidden(f.name)})
         if not names:
             raise ConfigError(
                 f"--class-names folders needs one folder per class in --id-dir, but "
