@@ -52,6 +52,52 @@ def check_writable(folder: Path, option: str) -> None:
         ) from None
 
 
+_locks = set[int]()
+
+
+def lock(path: Path) -> int | None:
+    """Lock a file, which is created if it does not exist, until `unlock` or the end of the process.
+
+    Returns:
+        What `unlock` takes; None where the system or the file has no locks.
+
+    Raises:
+        BlockingIOError: it is locked already.
+        OSError: it cannot be opened.
+    """
+    if sys.platform == "win32" or (path.exists() and not path.is_file()):
+        return None
+    import fcntl
+
+    opened = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(opened)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    _locks.add(opened)
+    return opened
+
+
+def unlock(locked: int | None) -> None:
+    """Undo `lock`."""
+    if locked in _locks:
+        _locks.remove(locked)
+        os.close(locked)
+
+
+def _close_locks() -> None:
+    for opened in _locks:
+        os.close(opened)
+    _locks.clear()
+
+
+if sys.platform != "win32":  # a loader process that outlives its parent must not keep a lock
+    os.register_at_fork(after_in_child=_close_locks)
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Context that processes of one machine enter one after another, if their system has locks.

@@ -7,6 +7,7 @@ import errno
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -62,10 +63,22 @@ class Url:
             found = system.ls(path, detail=False)
         return (self / str(entry).rstrip("/").rpartition("/")[2] for entry in found)
 
+    def exists(self) -> bool:
+        with self._system() as (system, path):
+            return bool(system.exists(path))
+
     def glob(self) -> list["Url"]:
         """The files that match this URL as a pattern, sorted."""
         with self._system() as (system, path):
-            return [Url(system.unstrip_protocol(found)) for found in sorted(system.glob(path))]
+            found = system.glob(path, detail=True)
+            files = sorted(name for name, entry in found.items() if entry["type"] == "file")
+            return [Url(system.unstrip_protocol(name)) for name in files]
+
+    def find(self) -> list["Url"]:
+        """The files in this folder and in its folders, sorted; this URL alone if it is a file."""
+        with self._system() as (system, path):
+            names = [str(found).removeprefix(path).lstrip("/") for found in system.find(path)]
+        return [self / name if name else self for name in sorted(names)]
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
@@ -101,6 +114,13 @@ def place(text: str | Place) -> Place:
         return Path(given)
     local = given.removeprefix("file://")
     return Url(given) if local == given else Path(local)
+
+
+def is_pattern(given: Place) -> bool:
+    """Whether a place has wildcards, and is nothing that exists."""
+    if isinstance(given, Url) and given.text.startswith("http"):
+        return "*" in given.text  # a question mark begins a query
+    return has_magic(str(given)) and not given.exists()
 
 
 class Places(Sequence[Place]):

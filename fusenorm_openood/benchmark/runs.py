@@ -1,5 +1,6 @@
 """Training runs on disk: folders `s0`, `s1`, ... under a root named as OpenOOD does."""
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -40,9 +41,17 @@ def find_checkpoints(root: str | Path) -> dict[str, Path]:
     either has the key `""`.
 
     Raises:
-        CheckpointError: there is no checkpoint, or a run has none.
+        CheckpointError: there is no checkpoint, or a run has none, or a folder cannot be read.
     """
-    root = Path(root)
+    try:
+        return _checkpoints(Path(root))
+    except OSError as error:
+        raise CheckpointError(
+            f"root {root} cannot be read ({error.strerror}): give another one"
+        ) from None
+
+
+def _checkpoints(root: Path) -> dict[str, Path]:
     if root.is_file():
         return {"": root}
     found = _runs(root)
@@ -71,7 +80,7 @@ def results_folder(root: str | Path, output_dir: str | Path | None = None) -> Pa
     A root that is a checkpoint file, `networks/resnet20.th`, stands for `networks/resnet20`.
     """
     root = Path(root)
-    return Path(output_dir or (root.with_suffix("") if root.is_file() else root))
+    return Path(output_dir or (root.with_suffix("") if os.path.isfile(root) else root))
 
 
 def unfinished(checkpoint: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import re
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -22,6 +23,7 @@ def add_detector(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--detector", required=True, metavar="FILE", help="what `fusenorm fit` has saved")
     options.add_network(parser)
+    options.add_bits(parser)
     add("--weights", metavar="FILE", help="checkpoint (default: where `fit` found it)")
 
 
@@ -53,7 +55,10 @@ def load_detector(args: Namespace) -> FuseNorm:
                 "this machine: give a checkpoint with --weights"
             )
     net = source_network(spec, weights, None if size is None else int(size))
-    return FuseNorm.load(args.detector, net.to(device))
+    detector = FuseNorm.load(args.detector, net.to(device))
+    if args.bits is not None:
+        detector.preprocessing = replace(detector.known_preprocessing(), bits=args.bits)
+    return detector
 
 
 def source_network(spec: str | None, weights: str | None, image_size: int | None) -> nn.Module:

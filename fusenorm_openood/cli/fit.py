@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.detector import source_network
 from fusenorm_openood.cli.postprocessors import read_postprocessor
+from fusenorm_openood.data.folders import is_hidden
 from fusenorm_openood.data.paths import image_paths
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.configuration import read_fusenorm
@@ -34,9 +36,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--output", required=True, metavar="FILE", help="the detector's file")
     names = "text file with one class name per line, or `folders`: those in --id-dir, sorted"
     add("--class-names", metavar="FILE", help=names)
-    add("--image-size", type=options.positive, help="size of the centre crop (default: declared)")
-    add("--resize", type=options.positive, help="length of the shorter side (default: declared)")
+    add("--image-size", type=options.positive, help="sides of the centre crop (default: declared)")
+    add("--resize", type=options.positive, help="size before the crop (default: declared)")
     options.add_normalization(parser)
+    options.add_bits(parser)
     add("--config", metavar="NAME", help="YAML file of FuseNorm, or this package's name")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="set one of its arguments")
     add("--batch-size", type=options.positive, default=64, help="images per batch (default: 64)")
@@ -101,7 +104,7 @@ def _class_names(path: str | None, id_dirs: list[str]) -> tuple[str, ...] | None
         return None
     if path == "folders":
         inside = (folder for given in id_dirs for folder in Path(given).glob("*/"))
-        names = sorted({folder.name for folder in inside if folder.is_dir()})
+        names = sorted({f.name for f in inside if f.is_dir() and not is_hidden(f.name)})
         if not names:
             raise ConfigError(
                 f"--class-names folders needs one folder per class in --id-dir, but "
@@ -116,8 +119,8 @@ def _class_names(path: str | None, id_dirs: list[str]) -> tuple[str, ...] | None
 
 
 def _preprocessing(net: nn.Module, args: Namespace) -> Preprocessing:
-    declared = Preprocessing.of(net)
     size, normalization = args.image_size, args.normalization
+    declared = Preprocessing.of(net, size)
     if declared is None:
         if size is None or normalization is None:
             raise ConfigError(
@@ -125,8 +128,8 @@ def _preprocessing(net: nn.Module, args: Namespace) -> Preprocessing:
                 "--normalization as they were in its training"
             )
         mean, std = normalization
-        return Preprocessing(args.resize or size, (size, size), "bilinear", mean, std)
-    crop = (size, size) if size else declared.crop
-    resize = args.resize or (size if size else declared.resize)
+        resize = args.resize or size
+        return Preprocessing(resize, (size, size), "bilinear", mean, std, bits=args.bits)
     mean, std = normalization or (declared.mean, declared.std)
-    return Preprocessing(resize, crop, declared.interpolation, mean, std)
+    resize = args.resize or declared.resize
+    return replace(declared, resize=resize, mean=mean, std=std, bits=args.bits)

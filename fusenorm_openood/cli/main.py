@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from fusenorm_openood import __version__
-from fusenorm_openood.cli.output import tolerant_output
+from fusenorm_openood.cli.output import shown_warnings, tolerant_output
 from fusenorm_openood.errors import FuseNormError, is_lost_loader
 
 # Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`.
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 = success, 1 = error, reported on stderr, 130 = interrupted.
     """
-    with tolerant_output():
+    with tolerant_output(), shown_warnings():
         return _run(argv)
 
 

@@ -39,6 +39,15 @@ def add_normalization(parser: ArgumentParser) -> None:
     )
 
 
+def add_bits(parser: ArgumentParser) -> None:
+    """`--bits`: how 16-bit images are scaled."""
+    parser.add_argument(
+        "--bits",
+        type=whole,
+        help="bits per pixel of 16-bit images that do not say it themselves, 12 for example",
+    )
+
+
 def add_computing(parser: ArgumentParser) -> None:
     """`--device`, `--num-workers` and `--no-progress`: how images are processed."""
     add = parser.add_argument

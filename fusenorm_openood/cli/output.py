@@ -2,11 +2,15 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 from fusenorm_openood.errors import UnwritableError
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 class _Tolerant:
@@ -45,6 +49,30 @@ class _Tolerant:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             if self._name and not isinstance(error, BrokenPipeError):
                 raise UnwritableError(error.errno, error.strerror, self._name) from None
+
+
+@contextmanager
+def shown_warnings() -> Iterator[None]:
+    """Context in which this package's warnings are one sentence, unless Python was told otherwise.
+
+    Other code may have turned off all warnings.
+    """
+    usual = warnings.formatwarning
+
+    def sentence(message: Any, category: Any, filename: str, *where: Any, **more: Any) -> str:
+        own = filename.startswith(_PACKAGE)
+        return (
+            f"fusenorm: {message}\n" if own else usual(message, category, filename, *where, **more)
+        )
+
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.filterwarnings("default", category=UserWarning, module="fusenorm_openood")
+        warnings.formatwarning = sentence
+        try:
+            yield
+        finally:
+            warnings.formatwarning = usual
 
 
 @contextmanager

@@ -1,14 +1,16 @@
 """Image files: read as in OpenOOD, and checked without decoding those that look complete."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from io import BytesIO
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from fusenorm_openood.errors import DataError, RemoteError
 from fusenorm_openood.urls import Place, Url
@@ -19,6 +21,8 @@ UNREADABLE = (
     UnidentifiedImageError,
     SyntaxError,
     ValueError,
+    RuntimeError,
+    EOFError,
     Image.DecompressionBombError,
 )
 # First and last bytes of files in the usual formats.
@@ -26,36 +30,73 @@ _ENDS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xae\x42\x60\x82"))
 _flag = RLock()  # held by a thread while it changes PIL's flag
 
 
-class TruncatedImageWarning(UserWarning):
+class ImageWarning(UserWarning):
+    """An image of which something else was read than one might think."""
+
+
+class TruncatedImageWarning(ImageWarning):
     """A truncated image file was read with its missing rows filled with grey."""
 
 
-def read_image(path: Place) -> Image.Image:
+def read_image(path: Place, bits: int | None = None) -> Image.Image:
     """An image in RGB with 8 bits per channel.
 
     PIL takes the higher 8 bits of 16-bit colour images; so do we of 16-bit greyscale images, which
-    PIL, and so OpenOOD, saturates instead. A truncated file is read as in OpenOOD, with its missing
-    rows filled with grey, and a `TruncatedImageWarning` is issued.
+    PIL, and so OpenOOD, saturates instead. Pictures of 10 or 12 bits in 16-bit files are scaled by
+    what the file itself says (`BitsPerSample` or `MaxSampleValue` of TIFF, `sBIT` of PNG), else by
+    `bits`; without either, values that all fit in fewer bits issue an `ImageWarning`, as does a
+    file of several pages, the first of which is read. A truncated file is read as in OpenOOD, with
+    its missing rows filled with grey, and a `TruncatedImageWarning` is issued.
+
+    Args:
+        path: the file.
+        bits: bits per pixel of 16-bit images that do not say it themselves.
 
     Raises:
         FileNotFoundError, or another of `UNREADABLE`: the file cannot be read as an image.
-        DataError: pixels with 32 bits.
+        DataError: pixels with 32 bits, with more than `bits`, or of low bits that PIL drops.
         RemoteError: a URL cannot be read now.
     """
+    return _read(lambda: Image.open(_opened(path)), f"image {path}", bits)
+
+
+def read_picture(picture: Image.Image, bits: int | None = None) -> Image.Image:
+    """As `read_image`, of a PIL image, which may not be decoded yet; it stays as it is."""
+    return _read(lambda: nullcontext(picture), "the image", bits)
+
+
+def _read(
+    opened: Callable[[], AbstractContextManager[Image.Image]], name: str, bits: int | None
+) -> Image.Image:
     try:
-        with _truncated_images(read=False), Image.open(_opened(path)) as file:
-            return to_rgb(file)
-    except (FileNotFoundError, Image.DecompressionBombError, DataError):
+        with _truncated_images(read=False), opened() as file:
+            return _first_page(file, name, bits)
+    except (FileNotFoundError, Image.DecompressionBombError, DataError, RemoteError):
         raise
     except UNREADABLE:
-        with _truncated_images(read=True), Image.open(_opened(path)) as file:
-            image = to_rgb(file)
+        with _truncated_images(read=True), opened() as file:
+            image = _first_page(file, name, bits)
         warnings.warn(
-            f"image {path} is truncated: its missing rows are filled with grey, as in OpenOOD",
+            f"{name} is truncated: its missing rows are filled with grey, as in OpenOOD",
             TruncatedImageWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return image
+
+
+def _first_page(file: Image.Image, name: str, bits: int | None) -> Image.Image:
+    image, pages = to_rgb(file, bits), 1
+    if file.format not in ("MPO", "PSD"):  # views and layers that belong to the first
+        with suppress(Exception):  # only the first page is intact
+            pages = 1 if file.tell() else getattr(file, "n_frames", 1)
+    if pages > 1:
+        warnings.warn(
+            f"{name} has {pages} pages or frames, of which the first is read: make each a file to "
+            "have all judged",
+            ImageWarning,
+            stacklevel=4,
+        )
+    return image
 
 
 class _Downloaded(BytesIO):
@@ -81,17 +122,75 @@ def _opened(path: Place) -> Path | BytesIO:
     return path if isinstance(path, Path) else _Downloaded(path)
 
 
-def to_rgb(file: Image.Image) -> Image.Image:
+def to_rgb(file: Image.Image, bits: int | None = None) -> Image.Image:
     """A PIL image in RGB with 8 bits per channel; see `read_image`."""
     # PNG and PPM hold at most 16 bits, which PIL may store in 32.
     if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
-        grey = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
+        stated = _stated_bits(file)
+        values = np.asarray(file)
+        used = _used_bits(values, stated, bits)
+        grey = Image.fromarray((values >> (used - 8)).astype(np.uint8))
         grey.info |= file.info  # the EXIF orientation, for example
         return grey.convert("RGB")
     if file.mode in ("I", "F"):
         kind = "integer" if file.mode == "I" else "floating-point"
         raise DataError(f"its pixels are {kind} numbers of unknown range: convert it to 8 bit")
-    return file.convert("RGB")
+    deep = any(";16" in str(tile) for tile in getattr(file, "tile", ()))
+    image = file.convert("RGB")
+    if deep:
+        values = np.asarray(image).astype(np.uint16) << 8
+        if _used_bits(values, _stated_bits(file) if file.format == "TIFF" else None, bits) < 16:
+            raise DataError("PIL drops the low bits of 16-bit colour: convert it to 8 bit")
+    return image
+
+
+def _used_bits(values: NDArray[Any], stated: int | None, bits: int | None) -> int:
+    """How many of 16 bits are used, which a file states or `bits` says."""
+    largest = int(values.max())
+    if stated is not None and largest < 1 << stated:
+        return stated
+    if bits is not None and largest >= 1 << bits:
+        raise DataError(f"it has a value of {largest}, more than {bits} bits hold: check --bits")
+    if bits is None and 0 < largest < 1 << 14:
+        warnings.warn(
+            f"16-bit images have values that all fit in {largest.bit_length()} bits, and are dark "
+            "if that is all they have: give their number of bits, 12 for example, as --bits or "
+            "Preprocessing.bits",
+            ImageWarning,
+            stacklevel=5,
+        )
+    return bits or 16
+
+
+def _stated_bits(file: Image.Image) -> int | None:
+    """How many bits of a 16-bit greyscale file are used, if it says so."""
+    if file.format in ("PPM", "JPEG2000"):  # PIL scales them to 16
+        return 16
+    if isinstance(file, TiffImagePlugin.TiffImageFile):
+        depth = [int(bits) for bits in np.ravel(file.tag_v2.get(258, ())) if bits < 16]
+        tops = [int(top) for tag in (281, 341) for top in np.ravel(file.tag_v2.get(tag, ()))]
+        # Any other maximum is that of this image.
+        depth += [top.bit_length() for top in tops if 255 <= top < 65536 and not top & (top + 1)]
+        return min(depth, default=None)
+    return _png_bits(file) if file.format == "PNG" else None
+
+
+def _png_bits(file: Image.Image) -> int | None:
+    """The `sBIT` of a greyscale PNG whose values were not scaled to 16 bits, as they should be."""
+    stream = getattr(file, "fp", None)
+    if stream is None:  # decoded already
+        return None
+    at, bits = stream.tell(), 0
+    stream.seek(8)
+    while (head := stream.read(8))[4:] not in (b"IDAT", b""):
+        data = stream.read(int.from_bytes(head[:4], "big") + 4)
+        bits = data[0] if head[4:] == b"sBIT" else bits
+    stream.seek(at)
+    if not 8 <= bits < 16:
+        return None
+    values = np.asarray(file)
+    scaled = values.max() >= 1 << bits or not (values & ((1 << (16 - bits)) - 1)).any()
+    return 16 if scaled else bits
 
 
 def find_fault(path: Path) -> str | None:

@@ -1,55 +1,73 @@
 """Image files on a command line: folders, patterns, image lists, standard input."""
 
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
-from glob import glob, has_magic
+from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 
-from PIL import Image
-
-from fusenorm_openood.data.manifest import listed_in
+from fusenorm_openood.data.folders import Walk, is_image_name
+from fusenorm_openood.data.manifest import is_list, listed_in
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.urls import Place, Places, place
+from fusenorm_openood.urls import Place, Places, Url, is_pattern, place
 
 
 def image_paths(given: Iterable[str]) -> Places:
     """The image files that command-line arguments name, in order, each once.
 
-    A folder stands for all image files in it and in its folders, a pattern such as `*.png` for the
-    files that it matches, a `.txt` file for the paths in it, relative to its folder and perhaps
-    with labels, and `-` for the lines of standard input.
+    A folder, local or at a URL, stands for all image files in it and in its folders, a pattern such
+    as `*.png` for the files that it matches, a list (see `is_list`) for the paths in it, relative
+    to its folder and perhaps with labels, and `-` for the lines of standard input. A warning says
+    what was left out of folders.
 
     Raises:
-        DataError: an argument that names nothing.
+        DataError: an argument that names nothing, or a folder that cannot be read.
     """
-    return Places(path for argument in given for path in _paths(argument))
+    walk = Walk()
+    found = Places(path for argument in given for path in _paths(argument, walk))
+    if said := walk.said():
+        warnings.warn(
+            f"left out: {said}; convert what is to be read, or name it by a pattern or a list",
+            UserWarning,
+            stacklevel=2,
+        )
+    return found
 
 
-def _paths(argument: str) -> Iterator[Place]:
-    path = Path(argument)
-    if "://" in argument:
-        yield place(argument)
-    elif argument == "-":
+def _paths(argument: str, walk: Walk) -> Iterator[Place]:
+    if argument == "-":
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # any name that a system can have
         yield from (place(line.strip()) for line in sys.stdin if line.strip())
-    elif path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and is_image_name(p))
-        if not found:
-            raise DataError(f"folder {argument} has no image files: give one that has")
-        yield from found
-    elif path.is_file() and path.suffix.lower() == ".txt":
-        yield from listed_in(path)
-    elif path.is_file():
-        yield path
-    elif has_magic(argument):
-        matched = sorted(glob(argument, recursive=True))
-        if not matched:
-            raise DataError(f"pattern {argument} matches no file: check it")
-        yield from (Path(p) for p in matched if Path(p).is_file())
-    else:
-        raise DataError(f"{argument} is no file, folder or pattern: check the path")
+        return
+    path, before = place(argument), walk.repeats
+    try:
+        if is_pattern(path):
+            found, lacks = walk.matched(path), f"pattern {argument} matches no file: check it"
+        elif is_list(path) and (isinstance(path, Url) or path.is_file()):
+            found, lacks = list(listed_in(path)), f"list {argument} is empty"
+        elif isinstance(path, Url) or path.is_dir():
+            found = _inside(path, walk)
+            lacks = f"folder {argument} has no image files: give one that has"
+            lacks += f"; left out: {said}" if (said := walk.said()) else ""
+        elif path.is_file():
+            found = [path]
+        else:
+            raise DataError(f"{argument} is no file, folder or pattern: check the path")
+    except OSError as error:
+        raise DataError(f"{argument} cannot be read ({error.strerror})") from None
+    if not found and walk.repeats == before:
+        raise DataError(lacks)
+    yield from found
 
 
-def is_image_name(path: Path) -> bool:
-    """Whether a file's name has the ending of an image format that PIL can read."""
-    formats = Image.registered_extensions()
-    return formats.get(path.suffix.lower()) in Image.OPEN
+def _inside(path: Place, walk: Walk) -> list[Place]:
+    """The images in a folder; a URL that is none, or lists none, is a file, whose row says more."""
+    if isinstance(path, Path):
+        return walk.images(path)
+    if is_image_name(path.name) or path.text.startswith("http") or "::" in path.text:
+        return [path]
+    with suppress(OSError):
+        return walk.images(path) or [path]
+    return [path]

@@ -1,18 +1,21 @@
 """From an image, a file or a PIL image, to the tensor that a network takes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import floor
 from typing import Any
 
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from fusenorm_openood.configs import typed
-from fusenorm_openood.data.images import UNREADABLE, read_image, to_rgb
-from fusenorm_openood.errors import ConfigError, DataError
-from fusenorm_openood.numbers import numbers, whole
+from fusenorm_openood.data.images import UNREADABLE, read_image, read_picture
+from fusenorm_openood.errors import ConfigError, DataError, RemoteError
+from fusenorm_openood.numbers import number, numbers, whole
 from fusenorm_openood.urls import Place, place
 
+CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -21,31 +24,45 @@ class Preprocessing:
     """Resize, centre-crop and normalise, as `eval_transform` does for OpenOOD's benchmarks.
 
     Attributes:
-        resize: length of the shorter side after resizing.
+        resize: size before cropping: height and width, or one length for both.
         crop: height and width of the centre crop.
         interpolation: how pixels are interpolated, `bilinear` or `bicubic` for example.
         mean: means of the RGB channels, of values in [0, 1].
         std: their standard deviations.
+        crop_mode: as in timm. `center`: the image keeps its aspect ratio and covers `resize`, so
+            that one length is that of its shorter side; `squash`: it gets that very size; `border`:
+            it keeps its aspect ratio, fits into that size and is padded with `mean`.
+        bits: bits per pixel of 16-bit images that do not say it themselves; see `read_image`.
 
     Raises:
-        ConfigError: a size, an interpolation or a standard deviation that cannot be.
+        ConfigError: a size, a name, a standard deviation or a number of bits that cannot be.
     """
 
-    resize: int
+    resize: int | tuple[int, int]
     crop: tuple[int, int]
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_mode: str = "center"
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("resize", "crop", "mean", "std"):
             given = getattr(self, name)
-            found = whole(given) if name == "resize" else numbers(given)
-            if found is None or (name == "crop" and None in map(whole, given)):
+            one = number(given) if name == "resize" else None
+            found = numbers(given) if one is None else one
+            sides = () if name in ("mean", "std") else (one,) if one is not None else found or ()
+            if found is None or None in map(whole, sides):
                 raise ConfigError(f"{name} must be finite numbers, of pixels whole, got {given!r}")
             object.__setattr__(self, name, found)
-        if min(self.resize, *self.crop) < 1:
+        if min(*_pair(self.resize), *self.crop) < 1:
             raise ConfigError(f"sizes must be >= 1, got resize={self.resize}, crop={self.crop}")
+        if self.crop_mode not in CROP_MODES:
+            raise ConfigError(
+                f"unknown crop_mode {self.crop_mode!r}: choose from {', '.join(CROP_MODES)}"
+            )
+        if self.bits is not None and not 8 <= self.bits <= 16:
+            raise ConfigError(f"bits must be from 8 to 16, got {self.bits}")
         if self.interpolation not in INTERPOLATIONS:
             raise ConfigError(
                 f"unknown interpolation {self.interpolation!r}: choose from "
@@ -60,9 +77,10 @@ class Preprocessing:
         """The tensor `[3, H, W]` of a PIL image, upright by its EXIF orientation.
 
         Raises:
-            DataError: pixels with 32 bits, whose range is unknown.
+            DataError: it cannot be decoded, or the range of its pixels is unknown.
         """
-        return self._prepared(to_rgb(image))  # a copy
+        with _reading("the image"):
+            return self._prepared(read_picture(image, self.bits))  # a copy
 
     def read(self, path: str | Place) -> Tensor:
         """The tensor `[3, H, W]` of an image file, local or at a URL.
@@ -70,13 +88,8 @@ class Preprocessing:
         Raises:
             DataError: the file is missing or cannot be read as an image.
         """
-        try:
-            return self._prepared(read_image(place(path)))
-        except DataError as error:
-            raise DataError(f"image {path} cannot be read ({error})") from None
-        except UNREADABLE as error:
-            reason = "missing" if isinstance(error, FileNotFoundError) else str(error)
-            raise DataError(f"image {path} cannot be read ({reason}): replace it") from None
+        with _reading(f"image {path}"):
+            return self._prepared(read_image(place(path), self.bits))
 
     def _prepared(self, image: Image.Image) -> Tensor:
         """The tensor of an RGB image, which is turned upright itself: a copy takes time."""
@@ -85,13 +98,30 @@ class Preprocessing:
 
         ImageOps.exif_transpose(image, in_place=True)
         mode = InterpolationMode(self.interpolation)
-        resized = TF.center_crop(TF.resize(image, [self.resize], mode), list(self.crop))
-        tensor: Tensor = TF.normalize(TF.to_tensor(resized), list(self.mean), list(self.std))
+        resized = TF.resize(image, self._resized(image.height, image.width), mode)
+        if self.crop_mode == "border":
+            short = [max(c - s, 0) for c, s in zip(self.crop[::-1], resized.size, strict=True)]
+            sides = [*(side // 2 for side in short), *((side + 1) // 2 for side in short)]
+            resized = TF.pad(resized, sides, [round(255 * value) for value in self.mean])
+        cropped = TF.center_crop(resized, list(self.crop))
+        tensor: Tensor = TF.normalize(TF.to_tensor(cropped), list(self.mean), list(self.std))
         return tensor
 
+    def _resized(self, height: int, width: int) -> list[int]:
+        """What torchvision's `resize` takes: one length is that of the shorter side."""
+        target = _pair(self.resize)
+        if self.crop_mode == "squash":
+            return list(target)
+        if self.crop_mode == "center" and target[0] == target[1]:
+            return [target[0]]
+        ratios = height / target[0], width / target[1]
+        ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
+        return [round(height / ratio), round(width / ratio)]
+
     def to_json(self) -> dict[str, Any]:
-        """The preprocessing in terms of JSON; see `from_json`."""
-        return asdict(self)
+        """The preprocessing in terms of JSON, without what is as by default; see `from_json`."""
+        unchanged = {"crop_mode": "center", "bits": None}
+        return {k: v for k, v in asdict(self).items() if k not in unchanged or v != unchanged[k]}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Preprocessing":
@@ -100,12 +130,38 @@ class Preprocessing:
         return preprocessing
 
     @classmethod
-    def of(cls, net: nn.Module) -> "Preprocessing | None":
-        """The preprocessing that a network of timm or Hugging Face declares, None without."""
+    def of(cls, net: nn.Module, size: int | None = None) -> "Preprocessing | None":
+        """The preprocessing that a network of timm or Hugging Face declares, None without.
+
+        Args:
+            net: the network.
+            size: of both sides of the crop, as in timm with the declared share of the image; None =
+                as declared.
+        """
         declared: Any = getattr(net, "pretrained_cfg", None) or getattr(net, "default_cfg", None)
-        if not declared or "mean" not in declared:
+        if not declared or not declared.get("mean"):
             return None
-        size = declared.get("input_size", (3, 224, 224))[1:]
-        resize = int(min(size) / declared.get("crop_pct", 0.875))
-        interpolation = declared.get("interpolation", "bilinear")
-        return cls(resize, size, interpolation, declared["mean"], declared["std"])
+        crop = (size, size) if size else (declared.get("input_size") or (3, 224, 224))[1:]
+        share, mode = declared.get("crop_pct") or 0.875, declared.get("crop_mode") or "center"
+        sides = [floor(side / share) for side in crop]
+        resize = sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
+        interpolation = declared.get("interpolation") or "bicubic"
+        return cls(resize, crop, interpolation, declared["mean"], declared["std"], mode)
+
+
+def _pair(resize: int | tuple[int, int]) -> tuple[int, int]:
+    return (resize, resize) if isinstance(resize, int) else resize
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Context in which an image that cannot be decoded is a DataError."""
+    try:
+        yield
+    except RemoteError:
+        raise
+    except DataError as error:
+        raise DataError(f"{what} cannot be read ({error})") from None
+    except UNREADABLE as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else str(error)
+        raise DataError(f"{what} cannot be read ({reason}): replace it") from None

@@ -52,7 +52,8 @@ class ImageFiles(Dataset[tuple[int, Tensor | str]]):
         try:
             return number, self.preprocessing.read(self.paths[number])
         except DataError as error:
-            return number, str(error)
+            # Of a name that is not UTF-8, stores keep no byte.
+            return number, str(error).encode("utf-8", "backslashreplace").decode()
 
 
 class ReadableFiles(Dataset[dict[str, Any]]):

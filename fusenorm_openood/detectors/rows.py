@@ -1,6 +1,7 @@
 """Files with one row for each judged image, CSV or Parquet, that an interruption leaves usable."""
 
 import csv
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from typing_extensions import Self
 
 from fusenorm_openood.detectors.folder import Judged
 from fusenorm_openood.errors import ConfigError, DataError
-from fusenorm_openood.files import write_whole
+from fusenorm_openood.files import lock, unlock, write_whole
 
 AT_ONCE = 10_000  # rows in memory
 KINDS: dict[str, Callable[[str], Any]] = {
@@ -29,7 +30,8 @@ class RowFile:
     """Rows of `Judged` in a file, written as they come; for use in a `with` block.
 
     A Parquet file can only be written whole, so that its rows are kept in a CSV file beside it,
-    with `.part` at the end of its name, until `finish`.
+    with `.part` at the end of its name, until `finish`. Bytes of file names that are not UTF-8 are
+    written as `\\xe9`, for example, and read back as they were.
 
     Args:
         path: a file that ends in `.parquet`, or else becomes CSV; None = CSV on standard output.
@@ -40,13 +42,14 @@ class RowFile:
         readable: the last of these rows whose image could be judged.
 
     Raises:
-        ConfigError: `resume` without a file; the file cannot be written.
+        ConfigError: `resume` without a file; the file cannot be written, or is being written.
         DataError: `resume` for a file that is something else.
     """
 
     def __init__(self, path: Path | None, resume: bool = False) -> None:
         self.path, self.judged = path, set[str]()
         self.readable: Judged | None = None
+        self._lock: int | None = None
         self._undecided = False  # whether rows wait for their verdicts
         if path is None:
             if resume:
@@ -55,12 +58,22 @@ class RowFile:
         else:
             self._rows = path.with_name(f"{path.name}.part") if is_parquet(path) else path
             try:
+                self._lock = lock(self._rows)
                 if resume:
                     self._begun()
                 self._file = self._rows.open(
                     "a" if self.judged else "w", encoding="utf-8", newline=""
                 )
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{path} is being written by another run: wait for it, or give another file to "
+                    "--csv"
+                ) from None
+            except DataError:
+                unlock(self._lock)
+                raise
             except OSError as error:
+                unlock(self._lock)
                 raise ConfigError(
                     f"{path} cannot be written ({error.strerror}): give another file to --csv"
                 ) from None
@@ -115,23 +128,19 @@ class RowFile:
         if self._file is not sys.stdout:
             with suppress(OSError):  # of rows that `write` has failed to write
                 self._file.close()
+        unlock(self._lock)
 
     def _begun(self) -> None:
         """Read which paths were judged before, and remove a row that was cut short."""
-        if self._rows != self.path and not self._rows.exists() and self.path and self.path.exists():
+        begun = self._rows == self.path or self._rows.stat().st_size
+        if self.path and not begun and self.path.exists():
             _write_csv(self._rows, read_rows(self.path))
-        if not self._rows.exists():
-            return
         with self._rows.open("rb+") as file:
-            end = file.seek(0, 2)
-            while end:
-                start = max(end - 2**16, 0)
-                file.seek(start)
-                found = file.read(end - start).rfind(b"\n")
-                if found >= 0:
-                    end = start + found + 1
-                    break
-                end = start
+            end, at, quotes = 0, 0, 0
+            for line in file:
+                at, quotes = at + len(line), quotes + line.count(b'"')
+                if line.endswith(b"\n") and quotes % 2 == 0:  # not one inside a quoted cell
+                    end = at
             file.truncate(end)
         if not end:
             return
@@ -193,7 +202,9 @@ def _read_parquet(path: Path) -> Iterator[Judged]:
         file = parquet.ParquetFile(path)
         _check_columns(path, file.schema_arrow.names)
         for batch in file.iter_batches(AT_ONCE):
-            yield from (Judged(**row) for row in batch.to_pylist())
+            for row in batch.to_pylist():
+                texts = {k: _unescaped(v) for k, v in row.items() if isinstance(v, str)}
+                yield Judged(**row | texts)
     except ArrowInvalid as error:
         raise DataError(f"{path} is damaged ({error}): score again") from None
 
@@ -207,11 +218,11 @@ def _check_columns(path: Path, names: Sequence[str]) -> None:
 
 
 def _texts(row: Judged) -> list[object]:
-    return ["" if v is None else guarded(v) if isinstance(v, str) else v for v in row]
+    return ["" if v is None else guarded(_escaped(v)) if isinstance(v, str) else v for v in row]
 
 
 def _row(texts: Sequence[str]) -> Judged:
-    path, *rest = texts
+    path, *rest = map(_unescaped, texts)
     named = zip(Judged._fields[1:], rest, strict=True)
     values: Iterator[Any] = (
         KINDS.get(name, unguarded)(text) if text else None for name, text in named
@@ -229,6 +240,27 @@ def unguarded(text: str) -> str:
     return text[1:] if text[:1] == "'" and text[1:2] and text[1] in _FORMULA else text
 
 
+# What `os.fsdecode` makes of bytes that are not UTF-8; backslashes that could be taken for ours.
+_ESCAPED = re.compile(r"[\udc80-\udcff]|\\(?=\\*(?:[\udc80-\udcff]|x[89a-f][0-9a-f]))")
+_ESCAPE = re.compile(r"(\\+)x([89a-f][0-9a-f])")
+
+
+def _escaped(value: Any) -> Any:
+    """A text in valid Unicode, from which `_unescaped` gets it back; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    return _ESCAPED.sub(lambda m: "\\\\" if m[0] == "\\" else f"\\x{ord(m[0]) - 0xDC00:02x}", value)
+
+
+def _unescaped(text: str) -> str:
+    def original(match: re.Match[str]) -> str:
+        backslashes, byte = match.groups()
+        odd = len(backslashes) % 2
+        return "\\" * (len(backslashes) // 2) + (chr(0xDC00 + int(byte, 16)) if odd else f"x{byte}")
+
+    return _ESCAPE.sub(original, text) if "\\" in text else text
+
+
 def _write_csv(path: Path, rows: Iterator[Judged]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -244,4 +276,5 @@ def _write_parquet(path: Path, rows: Iterator[Judged]) -> None:
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in Judged._fields])
     with parquet.ParquetWriter(path, schema) as writer:
         while group := list(islice(rows, AT_ONCE)):
-            writer.write_table(pa.Table.from_pylist([row._asdict() for row in group], schema))
+            table = [{k: _escaped(v) for k, v in row._asdict().items()} for row in group]
+            writer.write_table(pa.Table.from_pylist(table, schema))

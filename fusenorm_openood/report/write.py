@@ -29,7 +29,9 @@ def write_report(report: Report, path: str | Path) -> None:
     """
     page = render(report)
     try:
-        write_whole(Path(path), lambda file: file.write_text(page, encoding="utf-8"))
+        write_whole(
+            Path(path), lambda file: file.write_bytes(page.encode("utf-8", "backslashreplace"))
+        )
     except OSError as error:
         raise DataError(
             f"report {path} cannot be written ({error.strerror}): make room, or give another file"
