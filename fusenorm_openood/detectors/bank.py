@@ -12,6 +12,7 @@ from typing_extensions import Self
 from fusenorm_openood.detectors.base import ExpertScorer, Scored, fit_panel
 from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
 from fusenorm_openood.detectors.sweep import swept
+from fusenorm_openood.detectors.whole import whole
 from fusenorm_openood.errors import NonFiniteError
 from fusenorm_openood.listening.batches import not_finite
 from fusenorm_openood.listening.observed import Listener, Observed
@@ -80,9 +81,10 @@ class ScoreBank(ExpertScorer):
         unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
         self.panel.listen(self.net, structure, images, unclipped)
 
+    @whole
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Score the ID validation images, on which every calibration is based."""
-        self._kept.clear()
+        self._kept, self._seen = {}, {}
         readings = self._begin(loader)
         fit = fit_panel(self, self.panel, readings, progress, "APS")
         self._fitted = fit.fitted

@@ -12,6 +12,7 @@ from fusenorm_openood.detectors.bank import ScoreBank, bank_for
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
 from fusenorm_openood.detectors.search import UNUSABLE, choose, search
+from fusenorm_openood.detectors.whole import whole
 from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
 from fusenorm_openood.openood.bridge import base_postprocessor
@@ -45,10 +46,13 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         self._last: FuseNorm | None = None
         self._structure: Structure | None = None  # of the network in _fitted_on
 
+    @whole
     def setup(
         self, net: nn.Module, id_loader_dict: Mapping[str, Any], ood_loader_dict: Any = None
     ) -> None:
         """Fit the ID statistics on the ID validation images; a second call has no effect.
+
+        If it fails, the postprocessor stays as it was.
 
         With `APS_mode: pseudo`, the settings are searched here, on pseudo-OOD images made from the
         ID validation images. With `APS_mode: True`, the images of both validation loaders are
@@ -110,6 +114,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             scored = bank.worst(data_loader)
         return scored.pred, scored.conf, scored.label
 
+    @whole
     def set_hyperparam(self, hyperparam: list[Any]) -> None:
         """Set one value for each key of `args_dict`, in its order, and refit where necessary.
 

@@ -146,7 +146,7 @@ def test_errors_of_fit(folders, digits, tmp_path, capsys):
     same = ["--calibration-dir", str(folders / "val_digits"), "--image-size", "24"]
     same += ["--normalization", "digits", "--num-workers", "0", "--no-progress"]
     assert main([*given, "--weights", str(checkpoint), *same]) == 1
-    assert "are among those that the detector was fitted on" in capsys.readouterr().err
+    assert "are among those that the detector is fitted on" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
     assert main([*given, "--weights", str(checkpoint), *same, "--class-names", "absent.txt"]) == 1
     assert "class names absent.txt cannot be read (No such file" in capsys.readouterr().err
