@@ -233,7 +233,7 @@ def fit_panel(
     structure = scorer._known()
     recorded = isinstance(readings, Recorder)
     needs = needed(net, structure, panel, least)
-    is_counted = warn_if_few(known_count(readings), needs)
+    is_counted = warn_if_few(known_count(readings), needs, stacklevel=5)
     fitted = Fitted(react_thresholds(net, structure, readings, panel, progress))
 
     def score(heard: Observed) -> Tensor:
@@ -245,7 +245,7 @@ def fit_panel(
     listener = scorer._listener_of(panel, fitted, recorded)
     rows, pred, label = scorer._collect(readings, progress, desc, listener, score)
     if not is_counted:
-        warn_if_few(len(pred), needs)
+        warn_if_few(len(pred), needs, stacklevel=5)
     if not panel.posthoc:
         return PanelFit(fitted, rows, pred, label, None)
     kept, seen = sample.indices, sample.seen

@@ -51,7 +51,7 @@ def known_count(loader: Iterable[Any]) -> int | None:
         return None
 
 
-def warn_if_few(images: int | None, needs: Mapping[str, int]) -> bool:
+def warn_if_few(images: int | None, needs: Mapping[str, int], stacklevel: int = 4) -> bool:
     """Whether a number of images is known; warn if it is too small, and say which is enough."""
     few = [what for what, count in needs.items() if images is not None and images < SHORT * count]
     if few:
@@ -59,6 +59,6 @@ def warn_if_few(images: int | None, needs: Mapping[str, int]) -> bool:
             f"{images} ID images are too few for {', '.join(few)}: fit on at least "
             f"{max(needs.values())}",
             UserWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     return images is not None
