@@ -73,14 +73,14 @@ install_into() { # install_into FOLDER EXTRA
 
 find_python() {
     local candidate
-    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10; do
+    for candidate in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
         [ -n "$candidate" ] || continue
-        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    fail "found no Python 3.10 to 3.13: install one, or set PYTHON to it"
+    fail "found no Python 3.10 to 3.14: install one, or set PYTHON to it"
 }
 
 run_training() {

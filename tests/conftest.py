@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,6 +21,10 @@ from fusenorm_openood.networks import ResNet18_32x32
 from fusenorm_openood.training.digits import train_digits
 
 CLASSES = 4
+
+# No example fails because the machine is busy.
+settings.register_profile("any load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any load")
 
 
 def make_net(seed: int = 0, classes: int = CLASSES) -> nn.Module:

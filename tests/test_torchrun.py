@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from pathlib import Path
 
 import pytest
 
+from fusenorm_openood import torchrun
+from fusenorm_openood.networks import ResNet18_32x32
 from fusenorm_openood.torchrun import Process, among_peers, wait_until
 
 PAIR = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
@@ -30,12 +32,25 @@ def test_shares_are_all_of_the_work_and_none_of_it_twice(world):
         assert sorted(number for share in shares for number in share) == list(numbers)
 
 
-def test_a_wait_ends_with_what_was_found_or_when_its_time_is_over():
-    answers = iter([None, [], [3]])
+class Clock:
+    """A clock that only sleeping moves."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_wait_ends_with_what_was_found_or_when_its_time_is_over(monkeypatch):
+    clock, answers = Clock(), iter([None, [], [3]])
+    monkeypatch.setattr(torchrun, "time", clock)
     assert wait_until(lambda: next(answers)) == [3]
-    begun = time.monotonic()
-    assert not wait_until(lambda: False, 0.2)
-    assert 0.2 <= time.monotonic() - begun < 5
+    begun = clock.now
+    assert not wait_until(lambda: False, 9.0)
+    assert 9.0 <= clock.now - begun < 9.0 + torchrun.PATIENCE
 
 
 def test_peers_print_nothing_and_leave_nothing_behind(pair, capsys):
@@ -135,6 +150,14 @@ with among_peers():
     assert done.stderr.startswith("fusenorm: process 1 of 2 was terminated")
 
 
+def built(num_classes):
+    """The digits network; the first process leaves its number and waits for ever."""
+    (Path(os.environ["MARKS"]) / os.environ["RANK"]).write_text(str(os.getpid()))
+    if os.environ["RANK"] == "0":
+        signal.pause()
+    return ResNet18_32x32(num_classes, width=16)
+
+
 def test_a_killed_process_ends_the_others_of_torchrun_which_name_it(digits, tmp_path):
     data, checkpoint = digits
     command = [
@@ -148,14 +171,15 @@ def test_a_killed_process_ends_the_others_of_torchrun_which_name_it(digits, tmp_
     command += ["-m", "fusenorm_openood.cli", "eval", "--root", str(checkpoint)]
     command += ["--id-data", "digits", "--data-root", str(data), "--store", str(tmp_path / "store")]
     command += ["--num-workers", "0", "--no-progress", "--device", "cpu"]
+    command += ["--network", f"{__name__}:built"]
+    marks = tmp_path / "marks"
+    marks.mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment["MARKS"] = str(marks)
     begun = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    met = wait_until(lambda: len([*tmp_path.glob("fusenorm-*/[01]")]) == 2, 60)
-    assert met
-    (first,) = tmp_path.glob("fusenorm-*/0")  # it has all shards, for which the other waits
-    os.kill(int(first.read_text()), signal.SIGKILL)
-    killed = time.monotonic()
-    _, said = begun.communicate(timeout=60)
-    assert time.monotonic() - killed < 60
+    wait_until(lambda: all((marks / rank).exists() for rank in "01") or begun.poll() is not None)
+    first = wait_until((marks / "0").read_text)  # until it is written
+    os.kill(int(first), signal.SIGKILL)  # the other one waits for its shards
+    _, said = begun.communicate()
     assert begun.returncode != 0
     assert "fusenorm: process 1 of 2 stops because process 0 ended; finished shards" in said

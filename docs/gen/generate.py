@@ -185,7 +185,7 @@ def short_comparison() -> str:
         path.stem: pd.read_csv(path, index_col=0)
         for path in sorted((RESULTS / "compare").glob("*.csv"))
     }
-    methods = ["Energy", "KNN (K = 5)", "NCI", "fDBD", "MDS", "FuseNorm", "FuseNorm (joint)"]
+    methods = ["Energy", "KNN (K = 5)", "NCI", "fDBD", "MDS++", "FuseNorm", "FuseNorm (joint)"]
     methods.append("FuseNorm (published)")
     rows = [
         (

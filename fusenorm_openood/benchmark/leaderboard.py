@@ -1,9 +1,12 @@
 """An entry for OpenOOD's leaderboard, filled in from saved results and their checkpoints.
 
-The fields are those of OpenOOD's issue template for leaderboard entries.
+Since March 2025 entries are pull requests with rows of CSV files; see OpenOOD's issue 285 and the
+README of the branch named in `WHERE`.
 """
 
+import csv
 import hashlib
+import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -66,18 +69,27 @@ FULL_SIZES: dict[str, dict[str, int]] = {
         "test_imagenet_v2": 10000,
     },
 }
-# Names on the leaderboard; any other name is used as it is.
-_POSTPROCESSORS = {
+WHERE = "the branch leaderboard of https://github.com/zjysteven/OpenOOD"
+FIELDS = ("Training", "Postprocessor", "Near-OOD_AUROC", "Far-OOD_AUROC", "ID_Accuracy",
+          "Outlier_Data", "Arch", "Additional_Description")  # fmt: skip
+_FILES = {"imagenet200": "imagenet200_{}", "imagenet": "imagenet1k_{}"}  # ood or fsood
+_LINK = "https://github.com/sunshine8641/FuseNorm"
+_OURS = {
     "fusenorm": "FuseNorm",
     "fusenorm_published": "FuseNorm (published settings)",
     "fusenorm_joint": "FuseNorm (joint)",
-    "t2fnorm": "T2FNorm",
-    "msp": "MSP",
-    "mls": "MLS",
-    "ebo": "EBO",
-    "odin": "ODIN",
-    "react": "ReAct",
 }
+# Names in `utils/papers.csv` of the leaderboard; any other name is used as it is.
+_LISTED = {
+    "t2fnorm": "T2FNorm",
+    "ebo": "EBO",
+    "react": "ReAct",
+    "fdbd": "fDBD",
+    "mds": "MDS++",
+    **{n: n.upper() for n in ("msp", "mls", "odin", "knn", "nci", "gen", "scale", "ash", "vim")},
+    "she": "SHE",
+}
+_UNKNOWN = "(to be filled in)"
 # OpenOOD's trainers that use only ID images, and their names on the leaderboard.
 _TRAININGS = {"base": "CrossEntropy", "t2fnorm": "T2FNorm"}
 _CELL = re.compile(r"\d+\.\d+(?: \u00b1 (\d+\.\d+))?")
@@ -144,46 +156,54 @@ def leaderboard_entry(
     fsood: bool,
     checkpoints: Mapping[str, Path],
     networks: Mapping[str, nn.Module],
-    csv: Path,
+    results: Path,
 ) -> str:
-    """The entry in Markdown: the template's fields, warnings, results, checkpoints and lists.
+    """The entry in Markdown: rows for two files, warnings, results, checkpoints and lists.
 
     Args:
         postprocessor: name of the postprocessor, as in OpenOOD.
         benchmark: the benchmark of the results.
         fsood: whether the results are full-spectrum.
         checkpoints, networks: by training run, all of one kind.
-        csv: file with the results; see `read_results`.
+        results: CSV file with the results; see `read_results`.
 
     Raises:
         DataError: the CSV file holds no results on the benchmark.
     """
-    table, net = read_results(csv, benchmark), next(iter(networks.values()))
+    table, net = read_results(results, benchmark), next(iter(networks.values()))
     run, path = next(iter(checkpoints.items()))
     name = parse_root_name(path.parents[1] if run else path.parent)
     trainer = name.trainer if name and name.trainer not in _TRAININGS else None
     kind, tested = network_kind(net), splits(benchmark, fsood)
-    fields = {
-        "Training": trainer or kind.training,
-        "Postprocessor": _POSTPROCESSORS.get(postprocessor, postprocessor),
-        "Near-OOD AUROC": str(table.loc["nearood", "AUROC"]),
-        "Far-OOD AUROC": str(table.loc["farood", "AUROC"]),
-        "ID Accuracy": str(table.loc["nearood", "ACC"]),
-        "Outlier Data": "(to be filled in)" if trainer else "No",
-        "Model Arch.": kind.architecture,
-        "Additional Description": _description(net, name, benchmark, fsood, list(checkpoints)),
-    }
+    alias = {**_OURS, **_LISTED}.get(postprocessor, postprocessor)
+    row = (
+        trainer or kind.training,
+        alias,
+        table.loc["nearood", "AUROC"],
+        table.loc["farood", "AUROC"],
+        table.loc["nearood", "ACC"],
+        _UNKNOWN if trainer else "No",
+        re.sub(r"_\d+x\d+", "", kind.architecture),
+        f"{name.epochs} epochs" if name else _UNKNOWN,
+    )
+    file = _FILES.get(benchmark.name, benchmark.name).format("fsood" if fsood else "ood")
+    rows = [f"Row for `results/{file}.csv`:", _csv(FIELDS, row)]
+    if postprocessor not in _LISTED:
+        link = _LINK if postprocessor in _OURS else _UNKNOWN
+        rows += ["Row for `utils/papers.csv`:", _csv(("Alias", "Link"), (alias, link))]
     warnings = [
-        *_list_warnings(benchmark, tested),
-        *_run_warnings(table, csv, checkpoints),
+        *_list_warnings(benchmark, tested, fsood),
+        *_run_warnings(table, results, checkpoints),
         *_training_warnings(kind, name),
     ]
     runs = [(f"`{_short(p)}`", f"`{sha256(p)}`") for p in checkpoints.values()]
     lists = [(s.role, f"`{s.imagelist.name}`", _or(s.images), _or(s.full)) for s in tested]
     parts = [
-        "\n".join(f"- **`{field}`**: {value}" for field, value in fields.items()),
+        f"A pull request to {WHERE} adds these rows.",
+        *rows,
+        f"About them: {_description(net, name, benchmark, fsood, list(checkpoints))}.",
         *(f"**Warning:** {warning}" for warning in warnings),
-        f"Results, from `{_short(csv)}`:",
+        f"Results, from `{_short(results)}`:",
         _markdown(["data set", *COLUMNS], [(str(i), *row) for i, row in table.iterrows()]),
         _markdown(["checkpoint", "SHA-256"], runs),
         _markdown(["split", "list", "images", "images in OpenOOD v1.5"], lists),
@@ -212,7 +232,7 @@ def _description(
     return ", ".join([*trained, *tau, count, f"{benchmark.name} benchmark", regime])
 
 
-def _list_warnings(benchmark: Benchmark, tested: Sequence[Split]) -> list[str]:
+def _list_warnings(benchmark: Benchmark, tested: Sequence[Split], fsood: bool) -> list[str]:
     if benchmark.name not in FULL_SIZES:
         return [f"{benchmark.name} is not an OpenOOD benchmark and has no leaderboard."]
     missing = [s.imagelist.name for s in tested if s.images is None]
@@ -222,6 +242,8 @@ def _list_warnings(benchmark: Benchmark, tested: Sequence[Split]) -> list[str]:
         if None not in (s.images, s.full) and s.images != s.full
     ]
     warnings = []
+    if fsood and benchmark.name not in _FILES:
+        warnings.append(f"OpenOOD has no full-spectrum leaderboard for {benchmark.name}.")
     if other:
         warnings.append(
             "results on subsets do not belong on the leaderboard, and these image lists differ in "
@@ -235,8 +257,8 @@ def _list_warnings(benchmark: Benchmark, tested: Sequence[Split]) -> list[str]:
     return warnings
 
 
-def _run_warnings(table: pd.DataFrame, csv: Path, checkpoints: Mapping[str, Path]) -> list[str]:
-    written = csv.stat().st_mtime
+def _run_warnings(table: pd.DataFrame, results: Path, checkpoints: Mapping[str, Path]) -> list[str]:
+    written = results.stat().st_mtime
     newer = [_short(path) for path in checkpoints.values() if path.stat().st_mtime > written]
     stds = [m[1] for row in table.to_numpy() for c in row if (m := _CELL.fullmatch(c))]
     varies = any(std is not None and float(std) > 0 for std in stds)
@@ -245,14 +267,14 @@ def _run_warnings(table: pd.DataFrame, csv: Path, checkpoints: Mapping[str, Path
     ]
     if newer:
         warnings.append(
-            f"{', '.join(newer)} {'are' if len(newer) > 1 else 'is'} newer than {_short(csv)}, "
+            f"{', '.join(newer)} {'are' if len(newer) > 1 else 'is'} newer than {_short(results)}, "
             "whose results may belong to an earlier checkpoint: evaluate again."
         )
     if varies != (len(checkpoints) > 1):
         found = "several runs" if varies else "a single run"
         warnings.append(
-            f"{_short(csv)} holds results of {found}, but the root has {len(checkpoints)} training "
-            f"run{'s' if len(checkpoints) > 1 else ''}: evaluate again."
+            f"{_short(results)} holds results of {found}, but the root has {len(checkpoints)} "
+            f"training run{'s' if len(checkpoints) > 1 else ''}: evaluate again."
         )
     return warnings
 
@@ -285,6 +307,13 @@ def _short(path: Path) -> str:
 
 def _or(size: int | None) -> str:
     return "unknown" if size is None else str(size)
+
+
+def _csv(header: Sequence[str], row: Sequence[object]) -> str:
+    """A header and a row as a Markdown block of CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, row])
+    return f"```csv\n{text.getvalue()}```"
 
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

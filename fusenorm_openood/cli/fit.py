@@ -16,15 +16,19 @@ from fusenorm_openood.data.folders import is_hidden
 from fusenorm_openood.data.paths import image_paths
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.configuration import read_fusenorm
+from fusenorm_openood.detectors.decisions import check_apart
 from fusenorm_openood.detectors.folder import ReadableFiles
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.sharded import manifest, network_record
 from fusenorm_openood.devices import own_device
-from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.errors import CalibrationError, ConfigError
 from fusenorm_openood.files import check_writable
 from fusenorm_openood.listening.recorded import RecordedLoader
+from fusenorm_openood.method.conformal import check_enough
 from fusenorm_openood.torchrun import among_peers, this_process
 from fusenorm_openood.urls import Place
+
+ACCEPTANCE = 0.95
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -60,6 +64,9 @@ def run(args: Namespace) -> int:
     id_paths = image_paths(args.id_dir)
     other_paths = image_paths(args.calibration_dir or ())
     class_names = _class_names(args.class_names, args.id_dir)
+    if other_paths:
+        check_enough(len(other_paths), ACCEPTANCE)
+        check_apart(id_paths, other_paths)
     source = {"network": args.network, "weights": args.weights}
     net = source_network(args.network, args.weights, args.image_size)
     preprocessing = _preprocessing(net, args)
@@ -85,13 +92,21 @@ def run(args: Namespace) -> int:
     print(f"fitted on {len(id_paths)} images: {', '.join(detector.experts)}")
     if other_paths:
         detector.calibrate(loader(other_paths, "calibration"), progress=not args.no_progress)
-        print(f"calibrated on {len(other_paths)} images: {detector.guarantee()}")
+        print(f"calibrated on {len(other_paths)} images: {_promise(detector)}")
     else:
         print("not calibrated, so it gives confidences without verdicts: see --calibration-dir")
     if process.leads:
         detector.save(args.output)
     print(f"saved {args.output}")
     return 0
+
+
+def _promise(detector: FuseNorm) -> str:
+    """The guarantee, or why the distinct calibration images are too few for one."""
+    try:
+        return str(detector.guarantee(ACCEPTANCE))
+    except CalibrationError as error:
+        return str(error)
 
 
 def _class_names(path: str | None, id_dirs: list[str]) -> tuple[str, ...] | None:

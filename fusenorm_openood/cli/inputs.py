@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from fusenorm_openood.benchmark.faults import find_faults
-from fusenorm_openood.benchmark.runs import find_checkpoints, parse_root_name
+from fusenorm_openood.benchmark.runs import find_checkpoints
 from fusenorm_openood.cli.engines import Job
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
 from fusenorm_openood.data.digits import write_digits
@@ -15,7 +15,7 @@ from fusenorm_openood.data.sources import how_to_get
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, TapError
 from fusenorm_openood.files import check_writable
 from fusenorm_openood.training.digits import train_digits
-from fusenorm_openood.training.recipes import METHODS
+from fusenorm_openood.training.recipes import METHODS, find_recipe
 
 
 def check_files(
@@ -107,13 +107,26 @@ def check_networks(
 
 
 def ensure_digits(data_root: str | Path, root: str | Path, progress: bool = False) -> None:
-    """Create what the digits benchmark is missing: its images, its trained network."""
+    """Create what the digits benchmark is missing: its images, its trained network.
+
+    A network is only trained under a root that has the name of a recipe of the digits.
+
+    Raises:
+        CheckpointError: a root of another name without a checkpoint.
+    """
     try:
         find_checkpoints(root)
         write_digits(data_root)
-    except CheckpointError:
+    except CheckpointError as error:
+        methods = [m for m in METHODS if Path(root).resolve().name == _digits_root(m)]
+        if not methods:
+            roots = " or ".join(f"results/{_digits_root(method)}" for method in METHODS)
+            raise CheckpointError(
+                f"{error}; a network for the digits is trained for --root {roots}"
+            ) from None
         check_writable(Path(root), "--root")
-        # The name of the folder determines the training method.
-        name = parse_root_name(root)
-        method = name.trainer if name and name.trainer in METHODS else "base"
-        train_digits(data_root, root, method=method, progress=progress)
+        train_digits(data_root, root, method=methods[0], progress=progress)
+
+
+def _digits_root(method: str) -> str:
+    return Path(find_recipe("digits", method=method).run_name).parent.name

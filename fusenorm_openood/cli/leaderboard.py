@@ -1,4 +1,4 @@
-"""`fusenorm leaderboard`: an entry for OpenOOD's leaderboard, from saved results."""
+"""`fusenorm leaderboard`: rows for OpenOOD's leaderboard, from saved results."""
 
 import shlex
 from argparse import ArgumentParser, Namespace
@@ -24,9 +24,10 @@ def run(args: Namespace) -> int:
     benchmark = load_benchmark(args.id_data, args.data_root)
     check_fsood(benchmark, args.fsood)
     checkpoints = find_checkpoints(args.root)
-    csv = results_csv(args)
+    results = results_csv(args)
     networks = load_runs(checkpoints, benchmark.num_classes)
-    print(leaderboard_entry(args.postprocessor, benchmark, args.fsood, checkpoints, networks, csv))
+    given = args.postprocessor, benchmark, args.fsood, checkpoints, networks, results
+    print(leaderboard_entry(*given))
     return 0
 
 

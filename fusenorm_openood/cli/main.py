@@ -21,7 +21,7 @@ COMMANDS = {
     "export": "a detector and its network as one program for ONNX or torch.export",
     "taps": "list the modules of a checkpoint's network that can be tapped",
     "store": "list, verify and prune stored scores",
-    "leaderboard": "entry for OpenOOD's leaderboard, from saved results",
+    "leaderboard": "rows for OpenOOD's leaderboard, from saved results",
     "doctor": "what is installed and what is missing",
 }
 
@@ -42,7 +42,8 @@ def _run(argv: Sequence[str] | None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
-        subparser = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        description = f"{summary[0].upper()}{summary[1:]}."
+        subparser = commands.add_parser(name, help=summary, description=description)
         if argv[:1] == [name]:  # import only the one that runs: most need torch
             command = import_module(f"fusenorm_openood.cli.{name}")
             command.add_arguments(subparser)

@@ -50,12 +50,12 @@ class Preprocessing:
         for name in ("resize", "crop", "mean", "std"):
             given = getattr(self, name)
             one = number(given) if name == "resize" else None
-            found = numbers(given) if one is None else one
-            sides = () if name in ("mean", "std") else (one,) if one is not None else found or ()
-            if found is None or None in map(whole, sides):
+            found = numbers(given) if one is None else (one,)
+            in_pixels = name in ("resize", "crop")
+            if found is None or (in_pixels and None in map(whole, found)):
                 raise ConfigError(f"{name} must be finite numbers, of pixels whole, got {given!r}")
-            object.__setattr__(self, name, found)
-        if min(*_pair(self.resize), *self.crop) < 1:
+            object.__setattr__(self, name, found if one is None else one)
+        if min(*as_pair(self.resize), *self.crop) < 1:
             raise ConfigError(f"sizes must be >= 1, got resize={self.resize}, crop={self.crop}")
         if self.crop_mode not in CROP_MODES:
             raise ConfigError(
@@ -109,7 +109,7 @@ class Preprocessing:
 
     def _resized(self, height: int, width: int) -> list[int]:
         """What torchvision's `resize` takes: one length is that of the shorter side."""
-        target = _pair(self.resize)
+        target = as_pair(self.resize)
         if self.crop_mode == "squash":
             return list(target)
         if self.crop_mode == "center" and target[0] == target[1]:
@@ -149,7 +149,8 @@ class Preprocessing:
         return cls(resize, crop, interpolation, declared["mean"], declared["std"], mode)
 
 
-def _pair(resize: int | tuple[int, int]) -> tuple[int, int]:
+def as_pair(resize: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a size, where one length stands for both."""
     return (resize, resize) if isinstance(resize, int) else resize
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from fusenorm_openood.detectors.atomic import atomic
 from fusenorm_openood.detectors.base import ExpertScorer, Scored, fit_panel
 from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
 from fusenorm_openood.detectors.sweep import swept
@@ -85,9 +86,10 @@ class ScoreBank(ExpertScorer):
         unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
         self.panel.listen(self.net, structure, images, unclipped)
 
+    @atomic
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Score the ID validation images, on which every calibration is based."""
-        self._kept.clear()
+        self._kept, self._seen = {}, {}
         readings = self._begin(loader)
         self.network = self._identified(readings)
         fit = fit_panel(self, self.panel, readings, progress, "APS")

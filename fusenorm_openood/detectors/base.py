@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from fusenorm_openood.detectors.enough import LEAST, known_count, needed, warn_if_few
 from fusenorm_openood.devices import moved
 from fusenorm_openood.errors import DataError, NotFittedError
 from fusenorm_openood.listening.batches import checked_images, not_finite
@@ -215,9 +216,17 @@ class PanelFit(NamedTuple):
 
 
 def fit_panel(
-    scorer: ExpertScorer, panel: Panel, readings: Iterable[Any], progress: bool, desc: str
+    scorer: ExpertScorer,
+    panel: Panel,
+    readings: Iterable[Any],
+    progress: bool,
+    desc: str,
+    least: int = LEAST,
 ) -> PanelFit:
     """Fit a panel's experts on ID images, and score these.
+
+    Fewer images than `least`, or than an expert takes, are a warning, before the fit if their
+    number is known.
 
     The loader is read once, and once more before if ReAct needs a threshold. With post-hoc experts,
     only the images of an even sample of at most `LIMIT` are returned: they are the neighbours, none
@@ -231,6 +240,8 @@ def fit_panel(
     net, sample, sums = scorer.net, FeatureSample(), BlockSums(panel.posthoc)
     structure = scorer._known()
     recorded = isinstance(readings, Recorder)
+    needs = needed(net, structure, panel, least)
+    is_counted = warn_if_few(known_count(readings), needs, stacklevel=5)
     fitted = Fitted(react_thresholds(net, structure, readings, panel, progress))
 
     def score(heard: Observed) -> Tensor:
@@ -241,6 +252,8 @@ def fit_panel(
 
     listener = scorer._listener_of(panel, fitted, recorded)
     rows, pred, label = scorer._collect(readings, progress, desc, listener, score)
+    if not is_counted:
+        warn_if_few(len(pred), needs, stacklevel=5)
     if not panel.posthoc:
         return PanelFit(fitted, rows, pred, label, None)
     kept, seen = sample.indices, sample.seen

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fusenorm_openood.configs import config_root, lookup, read_config
+from fusenorm_openood.detectors.atomic import atomic
 from fusenorm_openood.detectors.decisions import DecidingDetector
+from fusenorm_openood.detectors.enough import known_count, needed, warn_if_few
 from fusenorm_openood.errors import CheckpointError, ConfigError, NotFittedError
 from fusenorm_openood.listening.gradient import gradients_of_images
 from fusenorm_openood.listening.observed import Heard, Listener, Observed
@@ -84,11 +86,13 @@ class Baseline(DecidingDetector):
         self.output = output_of(name, args, input_std)
         self._fitted = Fitted()
 
+    @atomic
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Fit ReAct's threshold on ID images; the other experts have nothing to fit."""
         panel = Panel((), (), (self.output,))
         if panel.percentiles:
             readings = self._begin(loader)
+            warn_if_few(known_count(readings), needed(self.net, self._known(), panel))
             thresholds = react_thresholds(self.net, self._known(), readings, panel, progress)
             self._fitted = Fitted(thresholds)
         return self

@@ -1,17 +1,22 @@
 """Verdicts with a known error rate: calibrate a fitted detector on new ID images, then decide."""
 
+import os
+import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Subset
 from typing_extensions import Self
 
 from fusenorm_openood.detectors.base import Detector, Images
 from fusenorm_openood.errors import CalibrationError
+from fusenorm_openood.listening.observed import Observed
 from fusenorm_openood.method.conformal import (
     Guarantee,
     check_enough,
@@ -19,6 +24,8 @@ from fusenorm_openood.method.conformal import (
     guarantee,
     rejects,
 )
+from fusenorm_openood.method.statistics import ROUNDING
+from fusenorm_openood.urls import Url
 
 REPEATED = 0.1  # share of calibration images that may look like images of the fit
 
@@ -31,34 +38,51 @@ class DecidingDetector(Detector):
     """
 
     reference_: NDArray[np.float64] | None = None
-    _data: tuple[Any, ...] = ()  # references to what it was fitted on
+    _data: Any = None  # a weak reference to what it was fitted on
 
     def calibrate(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Score ID images that neither trained the network nor fitted the detector.
 
         Their confidences are what p-values compare an image with. The confidences themselves do
-        not change.
+        not change. Images that repeat each other are counted once, with a warning, because p-values
+        need images that are drawn independently.
 
         Raises:
             NotFittedError: before `fit`.
-            CalibrationError: the loader, its data set or more than a tenth of its images are those
-                of `fit`.
+            CalibrationError: the loader, its data set, one of its files or more than a tenth of its
+                images are those of `fit`.
             DataError, NonFiniteError: as in `infer`.
         """
         self._check_fitted()
-        if any(data() is given for data in self._data for given in _data_of(loader)):
+        fitted_on = self._data and self._data()
+        if fitted_on is not None:
+            check_apart(fitted_on, data_of(loader))
+        marks: list[NDArray[np.float64]] = []
+
+        def score(heard: Observed) -> Tensor:
+            if len(self.experts) == 1:  # two images may well have one score in common
+                marks.append(_marks(heard))
+            return self._expert_scores(heard)
+
+        experts, *_ = self._collect(loader, progress, "calibrate", score=score)
+        conf = self.confidence(experts).astype(np.float64)
+        repeated = self._repeated(experts)
+        if repeated > REPEATED * len(conf):
             raise CalibrationError(
-                "the calibration images are the data set that the detector was fitted on: give ID "
-                "images that it has not seen"
+                f"{repeated} of {len(conf)} calibration images are among those that the "
+                "detector is fitted on: give ID images that it has not seen"
             )
-        scored = self.infer(loader, progress, "calibrate")
-        repeated = self._repeated(scored.experts)
-        if repeated > REPEATED * len(scored.conf):
-            raise CalibrationError(
-                f"{repeated} of {len(scored.conf)} calibration images are among those that the "
-                "detector was fitted on: give ID images that it has not seen"
+        if marks:
+            experts = np.concatenate([experts, np.concatenate(marks, axis=1)])
+        first = distinct_columns(experts) if len(experts) > 1 else np.arange(len(conf))
+        if len(first) < len(conf):
+            warnings.warn(
+                f"{len(conf) - len(first)} of {len(conf)} calibration images repeat others: "
+                f"p-values and the guarantee are those of the {len(first)} distinct images",
+                UserWarning,
+                stacklevel=2,
             )
-        self.reference_ = np.sort(scored.conf.astype(np.float64))
+        self.reference_ = np.sort(conf[first])
         return self
 
     def p_values(self, images: Images) -> Tensor:
@@ -122,7 +146,7 @@ class DecidingDetector(Detector):
         return 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_data": ()}
+        return {**vars(self), "_data": None}
 
 
 def repeated_columns(known: NDArray[Any], new: NDArray[Any]) -> int:
@@ -134,16 +158,68 @@ def repeated_columns(known: NDArray[Any], new: NDArray[Any]) -> int:
     return int(np.count_nonzero(distance < 1e-4 * np.sqrt(len(known))))
 
 
-def _data_of(loader: Iterable[Any]) -> tuple[Any, ...]:
+def distinct_columns(scores: NDArray[Any]) -> NDArray[np.int64]:
+    """Numbers of the first of all columns of `[L, N]` that are equal up to float32 rounding."""
+    from scipy.sparse import coo_matrix  # take long to import
+    from scipy.sparse.csgraph import connected_components
+    from scipy.spatial import cKDTree
+
+    scores = scores.astype(np.float64)
+    spread, largest = scores.std(axis=1), abs(scores).max(axis=1)
+    rounding = 1e-4 * spread + ROUNDING * largest + np.finfo(np.float32).tiny
+    columns = (scores / rounding[:, None]).T
+    # Equal columns fall into few cells, so that the number of pairs stays small.
+    _, first, cell = np.unique(columns.round(), axis=0, return_index=True, return_inverse=True)
+    pairs = cKDTree(columns[first]).query_pairs(1.0, p=np.inf, output_type="ndarray")
+    links = coo_matrix((np.ones(len(pairs)), pairs.T), shape=(len(first), len(first)))
+    group = connected_components(links, directed=False)[1][cell.reshape(-1)]
+    return np.unique(group, return_index=True)[1]
+
+
+def _marks(heard: Observed) -> NDArray[np.float64]:
+    """Numbers `[M, B]` that tell images apart: projections of these, or of what was recorded."""
+    seen = heard.images if heard.images is not None else heard.seen
+    if seen is None:
+        return np.empty((0, len(heard.pred)))
+    parts = [seen] if isinstance(seen, Tensor) else list(seen)
+    flat = torch.cat([part.detach().flatten(1).cpu().double() for part in parts], dim=1).numpy()
+    marks: NDArray[np.float64] = np.random.default_rng(0).normal(size=(4, flat.shape[1])) @ flat.T
+    return marks
+
+
+def check_apart(fit: Any, calibration: Any) -> None:
+    """Raise CalibrationError if an image is in both of two data sets or lists of files."""
+    fitted = set(_items(fit))
+    both = [item for item in _items(calibration) if item in fitted]
+    if both:
+        example = f", for example {both[0]}" if isinstance(both[0], str) else ""
+        raise CalibrationError(
+            f"{len(both)} calibration images are among those that the detector is fitted on"
+            f"{example}: give ID images that it has not seen"
+        )
+
+
+def _items(data: Any) -> list[Any]:
+    """What tells the images of a data set from others: their files, else their numbers in it."""
+    if isinstance(data, Subset):
+        items = _items(data.dataset)
+        return [items[int(number)] for number in data.indices]
+    files = getattr(data, "paths", data)
+    if hasattr(data, "samples"):  # torchvision
+        files = [sample[0] for sample in data.samples if isinstance(sample, tuple)]
+    if isinstance(files, Sequence) and all(isinstance(file, str | Path | Url) for file in files):
+        return [str(file if isinstance(file, Url) else os.path.realpath(file)) for file in files]
+    return [(id(data), number) for number in range(len(data) if hasattr(data, "__len__") else 1)]
+
+
+def data_of(loader: Iterable[Any]) -> Any:
+    """The data set of a loader, or the loader if it has none."""
     dataset = getattr(loader, "dataset", None)
-    return (loader,) if dataset is None else (loader, dataset)
+    return loader if dataset is None else dataset
 
 
-def _data_of_weakly(loader: Iterable[Any]) -> tuple[Any, ...]:
-    found = []
-    for data in _data_of(loader):
-        try:
-            found.append(weakref.ref(data))
-        except TypeError:  # a list, whose images are recognised instead
-            continue
-    return tuple(found)
+def _data_of_weakly(loader: Iterable[Any]) -> Any:
+    try:
+        return weakref.ref(data_of(loader))
+    except TypeError:  # a list, whose images are recognised instead
+        return None

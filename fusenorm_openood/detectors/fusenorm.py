@@ -13,9 +13,16 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.detectors.atomic import atomic
 from fusenorm_openood.detectors.base import Images, fit_panel
 from fusenorm_openood.detectors.calibration import Calibration as Calibration
-from fusenorm_openood.detectors.decisions import DecidingDetector, repeated_columns
+from fusenorm_openood.detectors.decisions import (
+    DecidingDetector,
+    check_apart,
+    data_of,
+    repeated_columns,
+)
+from fusenorm_openood.detectors.enough import enough_for
 from fusenorm_openood.detectors.explanation import Explanation, explanation
 from fusenorm_openood.detectors.keeping import Kept, nonsense, read_kept, write_kept
 from fusenorm_openood.devices import find_device
@@ -151,6 +158,7 @@ class FuseNorm(DecidingDetector):
         unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
         self.panel.listen(self.net, structure, images, unclipped)
 
+    @atomic
     def fit(
         self,
         loader: Iterable[Any],
@@ -160,7 +168,9 @@ class FuseNorm(DecidingDetector):
         """Fit the ID statistics, preferably on ID images used neither for training nor for testing.
 
         The loader is read once, and once more if ReAct needs a threshold. If a strong expert keeps
-        features, as `knn` does, an even sample of at most 10,000 images is used.
+        features, as `knn` does, an even sample of at most 10,000 images is used. If the fit or the
+        calibration fails, the detector stays as it was. Fewer images than the experts take are a
+        warning.
 
         Args:
             loader: ID images.
@@ -172,10 +182,15 @@ class FuseNorm(DecidingDetector):
             ZeroRangeError: an expert gives all ID images the same score.
             DataError, NonFiniteError, TapError: images or a network without usable scores.
         """
+        if calibration is not None:
+            check_apart(data_of(loader), data_of(calibration))
         self.calibration_ = None
-        readings = self._begin(loader)
+        readings, low = self._begin(loader), self.settings.percentile_low
         network = self._identified(readings)  # what cannot be saved fails before the fit
-        self._fitted, scores, *_ = fit_panel(self, self.panel, readings, progress, "fit")
+        is_joint = self.settings.penalty == "joint"
+        least = max(enough_for(low), len(self.taps) + 1 if is_joint else 0)
+        fitted = fit_panel(self, self.panel, readings, progress, "fit", least)
+        self._fitted, scores = fitted.fitted, fitted.experts
         self.calibration_ = self.learn(scores[self._rows()], self._fitted, network)
         return self if calibration is None else self.calibrate(calibration, progress)
 

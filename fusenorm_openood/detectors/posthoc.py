@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from fusenorm_openood.detectors.atomic import atomic
 from fusenorm_openood.detectors.decisions import DecidingDetector
+from fusenorm_openood.detectors.enough import known_count, needed, warn_if_few
 from fusenorm_openood.errors import NotFittedError
 from fusenorm_openood.listening.observed import Listener, Observed, finite_feature
 from fusenorm_openood.listening.panel import Fitted, Panel
@@ -43,6 +45,7 @@ class PosthocBaseline(DecidingDetector):
         self._panel = Panel((), (), (), (self.expert,))
         self._fitted = Fitted(states={self.expert: {}} if name in UNFITTED else {})
 
+    @atomic
     def fit(self, loader: Iterable[Any], progress: bool = False) -> Self:
         """Fit the expert, as OpenOOD does on the training images.
 
@@ -54,6 +57,8 @@ class PosthocBaseline(DecidingDetector):
             return self
         sample, sums = FeatureSample(limit=math.inf), BlockSums([self.expert])
         readings = self._begin(loader)
+        needs = needed(self.net, self._known(), self._panel)
+        is_counted = warn_if_few(known_count(readings), needs)
 
         def keep(heard: Observed) -> Tensor:
             if heard.seen is not None:
@@ -63,7 +68,9 @@ class PosthocBaseline(DecidingDetector):
                 sums.add(heard.seen, torch.where(label < 0, heard.pred.cpu(), label))
             return heard.rows
 
-        self._collect(readings, progress, "fit", score=keep)
+        _, pred, _ = self._collect(readings, progress, "fit", score=keep)
+        if not is_counted:
+            warn_if_few(len(pred), needs)
         head = Head(*(t.cpu().float() for t in self._panel.head(self.net, self._known())))
         state = self.expert.fitted(sums.of(self.expert), sample.seen, head)
         self._fitted = Fitted(states={self.expert: state})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood.configs import typed
-from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.data.preprocessing import Preprocessing, as_pair
 from fusenorm_openood.detectors.calibration import Calibration, unpacked
 from fusenorm_openood.detectors.storage import Contents
 from fusenorm_openood.errors import ConfigError, FuseNormError
@@ -119,7 +119,7 @@ def _of_record(r: Record, settings: Settings) -> Iterator[Rule]:
     size = r.source.image_size or "1"
     yield "source.image_size", bool(re.fullmatch("[1-9][0-9]{0,3}", size)), "a number of pixels"
     if r.preprocessing is not None:
-        largest = max(r.preprocessing.resize, *r.preprocessing.crop)
+        largest = max(*as_pair(r.preprocessing.resize), *r.preprocessing.crop)
         yield "preprocessing", largest < LARGEST, f"of sizes below {LARGEST}"
     if r.structure is not None:
         yield from _of_structure(r.structure)

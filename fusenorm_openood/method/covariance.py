@@ -1,4 +1,4 @@
-"""Experts that know how the features of ID images vary: MDS and ViM.
+"""Experts that know how the features of ID images vary: MDS++ (Mahalanobis++) and ViM.
 
 Scores `[B]` are float32, larger = more in-distribution.
 """

@@ -61,9 +61,10 @@ class PosthocExpert:
         score: (seen, head, state, arguments) -> scores `[B]`, float32, larger = more
             in-distribution; all tensors on one device.
         score_fit: `score` of images of the sample, for ID statistics, each left out of what was
-            fitted where the expert allows it (KNN, MDS, SHE): (seen, head, state, arguments, labels
-            `[B]`) -> scores `[B]`.
+            fitted where the expert allows it (KNN, MDS++, SHE): (seen, head, state, arguments,
+            labels `[B]`) -> scores `[B]`.
         arguments: the arguments with their defaults, by OpenOOD's names.
+        enough: how many ID images a fit takes: (arguments, features, classes) -> images.
     """
 
     title: str
@@ -72,6 +73,7 @@ class PosthocExpert:
     score: Score
     score_fit: ScoreFit
     arguments: Mapping[str, float | bool | str] = field(default_factory=dict)
+    enough: Callable[[Arguments, int, int], int] = lambda arguments, features, classes: 1
 
     def fit(self, seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
         """The state from all ID images at once."""
@@ -79,7 +81,15 @@ class PosthocExpert:
 
 
 POSTHOC: dict[str, PosthocExpert] = {
-    "knn": PosthocExpert("KNN", no_sums, knn_fit, knn_score, knn_score_fit, {"K": 50}),
+    "knn": PosthocExpert(
+        "KNN",
+        no_sums,
+        knn_fit,
+        knn_score,
+        knn_score_fit,
+        {"K": 50},
+        enough=lambda arguments, features, classes: arguments["K"] + 1,
+    ),
     "nci": PosthocExpert(
         "NCI", feature_sum, nci_fit, nci_score, in_sample(nci_score), {"alpha": 0.0001}
     ),
@@ -100,8 +110,23 @@ POSTHOC: dict[str, PosthocExpert] = {
     "ash": PosthocExpert(
         "ASH", no_sums, fit_nothing, ash_score, in_sample(ash_score), {"percentile": 90}
     ),
-    "vim": PosthocExpert("ViM", vim_sums, vim_fit, vim_score, in_sample(vim_score), {"dim": 256}),
-    "mds": PosthocExpert("MDS", mds_sums, mds_fit, mds_score, mds_score_fit),
+    "vim": PosthocExpert(
+        "ViM",
+        vim_sums,
+        vim_fit,
+        vim_score,
+        in_sample(vim_score),
+        {"dim": 256},
+        enough=lambda arguments, features, classes: features,
+    ),
+    "mds": PosthocExpert(
+        "MDS++",
+        mds_sums,
+        mds_fit,
+        mds_score,
+        mds_score_fit,
+        enough=lambda arguments, features, classes: features + classes,  # less a mean per class
+    ),
     "she": PosthocExpert(
         "SHE", she_sums, she_fit, she_score, she_score_fit, {"metric": METRICS[0]}
     ),

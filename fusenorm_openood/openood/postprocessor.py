@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fusenorm_openood.detectors.atomic import atomic
 from fusenorm_openood.detectors.bank import ScoreBank, bank_for
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
@@ -46,6 +47,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         self._last: FuseNorm | None = None
         self._structure: Structure | None = None  # of the network in _fitted_on
 
+    @atomic
     def setup(
         self, net: nn.Module, id_loader_dict: Mapping[str, Any], ood_loader_dict: Any = None
     ) -> None:
@@ -53,6 +55,8 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
 
         A second call has no effect with the same network; with another one, or with other weights,
         the statistics are fitted again.
+
+        If it fails, the postprocessor stays as it was.
 
         With `APS_mode: pseudo`, the settings are searched here, on pseudo-OOD images made from the
         ID validation images. With `APS_mode: True`, the images of both validation loaders are
@@ -97,9 +101,8 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
 
     def _is_of(self, net: nn.Module) -> bool:
         """Whether the ID statistics, or the scores for a search, are those of a network."""
-        network = (
-            self._bank.network if self._bank else self.calibration and self.calibration.network
-        )
+        fitted: ScoreBank | Calibration | None = self._bank or self.calibration
+        network = fitted and fitted.network
         return network is None or is_network(net, network)
 
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,6 +126,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             scored = bank.worst(data_loader)
         return scored.pred, scored.conf, scored.label
 
+    @atomic
     def set_hyperparam(self, hyperparam: list[Any]) -> None:
         """Set one value for each key of `args_dict`, in its order, and refit where necessary.
 

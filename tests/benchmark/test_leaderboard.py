@@ -1,5 +1,7 @@
+import csv
 import hashlib
 import os
+import re
 import shlex
 import shutil
 
@@ -7,7 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-from fusenorm_openood.benchmark.leaderboard import FULL_SIZES, read_results, splits
+from fusenorm_openood.benchmark.leaderboard import (
+    FULL_SIZES,
+    leaderboard_entry,
+    read_results,
+    splits,
+)
 from fusenorm_openood.benchmark.tables import COLUMNS
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import load_benchmark
@@ -19,10 +26,15 @@ CIFAR10_ROWS = ["cifar100", "tin", "nearood", "mnist", "svhn", "texture", "place
 NAME = "cifar10_t2fnorm_net_t2fnorm_e100_lr0.1_alpha0.1_default"
 
 
+def rows(text):
+    """The rows of an entry, by file, as mappings."""
+    blocks = re.findall(r"Row for `(.*?)`:\n\n```csv\n(.*?)```", text, re.DOTALL)
+    return {file: next(csv.DictReader(block.splitlines())) for file, block in blocks}
+
+
 def fields(text):
-    """The value of each field of an entry."""
-    lines = [line for line in text.splitlines() if line.startswith("- **`")]
-    return {line.split("`")[1]: line.split("**: ")[1] for line in lines}
+    """The row of results of an entry."""
+    return next(row for file, row in rows(text).items() if file.startswith("results/"))
 
 
 def save_run(root, run, net):
@@ -70,20 +82,21 @@ def entry(root, data_root, *args):
     return main(["leaderboard", "--root", str(root), "--data-root", str(data_root), *args])
 
 
-def test_the_fields_are_those_of_openoods_template(root, lists, capsys):
+def test_the_rows_are_those_of_openoods_leaderboard(root, lists, capsys):
+    """Columns and style of `results/cifar10.csv` and `utils/papers.csv` of its repository."""
     assert entry(root, lists) == 0
     text = capsys.readouterr().out
-    assert fields(text) == {
-        "Training": "T2FNorm",
-        "Postprocessor": "FuseNorm",
-        "Near-OOD AUROC": "91.00 ± 1.00",
-        "Far-OOD AUROC": "92.00 ± 1.00",
-        "ID Accuracy": "94.00 ± 1.00",
-        "Outlier Data": "No",
-        "Model Arch.": "ResNet18_32x32 of width 4",
-        "Additional Description": "100 epochs, learning rate 0.1, tau 0.1, mean ± std over "
-        "2 training runs (s0, s1), cifar10 benchmark, OOD",
-    }
+    results = [
+        "Training,Postprocessor,Near-OOD_AUROC,Far-OOD_AUROC,ID_Accuracy,Outlier_Data,Arch,"
+        "Additional_Description",
+        "T2FNorm,FuseNorm,91.00 ± 1.00,92.00 ± 1.00,94.00 ± 1.00,No,ResNet18 of width 4,100 epochs",
+    ]
+    papers = ["Alias,Link", "FuseNorm,https://github.com/sunshine8641/FuseNorm"]
+    for file, lines in (("results/cifar10.csv", results), ("utils/papers.csv", papers)):
+        block = "\n".join(["", "```csv", *lines, "```", ""])
+        assert f"Row for `{file}`:\n{block}" in text
+    assert "branch leaderboard of https://github.com/zjysteven/OpenOOD" in text
+    assert "tau 0.1, mean ± std over 2 training runs (s0, s1), cifar10 benchmark, OOD." in text
     assert "Warning" not in text
     for run in ("s0", "s1"):
         digest = hashlib.sha256((root / run / "best.ckpt").read_bytes()).hexdigest()
@@ -110,9 +123,9 @@ def test_the_entry_holds_what_eval_saved(digits, tmp_path, capsys):
     table = pd.read_csv(tmp_path / "ood" / "msp.csv", index_col=0)
     found = fields(text)
     assert found["Training"] == "CrossEntropy"
-    assert found["Near-OOD AUROC"] == table.AUROC["nearood"]
-    assert found["Far-OOD AUROC"] == table.AUROC["farood"]
-    assert found["ID Accuracy"] == table.ACC["farood"]
+    assert found["Near-OOD_AUROC"] == table.AUROC["nearood"]
+    assert found["Far-OOD_AUROC"] == table.AUROC["farood"]
+    assert found["ID_Accuracy"] == table.ACC["farood"]
     assert "digits is not an OpenOOD benchmark" in text
     assert "| far-OOD | `test_noise.txt` | 400 | unknown |" in text
     assert text.count("Warning") == 1
@@ -156,7 +169,7 @@ def test_plain_percentages_as_in_openoods_script_for_imagenet_are_accepted(root,
     save_results(root / "ood" / "fusenorm.csv", CIFAR10_ROWS, "90.00")
     assert entry(root, lists) == 0
     text = capsys.readouterr().out
-    assert fields(text)["Near-OOD AUROC"] == "91.00"
+    assert fields(text)["Near-OOD_AUROC"] == "91.00"
     assert "Warning" not in text
 
 
@@ -168,6 +181,46 @@ def test_full_spectrum_results_are_marked_as_such(root, lists, capsys):
     text = capsys.readouterr().out
     assert "full-spectrum: covariate-shifted ID images count as ID" in text
     assert "| covariate-shifted ID | `test_cifar10c.txt` | 10000 | 10000 |" in text
+    assert "no full-spectrum leaderboard for cifar10" in text
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "fsood", "file"),
+    [
+        ("cifar100", False, "cifar100"),
+        ("imagenet200", False, "imagenet200_ood"),
+        ("imagenet200", True, "imagenet200_fsood"),
+        ("imagenet", False, "imagenet1k_ood"),
+        ("imagenet", True, "imagenet1k_fsood"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("postprocessor", "alias", "paper"),
+    [
+        ("mds", "MDS++", None),
+        ("vim", "VIM", None),
+        ("fdbd", "fDBD", None),
+        ("odin", "ODIN", None),
+        ("fusenorm_joint", "FuseNorm (joint)", "https://github.com/sunshine8641/FuseNorm"),
+        ("rmds", "rmds", "(to be filled in)"),
+    ],
+)
+def test_files_and_names_of_the_leaderboard(
+    tmp_path, benchmark, fsood, file, postprocessor, alias, paper
+):
+    known = load_benchmark(benchmark, tmp_path)
+    path = save_run(tmp_path / "some", "s0", ResNet18_32x32(known.num_classes, width=4))
+    table = [*known.near, "nearood", *known.far, "farood"]
+    save_results(tmp_path / "x.csv", table, "90.00")
+    net = {"s0": ResNet18_32x32(known.num_classes)}
+    text = leaderboard_entry(postprocessor, known, fsood, {"s0": path}, net, tmp_path / "x.csv")
+    found = rows(text)
+    row = found.pop(f"results/{file}.csv")
+    assert (row["Training"], row["Postprocessor"], row["Arch"]) == (
+        "CrossEntropy", alias, "ResNet18",
+    )  # fmt: skip
+    expected = {} if paper is None else {"utils/papers.csv": {"Alias": alias, "Link": paper}}
+    assert found == expected
 
 
 def test_an_unknown_trainer_is_left_to_the_user(root, lists, capsys):
@@ -175,7 +228,7 @@ def test_an_unknown_trainer_is_left_to_the_user(root, lists, capsys):
     assert entry(other, lists) == 0
     text = capsys.readouterr().out
     assert fields(text)["Training"] == "oe"
-    assert fields(text)["Outlier Data"] == "(to be filled in)"
+    assert fields(text)["Outlier_Data"] == "(to be filled in)"
     assert "fill in by hand whether it uses outlier data" in text
 
 

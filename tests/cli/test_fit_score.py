@@ -4,7 +4,9 @@ import csv
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from fusenorm_openood import FuseNorm, load_network
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.lists import read_imagelist
 from fusenorm_openood.detectors.rows import read_rows
+from fusenorm_openood.report import page as page_module
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,7 @@ def test_errors_of_fit(folders, digits, tmp_path, capsys):
     same = ["--calibration-dir", str(folders / "val_digits"), "--image-size", "24"]
     same += ["--normalization", "digits", "--num-workers", "0", "--no-progress"]
     assert main([*given, "--weights", str(checkpoint), *same]) == 1
-    assert "are among those that the detector was fitted on" in capsys.readouterr().err
+    assert "are among those that the detector is fitted on" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
     assert main([*given, "--weights", str(checkpoint), *same, "--class-names", "absent.txt"]) == 1
     assert "class names absent.txt cannot be read (No such file" in capsys.readouterr().err
@@ -242,7 +245,8 @@ def test_class_names_from_folders(folders, digits, tmp_path, capsys):
     assert "needs one folder per class in --id-dir" in capsys.readouterr().err
 
 
-def test_a_report_about_the_rows(folders, tmp_path):
+def test_a_report_about_the_rows(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_module, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 2)))
     table, page = tmp_path / "out.parquet", tmp_path / "out.html"
     assert score(folders, folders / "test_noise", "--csv", table, "--report", page) == 0
     text = page.read_text(encoding="utf-8")

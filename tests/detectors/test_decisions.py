@@ -73,7 +73,7 @@ def test_images_of_the_fit_are_no_calibration_images(net, loader):
     detector = FuseNorm(net).fit(loader)
     other = DataLoader(loader.dataset, 7)
     for given in (loader, other):
-        with pytest.raises(CalibrationError, match="are the data set that the detector"):
+        with pytest.raises(CalibrationError, match="are among those that the detector"):
             detector.calibrate(given)
     images = torch.cat([images for images, _ in loader])
     for copied in ([images.clone()], DataLoader(Subset(loader.dataset, range(30)), 8)):

@@ -219,13 +219,17 @@ def computes(pid: int) -> bool:
 def test_a_killed_driver_leaves_no_actor_and_no_half_shard(home, tmp_path, monkeypatch):
     monkeypatch.setattr(sharded, "SHARD", 10)
     store = tmp_path / "store"
-    with subprocess.Popen(command(home, tmp_path), stderr=subprocess.DEVNULL) as driver:
+    program, *argv = command(home, tmp_path)[2:]
+    waits = "import signal; from fusenorm_openood.detectors.rows import RowFile\n"
+    waits += "RowFile.write = lambda self, rows: signal.pause()\n"
+    started = [sys.executable, "-c", waits + program, *argv]
+    with subprocess.Popen(started, stderr=subprocess.DEVNULL) as driver:
         while driver.poll() is None and not list(store.rglob("*.parquet")):
             time.sleep(0.005)
         others = started_by(driver.pid)
         driver.kill()
     assert len(others) > 2
-    assert wait_until(lambda: not any(map(computes, others)), 20)
+    assert wait_until(lambda: not any(map(computes, others)), 600)
     assert shards_in(store).items() <= shards_in(home / "one.store").items()
     assert score(home, tmp_path / "again", "--store", store) == 3
     assert (tmp_path / "again.csv").read_bytes() == (home / "one.csv").read_bytes()

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing import get_context
@@ -19,7 +20,7 @@ from fusenorm_openood.torchrun import PATIENCE
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__, "fusenorm_openood.cli.eval", "pyarrow.parquet"])
-LOST = 60 * PATIENCE  # seconds after which a process counts as waiting for ever
+LOST = 300 * PATIENCE  # seconds after which a process counts as waiting for ever
 
 
 class Done(NamedTuple):
@@ -121,6 +122,7 @@ def _command(printed, argv, rank, world, shard, first):
     recorded.SHARD = sharded.SHARD = shard
     _log(printed.with_name("log.txt"))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.filterwarnings("ignore", ".* ID images are too few")  # here they always are
     if first is not None:
         first()
     sys.exit(main(argv))

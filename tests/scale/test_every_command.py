@@ -17,6 +17,7 @@ import torch
 
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.detectors.folder import ImageFiles, ReadableFiles
+from fusenorm_openood.store import ShardSet
 from fusenorm_openood.store.maintenance import verify
 from tests.scale.commands import Done, ended, log_of, run, scored_twice, start
 from tests.scale.test_failures import assert_one_sentence, failed_among
@@ -205,13 +206,24 @@ def test_an_image_that_vanishes_loses_no_shard(command, expected, tmp_path):
     assert scored_twice(log_of(home)) == []
 
 
+def process_1_stops(mark: Path):
+    """Let process 1 stop before it writes its first shard."""
+    write = ShardSet.write
+
+    def stopping(self, number, columns):
+        if os.environ["RANK"] == "1":
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return write(self, number, columns)
+
+    ShardSet.write = stopping
+
+
 def test_a_process_that_is_killed_is_named_by_the_other(command, expected, tmp_path):
-    home, store = tmp_path / "home", tmp_path / "store"
-    running = [start(home, command.argv(store), rank, 2, shard=8) for rank in range(2)]
-    while not log_of(home):
-        time.sleep(0.01)
-    os.kill(running[1].process.pid, signal.SIGSTOP)  # the other one has to wait for it
-    while len([kind for kind, *_ in log_of(home) if kind == "written"]) < 2:
+    home, store, mark = tmp_path / "home", tmp_path / "store", tmp_path / "stopped"
+    stops = partial(process_1_stops, mark)
+    running = [start(home, command.argv(store), rank, 2, shard=8, first=stops) for rank in range(2)]
+    while not mark.exists() or len([k for k, *_ in log_of(home) if k == "written"]) < 2:
         time.sleep(0.01)
     os.kill(running[1].process.pid, signal.SIGKILL)
     other, killed = ended(running)

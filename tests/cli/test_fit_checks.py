@@ -1,0 +1,94 @@
+"""What `fusenorm fit` refuses before it fits, and calibration images that repeat each other."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fusenorm_openood import FuseNorm
+from fusenorm_openood.cli.main import main
+from fusenorm_openood.networks import ResNet18_32x32
+
+
+def small(num_classes=5):
+    torch.manual_seed(0)
+    return ResNet18_32x32(5, width=4).eval()
+
+
+@pytest.fixture
+def fit(tmp_path):
+    """Runs the command on folders of noise, `id` with 40 images and `other` with 30."""
+    rng = np.random.default_rng(0)
+    for name, count in (("id", 40), ("other", 30)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number:03}.png")
+
+    def run(*more, calibration=("other",)):
+        argv = ["fit", "--network", f"{__name__}:small", "--image-size", "16"]
+        argv += ["--normalization", "imagenet", "--id-dir", tmp_path / "id"]
+        argv += ["--calibration-dir", *(tmp_path / name for name in calibration)]
+        argv += ["--output", tmp_path / "d.safetensors", "--num-workers", "0", "--no-progress"]
+        return main([str(a) for a in (*argv, "--device", "cpu", *more)])
+
+    return run
+
+
+@pytest.fixture
+def unfitted(monkeypatch):
+    def never(*args, **how):
+        raise AssertionError("it was fitted")
+
+    monkeypatch.setattr(FuseNorm, "fit", never)
+
+
+def test_too_few_calibration_images_are_refused_before_the_fit(fit, unfitted, tmp_path, capsys):
+    for path in sorted((tmp_path / "other").iterdir())[:12]:
+        path.unlink()
+    assert fit() == 1
+    assert "acceptance=0.95 needs at least 19 calibration images, got 18" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["same", "one file", "link", "inside"])
+def test_an_overlap_is_refused_before_the_fit(fit, unfitted, tmp_path, capsys, how):
+    calibration = ["other"]
+    if how == "same":
+        calibration = ["id"]
+    elif how == "one file":
+        calibration += ["id/007.png"]
+    elif how == "link":
+        (tmp_path / "other" / "linked.png").symlink_to(tmp_path / "id" / "007.png")
+    else:
+        (tmp_path / "other").rename(tmp_path / "id" / "other")
+        calibration = ["id/other"]
+    assert fit(calibration=calibration) == 1
+    err = capsys.readouterr().err
+    assert "calibration images are among those that the detector is fitted on, for example" in err
+    assert err.count("\n") == 1
+
+
+def test_another_number_of_class_names_is_refused_before_the_fit(fit, tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    assert fit("--class-names", tmp_path / "names.txt") == 1
+    assert "class_names must be the names of 5 classes, got 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize("distinct", [10, 30])
+def test_copies_count_once_and_the_fit_is_kept(fit, tmp_path, capsys, distinct, store):
+    for number, path in enumerate(sorted((tmp_path / "other").iterdir())):
+        if number >= distinct:
+            path.unlink()
+        for copy in range(3):
+            if path.exists():
+                shutil.copy(path, path.with_name(f"{path.stem}-{copy}.png"))
+    with pytest.warns(UserWarning, match=f"{3 * distinct} of {4 * distinct} calibration images"):
+        assert fit(*(["--store", tmp_path / "store"] if store else [])) == 0
+    out = capsys.readouterr().out
+    wanted = "calibration images, 96" if distinct == 30 else "needs at least 19 calibration images"
+    assert wanted in out
+    loaded = FuseNorm.load(tmp_path / "d.safetensors", small())
+    assert len(loaded.reference_) == distinct

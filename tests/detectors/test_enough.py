@@ -1,0 +1,111 @@
+"""A fit on fewer images than its experts take is a warning that says how many are enough."""
+
+import re
+import warnings
+from contextlib import suppress
+
+import pytest
+import torch
+
+from fusenorm_openood import FuseNorm
+from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.posthoc import PosthocBaseline
+from fusenorm_openood.errors import FuseNormError
+from fusenorm_openood.networks import ResNet18_32x32
+from tests.conftest import make_loader, make_net
+
+OUTPUT = {"strong": ["output"]}
+
+
+def said(detector, loader):
+    """What a fit warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with suppress(FuseNormError):  # some of these cannot be fitted
+            detector.fit(loader)
+    return [str(w.message) for w in caught if "too few" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("make", "classes", "count", "enough"),
+    [
+        (FuseNorm, 4, 2, 36),
+        (FuseNorm, 4, 5, 36),
+        (FuseNorm, 4, 31, 36),  # 32 features and 4 classes
+        (lambda net: FuseNorm(net, **OUTPUT), 4, 5, 20),
+        (lambda net: FuseNorm(net, **OUTPUT), 90, 60, 90),
+        (lambda net: FuseNorm(net, **OUTPUT, percentile_low=1.0), 4, 60, 100),
+        (lambda net: FuseNorm(net, strong=["vim"]), 4, 20, 32),
+        (lambda net: FuseNorm(net, strong=["knn"], neighbours=50), 4, 40, 51),
+        (lambda net: FuseNorm(net, strong=["she"]), 60, 40, 60),
+        (lambda net: PosthocBaseline(net, "mds"), 100, 50, 132),
+        (lambda net: PosthocBaseline(net, "knn"), 4, 30, 51),
+        (lambda net: Baseline(net, "react", percentile=90), 4, 3, 20),
+    ],
+)
+def test_too_few_images(make, classes, count, enough):
+    net = make_net(classes=classes)
+    for loader in (make_loader(count), list(make_loader(count)), Unsized(make_loader(count))):
+        if isinstance(loader, Unsized) and not hasattr(make(net), "settings"):
+            continue
+        (message,) = said(make(net), loader)
+        assert message.startswith(f"{count} ID images are too few")
+        assert message.endswith(f"fit on at least {enough}")
+    assert said(make(net), make_loader(enough)) == []
+
+
+class Unsized:
+    """A loader that does not say how many images it gives."""
+
+    def __init__(self, loader):
+        self.given = loader
+
+    def __iter__(self):
+        return iter(self.given)
+
+
+def test_the_warning_comes_before_the_fit(net):
+    class Counted(torch.utils.data.TensorDataset):
+        read = 0
+
+        def __getitem__(self, number):
+            type(self).read += 1
+            return super().__getitem__(number)
+
+    images = Counted(torch.randn(19, 3, 16, 16))
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="19 ID images are too few"):
+        warnings.simplefilter("error")
+        FuseNorm(net).fit(torch.utils.data.DataLoader(images, 2))
+    assert Counted.read == 2
+
+
+@pytest.mark.parametrize(
+    ("width", "classes", "count"), [(16, 7, 127), (64, 100, 1000), (64, 10, 1000)]
+)
+def test_ordinary_fits_are_enough(width, classes, count):
+    """The digits benchmark, and OpenOOD's validation images of CIFAR."""
+    net = ResNet18_32x32(classes, width=width).eval()
+    loader = Sized(count)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*too few")
+        for detector in (FuseNorm(net), FuseNorm(net, strong=["knn", "vim", "she", "nci"])):
+            with pytest.raises(InterruptedError):
+                detector.fit(loader)
+
+
+class Sized:
+    """A loader of many images that ends after the first two."""
+
+    def __init__(self, count):
+        self.dataset = range(count)
+
+    def __iter__(self):
+        yield torch.randn(2, 3, 16, 16)
+        raise InterruptedError
+
+
+def test_a_shorter_sampler_counts(net):
+    images = make_loader(100).dataset
+    sampler = torch.utils.data.SubsetRandomSampler(range(6))
+    (message,) = said(FuseNorm(net), torch.utils.data.DataLoader(images, 3, sampler=sampler))
+    assert re.match("6 ID images", message)
