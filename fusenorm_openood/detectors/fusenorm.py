@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.detectors.base import Images, fit_panel
+from fusenorm_openood.detectors.base import Images, check_energy, fit_panel
 from fusenorm_openood.detectors.calibration import Calibration as Calibration
 from fusenorm_openood.detectors.decisions import DecidingDetector, repeated_columns
 from fusenorm_openood.detectors.explanation import Explanation, explanation
@@ -85,6 +85,7 @@ class FuseNorm(DecidingDetector):
     ) -> None:
         super().__init__(net)
         self.settings = (settings or Settings()).replace(**changes)
+        self._random = self.settings.random
         check_taps(net, self.settings.taps)
         self.calibration_: Calibration | None = None
         self.taps, self.strong, self.experts = (), (), ()
@@ -139,6 +140,7 @@ class FuseNorm(DecidingDetector):
         structure = self.structure(images)
         _check_names(self._class_names, structure)
         self._resolve(structure)
+        check_energy(self.net, structure, self._output)
         unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
         self.panel.listen(self.net, structure, images, unclipped)
 
@@ -181,10 +183,18 @@ class FuseNorm(DecidingDetector):
             rows = [self.experts.index(name) for name in self.strong]
             joint = joint_statistics(id_scores[: len(self.taps)], self.taps)
         normalised = [self.experts[row] for row in rows]
-        statistics = compute_id_statistics(id_scores[rows], low, high, normalised)
+        scale = [self._scale if name == "output" else 0.0 for name in normalised]
+        statistics = compute_id_statistics(id_scores[rows], low, high, normalised, scale)
         return Calibration(
             self.experts, fitted, id_scores, statistics, joint, self.settings, self.strong
         )
+
+    @property
+    def _scale(self) -> float:
+        """The size of the values that the output expert's scores are computed from."""
+        output, structure = self.settings.output_expert, self._structure
+        largest = 0.0 if structure is None else structure.largest_logit
+        return largest / output.temperature if output.output in ("msp", "odin") else largest
 
     def with_calibration(self, calibration: Calibration) -> Self:
         """Use the ID statistics of an earlier fit on the same network instead of fitting.
@@ -309,6 +319,8 @@ class FuseNorm(DecidingDetector):
         """
         kept = read_kept(Path(path), net, strict)
         detector = cls(net, kept.calibration.settings, kept.structure)
+        if kept.structure is not None:
+            detector._check_structure(kept.structure)
         detector.with_calibration(kept.calibration)
         detector.reference_, detector.preprocessing = kept.reference, kept.preprocessing
         detector.class_names, detector.network_source = kept.class_names, kept.network_source
