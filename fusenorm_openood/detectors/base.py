@@ -74,10 +74,13 @@ class ExpertScorer(ABC):
     def structure(self, images: Tensor) -> Structure:
         """How the network is built, understood at the first images `[B, C, H, W]`."""
         if self._structure is None:
-            structure = understand(self.net, images)
-            self._check_structure(structure)
-            self._structure = structure
+            self._structure = self._understood(images)
         return self._structure
+
+    def _understood(self, images: Tensor) -> Structure:
+        structure = understand(self.net, images)
+        self._check_structure(structure)
+        return structure
 
     def _check_structure(self, structure: Structure) -> None:
         """Tell of a network whose logits are not what the experts take them for.
@@ -100,8 +103,8 @@ class ExpertScorer(ABC):
             self._check_structure(self._structure)
             return loader
         readings = loader if isinstance(loader, Recorder) else Readings(loader)
-        images, self._structure = self._moved(readings.first[:2]), None
-        self.structure(images)
+        images = self._moved(readings.first[:2])
+        self._structure = self._understood(images)
         self._try(images)
         return readings
 
@@ -205,7 +208,8 @@ class ExpertScorer(ABC):
 
 def check_energy(net: nn.Module, structure: Structure, outputs: Iterable[Output]) -> None:
     """Raise ZeroRangeError for an energy of log-probabilities, which is 0 for every image."""
-    if structure.activation == "log_softmax" and "energy" in (o.output for o in outputs):
+    flat = any(o.output == "energy" and o.temperature == 1 for o in outputs)
+    if flat and structure.activation == "log_softmax":
         raise ZeroRangeError(
             f"{type(unwrapped(net)).__name__} returns log-probabilities, whose energy is 0 for "
             "every image: choose the output expert 'msp', or wrap the network so that its forward "

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.configuration import detector_for
 from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from fusenorm_openood.errors import NetworkError, TapError
+from fusenorm_openood.listening.recorded import RecordedLoader
 from fusenorm_openood.structure.understanding import understand
 from tests.nets import BLOCKS, Net, energies, some_images
 
@@ -128,8 +131,10 @@ def test_randomness_that_is_allowed_is_a_warning_that_is_kept(tmp_path):
     with pytest.warns(UserWarning, match="verdicts are random"):
         loaded = FuseNorm.load(tmp_path / "detector.safetensors", net)
     assert loaded.settings.random == "allow"
-    with pytest.warns(UserWarning, match="verdicts are random"):
-        Baseline(net, "msp", random="allow").score(IMAGES)
+    for name in ("msp", "gen"):
+        config = {"postprocessor": {"postprocessor_args": {"random": "allow"}}}
+        with pytest.warns(UserWarning, match="verdicts are random"):
+            detector_for(name, config)(net).score(IMAGES)
 
 
 def test_the_setting_changes_nothing_where_it_has_its_default():
@@ -221,6 +226,27 @@ def test_single_experts_score_one_image(kind):
         torch.testing.assert_close(baseline.score(IMAGES[3]), baseline.score(IMAGES)[3])
     react = Baseline(net, "react", percentile=80.0).fit(list(IMAGES.split(16)))
     torch.testing.assert_close(react.score(IMAGES[3]), react.score(IMAGES)[3])
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 32])
+def test_recorded_batches_of_one(batch_size, tmp_path):
+    net, images = squeezing("feature"), Recorded()
+    detector = FuseNorm(net).fit(RecordedLoader(images, tmp_path, {}, "images", batch_size))
+    expected = FuseNorm(net).fit([IMAGES])
+    np.testing.assert_allclose(
+        detector.infer(RecordedLoader(images, tmp_path, {}, "images", batch_size)).experts,
+        expected.infer([IMAGES]).experts,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+class Recorded(Dataset):
+    def __len__(self):
+        return len(IMAGES)
+
+    def __getitem__(self, number):
+        return {"data": IMAGES[number], "label": 0}
 
 
 def test_parts_of_one_image(monkeypatch):
