@@ -46,6 +46,12 @@ def run(args: Namespace) -> int:
     print(f"head: {_head(structure)}")
     if structure.mixes:
         print("the images of a batch influence each other: a batch is never split")
+    if structure.random:
+        print("it gives other logits for the same images in each pass: random='allow' is needed")
+    if structure.activation:
+        print("it returns log-probabilities, whose energy is 0 for every image: set output='msp'")
+    if structure.smallest_batch > 1:
+        print("it cannot take one image alone: a copy is put beside it")
     print("\n    module, class, layout, output shape for one image; * = tapped by default")
     for name, layout in structure.layouts.items():
         mark, kind = "*" if name in blocks else " ", type(modules[name]).__name__
@@ -57,7 +63,7 @@ def _head(structure: Structure) -> str:
     head = structure.head
     if not head.names:
         return "none found, so ReAct and most post-hoc experts cannot be used"
-    how = "its softmax is undone" if head.before_softmax else "their sum is the logits"
+    how = "what follows it is undone" if head.before_softmax else "their sum is the logits"
     shares = ", ".join(f"{n} x {s:.3g}" for n, s in zip(head.names, head.shares, strict=True))
     if head.before_softmax or not head.is_linear or head.shares != (1.0,):
         how = how if head.is_linear else "the logits are no sum of its outputs, so ReAct runs twice"

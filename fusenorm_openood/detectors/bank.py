@@ -57,6 +57,7 @@ class ScoreBank(ExpertScorer):
         super().__init__(net)
         self._settings, self._outputs = tuple(dict.fromkeys(settings)), tuple(outputs)
         self._posthoc = tuple(posthoc)
+        self._random = "allow" if any(s.random == "allow" for s in self._settings) else "refuse"
         self._fitted = Fitted()
         self.network: Fingerprint | None = None
         self._sample: FeatureSample | None = None

@@ -1,5 +1,6 @@
 """What all detectors share: batches, loops and checks."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing_extensions import Self
 
 from fusenorm_openood.detectors.enough import LEAST, known_count, needed, warn_if_few
 from fusenorm_openood.devices import moved
-from fusenorm_openood.errors import DataError, NotFittedError
+from fusenorm_openood.errors import DataError, NotFittedError, TapError, ZeroRangeError
 from fusenorm_openood.listening.batches import checked_images, not_finite
 from fusenorm_openood.listening.observed import Heard, Listener, Observed, Recorder, observed
 from fusenorm_openood.listening.panel import Fitted, Panel
@@ -24,13 +25,14 @@ from fusenorm_openood.listening.recording import recording_listener
 from fusenorm_openood.listening.sample import FeatureSample
 from fusenorm_openood.listening.sums import BlockSums
 from fusenorm_openood.listening.thresholds import react_thresholds
+from fusenorm_openood.method.experts import Output
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
 from fusenorm_openood.networks.fingerprint import Fingerprint
 from fusenorm_openood.networks.lazy import LazyNetwork
 from fusenorm_openood.structure.identity import identify
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.understanding import understand
-from fusenorm_openood.structure.wrappers import network_errors
+from fusenorm_openood.structure.wrappers import network_errors, unwrapped
 
 Images = Tensor | Image.Image | str | Path  # the last three where preprocessing is known
 
@@ -56,6 +58,7 @@ class ExpertScorer(ABC):
 
     experts: tuple[str, ...]
     companions: tuple[str, ...] = ()
+    _random = "refuse"  # see `Settings`
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
@@ -74,8 +77,22 @@ class ExpertScorer(ABC):
     def structure(self, images: Tensor) -> Structure:
         """How the network is built, understood at the first images `[B, C, H, W]`."""
         if self._structure is None:
-            self._structure = understand(self.net, images)
+            self._structure = self._understood(images)
         return self._structure
+
+    def _understood(self, images: Tensor) -> Structure:
+        structure = understand(self.net, images)
+        self._check_structure(structure)
+        return structure
+
+    def _check_structure(self, structure: Structure) -> None:
+        """Tell of a network whose logits are not what the experts take them for.
+
+        Raises:
+            TapError: a network that is random, unless it is allowed.
+        """
+        if structure.random:
+            tell_random(self.net, self._random)
 
     def _begin(self, loader: Iterable[Any]) -> Iterable[Any]:
         """Understand the network at a loader's first two images, and try all experts on them.
@@ -86,10 +103,11 @@ class ExpertScorer(ABC):
             The loader, to be read instead of it.
         """
         if isinstance(loader, Recorder) and self._structure is not None:
+            self._check_structure(self._structure)
             return loader
         readings = loader if isinstance(loader, Recorder) else Readings(loader)
         images = self._moved(readings.first[:2])
-        self._structure = understand(self.net, images)
+        self._structure = self._understood(images)
         self._try(images)
         return readings
 
@@ -195,6 +213,28 @@ class ExpertScorer(ABC):
             expert, image = np.argwhere(~np.isfinite(experts))[0]
             what = f"the score {experts[expert, image]} from expert {self.rows[expert]!r}"
             raise not_finite(images, int(image), what)
+
+
+def check_energy(net: nn.Module, structure: Structure, outputs: Iterable[Output]) -> None:
+    """Raise ZeroRangeError for an energy of log-probabilities, which is 0 for every image."""
+    flat = any(o.output == "energy" and o.temperature == 1 for o in outputs)
+    if flat and structure.activation == "log_softmax":
+        raise ZeroRangeError(
+            f"{type(unwrapped(net)).__name__} returns log-probabilities, whose energy is 0 for "
+            "every image: choose the output expert 'msp', or wrap the network so that its forward "
+            "returns what its log_softmax is applied to"
+        )
+
+
+def tell_random(net: nn.Module, random: str) -> None:
+    """Raise TapError for a network that is random, or warn if that is allowed; see `Settings`."""
+    said = f"{type(unwrapped(net)).__name__} gives other logits for the same images in each pass"
+    if random != "allow":
+        raise TapError(
+            f"{said}, and so would its verdicts: turn off what is random in evaluation mode "
+            "(dropout, noise, random crops), or set random='allow'"
+        )
+    warnings.warn(f"{said}: confidences and verdicts are random", UserWarning, stacklevel=4)
 
 
 class PanelFit(NamedTuple):

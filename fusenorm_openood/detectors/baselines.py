@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from fusenorm_openood.configs import config_root, lookup, read_config
 from fusenorm_openood.detectors.atomic import atomic
+from fusenorm_openood.detectors.base import check_energy
 from fusenorm_openood.detectors.decisions import DecidingDetector
 from fusenorm_openood.detectors.enough import known_count, needed, warn_if_few
 from fusenorm_openood.errors import CheckpointError, ConfigError, NotFittedError
@@ -60,6 +61,7 @@ class Baseline(DecidingDetector):
     Args:
         net: any network that returns logits; a T2FNorm network is scored by its scoring logits.
         name: `msp`, `mls`, `ebo`, `odin`, `react` or `t2fnorm`.
+        random: whether the network may be random, `refuse` or `allow`; see `Settings`.
         input_std: standard deviations by which the images were divided, for ODIN's step.
         args: all of the postprocessor's arguments.
 
@@ -73,9 +75,11 @@ class Baseline(DecidingDetector):
         net: nn.Module,
         name: str,
         input_std: tuple[float, ...] | None = None,
+        random: str = "refuse",
         **args: float,
     ) -> None:
         super().__init__(net)
+        self._random = random
         args = checked_baseline(name, args)
         if name == "t2fnorm" and scoring_module(net) is None:
             raise CheckpointError(
@@ -96,6 +100,10 @@ class Baseline(DecidingDetector):
             thresholds = react_thresholds(self.net, self._known(), readings, panel, progress)
             self._fitted = Fitted(thresholds)
         return self
+
+    def _check_structure(self, structure: Structure) -> None:
+        super()._check_structure(structure)
+        check_energy(self.net, structure, [self.output])
 
     def _try(self, images: Tensor) -> None:
         structure = self.structure(images)

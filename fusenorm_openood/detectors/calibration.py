@@ -1,6 +1,6 @@
 """What a detector learns from ID images, and how it is kept: as tensors and as JSON."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -82,7 +82,7 @@ def packed(calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, Any]]
     for number, state in enumerate(c.fitted.states.values()):
         tensors |= {f"state.{number}.{name}": value.cpu() for name, value in state.items()}
     return tensors, {
-        "settings": asdict(c.settings),
+        "settings": c.settings.to_json(),
         "experts": c.experts,
         "strong": c.strong,
         "joint": c.joint is not None,
@@ -116,7 +116,7 @@ def unpacked(tensors: dict[str, Tensor], record: dict[str, Any]) -> Calibration:
         id_scores=tensors["id_scores"].numpy(),
         statistics=IDStatistics(**arrays("statistics")),
         joint=joint,
-        settings=Settings.from_mapping(record["settings"]),
+        settings=Settings.from_mapping({"random": "refuse", **record["settings"]}),
         strong=tuple(record["strong"]),
         network=record["network"],
     )

@@ -94,9 +94,11 @@ def detector_for(
     if name in METHODS:
         settings = read_fusenorm(config).settings
         return lambda net: FuseNorm(net, settings)
-    args = lookup(config, "postprocessor").get("postprocessor_args") or {}
+    args = dict(lookup(config, "postprocessor").get("postprocessor_args") or {})
+    random = args.pop("random", "refuse")
     if name in POSTHOC:
         check_arguments(name, args)
-        return lambda net: PosthocBaseline(net, name, **args)
+        return lambda net: PosthocBaseline(net, name, random, **args)
     checked_baseline(name, args)
-    return lambda net: Baseline(net, name, input_std if name == "odin" else None, **args)
+    std = input_std if name == "odin" else None
+    return lambda net: Baseline(net, name, std, random, **args)

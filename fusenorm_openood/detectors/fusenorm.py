@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.atomic import atomic
-from fusenorm_openood.detectors.base import Images, fit_panel
+from fusenorm_openood.detectors.base import Images, check_energy, fit_panel
 from fusenorm_openood.detectors.calibration import Calibration as Calibration
 from fusenorm_openood.detectors.decisions import (
     DecidingDetector,
@@ -101,6 +101,7 @@ class FuseNorm(DecidingDetector):
     ) -> None:
         super().__init__(net)
         self.settings = (settings or Settings()).replace(**changes)
+        self._random = self.settings.random
         check_taps(net, self.settings.taps)
         self.calibration_: Calibration | None = None
         self.taps, self.strong, self.experts = (), (), ()
@@ -155,6 +156,7 @@ class FuseNorm(DecidingDetector):
         structure = self.structure(images)
         _check_names(self._class_names, structure)
         self._resolve(structure)
+        check_energy(self.net, structure, self._output)
         unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
         self.panel.listen(self.net, structure, images, unclipped)
 
@@ -208,10 +210,18 @@ class FuseNorm(DecidingDetector):
             rows = [self.experts.index(name) for name in self.strong]
             joint = joint_statistics(id_scores[: len(self.taps)], self.taps)
         normalised = [self.experts[row] for row in rows]
-        statistics = compute_id_statistics(id_scores[rows], low, high, normalised)
+        scale = [self._scale if name == "output" else 0.0 for name in normalised]
+        statistics = compute_id_statistics(id_scores[rows], low, high, normalised, scale)
         return Calibration(
             self.experts, fitted, id_scores, statistics, joint, self.settings, self.strong, network
         )
+
+    @property
+    def _scale(self) -> float:
+        """The size of the values that the output expert's scores are computed from."""
+        output, structure = self.settings.output_expert, self._structure
+        largest = 0.0 if structure is None else structure.largest_logit
+        return largest / output.temperature if output.output in ("msp", "odin") else largest
 
     def with_calibration(self, calibration: Calibration) -> Self:
         """Use the ID statistics of an earlier fit on the same network instead of fitting.
@@ -349,6 +359,8 @@ class FuseNorm(DecidingDetector):
             detector = cls(net, kept.calibration.settings, kept.structure)
             if detector.experts and detector.strong != kept.calibration.strong:
                 raise ConfigError(f"strong must be {', '.join(detector.strong)}")
+            if kept.structure is not None:
+                detector._check_structure(kept.structure)
             detector.adopt(kept.calibration)
             detector.class_names = kept.class_names
         except (ConfigError, TapError) as error:

@@ -31,6 +31,7 @@ class PosthocBaseline(DecidingDetector):
     Args:
         net: any network whose logits are the output of a final linear layer.
         name: one of `POSTHOC`.
+        random: whether the network may be random, `refuse` or `allow`; see `Settings`.
         args: the postprocessor's arguments; the others have their defaults.
 
     Raises:
@@ -39,8 +40,9 @@ class PosthocBaseline(DecidingDetector):
 
     fitted_on = "train"
 
-    def __init__(self, net: nn.Module, name: str, **args: Any) -> None:
+    def __init__(self, net: nn.Module, name: str, random: str = "refuse", **args: Any) -> None:
         super().__init__(net)
+        self._random = random
         self.experts, self.expert = (name,), Posthoc.of(name, args)
         self._panel = Panel((), (), (), (self.expert,))
         self._fitted = Fitted(states={self.expert: {}} if name in UNFITTED else {})

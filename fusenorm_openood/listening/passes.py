@@ -1,6 +1,7 @@
 """One forward pass through an arbitrary network."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,14 @@ class Pass(NamedTuple):
         """Predicted classes `[B]`."""
         return self.classified.argmax(dim=1)
 
+    def without_last(self) -> "Pass":
+        """The pass over all images but the last."""
+        both = self.feature, self.activations
+        feature, activations = (None if t is None else t[:-1] for t in both)
+        return Pass(
+            self.norms[..., :-1], feature, self.logits[:-1], self.classified[:-1], activations
+        )
+
 
 def forward_pass(
     net: nn.Module,
@@ -61,7 +70,8 @@ def forward_pass(
     Args:
         net: the network.
         images: `[B, C, H, W]` on its device.
-        structure: how it is built; see `understand`.
+        structure: how it is built; see `understand`. Too small a batch is run with a copy of its
+            first image.
         taps: names of the modules to tap.
         reduce: from the feature maps `[B, C, H, W]` of a tap to its norms.
         threshold: clips the input of the layers that make the logits, as ReAct does.
@@ -69,6 +79,10 @@ def forward_pass(
     Raises:
         TapError: an unusable tap (see `listening`), or logits that are not `[B, K]`.
     """
+    if _is_short(images, structure):
+        structure = replace(structure, smallest_batch=1)
+        images = torch.cat([images, images[:1]])
+        return forward_pass(net, images, structure, taps, reduce, threshold).without_last()
     core = unwrapped(net)
     head = {name: core.get_submodule(name) for name in structure.head.names}
     with (
@@ -96,10 +110,19 @@ def tapped_maps(
     reduce: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """What `reduce` makes of the feature map `[B, C, H, W]` of each tap."""
-    core = unwrapped(net)
+    core, count = unwrapped(net), len(images)
+    images = torch.cat([images, images[:1]]) if _is_short(images, structure) else images
     with own_pass(), listening(core, taps, structure.layouts, images.shape, reduce) as heard:
         scoring_run(core, structure.scoring)(images.clone())
-    return heard
+    return {name: reduced[:count] for name, reduced in heard.items()}
+
+
+def _is_short(images: Tensor, structure: Structure) -> bool:
+    """Whether a batch needs one more image; in a trace, which holds for all sizes, it always does.
+
+    See `Structure.smallest_batch`.
+    """
+    return structure.smallest_batch > 1 and (torch.compiler.is_compiling() or len(images) == 1)
 
 
 def joined(passes: Sequence[Pass]) -> Pass:

@@ -14,6 +14,7 @@ from fusenorm_openood.method.statistics import check_percentiles
 from fusenorm_openood.numbers import number, numbers, whole
 
 PENALTIES = ("deviation", "joint")
+RANDOM = ("refuse", "allow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class Settings:
         joint_weight: weight of the penalty `"joint"`.
         percentile_low: percentile of the ID scores that is mapped to 0.
         percentile_high: percentile of the ID scores that is mapped to 1.
+        random: what happens if two passes over the same images give other logits: `"refuse"`, an
+            error, or `"allow"`, a warning.
 
     Raises:
         ConfigError: a value outside its range.
@@ -72,6 +75,7 @@ class Settings:
     joint_weight: float = 0.25
     percentile_low: float = 5.0
     percentile_high: float = 95.0
+    random: str = "refuse"
 
     @classmethod
     def published(cls, **changes: Any) -> "Settings":
@@ -104,6 +108,8 @@ class Settings:
             raise ConfigError(
                 f"unknown penalty {self.penalty!r}: choose from {', '.join(PENALTIES)}"
             )
+        if self.random not in RANDOM:
+            raise ConfigError(f"unknown random {self.random!r}: choose from {', '.join(RANDOM)}")
         if not self.joint_weight >= 0:
             raise ConfigError(f"joint_weight must be >= 0, got {self.joint_weight}")
         if self.neighbours < 1:
@@ -148,7 +154,7 @@ class Settings:
                 number_of = whole if name == "strong" else lambda v: None
                 items = tuple(v if isinstance(v, str) else number_of(v) for v in value)
                 found = None if None in items else items
-        elif name in ("output", "penalty"):
+        elif name in ("output", "penalty", "random"):
             wanted, found = "a string", value if isinstance(value, str) else None
         elif name == "clip":
             wanted, found = "true or false", value if isinstance(value, bool) else None
@@ -177,6 +183,10 @@ class Settings:
         steps = self.output == "odin" and self.noise > 0
         noise, input_std = (self.noise, self.input_std) if steps else (0.0, None)
         return Output(self.output, temperature, noise, input_std, self.react_percentile)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings in terms of JSON, without `random` where it has its default."""
+        return {n: v for n, v in vars(self).items() if (n, v) != ("random", "refuse")}
 
     def replace(self, **changes: Any) -> "Settings":
         """A copy with some settings changed; ConfigError for an unknown setting."""
@@ -214,6 +224,7 @@ FUSION_SETTINGS = frozenset(
         "joint_weight",
         "percentile_low",
         "percentile_high",
+        "random",
     )
 )
 

@@ -28,6 +28,7 @@ def compute_id_statistics(
     percentile_low: float = 1.0,
     percentile_high: float = 99.9,
     names: Sequence[str] | None = None,
+    scale: ArrayLike = 0.0,
 ) -> IDStatistics:
     """Mean, standard deviation and two percentiles of each expert's ID scores.
 
@@ -36,6 +37,8 @@ def compute_id_statistics(
         percentile_low: percentile in [0, 100] that is mapped to 0.
         percentile_high: percentile in [0, 100] that is mapped to 1.
         names: the experts' names `[L]`, for error messages.
+        scale: size `[L]` of the values that each expert's scores are computed from, as far as it
+            is known: their rounding is no range.
 
     Raises:
         ConfigError: percentiles out of order or outside [0, 100].
@@ -60,11 +63,13 @@ def compute_id_statistics(
                 "the network's weights"
             )
     lower, upper = np.percentile(s, [percentile_low, percentile_high], axis=1)
-    for name, low, high in zip(labels, lower, upper, strict=True):
-        if not high - low > ROUNDING * max(abs(low), abs(high)):
+    size = np.maximum(np.broadcast_to(scale, lower.shape), np.maximum(abs(lower), abs(upper)))
+    for name, low, high, rounded in zip(labels, lower, upper, ROUNDING * size, strict=True):
+        if not high - low > rounded:
+            both = f"{low:.6g}{' up to rounding' if low != high else ''}"
             raise ZeroRangeError(
                 f"percentiles {percentile_low} and {percentile_high} of the ID scores of {name!r} "
-                f"are both {low:.6g}: leave this expert out, or fit on more and more varied images"
+                f"are both {both}: leave this expert out, or fit on more and more varied images"
             )
     return IDStatistics(s.mean(axis=1), s.std(axis=1) + 1e-8, lower, upper)
 

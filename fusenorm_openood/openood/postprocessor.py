@@ -102,7 +102,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
     def _is_of(self, net: nn.Module) -> bool:
         """Whether the ID statistics, or the scores for a search, are those of a network."""
         fitted: ScoreBank | Calibration | None = self._bank or self.calibration
-        network = fitted and fitted.network
+        network = None if fitted is None else fitted.network
         return network is None or is_network(net, network)
 
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ class HeadLayers(NamedTuple):
         names: names of the layers; empty if there are none.
         shares: by what the outputs of the layers are multiplied before they are added up.
         is_linear: whether the logits are exactly this sum.
-        before_softmax: whether the network returns the softmax of the logits, or its logarithm;
+        before_softmax: whether the network returns a softmax, a sigmoid or the like of the logits;
             the logits themselves are then the output of the layer.
     """
 

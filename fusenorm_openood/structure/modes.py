@@ -1,22 +1,28 @@
 """Leave a network, torch's random numbers and torch.compile as they were, also under threads."""
 
+import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _lock = RLock()
 _modes: dict[nn.Module, tuple[bool, int]] = {}  # mode before the first of the passes; how many
+_changed: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}  # by its `train`: former values
 _eager: list[Any] = []  # the stance of torch.compile during the passes, if it was ever used
 
 
 @contextmanager
 def undisturbed(net: nn.Module) -> Iterator[None]:
     """Put a network in evaluation mode, and restore the mode of every module afterwards.
+
+    What is in evaluation mode already is not touched. A module that overrides `train`, for example
+    to merge weights, changes its mode by it; the weights that this changed are bitwise restored.
 
     Where passes of several threads overlap, the modes are those before the first of them, and the
     last one restores them. Compiled modules run as they were before compilation, because what is
@@ -30,25 +36,77 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
         if "torch._dynamo" in sys.modules and not _eager and hasattr(torch.compiler, "set_stance"):
             _eager.append(torch.compiler.set_stance("force_eager"))
     try:
-        net.eval()
+        with _lock:
+            for module in modules:
+                if module.training:
+                    _evaluate(module)
         yield
     finally:
         with _lock:
+            wanted = {module: _mode_after_a_pass(module) for module in modules}
+            evaluated = [module for module, mode in wanted.items() if not mode]
+            for module, mode in wanted.items():
+                if module.training != mode:
+                    _set_mode(module, mode, evaluated)
             for module in modules:
-                mode, passes = _modes.pop(module)
-                if passes > 1:
-                    _modes[module] = mode, passes - 1
-                else:
-                    module.training = mode
+                for tensor, former in () if module in _modes else _changed.pop(module, ()):
+                    tensor.data.copy_(former)
             if not _modes and _eager:
                 _eager.pop().__exit__(None, None, None)
 
 
+def _mode_after_a_pass(module: nn.Module) -> bool:
+    """Count out one pass; the mode that the module is to have from now on."""
+    mode, passes = _modes.pop(module)
+    if passes > 1:
+        _modes[module] = mode, passes - 1
+    return mode and passes == 1
+
+
+def _evaluate(module: nn.Module) -> None:
+    """Put a module in evaluation mode, and remember what its own `train` changes."""
+    if _is_plain(module):
+        module.training = False
+        return
+    own = (*module.parameters(), *module.buffers())
+    before = [(tensor, tensor.detach().clone()) for tensor in own]
+    _set_mode(module, False, [inner for inner in module.modules() if not inner.training])
+    changed = [(tensor, former) for tensor, former in before if not torch.equal(tensor, former)]
+    _changed.setdefault(module, changed)
+
+
+def _set_mode(module: nn.Module, mode: bool, others: Sequence[nn.Module]) -> None:
+    """Set the mode by what the module itself does for it, without touching others in it."""
+    if _is_plain(module):
+        module.training = mode
+        return
+    kept = [(other, other.__dict__.get("train")) for other in others if other is not module]
+    try:
+        for other, _ in kept:
+            other.__dict__["train"] = lambda mode=True, other=other: other
+        module.train(mode)
+    finally:
+        for other, own in kept:
+            del other.__dict__["train"]
+            if own is not None:
+                other.__dict__["train"] = own
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether `train` sets the mode and nothing else."""
+    return getattr(module.train, "__func__", None) is nn.Module.train
+
+
 @contextmanager
 def preserved_randomness(device: torch.device) -> Iterator[None]:
-    """Restore the state of the random number generators of the CPU and of a CUDA device."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
+    """Restore the random number generators of torch (CPU, one CUDA device), NumPy and Python."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
+from fusenorm_openood.structure.activations import is_activation
 from fusenorm_openood.structure.graph import nodes_before
 
 Path = tuple[Any, ...]  # the keys, indices and attributes that lead to a tensor
@@ -35,12 +36,13 @@ def find_logits(net: nn.Module, output: Any, batch: int) -> Path:
     """Where logits `[B, K]` are in a network's output.
 
     The tensor under the key `logits`, the only tensor `[B, K]`, or of several the one that is
-    computed from all others.
+    computed from all others. A softmax or a sigmoid of another one does not count.
 
     Raises:
         TapError: there are none, or several that may be.
     """
     found = {p: t for p, t in tensors_in(output) if _may_be_logits(t, batch)}
+    found = {p: t for p, t in found.items() if not any(is_activation(x, t) for x in found.values())}
     named = [path for path in found if path and path[-1] == "logits"]
     if len(named) == 1 or len(found) == 1:
         return (named or list(found))[0]

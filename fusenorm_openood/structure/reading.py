@@ -1,7 +1,7 @@
 """How a network is built, read from one pass over two images: blocks, layouts, stages, head."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fusenorm_openood.configs import typed
 from fusenorm_openood.errors import FuseNormError
 from fusenorm_openood.kernels.guards import is_out_of_memory
+from fusenorm_openood.structure.activations import last_activation
 from fusenorm_openood.structure.blocks import find_blocks
 from fusenorm_openood.structure.graph import Graph
 from fusenorm_openood.structure.head import HeadLayers, weight_of
@@ -44,6 +45,11 @@ class Structure:
         scoring: name of the module with separate scoring logits, if there is one.
         mixes: whether the images of a batch influence each other's logits, so that a batch must
             not be split.
+        random: whether two passes over the same images give other logits.
+        smallest_batch: 2 if the network cannot take one image alone, else 1.
+        activation: `log_softmax` if what counts as logits are log-probabilities, whose energy is
+            0; else empty.
+        largest_logit: the largest absolute value among the logits of two images.
     """
 
     blocks: tuple[str, ...]
@@ -57,6 +63,10 @@ class Structure:
     logits: Path = ()
     scoring: str | None = None
     mixes: bool = False
+    random: bool = False
+    smallest_batch: int = 1
+    activation: str = ""
+    largest_logit: float = field(default=0.0, compare=False)  # it varies with the images
 
     def to_json(self) -> dict[str, Any]:
         """The structure in terms of JSON; see `from_json`."""
@@ -112,6 +122,7 @@ def read_structure(net: nn.Module, images: Tensor) -> Structure:
         classes=logits.shape[1],
         logits=path,
         scoring=scoring_module(core),
+        activation=last_activation(logits.grad_fn),
     )
 
 

@@ -8,22 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusenorm_openood.devices import casts_down, moved
+from fusenorm_openood.devices import moved
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.kernels.guards import is_out_of_memory
+from fusenorm_openood.structure.activations import checked_activation, is_activation
 from fusenorm_openood.structure.head import HALF, HeadLayers, flat_feature, kept_head, linear_head
 from fusenorm_openood.structure.hooks import own_pass
 from fusenorm_openood.structure.modes import preserved_randomness, undisturbed
 from fusenorm_openood.structure.outputs import logits_at
 from fusenorm_openood.structure.reading import Structure, read_structure, two_images
+from fusenorm_openood.structure.recording import recorded
+from fusenorm_openood.structure.repetition import Listened, repeated
 from fusenorm_openood.structure.wrappers import scoring_run, unwrapped
 
 
 def understand(net: nn.Module, images: Tensor) -> Structure:
-    """The structure of a network, with how its logits come from its head, and what mixes images.
+    """The structure of a network, with how its logits come from its head, and how they vary.
 
-    Three passes over at most two images, which also show whether the network can be listened to
-    at all.
+    A few passes over two images, which also show whether the network can be listened to at all.
 
     Args:
         net: any network; it is left unchanged.
@@ -34,11 +36,17 @@ def understand(net: nn.Module, images: Tensor) -> Structure:
     """
     core, structure, two = unwrapped(net), read_structure(net, images), two_images(images)
     with undisturbed(core), preserved_randomness(images.device), torch.no_grad():
-        inputs, outputs, logits = _pass(core, structure, two)
-        mixes = _mixes(core, structure, two, logits)
+        listened, repetition = repeated(lambda x: _pass(core, structure, x), two)
     layers = {name: core.get_submodule(name) for name in structure.head.names}
-    head = _understood_head(core, layers, inputs, outputs, logits)
-    return replace(structure, head=head, mixes=mixes)
+    head = _understood_head(layers, *listened)
+    _, outputs, logits = listened
+    if head.before_softmax:
+        logits, activation = outputs[head.names[0]], ""
+    else:
+        activation = checked_activation(core, logits, structure.activation)
+    largest = float(logits.float().nan_to_num(0, 0, 0).abs().max())
+    known = {"activation": activation, "largest_logit": largest, **repetition._asdict()}
+    return replace(structure, head=head, **known)
 
 
 def guess_structure(net: nn.Module) -> Structure | None:
@@ -80,37 +88,20 @@ def likely_shapes(core: nn.Module) -> list[tuple[int, int, int]]:
 Tensors = Mapping[str, Tensor]
 
 
-def _pass(core: nn.Module, structure: Structure, images: Tensor) -> tuple[Tensors, Tensors, Tensor]:
+def _pass(core: nn.Module, structure: Structure, images: Tensor) -> Listened:
     """Inputs and outputs of the head's layers, and the logits."""
     layers = {name: core.get_submodule(name) for name in structure.head.names}
     with own_pass(), kept_head(layers) as (inputs, outputs):
-        output = scoring_run(core, structure.scoring)(images.clone())
+        run = scoring_run(core, structure.scoring)
+        output, calls = recorded(core, lambda: run(images.clone()))
+    for name, layout in structure.layouts.items():
+        if name in calls and len(calls[name].shape) != len(layout):
+            raise TapError(f"{name!r} returns {list(calls[name].shape)} for {len(images)} image(s)")
     return inputs, outputs, logits_at(core, output, structure.logits, len(images))
 
 
-def _mixes(core: nn.Module, structure: Structure, images: Tensor, logits: Tensor) -> bool:
-    """Whether an image has other logits alone than beside another one."""
-    try:
-        alone = _pass(core, structure, images[:1])[2][0].float()
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return True  # batch normalisation by a batch of one value per channel, for example
-    beside = logits[0].float()
-    if not (alone.isfinite().all() and logits.isfinite().all()):
-        return False
-    spread = float(logits.float().max() - logits.float().min())
-    is_half = {logits.dtype, images.dtype} & set(HALF) or casts_down(images.device)
-    rounding = 1e-2 if is_half else 1e-3
-    return not torch.allclose(alone, beside, rtol=0, atol=rounding * spread + 1e-6)
-
-
 def _understood_head(
-    core: nn.Module,
-    layers: Mapping[str, nn.Module],
-    inputs: Tensors,
-    outputs: Tensors,
-    logits: Tensor,
+    layers: Mapping[str, nn.Module], inputs: Tensors, outputs: Tensors, logits: Tensor
 ) -> HeadLayers:
     names = tuple(layers)
     equal = (1 / len(names),) * len(names) if names else ()
@@ -118,13 +109,8 @@ def _understood_head(
     if not torch.isfinite(logits).all():
         return known
     single = outputs[names[0]].flatten(1) if len(names) == 1 else None
-    if single is not None and single.shape == logits.shape and _is_softmax(single, logits):
+    if single is not None and single.shape == logits.shape and is_activation(single, logits):
         known, logits = HeadLayers(names, (1.0,), before_softmax=True), single
-    if not known.before_softmax and _are_probabilities(logits):
-        raise TapError(
-            f"{type(core).__name__} returns probabilities, which are no logits: wrap it so that "
-            "its forward returns what its softmax is applied to"
-        )
     sums = _sums(list(layers.values()), [inputs[name] for name in names], logits.shape)
     if not sums:
         return known
@@ -147,18 +133,6 @@ def _sums(layers: Sequence[nn.Module], inputs: Sequence[Tensor], shape: torch.Si
 def _is_one_row(layer: nn.Module, x: Tensor) -> bool:
     """Whether the layer's input is one feature per image, not a mean over several."""
     return x[0].numel() == flat_feature(layer, x)[0].numel()
-
-
-def _is_softmax(before: Tensor, after: Tensor) -> bool:
-    before, after = before.float(), after.float()
-    possible = before.softmax(1), before.log_softmax(1)
-    close = any(torch.allclose(after, p, rtol=1e-2, atol=1e-5) for p in possible)
-    return close and not torch.equal(before, after)
-
-
-def _are_probabilities(logits: Tensor) -> bool:
-    total = logits.float().sum(1)
-    return bool((logits >= 0).all() and torch.allclose(total, torch.ones_like(total), atol=1e-3))
 
 
 def find_shares(

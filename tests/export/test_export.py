@@ -293,3 +293,16 @@ def test_tokens(tmp_path):
     run = loaded(detector.export(tmp_path / "detector.onnx").path)
     for count in (1, 3):
         assert_agrees(detector, run, drawn_pixels(count, 4))
+
+
+class Squeezing(Net):
+    def forward(self, x):
+        return self.fc(self.feature(x)[..., None].squeeze())
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_program_takes_one_image_where_the_network_does_not(suffix, tmp_path):
+    detector = fitted(Squeezing())
+    run = loaded(detector.export(tmp_path / f"detector{suffix}").path)
+    for count in (1, 2, 3):
+        assert_agrees(detector, run, drawn_pixels(count, count))

@@ -1,5 +1,8 @@
 """Nothing is left on a network, in torch's random numbers, or in a user's hooks."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -7,9 +10,9 @@ from torch import nn
 from fusenorm_openood import FuseNorm, Settings, tap_candidates
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import FuseNormError
-from fusenorm_openood.structure.modes import preserved_randomness
+from fusenorm_openood.structure.modes import preserved_randomness, undisturbed
 from tests.conftest import assert_undisturbed, state_of
-from tests.nets import BLOCKS, Net, some_images
+from tests.nets import BLOCKS, Net, energies, some_images
 
 IMAGES = some_images()
 
@@ -131,3 +134,133 @@ def test_modules_that_the_network_makes_in_its_forward_pass():
     conf = FuseNorm(net, strong=["output"]).fit([IMAGES]).score(IMAGES)
     torch.testing.assert_close(conf, FuseNorm(Net(), strong=["output"]).fit([IMAGES]).score(IMAGES))
     assert net.training
+
+
+class Adapter(nn.Linear):
+    """Adds a product of low rank, which it merges into its weight in evaluation mode."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        self.down = nn.Parameter(0.3 * torch.randn(2, shape[0]))
+        self.up = nn.Parameter(0.3 * torch.randn(shape[1], 2))
+        self.merged, self.calls = False, 0
+
+    def train(self, mode=True):
+        self.calls += 1
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.up.data @ self.down.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.down.T @ self.up.T
+
+
+class FrozenNorm(nn.Sequential):
+    """Keeps its batch norm in evaluation mode, as detectors do."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+def adapted(frozen=False, inner=False):
+    net = Net()
+    net.fc = Adapter(8, 5)
+    norm = nn.BatchNorm2d(8)
+    norm.running_mean += 0.3
+    net.a = (FrozenNorm if frozen else nn.Sequential)(*net.a, norm)
+    if inner:  # an adapter in a module that overrides `train`, too
+        net.b = FrozenNorm(*net.b, nn.BatchNorm2d(8), nn.Sequential(Channels(8, 8)))
+    return net.train()
+
+
+class Channels(Adapter):
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def step(net):
+    """State and gradients after a training step."""
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    torch.nn.functional.cross_entropy(net(IMAGES), torch.arange(len(IMAGES)) % 5).backward()
+    optimiser.step()
+    gradients = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+    return {n: m.training for n, m in net.named_modules()}, net.state_dict(), gradients
+
+
+def freeze(net, name):
+    if name is not None:
+        net.get_submodule(name).eval()
+    return net
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings.published()], ids=["", "published"])
+@pytest.mark.parametrize(
+    ("kind", "frozen"),
+    [
+        ({}, None),
+        ({}, "fc"),  # an adapter that is merged stays merged
+        ({}, "a"),
+        ({"frozen": True}, None),
+        ({"frozen": True, "inner": True}, None),
+        ({"frozen": True, "inner": True}, "b.3.0"),
+        ({"frozen": True, "inner": True}, "b"),
+    ],
+)
+def test_a_training_step_afterwards_is_the_one_it_would_have_been(kind, frozen, settings):
+    expected = step(freeze(adapted(**kind), frozen))
+    net = freeze(adapted(**kind), frozen)
+    FuseNorm(net, settings).fit([IMAGES]).score(IMAGES)
+    for found, right in zip(step(net), expected, strict=True):
+        assert found.keys() == right.keys()
+        assert all(torch.equal(torch.as_tensor(found[n]), torch.as_tensor(right[n])) for n in right)
+    if frozen is None:
+        assert "fc.down" in expected[2]
+
+
+def test_what_is_in_evaluation_mode_is_not_touched():
+    net = adapted(frozen=True, inner=True)
+    net.fc.eval()
+    net.b[3][0].eval()
+    calls = net.fc.calls, net.b[3][0].calls
+    detector = FuseNorm(net, strong=["output"]).fit([IMAGES])
+    assert (net.fc.calls, net.b[3][0].calls) == calls
+    assert [net.training, net.fc.training, net.b.training, net.b[3].training] == [1, 0, 1, 1]
+    torch.testing.assert_close(
+        torch.tensor(detector.infer([IMAGES]).experts[-1]), energies(net.eval(), IMAGES)
+    )
+
+
+def test_a_train_of_one_object_is_called_and_kept():
+    net, modes = adapted(), []
+    net.b.train = modes.append
+    FuseNorm(net).fit([IMAGES])
+    assert modes
+    assert vars(net.b)["train"] == modes.append
+
+
+def test_overlapping_passes_merge_once():
+    net = adapted()
+    weight = net.fc.weight.detach().clone()
+    with undisturbed(net):
+        with undisturbed(net.fc):
+            merged = net.fc.weight.detach().clone()
+        assert net.fc.merged
+        assert torch.equal(net.fc.weight, merged)
+    assert net.fc.training
+    assert not net.fc.merged
+    assert torch.equal(net.fc.weight, weight)
+
+
+def test_all_random_numbers_are_preserved():
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    with preserved_randomness(torch.device("cpu")):
+        random.random()
+        np.random.rand()
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before

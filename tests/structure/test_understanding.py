@@ -100,20 +100,6 @@ def test_which_networks_mix_a_batch(kind, mixes):
     assert understand(net.bfloat16(), IMAGES[:2].bfloat16()).mixes == mixes
 
 
-def test_a_network_that_fails_on_one_image_alone_is_scored_in_whole_batches():
-    class OfPairs(Net):
-        def forward(self, x):
-            if len(x) < 2:
-                raise ValueError("Expected more than 1 value per channel")
-            return super().forward(x)
-
-    net = OfPairs()
-    assert understand(net, IMAGES).mixes
-    pred, _ = FuseNorm(net, strong=["output"]).fit([IMAGES]).predict(IMAGES)
-    with torch.no_grad():
-        assert torch.equal(pred, net(IMAGES).argmax(1))
-
-
 def test_an_ensemble_beside_each_other_in_the_batch_is_one_error():
     class BatchEnsemble(Net):  # M x B logits
         def forward(self, x):
