@@ -48,6 +48,22 @@ __all__ = ["POSTHOC", "Head", "PosthocExpert", "Seen", "State", "check_arguments
 METRICS = ("inner_product", "cosine", "euclidean")
 
 
+def _one(arguments: Arguments, features: int, classes: int) -> int:
+    return 1
+
+
+def _one_neighbour_more(arguments: Arguments, features: int, classes: int) -> int:
+    return int(arguments["K"]) + 1
+
+
+def _one_per_feature(arguments: Arguments, features: int, classes: int) -> int:
+    return features
+
+
+def _one_per_feature_and_class(arguments: Arguments, features: int, classes: int) -> int:
+    return features + classes  # less a mean per class
+
+
 @dataclass(frozen=True)
 class PosthocExpert:
     """An expert as four functions; what it is fitted on comes as a stream of blocks.
@@ -73,7 +89,7 @@ class PosthocExpert:
     score: Score
     score_fit: ScoreFit
     arguments: Mapping[str, float | bool | str] = field(default_factory=dict)
-    enough: Callable[[Arguments, int, int], int] = lambda arguments, features, classes: 1
+    enough: Callable[[Arguments, int, int], int] = _one
 
     def fit(self, seen: Seen, labels: Tensor, head: Head, arguments: Arguments) -> State:
         """The state from all ID images at once."""
@@ -88,7 +104,7 @@ POSTHOC: dict[str, PosthocExpert] = {
         knn_score,
         knn_score_fit,
         {"K": 50},
-        enough=lambda arguments, features, classes: arguments["K"] + 1,
+        enough=_one_neighbour_more,
     ),
     "nci": PosthocExpert(
         "NCI", feature_sum, nci_fit, nci_score, in_sample(nci_score), {"alpha": 0.0001}
@@ -117,7 +133,7 @@ POSTHOC: dict[str, PosthocExpert] = {
         vim_score,
         in_sample(vim_score),
         {"dim": 256},
-        enough=lambda arguments, features, classes: features,
+        enough=_one_per_feature,
     ),
     "mds": PosthocExpert(
         "MDS++",
@@ -125,7 +141,7 @@ POSTHOC: dict[str, PosthocExpert] = {
         mds_fit,
         mds_score,
         mds_score_fit,
-        enough=lambda arguments, features, classes: features + classes,  # less a mean per class
+        enough=_one_per_feature_and_class,
     ),
     "she": PosthocExpert(
         "SHE", she_sums, she_fit, she_score, she_score_fit, {"metric": METRICS[0]}
