@@ -61,6 +61,9 @@ RANDOM = {
     "crop by NumPy": lambda net, x: Net.forward(net, crop(x, np.random.randint(0, 3))),
     "flip": lambda net, x: Net.forward(net, x.flip(-1) if torch.rand(()) < 0.5 else x),
     "stochastic depth": half,
+    "dropped tokens": lambda net, x: net.fc(
+        net.b(net.a(net.stem(x))).flatten(2).mT[:, : torch.randint(20, 36, ())]
+    ).mean(1),
     "mean of dropout": lambda net, x: net.fc(
         torch.stack([F.dropout(f, 0.5, True) for f in [net.feature(x)] * 10]).mean(0)
     ),
