@@ -28,6 +28,7 @@ def report(request):
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_page_is_whole_silent_and_not_too_wide(browser, report, width, tmp_path):
     page = browser.new_page(viewport={"width": width, "height": 900})
+    page.set_default_timeout(0)  # the machine may be busy
     heard, requested = [], []
     page.on("console", lambda message: heard.append(message.text))
     page.on("pageerror", lambda error: heard.append(str(error)))
@@ -52,6 +53,7 @@ def test_a_page_is_whole_silent_and_not_too_wide(browser, report, width, tmp_pat
 
 def test_labels_lie_within_their_figures(browser, report):
     page = browser.new_page(viewport={"width": 360, "height": 900})
+    page.set_default_timeout(0)  # the machine may be busy
     page.goto(report.as_uri())
     outside = page.evaluate(
         """[...document.querySelectorAll('svg')].flatMap(svg => {
@@ -69,6 +71,7 @@ def test_labels_lie_within_their_figures(browser, report):
 
 def test_a_page_can_be_printed(browser, report):
     page = browser.new_page()
+    page.set_default_timeout(0)  # the machine may be busy
     page.goto(report.as_uri())
     printed = page.pdf(format="A4")
     assert printed.startswith(b"%PDF")
