@@ -156,7 +156,7 @@ def versions(places: Iterable[Place]) -> Iterator[str]:
             if one.parent not in folders:
                 folders[one.parent] = _listed(one.parent)
             yield folders[one.parent].get(one.name) or _version(one)
-        except OSError:
+        except (OSError, ValueError):  # also for a name that no file can have
             yield ""
 
 

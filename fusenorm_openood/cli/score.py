@@ -38,8 +38,8 @@ SOME_UNREADABLE = 3  # exit status
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add_detector(parser)
-    add("paths", nargs="*", metavar="PATH", help="folders, patterns, lists (.txt), files, URLs, -")
-    columns = "column path of a Parquet or CSV file, or lines of a text file"
+    add("paths", nargs="*", metavar="PATH", help="folders, patterns, lists, files, URLs, -")
+    columns = "column path of a Parquet, CSV, TSV or JSON Lines file, or lines of a text file"
     add("--manifest", metavar="FILE", help=f"files to score: {columns}; a path, pattern or URL")
     verdict = parser.add_mutually_exclusive_group()
     of_id, of_rejected = "share of ID images to accept (0.95)", "share of ID images among the OOD"

@@ -249,7 +249,10 @@ def _escaped(value: Any) -> Any:
     """A text in valid Unicode, from which `_unescaped` gets it back; other values as they are."""
     if not isinstance(value, str):
         return value
-    return _ESCAPED.sub(lambda m: "\\\\" if m[0] == "\\" else f"\\x{ord(m[0]) - 0xDC00:02x}", value)
+    escaped = _ESCAPED.sub(
+        lambda m: "\\\\" if m[0] == "\\" else f"\\x{ord(m[0]) - 0xDC00:02x}", value
+    )
+    return escaped.encode("utf-8", "backslashreplace").decode()  # other surrogates name no file
 
 
 def _unescaped(text: str) -> str:

@@ -190,5 +190,5 @@ def manifest(paths: Sequence[Place]) -> str:
     """SHA-256 of the paths, and of the versions of the files that exist."""
     hashed = sha256()
     for path, version in zip(paths, versions(paths), strict=True):
-        hashed.update(f"{path} {version}".rstrip().encode("utf-8", "surrogateescape") + b"\n")
+        hashed.update(f"{path} {version}".rstrip().encode("utf-8", "surrogatepass") + b"\n")
     return hashed.hexdigest()

@@ -278,3 +278,17 @@ def test_a_missing_covariate_shifted_list_is_reported(tmp_path, capsys):
     assert "cifar10 needs files that are missing" in error
     assert f"image list {tmp_path}/benchmark_imglist/cifar10/test_cifar10c.txt cannot" in error
     assert error.count("cannot be read") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), OSError(36, "Too long")]
+)
+def test_a_root_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch, error):
+    def fails(self, *_, **__):
+        raise error
+
+    for name in ("is_file", "is_dir", "glob", "exists"):
+        monkeypatch.setattr(Path, name, fails)
+    with pytest.raises(CheckpointError, match=f"root .* cannot be read \\({error.strerror}\\)"):
+        find_checkpoints(tmp_path)
+    assert results_folder(tmp_path / ("x" * 300)).name == "x" * 300

@@ -94,3 +94,25 @@ def test_standard_output_is_as_before_afterwards(capsys):
         print("±", file=sys.stderr)
     assert (sys.stdout, sys.stderr) == before
     assert capsys.readouterr() == ("±\n", "±\n")
+
+
+WARNING = """if True:
+    import sys, warnings
+    warnings.simplefilter("ignore")
+    from fusenorm_openood.cli.output import shown_warnings
+    from fusenorm_openood.data.paths import image_paths
+    with shown_warnings():
+        image_paths(sys.argv[1:])
+        image_paths(sys.argv[1:])
+        warnings.warn("of another package")
+"""
+
+
+@pytest.mark.parametrize(("options", "shown"), [([], 1), (["-W", "ignore"], 0)])
+def test_own_warnings_are_one_sentence_unless_python_was_told_otherwise(tmp_path, options, shown):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "b.dcm").touch()
+    command = [sys.executable, *options, "-c", WARNING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(done.stderr.splitlines()) == shown
+    assert shown == 0 or done.stderr.startswith("fusenorm: left out: 1 .dcm")

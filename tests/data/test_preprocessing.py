@@ -1,5 +1,9 @@
 """From files and PIL images to tensors: as OpenOOD's preprocessing, upright, and every error."""
 
+import json
+from argparse import ArgumentParser
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +12,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fusenorm_openood.cli import fit
+from fusenorm_openood.data.images import TruncatedImageWarning
 from fusenorm_openood.data.paths import image_paths
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.data.transforms import NORMALIZATIONS, eval_transform
@@ -67,6 +73,110 @@ def test_what_timm_declares():
         "std": std,
     }
     assert Preprocessing.of(net) == Preprocessing(266, (240, 240), "bicubic", mean, std)
+    assert Preprocessing.of(net, 240) == Preprocessing.of(net)
+    assert Preprocessing.of(net, 97) == Preprocessing(107, (97, 97), "bicubic", mean, std)
+
+
+def declaring(mode="center", size=(3, 32, 32), share=0.9, interpolation="bicubic"):
+    """A network that declares a preprocessing as those of timm do."""
+    net = nn.Identity()
+    net.pretrained_cfg = {"input_size": size, "crop_pct": share, "crop_mode": mode}
+    net.pretrained_cfg |= {"interpolation": interpolation}
+    net.pretrained_cfg |= {"mean": (0.1, 0.5, 0.9), "std": (0.5, 0.5, 0.5)}
+    return net
+
+
+def normalised(pixels: np.ndarray) -> torch.Tensor:
+    scaled = torch.from_numpy(pixels.transpose(2, 0, 1) / 255.0)
+    return ((scaled - torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1)) / 0.5).float()
+
+
+@pytest.mark.parametrize(("width", "height"), [(50, 20), (20, 50), (70, 71)])
+@pytest.mark.parametrize(("size", "inner"), [((32, 32), (40, 40)), ((32, 24), (40, 30))])
+def test_squash_resizes_both_sides_and_crops(width, height, size, inner):
+    image = photograph(width, height)
+    resized = np.asarray(image.resize(inner[::-1], Image.Resampling.BICUBIC))
+    top, left = ((i - s) // 2 for i, s in zip(inner, size, strict=True))
+    expected = normalised(resized[top : top + size[0], left : left + size[1]])
+    found = Preprocessing.of(declaring("squash", (3, *size), 0.8))(image)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("width", "height", "inner"), [(64, 32, (32, 16)), (16, 48, (11, 32))])
+def test_border_fits_the_image_in_and_pads_with_the_mean(width, height, inner):
+    image = photograph(width, height)
+    expected = np.full((32, 32, 3), [26, 128, 230], np.uint8)  # 255 * mean
+    top, left = (32 - inner[1]) // 2, (32 - inner[0]) // 2
+    resized = np.asarray(image.resize(inner, Image.Resampling.BICUBIC))
+    expected[top : top + inner[1], left : left + inner[0]] = resized
+    found = Preprocessing.of(declaring("border", share=1.0))(image)
+    torch.testing.assert_close(found, normalised(expected))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(3, 32, 32), (3, 40, 24)])
+@pytest.mark.parametrize("share", [0.8, 1.0, 1.1])
+def test_the_very_pixels_of_timm(interpolation, mode, size, share):
+    data = pytest.importorskip("timm.data")
+    net = declaring(mode, size, share, interpolation)
+    config = data.resolve_data_config({}, pretrained_cfg=net.pretrained_cfg)
+    for width, height in ((50, 20), (33, 101), (32, 32)):
+        image = photograph(width, height)
+        assert torch.equal(Preprocessing.of(net)(image), data.create_transform(**config)(image))
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize(
+    ("given", "resize", "crop"),
+    [([], 35, 32), (["--image-size", "32"], 35, 32), (["--image-size", "64"], 71, 64)],
+)
+def test_an_image_size_keeps_what_a_network_declares(mode, given, resize, crop):
+    parser = ArgumentParser()
+    fit.add_arguments(parser)
+    required = ["--id-dir", "x", "--output", "x", "--bits", "12"]
+    found = fit._preprocessing(declaring(mode), parser.parse_args([*required, *given]))
+    assert (found.resize, found.crop, found.crop_mode) == (resize, (crop, crop), mode)
+    assert found.bits == 12
+
+
+def test_files_of_earlier_versions_and_json_without_what_is_usual():
+    earlier = {"resize": 36, "crop": (32, 32), "interpolation": "bilinear"}
+    earlier |= {"mean": NORM[0], "std": NORM[1]}
+    assert PREPROCESSING.to_json() == earlier
+    assert Preprocessing.from_json(earlier) == PREPROCESSING
+    for net in (declaring("squash", (3, 40, 24)), declaring("border")):
+        other = replace(Preprocessing.of(net), bits=12)
+        assert Preprocessing.from_json(json.loads(json.dumps(other.to_json()))) == other
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "TIFF"])
+@pytest.mark.parametrize("kept", [0.5, 0.9])
+def test_a_truncated_upload_is_read_as_the_file(tmp_path, kind, kept):
+    data = BytesIO()
+    photograph().save(data, kind)
+    cut = data.getvalue()[: int(kept * len(data.getvalue()))]
+    path = tmp_path / f"x.{kind.lower()}"
+    path.write_bytes(cut)
+    with pytest.warns(TruncatedImageWarning):
+        expected = PREPROCESSING.read(path)
+    with pytest.warns(TruncatedImageWarning, match="the image is truncated"):
+        assert torch.equal(PREPROCESSING(Image.open(BytesIO(cut))), expected)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError, SyntaxError, ValueError, RuntimeError, EOFError, Image.DecompressionBombError],
+)
+def test_whatever_pil_raises_for_an_image_is_one_error(error):
+    image = photograph()
+
+    def fails(*_):
+        raise error("no image data")
+
+    image.convert = fails
+    with pytest.raises(DataError, match=r"the image cannot be read \(no image data\)"):
+        PREPROCESSING(image)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +187,10 @@ def test_what_timm_declares():
         ({"interpolation": "cubic"}, "unknown interpolation 'cubic'"),
         ({"std": (1.0, 0.0, 1.0)}, "each std > 0"),
         ({"mean": (1.0,)}, "must be 3 numbers"),
+        ({"resize": (8, 0)}, "sizes must be >= 1"),
+        ({"crop_mode": "pad"}, "unknown crop_mode 'pad'"),
+        ({"bits": 7}, "bits must be from 8 to 16"),
+        ({"bits": 17}, "bits must be from 8 to 16"),
     ],
 )
 def test_values_that_cannot_be(changed, message):
@@ -100,6 +214,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:left out")
 def test_folders_patterns_lists_and_files_name_images(folder, monkeypatch):
     found = [folder / "a.JPG", folder / "b.png", folder / "inner" / "c d.webp"]
     assert list(image_paths([str(folder)])) == found
