@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from fusenorm_openood.data.images import UNREADABLE, read_image, to_rgb
+from fusenorm_openood.data.transforms import to_tensor
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.numbers import numbers, whole
 from fusenorm_openood.urls import Place, place
@@ -85,7 +86,7 @@ class Preprocessing:
         ImageOps.exif_transpose(image, in_place=True)
         mode = InterpolationMode(self.interpolation)
         resized = TF.center_crop(TF.resize(image, [self.resize], mode), list(self.crop))
-        tensor: Tensor = TF.normalize(TF.to_tensor(resized), list(self.mean), list(self.std))
+        tensor: Tensor = TF.normalize(to_tensor(resized), list(self.mean), list(self.std))
         return tensor
 
     def to_json(self) -> dict[str, Any]:
