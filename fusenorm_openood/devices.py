@@ -61,7 +61,7 @@ def find_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -110,3 +110,9 @@ def casts_down(device: torch.device) -> bool:
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Context without autocast."""
     return torch.autocast(device.type, enabled=False) if casts_down(device) else nullcontext()
+
+
+def on_cpu() -> AbstractContextManager[Any]:
+    """Context in which torch makes tensors on the CPU, in spite of `torch.set_default_device`."""
+    device = torch.device("cpu")
+    return nullcontext() if torch.get_default_device() == device else device

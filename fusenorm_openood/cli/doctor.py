@@ -271,7 +271,7 @@ def _kernels() -> str:
     used = []
     for device in ("cpu", *["cuda"] * torch.cuda.is_available()):
         try:
-            atf(torch.ones(1, 2, 4, 4, device=device))
+            atf(torch.ones(1, 2, 4, 4, dtype=torch.float32, device=device))
             used.append(f"{device}: {backend(device).name}, {backend(device).reason}")
         except ConfigError as error:
             used.append(f"{device}: {error}")

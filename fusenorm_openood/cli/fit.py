@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.detector import source_network
 from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.folders import is_hidden
+from fusenorm_openood.data.loader import CpuLoader
 from fusenorm_openood.data.paths import image_paths
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.configuration import read_fusenorm
@@ -84,7 +84,7 @@ def run(args: Namespace) -> int:
     def loader(paths: Sequence[Place], name: str) -> Iterable[Any]:
         files, how = ReadableFiles(paths, preprocessing), (args.batch_size, args.num_workers)
         if not args.store:
-            return DataLoader(files, how[0], num_workers=how[1])
+            return CpuLoader(files, how[0], num_workers=how[1])
         record = {**known, "images": manifest(paths)}
         return RecordedLoader(files, Path(args.store), record, name, *how)
 

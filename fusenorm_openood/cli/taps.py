@@ -84,7 +84,7 @@ def _network(args: Namespace) -> tuple[nn.Module, Tensor]:
     generator = torch.Generator().manual_seed(0)
     for channels, height, width in likely_shapes(net):
         shape = (channels, size or height, size or width)
-        images = torch.randn(2, *shape, generator=generator)
+        images = torch.randn(2, *shape, generator=generator, dtype=torch.float32, device="cpu")
         try:
             understand(net, images)
         except TapError:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from fusenorm_openood.configs import config_root, lookup, read_config
 from fusenorm_openood.data.lists import ImageList
+from fusenorm_openood.data.loader import CpuLoader
 from fusenorm_openood.data.sources import benchmark_names, under
 from fusenorm_openood.data.transforms import (
     Normalization,
@@ -137,9 +137,7 @@ def load_benchmark(
     )
 
 
-def image_loader(
-    image_set: ImageSet, batch_size: int = 200, num_workers: int = 0
-) -> DataLoader[Any]:
+def image_loader(image_set: ImageSet, batch_size: int = 200, num_workers: int = 0) -> CpuLoader:
     """Batches of an image set in the order of its list, in pinned memory if CUDA is available."""
     pinned = torch.cuda.is_available()
-    return DataLoader(image_set.images(), batch_size, num_workers=num_workers, pin_memory=pinned)
+    return CpuLoader(image_set.images(), batch_size, num_workers=num_workers, pin_memory=pinned)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusenorm_openood.configs import typed
 from fusenorm_openood.data.images import UNREADABLE, read_image, read_picture
+from fusenorm_openood.data.transforms import to_tensor
 from fusenorm_openood.errors import ConfigError, DataError, RemoteError
 from fusenorm_openood.numbers import number, numbers, whole
 from fusenorm_openood.urls import Place, place
@@ -104,7 +105,7 @@ class Preprocessing:
             sides = [*(side // 2 for side in short), *((side + 1) // 2 for side in short)]
             resized = TF.pad(resized, sides, [round(255 * value) for value in self.mean])
         cropped = TF.center_crop(resized, list(self.crop))
-        tensor: Tensor = TF.normalize(TF.to_tensor(cropped), list(self.mean), list(self.std))
+        tensor: Tensor = TF.normalize(to_tensor(cropped), list(self.mean), list(self.std))
         return tensor
 
     def _resized(self, height: int, width: int) -> list[int]:

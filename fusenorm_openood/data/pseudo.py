@@ -16,7 +16,8 @@ def jigsaw(images: Tensor, generator: Generator) -> Tensor:
     if 0 in (h, w):
         return rotation(images, generator)
     tiles = F.unfold(images[:, :, : h * GRID, : w * GRID], (h, w), stride=(h, w))
-    order = torch.rand(B, 1, GRID * GRID, generator=generator).argsort(-1).to(images.device)
+    drawn = torch.rand(B, 1, GRID**2, generator=generator, dtype=torch.float32, device="cpu")
+    order = drawn.argsort(-1).to(images.device)
     shuffled = tiles.gather(2, order.expand_as(tiles))
     result = images.clone()
     size = (h * GRID, w * GRID)
@@ -36,7 +37,8 @@ def blur(images: Tensor, generator: Generator) -> Tensor:
 
 def noise(images: Tensor, generator: Generator) -> Tensor:
     """Images with Gaussian noise of their own standard deviation."""
-    white = torch.randn(images.shape, generator=generator).to(images)
+    shape = images.shape
+    white = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(images)
     values = images.flatten(1)
     std = values.std(1, correction=min(1, values.shape[1] - 1))  # 0 for a single value
     return images + white * std.view(-1, 1, 1, 1)
@@ -46,7 +48,7 @@ def rotation(images: Tensor, generator: Generator) -> Tensor:
     """Images turned by a quarter, a half or three quarters; by a half if not square."""
     if images.shape[2] != images.shape[3]:
         return images.rot90(2, (2, 3))
-    turns = torch.randint(1, 4, (len(images),), generator=generator).tolist()
+    turns = torch.randint(1, 4, (len(images),), generator=generator, device="cpu").tolist()
     return torch.stack([image.rot90(k, (1, 2)) for image, k in zip(images, turns, strict=True)])
 
 

@@ -9,6 +9,8 @@ from functools import cached_property
 from math import isfinite
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -79,6 +81,12 @@ class EvalTransform:
         return _compose(*(_resized(*self.sizes) if self.sizes else ()), *_normalised(self.norm))
 
 
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as `[3, H, W]` in [0, 1]: torchvision's, in float32 whatever torch's default."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return pixels.float().div(255)
+
+
 def eval_transform(pre_size: int, image_size: int, norm: Normalization) -> Transform:
     """OpenOOD's transform of test images; see `EvalTransform`."""
     return EvalTransform(norm, (pre_size, image_size))
@@ -118,7 +126,7 @@ def _resized(pre_size: int, image_size: int) -> list[Any]:
 def _normalised(norm: Normalization) -> list[Any]:
     from torchvision import transforms
 
-    return [transforms.ToTensor(), transforms.Normalize(*norm)]
+    return [to_tensor, transforms.Normalize(*norm)]
 
 
 def _compose(*steps: Any) -> Transform:

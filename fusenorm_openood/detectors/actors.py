@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
+from fusenorm_openood.data.loader import CpuLoader
 from fusenorm_openood.detectors.cluster import deal, shape
 from fusenorm_openood.detectors.folder import ImageFiles
 from fusenorm_openood.detectors.fusenorm import FuseNorm
@@ -62,7 +62,7 @@ class Scorer:
         """Score the files of a shard, and write it."""
         files = ImageFiles(paths, self._detector.known_preprocessing())
         batches: Batches = row_batches(range(len(paths)), self.batch_size)
-        loader = DataLoader(
+        loader = CpuLoader(
             files, batch_sampler=batches, num_workers=self.num_workers, collate_fn=list
         )
         self.shards.write(number, scored(self._detector, loader))

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from fusenorm_openood.data.loader import CpuLoader
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import DataError, NonFiniteError
@@ -96,7 +97,7 @@ def judge_files(
     """
     pace = pace or Pace()
     files = ImageFiles(paths, detector.known_preprocessing())
-    loader = DataLoader(files, batch_size, num_workers=num_workers, collate_fn=list)
+    loader = CpuLoader(files, batch_size, num_workers=num_workers, collate_fn=list)
     for batch in pace.timed(loader):
         pace.images += len(batch)
         names = [str(paths[number]) for number, _ in batch]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from fusenorm_openood.data.loader import CpuLoader
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.calibration import packed
 from fusenorm_openood.detectors.folder import FileScores, ImageFiles, Judged, judged, score_batch
@@ -129,7 +129,7 @@ class FileShards:
         return judged(self.detector, names, scores, acceptance)
 
     def _load(self, batches: Batches) -> Iterator[Any]:
-        loader = DataLoader(
+        loader = CpuLoader(
             self._files, batch_sampler=batches, num_workers=self.num_workers, collate_fn=list
         )
         return iter(loader)

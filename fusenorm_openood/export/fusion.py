@@ -59,7 +59,7 @@ class Fusion(nn.Module):
                 "precision": joint.precision / blocks,
             }
         for name, array in constants.items():
-            self.register_buffer(name, torch.tensor(array, dtype=torch.float64))
+            self.register_buffer(name, torch.tensor(array, dtype=torch.float64, device="cpu"))
 
     mean: Tensor
     std: Tensor
@@ -119,7 +119,7 @@ def p_values(conf: Tensor, calibration: Tensor) -> Tensor:
 
 
 def _rows(scores: Tensor, rows: Sequence[int]) -> Tensor:
-    return scores[torch.tensor(list(rows), dtype=torch.long)]
+    return scores[torch.tensor(list(rows), dtype=torch.long, device=scores.device)]
 
 
 def _column(values: Tensor) -> Tensor:

@@ -64,17 +64,22 @@ class Inputs(NamedTuple):
 
     def examples(self) -> Tensor:
         """Images of noise `[N, C, H, W]`, always the same."""
-        generator = torch.Generator().manual_seed(0)
+        generator, size = torch.Generator().manual_seed(0), (EXAMPLES, *self.shape)
         if self.normalization is None:
-            return torch.randn(EXAMPLES, *self.shape, generator=generator)
-        return torch.randint(0, 256, (EXAMPLES, *self.shape), generator=generator).to(self.dtype)
+            return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+        drawn = torch.randint(0, 256, size, generator=generator, device="cpu")
+        return drawn.to(self.dtype)
 
     def normalised(self, image: Tensor) -> Tensor:
         """What the network takes."""
         if self.normalization is None:
             return image
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.normalization)
-        return (image.float() / 255 - mean) / std
+        unit = image.float() / 255
+        mean, std = (
+            torch.tensor(values, dtype=unit.dtype, device=unit.device).view(-1, 1, 1)
+            for values in self.normalization
+        )
+        return (unit - mean) / std
 
 
 class Judge(nn.Module):
@@ -110,7 +115,7 @@ class Judge(nn.Module):
             for expert, state in fitted.states.items()
         }
         self.fitted = Fitted(fitted.thresholds, copies)
-        self.reference = None if reference is None else torch.tensor(reference)
+        self.reference = None if reference is None else torch.tensor(reference, device="cpu")
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -125,7 +130,7 @@ class Judge(nn.Module):
         seen = self.panel.seen(net, structure, done)
         heard = Observed(scores, done.classified, np.empty(0, np.int64), seen)
         scores = self.panel.completed(net, structure, heard, self.fitted)
-        conf = self.fusion(scores[torch.tensor(self.rows)])
+        conf = self.fusion(scores[torch.tensor(self.rows, device=scores.device)])
         if self.reference is None or acceptance is None:
             return done.classified, conf
         p = p_values(conf, self.reference)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from fusenorm_openood.devices import on_cpu
 from fusenorm_openood.errors import ConfigError, ExportError
 from fusenorm_openood.export.judge import Judge
 from fusenorm_openood.files import write_whole
@@ -75,11 +76,14 @@ def export_judge(
         if find_spec(package) is None:
             raise ExportError(f"exporting {path} needs {package}, which is missing: {INSTALL}")
     texts = {name: json.dumps(value) for name, value in metadata.items()}
-    default = None if judge.reference is None else torch.tensor(acceptance, dtype=torch.float64)
-    data, run = serialise(judge, traced(judge, images[:2], default), default, texts)
+    default = None
+    if judge.reference is not None:
+        default = torch.tensor(acceptance, dtype=torch.float64, device="cpu")
+    with on_cpu():  # where torch loads programs
+        data, run = serialise(judge, traced(judge, images[:2], default), default, texts)
+        conf = None if run is None else np.concatenate([run(images[:1]), run(images[1:])])
     difference = None
-    if run is not None:
-        conf = np.concatenate([run(images[:1]), run(images[1:])])
+    if conf is not None:
         scale = expected.abs().clamp(min=1).numpy()
         difference = float((np.abs(conf - expected.numpy()) / scale).max())
         if not difference <= TOLERANCE:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from fusenorm_openood.data.loader import CpuLoader
 from fusenorm_openood.errors import StoreError
 from fusenorm_openood.listening.observed import Change, Listener, Observed, Recorder, observed
 from fusenorm_openood.listening.pace import Pace
@@ -167,7 +168,7 @@ class RecordedLoader(Recorder):
         """Batches of images, given by their numbers."""
         pinned = torch.cuda.is_available()
         return iter(
-            DataLoader(
+            CpuLoader(
                 self.dataset,
                 batch_sampler=batches,
                 num_workers=self.num_workers,

@@ -105,7 +105,7 @@ def mds_score_fit(
         left = (1 - share * square).clamp_min(ROUNDING)
         distances = differences + share * products.square() / left
         # The class of a single image has no mean without it.
-        single = torch.where(n > 1, 0.0, float("inf"))
+        single = torch.zeros_like(n).masked_fill(n <= 1, float("inf"))
         distances.scatter_add_(1, own.unsqueeze(1), single)
         scores.append(-distances.amin(dim=1).clamp_min(0))
     return torch.cat(scores)

@@ -134,8 +134,8 @@ def fit_nothing(sums: State, sample: Seen, head: Head, arguments: Arguments) -> 
 def feature_sum(seen: Seen, labels: Tensor) -> State:
     """Sum of the features `[D]`, and the number of images."""
     feature = fit_features(seen)
-    total, images = feature.sum(dim=0, dtype=torch.float64), torch.tensor(len(feature))
-    return {"feature": total, "images": images}
+    images = torch.tensor(len(feature), device=feature.device)
+    return {"feature": feature.sum(dim=0, dtype=torch.float64), "images": images}
 
 
 def mean_feature(sums: State) -> Tensor:
@@ -145,7 +145,7 @@ def mean_feature(sums: State) -> Tensor:
 
 def products(rows: Tensor) -> Tensor:
     """Sum of the outer products of rows `[N, D]` with themselves: `[D, D]` in float64."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    total = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
     for part in torch.split(rows, rows_per_part(2 * rows.shape[1])):
         total.addmm_(part.double().T, part.double())
     return total
@@ -153,6 +153,6 @@ def products(rows: Tensor) -> Tensor:
 
 def class_sums(feature: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Sum `[K, D]` of each class's features, in float64, and its number of images `[K]`."""
-    sums = torch.zeros(classes, feature.shape[1], dtype=torch.float64)
+    sums = feature.new_zeros(classes, feature.shape[1], dtype=torch.float64)
     counts = torch.bincount(labels, minlength=classes)
     return sums.index_add_(0, labels, feature.double()), counts

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusenorm_openood.devices import device_of
+
 IMAGENET_CLASSES = 1000  # fine-tuned from standard weights, so scored without temperature
 
 
@@ -23,7 +25,8 @@ class T2FNormNet(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.num_classes = num_classes
-        self.register_buffer("tau", torch.tensor(1.0))
+        tau = torch.tensor(1.0, dtype=torch.float32, device=device_of(backbone))
+        self.register_buffer("tau", tau)
 
     def set_tau(self, tau: float) -> None:
         """Set the temperature: 0.1 in the paper, 0.05 for ImageNet-1k."""

@@ -60,7 +60,7 @@ def guess_structure(net: nn.Module) -> Structure | None:
     """
     core = unwrapped(net)
     for shape in likely_shapes(core):
-        images = torch.zeros(2, *shape)
+        images = torch.zeros(2, *shape, dtype=torch.float32, device="cpu")
         images[:, :, ::3, ::2], images[1] = 1.0, 0.5
         try:
             return understand(net, moved(net, images))

@@ -9,11 +9,13 @@ import torch
 import yaml
 from torch import nn
 from torch.optim import SGD
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
 from fusenorm_openood.data.benchmarks import Benchmark, image_loader
+from fusenorm_openood.data.loader import CpuLoader
 from fusenorm_openood.data.transforms import train_transform
+from fusenorm_openood.devices import on_cpu
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.files import write_whole
 from fusenorm_openood.networks.checkpoints import load_backbone
@@ -75,7 +77,8 @@ def train(
     limited = threads(2) if benchmark.name == "digits" else nullcontext()
     with limited, torch.random.fork_rng(devices):
         torch.manual_seed(recipe.seed)
-        net = recipe.build(benchmark.num_classes)
+        with on_cpu():
+            net = recipe.build(benchmark.num_classes).float()
         if recipe.init is not None:
             load_backbone(net, recipe.init)
         net.to(device, memory_format=memory_format)  # type: ignore[call-overload]
@@ -137,7 +140,7 @@ def make_loader(
     process: Process,
     num_workers: int,
     device: torch.device,
-) -> DataLoader[Any]:
+) -> CpuLoader:
     """Augmented training images in random order, in this process's batches of `batch_size`."""
     images = benchmark.id["train"].images()
     images.transform = train_transform(
@@ -150,7 +153,7 @@ def make_loader(
     sampler = None
     if process.world > 1:
         sampler = DistributedSampler[Any](images, process.world, process.rank, seed=seed)
-    return DataLoader(
+    return CpuLoader(
         images,
         batch_size,
         shuffle=sampler is None,
