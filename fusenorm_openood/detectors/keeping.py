@@ -59,12 +59,15 @@ def read_kept(path: Path, net: nn.Module, strict: bool) -> Kept:
     tensors, record = read_contents(path)
     try:
         known, reference = Fingerprint(**record["network"]), tensors.get("reference")
-        structure, preprocessing = record["structure"], record["preprocessing"]
+        known_structure = record["structure"] and Structure.from_json(record["structure"])
+        if known_structure and known_structure.head.feature:  # found anew, with its map
+            known_structure = None
+        preprocessing = record["preprocessing"]
         names = record["class_names"]
         kept = Kept(
             unpacked(tensors, record),
             None if reference is None else reference.numpy(),
-            structure and Structure.from_json(structure),
+            known_structure,
             preprocessing and Preprocessing.from_json(preprocessing),
             None if names is None else tuple(names),
             record.get("source", {}),

@@ -1,8 +1,9 @@
 """How a network is built, read from one pass over two images: blocks, layouts, stages, head."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
+from math import prod
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 
 from fusenorm_openood.errors import FuseNormError
 from fusenorm_openood.kernels.guards import is_out_of_memory
+from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.structure.blocks import find_blocks
 from fusenorm_openood.structure.graph import Graph
 from fusenorm_openood.structure.head import HeadLayers, weight_of
 from fusenorm_openood.structure.hooks import own_pass
 from fusenorm_openood.structure.layouts import find_layout, pixels
 from fusenorm_openood.structure.modes import preserved_randomness, undisturbed
-from fusenorm_openood.structure.outputs import Path, find_logits, logits_at
+from fusenorm_openood.structure.outputs import Path, find_logits, logits_at, value_at
 from fusenorm_openood.structure.recording import Call, recorded
 from fusenorm_openood.structure.wrappers import (
     network_errors,
@@ -38,11 +40,12 @@ class Structure:
         layouts: layout of each module that runs once and returns a feature map, such as `BCHW`.
         pixels: numbers of pixels of these feature maps, without prefix tokens.
         head: the layers that make its logits.
-        classes: number of its logits.
+        classes: number of its logits, two for a single one.
         logits: where they are in its output.
         scoring: name of the module with separate scoring logits, if there is one.
         mixes: whether the images of a batch influence each other's logits, so that a batch must
             not be split.
+        affine: the logits as a function of `head.feature`; not kept in files.
     """
 
     blocks: tuple[str, ...]
@@ -56,22 +59,28 @@ class Structure:
     logits: Path = ()
     scoring: str | None = None
     mixes: bool = False
+    affine: Head | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The structure in terms of JSON; see `from_json`."""
-        return {**vars(self), "head": self.head._asdict()}
+        """The structure in terms of JSON, without `affine`; see `from_json`."""
+        record = {**vars(self), "head": self.head._asdict()}
+        del record["affine"]
+        return record
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Structure":
-        """The structure that `to_json` gave, also after JSON has turned its tuples into lists."""
-        head = record["head"]
+        """The structure that `to_json` gave, also after JSON has turned its tuples into lists.
+
+        If its head has a `feature`, its `affine` has to be found anew.
+        """
+        head = {"is_affine": record["head"]["is_linear"], **record["head"]}
         return cls(
             **{
                 **record,
                 "blocks": tuple(record["blocks"]),
                 "shapes": {name: tuple(shape) for name, shape in record["shapes"].items()},
                 "head": HeadLayers(
-                    **{**head, "names": tuple(head["names"]), "shares": tuple(head["shares"])}
+                    **{n: tuple(v) if isinstance(v, list) else v for n, v in head.items()}
                 ),
                 "logits": tuple(record["logits"]),
             }
@@ -97,6 +106,11 @@ def read_structure(net: nn.Module, images: Tensor) -> Structure:
         output, calls, leaf = _recorded(core, two)
         path = find_logits(core, output, len(two))
         logits = logits_at(core, output, path, len(two))
+        if value_at(output, path).ndim == 1:  # [2] may be something else than one logit per image
+            three = torch.cat([two, two[:1]])
+            with own_pass(), torch.no_grad():
+                output = scoring_run(core, scoring_module(core))(three)
+            logits_at(core, output, path, len(three))
         graph = Graph(logits, leaf) if logits.requires_grad else None
     modules = dict(core.named_modules())
     layouts = {
@@ -113,7 +127,7 @@ def read_structure(net: nn.Module, images: Tensor) -> Structure:
         shapes={name: call.shape for name, call in calls.items()},
         layouts=layouts,
         pixels=sizes,
-        head=HeadLayers(_head_layers(modules, calls, graph, logits.shape[1])),
+        head=_head(modules, calls, graph, logits.shape[1]),
         classes=logits.shape[1],
         logits=path,
         scoring=scoring_module(core),
@@ -143,18 +157,32 @@ def _recorded(core: nn.Module, images: Tensor) -> tuple[Any, dict[str, Call], Te
         return *recorded(core, lambda: run(images.clone())), leaf
 
 
+def _head(
+    modules: Mapping[str, nn.Module], calls: Mapping[str, Call], graph: Graph | None, classes: int
+) -> HeadLayers:
+    """The layers that make the logits, and the last feature before all matrix products."""
+    names = _head_layers(modules, calls, graph, classes)
+    places = graph.before_products() if graph is not None else {}
+    given = [(call.entered[0], n, "input") for n, call in calls.items() if len(call.entered) == 1]
+    left = [(call.left, n, "output") for n, call in calls.items()]
+    on_trunk = [found for found in (*given, *left) if found[0] in places and found[1]]
+    if on_trunk:
+        return HeadLayers(names, feature=min(on_trunk, key=lambda found: places[found[0]])[1:])
+    return HeadLayers(names, feature=(names[0], "input") if len(names) == 1 else ())
+
+
 def _head_layers(
     modules: Mapping[str, nn.Module], calls: Mapping[str, Call], graph: Graph | None, classes: int
 ) -> tuple[str, ...]:
     """The first layers with a weight matrix on the way back from the logits."""
 
     def makes_logits(name: str) -> bool:
-        return (
-            bool(name) and classes in calls[name].shape[1:] and weight_of(modules[name]) is not None
-        )
+        shape = calls[name].shape[1:]
+        wide = classes in shape or (classes == 2 and prod(shape) == 1)  # two, or a single logit
+        return bool(name) and wide and weight_of(modules[name]) is not None
 
     if graph is None or not graph.trunk:
-        fired = [n for n in calls if makes_logits(n) and calls[n].shape[1:] == (classes,)]
+        fired = [n for n in calls if makes_logits(n) and len(calls[n].shape) == 2]
         return tuple(fired[-1:])
     weighted = {n: call for n, call in calls.items() if n and weight_of(modules[n]) is not None}
     layers = {node: n for n, c in weighted.items() for node in (*c.earlier, c.left)}

@@ -11,7 +11,16 @@ from torch.nn import functional as F
 from fusenorm_openood.devices import moved
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.kernels.guards import is_out_of_memory
-from fusenorm_openood.structure.head import HALF, HeadLayers, flat_feature, kept_head, linear_head
+from fusenorm_openood.structure.affine import probe
+from fusenorm_openood.structure.head import (
+    HALF,
+    HeadLayers,
+    flat_feature,
+    has_quantised_weight,
+    head_layers,
+    kept_head,
+    linear_head,
+)
 from fusenorm_openood.structure.hooks import own_pass
 from fusenorm_openood.structure.modes import preserved_randomness, undisturbed
 from fusenorm_openood.structure.outputs import logits_at
@@ -36,9 +45,12 @@ def understand(net: nn.Module, images: Tensor) -> Structure:
     with undisturbed(core), preserved_randomness(images.device), torch.no_grad():
         inputs, outputs, logits = _pass(core, structure, two)
         mixes = _mixes(core, structure, two, logits)
-    layers = {name: core.get_submodule(name) for name in structure.head.names}
-    head = _understood_head(core, layers, inputs, outputs, logits)
-    return replace(structure, head=head, mixes=mixes)
+        layers = {name: core.get_submodule(name) for name in structure.head.names}
+        head, affine = _understood_head(core, layers, inputs, outputs, logits), None
+        if not (head.is_affine and len(head.names) == 1):
+            tried = replace(structure, head=head._replace(feature=structure.head.feature))
+            head, affine = probe(core, tried, two) or (head, None)
+    return replace(structure, head=head, affine=affine, mixes=mixes)
 
 
 def guess_structure(net: nn.Module) -> Structure | None:
@@ -82,7 +94,7 @@ Tensors = Mapping[str, Tensor]
 
 def _pass(core: nn.Module, structure: Structure, images: Tensor) -> tuple[Tensors, Tensors, Tensor]:
     """Inputs and outputs of the head's layers, and the logits."""
-    layers = {name: core.get_submodule(name) for name in structure.head.names}
+    layers = head_layers(core, structure.head)
     with own_pass(), kept_head(layers) as (inputs, outputs):
         output = scoring_run(core, structure.scoring)(images.clone())
     return inputs, outputs, logits_at(core, output, structure.logits, len(images))
@@ -130,9 +142,10 @@ def _understood_head(
     sums = _sums(list(layers.values()), [inputs[name] for name in names], logits.shape)
     if not sums:
         return known
-    shares, exact = find_shares(sums, logits, tolerance=3e-2 if logits.dtype in HALF else 1e-3)
+    rounded = logits.dtype in HALF or any(map(has_quantised_weight, layers.values()))
+    shares, exact = find_shares(sums, logits, tolerance=3e-2 if rounded else 1e-3)
     rows_of_one = all(_is_one_row(layers[name], inputs[name]) for name in names)
-    return known._replace(shares=shares, is_linear=exact and rows_of_one)
+    return known._replace(shares=shares, is_linear=exact and rows_of_one, is_affine=exact)
 
 
 def _sums(layers: Sequence[nn.Module], inputs: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
