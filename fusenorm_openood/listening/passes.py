@@ -1,6 +1,7 @@
 """One forward pass through an arbitrary network."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -70,10 +71,11 @@ def forward_pass(
     """
     core = unwrapped(net)
     layers = head_layers(core, structure.head)
+    clip = None if threshold is None else partial(torch.clamp, max=threshold)
     with (
         own_pass(),
         listening(core, taps, structure.layouts, images.shape, reduce) as heard,
-        kept_head(layers, threshold) as (inputs, outputs),
+        kept_head(layers, clip) as (inputs, outputs),
     ):
         output = scoring_run(core, structure.scoring)(images.clone())
     feature = feature_of(structure.head, layers, inputs, outputs)

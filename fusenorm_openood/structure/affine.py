@@ -1,116 +1,114 @@
 """The affine map from a feature to the logits, where it is not that of a layer's own weights.
 
-Cosine heads, adapters beside or inside the final layer, masked weights, a single logit, a choice of
-classes: the map is read from gradients, and tried on other features than those of images.
+Cosine heads, adapters inside or beside the final layer, masked weights, a single logit, a choice of
+classes: the map is read from gradients at features other than those of images.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.method.posthoc import Head
-from fusenorm_openood.structure.head import (
-    HALF,
-    HeadLayers,
-    first_given,
-    flat_feature,
-    head_layers,
-    kept_head,
-)
+from fusenorm_openood.structure.head import HALF, HeadLayers, flat_feature, head_layers, kept_head
 from fusenorm_openood.structure.hooks import hooked, own_pass
 from fusenorm_openood.structure.outputs import logits_at
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.wrappers import scoring_run
 
 
-class _Map(NamedTuple):
-    """Scores `w x + b` of a feature x `[D]`, in float64."""
-
-    w: Tensor
-    b: Tensor
-
-
 def probe(core: nn.Module, structure: Structure, images: Tensor) -> tuple[HeadLayers, Head] | None:
-    """The head at `structure.head.feature`, and the logits as an affine function of this feature.
+    """The logits as an affine function of the feature that may be at `structure.head.feature`.
 
-    The function is of the feature itself, or else of the feature divided by its length, of which
-    the logits of a cosine head are an affine function. None if it is neither.
+    A function of the feature itself, or else of the feature divided by its length, of which the
+    logits of a cosine head are an affine function. None if it is neither.
 
     Args:
         core: a network in evaluation mode.
-        structure: how it is built; `head.feature` is where the feature may be.
-        images: some that it accepts.
+        structure: how it is built.
+        images: two that it accepts.
     """
-    if not structure.head.feature:
+    head = structure.head
+    if not head.feature:
         return None
+    precise = torch.autocast(images.device.type, enabled=False)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            return _probed(core, structure, images)
-    except (RuntimeError, NotImplementedError) as error:  # of layers without a gradient
+        with torch.inference_mode(False), torch.enable_grad(), precise:
+            x, logits = _pass(core, structure, torch.cat([images, images]))
+            for is_normalised in (False, True):
+                found = _affine(core.get_submodule(head.feature[1]), x, logits, is_normalised)
+                if found is not None:
+                    kept = head._replace(is_linear=True, is_affine=True)
+                    return kept._replace(is_normalised=is_normalised), found
+    except Exception as error:  # a layer without a gradient, or one that checks its input
         if is_out_of_memory(error):
             raise
-        return None
-
-
-def _probed(
-    core: nn.Module, structure: Structure, images: Tensor
-) -> tuple[HeadLayers, Head] | None:
-    x, logits = _pass(core, structure, _noise(images))
-    module = core.get_submodule(structure.head.feature[0])
-    feature = _on_cpu(flat_feature(module, x))
-    tolerance = 3e-2 if logits.dtype in HALF else 1e-3
-
-    def gradients(scores: Tensor) -> Tensor:
-        (found,) = torch.autograd.grad(scores.sum(), x, retain_graph=True)
-        return _on_cpu(flat_feature(module, found)) * (found[0].numel() / feature.shape[1])
-
-    # A mixture of all classes shows at once whether the logits are affine.
-    mixed = logits @ torch.linspace(0.5, 1.5, logits.shape[1]).to(logits)
-    for is_normalised in (False, True):
-        given = _on_cpu(mixed), feature, gradients(mixed), is_normalised, tolerance
-        if _solved(*given) is None:
-            continue
-        found = [
-            _solved(_on_cpu(column), feature, gradients(column), is_normalised, tolerance)
-            for column in logits.unbind(1)
-        ]
-        maps = [each for each in found if each is not None]
-        if len(maps) < len(found):
-            continue
-        head = Head(torch.stack([m.w for m in maps]), torch.stack([m.b for m in maps]))
-        unit = feature / feature.norm(dim=1, keepdim=True)
-        if not _close(head(unit if is_normalised else feature), _on_cpu(logits), tolerance):
-            continue
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        kept = Head(*(t.to(images.device, dtype) for t in head))
-        names, shares = structure.head.names, structure.head.shares
-        before = structure.head.before_softmax
-        how = structure.head.feature, is_normalised
-        return HeadLayers(names, shares, True, before, True, *how), kept
     return None
 
 
-def _solved(
-    scores: Tensor, feature: Tensor, gradients: Tensor, is_normalised: bool, tolerance: float
-) -> _Map | None:
-    """The affine map with these scores `[N]` and gradients `[N, D]`, None if there is none.
+def _pass(core: nn.Module, structure: Structure, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Values in place of the tensor that holds the feature, and the logits that come from them."""
+    side, *names = structure.head.feature
+    values = list[Tensor]()
 
-    With u the feature divided by its length |f|, and a score w u + b, the gradient is
-    (w - (w u) u) / |f|: |f| times it, plus the score times u, is w + b u.
-    """
-    if not is_normalised:
-        w = gradients.mean(0)
-        b = (scores - feature @ w).mean()
-        return _Map(w, b) if _close(gradients, w, tolerance) else None
-    length = feature.norm(dim=1, keepdim=True)
-    unit = feature / length
-    sums = length * gradients + scores.unsqueeze(1) * unit
-    apart, differing = unit - unit.mean(0), sums - sums.mean(0)
-    b = (differing * apart).sum() / apart.square().sum()
-    w = (sums - b * unit).mean(0)
-    return _Map(w, b) if _close(sums, w + b * unit, tolerance) else None
+    def replace(x: Tensor) -> Tensor:
+        if not values:
+            noise = torch.randn(2, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)
+            noise *= x[0].abs().mean()
+            new = torch.cat([x[:1], -x[:1], 3 * noise[:1], 0.3 * noise[1:]])
+            values.append(new.detach().requires_grad_())
+        return values[0]
+
+    def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return replace(output)
+
+    readers = {name: core.get_submodule(name) for name in names}
+    left = list(readers.values()) if side == "output" else []
+    with (
+        own_pass(),
+        hooked(after=[(module, after) for module in left]),
+        kept_head({} if left else readers, replace),
+        kept_head(head_layers(core, structure.head)) as (_, outputs),
+    ):
+        output = scoring_run(core, structure.scoring)(images)
+    if structure.head.before_softmax:
+        return values[0], outputs[structure.head.names[0]].flatten(1)
+    return values[0], logits_at(core, output, structure.logits, len(images))
+
+
+def _affine(module: nn.Module, x: Tensor, logits: Tensor, is_normalised: bool) -> Head | None:
+    """The map that these logits `[N, K]` and their gradients show, computed in float64."""
+    tolerance = 3e-2 if logits.dtype in HALF else 1e-3
+    feature = flat_feature(module, x)
+    u, length = _on_cpu(feature), torch.ones(len(x), 1, dtype=torch.float64)
+    if is_normalised:
+        length = u.norm(dim=1, keepdim=True)
+        u = u / length
+
+    def solved(scores: Tensor) -> tuple[Tensor, Tensor] | None:
+        (gradient,) = torch.autograd.grad(scores.sum(), x, retain_graph=True)
+        g = _on_cpu(flat_feature(module, gradient)) * (x[0].numel() / u.shape[1])
+        s = _on_cpu(scores)
+        if not is_normalised:
+            w = g.mean(0)
+            return (w, (s - u @ w).mean()) if _close(g, w, tolerance) else None
+        # Of the score w u + b, the gradient is (w - (w u) u) / |f|: `sums` are w + b u.
+        sums, apart = length * g + s.unsqueeze(1) * u, u - u.mean(0)
+        b = ((sums - sums.mean(0)) * apart).sum() / apart.square().sum()
+        w = (sums - b * u).mean(0)
+        return (w, b) if _close(sums, w + b * u, tolerance) else None
+
+    if solved(logits @ torch.linspace(0.5, 1.5, logits.shape[1]).to(logits)) is None:
+        return None  # a mixture of all classes shows it at once
+    rows = [row for k in range(logits.shape[1]) if (row := solved(logits[:, k])) is not None]
+    if len(rows) < logits.shape[1]:
+        return None
+    weight, bias = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    if not _close(u @ weight.T + bias, _on_cpu(logits), tolerance):
+        return None
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return Head(weight.to(logits.device, dtype), bias.to(logits.device, dtype))
 
 
 def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
@@ -119,46 +117,3 @@ def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
 
 def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
-
-
-def _noise(like: Tensor) -> Tensor:
-    """Four rows of standard normal values, always the same, in the shape of others' rows."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(4, *like.shape[1:], generator=generator, dtype=torch.float32).to(like)
-
-
-def _other_values(x: Tensor) -> Tensor:
-    """For four rows: the first one, its negative, and noise that is smaller and larger."""
-    factors = x.new_tensor([0.3, 3.0]).view(-1, *[1] * (x.ndim - 1))
-    return torch.cat([x[:1], -x[:1], x[:1].abs().mean() * factors * _noise(x)[:2]])
-
-
-def _pass(core: nn.Module, structure: Structure, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The tensor that holds the feature, with a graph from there to the logits."""
-    name, side = structure.head.feature
-    module, kept = core.get_submodule(name), list[Tensor]()
-
-    def keep(x: Tensor) -> None:
-        if not any(x is other for other in kept):  # in place, for all that read it
-            with torch.no_grad():
-                x.copy_(_other_values(x))
-            kept.append(x if x.requires_grad else x.requires_grad_())
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        keep(first_given(args, kwargs))
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        keep(output)
-
-    hooks = {"before": [(module, before)]} if side == "input" else {"after": [(module, after)]}
-    layers = head_layers(core, structure.head)
-    with (
-        torch.autocast(images.device.type, enabled=False),
-        own_pass(),
-        hooked(**hooks),
-        kept_head(layers) as (_, outputs),
-    ):
-        output = scoring_run(core, structure.scoring)(images)
-    if structure.head.before_softmax:
-        return kept[-1], outputs[structure.head.names[0]].flatten(1)
-    return kept[-1], logits_at(core, output, structure.logits, len(images))

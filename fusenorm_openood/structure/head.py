@@ -26,8 +26,8 @@ class HeadLayers(NamedTuple):
             the logits themselves are then the output of the layer.
         is_affine: whether the logits are an affine function of the feature; unlike with
             `is_linear`, this may be a mean of what the layers are given.
-        feature: a module and its `input` or `output`, if the feature is this and no layer's
-            weights are the function: `Structure.affine` is.
+        feature: `output` of a module or `input` of some, and their names, if the feature is this
+            and no layer's weights are the function: `Structure.affine` is.
         is_normalised: whether this feature is divided by its length.
     """
 
@@ -81,9 +81,9 @@ def feature_of(
     inputs: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
 ) -> Tensor | None:
-    """The penultimate feature `[B, D]`: `head.feature`, or the inputs of its layers side by side."""
+    """The penultimate feature `[B, D]`, `head.feature` or all layers' inputs side by side."""
     if head.feature:
-        name, side = head.feature
+        side, name, *_ = head.feature
         x = flat_feature(layers[name], (inputs if side == "input" else outputs)[name])
         return F.normalize(x) if head.is_normalised else x
     parts = [flat_feature(layers[name], inputs[name]) for name in head.names]
@@ -111,28 +111,23 @@ def linear_head(modules: Sequence[nn.Module], shares: Sequence[float]) -> Head |
     return Head(torch.cat(weights, dim=1), torch.stack(biases).sum(0))
 
 
-def first_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The first argument of a module."""
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
 def head_layers(core: nn.Module, head: HeadLayers) -> dict[str, nn.Module]:
     """The modules that a head's layers and its feature are found at."""
-    return {name: core.get_submodule(name) for name in (*head.names, *head.feature[:1])}
+    return {name: core.get_submodule(name) for name in (*head.names, *head.feature[1:2])}
 
 
 @contextmanager
 def kept_head(
-    head: Mapping[str, nn.Module], threshold: float | None = None
+    head: Mapping[str, nn.Module], change: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Inputs and outputs of the layers that make the logits, with clipped inputs."""
+    """Inputs and outputs of the layers that make the logits, with inputs that are changed."""
     inputs, outputs = dict[str, Tensor](), dict[str, Tensor]()
 
     def before(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = first_given(args, kwargs)
-            inputs[name] = given if threshold is None else given.clamp(max=threshold)
-            if threshold is None:
+            given: Any = args[0] if args else next(iter(kwargs.values()), None)
+            inputs[name] = given if change is None else change(given)
+            if change is None:
                 return None
             if args:
                 return (inputs[name], *args[1:]), kwargs

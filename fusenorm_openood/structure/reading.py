@@ -1,5 +1,6 @@
 """How a network is built, read from one pass over two images: blocks, layouts, stages, head."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -13,7 +14,7 @@ from fusenorm_openood.errors import FuseNormError
 from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.structure.blocks import find_blocks
-from fusenorm_openood.structure.graph import Graph
+from fusenorm_openood.structure.graph import Graph, Node
 from fusenorm_openood.structure.head import HeadLayers, weight_of
 from fusenorm_openood.structure.hooks import own_pass
 from fusenorm_openood.structure.layouts import find_layout, pixels
@@ -74,14 +75,13 @@ class Structure:
         If its head has a `feature`, its `affine` has to be found anew.
         """
         head = {"is_affine": record["head"]["is_linear"], **record["head"]}
+        values: Any = {n: tuple(v) if isinstance(v, list) else v for n, v in head.items()}
         return cls(
             **{
                 **record,
                 "blocks": tuple(record["blocks"]),
                 "shapes": {name: tuple(shape) for name, shape in record["shapes"].items()},
-                "head": HeadLayers(
-                    **{n: tuple(v) if isinstance(v, list) else v for n, v in head.items()}
-                ),
+                "head": HeadLayers(**values),
                 "logits": tuple(record["logits"]),
             }
         )
@@ -163,12 +163,18 @@ def _head(
     """The layers that make the logits, and the last feature before all matrix products."""
     names = _head_layers(modules, calls, graph, classes)
     places = graph.before_products() if graph is not None else {}
-    given = [(call.entered[0], n, "input") for n, call in calls.items() if len(call.entered) == 1]
-    left = [(call.left, n, "output") for n, call in calls.items()]
-    on_trunk = [found for found in (*given, *left) if found[0] in places and found[1]]
-    if on_trunk:
-        return HeadLayers(names, feature=min(on_trunk, key=lambda found: places[found[0]])[1:])
-    return HeadLayers(names, feature=(names[0], "input") if len(names) == 1 else ())
+    readers, writers = defaultdict[Node, list[str]](list), dict[Node, str]()
+    for name, call in calls.items():
+        if name and call.runs == 1 and call.left in places and call.left not in call.entered:
+            writers.setdefault(call.left, name)
+        if name and len(call.entered) == 1 and call.entered[0] in places:
+            readers[call.entered[0]].append(name)
+    nearest = min((*writers, *readers), key=lambda node: places[node], default=None)
+    if nearest in writers:
+        return HeadLayers(names, feature=("output", writers[nearest]))
+    if nearest in readers:
+        return HeadLayers(names, feature=("input", *readers[nearest]))
+    return HeadLayers(names, feature=("input", *names) if len(names) == 1 else ())
 
 
 def _head_layers(
