@@ -173,7 +173,9 @@ def _head(
     if nearest in writers:
         return HeadLayers(names, feature=("output", writers[nearest]))
     if nearest in readers:
-        return HeadLayers(names, feature=("input", *readers[nearest]))
+        found = readers[nearest]
+        outer = (n for n in found if not any(n.startswith(f"{other}.") for other in found))
+        return HeadLayers(names, feature=("input", *outer))
     return HeadLayers(names, feature=("input", *names) if len(names) == 1 else ())
 
 
