@@ -101,7 +101,7 @@ def linear_head(modules: Sequence[nn.Module], shares: Sequence[float]) -> Head |
             return None
         bias: Any = getattr(module, "bias", None)
         bias = bias() if callable(bias) and not isinstance(bias, Tensor) else bias
-        bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        bias = bias.detach() if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
         weights.append(weight if share == 1 else weight * share)
         biases.append(bias if share == 1 else bias * share)
     if not weights or len({len(weight) for weight in weights}) > 1:
