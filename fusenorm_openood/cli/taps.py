@@ -61,6 +61,10 @@ def run(args: Namespace) -> int:
 
 def _head(structure: Structure) -> str:
     head = structure.head
+    if head.feature:
+        side, name, *_ = head.feature
+        divided = ", divided by its length" if head.is_normalised else ""
+        return f"a linear function of the {side} of {name}{divided}"
     if not head.names:
         return "none found, so ReAct and most post-hoc experts cannot be used"
     how = "what follows it is undone" if head.before_softmax else "their sum is the logits"

@@ -72,10 +72,13 @@ def read_kept(path: Path, net: nn.Module, strict: bool) -> Kept:
     record, calibration, reference = _read(path)
     _check_network(path, record.network, identify(net, record.network.image, passes=1), strict)
     _check_modules(path, record, calibration, unwrapped(net))
+    structure = record.structure
+    if structure is not None and structure.head.feature:  # found anew, with its affine map
+        structure = None
     return Kept(
         calibration,
         reference,
-        record.structure,
+        structure,
         record.preprocessing,
         record.class_names,
         {name: value for name, value in record.source._asdict().items() if value is not None},

@@ -21,6 +21,7 @@ from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.wrappers import unwrapped
 
 REAPPLIED = ("ash", "scale")  # apply the final layer to changed features
+READING = ("fdbd", "nci", "vim", *REAPPLIED)  # read its weights
 
 
 @dataclass
@@ -106,8 +107,8 @@ class Panel:
         return torch.cat([rows, following(torch.stack(scored), rows.device).to(rows)])
 
     def head(self, net: nn.Module, structure: Structure) -> Head:
-        """What the post-hoc experts read of the network's head; GEN reads the logits alone."""
-        if all(expert.name == "gen" for expert in self.posthoc):
+        """The network's head for the post-hoc experts, empty if none of them reads it."""
+        if not any(expert.name in READING for expert in self.posthoc):
             none = torch.empty(0, dtype=torch.float32, device="cpu")
             return Head(none[:, None], none)
         return head_of(net, structure)
@@ -160,11 +161,17 @@ class Panel:
         names = [expert.name for expert in self.posthoc if expert.name != "gen"]
         if not names:
             return Seen(done.logits, done.logits)  # GEN reads the logits alone
-        reapplied = [name for name in names if name in REAPPLIED and not structure.head.is_linear]
-        if done.feature is None or reapplied:
+        head = structure.head
+        without = [
+            name
+            for name in names
+            if not (head.is_linear if name in REAPPLIED else head.is_affine or name not in READING)
+        ]
+        if done.feature is None or without:
             raise TapError(
-                f"experts {', '.join(reapplied or names)} need a final linear layer that returns "
-                f"the logits, which {type(net).__name__} lacks: set strong=['output']"
+                f"experts {', '.join(without or names)} need logits that are a linear function of "
+                f"one feature, as those of {type(net).__name__} are not: set strong=['output'], or "
+                "to experts that read no weights, such as ['output', 'mds']"
             )
         return Seen(done.feature, done.logits)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,9 @@ from fusenorm_openood.devices import full_precision
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.taps import listening
 from fusenorm_openood.networks.t2fnorm import classification_feature
-from fusenorm_openood.structure.head import HALF, feature_of, kept_head
+from fusenorm_openood.structure.head import HALF, feature_of, head_layers, kept_head
 from fusenorm_openood.structure.hooks import own_pass
-from fusenorm_openood.structure.outputs import logits_at
+from fusenorm_openood.structure.outputs import logits_at, of_two_classes
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.wrappers import scoring_run, unwrapped
 
@@ -84,20 +85,23 @@ def forward_pass(
         images = torch.cat([images, images[:1]])
         return forward_pass(net, images, structure, taps, reduce, threshold).without_last()
     core = unwrapped(net)
-    head = {name: core.get_submodule(name) for name in structure.head.names}
+    layers = head_layers(core, structure.head)
+    clip = None if threshold is None else partial(torch.clamp, max=threshold)
     with (
         own_pass(),
         listening(core, taps, structure.layouts, images.shape, reduce) as heard,
-        kept_head(head, threshold) as (inputs, outputs),
+        kept_head(layers, clip) as (inputs, outputs),
     ):
         output = scoring_run(core, structure.scoring)(images.clone())
-    logits = _logits(core, structure, head, output, inputs, outputs, images.shape[0])
+    feature = feature_of(structure.head, layers, inputs, outputs)
+    logits = _logits(core, structure, layers, output, inputs, outputs, feature, images.shape[0])
     classified = logits.detach()
     if structure.scoring is not None:
         with torch.no_grad():
-            classified = _classified(core, structure, head, inputs, images)
+            classified = _classified(core, structure, inputs, images)
     norms = torch.stack([heard[n] for n in taps]) if taps else logits.new_empty(0, images.shape[0])
-    feature, flat = feature_of(head, inputs), [x.flatten(1) for x in inputs.values()]
+    flat = [inputs[name].flatten(1) for name in structure.head.names]
+    flat = [feature] if structure.head.feature and feature is not None else flat
     activations = None if not flat else flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
     return Pass(norms, feature, logits, classified, activations)
 
@@ -158,42 +162,43 @@ def parts(images: Tensor, mixes: bool = False, with_graph: bool = False) -> tupl
 def _logits(
     core: nn.Module,
     structure: Structure,
-    head: Mapping[str, nn.Module],
+    layers: Mapping[str, nn.Module],
     output: Any,
     inputs: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
+    feature: Tensor | None,
     batch: int,
 ) -> Tensor:
-    silent = [name for name in head if name not in outputs]
+    silent = [name for name in layers if name not in outputs]
     if silent:
         raise TapError(
             f"{type(core).__name__} made its logits without {silent[0]!r}, with which it was "
             "understood: fit again"
         )
-    last = list(head)[-1:]
+    last = structure.head.names[-1:]
     if structure.head.before_softmax:
-        logits = outputs[last[0]].flatten(1)
+        logits = of_two_classes(outputs[last[0]].flatten(1))
         return logits.float() if logits.dtype in HALF else logits
     logits = logits_at(core, output, structure.logits, batch)
-    if last and logits is outputs[last[0]] and isinstance(head[last[0]], nn.Linear):
-        return _in_full(head[last[0]], inputs[last[0]], logits)
+    if logits.dtype in HALF and structure.affine is not None and feature is not None:
+        weight, bias = (t.to(feature.device) for t in structure.affine)
+        with full_precision(logits.device):
+            return F.linear(feature.float(), weight, bias)
+    if last and logits is outputs[last[0]] and isinstance(layers[last[0]], nn.Linear):
+        return _in_full(layers[last[0]], inputs[last[0]], logits)
     return logits.float() if logits.dtype in HALF else logits
 
 
 def _classified(
-    core: nn.Module,
-    structure: Structure,
-    head: Mapping[str, nn.Module],
-    inputs: Mapping[str, Tensor],
-    images: Tensor,
+    core: nn.Module, structure: Structure, inputs: Mapping[str, Tensor], images: Tensor
 ) -> Tensor:
     """Logits for classification of a network that uses other logits for scoring."""
     scoring = core.get_submodule(structure.scoring or "")
-    if len(head) == 1:
-        ((name, layer),) = head.items()
+    if len(structure.head.names) == 1:
+        (name,) = structure.head.names
         normalised = classification_feature(scoring, inputs[name])
         if normalised is not None:
-            return apply_head(layer, normalised)
+            return apply_head(core.get_submodule(name), normalised)
     return logits_at(core, core(images.clone()), structure.logits, images.shape[0])
 
 
@@ -203,7 +208,8 @@ def apply_head(head: nn.Module, feature: Tensor) -> Tensor:
 
 
 def _in_full(head: nn.Module, feature: Tensor, logits: Tensor) -> Tensor:
-    if logits.dtype not in HALF or not isinstance(head, nn.Linear):
+    own: Any = type(head).forward  # that of a subclass may add to what its weights give
+    if logits.dtype not in HALF or own is not nn.Linear.forward or not isinstance(head, nn.Linear):
         return logits
     bias = None if head.bias is None else head.bias.float()
     with full_precision(logits.device):

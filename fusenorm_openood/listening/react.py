@@ -29,7 +29,8 @@ def react_logits(
         return forward_pass(net, images, structure, threshold=threshold).logits
     core, names = unwrapped(net), structure.head.names
     clipped = done.feature.clamp(max=threshold)
-    if structure.head.shares == (1.0,) and isinstance(core.get_submodule(names[0]), nn.Linear):
+    plain = structure.head.shares == (1.0,) and not structure.head.feature
+    if plain and isinstance(core.get_submodule(names[0]), nn.Linear):
         return apply_head(core.get_submodule(names[0]), clipped)
     return linear_logits(net, structure, clipped)
 
@@ -45,17 +46,19 @@ def head_of(net: nn.Module, structure: Structure) -> Head:
     """Weight and bias of the network's logits as a linear function of its feature.
 
     Raises:
-        TapError: the logits do not come from layers with a weight matrix.
+        TapError: they are none.
     """
     if isinstance(net, LazyNetwork) and net.known is not None and net.known.head is not None:
         head: Head = net.known.head
         return head
+    if structure.affine is not None:
+        return structure.affine
     layers = [unwrapped(net).get_submodule(name) for name in structure.head.names]
-    found = linear_head(layers, structure.head.shares)
+    found = linear_head(layers, structure.head.shares) if structure.head.is_affine else None
     if found is None:
         raise TapError(
-            f"the logits of {type(net).__name__} do not come from a linear layer, whose weights "
-            "an expert needs: set strong=['output']"
+            f"the logits of {type(net).__name__} are no linear function of a feature, whose "
+            "weights an expert needs: set strong=['output']"
         )
     return found
 

@@ -33,6 +33,8 @@ def recording(
         features: whether to give features; without any, `[B, 0]`.
     """
     what = {**kept.what(fitted), "features": features, "mixes": structure.mixes}
+    if structure.head.feature:
+        what["feature"] = [*structure.head.feature, structure.head.is_normalised]
 
     def listen(images: Tensor) -> Heard:
         rows, done = kept.hear(net, structure, images, fitted)

@@ -115,8 +115,11 @@ def load_backbone(net: nn.Module, path: str | Path) -> None:
 
 
 def check_classes(path: str | Path, classes: int, num_classes: int) -> None:
-    """Raise CheckpointError unless a checkpoint has as many classes as the ID data set."""
-    if classes != num_classes:
+    """Raise CheckpointError unless a checkpoint has as many classes as the ID data set.
+
+    A single logit is that of two classes.
+    """
+    if max(classes, 2) != num_classes:
         raise CheckpointError(
             f"{path} must have {num_classes} classes, as the ID data set does, got {classes}: use "
             "a checkpoint and an ID data set that belong together"

@@ -11,7 +11,7 @@ Node = Any  # torch.autograd.graph.Node; hashable by identity
 
 # CopySlices is an addition in place to a part of a tensor.
 _MERGES = re.compile(r"^(Add|Addcmul|Cat|Lerp|Stack|Sub)Backward|::CopySlices$")
-_MULTIPLIES = re.compile(r"Convolution|Mm|mm|Linear|Attention|Bilinear|Checkpoint|Einsum")
+_MULTIPLIES = re.compile(r"Convolution|Mm|mm|Linear|Attention|Bilinear|Mv|mv|Checkpoint|Einsum")
 
 
 class Graph:
@@ -60,6 +60,15 @@ class Graph:
                 seen.add(node)
                 waiting += self.children[node]
         return seen
+
+    def before_products(self) -> dict[Node, int]:
+        """The trunk from where a matrix product lies between it and the logits, with positions."""
+        order, crossed = list(self.trunk), False
+        for place, node in enumerate(order):
+            if crossed:
+                return {later: at for at, later in enumerate(order[place:], start=place)}
+            crossed = _multiplies(node) or any(map(_multiplies, self._fork(node)))
+        return {}
 
     def first_on_every_path(self, wanted: Callable[[Node], bool]) -> list[Node]:
         """The first wanted node of each path from the logits; empty if some path has none."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.structure.hooks import hooked
@@ -23,12 +24,20 @@ class HeadLayers(NamedTuple):
         is_linear: whether the logits are exactly this sum.
         before_softmax: whether the network returns a softmax, a sigmoid or the like of the logits;
             the logits themselves are then the output of the layer.
+        is_affine: whether the logits are an affine function of the feature; unlike with
+            `is_linear`, this may be a mean of what the layers are given.
+        feature: `output` of a module or `input` of some, and their names, if the feature is this
+            and no layer's weights are the function: `Structure.affine` is.
+        is_normalised: whether this feature is divided by its length.
     """
 
     names: tuple[str, ...] = ()
     shares: tuple[float, ...] = ()
     is_linear: bool = False
     before_softmax: bool = False
+    is_affine: bool = False
+    feature: tuple[str, ...] = ()
+    is_normalised: bool = False
 
 
 def weight_of(module: nn.Module) -> Tensor | None:
@@ -40,23 +49,44 @@ def weight_of(module: nn.Module) -> Tensor | None:
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         return None
     weight = weight.detach()
-    plain: Tensor = weight.dequantize() if weight.is_quantized else weight
+    plain: Tensor = weight.dequantize() if _is_quantised(weight) else weight
     return plain.flatten(1)
+
+
+def has_quantised_weight(module: nn.Module) -> bool:
+    """Whether a layer's weight is kept as integers and their scales, as torch and torchao do."""
+    weight: Any = getattr(module, "weight", None)
+    return _is_quantised(weight() if callable(weight) else weight)
+
+
+def _is_quantised(weight: Tensor) -> bool:
+    return weight.is_quantized or type(weight).dequantize is not Tensor.dequantize
 
 
 def flat_feature(module: nn.Module, x: Tensor) -> Tensor:
     """The input of a layer as one feature per image `[B, D]`: a mean over pixels or tokens."""
-    if x.ndim == 2:
-        return x
+    if x[0].numel() == max(x.shape[1:]):
+        return x.flatten(1)
     if isinstance(module, Convolution):
         covers = tuple(module.kernel_size) == tuple(x.shape[2:])
         return x.flatten(1) if covers else x.flatten(2).mean(-1)
+    if x.ndim == 4 and not (hasattr(module, "in_features") or isinstance(module, nn.LayerNorm)):
+        return x.flatten(2).mean(-1)
     return x.flatten(1, -2).mean(1)
 
 
-def feature_of(layers: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """The penultimate feature `[B, D]`: the inputs of all layers of the head, side by side."""
-    parts = [flat_feature(module, inputs[name]) for name, module in layers.items()]
+def feature_of(
+    head: HeadLayers,
+    layers: Mapping[str, nn.Module],
+    inputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+) -> Tensor | None:
+    """The penultimate feature `[B, D]`, `head.feature` or all layers' inputs side by side."""
+    if head.feature:
+        side, name, *_ = head.feature
+        x = flat_feature(layers[name], (inputs if side == "input" else outputs)[name])
+        return F.normalize(x) if head.is_normalised else x
+    parts = [flat_feature(layers[name], inputs[name]) for name in head.names]
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -71,7 +101,7 @@ def linear_head(modules: Sequence[nn.Module], shares: Sequence[float]) -> Head |
             return None
         bias: Any = getattr(module, "bias", None)
         bias = bias() if callable(bias) and not isinstance(bias, Tensor) else bias
-        bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        bias = bias.detach() if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
         weights.append(weight if share == 1 else weight * share)
         biases.append(bias if share == 1 else bias * share)
     if not weights or len({len(weight) for weight in weights}) > 1:
@@ -81,18 +111,23 @@ def linear_head(modules: Sequence[nn.Module], shares: Sequence[float]) -> Head |
     return Head(torch.cat(weights, dim=1), torch.stack(biases).sum(0))
 
 
+def head_layers(core: nn.Module, head: HeadLayers) -> dict[str, nn.Module]:
+    """The modules that a head's layers and its feature are found at."""
+    return {name: core.get_submodule(name) for name in (*head.names, *head.feature[1:2])}
+
+
 @contextmanager
 def kept_head(
-    head: Mapping[str, nn.Module], threshold: float | None = None
+    head: Mapping[str, nn.Module], change: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Inputs and outputs of the layers that make the logits, with clipped inputs."""
+    """Inputs and outputs of the layers that make the logits, with inputs that are changed."""
     inputs, outputs = dict[str, Tensor](), dict[str, Tensor]()
 
     def before(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = args[0] if args else next(iter(kwargs.values()))
-            inputs[name] = given if threshold is None else given.clamp(max=threshold)
-            if threshold is None:
+            given: Any = args[0] if args else next(iter(kwargs.values()), None)
+            inputs[name] = given if change is None else change(given)
+            if change is None:
                 return None
             if args:
                 return (inputs[name], *args[1:]), kwargs

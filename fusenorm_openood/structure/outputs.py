@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
@@ -36,12 +37,15 @@ def find_logits(net: nn.Module, output: Any, batch: int) -> Path:
     """Where logits `[B, K]` are in a network's output.
 
     The tensor under the key `logits`, the only tensor `[B, K]`, or of several the one that is
-    computed from all others. A softmax or a sigmoid of another one does not count.
+    computed from all others. A softmax or a sigmoid of another one does not count. Where there are
+    none, a single logit `[B, 1]` or `[B]` likewise.
 
     Raises:
         TapError: there are none, or several that may be.
     """
-    found = {p: t for p, t in tensors_in(output) if _may_be_logits(t, batch)}
+    given = list(tensors_in(output))
+    found = {p: t for p, t in given if _may_be_logits(t, batch)}
+    found = found or {p: t for p, t in given if _is_one_logit(t, batch)}
     found = {p: t for p, t in found.items() if not any(is_activation(x, t) for x in found.values())}
     named = [path for path in found if path and path[-1] == "logits"]
     if len(named) == 1 or len(found) == 1:
@@ -60,15 +64,33 @@ def find_logits(net: nn.Module, output: Any, batch: int) -> Path:
 
 
 def logits_at(net: nn.Module, output: Any, path: Path, batch: int) -> Tensor:
-    """The logits `[B, K]` at a place in a network's output; see `find_logits`."""
+    """The logits `[B, K]` at a place in a network's output; see `find_logits`.
+
+    A single logit z is that of two classes, with the logits 0 and z.
+    """
     try:
-        for key in path:
-            attribute = isinstance(key, str) and not isinstance(output, Mapping)
-            output = getattr(output, key) if attribute else output[key]
+        output = value_at(output, path)
     except (AttributeError, IndexError, KeyError, TypeError):
         raise no_logits(net, output, batch) from None
-    if not isinstance(output, Tensor) or not _may_be_logits(output, batch):
-        raise no_logits(net, output, batch)
+    if isinstance(output, Tensor) and _may_be_logits(output, batch):
+        return output
+    if isinstance(output, Tensor) and _is_one_logit(output, batch):
+        return of_two_classes(output.reshape(batch, 1))
+    raise no_logits(net, output, batch)
+
+
+def of_two_classes(logits: Tensor) -> Tensor:
+    """Logits `[B, K]`; of a single one z `[B, 1]`, those of two classes, 0 and z."""
+    if logits.shape[1] > 1:
+        return logits
+    return torch.cat([torch.zeros_like(logits), logits], dim=1)
+
+
+def value_at(output: Any, path: Path) -> Any:
+    """What is at a place in a network's output."""
+    for key in path:
+        attribute = isinstance(key, str) and not isinstance(output, Mapping)
+        output = getattr(output, key) if attribute else output[key]
     return output
 
 
@@ -77,13 +99,18 @@ def no_logits(net: nn.Module, output: Any, batch: int) -> TapError:
     shapes = [tensor.shape for _, tensor in tensors_in(output)]
     found = f"{list(shapes[0])}" if shapes else type(output).__name__
     return TapError(
-        f"{type(net).__name__} must return logits [B, K] of at least two classes, got {found} for "
+        f"{type(net).__name__} must return logits [B, K], or one logit [B, 1], got {found} for "
         f"{batch} image(s): wrap it so that its forward returns them"
     )
 
 
 def _may_be_logits(tensor: Tensor, batch: int) -> bool:
     return tensor.ndim == 2 and tensor.shape[0] == batch and tensor.shape[1] >= 2
+
+
+def _is_one_logit(tensor: Tensor, batch: int) -> bool:
+    squeezed = tensor.ndim == 0 and batch == 1
+    return squeezed or tuple(tensor.shape) in ((batch, 1), (batch,))
 
 
 def _is_from(tensor: Tensor, other: Tensor) -> bool:

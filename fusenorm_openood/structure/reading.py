@@ -1,8 +1,10 @@
 """How a network is built, read from one pass over two images: blocks, layouts, stages, head."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+from math import prod
 from typing import Any
 
 import torch
@@ -11,14 +13,15 @@ from torch import Tensor, nn
 from fusenorm_openood.configs import typed
 from fusenorm_openood.errors import FuseNormError
 from fusenorm_openood.kernels.guards import is_out_of_memory
+from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.structure.activations import last_activation
 from fusenorm_openood.structure.blocks import find_blocks
-from fusenorm_openood.structure.graph import Graph
+from fusenorm_openood.structure.graph import Graph, Node
 from fusenorm_openood.structure.head import HeadLayers, weight_of
 from fusenorm_openood.structure.hooks import own_pass
 from fusenorm_openood.structure.layouts import find_layout, pixels
 from fusenorm_openood.structure.modes import preserved_randomness, undisturbed
-from fusenorm_openood.structure.outputs import Path, find_logits, logits_at
+from fusenorm_openood.structure.outputs import Path, find_logits, logits_at, value_at
 from fusenorm_openood.structure.recording import Call, recorded
 from fusenorm_openood.structure.wrappers import (
     network_errors,
@@ -40,7 +43,7 @@ class Structure:
         layouts: layout of each module that runs once and returns a feature map, such as `BCHW`.
         pixels: numbers of pixels of these feature maps, without prefix tokens.
         head: the layers that make its logits.
-        classes: number of its logits.
+        classes: number of its logits, two for a single one.
         logits: where they are in its output.
         scoring: name of the module with separate scoring logits, if there is one.
         mixes: whether the images of a batch influence each other's logits, so that a batch must
@@ -50,6 +53,7 @@ class Structure:
         activation: `log_softmax` if what counts as logits are log-probabilities, whose energy is
             0; else empty.
         largest_logit: the largest absolute value among the logits of two images.
+        affine: the logits as a function of `head.feature`; not kept in files.
     """
 
     blocks: tuple[str, ...]
@@ -67,20 +71,26 @@ class Structure:
     smallest_batch: int = 1
     activation: str = ""
     largest_logit: float = field(default=0.0, compare=False)  # it varies with the images
+    affine: Head | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The structure in terms of JSON; see `from_json`."""
-        return {**vars(self), "head": self.head._asdict()}
+        """The structure in terms of JSON, without `affine`; see `from_json`."""
+        record = {**vars(self), "head": self.head._asdict()}
+        del record["affine"]
+        return record
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Structure":
         """The structure that `to_json` gave, also after JSON has turned its tuples into lists.
 
+        If its head has a `feature`, its `affine` has to be found anew.
+
         Raises:
             ConfigError: it is something else.
         """
         structure: Structure = typed(cls, record, "structure")
-        return structure
+        head = structure.head
+        return replace(structure, head=head._replace(is_affine=head.is_affine or head.is_linear))
 
     def stages(self, taps: Sequence[str]) -> list[list[str]]:
         """Taps by stage: those of a stage follow each other and have equally many pixels."""
@@ -102,6 +112,11 @@ def read_structure(net: nn.Module, images: Tensor) -> Structure:
         output, calls, leaf = _recorded(core, two)
         path = find_logits(core, output, len(two))
         logits = logits_at(core, output, path, len(two))
+        if value_at(output, path).ndim == 1:  # [2] may be something else than one logit per image
+            three = torch.cat([two, two[:1]])
+            with own_pass(), torch.no_grad():
+                output = scoring_run(core, scoring_module(core))(three)
+            logits_at(core, output, path, len(three))
         graph = Graph(logits, leaf) if logits.requires_grad else None
     modules = dict(core.named_modules())
     layouts = {
@@ -118,7 +133,7 @@ def read_structure(net: nn.Module, images: Tensor) -> Structure:
         shapes={name: call.shape for name, call in calls.items()},
         layouts=layouts,
         pixels=sizes,
-        head=HeadLayers(_head_layers(modules, calls, graph, logits.shape[1])),
+        head=_head(modules, calls, graph, logits.shape[1]),
         classes=logits.shape[1],
         logits=path,
         scoring=scoring_module(core),
@@ -149,18 +164,40 @@ def _recorded(core: nn.Module, images: Tensor) -> tuple[Any, dict[str, Call], Te
         return *recorded(core, lambda: run(images.clone())), leaf
 
 
+def _head(
+    modules: Mapping[str, nn.Module], calls: Mapping[str, Call], graph: Graph | None, classes: int
+) -> HeadLayers:
+    """The layers that make the logits, and the last feature before all matrix products."""
+    names = _head_layers(modules, calls, graph, classes)
+    places = graph.before_products() if graph is not None else {}
+    readers, writers = defaultdict[Node, list[str]](list), dict[Node, str]()
+    for name, call in calls.items():
+        if name and call.runs == 1 and call.left in places and call.left not in call.entered:
+            writers.setdefault(call.left, name)
+        if name and len(call.entered) == 1 and call.entered[0] in places:
+            readers[call.entered[0]].append(name)
+    nearest = min((*writers, *readers), key=lambda node: places[node], default=None)
+    if nearest in writers:
+        return HeadLayers(names, feature=("output", writers[nearest]))
+    if nearest in readers:
+        found = readers[nearest]
+        outer = (n for n in found if not any(n.startswith(f"{other}.") for other in found))
+        return HeadLayers(names, feature=("input", *outer))
+    return HeadLayers(names, feature=("input", *names) if len(names) == 1 else ())
+
+
 def _head_layers(
     modules: Mapping[str, nn.Module], calls: Mapping[str, Call], graph: Graph | None, classes: int
 ) -> tuple[str, ...]:
     """The first layers with a weight matrix on the way back from the logits."""
 
     def makes_logits(name: str) -> bool:
-        return (
-            bool(name) and classes in calls[name].shape[1:] and weight_of(modules[name]) is not None
-        )
+        shape = calls[name].shape[1:]
+        wide = classes in shape or (classes == 2 and prod(shape) == 1)  # two, or a single logit
+        return bool(name) and wide and weight_of(modules[name]) is not None
 
     if graph is None or not graph.trunk:
-        fired = [n for n in calls if makes_logits(n) and calls[n].shape[1:] == (classes,)]
+        fired = [n for n in calls if makes_logits(n) and len(calls[n].shape) == 2]
         return tuple(fired[-1:])
     weighted = {n: call for n, call in calls.items() if n and weight_of(modules[n]) is not None}
     layers = {node: n for n, c in weighted.items() for node in (*c.earlier, c.left)}

@@ -12,10 +12,19 @@ from fusenorm_openood.devices import moved
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.structure.activations import checked_activation, is_activation
-from fusenorm_openood.structure.head import HALF, HeadLayers, flat_feature, kept_head, linear_head
+from fusenorm_openood.structure.affine import probe
+from fusenorm_openood.structure.head import (
+    HALF,
+    HeadLayers,
+    flat_feature,
+    has_quantised_weight,
+    head_layers,
+    kept_head,
+    linear_head,
+)
 from fusenorm_openood.structure.hooks import own_pass
 from fusenorm_openood.structure.modes import preserved_randomness, undisturbed
-from fusenorm_openood.structure.outputs import logits_at
+from fusenorm_openood.structure.outputs import logits_at, of_two_classes
 from fusenorm_openood.structure.reading import Structure, read_structure, two_images
 from fusenorm_openood.structure.recording import recorded
 from fusenorm_openood.structure.repetition import Listened, repeated
@@ -37,8 +46,11 @@ def understand(net: nn.Module, images: Tensor) -> Structure:
     core, structure, two = unwrapped(net), read_structure(net, images), two_images(images)
     with undisturbed(core), preserved_randomness(images.device), torch.no_grad():
         listened, repetition = repeated(lambda x: _pass(core, structure, x), two)
-    layers = {name: core.get_submodule(name) for name in structure.head.names}
-    head = _understood_head(layers, *listened)
+        layers = {name: core.get_submodule(name) for name in structure.head.names}
+        head, affine = _understood_head(layers, *listened), None
+        if not (head.is_affine and len(head.names) == 1):
+            tried = replace(structure, head=head._replace(feature=structure.head.feature))
+            head, affine = probe(core, tried, two) or (head, None)
     _, outputs, logits = listened
     if head.before_softmax:
         logits, activation = outputs[head.names[0]], ""
@@ -46,7 +58,7 @@ def understand(net: nn.Module, images: Tensor) -> Structure:
         activation = checked_activation(core, logits, structure.activation)
     largest = float(logits.float().nan_to_num(0, 0, 0).abs().max())
     known = {"activation": activation, "largest_logit": largest, **repetition._asdict()}
-    return replace(structure, head=head, **known)
+    return replace(structure, head=head, affine=affine, **known)
 
 
 def guess_structure(net: nn.Module) -> Structure | None:
@@ -90,7 +102,7 @@ Tensors = Mapping[str, Tensor]
 
 def _pass(core: nn.Module, structure: Structure, images: Tensor) -> Listened:
     """Inputs and outputs of the head's layers, and the logits."""
-    layers = {name: core.get_submodule(name) for name in structure.head.names}
+    layers = head_layers(core, structure.head)
     with own_pass(), kept_head(layers) as (inputs, outputs):
         run = scoring_run(core, structure.scoring)
         output, calls = recorded(core, lambda: run(images.clone()))
@@ -109,14 +121,15 @@ def _understood_head(
     if not torch.isfinite(logits).all():
         return known
     single = outputs[names[0]].flatten(1) if len(names) == 1 else None
-    if single is not None and single.shape == logits.shape and is_activation(single, logits):
-        known, logits = HeadLayers(names, (1.0,), before_softmax=True), single
+    if single is not None and is_activation(single, logits[:, -single.shape[1] :]):
+        known, logits = HeadLayers(names, (1.0,), before_softmax=True), of_two_classes(single)
     sums = _sums(list(layers.values()), [inputs[name] for name in names], logits.shape)
     if not sums:
         return known
-    shares, exact = find_shares(sums, logits, tolerance=3e-2 if logits.dtype in HALF else 1e-3)
+    rounded = logits.dtype in HALF or any(map(has_quantised_weight, layers.values()))
+    shares, exact = find_shares(sums, logits, tolerance=3e-2 if rounded else 1e-3)
     rows_of_one = all(_is_one_row(layers[name], inputs[name]) for name in names)
-    return known._replace(shares=shares, is_linear=exact and rows_of_one)
+    return known._replace(shares=shares, is_linear=exact and rows_of_one, is_affine=exact)
 
 
 def _sums(layers: Sequence[nn.Module], inputs: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
