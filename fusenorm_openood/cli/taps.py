@@ -1,6 +1,7 @@
 """`fusenorm taps`: what FuseNorm taps in a network, and why."""
 
 from argparse import ArgumentParser, Namespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from fusenorm_openood.errors import ConfigError, TapError
 from fusenorm_openood.listening.taps import first_of_last_stage
 from fusenorm_openood.networks import build_network, load_network
 from fusenorm_openood.structure.reading import Structure
-from fusenorm_openood.structure.understanding import likely_shapes, understand
+from fusenorm_openood.structure.understanding import understand
 from fusenorm_openood.structure.wrappers import unwrapped
 
 
@@ -76,14 +77,33 @@ def _network(args: Namespace) -> tuple[nn.Module, Tensor]:
         net = load_network(args.checkpoint, network=args.network, image_size=size)
         size = size or (None if args.network else 32)
     generator = torch.Generator().manual_seed(0)
-    for channels, height, width in likely_shapes(net):
-        shape = (channels, size or height, size or width)
-        images = torch.randn(2, *shape, generator=generator)
+    error: Exception | None = None
+    for channels, height, width in _likely_shapes(unwrapped(net), size):
+        images = torch.randn(2, channels, height, width, generator=generator)
         try:
             understand(net, images)
-        except TapError:
+        except TapError as failed:
             if size:
                 raise
+            error = failed
             continue
         return net, images
-    raise ConfigError(f"{type(net).__name__} takes images of no usual size: give --image-size")
+    raise ConfigError(
+        f"{type(net).__name__} takes images of no usual size: give --image-size ({error})"
+    )
+
+
+def _likely_shapes(core: nn.Module, size: int | None) -> list[tuple[int, int, int]]:
+    """Channels, height and width: what timm's and Hugging Face's networks say, then the usual."""
+    declared: Any = (getattr(core, "default_cfg", None) or {}).get("input_size")
+    config: Any = getattr(core, "config", None)
+    conv = next((m for m in core.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = getattr(config, "num_channels", None) or (conv.in_channels if conv else 3)
+    if size:
+        return [(channels, size, size)]
+    patches: Any = getattr(getattr(core, "patch_embed", None), "img_size", None)
+    likely = [(channels, *patches)] if isinstance(patches, tuple) and len(patches) == 2 else []
+    likely += [tuple(declared)] if declared else []
+    declared = getattr(config, "image_size", None)
+    likely += [(channels, declared, declared)] if isinstance(declared, int) else []
+    return [*likely, *((channels, s, s) for s in (64, 32, 224, 28))]

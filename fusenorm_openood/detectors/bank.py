@@ -21,7 +21,6 @@ from fusenorm_openood.method.experts import Output
 from fusenorm_openood.method.posthoc import Head, Posthoc, Seen
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.structure.reading import Structure
-from fusenorm_openood.structure.understanding import guess_structure
 
 
 class ScoreBank(ExpertScorer):
@@ -57,7 +56,7 @@ class ScoreBank(ExpertScorer):
         self.keep_seen, self._seen = keep_seen, dict[int, Seen]()
         self._kept: dict[int, tuple[Iterable[Any], Scored]] = {}
         self.id_loader: Iterable[Any] = ()
-        self._resolve(structure or self._structure or guess_structure(net))
+        self._resolve(structure or self._structure)
 
     def _resolve(self, structure: Structure | None) -> None:
         """Name the experts of a network that is built like this."""

@@ -24,24 +24,30 @@ class TapCandidate(NamedTuple):
     shape: tuple[int, ...]
 
 
-def check_taps(net: nn.Module, taps: str | Sequence[str]) -> None:
-    """Raise TapError unless `taps` is `"blocks"`, `"stages"` or a list of a network's modules."""
+def check_taps(net: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
+    """The modules that `taps` names, none if it is `"blocks"` or `"stages"`.
+
+    Raises:
+        TapError: it is neither, or names a module that the network lacks, or one twice.
+    """
     if isinstance(taps, str):
         if taps not in ("blocks", "stages"):
             raise TapError(
                 f"taps must be 'blocks', 'stages' or a list of module names, got {taps!r}"
             )
-        return
+        return ()
     known = {name for name, _ in unwrapped(net).named_modules() if name}
-    for name in map(_plain, taps):
+    names = tuple(map(_plain, taps))
+    for name in names:
         if name not in known:
             near = [n for n in sorted(known) if n.split(".")[0] == name.split(".")[0]]
             raise TapError(
                 f"{type(net).__name__} has no module {name!r}: "
                 f"choose from {', '.join(near or sorted(known))}"
             )
-    if len(set(taps)) != len(taps) or not taps:
+    if len(set(names)) != len(names) or not names:
         raise TapError(f"taps must name at least one module, each once, got {list(taps)}")
+    return names
 
 
 def resolve_taps(
@@ -58,9 +64,8 @@ def resolve_taps(
     Raises:
         TapError: no block was found, or a name that is unknown or given twice.
     """
-    check_taps(net, taps)
-    if not isinstance(taps, str):
-        names = tuple(map(_plain, taps))
+    names = check_taps(net, taps)
+    if names:
         for name in (name for name in names if name not in structure.layouts):
             raise _unusable(net, name, structure.runs.get(name, 0), structure.shapes.get(name, ()))
         return names
