@@ -72,7 +72,7 @@ def forward_pass(
     head = {name: core.get_submodule(name) for name in structure.head.names}
     with (
         own_pass(),
-        listening(core, taps, structure.layouts, images.shape, reduce) as heard,
+        listening(core, taps, structure, images.shape, reduce) as heard,
         kept_head(head, threshold) as (inputs, outputs),
     ):
         output = scoring_run(core, structure.scoring)(images.clone())
@@ -96,7 +96,7 @@ def tapped_maps(
 ) -> dict[str, Tensor]:
     """What `reduce` makes of the feature map `[B, C, H, W]` of each tap."""
     core = unwrapped(net)
-    with own_pass(), listening(core, taps, structure.layouts, images.shape, reduce) as heard:
+    with own_pass(), listening(core, taps, structure, images.shape, reduce) as heard:
         scoring_run(core, structure.scoring)(images.clone())
     return heard
 

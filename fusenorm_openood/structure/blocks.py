@@ -2,15 +2,34 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from torch import nn
 
-from fusenorm_openood.structure.graph import Graph
+from fusenorm_openood.structure.graph import Graph, Node
 from fusenorm_openood.structure.recording import Call
 
 # BasicBlock, Bottleneck, PreActBlock, InvertedResidual, ...
 _BLOCK = re.compile(r"(Block|Bottleneck|Residual)$")
-Found = tuple[tuple[str, ...], str]  # names of blocks, and the rule that found them
+_LEFT_OUT = 0.1  # share of the work in branches that no block holds, above which it is told
+_MOST_MERGES = 3  # that one block adds in its own forward; more are a sequence of blocks
+
+
+class Found(NamedTuple):
+    """The blocks of a network.
+
+    Attributes:
+        names: their names in the order in which they run; that of a module followed by `:input`
+            where no module returns a block's output, and this one is given it.
+        rule: how they were found.
+        notes: what they leave out, in sentences.
+        trunk: graph nodes of the trunk that they are on, with their places.
+    """
+
+    names: tuple[str, ...]
+    rule: str
+    notes: tuple[str, ...] = ()
+    trunk: Mapping[Node, int] = {}
 
 
 def find_blocks(
@@ -19,20 +38,54 @@ def find_blocks(
     pixels: Mapping[str, int],
     graph: Graph | None,
 ) -> Found:
-    """The blocks of a network in the order in which they run, and how they were found.
+    """The blocks of a network.
 
     Args:
         modules: all modules by name.
-        calls: what they did in one pass, in the order in which they ended.
-        pixels: numbers of pixels of the modules that run once and return a feature map.
+        calls: what they did in one pass, in the order in which they ended; with `:input`, the
+            first tensor that each was given.
+        pixels: numbers of pixels of the feature maps that modules which run once return, and
+            under the names of the modules with `:input` of those that they are given.
         graph: the autograd graph of the pass, or None if it was not recorded.
     """
+    why = ""
     if graph is None or not graph.trunk:
-        return _by_names(modules, pixels), "names of classes, since no gradient reaches the images"
-    if any("CheckpointFunction" in node.name() for node in graph.trunk):
-        return _by_names(
-            modules, pixels
-        ), "names of classes, since the graph is recomputed in parts"
+        why = "no gradient reaches the images"
+    elif any("CheckpointFunction" in node.name() for node in graph.trunk):
+        why = "the graph is recomputed in parts"
+    if graph is None or why:
+        note = f"its graph cannot be read, since {why}: blocks were told by the names of classes"
+        return Found(_by_names(modules, pixels), f"names of classes, since {why}", (note,))
+    found, narrower = _on_trunk(modules, calls, pixels, graph), True
+    while narrower:  # a head that reads several depths hides the trunk above the first of them
+        narrower = False
+        for merge in found.open:
+            other = graph.along_deepest(merge)
+            longer = other and _on_trunk(modules, calls, pixels, other)
+            if other and longer and len(longer.names) > len(found.names):
+                graph, found, narrower = other, longer, True
+                break
+    notes, beside = list[str](), graph.work_beside(found.open)
+    if beside > _LEFT_OUT:
+        notes.append(
+            f"{len(found.open)} merges of branches, with {beside:.0%} of its convolutions and "
+            "matrix products, lie in no block"
+        )
+    return Found(found.names, found.rule, tuple(notes), graph.trunk)
+
+
+class _OnTrunk(NamedTuple):
+    names: tuple[str, ...]
+    rule: str
+    open: list[Node]  # merges that none of the blocks holds
+
+
+def _on_trunk(
+    modules: Mapping[str, nn.Module],
+    calls: Mapping[str, Call],
+    pixels: Mapping[str, int],
+    graph: Graph,
+) -> _OnTrunk:
     spans = _spans(graph, calls, pixels)
     closed = _closed_merges(graph, spans)
 
@@ -40,15 +93,35 @@ def find_blocks(
         places = {place: pixels[by] for by, closing in closed.items() for place in closing}
         return len({p for place, p in places.items() if _is_in(place, spans[name])}) <= 1
 
-    kinds = {type(modules[n]) for n in _outermost(filter(holds_one_resolution, closed))}
+    single = (n for n in filter(holds_one_resolution, closed) if len(closed[n]) <= _MOST_MERGES)
+    kinds = {type(modules[n]) for n in _outermost(single)}
     blocks = _outermost(name for name in spans if type(modules[name]) in kinds)
+    merges, trunk = graph.merges(), graph.trunk
+    free = [m for m in merges if not any(_is_in(trunk[m], spans[name]) for name in blocks)]
+    if 2 * len(free) > len(merges) and graph.share_of_largest_fork() <= 0.5:
+        # Names of inputs come last, and are taken where no module returns the tensor.
+        holders = {calls[name].left: name for name in reversed(list(pixels))}
+        sums = {m: _holder(graph.ends_of(m), holders) for m in free}
+        places = {name: trunk[m] for m, name in sums.items() if name}
+        places |= {name: spans[name][1] for name in blocks}
+        if places:
+            names = tuple(sorted(places, key=lambda name: -places[name]))
+            rule = "the network's graph: branches merge in no module of their own"
+            return _OnTrunk(names, rule, [m for m, name in sums.items() if not name])
     if blocks:
-        names = sorted({type(modules[name]).__name__ for name in blocks})
-        return blocks, f"the network's graph: branches merge in {', '.join(names)}"
+        classes = sorted({type(modules[name]).__name__ for name in blocks})
+        rule = f"the network's graph: branches merge in {', '.join(classes)}"
+        return _OnTrunk(blocks, rule, free)
     if graph.share_of_largest_fork() > 0.5:
-        return (), "the network's graph: most of it is on parallel trunks"
+        return _OnTrunk((), "the network's graph: most of it is on parallel trunks", free)
     last = {pixels[n]: n for n in spans if pixels[n] > 1 and not any(modules[n].children())}
-    return tuple(last.values()), "the network's graph: the last module at each resolution"
+    rule = "the network's graph: the last module at each resolution"
+    return _OnTrunk(tuple(last.values()), rule, free)
+
+
+def _holder(ends: list[Node], holders: Mapping[Node, str]) -> str:
+    """What holds a merge's value, where it is read next if it can; `""` if nothing does."""
+    return next((holders[node] for node in reversed(ends) if node in holders), "")
 
 
 Span = tuple[int, int]  # places on the trunk where a module is entered and left
@@ -94,5 +167,7 @@ def _outermost(names: Iterable[str]) -> tuple[str, ...]:
 
 def _by_names(modules: Mapping[str, nn.Module], pixels: Mapping[str, int]) -> tuple[str, ...]:
     """Modules with a class name such as BasicBlock that contain no other such module."""
-    named = [name for name in pixels if _BLOCK.search(type(modules[name]).__name__)]
+    named = [
+        name for name in pixels if name in modules and _BLOCK.search(type(modules[name]).__name__)
+    ]
     return tuple(n for n in named if not any(other.startswith(f"{n}.") for other in named))

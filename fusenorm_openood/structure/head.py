@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.structure.hooks import hooked
+from fusenorm_openood.structure.outputs import dequantised
 
 Convolution = nn.modules.conv._ConvNd
 HALF = (torch.float16, torch.bfloat16)
@@ -91,18 +92,19 @@ def kept_head(
     def before(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = args[0] if args else next(iter(kwargs.values()))
-            inputs[name] = given if threshold is None else given.clamp(max=threshold)
+            clipped = given if threshold is None else given.clamp(max=threshold)
+            inputs[name] = dequantised(clipped)
             if threshold is None:
                 return None
             if args:
-                return (inputs[name], *args[1:]), kwargs
-            return args, {**kwargs, next(iter(kwargs)): inputs[name]}
+                return (clipped, *args[1:]), kwargs
+            return args, {**kwargs, next(iter(kwargs)): clipped}
 
         return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            outputs[name] = output
+            outputs[name] = dequantised(output)
 
         return hook
 

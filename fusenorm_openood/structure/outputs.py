@@ -12,11 +12,19 @@ from fusenorm_openood.structure.graph import nodes_before
 Path = tuple[Any, ...]  # the keys, indices and attributes that lead to a tensor
 
 
+def dequantised(x: Tensor) -> Tensor:
+    """A tensor, in floating point if it is quantised."""
+    return x.dequantize() if x.is_quantized else x
+
+
 def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """The floating-point tensors in nested tuples, lists, mappings and dataclasses, in order."""
+    """The floating-point tensors in nested tuples, lists, mappings and dataclasses, in order.
+
+    Quantised tensors are dequantised.
+    """
     if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield path, value
+        if value.is_floating_point() or value.is_quantized:
+            yield path, dequantised(value)
         return
     inner: Any = ()
     if isinstance(value, Mapping):
@@ -67,7 +75,7 @@ def logits_at(net: nn.Module, output: Any, path: Path, batch: int) -> Tensor:
         raise no_logits(net, output, batch) from None
     if not isinstance(output, Tensor) or not _may_be_logits(output, batch):
         raise no_logits(net, output, batch)
-    return output
+    return dequantised(output)
 
 
 def no_logits(net: nn.Module, output: Any, batch: int) -> TapError:
