@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.errors import ConfigError, TapError
-from fusenorm_openood.listening.taps import first_of_last_stage
+from fusenorm_openood.listening.taps import first_of_last_stage, kind_of
 from fusenorm_openood.networks import build_network, load_network
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.understanding import understand
 from fusenorm_openood.structure.wrappers import unwrapped
+
+_LINES = 40  # of the summary
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -25,6 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="torchvision:NAME, timm:NAME or package.module:factory (default: recognised by the "
         "checkpoint's keys)",
     )
+    add("--all", action="store_true", help="list every module that can be tapped")
     add(
         "--image-size",
         type=options.positive,
@@ -33,24 +36,33 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Print every module that returns one feature map, and mark those tapped by default."""
+    """Print the modules that are tapped by default, and with `--all` every one that can be."""
     net, images = _network(args)
-    structure = understand(net, images)
-    modules, blocks = dict(unwrapped(net).named_modules()), structure.blocks
-    print(f"{type(net).__name__}, images {list(images.shape[1:])}")
-    print(f"taps: {len(blocks) or 'none'}, found by {structure.rule}")
-    stages = structure.stages(blocks)
-    listed = ", ".join(f"{len(s)} of {structure.pixels[s[0]]} pixels" for s in stages)
-    print(f"stages: {len(stages)} ({listed})" if stages else "stages: none")
+    structure, core = understand(net, images), unwrapped(net)
+    blocks, stages = structure.blocks, structure.stages(structure.blocks)
+    lines = [f"{type(net).__name__}, images {list(images.shape[1:])}"]
+    lines.append(f"taps: {len(blocks) or 'none'}, found by {structure.rule}")
+    listed = ", ".join(f"{len(s)} of {structure.pixels[s[0]]} pixels" for s in stages[:8])
+    listed += ", ..." if stages[8:] else ""
+    lines.append(f"stages: {len(stages)} ({listed})" if stages else "stages: none")
     if blocks:
-        print(f"strong block: {first_of_last_stage(structure, blocks)}")
-    print(f"head: {_head(structure)}")
+        lines.append(f"strong block: {first_of_last_stage(structure, blocks)}")
+    lines.append(f"head: {_head(structure)}")
     if structure.mixes:
-        print("the images of a batch influence each other: a batch is never split")
-    print("\n    module, class, layout, output shape for one image; * = tapped by default")
-    for name, layout in structure.layouts.items():
-        mark, kind = "*" if name in blocks else " ", type(modules[name]).__name__
-        print(f"  {mark} {name}, {kind}, {layout}, {list(structure.shapes[name][1:])}")
+        lines.append("the images of a batch influence each other: a batch is never split")
+    lines += [f"left out: {note}; name others with taps=[...]" for note in structure.notes]
+    lines += ["", "    module, class, layout, output shape for one image; * = tapped by default"]
+    shown = structure.layouts if args.all else blocks
+    lines += [
+        f"  {'*' if name in blocks else ' '} {name}, {kind_of(core, name)}, "
+        f"{structure.layouts[name]}, {list(structure.shapes[name][1:])}"
+        for name in structure.layouts
+        if name in shown
+    ]
+    if not args.all:
+        more = len(structure.layouts) - len(blocks) + max(len(lines) - _LINES + 1, 0)
+        lines = [*lines[: _LINES - 1], f"    and {more} more: --all lists them"]
+    print("\n".join(lines))
     return 0
 
 

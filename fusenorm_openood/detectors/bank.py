@@ -17,6 +17,7 @@ from fusenorm_openood.listening.batches import not_finite
 from fusenorm_openood.listening.observed import Listener, Observed
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.sample import FeatureSample
+from fusenorm_openood.listening.taps import warn_of_left_out
 from fusenorm_openood.method.experts import Output
 from fusenorm_openood.method.posthoc import Head, Posthoc, Seen
 from fusenorm_openood.method.settings import Settings
@@ -76,6 +77,8 @@ class ScoreBank(ExpertScorer):
     def _try(self, images: Tensor) -> None:
         structure = self.structure(images)
         self._resolve(structure)
+        for taps in {s.taps for s in self._settings}:
+            warn_of_left_out(self.net, taps, structure)
         unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
         self.panel.listen(self.net, structure, images, unclipped)
 

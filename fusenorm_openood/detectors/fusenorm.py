@@ -27,7 +27,12 @@ from fusenorm_openood.listening.batches import checked_images
 from fusenorm_openood.listening.observed import Listener, Observed
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.passes import tapped_maps
-from fusenorm_openood.listening.taps import check_taps, first_of_last_stage, resolve_taps
+from fusenorm_openood.listening.taps import (
+    check_taps,
+    first_of_last_stage,
+    resolve_taps,
+    warn_of_left_out,
+)
 from fusenorm_openood.method.atf import atf_map
 from fusenorm_openood.method.conformal import check_enough
 from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, OUTPUT_EXPERTS, Output
@@ -86,6 +91,7 @@ class FuseNorm(DecidingDetector):
     ) -> None:
         super().__init__(net)
         self.settings = (settings or Settings()).replace(**changes)
+        core = unwrapped(net) if self._structure is None else net  # a known one need not be loaded
         named = check_taps(net, self.settings.taps)
         self.calibration_: Calibration | None = None
         self.taps, self.strong, self.experts = named, (), ()
@@ -101,7 +107,7 @@ class FuseNorm(DecidingDetector):
             self._name(named, self._named_strong(self.settings.strong, named))
         elif not isinstance(self.settings.strong, str):  # any module may turn out to be a tap
             names = [name for name in self.settings.strong if isinstance(name, str)]
-            modules = dict(unwrapped(net).named_modules()) if {*names} - {*_NO_TAPS} else {}
+            modules = dict(core.named_modules())
             self._named_strong([name for name in names if name not in modules], ())
 
     taps: tuple[str, ...]
@@ -157,6 +163,7 @@ class FuseNorm(DecidingDetector):
         structure = self.structure(images)
         _check_names(self._class_names, structure)
         self._resolve(structure)
+        warn_of_left_out(self.net, self.settings.taps, structure)
         unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
         self.panel.listen(self.net, structure, images, unclipped)
 

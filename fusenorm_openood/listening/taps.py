@@ -1,6 +1,7 @@
 """Choose the modules of a network to tap, and tap them during a forward pass."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -82,6 +83,17 @@ def resolve_taps(
     return tuple(stage[-1] for stage in structure.stages(structure.blocks))
 
 
+def warn_of_left_out(net: nn.Module, taps: str | Sequence[str], structure: Structure) -> None:
+    """Warn of what the blocks of a network leave out, unless the taps are named."""
+    for note in structure.notes if isinstance(taps, str) else ():
+        warnings.warn(
+            f"{type(unwrapped(net)).__name__}: {note}; name others with taps=[...], "
+            "tap_candidates(net, images) lists them",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 def first_of_last_stage(structure: Structure, taps: Sequence[str]) -> str:
     """The tap that is a strong expert by default: the first one in the last stage.
 
@@ -147,7 +159,8 @@ def listening(
         found = next((x for _, x in islice(tensors_in(value), number, None)), None)
         if name in heard or found is None or layout is None or found.ndim != len(layout):
             shape = () if found is None else tuple(found.shape)
-            raise _unusable(net, name, 1 + (name in heard), shape)
+            runs = max(structure.runs.get(name, 1), 1 + (name in heard))
+            raise _unusable(net, name, runs, shape)
         with torch.no_grad():
             maps = as_maps(found.detach(), layout, image, structure.prefixes.get(name))
             heard[name] = reduce(maps)

@@ -59,19 +59,24 @@ def find_blocks(
     found, narrower = _on_trunk(modules, calls, pixels, graph), True
     while narrower:  # a head that reads several depths hides the trunk above the first of them
         narrower = False
-        for merge in found.open:
+        ends = [graph.trunk[calls[name].left] for name in found.names]
+        last = min(ends, default=len(graph.trunk))
+        for merge in (m for m in found.open if graph.trunk[m] < last):
             other = graph.along_deepest(merge)
             longer = other and _on_trunk(modules, calls, pixels, other)
             if other and longer and len(longer.names) > len(found.names):
                 graph, found, narrower = other, longer, True
                 break
-    notes, beside = list[str](), graph.work_beside(found.open)
-    if beside > _LEFT_OUT:
-        notes.append(
-            f"{len(found.open)} merges of branches, with {beside:.0%} of its convolutions and "
-            "matrix products, lie in no block"
-        )
-    return Found(found.names, found.rule, tuple(notes), graph.trunk)
+    nodes = graph.branches(found.open)
+    share = graph.share_of_work(nodes)
+    if share <= _LEFT_OUT:
+        return Found(found.names, found.rule, trunk=graph.trunk)
+    inside = _outermost(n for n in pixels if n in modules and calls[n].left in nodes)
+    note = (
+        f"no block holds {share:.0%} of its convolutions and matrix products, in the branches of "
+        f"{len(found.open)} merge(s): {', '.join(inside[:3])}{', ...' if inside[3:] else ''}"
+    )
+    return Found(found.names, found.rule, (note,), graph.trunk)
 
 
 class _OnTrunk(NamedTuple):
@@ -87,7 +92,7 @@ def _on_trunk(
     graph: Graph,
 ) -> _OnTrunk:
     spans = _spans(graph, calls, pixels)
-    closed = _closed_merges(graph, spans)
+    closed = _closed_merges(graph, spans, modules)
 
     def holds_one_resolution(name: str) -> bool:
         places = {place: pixels[by] for by, closing in closed.items() for place in closing}
@@ -131,14 +136,16 @@ def _spans(graph: Graph, calls: Mapping[str, Call], pixels: Mapping[str, int]) -
     """Modules that return a feature map, run once, and are entered and left on the trunk.
 
     Of several tensors on the trunk that a module is given, the last one is where it is entered:
-    it could not be on the trunk if the module used an earlier one.
+    it could not be on the trunk if the module used what is before it.
     """
     trunk, spans = graph.trunk, dict[str, Span]()
     for name, call in calls.items():
         entered = [node for node in call.entered if node in graph.children]
-        on_trunk = [trunk[node] for node in (*entered, call.left) if node in trunk]
-        if name in pixels and entered and len(on_trunk) == len(entered) + 1:
-            spans[name] = min(on_trunk[:-1]), on_trunk[-1]
+        last = min((n for n in entered if n in trunk), key=lambda n: trunk[n], default=None)
+        if name not in pixels or last is None or call.left not in trunk:
+            continue
+        if all(node in trunk or node in graph.before(last) for node in entered):
+            spans[name] = trunk[last], trunk[call.left]
     return spans
 
 
@@ -147,14 +154,19 @@ def _is_in(place: int, span: Span) -> bool:
     return left <= place < entered
 
 
-def _closed_merges(graph: Graph, spans: Mapping[str, Span]) -> dict[str, list[int]]:
+def _closed_merges(
+    graph: Graph, spans: Mapping[str, Span], modules: Mapping[str, nn.Module]
+) -> dict[str, list[int]]:
     """The modules that close a merge that none of their children closes, with these merges."""
     closed: dict[str, list[int]] = {}
     for merge in graph.merges():
         place = graph.trunk[merge]
         around = [name for name, span in spans.items() if _is_in(place, span)]
         for name in around:
-            if not any(other.startswith(f"{name}.") for other in around):
+            # A Sequential adds nothing: it is a module without hooks in it that does.
+            if type(modules[name]) is not nn.Sequential and not any(
+                other.startswith(f"{name}.") for other in around
+            ):
                 closed.setdefault(name, []).append(place)
     return closed
 

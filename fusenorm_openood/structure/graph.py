@@ -46,17 +46,18 @@ class Graph:
         for node, following in self.children.items():  # what follows a node comes before it
             depth[node] = _multiplies(node) + max((depth[n] for n in following), default=0)
         deepest = max(self.children[merge], key=lambda node: depth[node])
-        inside = self._from(deepest)
+        inside = self.before(deepest)
         work = [node in inside for node in self._fork(merge) if _multiplies(node)]
         if 5 * sum(work) <= 4 * len(work):
             return None
         graph = copy(self)
         graph.children = {**self.children, merge: [deepest]}
-        kept = graph._from(self.root)
+        kept = graph.before(self.root)
         graph._take({node: n for node, n in graph.children.items() if node in kept})
         return graph
 
-    def _from(self, start: Node) -> set[Node]:
+    def before(self, start: Node) -> set[Node]:
+        """A node, and the nodes on its paths to the images."""
         waiting, seen = [start], {start}
         while waiting:
             following = set(self.children[waiting.pop()]) - seen
@@ -80,8 +81,8 @@ class Graph:
 
     def share_of_largest_fork(self) -> float:
         """The largest share of all convolutions and matrix products between two trunk nodes."""
-        forks = [[node] for node in self.trunk if len(self.children[node]) > 1]
-        return max(map(self.work_beside, forks), default=0.0)
+        forks = [self._fork(node) for node in self.trunk if len(self.children[node]) > 1]
+        return max(map(self.share_of_work, forks), default=0.0)
 
     def ends_of(self, merge: Node) -> list[Node]:
         """The trunk nodes with the value of a merge, as it is or after an activation."""
@@ -93,10 +94,13 @@ class Graph:
             ends.append(node)
         return ends
 
-    def work_beside(self, merges: Iterable[Node]) -> float:
-        """The share of all convolutions and matrix products that lies in branches of merges."""
-        beside = {node for merge in merges for node in self._fork(merge) if _multiplies(node)}
-        return len(beside) / max(sum(map(_multiplies, self.children)), 1)
+    def branches(self, merges: Iterable[Node]) -> set[Node]:
+        """The nodes in the branches of merges."""
+        return {node for merge in merges for node in self._fork(merge)}
+
+    def share_of_work(self, nodes: Iterable[Node]) -> float:
+        """The share of all convolutions and matrix products that are among nodes."""
+        return sum(map(_multiplies, nodes)) / max(sum(map(_multiplies, self.children)), 1)
 
     def _fork(self, merge: Node) -> Iterable[Node]:
         """The nodes between a merge and the next trunk node."""

@@ -13,7 +13,7 @@ from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import FuseNormError, TapError
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.structure.wrappers import scoring_module, unwrapped
-from tests.nets import BLOCKS, Net, energies, some_images
+from tests.nets import BLOCKS, Net, energies, energy_detector, norms_of, some_images
 
 IMAGES = some_images(24, (16, 16))
 
@@ -224,8 +224,12 @@ def test_a_graph_module_of_fx_works():
     expected = FuseNorm(Net(), taps=taps, react_percentile=90.0).fit([IMAGES])
     detector = FuseNorm(net, taps=taps, react_percentile=90.0).fit([IMAGES])
     torch.testing.assert_close(detector.score(IMAGES), expected.score(IMAGES))
-    alone = FuseNorm(net).fit([IMAGES])  # its blocks are no modules
-    assert "last module at each resolution" in alone.known_structure.rule
+    # Its blocks are no modules, and the value of the last one is read by none.
+    alone = energy_detector(net, IMAGES)
+    norms = norms_of(Net(), BLOCKS[:3], IMAGES).double()
+    torch.testing.assert_close(torch.tensor(alone.infer([IMAGES]).experts[:3]), norms)
+    assert len(alone.taps) == 3
+    assert "b.1.conv1" in alone.known_structure.notes[0]
 
 
 def test_a_graph_module_without_merges_works():
