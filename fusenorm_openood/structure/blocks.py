@@ -64,14 +64,16 @@ def find_blocks(
         for merge in (m for m in found.open if graph.trunk[m] < last):
             other = graph.along_deepest(merge)
             longer = other and _on_trunk(modules, calls, pixels, other)
-            if other and longer and len(longer.names) > len(found.names):
+            if not other or not longer or len(longer.names) <= len(found.names):
+                continue
+            if found.names or other.share_of_work(other.branches(longer.open)) < 0.5:
                 graph, found, narrower = other, longer, True
                 break
     nodes = graph.branches(found.open)
     share = graph.share_of_work(nodes)
-    if share <= _LEFT_OUT:
-        return Found(found.names, found.rule, trunk=graph.trunk)
     inside = _outermost(n for n in pixels if n in modules and calls[n].left in nodes)
+    if share <= _LEFT_OUT or not inside:
+        return Found(found.names, found.rule, trunk=graph.trunk)
     note = (
         f"no block holds {share:.0%} of its convolutions and matrix products, in the branches of "
         f"{len(found.open)} merge(s): {', '.join(inside[:3])}{', ...' if inside[3:] else ''}"
