@@ -18,12 +18,12 @@ from fusenorm_openood.listening.batches import not_finite
 from fusenorm_openood.listening.observed import Listener, Observed
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.sample import FeatureSample
+from fusenorm_openood.listening.taps import warn_of_left_out
 from fusenorm_openood.method.experts import Output
 from fusenorm_openood.method.posthoc import Head, Posthoc, Seen
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.networks.fingerprint import Fingerprint
 from fusenorm_openood.structure.reading import Structure
-from fusenorm_openood.structure.understanding import guess_structure
 
 
 class ScoreBank(ExpertScorer):
@@ -64,7 +64,7 @@ class ScoreBank(ExpertScorer):
         self.keep_seen, self._seen = keep_seen, dict[int, Seen]()
         self._kept: dict[int, tuple[Iterable[Any], Scored]] = {}
         self.id_loader: Iterable[Any] = ()
-        self._resolve(structure or self._structure or guess_structure(net))
+        self._resolve(structure or self._structure)
 
     def _resolve(self, structure: Structure | None) -> None:
         """Name the experts of a network that is built like this."""
@@ -84,6 +84,8 @@ class ScoreBank(ExpertScorer):
     def _try(self, images: Tensor) -> None:
         structure = self.structure(images)
         self._resolve(structure)
+        for taps in {s.taps for s in self._settings}:
+            warn_of_left_out(self.net, taps, structure)
         unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
         self.panel.listen(self.net, structure, images, unclipped)
 

@@ -41,7 +41,12 @@ from fusenorm_openood.listening.batches import checked_images
 from fusenorm_openood.listening.observed import Listener, Observed
 from fusenorm_openood.listening.panel import Fitted, Panel
 from fusenorm_openood.listening.passes import tapped_maps
-from fusenorm_openood.listening.taps import check_taps, first_of_last_stage, resolve_taps
+from fusenorm_openood.listening.taps import (
+    check_taps,
+    first_of_last_stage,
+    resolve_taps,
+    warn_of_left_out,
+)
 from fusenorm_openood.method.atf import atf_map
 from fusenorm_openood.method.conformal import check_enough
 from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, OUTPUT_EXPERTS, Output
@@ -58,9 +63,11 @@ from fusenorm_openood.networks.fingerprint import Fingerprint
 from fusenorm_openood.structure.identity import fixed_images, is_network
 from fusenorm_openood.structure.modes import undisturbed
 from fusenorm_openood.structure.reading import Structure
-from fusenorm_openood.structure.understanding import guess_structure
+from fusenorm_openood.structure.understanding import understand
 from fusenorm_openood.structure.wrappers import unwrapped
 from fusenorm_openood.version import __version__
+
+_NO_TAPS = ("output", *POSTHOC)
 
 
 class FuseNorm(DecidingDetector):
@@ -80,8 +87,7 @@ class FuseNorm(DecidingDetector):
 
     Attributes:
         experts: names of the experts: the taps in order, and the strong experts that are no taps.
-            Before `fit` they are those for images of the network's usual size, and none if that
-            size cannot be guessed.
+            Before `fit` there are none, unless the structure, or taps and strong experts are given.
         strong: names of the strong experts; the other taps are weak.
         calibration_: ID statistics, after `fit`.
         preprocessing: how image files become tensors, if it is set; it is saved with the detector.
@@ -102,18 +108,24 @@ class FuseNorm(DecidingDetector):
         super().__init__(net)
         self.settings = (settings or Settings()).replace(**changes)
         self._random = self.settings.random
-        check_taps(net, self.settings.taps)
+        core = unwrapped(net) if self._structure is None else net  # a known one need not be loaded
+        named = check_taps(net, self.settings.taps)
         self.calibration_: Calibration | None = None
-        self.taps, self.strong, self.experts = (), (), ()
+        self.taps, self.strong, self.experts = named, (), ()
         self._free: list[Output] = []
         self._fitted = Fitted()
         self.preprocessing: Preprocessing | None = None
         self._class_names: tuple[str, ...] | None = None
         self.network_source: dict[str, str] = {}
         self._structure = structure or self._structure
-        structure = self._structure or guess_structure(net)
-        if structure is not None:
-            self._resolve(structure)
+        if self._structure is not None:
+            self._resolve(self._structure)
+        elif named and not isinstance(self.settings.strong, str):
+            self._name(named, self._named_strong(self.settings.strong, named))
+        elif not isinstance(self.settings.strong, str):  # any module may turn out to be a tap
+            names = [name for name in self.settings.strong if isinstance(name, str)]
+            modules = dict(core.named_modules())
+            self._named_strong([name for name in names if name not in modules], ())
 
     taps: tuple[str, ...]
     strong: tuple[str, ...]
@@ -144,12 +156,24 @@ class FuseNorm(DecidingDetector):
         self.net.to(find_device(str(device)))
         return self
 
+    def structure(self, images: Tensor) -> Structure:
+        if self._structure is None and self.calibration_ is not None:
+            structure = understand(self.net, images)
+            _check_experts(self.calibration_, FuseNorm(self.net, self.settings, structure).experts)
+            self._structure = structure
+        return super().structure(images)
+
     def _resolve(self, structure: Structure) -> None:
         """Name the experts of a network that is built like this."""
-        self.taps = resolve_taps(self.net, self.settings.taps, structure)
-        self.strong = self._resolve_strong(structure)
-        others = [name for name in ("output", *POSTHOC) if name in self.strong]
-        self.experts = (*self.taps, *others)
+        taps = resolve_taps(self.net, self.settings.taps, structure)
+        if isinstance(self.settings.strong, str):
+            self._name(taps, (first_of_last_stage(structure, taps), "output"))
+        else:
+            self._name(taps, self._named_strong(self.settings.strong, taps))
+
+    def _name(self, taps: tuple[str, ...], strong: tuple[str, ...]) -> None:
+        others = [name for name in _NO_TAPS if name in strong]
+        self.taps, self.strong, self.experts = taps, strong, (*taps, *others)
         self.panel = self._panel_with(self._free)
 
     def _try(self, images: Tensor) -> None:
@@ -157,6 +181,7 @@ class FuseNorm(DecidingDetector):
         _check_names(self._class_names, structure)
         self._resolve(structure)
         check_energy(self.net, structure, self._output)
+        warn_of_left_out(self.net, self.settings.taps, structure)
         unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
         self.panel.listen(self.net, structure, images, unclipped)
 
@@ -231,7 +256,8 @@ class FuseNorm(DecidingDetector):
 
         Raises:
             ConfigError: the fit had another network or other weights, other experts, or a setting
-                that changes their scores.
+                that changes their scores; of a network that is not understood yet, the experts are
+                compared at the first images.
         """
         if calibration.network is not None and not is_network(self.net, calibration.network):
             raise ConfigError(
@@ -248,20 +274,26 @@ class FuseNorm(DecidingDetector):
                 f"calibration must have the detector's {name} = {now[name]!r}, got "
                 f"{then[name]!r}: fit again"
             )
-        if self.settings.strong == calibration.settings.strong and not self.experts:
-            self.taps = tuple(n for n in calibration.experts if n not in ("output", *POSTHOC))
-            self.strong, self.experts = calibration.strong, calibration.experts
-            self.panel = self._panel_with(self._free)
-        if calibration.experts != self.experts:
-            raise ConfigError(
-                f"calibration must have the detector's experts {', '.join(self.experts)}, got "
-                f"{', '.join(calibration.experts)}: fit again"
-            )
+        self._name_as(calibration)
+        _check_experts(calibration, self.experts)
         self._fitted, self.reference_ = calibration.fitted, None
         if then != now:
             calibration = self.learn(calibration.id_scores, calibration.fitted, calibration.network)
         self.calibration_ = calibration
         return self
+
+    def _name_as(self, calibration: Calibration) -> None:
+        """Name the experts as those of an earlier fit, if they are not known yet."""
+        if self.experts:
+            return
+        taps = tuple(n for n in calibration.experts if n not in _NO_TAPS)
+        check_taps(self.net, taps)
+        if self.settings.strong == calibration.settings.strong:
+            self._name(taps, calibration.strong)
+        elif isinstance(self.settings.strong, str):
+            raise ConfigError("strong='auto' needs the network's stages: fit again")
+        else:
+            self._name(taps, self._named_strong(self.settings.strong, taps))
 
     def known_preprocessing(self) -> Preprocessing:
         """The preprocessing; DataError if it is not set."""
@@ -519,21 +551,24 @@ class FuseNorm(DecidingDetector):
             raise NotFittedError("this FuseNorm has no ID statistics: call fit(loader) first")
         return self.calibration_
 
-    def _resolve_strong(self, structure: Structure) -> tuple[str, ...]:
-        if isinstance(self.settings.strong, str):
-            return first_of_last_stage(structure, self.taps), "output"
+    def _named_strong(self, experts: Sequence[str | int], taps: Sequence[str]) -> tuple[str, ...]:
+        """Names of strong experts, of which some may be taps.
+
+        Raises:
+            ConfigError: an expert that is unknown, or named twice.
+        """
         strong = []
-        for expert in self.settings.strong:
+        for expert in experts:
             number = expert if isinstance(expert, int) else None
-            if number is not None and not 0 <= number < len(self.taps):
+            if number is not None and not 0 <= number < len(taps):
                 raise ConfigError(
-                    f"strong expert {number} is out of range: there are {len(self.taps)} taps, "
-                    f"numbered from 0: {', '.join(self.taps)}"
+                    f"strong expert {number} is out of range: there are {len(taps)} taps, "
+                    f"numbered from 0: {', '.join(taps)}"
                 )
-            name = expert if isinstance(expert, str) else self.taps[expert]
+            name = expert if isinstance(expert, str) else taps[expert]
             name = "output" if name == self.settings.output else name
-            if name not in (*self.taps, "output", *POSTHOC):
-                way_out = f"choose from {', '.join((*self.taps, 'output', *POSTHOC))}"
+            if name not in (*taps, *_NO_TAPS):
+                way_out = f"choose from {', '.join((*(taps or ['the taps']), *_NO_TAPS))}"
                 way_out = f"set output={name!r}" if name in OUTPUT_EXPERTS else way_out
                 raise ConfigError(
                     f"unknown strong expert {name!r} with output={self.settings.output!r}: "
@@ -543,6 +578,14 @@ class FuseNorm(DecidingDetector):
         if len(set(strong)) != len(strong):
             raise ConfigError(f"strong must name each expert once, got {', '.join(strong)}")
         return tuple(strong)
+
+
+def _check_experts(calibration: Calibration, experts: tuple[str, ...]) -> None:
+    if calibration.experts != experts:
+        raise ConfigError(
+            f"calibration must have the detector's experts {', '.join(experts)}, got "
+            f"{', '.join(calibration.experts)}: fit again"
+        )
 
 
 def _check_names(names: tuple[str, ...] | None, structure: Structure) -> None:

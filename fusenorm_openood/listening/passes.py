@@ -89,7 +89,7 @@ def forward_pass(
     clip = None if threshold is None else partial(torch.clamp, max=threshold)
     with (
         own_pass(),
-        listening(core, taps, structure.layouts, images.shape, reduce) as heard,
+        listening(core, taps, structure, images.shape, reduce) as heard,
         kept_head(layers, clip) as (inputs, outputs),
     ):
         output = scoring_run(core, structure.scoring)(images.clone())
@@ -116,7 +116,7 @@ def tapped_maps(
     """What `reduce` makes of the feature map `[B, C, H, W]` of each tap."""
     core, count = unwrapped(net), len(images)
     images = torch.cat([images, images[:1]]) if _is_short(images, structure) else images
-    with own_pass(), listening(core, taps, structure.layouts, images.shape, reduce) as heard:
+    with own_pass(), listening(core, taps, structure, images.shape, reduce) as heard:
         scoring_run(core, structure.scoring)(images.clone())
     return {name: reduced[:count] for name, reduced in heard.items()}
 

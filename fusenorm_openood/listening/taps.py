@@ -1,8 +1,10 @@
 """Choose the modules of a network to tap, and tap them during a forward pass."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from fusenorm_openood.structure.hooks import hooked
 from fusenorm_openood.structure.layouts import as_maps
 from fusenorm_openood.structure.outputs import tensors_in
 from fusenorm_openood.structure.reading import Structure, read_structure
+from fusenorm_openood.structure.recording import INPUT
 from fusenorm_openood.structure.wrappers import unwrapped
 
 
@@ -24,24 +27,30 @@ class TapCandidate(NamedTuple):
     shape: tuple[int, ...]
 
 
-def check_taps(net: nn.Module, taps: str | Sequence[str]) -> None:
-    """Raise TapError unless `taps` is `"blocks"`, `"stages"` or a list of a network's modules."""
+def check_taps(net: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
+    """The modules that `taps` names, none if it is `"blocks"` or `"stages"`.
+
+    Raises:
+        TapError: it is neither, or names a module that the network lacks, or one twice.
+    """
     if isinstance(taps, str):
         if taps not in ("blocks", "stages"):
             raise TapError(
                 f"taps must be 'blocks', 'stages' or a list of module names, got {taps!r}"
             )
-        return
+        return ()
     known = {name for name, _ in unwrapped(net).named_modules() if name}
-    for name in map(_plain, taps):
+    names = tuple(map(_plain, taps))
+    for name in (name.removesuffix(INPUT) for name in names):
         if name not in known:
             near = [n for n in sorted(known) if n.split(".")[0] == name.split(".")[0]]
             raise TapError(
                 f"{type(net).__name__} has no module {name!r}: "
                 f"choose from {', '.join(near or sorted(known))}"
             )
-    if len(set(taps)) != len(taps) or not taps:
+    if len(set(names)) != len(names) or not names:
         raise TapError(f"taps must name at least one module, each once, got {list(taps)}")
+    return names
 
 
 def resolve_taps(
@@ -52,26 +61,37 @@ def resolve_taps(
     Args:
         net: any network.
         taps: `"blocks"` (every block), `"stages"` (the last block of each stage), or the names of
-            modules that return feature maps.
+            modules that return feature maps. After the name of a module, `:input` stands for what
+            it is given.
         structure: how the network is built; see `understand`.
 
     Raises:
         TapError: no block was found, or a name that is unknown or given twice.
     """
-    check_taps(net, taps)
-    if not isinstance(taps, str):
-        names = tuple(map(_plain, taps))
+    names = check_taps(net, taps)
+    if names:
         for name in (name for name in names if name not in structure.layouts):
             raise _unusable(net, name, structure.runs.get(name, 0), structure.shapes.get(name, ()))
         return names
     if not structure.blocks:
         raise TapError(
             f"{type(net).__name__} has no blocks on one trunk: name the modules to tap, "
-            "tap_candidates(net, images) lists them"
+            f"tap_candidates(net, images) lists them (looked for in {structure.rule})"
         )
     if taps == "blocks":
         return structure.blocks
     return tuple(stage[-1] for stage in structure.stages(structure.blocks))
+
+
+def warn_of_left_out(net: nn.Module, taps: str | Sequence[str], structure: Structure) -> None:
+    """Warn of what the blocks of a network leave out, unless the taps are named."""
+    for note in structure.notes if isinstance(taps, str) else ():
+        warnings.warn(
+            f"{type(unwrapped(net)).__name__}: {note}; name others with taps=[...], "
+            "tap_candidates(net, images) lists them",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def first_of_last_stage(structure: Structure, taps: Sequence[str]) -> str:
@@ -90,11 +110,16 @@ def tap_candidates(net: nn.Module, images: Tensor) -> list[TapCandidate]:
         net: any network; it is left unchanged.
         images: a batch that the network accepts, on its device.
     """
-    modules, structure = dict(unwrapped(net).named_modules()), read_structure(net, images)
+    core, structure = unwrapped(net), read_structure(net, images)
     return [
-        TapCandidate(name, type(modules[name]).__name__, (len(images), *structure.shapes[name][1:]))
+        TapCandidate(name, kind_of(core, name), (len(images), *structure.shapes[name][1:]))
         for name in structure.layouts
     ]
+
+
+def kind_of(core: nn.Module, tap: str) -> str:
+    """Class of the module that a tap names."""
+    return type(core.get_submodule(tap.removesuffix(INPUT))).__name__
 
 
 def _plain(name: str) -> str:
@@ -106,21 +131,21 @@ def _plain(name: str) -> str:
 def listening(
     net: nn.Module,
     names: Sequence[str],
-    layouts: Mapping[str, str],
+    structure: Structure,
     image: Sequence[int],
     reduce: Callable[[Tensor], Tensor],
 ) -> Iterator[dict[str, Tensor]]:
     """Reduce the feature maps of the named modules during one forward pass.
 
     Yields a dict that the pass fills with `reduce(feature map)` by module name, where the feature
-    map is `[B, C, H, W]` whatever the module's layout. The reduction
+    map is `[B, C, H, W]` whatever the module's layout, and dequantised. The reduction
     runs inside the hook, without gradients, so no feature map outlives it. The hooks act only in
     the pass of this thread, and are removed on exit, also after an exception.
 
     Args:
         net: the network.
-        names: names of the modules.
-        layouts: their layouts; see `Structure`.
+        names: names of the modules; see `resolve_taps`.
+        structure: how the network is built.
         image: shape of the batch of images.
         reduce: what becomes of a feature map.
 
@@ -129,19 +154,29 @@ def listening(
     """
     heard = dict[str, Tensor]()
 
-    def listen(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            _, found = next(tensors_in(output), ((), None))
-            layout = layouts.get(name)
-            if name in heard or found is None or layout is None or found.ndim != len(layout):
-                shape = () if found is None else tuple(found.shape)
-                raise _unusable(net, name, 1 + (name in heard), shape)
-            with torch.no_grad():
-                heard[name] = reduce(as_maps(found.detach(), layout, image))
+    def listen(name: str, value: Any) -> None:
+        layout, number = structure.layouts.get(name), structure.outputs.get(name, 0)
+        found = next((x for _, x in islice(tensors_in(value), number, None)), None)
+        if name in heard or found is None or layout is None or found.ndim != len(layout):
+            shape = () if found is None else tuple(found.shape)
+            runs = max(structure.runs.get(name, 1), 1 + (name in heard))
+            raise _unusable(net, name, runs, shape)
+        with torch.no_grad():
+            maps = as_maps(found.detach(), layout, image, structure.prefixes.get(name))
+            heard[name] = reduce(maps)
 
-        return hook
+    def before(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, kwargs: listen(name, (args, kwargs))
 
-    with hooked(after=[(net.get_submodule(name), listen(name)) for name in names]):
+    def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: listen(name, output)
+
+    taken = [name for name in names if name.endswith(INPUT)]
+    returned = [name for name in names if not name.endswith(INPUT)]
+    with hooked(
+        before=[(net.get_submodule(n.removesuffix(INPUT)), before(n)) for n in taken],
+        after=[(net.get_submodule(n), after(n)) for n in returned],
+    ):
         yield heard
     for name in (name for name in names if name not in heard):
         raise _unusable(net, name, 0, ())

@@ -18,7 +18,7 @@ from fusenorm_openood.openood.bridge import base_postprocessor, openood_module
 from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
 from fusenorm_openood.structure.modes import undisturbed, without_weight_gradients
 from fusenorm_openood.structure.reading import Structure
-from fusenorm_openood.structure.understanding import guess_structure, understand
+from fusenorm_openood.structure.understanding import understand
 
 # The class in which OpenOOD wraps the network, by postprocessor.
 WRAPPERS = {
@@ -59,7 +59,7 @@ class ScoringView(nn.Module):
 
     @property
     def fc(self) -> nn.Linear:
-        structure = self._structure or guess_structure(self.net)
+        structure = self._structure
         if structure is not None and structure.affine is not None:
             fc, (weight, bias) = nn.Linear(0, 0), structure.affine
             fc.weight, fc.bias = nn.Parameter(weight), nn.Parameter(bias)

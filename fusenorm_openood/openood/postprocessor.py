@@ -198,6 +198,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         if self._recalibrate and self.calibration is not None:
             self._recalibrate = False
             c = self.calibration
+            detector._name_as(c)
             if c.experts == detector.experts:
                 self.calibration = detector.learn(c.id_scores, c.fitted, c.network)
             else:  # other strong experts

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from copy import copy
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,8 @@ Node = Any  # torch.autograd.graph.Node; hashable by identity
 # CopySlices is an addition in place to a part of a tensor.
 _MERGES = re.compile(r"^(Add|Addcmul|Cat|Lerp|Stack|Sub)Backward|::CopySlices$")
 _MULTIPLIES = re.compile(r"Convolution|Mm|mm|Linear|Attention|Bilinear|Mv|mv|Checkpoint|Einsum")
+
+_CHANGES = re.compile(_MULTIPLIES.pattern + r"|Norm|Pool|Mean|Sum|Max|Upsample")  # a value's pixels
 
 
 class Graph:
@@ -28,8 +31,39 @@ class Graph:
 
     def __init__(self, logits: Tensor, images: Tensor) -> None:
         self.root = logits.grad_fn
-        self.children = _paths(self.root, images)
-        self.trunk = {node: place for place, node in enumerate(_trunk(self.root, self.children))}
+        self._take(_paths(self.root, images))
+
+    def _take(self, children: dict[Node, list[Node]]) -> None:
+        self.children = children
+        self.trunk = {node: place for place, node in enumerate(_trunk(self.root, children))}
+
+    def along_deepest(self, merge: Node) -> "Graph | None":
+        """The graph without the branches that leave the deepest branch of a merge on the way.
+
+        None if these do a fifth of the work or more: they are trunks of their own.
+        """
+        depth = dict[Node, int]()
+        for node, following in self.children.items():  # what follows a node comes before it
+            depth[node] = _multiplies(node) + max((depth[n] for n in following), default=0)
+        deepest = max(self.children[merge], key=lambda node: depth[node])
+        inside = self.before(deepest)
+        work = [node in inside for node in self._fork(merge) if _multiplies(node)]
+        if 5 * sum(work) <= 4 * len(work):
+            return None
+        graph = copy(self)
+        graph.children = {**self.children, merge: [deepest]}
+        kept = graph.before(self.root)
+        graph._take({node: n for node, n in graph.children.items() if node in kept})
+        return graph
+
+    def before(self, start: Node) -> set[Node]:
+        """A node, and the nodes on its paths to the images."""
+        waiting, seen = [start], {start}
+        while waiting:
+            following = set(self.children[waiting.pop()]) - seen
+            waiting += following
+            seen |= following
+        return seen
 
     def merges(self) -> list[Node]:
         """Trunk nodes that add or concatenate branches with a convolution or a matrix product.
@@ -48,8 +82,25 @@ class Graph:
     def share_of_largest_fork(self) -> float:
         """The largest share of all convolutions and matrix products between two trunk nodes."""
         forks = [self._fork(node) for node in self.trunk if len(self.children[node]) > 1]
-        counts = [sum(_multiplies(node) for node in fork) for fork in forks]
-        return max(counts, default=0) / max(sum(map(_multiplies, self.children)), 1)
+        return max(map(self.share_of_work, forks), default=0.0)
+
+    def ends_of(self, merge: Node) -> list[Node]:
+        """The trunk nodes with the value of a merge, as it is or after an activation."""
+        order, place = list(self.trunk), self.trunk[merge]
+        ends = [merge]
+        for node in reversed(order[:place]):
+            if _CHANGES.search(node.name()) or len(self.children[node]) > 1:
+                break
+            ends.append(node)
+        return ends
+
+    def branches(self, merges: Iterable[Node]) -> set[Node]:
+        """The nodes in the branches of merges."""
+        return {node for merge in merges for node in self._fork(merge)}
+
+    def share_of_work(self, nodes: Iterable[Node]) -> float:
+        """The share of all convolutions and matrix products that are among nodes."""
+        return sum(map(_multiplies, nodes)) / max(sum(map(_multiplies, self.children)), 1)
 
     def _fork(self, merge: Node) -> Iterable[Node]:
         """The nodes between a merge and the next trunk node."""

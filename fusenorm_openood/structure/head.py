@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.structure.hooks import hooked
+from fusenorm_openood.structure.outputs import dequantised
 
 Convolution = nn.modules.conv._ConvNd
 HALF = (torch.float16, torch.bfloat16)
@@ -126,18 +127,19 @@ def kept_head(
     def before(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given: Any = args[0] if args else next(iter(kwargs.values()), None)
-            inputs[name] = given if change is None else change(given)
+            changed = given if change is None else change(given)
+            inputs[name] = dequantised(changed) if isinstance(changed, Tensor) else changed
             if change is None:
                 return None
             if args:
-                return (inputs[name], *args[1:]), kwargs
-            return args, {**kwargs, next(iter(kwargs)): inputs[name]}
+                return (changed, *args[1:]), kwargs
+            return args, {**kwargs, next(iter(kwargs)): changed}
 
         return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            outputs[name] = output
+            outputs[name] = dequantised(output)
 
         return hook
 

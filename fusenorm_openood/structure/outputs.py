@@ -14,11 +14,19 @@ from fusenorm_openood.structure.graph import nodes_before
 Path = tuple[Any, ...]  # the keys, indices and attributes that lead to a tensor
 
 
+def dequantised(x: Tensor) -> Tensor:
+    """A tensor, in floating point if it is quantised."""
+    return x.dequantize() if x.is_quantized else x
+
+
 def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """The floating-point tensors in nested tuples, lists, mappings and dataclasses, in order."""
+    """The floating-point tensors in nested tuples, lists, mappings and dataclasses, in order.
+
+    Quantised tensors are dequantised.
+    """
     if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield path, value
+        if value.is_floating_point() or value.is_quantized:
+            yield path, dequantised(value)
         return
     inner: Any = ()
     if isinstance(value, Mapping):
@@ -73,9 +81,9 @@ def logits_at(net: nn.Module, output: Any, path: Path, batch: int) -> Tensor:
     except (AttributeError, IndexError, KeyError, TypeError):
         raise no_logits(net, output, batch) from None
     if isinstance(output, Tensor) and _may_be_logits(output, batch):
-        return output
+        return dequantised(output)
     if isinstance(output, Tensor) and _is_one_logit(output, batch):
-        return of_two_classes(output.reshape(batch, 1))
+        return of_two_classes(dequantised(output).reshape(batch, 1))
     raise no_logits(net, output, batch)
 
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from math import prod
@@ -19,10 +20,10 @@ from fusenorm_openood.structure.blocks import find_blocks
 from fusenorm_openood.structure.graph import Graph, Node
 from fusenorm_openood.structure.head import HeadLayers, weight_of
 from fusenorm_openood.structure.hooks import own_pass
-from fusenorm_openood.structure.layouts import find_layout, pixels
+from fusenorm_openood.structure.layouts import Prefix, find_layout, find_prefixes, pixels
 from fusenorm_openood.structure.modes import preserved_randomness, undisturbed
 from fusenorm_openood.structure.outputs import Path, find_logits, logits_at, value_at
-from fusenorm_openood.structure.recording import Call, recorded
+from fusenorm_openood.structure.recording import INPUT, Call, WithGraph, recorded
 from fusenorm_openood.structure.wrappers import (
     network_errors,
     scoring_module,
@@ -46,6 +47,10 @@ class Structure:
         classes: number of its logits, two for a single one.
         logits: where they are in its output.
         scoring: name of the module with separate scoring logits, if there is one.
+        prefixes: tokens that are no pixels, of each module that returns tokens, where known.
+        outputs: number of the tensor that is the feature map, where a module returns it after
+            others.
+        notes: what the blocks leave out, in sentences.
         mixes: whether the images of a batch influence each other's logits, so that a batch must
             not be split.
         random: whether two passes over the same images give other logits.
@@ -72,10 +77,14 @@ class Structure:
     activation: str = ""
     largest_logit: float = field(default=0.0, compare=False)  # it varies with the images
     affine: Head | None = field(default=None, compare=False)
+    prefixes: Mapping[str, Prefix] = field(default_factory=dict)
+    outputs: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The structure in terms of JSON, without `affine`; see `from_json`."""
-        record = {**vars(self), "head": self.head._asdict()}
+        prefixes = {name: prefix._asdict() for name, prefix in self.prefixes.items()}
+        record = {**vars(self), "head": self.head._asdict(), "prefixes": prefixes}
         del record["affine"]
         return record
 
@@ -119,25 +128,42 @@ def read_structure(net: nn.Module, images: Tensor) -> Structure:
             logits_at(core, output, path, len(three))
         graph = Graph(logits, leaf) if logits.requires_grad else None
     modules = dict(core.named_modules())
+    for call in calls.values():
+        call.choose(() if graph is None else graph.trunk)
+    head = _head(modules, calls, graph, logits.shape[1])
+    once = {name: call for name, call in calls.items() if name and call.runs == 1}
+    given = {name + INPUT: Call(1, gave=(call.took,)) for name, call in once.items() if call.took}
     layouts = {
         name: layout
-        for name, call in calls.items()
-        if name and call.runs == 1 and (layout := find_layout(name, calls, modules, two.shape))
+        for name in (*once, *given)
+        if (layout := find_layout(name, {**calls, **given}, modules, two.shape))
     }
+    calls |= given
     sizes = {name: pixels(calls[name].shape, layouts[name], two.shape) for name in layouts}
-    blocks, rule = find_blocks(modules, calls, sizes, graph)
+    found = find_blocks(modules, calls, sizes, graph)
+    for name in given.keys() - set(found.names):
+        calls.pop(name)
+        layouts.pop(name, None)
+    prefixes = find_prefixes(calls, layouts, found.trunk, two.shape)
+    shapes = {name: call.shape for name, call in calls.items()}
     return Structure(
-        blocks=blocks,
-        rule=rule,
+        blocks=found.names,
+        rule=found.rule,
         runs={name: call.runs for name, call in calls.items()},
-        shapes={name: call.shape for name, call in calls.items()},
+        shapes=shapes,
         layouts=layouts,
-        pixels=sizes,
-        head=_head(modules, calls, graph, logits.shape[1]),
+        pixels={
+            name: pixels(shapes[name], layout, two.shape, prefixes.get(name))
+            for name, layout in layouts.items()
+        },
+        head=head,
         classes=logits.shape[1],
         logits=path,
         scoring=scoring_module(core),
         activation=last_activation(logits.grad_fn),
+        prefixes=prefixes,
+        outputs={name: calls[name].index for name in layouts if calls[name].index},
+        notes=found.notes,
     )
 
 
@@ -149,18 +175,17 @@ def two_images(images: Tensor) -> Tensor:
 
 def _recorded(core: nn.Module, images: Tensor) -> tuple[Any, dict[str, Call], Tensor]:
     """Output and calls of a pass with a graph, or without one where that is impossible."""
-    with own_pass(), torch.inference_mode(False), torch.enable_grad():
-        run = scoring_run(core, scoring_module(core))
-        leaf = images.clone().requires_grad_()
+    run, leaf = scoring_run(core, scoring_module(core)), images.clone().requires_grad_()
+    for mode in (WithGraph(), nullcontext()):
         try:
-            return *recorded(core, lambda: run(leaf.clone())), leaf
+            with own_pass(), torch.inference_mode(False), torch.enable_grad(), mode:
+                return *recorded(core, lambda: run(leaf.clone())), leaf
         except FuseNormError:
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
     with network_errors(core, images), own_pass(), torch.no_grad():
-        run = scoring_run(core, scoring_module(core))
         return *recorded(core, lambda: run(images.clone())), leaf
 
 

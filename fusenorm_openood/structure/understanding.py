@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusenorm_openood.devices import moved
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.structure.activations import checked_activation, is_activation
 from fusenorm_openood.structure.affine import probe
 from fusenorm_openood.structure.head import (
@@ -59,42 +56,6 @@ def understand(net: nn.Module, images: Tensor) -> Structure:
     largest = float(logits.float().nan_to_num(0, 0, 0).abs().max())
     known = {"activation": activation, "largest_logit": largest, **repetition._asdict()}
     return replace(structure, head=head, affine=affine, **known)
-
-
-def guess_structure(net: nn.Module) -> Structure | None:
-    """The structure of a network at images of a size that it is likely to take, if one works.
-
-    What it says of names holds for images of other sizes as well, but for stages, if the network
-    leaves too few pixels of smaller images.
-
-    Raises:
-        TapError: it is no module, or runs without hooks.
-    """
-    core = unwrapped(net)
-    for shape in likely_shapes(core):
-        images = torch.zeros(2, *shape, dtype=torch.float32, device="cpu")
-        images[:, :, ::3, ::2], images[1] = 1.0, 0.5
-        try:
-            return understand(net, moved(net, images))
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-    return None
-
-
-def likely_shapes(core: nn.Module) -> list[tuple[int, int, int]]:
-    """Channels, height and width: what timm's and Hugging Face's networks say, then the usual."""
-    declared: Any = (getattr(core, "default_cfg", None) or {}).get("input_size")
-    config: Any = getattr(core, "config", None)
-    size = getattr(config, "image_size", None)
-    conv = next((m for m in core.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = getattr(config, "num_channels", None) or (conv.in_channels if conv else 3)
-    patches: Any = getattr(getattr(core, "patch_embed", None), "img_size", None)
-    likely = [(channels, *patches)] if isinstance(patches, tuple) and len(patches) == 2 else []
-    likely += [tuple(declared)] if declared else []
-    if isinstance(size, int):
-        likely.append((channels, size, size))
-    return [*likely, *((channels, s, s) for s in (64, 32, 224, 28))]
 
 
 Tensors = Mapping[str, Tensor]

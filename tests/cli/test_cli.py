@@ -333,6 +333,37 @@ def test_digits_and_taps(digits, capsys):
     assert "* layer4.0, BasicBlock, BCHW, [128, 3, 3]" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("network", ["torchvision:resnet152", "torchvision:densenet121"])
+def test_taps_prints_a_summary_and_all_with_all(network, capsys):
+    assert main(["taps", "--network", network, "--image-size", "32"]) == 0
+    summary = capsys.readouterr().out.splitlines()
+    assert len(summary) <= 40
+    assert main(["taps", "--network", network, "--image-size", "32", "--all"]) == 0
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.count(", ") > 3]
+    shown = [line for line in summary if line.startswith("  * ")]
+    left = int(summary[-1].split()[1])
+    assert set(shown) <= set(listed)
+    assert len(shown) + left == len(listed)
+
+
+def test_taps_at_the_size_that_a_network_takes(monkeypatch, capsys):
+    class OfSize(torch.nn.Sequential):
+        def forward(self, x):
+            assert x.shape[-1] == size, f"takes {size} pixels"
+            return super().forward(x)
+
+    layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+    net = OfSize(*layers, torch.nn.Linear(4, 3))
+    monkeypatch.setattr("fusenorm_openood.cli.taps.build_network", lambda *args, **kwargs: net)
+    for size in (28, 224, 50):
+        net.default_cfg = {"input_size": (3, 50, 50)} if size == 50 else {}
+        assert main(["taps", "--network", "any"]) == 0
+        assert f"images [3, {size}, {size}]" in capsys.readouterr().out
+    size, net.default_cfg = 77, {}
+    assert main(["taps", "--network", "any"]) == 1
+    assert "takes 77 pixels" in capsys.readouterr().err
+
+
 def test_a_script_reports_missing_files(tmp_path):
     """The script itself, in an environment that already exists."""
     project = tmp_path / "project"

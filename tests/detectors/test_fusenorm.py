@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fusenorm_openood import FuseNorm, Settings, atf, compute_id_statistics, fuse, normalise
+from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.errors import (
     ConfigError,
     DataError,
@@ -20,6 +21,7 @@ from fusenorm_openood.listening.batches import batches
 from fusenorm_openood.listening.observed import Observed
 from fusenorm_openood.listening.passes import PIXELS, parts
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
+from fusenorm_openood.structure.reading import read_structure
 from tests.conftest import CLASSES, assert_undisturbed, make_loader, make_net, state_of
 
 OUTPUTS = ["msp", "mls", "energy", "odin"]
@@ -183,22 +185,57 @@ def test_far_images_score_lower(net):
 
 
 def test_strong_experts_by_number_name_and_default(net):
-    assert FuseNorm(net).strong == ("output", "fdbd", "mds")
-    assert published(net).strong == ("layer4.0", "output")
-    assert published(net, taps="stages").strong == ("layer4.1", "output")
-    assert FuseNorm(net, strong=["knn", "energy"]).strong == ("knn", "output")
-    assert FuseNorm(net, strong=["knn", "energy"]).experts[-2:] == ("output", "knn")
-    assert FuseNorm(net, strong=[2, "layer1.0"]).strong == ("layer2.0", "layer1.0")
+    known = read_structure(net, torch.randn(2, 3, 32, 32))
+
+    def strong(strong, **settings):
+        return FuseNorm(net, structure=known, strong=strong, **settings).strong
+
+    assert FuseNorm(net, structure=known).strong == ("output", "fdbd", "mds")
+    assert strong("auto") == ("layer4.0", "output")
+    assert strong("auto", taps="stages") == ("layer4.1", "output")
+    assert strong(["knn", "energy"]) == ("knn", "output")
+    detector = FuseNorm(net, structure=known, strong=["knn", "energy"])
+    assert detector.experts[-2:] == ("output", "knn")
+    assert strong([2, "layer1.0"]) == ("layer2.0", "layer1.0")
     with pytest.raises(ConfigError, match="must name each expert once"):
-        FuseNorm(net, strong=[2, "layer2.0"])
+        strong([2, "layer2.0"])
     with pytest.raises(ConfigError, match="strong expert 8 is out of range: there are 8 taps"):
-        FuseNorm(net, strong=[8])
+        strong([8])
     with pytest.raises(
         ConfigError, match=r"expert 'layer5\.0' with output='energy': choose from layer1\.0, .*knn"
     ):
-        FuseNorm(net, strong=["layer5.0"])
+        strong(["layer5.0"])
     with pytest.raises(ConfigError, match=r"expert 'msp' with .*: set output='msp'"):
-        FuseNorm(net, strong=["msp"])
+        strong(["msp"])
+
+
+def test_nothing_runs_before_the_first_images():
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            raise AssertionError("the network ran")
+
+    net = Fails()
+    detector = FuseNorm(net)
+    assert detector.taps == detector.strong == detector.experts == ()
+    assert FuseNorm(net, taps=["conv"], strong="auto").taps == ("conv",)
+    detector = FuseNorm(net, taps=["conv"], strong=["output", 0, "knn"])
+    assert detector.strong == ("output", "conv", "knn")
+    assert detector.experts == ("conv", "output", "knn")
+    ScoreBank(net, [Settings(), Settings(taps="stages")])
+    for wrong in (
+        {"taps": ["stem"]},
+        {"strong": ["stem"]},
+        {"strong": ["msp"]},
+        {"taps": ["conv"], "strong": [1]},
+        {"taps": ["conv"], "strong": ["fc"]},
+        {"taps": ["conv", "module.conv"]},
+    ):
+        with pytest.raises((ConfigError, TapError)):
+            FuseNorm(net, **wrong)
 
 
 def test_settings_can_be_given_as_an_object_or_by_name(net):

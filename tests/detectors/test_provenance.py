@@ -9,6 +9,7 @@ from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.settings import FUSION_SETTINGS, SETTINGS
+from fusenorm_openood.structure.reading import read_structure
 from tests.nets import BLOCKS, Net, some_images
 
 IMAGES = some_images(40)
@@ -116,22 +117,20 @@ class Deeper(Net):
 
 
 def test_the_calibration_of_a_network_with_other_blocks_is_an_error(kept):
-    detector = FuseNorm(Deeper(), BASE)
+    detector = FuseNorm(Deeper(), BASE, read_structure(Deeper(), IMAGES))
     assert detector.taps == (*BLOCKS, "b.2")
     with pytest.raises(ConfigError, match=r"experts .*b\.2.* fit again"):
         detector.with_calibration(kept)
     assert not detector.is_fitted
+    detector = FuseNorm(Deeper(), BASE).with_calibration(kept)  # its blocks are not known yet
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"experts .*b\.2.* fit again"):
+            detector.score(NEW)
 
 
-def test_a_calibration_of_a_network_whose_usual_size_is_unknown(kept):
-    class OfTwelve(Net):
-        def forward(self, x):
-            if x.shape[-1] != 12:
-                raise ValueError("takes images of 12 pixels")
-            return super().forward(x)
-
+def test_a_calibration_before_the_first_images(kept):
     for settings in (BASE, BASE.replace(base=3.0)):
-        detector = FuseNorm(OfTwelve(), settings)
+        detector = FuseNorm(Net(), settings)
         assert detector.experts == ()
         detector.with_calibration(kept)
         assert detector.experts == kept.experts

@@ -169,7 +169,7 @@ def test_reentrant_recomputation_is_one_error():
     plain = FuseNorm(Recomputing(None), strong=["output"]).fit([images])
     torch.testing.assert_close(detector.score(images), plain.score(images))
     with pytest.raises(TapError, match="name the modules to tap"):  # Foo is no name of a block
-        FuseNorm(net)
+        FuseNorm(net).fit([images])
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

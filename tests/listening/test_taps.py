@@ -21,7 +21,6 @@ from fusenorm_openood.structure.reading import read_structure
 from tests.conftest import assert_undisturbed, make_net, state_of
 
 IMAGES = torch.randn(2, 3, 16, 16)
-MAPS = dict.fromkeys(["layer1", "layer2", "conv", "layer3.0"], "BCHW")
 BLOCKS_OF_RESNET18 = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
 
 
@@ -118,7 +117,9 @@ def test_listening_yields_the_modules_outputs(net):
     images = torch.randn(2, 3, 16, 16)
     with (
         torch.no_grad(),
-        listening(net, ["layer1", "layer2"], MAPS, IMAGES.shape, torch.clone) as heard,
+        listening(
+            net, ["layer1", "layer2"], read_structure(net, IMAGES), IMAGES.shape, torch.clone
+        ) as heard,
     ):
         net(images)
     with torch.no_grad():
@@ -129,7 +130,10 @@ def test_listening_yields_the_modules_outputs(net):
 
 def test_hooks_are_removed_after_an_exception_in_the_pass(net):
     before = state_of(net)
-    with pytest.raises(RuntimeError), listening(net, ["layer1"], MAPS, IMAGES.shape, torch.clone):
+    with (
+        pytest.raises(RuntimeError),
+        listening(net, ["layer1"], read_structure(net, IMAGES), IMAGES.shape, torch.clone),
+    ):
         net(torch.randn(2, 4, 16, 16))
     assert_undisturbed(net, before)
 
@@ -139,7 +143,10 @@ def test_hooks_are_removed_after_an_exception_in_the_reduction(net):
         raise KeyError("reduction")
 
     before = state_of(net)
-    with pytest.raises(KeyError), listening(net, ["layer1"], MAPS, IMAGES.shape, fail):
+    with (
+        pytest.raises(KeyError),
+        listening(net, ["layer1"], read_structure(net, IMAGES), IMAGES.shape, fail),
+    ):
         net(torch.randn(2, 3, 16, 16))
     assert_undisturbed(net, before)
 
@@ -170,7 +177,7 @@ def test_taps_that_return_no_single_feature_map_are_rejected(tap, message):
     before = state_of(net)
     with (
         pytest.raises(TapError, match=message),
-        listening(net, [tap], MAPS, IMAGES.shape, torch.clone),
+        listening(net, [tap], read_structure(net, IMAGES), IMAGES.shape, torch.clone),
     ):
         net(torch.randn(2, 3, 8, 8))
     assert_undisturbed(net, before)
@@ -181,8 +188,8 @@ def test_two_listeners_share_a_network():
     net = make_net()
     images = torch.randn(2, 3, 16, 16)
     with (
-        listening(net, ["layer1"], MAPS, IMAGES.shape, torch.clone) as one,
-        listening(net, ["layer1"], MAPS, IMAGES.shape, torch.clone) as two,
+        listening(net, ["layer1"], read_structure(net, IMAGES), IMAGES.shape, torch.clone) as one,
+        listening(net, ["layer1"], read_structure(net, IMAGES), IMAGES.shape, torch.clone) as two,
     ):
         net(images)
     assert torch.equal(one["layer1"], two["layer1"])

@@ -2,11 +2,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fusenorm_openood import FuseNorm, load_network
+from fusenorm_openood import load_network
 from fusenorm_openood.errors import CheckpointError, ConfigError
+from fusenorm_openood.listening.taps import first_of_last_stage
 from fusenorm_openood.networks import CifarResNet
 from fusenorm_openood.networks.cifar_resnet import PaddingBlock
 from fusenorm_openood.networks.kind import network_kind
+from fusenorm_openood.structure.reading import read_structure
 
 
 def saved(tmp_path, depth=20, classes=10, prefix="module.", change=lambda state: state, width=16):
@@ -31,8 +33,9 @@ def test_public_checkpoints_are_recognised(tmp_path, depth, classes, width, pref
     assert str(network_kind(loaded)) == f"ResNet-{depth} (CrossEntropy, {classes} classes)"
     images = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(loaded(images), net(images))
-    assert len(FuseNorm(loaded).taps) == (depth - 2) // 2
-    assert FuseNorm(loaded, strong="auto").strong[0] == "layer3.0"
+    structure = read_structure(loaded, images)
+    assert len(structure.blocks) == (depth - 2) // 2
+    assert first_of_last_stage(structure, structure.blocks) == "layer3.0"
 
 
 def test_an_incomplete_checkpoint_is_an_error(tmp_path):

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm, Settings
+from fusenorm_openood.errors import TapError
 from fusenorm_openood.structure.reading import read_structure
 from tests.nets import BLOCKS, Foo, Net, energy_detector, norms_of, some_images
 
@@ -167,18 +168,53 @@ def test_without_merges_the_last_module_of_each_resolution_is_tapped():
     assert energy_detector(net, IMAGES).taps == ("2", "7")
 
 
-def test_names_of_classes_decide_only_where_no_gradient_reaches_the_images():
-    class Probe(Net):  # a linear probe on a frozen backbone
-        def forward(self, x):
-            with torch.no_grad():
-                feature = self.feature(x)
-            return self.fc(feature)
+def without_gradient(mode):
+    """A linear probe on a frozen backbone."""
 
+    class Probe(Net):
+        def forward(self, x):
+            if mode == "inference_mode":
+                with torch.inference_mode():
+                    x = self.feature(x)
+                x = x.clone()
+            elif mode == "no_grad":
+                with torch.no_grad():
+                    x = self.feature(x)
+            elif mode == "set_grad_enabled":
+                with torch.set_grad_enabled(False):
+                    x = self.feature(x)
+            elif mode == "in the middle":
+                x = self.b(self.a(self.stem(x)).detach()).mean((2, 3))
+            elif mode == "numpy":
+                x = torch.from_numpy(self.feature(x).detach().numpy())
+            else:
+                x = {"detach": Tensor.detach, "data": lambda x: x.data}[mode](self.feature(x))
+            return self.fc(x)
+
+    return Probe().eval()
+
+
+@pytest.mark.parametrize(
+    "mode", ["no_grad", "inference_mode", "set_grad_enabled", "detach", "data", "in the middle"]
+)
+def test_a_backbone_that_runs_without_gradients_is_read_as_any_other(mode):
+    net = without_gradient(mode)
+    assert energy_detector(net, IMAGES).taps == BLOCKS
+    assert torch.is_grad_enabled()
+    with pytest.raises(TapError, match=r"gradient of the logits .* none reaches"):
+        FuseNorm(net, strong=["output"], output="odin").fit([IMAGES])
+
+
+def test_names_of_classes_decide_only_where_no_gradient_can_reach_the_images():
     class BasicBlock(Foo):
         pass
 
-    net = Probe()
+    net = without_gradient("numpy")
+    with pytest.raises(TapError, match=r"name the modules to tap.*no gradient reaches"):
+        FuseNorm(net).fit([IMAGES])
     net.a, net.b = nn.Sequential(BasicBlock(8), BasicBlock(8)), nn.Sequential(BasicBlock(8))
     structure = read_structure(net.eval(), IMAGES)
     assert structure.blocks == ("a.0", "a.1", "b.0")
     assert "no gradient" in structure.rule
+    with pytest.warns(UserWarning, match=r"no gradient reaches .* taps="):
+        FuseNorm(net).fit([IMAGES])

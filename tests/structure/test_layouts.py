@@ -164,6 +164,98 @@ def test_tokens_without_their_prefix(prefix, batch_first, size):
     torch.testing.assert_close(got, torch.stack([atf(x) for x in maps]).double())
 
 
+class Odd(Tokens):
+    """Class tokens anywhere, images that are resized, tokens that are dropped or merged."""
+
+    def __init__(self, prefix=1, start=0.0, size=None, drop=0, merge=0, patch=(4, 4)):
+        super().__init__(prefix)
+        self.start, self.size, self.drop, self.merge, self.count = start, size, drop, merge, prefix
+        self.patch = nn.Conv2d(3, 8, *patch)
+
+    def forward(self, x):
+        x = x if self.size is None else F.interpolate(x, size=self.size)
+        patches, token = self.patch(x).flatten(2).mT, self.prefix.expand(len(x), -1, -1)
+        at = int(self.start * patches.shape[1])
+        x, self.seen = torch.cat([patches[:, :at], token, patches[:, at:]], 1), []
+        for block in self.blocks:
+            x = block(x)
+            self.seen.append(torch.cat([x[:, :at], x[:, at + self.count :]], 1))
+            if self.merge:  # the first patches, in pairs
+                one, left = self.count + self.merge, self.count + 2 * self.merge
+                pairs = (x[:, self.count : one] + x[:, one:left]) / 2
+                x = torch.cat([x[:, : self.count], pairs, x[:, left:]], 1)
+            x = x[:, : x.shape[1] - self.drop]
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"start": 1.0}, (24, 24)),
+        ({"start": 0.5}, (24, 24)),
+        ({"start": 0.5, "prefix": 2}, (20, 20)),
+        ({"start": 0.25, "prefix": 3}, (16, 40)),
+        ({"size": (24, 24)}, (16, 40)),
+        ({"size": (20, 12), "start": 1.0}, (32, 32)),
+        ({"drop": 5}, (56, 56)),
+        ({"drop": 5, "prefix": 0}, (56, 56)),
+        ({"merge": 4}, (40, 40)),
+        ({"merge": 7, "prefix": 2}, (24, 40)),
+        ({"patch": (16, 10), "prefix": 2}, (128, 98)),  # overlapping, as in AST
+        ({"patch": (16, 10), "prefix": 1}, (64, 128)),
+    ],
+)
+def test_prefix_tokens_are_those_that_are_no_patches(options, size):
+    net, images = Odd(**options), some_images(16, size)
+    detector = energy_detector(net, images)
+    with torch.no_grad():
+        net(images)
+    right = torch.stack([atf(x.mT.unsqueeze(-1)) for x in net.seen]).double()
+    torch.testing.assert_close(torch.tensor(detector.infer([images]).experts[:3]), right)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5, 1.0])
+def test_a_class_token_anywhere_in_images_of_another_size(start):
+    net, images = Odd(start=start), some_images(16, (20, 20))
+    detector = energy_detector(net, images)
+    for size in ((24, 24), (12, 28)):
+        others = some_images(8, size, seed=3)
+        with torch.no_grad():
+            net(others)
+        right = torch.stack([atf(x.mT.unsqueeze(-1)) for x in net.seen]).double()
+        torch.testing.assert_close(torch.tensor(detector.infer([others]).experts[:3]), right)
+
+
+class Rows(nn.Module):
+    """A recurrent network over the rows of an image."""
+
+    def __init__(self, kind, batch_first, size):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.batch_first = kind(size, 32, 2, batch_first=batch_first), batch_first
+        self.fc = nn.Linear(32, CLASSES)
+
+    def forward(self, x):
+        x = x[:, 0] if self.batch_first else x[:, 0].transpose(0, 1)
+        x = self.rnn(x)[0]
+        return self.fc(x[:, -1] if self.batch_first else x[-1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("size", [28, 32])
+def test_every_row_of_a_recurrent_network_is_a_pixel(kind, batch_first, size):
+    net, images = Rows(kind, batch_first, size).eval(), torch.randn(16, 1, size, size)
+    detector = energy_detector(net, images)
+    assert detector.taps == ("rnn",)
+    with torch.no_grad():
+        rows = net.rnn(images[:, 0] if batch_first else images[:, 0].transpose(0, 1))[0]
+        rows = rows if batch_first else rows.transpose(0, 1)
+    right = atf(rows.mT.unsqueeze(-1)).double()
+    torch.testing.assert_close(torch.tensor(detector.infer([images]).experts[0]), right)
+    assert detector.known_structure.pixels["rnn"] == size
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 9, 16])
 def test_the_batch_size_does_not_decide_the_layout_of_tokens(batch):
     net, images = Tokens(0), some_images(20, (12, 12))  # 9 tokens

@@ -1,16 +1,14 @@
-"""Networks that mix the images of a batch, and what is guessed before any image is seen."""
-
-from types import SimpleNamespace
+"""Networks that mix the images of a batch, and those that fail on them."""
 
 import pytest
 import torch
 from torch import nn
 
-from fusenorm_openood import FuseNorm, Settings
+from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.passes import PIXELS
-from fusenorm_openood.structure.understanding import guess_structure, understand
+from fusenorm_openood.structure.understanding import understand
 from tests.nets import BLOCKS, Net, energies, some_images
 
 COUNT = 3 * PIXELS // 144  # images of 12 x 12 pixels, in three parts for one thread
@@ -133,32 +131,6 @@ class Patches(Net):
         if x.shape[1:] != (self.channels, self.size, self.size):
             raise ValueError(f"takes images of {self.size} pixels")
         return super().forward(x)
-
-
-@pytest.mark.parametrize("size", [28, 32, 64])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_experts_are_known_before_fit_at_the_usual_sizes(size, channels):
-    assert FuseNorm(Patches(size, channels)).taps == BLOCKS
-
-
-def test_sizes_that_the_network_itself_declares():
-    timm, transformers = Patches(50), Patches(40, 2)
-    timm.default_cfg = {"input_size": (3, 50, 50)}
-    transformers.config = SimpleNamespace(image_size=40, num_channels=2)
-    assert FuseNorm(timm).taps == BLOCKS
-    assert FuseNorm(transformers).taps == BLOCKS
-
-
-def test_a_network_of_an_unusual_size_is_understood_at_the_first_images():
-    net, images = Patches(12), IMAGES[:30]
-    assert guess_structure(net) is None
-    detector = FuseNorm(net, Settings.published())
-    assert detector.taps == detector.experts == ()
-    assert detector.fit([images]).taps == BLOCKS
-    expected = FuseNorm(Net(), Settings.published()).fit([images])
-    net.stem.load_state_dict(Net().stem.state_dict())
-    detector = FuseNorm(net, Settings.published()).fit([images])
-    torch.testing.assert_close(detector.score(images), expected.score(images))
 
 
 def test_a_network_that_fails_is_one_error_with_its_own_words():

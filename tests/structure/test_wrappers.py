@@ -5,15 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from fusenorm_openood import FuseNorm, Settings, tap_candidates
+from fusenorm_openood import FuseNorm, Settings, atf, tap_candidates
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import FuseNormError, TapError
 from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.structure.wrappers import scoring_module, unwrapped
-from tests.nets import BLOCKS, Net, energies, some_images
+from tests.nets import BLOCKS, Net, energies, energy_detector, norms_of, outputs_of, some_images
 
 IMAGES = some_images(24, (16, 16))
 
@@ -224,8 +225,12 @@ def test_a_graph_module_of_fx_works():
     expected = FuseNorm(Net(), taps=taps, react_percentile=90.0).fit([IMAGES])
     detector = FuseNorm(net, taps=taps, react_percentile=90.0).fit([IMAGES])
     torch.testing.assert_close(detector.score(IMAGES), expected.score(IMAGES))
-    alone = FuseNorm(net).fit([IMAGES])  # its blocks are no modules
-    assert "last module at each resolution" in alone.known_structure.rule
+    # Its blocks are no modules, and the value of the last one is read by none.
+    alone = energy_detector(net, IMAGES)
+    norms = norms_of(Net(), BLOCKS[:3], IMAGES).double()
+    torch.testing.assert_close(torch.tensor(alone.infer([IMAGES]).experts[:3]), norms)
+    assert len(alone.taps) == 3
+    assert "b.1.conv1" in alone.known_structure.notes[0]
 
 
 def test_a_graph_module_without_merges_works():
@@ -294,3 +299,26 @@ def test_unwrapping():
     net = Net()
     assert unwrapped(net) is net
     assert unwrapped(nn.DataParallel(torch.compile(nn.DataParallel(net), backend="eager"))) is net
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("output", ["energy", "odin"])
+def test_a_quantised_network_of_torchvision_is_tapped(output):
+    engines = torch.backends.quantized.supported_engines
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = next(e for e in reversed(engines) if e != "none")
+    try:
+        torch.manual_seed(0)
+        net = torchvision.models.quantization.resnet18(quantize=True, num_classes=5).eval()
+        blocks = tuple(f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1))
+        detector = FuseNorm(net, strong=["output"], output=output)
+        if output == "odin":
+            with pytest.raises(FuseNormError, match="gradient"):
+                detector.fit([IMAGES])
+            return
+        assert detector.fit([IMAGES]).taps == blocks
+        maps = [x.dequantize() for x in outputs_of(net, blocks, IMAGES)]
+        right = torch.stack([atf(x) for x in maps]).double()
+        torch.testing.assert_close(torch.tensor(detector.infer([IMAGES]).experts[:8]), right)
+    finally:
+        torch.backends.quantized.engine = before

@@ -41,7 +41,6 @@ def test_a_network_is_understood_and_scored(entry):
     ]
     assert sorted(structure.head.names) == sorted(entry.head)
 
-    FuseNorm(net)  # at images of its usual size, which may not be the size it was made for
     detector = FuseNorm(net, strong=("output", "fdbd")).fit([images])
     scored = detector.infer([images])
     assert_undisturbed(net, before)
