@@ -259,14 +259,9 @@ class FuseNorm(DecidingDetector):
                 that changes their scores; of a network that is not understood yet, the experts are
                 compared at the first images.
         """
-        if calibration.network is not None and not is_network(self.net, calibration.network):
-            raise ConfigError(
-                f"calibration must be of this network, got that of a {calibration.network.kind} "
-                "with other weights or another forward: fit again"
-            )
-        return self.adopt(calibration)
+        return self.adopt(calibration, is_known=False)
 
-    def adopt(self, calibration: Calibration) -> Self:
+    def adopt(self, calibration: Calibration, is_known: bool = True) -> Self:
         """As `with_calibration`, of a fit that is known to have had this network."""
         then, now = vars(calibration.settings), vars(self.settings)
         for name in (n for n in now if n not in FUSION_SETTINGS and now[n] != then[n]):
@@ -276,6 +271,12 @@ class FuseNorm(DecidingDetector):
             )
         self._name_as(calibration)
         _check_experts(calibration, self.experts)
+        network = None if is_known else calibration.network
+        if network is not None and not is_network(self.net, network):
+            raise ConfigError(
+                f"calibration must be of this network, got that of a {network.kind} with other "
+                "weights or another forward: fit again"
+            )
         self._fitted, self.reference_ = calibration.fitted, None
         if then != now:
             calibration = self.learn(calibration.id_scores, calibration.fitted, calibration.network)
