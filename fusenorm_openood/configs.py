@@ -83,7 +83,7 @@ def typed(kind: Any, value: Any, name: str) -> Any:
             message names the part.
     """
     outer, inner = get_origin(kind) or kind, get_args(kind)
-    if kind is Any:
+    if kind is Any and not isinstance(value, int | float):
         return value
     if outer in (Union, UnionType):
         errors = []
@@ -103,12 +103,13 @@ def typed(kind: Any, value: Any, name: str) -> Any:
         parts = {k: typed(hints.get(k, Any), v, f"{name}.{k}") for k, v in value.items()}
         try:
             return kind(**parts)
-        except TypeError as error:  # a field that is unknown or missing
-            raise ConfigError(f"{name} is not complete ({error})") from None
+        except (TypeError, ConfigError) as error:  # a field is unknown, missing or out of range
+            raise ConfigError(f"{name} cannot be so ({error})") from None
     elif isinstance(value, Mapping) and isinstance(outer, type) and issubclass(outer, Mapping):
         return {key: typed(inner[1], item, f"{name}.{key}") for key, item in value.items()}
     elif isinstance(value, int | float):
-        if (type(value) is kind or (kind, type(value)) == (float, int)) and abs(value) < MOST:
+        kinds = (Any, type(value), float if type(value) is int else Any)
+        if kind in kinds and abs(value) < MOST:
             return value
     elif type(value) is kind:
         return value

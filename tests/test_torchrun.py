@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from fusenorm_openood.torchrun import Process, among_peers, wait_until
+from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.torchrun import Process, among_peers, this_process, wait_until
 
 PAIR = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
 
@@ -24,6 +25,60 @@ def pair(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"WORLD_SIZE": ""},
+        {"WORLD_SIZE": "2", "RANK": "0"},  # of a cluster's job without torchrun
+        {"WORLD_SIZE": "2", "RANK": "1"},
+        {"RANK": "3"},
+        {"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": ""},
+        {"WORLD_SIZE": " ", "RANK": "1", "LOCAL_RANK": "1"},
+        {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+    ],
+)
+def test_what_is_left_in_the_environment_makes_no_process(left, monkeypatch):
+    for name in PAIR:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert this_process() == Process(0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"RANK": "2"}, {"RANK": "-1"}, {"RANK": "x"}, {"WORLD_SIZE": "two"}, {"LOCAL_RANK": "9"}],
+)
+def test_numbers_that_no_launcher_gives_are_one_sentence(pair, wrong, monkeypatch):
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="below WORLD_SIZE, got .*: start with torchrun"):
+        this_process()
+
+
+@pytest.mark.parametrize("kind", ["link", "open to others", "file"])
+def test_a_meeting_folder_of_somebody_else_is_not_used(pair, kind):
+    from fusenorm_openood.torchrun import _meeting_place
+
+    elsewhere, place = pair / "elsewhere", _meeting_place()
+    elsewhere.mkdir(mode=0o700)
+    if kind == "link":
+        place.symlink_to(elsewhere)
+    elif kind == "file":
+        place.touch()
+    else:
+        place.mkdir()
+        place.chmod(0o777)
+    with among_peers():
+        assert not [*pair.glob("*/1")]
+
+
+def test_the_meeting_folder_is_private(pair):
+    with among_peers():
+        (folder,) = pair.iterdir()
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
 def test_shares_are_all_of_the_work_and_none_of_it_twice(world):
     for numbers in ([], [0], [5], range(7), [1, 3, 5, 7]):
         shares = [Process(rank, rank, world).share(numbers) for rank in range(world)]

@@ -208,14 +208,9 @@ class FuseNorm(DecidingDetector):
             ConfigError: the fit had another network or other weights, other experts, or a setting
                 that changes their scores.
         """
-        if calibration.network is not None and not is_network(self.net, calibration.network):
-            raise ConfigError(
-                f"calibration must be of this network, got that of a {calibration.network.kind} "
-                "with other weights or another forward: fit again"
-            )
-        return self.adopt(calibration)
+        return self.adopt(calibration, is_known=False)
 
-    def adopt(self, calibration: Calibration) -> Self:
+    def adopt(self, calibration: Calibration, is_known: bool = True) -> Self:
         """As `with_calibration`, of a fit that is known to have had this network."""
         then, now = vars(calibration.settings), vars(self.settings)
         for name in (n for n in now if n not in FUSION_SETTINGS and now[n] != then[n]):
@@ -231,6 +226,12 @@ class FuseNorm(DecidingDetector):
             raise ConfigError(
                 f"calibration must have the detector's experts {', '.join(self.experts)}, got "
                 f"{', '.join(calibration.experts)}: fit again"
+            )
+        network = None if is_known else calibration.network
+        if network is not None and not is_network(self.net, network):
+            raise ConfigError(
+                f"calibration must be of this network, got that of a {network.kind} with other "
+                "weights or another forward: fit again"
             )
         self._fitted, self.reference_ = calibration.fitted, None
         if then != now:

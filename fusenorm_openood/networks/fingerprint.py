@@ -21,8 +21,8 @@ class Fingerprint(NamedTuple):
         kind: class name of the network.
         shapes: type and shape of each parameter and buffer by name, such as `float32 [64, 3]`.
         weights: SHA-256 of all their values, in hexadecimal digits.
-        modules: class and configuration of each module by name, such as `Dropout()`; None in files
-            of format 1.
+        modules: class and configuration of each module inside by name, such as `Dropout()`; None
+            in files of format 1.
         image: shape `[C, H, W]` of two fixed images; empty if the logits are not known.
         logits: the network's logits `[2, K]` of them.
         rounding: how far the logits may be from those on another machine, in units of their range.
@@ -62,7 +62,7 @@ class Fingerprint(NamedTuple):
 def _differences(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
     names = [*ours, *(name for name in theirs if name not in ours)]
     found = [(name, ours.get(name, "absent"), theirs.get(name, "absent")) for name in names]
-    return [f"{name or 'it'} is {a} instead of {b}" for name, a, b in found if a != b]
+    return [f"{name} is {a} instead of {b}" for name, a, b in found if a != b]
 
 
 def fingerprint(net: nn.Module) -> Fingerprint:
@@ -79,7 +79,7 @@ def fingerprint(net: nn.Module) -> Fingerprint:
             digest.update(f"{part} {shapes[part]}\n".encode())
             data = plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b""
             digest.update(data)
-    modules = {name: _described(module) for name, module in net.named_modules()}
+    modules = {name: _described(module) for name, module in net.named_modules() if name}
     return Fingerprint(_class_of(net), shapes, digest.hexdigest(), modules)
 
 

@@ -97,9 +97,8 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
 
     def _is_of(self, net: nn.Module) -> bool:
         """Whether the ID statistics, or the scores for a search, are those of a network."""
-        network = (
-            self._bank.network if self._bank else self.calibration and self.calibration.network
-        )
+        known = self._bank or self.calibration
+        network = None if known is None else known.network
         return network is None or is_network(net, network)
 
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:

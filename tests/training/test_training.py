@@ -332,6 +332,7 @@ def test_zero_is_not_treated_as_a_missing_option(capsys):
 @pytest.mark.parametrize("device", ["mps", "cuda:1"])
 def test_several_processes_need_a_device_each(device, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     rejected = pytest.raises(ConfigError, match=f"device of 2 processes .* got '{device}'")
     with rejected, processes(torch.device(device)):
         pass

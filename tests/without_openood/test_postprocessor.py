@@ -166,5 +166,6 @@ def test_misuse_raises_typed_errors(net):
     assert not p.setup_flag
 
 
-def test_another_network_of_the_same_kind_can_be_scored_with_it(ready):
-    assert torch.isfinite(ready.postprocess(make_net(seed=3), IMAGES)[1]).all()
+def test_another_network_is_not_scored_with_the_statistics_of_the_first(ready):
+    with pytest.raises(ConfigError, match="with other weights or another forward"):
+        ready.postprocess(make_net(seed=3), IMAGES)
