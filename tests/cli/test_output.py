@@ -100,10 +100,10 @@ WARNING = """if True:
     import sys, warnings
     warnings.simplefilter("ignore")
     from fusenorm_openood.cli.output import shown_warnings
-    from fusenorm_openood.data.paths import image_paths
+    from fusenorm_openood.cli.score import Namespace, _given
     with shown_warnings():
-        image_paths(sys.argv[1:])
-        image_paths(sys.argv[1:])
+        _given(Namespace(paths=sys.argv[1:], manifest=None))
+        _given(Namespace(paths=sys.argv[1:], manifest=None))
         warnings.warn("of another package")
 """
 
