@@ -14,8 +14,9 @@ from fusenorm_openood.method.statistics import ROUNDING
 RIDGE = 1e-3  # added to the diagonal of the correlation matrix
 SMALLEST = float(np.finfo(np.float32).tiny)  # the norm of a dead feature map counts as this
 LEAST = 1e-6  # the smallest distance, so that its logarithm is finite
-FAR = 3.5  # deviations of the log distance above its ID mean from where on an image is far off
-STEEP = 8.0  # growth of `far_off` per further deviation
+FAR = 3.0  # deviations of the log distance above its ID mean from where on an image is far off,
+RARE = 99.9  # unless this percentile of the ID images is farther
+STEEP = 8.0  # growth of `far_off` per deviation
 
 
 class JointStatistics(NamedTuple):
@@ -77,7 +78,8 @@ def joint_statistics(norms: ArrayLike, names: Sequence[str] | None = None) -> Jo
     # Few images fill the space that they span: each left out, by its leverage, is farther away.
     leverage = (np.count_nonzero(varies) * np.exp(2 * log_m) + 1) / v.shape[1]
     left_out = log_m - np.log(np.maximum(1 - leverage, LEAST))
-    limit = float(left_out.mean() + FAR * left_out.std())
+    usual = np.percentile(left_out, RARE, method="lower")  # not the farthest of few images
+    limit = float(max(left_out.mean() + FAR * left_out.std(), usual))
     return first._replace(
         log_mean=float(log_m.mean()), log_std=float(log_m.std()) + 1e-8, limit=limit
     )
@@ -115,8 +117,9 @@ def joint_penalty(norms: ArrayLike, statistics: JointStatistics) -> NDArray[np.f
 def far_off(norms: ArrayLike, statistics: JointStatistics) -> NDArray[np.float64]:
     """How far beyond the limit of ID images block norms `[L, N]` are, >= 0: `[N]`.
 
-    8 max(0, log M - limit) / log_std. The limit is 3.5 standard deviations above the mean log
-    distance of the ID images, each left out of the statistics that it is compared with.
+    8 max(0, log M - limit) / log_std. The limit is three standard deviations above the mean of
+    log M on the ID images, each left out of the statistics that it is compared with, or farther
+    if more than one in a thousand of them is.
     """
     beyond = np.maximum(log_joint_distance(norms, statistics) - statistics.limit, 0)
     grown: NDArray[np.float64] = STEEP * beyond / statistics.log_std
