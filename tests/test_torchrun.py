@@ -54,7 +54,7 @@ def test_what_is_left_in_the_environment_makes_no_process(left, monkeypatch):
 def test_numbers_that_no_launcher_gives_are_one_sentence(pair, wrong, monkeypatch):
     for name, value in wrong.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="below WORLD_SIZE, got .*: start with torchrun"):
+    with pytest.raises(ConfigError, match=r"below WORLD_SIZE, got .*: start with torchrun"):
         this_process()
 
 

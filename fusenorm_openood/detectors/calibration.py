@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusenorm_openood.listening.panel import Fitted
-from fusenorm_openood.method.joint import JointStatistics, standardised_logs
+from fusenorm_openood.method.joint import JointStatistics, far_off, joint_penalty, standardised_logs
 from fusenorm_openood.method.posthoc import Posthoc
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.method.shares import joint_shares, strong_shares, weak_shares
@@ -27,7 +27,7 @@ class Calibration:
         fitted: what the experts themselves have fitted.
         id_scores: their scores on ID images `[L, N]`.
         statistics: ID statistics of the experts, or with the joint penalty of the strong ones.
-        joint: statistics of the joint distance, with the joint penalty.
+        joint: statistics of the joint distance, with the joint penalty or the clip.
         settings: all settings of the fit.
         strong: names of the strong experts.
         network: what the network of the fit is recognised by, if that is known.
@@ -55,12 +55,14 @@ class Calibration:
         s = self.settings
         strong = [self.experts.index(name) for name in self.strong]
         shares = np.zeros(scores.shape)
-        if self.joint is not None:
+        if s.penalty == "joint":
+            assert self.joint is not None
             taps = len(self.joint.mean)
             z = np.zeros(scores.shape)
             z[:taps] = standardised_logs(scores[:taps], self.joint)
             z[strong] = standardise(scores[strong], self.statistics, s.clip)
-            shares[:taps] = joint_shares(scores[:taps], self.joint, s.joint_weight)
+            penalty = s.joint_weight * joint_penalty(scores[:taps], self.joint)
+            shares[:taps] = joint_shares(scores[:taps], self.joint, penalty)
             shares[strong] += strong_shares(z[strong], s.weights)
             return z, shares
         z = normalise(scores, self.statistics)
@@ -68,6 +70,11 @@ class Calibration:
         clipped = np.minimum(z[strong], 1) if s.clip else z[strong]
         shares[strong] = strong_shares(clipped, s.weights)
         shares[weak] = weak_shares(z[weak], s.base, s.cap)
+        if self.joint is not None:
+            norms = scores[: len(self.joint.mean)]
+            shares[: len(norms)] += joint_shares(
+                norms, self.joint, s.cap * far_off(norms, self.joint)
+            )
         return z, shares
 
 
@@ -107,8 +114,8 @@ def unpacked(tensors: dict[str, Tensor], record: dict[str, Any]) -> Calibration:
     }
     joint = None
     if record["joint"]:
-        found = arrays("joint")
-        scalars = {n: float(found[n]) for n in ("log_mean", "log_std")}
+        found = arrays("joint")  # files from before `limit` was kept are read as they were
+        scalars = {n: float(v) for n, v in found.items() if v.ndim == 0}
         joint = JointStatistics(**{**found, **scalars})
     return Calibration(
         experts=tuple(record["experts"]),

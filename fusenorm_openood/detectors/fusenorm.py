@@ -51,7 +51,7 @@ from fusenorm_openood.method.atf import atf_map
 from fusenorm_openood.method.conformal import check_enough
 from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, OUTPUT_EXPERTS, Output
 from fusenorm_openood.method.fusion import fuse, mean_of_strong
-from fusenorm_openood.method.joint import joint_penalty, joint_statistics
+from fusenorm_openood.method.joint import far_off, joint_penalty, joint_statistics
 from fusenorm_openood.method.posthoc import POSTHOC, Posthoc
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
 from fusenorm_openood.method.statistics import (
@@ -233,10 +233,11 @@ class FuseNorm(DecidingDetector):
         joint, rows = None, list(range(len(self.experts)))
         if self.settings.penalty == "joint":
             rows = [self.experts.index(name) for name in self.strong]
-            joint = joint_statistics(id_scores[: len(self.taps)], self.taps)
         normalised = [self.experts[row] for row in rows]
         scale = [self._scale if name == "output" else 0.0 for name in normalised]
         statistics = compute_id_statistics(id_scores[rows], low, high, normalised, scale)
+        if self.settings.penalty == "joint" or self.settings.clip:
+            joint = joint_statistics(id_scores[: len(self.taps)], self.taps)
         return Calibration(
             self.experts, fitted, id_scores, statistics, joint, self.settings, self.strong, network
         )
@@ -535,13 +536,15 @@ class FuseNorm(DecidingDetector):
         calibration, s = self._check_fitted(), self.settings
         strong = [self.experts.index(name) for name in self.strong]
         weak = [i for i, tap in enumerate(self.taps) if tap not in self.strong]
-        if calibration.joint is not None:
+        joint, norms = calibration.joint, experts[: len(self.taps)]
+        if s.penalty == "joint":
+            assert joint is not None
             z = standardise(experts[strong], calibration.statistics, s.clip)
-            penalty = joint_penalty(experts[: len(self.taps)], calibration.joint)
-            return mean_of_strong(z, s.weights) - s.joint_weight * penalty
+            return mean_of_strong(z, s.weights) - s.joint_weight * joint_penalty(norms, joint)
         z = normalise(experts[: len(self.experts)], calibration.statistics)
         clipped = np.minimum(z[strong], 1) if s.clip else z[strong]
-        return fuse(clipped, z[weak], s.weights, s.base, s.cap)
+        conf = fuse(clipped, z[weak], s.weights, s.base, s.cap)
+        return conf if joint is None else conf - s.cap * far_off(norms, joint)
 
     def _repeated(self, experts: NDArray[Any]) -> int:
         taps = len(self.taps)  # other experts may score the images of their fit in another way

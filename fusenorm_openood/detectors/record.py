@@ -66,7 +66,9 @@ STATES: dict[str, dict[str, str]] = {
 WHOLE = ("counts", "classes")  # are int64, all else is float32
 LARGEST = 2**14  # pixels in a row of an image
 STATISTICS = ("mean", "std", "lower", "upper")
-JOINT = {"mean": "T", "scale": "T", "precision": "T T", "log_mean": "", "log_std": ""}
+JOINT = {"mean": "T", "scale": "T", "precision": "T T"} | dict.fromkeys(
+    ("log_mean", "log_std", "limit"), ""
+)
 
 
 def read_record(contents: Contents) -> tuple[Record, Calibration]:
@@ -103,7 +105,9 @@ def _of_record(r: Record, settings: Settings) -> Iterator[Rule]:
     yield "experts", [*taps, *names] == [*dict.fromkeys(r.experts)], "taps, then others, each once"
     yield "strong", 0 < len(set(r.strong)) == len(r.strong), "experts, each once"
     yield "strong", set(names) <= set(r.strong) <= set(r.experts), "among the experts"
-    yield "joint", r.joint == (settings.penalty == "joint"), "what settings.penalty says"
+    is_joint = settings.penalty == "joint"
+    yield "joint", r.joint or not is_joint, "true with the joint penalty"
+    yield "joint", is_joint or settings.clip or not r.joint, "false without that and the clip"
     q, n = settings.react_percentile, r.network
     clips = q is not None and "output" in names
     yield "thresholds", not clips or q in dict(r.thresholds), f"for the percentile {q}"
@@ -155,13 +159,15 @@ def _check_tensors(record: Record, settings: Settings, tensors: Mapping[str, Ten
     """Require the tensors of these experts, each of the right type and shape, and finite."""
     strong, taps = len(record.strong), [e for e in record.experts if e not in ("output", *POSTHOC)]
     sizes = {"L": len(record.experts), "T": len(taps)}
-    sizes["S"] = strong if record.joint else sizes["L"]
+    sizes["S"] = strong if settings.penalty == "joint" else sizes["L"]
     if record.structure is not None:
         sizes["K"] = record.structure.classes
     needed = {"id_scores": "L I", **{f"statistics.{name}": "S" for name in STATISTICS}}
     needed |= {f"joint.{name}": shape for name, shape in JOINT.items() if record.joint}
     for number, (expert, _) in enumerate(record.posthoc):
         needed |= {f"state.{number}.{name}": shape for name, shape in STATES[expert].items()}
+    if "joint.limit" not in tensors:
+        needed.pop("joint.limit", None)  # as in files of 0.2.0
     if "reference" in tensors:
         needed["reference"] = "C"
     if unknown := tensors.keys() - needed.keys():
@@ -181,7 +187,7 @@ def _check_tensors(record: Record, settings: Settings, tensors: Mapping[str, Ten
                 f"{list(tensor.shape)}"
             )
         sizes |= found
-        if name != "joint.scale" and not tensor.isfinite().all():
+        if name not in ("joint.scale", "joint.limit") and not tensor.isfinite().all():
             raise ConfigError(f"{name} must be finite")
         if kind == torch.int64 and int(tensor.min()) < 0:
             raise ConfigError(f"{name} must be >= 0")
@@ -193,7 +199,7 @@ def _check_tensors(record: Record, settings: Settings, tensors: Mapping[str, Ten
 def _check_statistics(c: Calibration) -> None:
     """Require the ID statistics that the ID scores have, up to rounding."""
     s, taps = c.settings, [n for n in c.experts if n not in ("output", *POSTHOC)]
-    rows = [c.experts.index(name) for name in (c.strong if c.joint else c.experts)]
+    rows = [c.experts.index(name) for name in (c.strong if s.penalty == "joint" else c.experts)]
     names = [c.experts[row] for row in rows]
     try:
         right = compute_id_statistics(c.id_scores[rows], s.percentile_low, s.percentile_high, names)
@@ -202,6 +208,8 @@ def _check_statistics(c: Calibration) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 joint = joint_statistics(c.id_scores[: len(taps)])
+            if not np.isfinite(c.joint.limit):
+                joint = joint._replace(limit=c.joint.limit)
             pairs["joint"] = joint._asdict(), c.joint._asdict()
     except FuseNormError as error:
         raise ConfigError(f"id_scores: {error}") from None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.method.fusion import check_weights
-from fusenorm_openood.method.joint import LEAST, SMALLEST, JointStatistics
+from fusenorm_openood.method.joint import LEAST, SMALLEST, STEEP, JointStatistics
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.method.statistics import IDStatistics
 
@@ -35,7 +35,7 @@ class Fusion(nn.Module):
         settings: of the detector.
         roles: what each row of the scores is.
         statistics: of all experts, or with the joint penalty of the strong ones.
-        joint: statistics of the joint distance, with the joint penalty.
+        joint: statistics of the joint distance, with the joint penalty or the clip.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Fusion(nn.Module):
     ) -> None:
         super().__init__()
         self.settings, self.roles = settings, roles
-        self.joint = None if joint is None else (joint.log_mean, joint.log_std)
+        self.joint = None if joint is None else (joint.log_mean, joint.log_std, joint.limit)
         constants = vars(statistics) | {
             "weights": check_weights(settings.weights, len(roles.strong))
         }
@@ -73,14 +73,17 @@ class Fusion(nn.Module):
     def forward(self, experts: Tensor) -> Tensor:
         s, roles = self.settings, self.roles
         strong = _rows(experts, roles.strong)
-        if self.joint is not None:
+        if s.penalty == "joint":
             bounded = torch.minimum(strong, _column(self.upper)) if s.clip else strong
             z = (bounded - _column(self.mean)) / _column(self.std)
-            penalty = s.joint_weight * self.joint_penalty(_rows(experts, roles.taps))
+            standardised, far_off = self.joint_penalty(_rows(experts, roles.taps))
+            penalty = s.joint_weight * (standardised + far_off)
         else:
             z = self.normalised(strong, roles.strong)
             z = z.clamp(max=1) if s.clip else z
             penalty = self.penalty(self.normalised(_rows(experts, roles.weak), roles.weak))
+            if self.joint is not None:
+                penalty = penalty + s.cap * self.joint_penalty(_rows(experts, roles.taps))[1]
         conf = (_column(self.weights) * z).sum(0) - penalty
         is_finite = experts.isfinite().all(0)
         return torch.where(is_finite, conf, torch.nan)
@@ -99,14 +102,15 @@ class Fusion(nn.Module):
         limit = math.log1p(cap) / math.log(base)  # base^limit - 1 = cap
         return (largest.clamp(max=limit) * math.log(base)).expm1().clamp(max=cap)
 
-    def joint_penalty(self, norms: Tensor) -> Tensor:
-        """The standardised log joint distance; see `method.joint.joint_penalty`."""
-        log_mean, log_std = self.joint or (0.0, 1.0)
+    def joint_penalty(self, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """The two parts of `method.joint.joint_penalty`: the standardised log M, and `far_off`."""
+        log_mean, log_std, limit = self.joint or (0.0, 1.0, math.inf)
         log_norms = norms.clamp(min=SMALLEST).log()
         u = (log_norms - _column(self.block_mean)) * _column(self.block_inverse)
         squared = (u * (self.precision @ u)).sum(0)
         log_m = squared.clamp(min=0).sqrt().clamp(min=LEAST).log()
-        return (log_m - log_mean) / log_std
+        beyond = (log_m - limit).clamp(min=0)
+        return (log_m - log_mean) / log_std, STEEP * beyond / log_std
 
 
 def p_values(conf: Tensor, calibration: Tensor) -> Tensor:

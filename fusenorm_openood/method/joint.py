@@ -1,5 +1,6 @@
 """The joint distance of an image's block norms from those of ID images."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,6 +14,9 @@ from fusenorm_openood.method.statistics import ROUNDING
 RIDGE = 1e-3  # added to the diagonal of the correlation matrix
 SMALLEST = float(np.finfo(np.float32).tiny)  # the norm of a dead feature map counts as this
 LEAST = 1e-6  # the smallest distance, so that its logarithm is finite
+FAR = 3.0  # deviations of the log distance above its ID mean from where on an image is far off,
+RARE = 99.9  # unless this percentile of the ID images is farther
+STEEP = 8.0  # growth of `far_off` per deviation
 
 
 class JointStatistics(NamedTuple):
@@ -24,6 +28,7 @@ class JointStatistics(NamedTuple):
         precision: inverse `[L, L]` of their correlation matrix with its ridge.
         log_mean: mean of the log joint distance on the ID images.
         log_std: its standard deviation.
+        limit: the log joint distance beyond which an image is far off; see `far_off`.
     """
 
     mean: NDArray[np.float64]
@@ -31,6 +36,7 @@ class JointStatistics(NamedTuple):
     precision: NDArray[np.float64]
     log_mean: float
     log_std: float
+    limit: float = math.inf
 
 
 def joint_statistics(norms: ArrayLike, names: Sequence[str] | None = None) -> JointStatistics:
@@ -69,7 +75,14 @@ def joint_statistics(norms: ArrayLike, names: Sequence[str] | None = None) -> Jo
     correlation[~varies, ~varies] = 1  # their u is 0
     first = JointStatistics(mean, scale, np.linalg.inv(correlation), 0.0, 1.0)
     log_m = log_joint_distance(norms, first)
-    return first._replace(log_mean=float(log_m.mean()), log_std=float(log_m.std()) + 1e-8)
+    # Few images fill the space that they span: each left out, by its leverage, is farther away.
+    leverage = (np.count_nonzero(varies) * np.exp(2 * log_m) + 1) / v.shape[1]
+    left_out = log_m - np.log(np.maximum(1 - leverage, LEAST))
+    usual = np.percentile(left_out, RARE, method="lower")  # not the farthest of few images
+    limit = float(max(left_out.mean() + FAR * left_out.std(), usual))
+    return first._replace(
+        log_mean=float(log_m.mean()), log_std=float(log_m.std()) + 1e-8, limit=limit
+    )
 
 
 def log_joint_distance(norms: ArrayLike, statistics: JointStatistics) -> NDArray[np.float64]:
@@ -92,10 +105,25 @@ def standardised_logs(norms: ArrayLike, statistics: JointStatistics) -> NDArray[
 
 
 def joint_penalty(norms: ArrayLike, statistics: JointStatistics) -> NDArray[np.float64]:
-    """log M of block norms `[L, N]`, standardised by its mean and deviation on ID images: `[N]`."""
+    """Penalties `[N]` of block norms `[L, N]`, larger = less in-distribution.
+
+    log M, standardised by its mean and deviation on ID images, and `far_off` on top.
+    """
     log_m = log_joint_distance(norms, statistics)
     standardised: NDArray[np.float64] = (log_m - statistics.log_mean) / statistics.log_std
-    return standardised
+    return standardised + far_off(norms, statistics)
+
+
+def far_off(norms: ArrayLike, statistics: JointStatistics) -> NDArray[np.float64]:
+    """How far beyond the limit of ID images block norms `[L, N]` are, >= 0: `[N]`.
+
+    8 max(0, log M - limit) / log_std. The limit is three standard deviations above the mean of
+    log M on the ID images, each left out of the statistics that it is compared with, or farther
+    if more than one in a thousand of them is.
+    """
+    beyond = np.maximum(log_joint_distance(norms, statistics) - statistics.limit, 0)
+    grown: NDArray[np.float64] = STEEP * beyond / statistics.log_std
+    return grown
 
 
 def _log(norms: ArrayLike) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusenorm_openood.method.fusion import check_weights, deviation, penalty
-from fusenorm_openood.method.joint import JointStatistics, joint_penalty, standardised_logs
+from fusenorm_openood.method.joint import JointStatistics, standardised_logs
 
 Array = NDArray[np.float64]
 
@@ -26,8 +26,8 @@ def weak_shares(weak: Array, base: float, cap: float) -> Array:
     return shares
 
 
-def joint_shares(norms: Array, statistics: JointStatistics, weight: float) -> Array:
-    """Shares `[L, N]` of the blocks in the joint penalty, by their terms of the distance.
+def joint_shares(norms: Array, statistics: JointStatistics, penalty: Array) -> Array:
+    """Shares `[L, N]` of the blocks in a penalty `[N]`, by their terms of the joint distance.
 
     With u the standardised log norms and P their precision, block l has the part
     u_l (P u)_l of the squared distance u' P u.
@@ -37,5 +37,5 @@ def joint_shares(norms: Array, statistics: JointStatistics, weight: float) -> Ar
     total = terms.sum(axis=0)
     even = np.full_like(terms, 1 / len(terms))
     parts = np.divide(terms, total, out=even, where=total > 0)
-    shares: Array = -weight * joint_penalty(norms, statistics) * parts
+    shares: Array = -penalty * parts
     return shares

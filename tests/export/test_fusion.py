@@ -7,7 +7,7 @@ import torch
 from fusenorm_openood.export.fusion import Fusion, Roles, p_values
 from fusenorm_openood.method.conformal import conformal_p_values
 from fusenorm_openood.method.fusion import fuse, mean_of_strong
-from fusenorm_openood.method.joint import joint_penalty, joint_statistics
+from fusenorm_openood.method.joint import far_off, joint_penalty, joint_statistics
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.method.statistics import compute_id_statistics, normalise, standardise
 
@@ -47,6 +47,11 @@ def test_deviation_penalty(changes, spread):
     strong = np.minimum(z[STRONG], 1) if s.clip else z[STRONG]
     expected = fuse(strong, z[WEAK], s.weights, s.base, s.cap)
     np.testing.assert_allclose(fused(s, statistics, None, scores), expected, rtol=1e-12, atol=1e-12)
+    joint = joint_statistics(drawn(80, 1, 0)[TAPS])
+    beyond = far_off(scores[TAPS], joint)
+    assert (beyond > 0).any() == (spread > 1)
+    found = fused(s, statistics, joint, scores)
+    np.testing.assert_allclose(found, expected - s.cap * beyond, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("clip", [True, False])

@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 
 from fusenorm_openood.errors import DataError, ZeroRangeError
-from fusenorm_openood.method.joint import joint_penalty, joint_statistics, log_joint_distance
+from fusenorm_openood.method.joint import (
+    far_off,
+    joint_penalty,
+    joint_statistics,
+    log_joint_distance,
+)
 
 
 def norms(blocks=5, images=300, seed=0):
@@ -37,7 +42,8 @@ def test_equals_the_formula(blocks):
     np.testing.assert_allclose(log_joint_distance(unknown, statistics), expected, rtol=1e-9)
     of_id = log_m(known, known)
     standardised = (expected - of_id.mean()) / of_id.std()
-    np.testing.assert_allclose(joint_penalty(unknown, statistics), standardised, rtol=1e-6)
+    found = joint_penalty(unknown, statistics) - far_off(unknown, statistics)
+    np.testing.assert_allclose(found, standardised, rtol=1e-6, atol=1e-9)
 
 
 def test_blocks_that_deviate_together_as_id_images_do_are_nearer_than_those_that_do_not():
@@ -91,3 +97,62 @@ def test_no_variation_and_no_images_are_errors():
     for bad in (np.ones((2, 0)), np.ones(3)):
         with pytest.raises(DataError, match=r"\[blocks, images\] with at least one image"):
             joint_statistics(bad)
+
+
+def left_out(known):
+    """log M of each ID image from the others, with its share of their covariance taken out."""
+    of_id = log_m(known, known)
+    leverage = (len(known) * np.exp(2 * of_id) + 1) / known.shape[1]
+    return of_id - np.log(1 - leverage)
+
+
+@pytest.mark.parametrize("images", [40, 300, 3000])
+@pytest.mark.parametrize("blocks", [1, 5])
+def test_far_off_equals_its_formula(blocks, images):
+    known, unknown = norms(blocks, images), norms(blocks, 60, seed=1) ** 20
+    distances = left_out(known)
+    limit = max(
+        distances.mean() + 3 * distances.std(), np.sort(distances)[int(0.999 * (images - 1))]
+    )
+    beyond = np.maximum(0, log_m(known, unknown) - limit) / log_m(known, known).std()
+    assert (beyond > 0).any()
+    found = far_off(unknown, joint_statistics(known))
+    np.testing.assert_allclose(found, 8 * beyond, rtol=1e-4, atol=1e-6)
+
+
+def test_an_id_image_left_out_is_as_far_as_its_leverage_says():
+    known, statistics = norms(5, 200), []
+    for i in range(200):
+        others = joint_statistics(np.delete(known, i, axis=1))
+        statistics.append(log_joint_distance(known[:, [i]], others)[0])
+    np.testing.assert_allclose(left_out(known), statistics, atol=0.1)
+
+
+@pytest.mark.parametrize("images", [3, 8, 20, 60, 300])
+@pytest.mark.parametrize("blocks", [1, 4, 16])
+def test_hardly_an_id_image_is_far_off_however_few_were_fitted(blocks, images):
+    hit = [
+        far_off(norms(blocks, 1000, seed=100 + seed), joint_statistics(norms(blocks, images, seed)))
+        for seed in range(10)
+    ]
+    assert np.mean(np.array(hit) > 0) < 0.005
+
+
+@pytest.mark.parametrize("blocks", [2, 8])
+def test_the_farther_the_more_far_off_without_a_bound(blocks):
+    known = norms(blocks)
+    direction = np.random.default_rng(1).normal(size=(blocks, 1))
+    center = np.exp(np.log(known).mean(1, keepdims=True))
+    found = far_off(center * np.exp(direction * np.linspace(0, 60, 200)), joint_statistics(known))
+    assert found[0] == 0 < found[-1]
+    assert (np.diff(found) >= 0).all()
+    assert np.diff(found[found > 0]).min() > 0
+
+
+def test_an_image_that_no_single_block_finds_odd_is_far_off():
+    shared = np.random.default_rng(0).normal(size=(1, 500))
+    known = np.exp(shared + 0.1 * np.random.default_rng(1).normal(size=(6, 500)))
+    image = np.exp([[1.0], [-1.0], [1.0], [-1.0], [1.0], [-1.0]])
+    assert (known.min(1) < image[:, 0]).all()
+    assert (image[:, 0] < known.max(1)).all()
+    assert far_off(image, joint_statistics(known))[0] > 8
