@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.structure.hooks import hooked
-from fusenorm_openood.structure.outputs import dequantised
 
 Convolution = nn.modules.conv._ConvNd
 HALF = (torch.float16, torch.bfloat16)
@@ -62,6 +61,11 @@ def has_quantised_weight(module: nn.Module) -> bool:
 
 def _is_quantised(weight: Tensor) -> bool:
     return weight.is_quantized or type(weight).dequantize is not Tensor.dequantize
+
+
+def dequantised(x: Tensor) -> Tensor:
+    """A tensor, in floating point if it is quantised."""
+    return x.dequantize() if x.is_quantized else x
 
 
 def flat_feature(module: nn.Module, x: Tensor) -> Tensor:

@@ -10,13 +10,9 @@ from torch import Tensor, nn
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.structure.activations import is_activation
 from fusenorm_openood.structure.graph import nodes_before
+from fusenorm_openood.structure.head import dequantised
 
 Path = tuple[Any, ...]  # the keys, indices and attributes that lead to a tensor
-
-
-def dequantised(x: Tensor) -> Tensor:
-    """A tensor, in floating point if it is quantised."""
-    return x.dequantize() if x.is_quantized else x
 
 
 def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
