@@ -123,7 +123,7 @@ def unpacked(tensors: dict[str, Tensor], record: dict[str, Any]) -> Calibration:
         id_scores=tensors["id_scores"].numpy(),
         statistics=IDStatistics(**arrays("statistics")),
         joint=joint,
-        settings=Settings.from_mapping({"random": "refuse", **record["settings"]}),
+        settings=Settings.from_mapping(record["settings"]),
         strong=tuple(record["strong"]),
         network=record["network"],
     )

@@ -195,9 +195,12 @@ class Settings:
 
     @classmethod
     def from_mapping(cls, args: Mapping[str, Any]) -> "Settings":
-        """Settings from a configuration that gives every setting, and nothing else."""
+        """Settings from a configuration that gives every setting, and nothing else.
+
+        `random` may be absent: files and configurations of 0.2.0 lack it.
+        """
         check_names(args)
-        missing = [name for name in SETTINGS if name not in args]
+        missing = [name for name in SETTINGS if name not in args and name != "random"]
         if missing:
             raise ConfigError(
                 f"setting {missing[0]!r} is missing: the settings are {', '.join(SETTINGS)}"

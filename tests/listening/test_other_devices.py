@@ -117,6 +117,18 @@ def test_recorded_scores_are_those_of_the_cpu(name, device, tmp_path):
     close(again.score(images), expected)
 
 
+REAL = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+
+
+@pytest.mark.skipif(not REAL, reason="no GPU")
+@pytest.mark.parametrize("name", MAKE)
+def test_scores_of_a_real_device_are_those_of_the_cpu(name):
+    images, fit = some_images(9), labelled(some_images(40, seed=2))
+    expected = MAKE[name](Net()).fit(fit).score(images)
+    found = MAKE[name](Net().to(REAL[0])).fit(fit).score(images).double()
+    torch.testing.assert_close(found, expected.double(), rtol=1e-3, atol=1e-3)
+
+
 @everywhere
 def test_a_bank_scores_everything(device, tmp_path):
     images, fit = some_images(9), labelled(some_images(40, seed=2))
