@@ -80,7 +80,7 @@ def _understood_head(
     equal = (1 / len(names),) * len(names) if names else ()
     known = HeadLayers(names, equal)
     if not torch.isfinite(logits).all():
-        return known
+        return known._replace(is_affine=bool(names))  # the error will be that of their scores
     single = outputs[names[0]].flatten(1) if len(names) == 1 else None
     if single is not None and is_activation(single, logits[:, -single.shape[1] :]):
         known, logits = HeadLayers(names, (1.0,), before_softmax=True), of_two_classes(single)

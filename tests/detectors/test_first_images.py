@@ -45,11 +45,6 @@ class Doubling(Net):
         return super().forward(x).repeat(2, 1)
 
 
-class OneLogit(Net):
-    def forward(self, x):
-        return super().forward(x)[:, :1]
-
-
 class Frozen(Net):
     def feature(self, x):
         return super().feature(x).detach()
@@ -65,7 +60,6 @@ WRONG = {
         "set react_percentile=None",
     ),
     "a batch twice as large": (Doubling, {}, r"got \[4, 5\] for 2 image"),
-    "one logit": (OneLogit, {}, "at least two classes"),
     "no gradient": (
         Frozen,
         {"taps": list(BLOCKS), "strong": ["output"], "output": "odin"},
