@@ -232,7 +232,7 @@ def test_a_network_that_was_made_in_inference_mode():
     detector = FuseNorm(net, taps=list(BLOCKS), strong=["output"]).fit([images])
     torch.testing.assert_close(torch.tensor(detector.infer([images]).experts[-1]), right)
     with pytest.raises(TapError, match="name the modules to tap"):  # Foo is no name of a block
-        FuseNorm(net)
+        FuseNorm(net).fit([some_images()])
     with pytest.raises(TapError, match="choose output='energy'"):
         odin(net).score(images)
 
