@@ -24,7 +24,6 @@ def pair(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize(
     "left",
     [
@@ -52,7 +51,7 @@ def test_what_is_left_in_the_environment_makes_no_process(left, monkeypatch):
 def test_numbers_that_no_launcher_gives_are_one_sentence(pair, wrong, monkeypatch):
     for name, value in wrong.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="below WORLD_SIZE, got .*: start with torchrun"):
+    with pytest.raises(ConfigError, match=r"below WORLD_SIZE, got .*: start with torchrun"):
         this_process()
 
 
@@ -79,6 +78,7 @@ def test_the_meeting_folder_is_private(pair):
         assert folder.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_shares_are_all_of_the_work_and_none_of_it_twice(world):
     for numbers in ([], [0], [5], range(7), [1, 3, 5, 7]):
         shares = [Process(rank, rank, world).share(numbers) for rank in range(world)]
