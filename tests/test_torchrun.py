@@ -26,7 +26,6 @@ def pair(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize(
     "left",
     [
@@ -81,6 +80,7 @@ def test_the_meeting_folder_is_private(pair):
         assert folder.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_shares_are_all_of_the_work_and_none_of_it_twice(world):
     for numbers in ([], [0], [5], range(7), [1, 3, 5, 7]):
         shares = [Process(rank, rank, world).share(numbers) for rank in range(world)]
