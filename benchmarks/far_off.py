@@ -23,7 +23,7 @@ from fusenorm_openood.method.joint import far_off as beyond
 from fusenorm_openood.method.metrics import ood_metrics
 
 METHODS = {"fusenorm": Settings(), "fusenorm_joint": Settings.joint()}
-COUNT, SIZE = 250, 24
+COUNT, SIZE = 100, 24
 
 
 def drawn(*shape: int) -> Callable[[Generator], Tensor]:
@@ -66,7 +66,7 @@ KINDS: dict[str, tuple[Callable[[Generator], Tensor], tuple[int, ...]]] = {
 
 
 def far_off() -> Iterator[tuple[str, Tensor]]:
-    """Normalised images `[250, 3, 24, 24]` by kind and contrast, about mid-grey and from black."""
+    """Normalised images `[100, 3, 24, 24]` by kind and contrast, about mid-grey and from black."""
     for kind, (draw, contrasts) in KINDS.items():
         x = draw(Generator().manual_seed(0)).expand(COUNT, 3, SIZE, SIZE)
         for contrast in contrasts:
@@ -120,7 +120,7 @@ def main() -> None:
         for key, figures in measured(data_root, checkpoint).items():
             rows[(name, *key)] = figures
     table = pd.DataFrame(rows).T
-    table.index.names = ["network", "method", "far-off penalty"]
+    table.index.names = ["network", "method", "penalty"]
     print(table.to_string(float_format="{:.2f}".format))
     if args.csv:
         table.map(lambda v: v if isinstance(v, str) else round(v, 2)).to_csv(args.csv)

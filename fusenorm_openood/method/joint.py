@@ -14,9 +14,9 @@ from fusenorm_openood.method.statistics import ROUNDING
 RIDGE = 1e-3  # added to the diagonal of the correlation matrix
 SMALLEST = float(np.finfo(np.float32).tiny)  # the norm of a dead feature map counts as this
 LEAST = 1e-6  # the smallest distance, so that its logarithm is finite
-FAR = 3.0  # deviations of the log distance above its ID mean from where on an image is far off,
+FAR = 2.5  # deviations of the log distance above its ID mean from where on an image is far off,
 RARE = 99.9  # unless this percentile of the ID images is farther
-STEEP = 8.0  # growth of `far_off` per deviation
+STEEP = 16.0  # growth of `far_off` per deviation
 
 
 class JointStatistics(NamedTuple):
@@ -117,7 +117,7 @@ def joint_penalty(norms: ArrayLike, statistics: JointStatistics) -> NDArray[np.f
 def far_off(norms: ArrayLike, statistics: JointStatistics) -> NDArray[np.float64]:
     """How far beyond the limit of ID images block norms `[L, N]` are, >= 0: `[N]`.
 
-    8 max(0, log M - limit) / log_std. The limit is three standard deviations above the mean of
+    16 max(0, log M - limit) / log_std. The limit is 2.5 standard deviations above the mean of
     log M on the ID images, each left out of the statistics that it is compared with, or farther
     if more than one in a thousand of them is.
     """

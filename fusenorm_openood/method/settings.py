@@ -40,11 +40,11 @@ class Settings:
             other taps are weak.
         weights: one weight per strong expert; None = equal weights.
         clip: whether a strong score above the percentile `percentile_high` of the ID scores
-            counts as that percentile.
+            counts as that percentile, and images that are far off are penalised beyond `cap`.
         penalty: `"deviation"`, from the largest deviation of a weak expert (see `penalty`), or
             `"joint"`, from the joint distance of the norms of all taps (see `joint_penalty`).
         base: how steeply the penalty `"deviation"` grows.
-        cap: largest penalty of `"deviation"`.
+        cap: largest penalty of `"deviation"`, of images that are not far off.
         joint_weight: weight of the penalty `"joint"`.
         percentile_low: percentile of the ID scores that is mapped to 0.
         percentile_high: percentile of the ID scores that is mapped to 1.

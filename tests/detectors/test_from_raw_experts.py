@@ -107,6 +107,14 @@ def log_m(norms, known):
     return 0.5 * np.log(np.einsum("ln,ln->n", u, np.linalg.solve(correlation, u)) / len(v))
 
 
+def far_off(norms, known):
+    of_id = log_m(known, known)
+    left_out = of_id - np.log(1 - (len(known) * np.exp(2 * of_id) + 1) / known.shape[1])
+    second = np.sort(left_out)[-2]  # the percentile 99.9 of fewer than 1000 images
+    limit = max(left_out.mean() + 2.5 * left_out.std(), second)
+    return 16 * np.maximum(0, log_m(norms, known) - limit) / of_id.std()
+
+
 @pytest.mark.parametrize("strong", STRONG, ids=str)
 @pytest.mark.parametrize("penalty", ["deviation", "joint"])
 def test_the_confidence_is_the_formula_of_the_raw_experts(net, strong, penalty):
@@ -126,12 +134,14 @@ def test_the_confidence_is_the_formula_of_the_raw_experts(net, strong, penalty):
         z = (norms - lowest) / (highest - lowest)
         largest = np.maximum(0, np.maximum(-z, z - 1)).max(0)
         expected = np.minimum((scores - low) / (high - low), 1).mean(0)
-        expected -= np.minimum(1, 2**largest - 1)
+        expected -= np.minimum(1, 2**largest - 1) + far_off(norms, id_norms)
         assert (largest > 0).any()
     else:
         clipped = np.minimum(scores, high)
         expected = ((clipped - known.mean(1)[:, None]) / known.std(1)[:, None]).mean(0)
         of_id = log_m(id_norms, id_norms)
-        expected -= 0.25 * (log_m(norms, id_norms) - of_id.mean()) / of_id.std()
+        standardised = (log_m(norms, id_norms) - of_id.mean()) / of_id.std()
+        expected -= 0.25 * (standardised + far_off(norms, id_norms))
     assert (scores > high).any()  # the clip matters
+    assert 0 < (far_off(norms, id_norms) > 0).mean() < 1
     np.testing.assert_allclose(detector.score_loader(unknown), expected, rtol=1e-3, atol=2e-3)

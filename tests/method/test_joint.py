@@ -112,12 +112,12 @@ def test_far_off_equals_its_formula(blocks, images):
     known, unknown = norms(blocks, images), norms(blocks, 60, seed=1) ** 20
     distances = left_out(known)
     limit = max(
-        distances.mean() + 3 * distances.std(), np.sort(distances)[int(0.999 * (images - 1))]
+        distances.mean() + 2.5 * distances.std(), np.sort(distances)[int(0.999 * (images - 1))]
     )
     beyond = np.maximum(0, log_m(known, unknown) - limit) / log_m(known, known).std()
     assert (beyond > 0).any()
     found = far_off(unknown, joint_statistics(known))
-    np.testing.assert_allclose(found, 8 * beyond, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found, 16 * beyond, rtol=1e-4, atol=1e-6)
 
 
 def test_an_id_image_left_out_is_as_far_as_its_leverage_says():
@@ -135,7 +135,7 @@ def test_hardly_an_id_image_is_far_off_however_few_were_fitted(blocks, images):
         far_off(norms(blocks, 1000, seed=100 + seed), joint_statistics(norms(blocks, images, seed)))
         for seed in range(10)
     ]
-    assert np.mean(np.array(hit) > 0) < 0.005
+    assert np.mean(np.array(hit) > 0) < 0.01
 
 
 @pytest.mark.parametrize("blocks", [2, 8])
