@@ -189,10 +189,10 @@ def test_a_pattern_at_a_url_without_files(memory):
 
 LISTS = {
     "m.tsv": b"size\tpath\n1\tin/a b.png\n",
-    "m.csv.gz": gzip.compress(b"path\nin/a b.png\n"),
+    "m.csv.gz": gzip.compress(b"path\nin/a b.png\n", mtime=0),
     "m.txt.xz": lzma.compress(b"in/a b.png 3\n"),
     "m.jsonl": b'{"path": "in/a b.png", "label": 3}\n\n',
-    "m.JSONL.gz": gzip.compress(b'{"path": "in/a b.png"}\n'),
+    "m.JSONL.gz": gzip.compress(b'{"path": "in/a b.png"}\n', mtime=0),
     "m.csv": b"path,label\nin/a b.png,3\n",
 }
 
@@ -209,7 +209,7 @@ def test_lists_of_all_kinds_are_read(tmp_path, name, read):
     [
         ("m.json", b'[\n"a.png"\n]', "must be text, CSV, TSV, JSON Lines or Parquet"),
         ("m.csv.gz", b"path\na.png\n", "cannot be read"),
-        ("m.csv.gz", gzip.compress(b"path\na.png\n" * 99)[:-20], "is damaged"),
+        ("m.csv.gz", gzip.compress(b"path\na.png\n" * 99, mtime=0)[:-20], "is damaged"),
         ("m.jsonl", b'{"file": "a.png"}\n', "must have a column 'path'"),
         ("m.jsonl", b'{"path": 3}\n', "must have a column 'path'"),
         ("m.tsv", b"path,label\n", "must have a column 'path'"),

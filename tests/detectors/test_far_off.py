@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fusenorm_openood import FuseNorm, Settings, load_network
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.listening.panel import Fitted
+from fusenorm_openood.structure.understanding import understand
 from tests.conftest import make_net
 
 SIZE = (250, 3, 24, 24)
@@ -84,7 +85,9 @@ def id_scores(images=300, seed=0):
 
 
 def made(settings, known=None):
-    detector = FuseNorm(make_net(), settings)
+    net = make_net()
+    structure = understand(net, torch.randn(2, 3, 16, 16))
+    detector = FuseNorm(net, settings, structure)
     known = id_scores() if known is None else known
     return detector.with_calibration(detector.learn(known, Fitted()))
 
