@@ -35,7 +35,7 @@ def forward_digest(
         StoreError: the store cannot be written.
     """
     for number in count():
-        kept = ShardSet(store, {**record, "heard": "forward", "number": number}, "forward", rows=1)
+        kept = ShardSet(store, {**record, "heard": "forward", "number": number}, "network", rows=1)
         found = _read(kept)
         if not (found or this_process().leads):  # all processes must find the same
             found = wait_until(lambda kept=kept: _read(kept), OWNER_TIME)  # type: ignore[misc]

@@ -15,7 +15,7 @@ from fusenorm_openood.detectors.sharded import manifest
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.store import ShardSet
 from fusenorm_openood.urls import Url
-from tests.detectors.imagefiles import write_detector, write_images
+from tests.detectors.imagefiles import NETWORK, write_detector, write_images
 from tests.store.sets import RECORD, assert_same_bits, columns_of
 
 
@@ -37,7 +37,8 @@ def home(tmp_path_factory):
 
 
 def score(home, *arguments: object) -> int:
-    argv = ["score", "--detector", home / "d.st", "--num-workers", 0, "--batch-size", 4]
+    argv = ["score", "--detector", home / "d.st", "--network", NETWORK, "--num-workers", 0]
+    argv += ["--batch-size", 4]
     return main([str(a) for a in [*argv, "--no-progress", "--device", "cpu", *arguments]])
 
 
@@ -90,7 +91,7 @@ def test_images_manifest_and_store_at_urls_give_the_local_rows(home, tmp_path, m
     assert judgements(out) == judgements(local)
     assert [row["path"] for row in rows_of(out)] == [f"memory://bucket/{n}" for n in names]
     assert "cannot identify image file 'memory://bucket/images/002.png'" in rows_of(out)[2]["error"]
-    assert len(memory.glob("/store/*/*.parquet")) == 2
+    assert len(memory.glob("/store/files-*/*.parquet")) == 2
 
     def never(*_):
         raise AssertionError("scored again")

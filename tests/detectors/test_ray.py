@@ -19,6 +19,7 @@ from fusenorm_openood.detectors.sharded import FileShards
 from fusenorm_openood.errors import CheckpointError, ClusterError, StoreError, is_lost_loader
 from fusenorm_openood.torchrun import _lives, wait_until
 from tests.detectors.imagefiles import (
+    NETWORK,
     Loading,
     ends,
     fails,
@@ -65,12 +66,13 @@ def files(home, tmp_path, monkeypatch) -> FileShards:
 
 def score(home, out: Path, *options: object) -> int:
     argv = ["score", "--detector", home / "d.st", home / "images", "--store", f"{out}.store"]
+    argv += ["--network", NETWORK]
     argv += ["--csv", f"{out}.csv", "--no-progress", "--num-workers", 0, "--batch-size", 4]
     return main([str(a) for a in [*argv, "--device", "cpu", *options]])
 
 
 def shards_in(store: Path) -> dict[Path, bytes]:
-    return {p.relative_to(store): p.read_bytes() for p in store.rglob("*.parquet")}
+    return {p.relative_to(store): p.read_bytes() for p in store.rglob("files-*/*.parquet")}
 
 
 def test_actors_change_no_bit_of_shards_and_rows(two_cores, home, tmp_path, monkeypatch):
@@ -190,6 +192,7 @@ def test_a_command_starts_ray_and_shuts_it_down(home, tmp_path):
 
 def command(home, tmp_path):
     argv = ["score", "--detector", home / "d.st", home / "images", "--store", tmp_path / "store"]
+    argv += ["--network", NETWORK]
     argv += ["--csv", tmp_path / "ray.csv", "--num-workers", 0, "--batch-size", 4]
     argv += ["--engine", "ray", "--cores-per-actor", 1, "--device", "cpu", "--no-progress"]
     return [sys.executable, "-c", COMMAND, *map(str, argv)]
@@ -224,7 +227,7 @@ def test_a_killed_driver_leaves_no_actor_and_no_half_shard(home, tmp_path, monke
     waits += "RowFile.write = lambda self, rows: signal.pause()\n"
     started = [sys.executable, "-c", waits + program, *argv]
     with subprocess.Popen(started, stderr=subprocess.DEVNULL) as driver:
-        while driver.poll() is None and not list(store.rglob("*.parquet")):
+        while driver.poll() is None and not list(store.rglob("files-*/*.parquet")):
             time.sleep(0.005)
         others = started_by(driver.pid)
         driver.kill()

@@ -97,7 +97,7 @@ def test_processes_and_recording_change_no_row_of_files(short, detector, tmp_pat
         outs.append(done[0].out)
     assert stores[0] == stores[1]
     assert outs[0] == outs[1]
-    assert [len(store) for store in stores] == [3, 3, 2]
+    assert [len(store) for store in stores] == [4, 4, 3]  # one is of the network
 
 
 def test_processes_and_recording_fit_the_same_detector(short, tmp_path):
