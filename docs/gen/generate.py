@@ -298,6 +298,19 @@ def protocol() -> str:
     return table(("candidate", *networks, "mean", "far-off, %"), rows)
 
 
+def far_off() -> str:
+    """What each digits network accepts of what is far off, without and with its penalty."""
+    found = pd.read_csv(RESULTS / "far_off.csv", index_col=[0, 1, 2], keep_default_na=False)
+    rows = []
+    for network, method in dict.fromkeys((n, m) for n, m, _ in found.index):
+        before, after = (found.loc[(network, method, side)] for side in ("without", "with"))
+        shown = [f"{row['accepted']:.0f} {row['most']}".strip() for row in (before, after)]
+        auroc = [f"{row['near']:.2f} / {row['far']:.2f}" for row in (before, after)]
+        rows.append((network, f"`{method}`", *shown, *auroc, f"{after['ID beyond']:.1f}"))
+    head = ("network", "method", "accepted without, %", "accepted with, %")
+    return table((*head, "near / far without", "near / far with", "ID beyond, %"), rows)
+
+
 # Candidates that are shown whether or not they are among the best.
 PROTOCOL_ALSO = (
     "output, 5/95, base 2",
@@ -319,6 +332,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": short_comparison,
     "catalogue": catalogue,
     "protocol": protocol,
+    "far-off": far_off,
     "pseudo": pseudo_ood,
     "settings": settings,
     "sweep": sweep,

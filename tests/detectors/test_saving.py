@@ -5,11 +5,13 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fusenorm_openood import FuseNorm, Settings
+from fusenorm_openood.detectors.storage import Contents, read_contents, write_contents
 from fusenorm_openood.errors import DetectorFileError, NotFittedError
 from fusenorm_openood.networks import ResNet18_32x32
 from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
@@ -48,6 +50,27 @@ def test_a_loaded_detector_gives_the_same_bits(net, loader, tmp_path, settings):
     assert torch.equal(loaded.p_values(IMAGES), detector.p_values(IMAGES))
     assert torch.equal(loaded.is_ood(IMAGES, 0.8), detector.is_ood(IMAGES, 0.8))
     assert loaded.guarantee(0.9) == detector.guarantee(0.9)
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings.joint()], ids=["default", "joint"])
+def test_a_file_from_before_the_far_off_penalty_is_judged_by_as_it_was(
+    net, loader, tmp_path, settings
+):
+    detector, path = FuseNorm(net, settings).fit(loader), tmp_path / "detector.safetensors"
+    detector.calibrate(make_loader(40, seed=7)).save(path)
+    contents = read_contents(path)
+    tensors = {n: t for n, t in contents.tensors.items() if n != "joint.limit"}
+    record = {name: value for name, value in contents.record.items() if name != "checksum"}
+    if settings.penalty == "deviation":
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("joint.")}
+        record["joint"] = False
+    write_contents(path, Contents(tensors, record | {"checksum": "0" * 64}))
+    loaded = FuseNorm.load(path, net)
+    assert (loaded.score(IMAGES * 30) > detector.score(IMAGES * 30) + 1).all()
+    known = next(iter(loader))[0]
+    assert torch.equal(loaded.score(known), detector.score(known))
+    explained = loaded.explain(IMAGES * 30)
+    np.testing.assert_allclose(explained.shares.sum(0), explained.conf)
 
 
 def test_a_new_process_gives_the_same_bits(saved, net, tmp_path):
