@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from threading import RLock
@@ -57,7 +58,14 @@ def read_image(path: Place, bits: int | None = None) -> Image.Image:
         DataError: pixels with 32 bits, with more than `bits`, or of low bits that PIL drops.
         RemoteError: a URL cannot be read now.
     """
-    return _read(lambda: Image.open(_opened(path)), f"image {path}", bits)
+    return _read(lambda: Image.open(_opened(path), formats=_formats()), f"image {path}", bits)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """PIL's formats but EPS, a program that PIL has Ghostscript run, whatever the file's name."""
+    Image.init()
+    return tuple(name for name in Image.OPEN if name != "EPS")
 
 
 def read_picture(picture: Image.Image, bits: int | None = None) -> Image.Image:

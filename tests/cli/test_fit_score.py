@@ -210,7 +210,7 @@ def test_rows_of_another_detector_are_not_mixed_with(folders, tmp_path, capsys):
     assert score(folders, folders / "test_noise", "--csv", out) == 0
     lines = out.read_text().splitlines(keepends=True)
     path, predicted, confidence, *rest = lines[3].split(",")
-    lines[3] = ",".join([path, predicted, str(float(confidence) + 0.01), *rest])
+    lines[3] = ",".join([path, predicted, str(2 * float(confidence)), *rest])
     out.write_text("".join(lines[:4]))
     assert score(folders, folders / "test_noise", "--csv", out, "--resume") == 1
     assert "give another file to --csv, or the detector" in capsys.readouterr().err

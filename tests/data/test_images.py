@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from fusenorm_openood.cli.inputs import check_readable
 from fusenorm_openood.data import lists
@@ -196,3 +196,10 @@ def test_intact_lists_give_no_warning(folder, capsys):
         warnings.simplefilter("error")
         check_readable([ImageSet(home / "list.txt", home, lambda image: image)])
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_postscript_program_is_no_image_whatever_its_name(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path, "EPS")
+    with pytest.raises(UnidentifiedImageError):
+        read_image(path)

@@ -49,7 +49,7 @@ def test_the_published_settings_are_those_of_the_published_experiments():
     assert Settings.joint() == Settings(penalty="joint")
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "random"])
 def test_errors_for_missing_and_misspelt_settings_list_the_valid_ones(name):
     missing = {key: value for key, value in ARGS.items() if key != name}
     with pytest.raises(

@@ -122,7 +122,9 @@ def _command(printed, argv, rank, world, shard, first):
     recorded.SHARD = sharded.SHARD = shard
     _log(printed.with_name("log.txt"))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    warnings.filterwarnings("ignore", ".* ID images are too few")  # here they always are
+    # There are always too few images here, which one of the sentences would say.
+    sys.warnoptions.append("ignore")
+    warnings.simplefilter("ignore")
     if first is not None:
         first()
     sys.exit(main(argv))
