@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusenorm_openood.listening.panel import Fitted
-from fusenorm_openood.method.joint import JointStatistics, far_off, joint_penalty, standardised_logs
+from fusenorm_openood.method.joint import JointStatistics, standardised_logs
 from fusenorm_openood.method.posthoc import Posthoc
 from fusenorm_openood.method.settings import Settings
-from fusenorm_openood.method.shares import joint_shares, strong_shares, weak_shares
+from fusenorm_openood.method.shares import far_off_shares, joint_shares, strong_shares, weak_shares
 from fusenorm_openood.method.statistics import IDStatistics, normalise, standardise
 from fusenorm_openood.networks.fingerprint import Fingerprint
 
@@ -61,8 +61,7 @@ class Calibration:
             z = np.zeros(scores.shape)
             z[:taps] = standardised_logs(scores[:taps], self.joint)
             z[strong] = standardise(scores[strong], self.statistics, s.clip)
-            penalty = s.joint_weight * joint_penalty(scores[:taps], self.joint)
-            shares[:taps] = joint_shares(scores[:taps], self.joint, penalty)
+            shares[:taps] = joint_shares(scores[:taps], self.joint, s.joint_weight)
             shares[strong] += strong_shares(z[strong], s.weights)
             return z, shares
         z = normalise(scores, self.statistics)
@@ -71,10 +70,8 @@ class Calibration:
         shares[strong] = strong_shares(clipped, s.weights)
         shares[weak] = weak_shares(z[weak], s.base, s.cap)
         if self.joint is not None:
-            norms = scores[: len(self.joint.mean)]
-            shares[: len(norms)] += joint_shares(
-                norms, self.joint, s.cap * far_off(norms, self.joint)
-            )
+            taps = len(self.joint.mean)
+            shares[:taps] += far_off_shares(scores[:taps], self.joint, s.cap)
         return z, shares
 
 

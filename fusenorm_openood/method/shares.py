@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusenorm_openood.method.fusion import check_weights, deviation, penalty
-from fusenorm_openood.method.joint import JointStatistics, standardised_logs
+from fusenorm_openood.method.joint import JointStatistics, far_off, joint_penalty, standardised_logs
 
 Array = NDArray[np.float64]
 
@@ -26,16 +26,29 @@ def weak_shares(weak: Array, base: float, cap: float) -> Array:
     return shares
 
 
-def joint_shares(norms: Array, statistics: JointStatistics, penalty: Array) -> Array:
-    """Shares `[L, N]` of the blocks in a penalty `[N]`, by their terms of the joint distance.
-
-    With u the standardised log norms and P their precision, block l has the part
-    u_l (P u)_l of the squared distance u' P u.
-    """
-    u = standardised_logs(norms, statistics)
-    terms = u * (statistics.precision @ u)
+def joint_shares(norms: Array, statistics: JointStatistics, weight: float) -> Array:
+    """Shares `[L, N]` of the blocks in the joint penalty, by their terms of the distance."""
+    terms = joint_terms(norms, statistics)
     total = terms.sum(axis=0)
     even = np.full_like(terms, 1 / len(terms))
     parts = np.divide(terms, total, out=even, where=total > 0)
-    shares: Array = -penalty * parts
+    shares: Array = -weight * joint_penalty(norms, statistics) * parts
     return shares
+
+
+def far_off_shares(norms: Array, statistics: JointStatistics, weight: float) -> Array:
+    """Shares `[L, N]` of the blocks in `far_off`: the one with the largest term has all of it."""
+    shares = np.zeros_like(norms)
+    most = joint_terms(norms, statistics).argmax(axis=0)
+    shares[most, np.arange(norms.shape[1])] = -weight * far_off(norms, statistics)
+    return shares
+
+
+def joint_terms(norms: Array, statistics: JointStatistics) -> Array:
+    """Terms `[L, N]` of the squared joint distance u' P u: that of block l is u_l (P u)_l.
+
+    u are the standardised log norms, P their precision.
+    """
+    u = standardised_logs(norms, statistics)
+    terms: Array = u * (statistics.precision @ u)
+    return terms

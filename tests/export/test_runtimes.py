@@ -106,7 +106,7 @@ def test_a_thousand_files_in_three_runtimes(detector, paths):
     ):
         pred_, conf_, p_, ood_ = map(np.array, zip(*found, strict=True))
         differing = ood_ != ood
-        difference = np.abs(conf_ - conf).max()
+        difference = (np.abs(conf_ - conf) / np.maximum(np.abs(conf), 1)).max()  # as `export` does
         print(
             f"{name}: {differing.sum()} of {COUNT} verdicts differ, {near.sum()} files are within "
             f"{NEAR:g} of the threshold; largest difference of confidences {difference:.1e}"
