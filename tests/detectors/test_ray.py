@@ -19,6 +19,7 @@ from fusenorm_openood.detectors.sharded import FileShards
 from fusenorm_openood.errors import CheckpointError, ClusterError, StoreError, is_lost_loader
 from fusenorm_openood.torchrun import _lives, wait_until
 from tests.detectors.imagefiles import (
+    NETWORK,
     Loading,
     ends,
     fails,
@@ -64,7 +65,16 @@ def files(home, tmp_path, monkeypatch) -> FileShards:
 
 
 def score(home, out: Path, *options: object) -> int:
-    argv = ["score", "--detector", home / "d.st", home / "images", "--store", f"{out}.store"]
+    argv = [
+        "score",
+        "--detector",
+        home / "d.st",
+        "--network",
+        NETWORK,
+        home / "images",
+        "--store",
+        f"{out}.store",
+    ]
     argv += ["--csv", f"{out}.csv", "--no-progress", "--num-workers", 0, "--batch-size", 4]
     return main([str(a) for a in [*argv, "--device", "cpu", *options]])
 
@@ -189,7 +199,16 @@ def test_a_command_starts_ray_and_shuts_it_down(home, tmp_path):
 
 
 def command(home, tmp_path):
-    argv = ["score", "--detector", home / "d.st", home / "images", "--store", tmp_path / "store"]
+    argv = [
+        "score",
+        "--detector",
+        home / "d.st",
+        "--network",
+        NETWORK,
+        home / "images",
+        "--store",
+        tmp_path / "store",
+    ]
     argv += ["--csv", tmp_path / "ray.csv", "--num-workers", 0, "--batch-size", 4]
     argv += ["--engine", "ray", "--cores-per-actor", 1, "--device", "cpu", "--no-progress"]
     return [sys.executable, "-c", COMMAND, *map(str, argv)]
