@@ -1,12 +1,14 @@
 """Numbers that users give, as Python's own: those of NumPy and of torch are numbers, too."""
 
-import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+LARGEST = sys.float_info.max  # a larger integer is no float
 
 
 def number(value: Any) -> int | float | None:
@@ -19,13 +21,13 @@ def number(value: Any) -> int | float | None:
     (5, 0.5, None, None)
     """
     if type(value) in (int, float):  # all that torch.compile is to see
-        return value if math.isfinite(value) else None
+        return value if abs(value) <= LARGEST else None
     if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     value = int(value) if isinstance(value, Integral) else float(value)
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= LARGEST else None
 
 
 def whole(value: Any) -> int | None:

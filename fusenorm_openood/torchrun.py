@@ -98,7 +98,8 @@ def among_peers() -> Iterator[Process]:
         return
     folder = _meeting_place()
     mine = folder / str(process.rank)
-    if _is_private(folder):
+    is_private = _is_private(folder)
+    if is_private:
         with suppress(OSError):
             mine.write_text(str(os.getpid()))
     with (
@@ -107,9 +108,10 @@ def among_peers() -> Iterator[Process]:
         redirect_stdout(sys.stdout if process.leads else nowhere),
     ):
         yield process
-    with suppress(OSError):  # one that fails leaves its file, so that the others can name it
-        mine.unlink()
-        folder.rmdir()  # the last one
+    if is_private:  # one that fails leaves its file, so that the others can name it
+        with suppress(OSError):
+            mine.unlink()
+            folder.rmdir()  # the last one
 
 
 @contextmanager

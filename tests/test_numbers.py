@@ -32,7 +32,7 @@ KINDS = (
 )
 WHOLE = (np.int64, np.uint8, np.array, torch.tensor, lambda v: torch.tensor(v, dtype=torch.uint8))
 FALSE = (True, np.True_, torch.tensor(True), np.array(False), "1", None, 1j, np.ones(1), [1.0])
-BOUNDLESS = (np.float32("nan"), torch.tensor(float("inf")), -np.inf, np.array(np.nan))
+BOUNDLESS = (10**400, np.float32("nan"), torch.tensor(float("inf")), -np.inf, np.array(np.nan))
 
 
 @pytest.mark.parametrize("kind", KINDS)

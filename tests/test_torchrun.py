@@ -63,6 +63,8 @@ def test_a_meeting_folder_of_somebody_else_is_not_used(pair, kind):
 
     elsewhere, place = pair / "elsewhere", _meeting_place()
     elsewhere.mkdir(mode=0o700)
+    own = elsewhere / "1"  # of this rank's name, but not its file
+    own.write_text("mine")
     if kind == "link":
         place.symlink_to(elsewhere)
     elif kind == "file":
@@ -71,7 +73,8 @@ def test_a_meeting_folder_of_somebody_else_is_not_used(pair, kind):
         place.mkdir()
         place.chmod(0o777)
     with among_peers():
-        assert not [*pair.glob("*/1")]
+        assert {*pair.glob("*/1")} <= {own, place / "1"}
+    assert own.read_text() == "mine"
 
 
 def test_the_meeting_folder_is_private(pair):

@@ -18,7 +18,7 @@ from fusenorm_openood.networks.fingerprint import Fingerprint
 from fusenorm_openood.structure.head import weight_of
 from fusenorm_openood.structure.identity import identify
 from fusenorm_openood.structure.reading import Structure
-from fusenorm_openood.structure.wrappers import unwrapped
+from fusenorm_openood.structure.wrappers import scoring_module, unwrapped
 from fusenorm_openood.version import __version__
 
 
@@ -130,8 +130,8 @@ def _check_modules(path: Path, record: Record, calibration: Calibration, core: n
     for field in ("runs", "shapes", "layouts"):
         if absent := getattr(structure, field).keys() - modules.keys():
             raise nonsense(path, f"structure.{field} names the absent module {min(absent)!r}")
-    if structure.scoring is not None and structure.scoring not in modules:
-        raise nonsense(path, f"structure.scoring names the absent module {structure.scoring!r}")
+    if structure.scoring != (scoring := scoring_module(core)):
+        raise nonsense(path, f"structure.scoring must be {scoring!r}")
     weights = [weight_of(modules[name]) for name in structure.head.names]
     widths = [weight.shape[1] for weight in weights if weight is not None]
     for number, (expert, state) in enumerate(calibration.fitted.states.items()):

@@ -65,6 +65,7 @@ STATES: dict[str, dict[str, str]] = {
 }
 WHOLE = ("counts", "classes")  # are int64, all else is float32
 LARGEST = 2**14  # pixels in a row of an image
+OVERFLOWS = 1e15  # what experts square in float32, and would blame the network for
 STATISTICS = ("mean", "std", "lower", "upper")
 JOINT = {"mean": "T", "scale": "T", "precision": "T T"} | dict.fromkeys(
     ("log_mean", "log_std", "limit"), ""
@@ -134,6 +135,7 @@ def _of_record(r: Record, settings: Settings) -> Iterator[Rule]:
 
 def _of_structure(s: Structure) -> Iterator[Rule]:
     yield "structure.classes", s.classes >= 2, "at least 2"
+    yield "structure.smallest_batch", 1 <= s.smallest_batch <= 2, "1 or 2"
     yield "structure.runs", all(runs > 0 for runs in s.runs.values()), "positive"
     yield "structure.blocks", set(s.blocks) <= s.runs.keys(), "modules that run"
     yield "structure.head.names", set(s.head.names) <= s.runs.keys(), "modules that run"
@@ -166,8 +168,11 @@ def _check_tensors(record: Record, settings: Settings, tensors: Mapping[str, Ten
     needed |= {f"joint.{name}": shape for name, shape in JOINT.items() if record.joint}
     for number, (expert, _) in enumerate(record.posthoc):
         needed |= {f"state.{number}.{name}": shape for name, shape in STATES[expert].items()}
-    if "joint.limit" not in tensors:
-        needed.pop("joint.limit", None)  # as in files of 0.2.0
+    infinite = ["joint.scale"]
+    if record.network.modules is None:  # as in files of 0.2.0
+        infinite.append("joint.limit")
+        if "joint.limit" not in tensors:
+            needed.pop("joint.limit", None)
     if "reference" in tensors:
         needed["reference"] = "C"
     if unknown := tensors.keys() - needed.keys():
@@ -187,8 +192,9 @@ def _check_tensors(record: Record, settings: Settings, tensors: Mapping[str, Ten
                 f"{list(tensor.shape)}"
             )
         sizes |= found
-        if name not in ("joint.scale", "joint.limit") and not tensor.isfinite().all():
-            raise ConfigError(f"{name} must be finite")
+        most = OVERFLOWS if name.startswith("state.") else float("inf")
+        if name not in infinite and not (tensor.abs() < most).all():
+            raise ConfigError(f"{name} must be finite, and below {most:g}")
         if kind == torch.int64 and int(tensor.min()) < 0:
             raise ConfigError(f"{name} must be >= 0")
     reference = tensors.get("reference", torch.zeros(0))
@@ -208,8 +214,8 @@ def _check_statistics(c: Calibration) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 joint = joint_statistics(c.id_scores[: len(taps)])
-            if not np.isfinite(c.joint.limit):
-                joint = joint._replace(limit=c.joint.limit)
+            if c.joint.limit == np.inf:
+                joint = joint._replace(limit=np.inf)
             pairs["joint"] = joint._asdict(), c.joint._asdict()
     except FuseNormError as error:
         raise ConfigError(f"id_scores: {error}") from None

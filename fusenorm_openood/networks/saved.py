@@ -57,6 +57,10 @@ def read_saved(path: Path) -> Any:
             ) from None
         raise damaged from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError) as error:
+        if "TorchScript" in str(error) or "file data.pkl" in str(error):
+            raise CheckpointError(
+                f"checkpoint {path} holds a program and not weights: save net.state_dict() instead"
+            ) from None
         if is_archive or "memory" in str(error):  # the file is intact, or not at fault
             raise
         raise damaged from None

@@ -185,6 +185,15 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         load_network(save({"x": Evil()}, tmp_path / "evil.ckpt"))
 
 
+def test_a_program_is_no_checkpoint(tmp_path):
+    layer, image = torch.nn.Linear(2, 2), torch.zeros(1, 2)
+    torch.jit.trace(layer, image).save(tmp_path / "script.pt")
+    torch.export.save(torch.export.export(layer, (image,)), tmp_path / "program.pt2")
+    for name in ("script.pt", "program.pt2"):
+        with pytest.raises(CheckpointError, match="holds a program and not weights"):
+            load_network(tmp_path / name)
+
+
 def test_depth_of_a_wide_resnet_is_checked():
     with pytest.raises(ConfigError, match=r"depth must be 6n \+ 4.*got 17"):
         WideResNet(17)

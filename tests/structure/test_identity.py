@@ -31,6 +31,17 @@ class Stem(Net):
         return self.b(self.a(self.act(self.stem(x)))).mean((2, 3))
 
 
+class Clamped(Net):
+    """A network that cuts values off which only some photographs have."""
+
+    def forward(self, x):
+        return super().forward(x.clamp(-2.1, 2.6))
+
+
+def test_what_only_bright_images_show_is_another_forward():
+    assert not is_network(Clamped(), identify(Net(), (3, 12, 12)))
+
+
 FORWARDS = [F.gelu, F.silu, F.leaky_relu, torch.tanh, torch.abs, lambda x: x]
 
 
