@@ -17,6 +17,7 @@ from fusenorm_openood.errors import ConfigError, DetectorFileError
 from fusenorm_openood.networks.fingerprint import Fingerprint
 from fusenorm_openood.structure.head import weight_of
 from fusenorm_openood.structure.identity import identify
+from fusenorm_openood.structure.modes import undisturbed
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.wrappers import unwrapped
 from fusenorm_openood.version import __version__
@@ -132,7 +133,9 @@ def _check_modules(path: Path, record: Record, calibration: Calibration, core: n
             raise nonsense(path, f"structure.{field} names the absent module {min(absent)!r}")
     if structure.scoring is not None and structure.scoring not in modules:
         raise nonsense(path, f"structure.scoring names the absent module {structure.scoring!r}")
-    weights = [weight_of(modules[name]) for name in structure.head.names]
+    layers = nn.ModuleList(modules[name] for name in structure.head.names)
+    with undisturbed(layers):  # a spectral norm in training changes when read
+        weights = list(map(weight_of, layers))
     widths = [weight.shape[1] for weight in weights if weight is not None]
     for number, (expert, state) in enumerate(calibration.fitted.states.items()):
         for name, letters in STATES[expert.name].items():
