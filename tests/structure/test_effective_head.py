@@ -341,7 +341,9 @@ def test_in_half_precision_the_logits_are_those_of_the_whole_head():
     torch.testing.assert_close(done.logits, net(images).float(), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "one logit [B]"])
+@pytest.mark.parametrize(
+    "kind", ["cosine", "one logit [B]", "mean of heads", "parts of the feature"]
+)
 def test_a_saved_detector_finds_the_head_again(kind, tmp_path):
     net = KINDS[kind][0]()
     detector = FuseNorm(net, strong=("output", "nci", "fdbd")).fit([IMAGES])

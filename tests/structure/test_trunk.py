@@ -146,6 +146,15 @@ class Stacked(nn.Module):
         return self.head(self.second)
 
 
+def test_taps_of_inputs_are_saved_and_loaded(tmp_path):
+    net = Encoder(2)
+    detector = energy_detector(net, IMAGES)
+    detector.save(tmp_path / "detector.safetensors")
+    again = FuseNorm.load(tmp_path / "detector.safetensors", net)
+    assert any(tap.endswith(":input") for tap in again.taps)
+    torch.testing.assert_close(again.score(IMAGES), detector.score(IMAGES))
+
+
 def test_sums_in_the_network_s_own_forward():
     net = Stacked()
     detector = energy_detector(net, IMAGES)
