@@ -17,7 +17,9 @@ from fusenorm_openood.errors import ConfigError, DetectorFileError
 from fusenorm_openood.networks.fingerprint import Fingerprint
 from fusenorm_openood.structure.head import weight_of
 from fusenorm_openood.structure.identity import identify
+from fusenorm_openood.structure.modes import undisturbed
 from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.structure.recording import INPUT
 from fusenorm_openood.structure.wrappers import scoring_module, unwrapped
 from fusenorm_openood.version import __version__
 
@@ -128,14 +130,18 @@ def _check_modules(path: Path, record: Record, calibration: Calibration, core: n
     if structure is None:
         return
     for field in ("runs", "shapes", "layouts"):
-        if absent := getattr(structure, field).keys() - modules.keys():
+        named = {name.removesuffix(INPUT) for name in getattr(structure, field)}
+        if absent := named - modules.keys():
             raise nonsense(path, f"structure.{field} names the absent module {min(absent)!r}")
     if structure.scoring != (scoring := scoring_module(core)):
         raise nonsense(path, f"structure.scoring must be {scoring!r}")
-    weights = [weight_of(modules[name]) for name in structure.head.names]
+    layers = nn.ModuleList(modules[name] for name in structure.head.names)
+    with undisturbed(layers):  # a spectral norm in training changes when read
+        weights = list(map(weight_of, layers))
     widths = [weight.shape[1] for weight in weights if weight is not None]
     for number, (expert, state) in enumerate(calibration.fitted.states.items()):
         for name, letters in STATES[expert.name].items():
             sizes = dict(zip(letters.split(), state[name].shape, strict=True))
-            if len(widths) == len(weights) > 0 and sizes.get("D", sum(widths)) != sum(widths):
+            known = len(widths) == len(weights) > 0 and not structure.head.feature
+            if known and sizes.get("D", sum(widths)) != sum(widths):
                 raise nonsense(path, f"state.{number}.{name} must be of width {sum(widths)}")

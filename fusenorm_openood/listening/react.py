@@ -9,6 +9,7 @@ from fusenorm_openood.listening.passes import Pass, apply_head, forward_pass
 from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.networks.lazy import LazyNetwork
 from fusenorm_openood.structure.head import linear_head
+from fusenorm_openood.structure.modes import undisturbed
 from fusenorm_openood.structure.reading import Structure
 from fusenorm_openood.structure.wrappers import unwrapped
 
@@ -53,8 +54,10 @@ def head_of(net: nn.Module, structure: Structure) -> Head:
         return head
     if structure.affine is not None:
         return structure.affine
-    layers = [unwrapped(net).get_submodule(name) for name in structure.head.names]
-    found = linear_head(layers, structure.head.shares) if structure.head.is_affine else None
+    layers, found = [unwrapped(net).get_submodule(name) for name in structure.head.names], None
+    if structure.head.is_affine:
+        with undisturbed(nn.ModuleList(layers)):  # a spectral norm in training changes when read
+            found = linear_head(layers, structure.head.shares)
     if found is None:
         raise TapError(
             f"the logits of {type(net).__name__} are no linear function of a feature, whose "

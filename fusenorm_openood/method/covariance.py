@@ -128,7 +128,8 @@ def vim_fit(sums: State, sample: Seen, head: Head, arguments: Arguments) -> Stat
     """
     feature = fit_features(sample)
     weight, bias = head.weight.detach().cpu().double(), head.bias.detach().cpu().double()
-    origin = -torch.linalg.pinv(weight) @ bias
+    rounding = max(weight.shape) * torch.finfo(torch.float32).eps  # it may have a lower rank
+    origin = -torch.linalg.pinv(weight, rtol=rounding) @ bias
     # The products of features less the origin, from those of the features.
     shift = torch.outer(sums["feature"] - sums["images"] / 2 * origin, origin)
     values, vectors = torch.linalg.eigh(sums["products"] - shift - shift.T)

@@ -34,13 +34,11 @@ _PASSED = re.compile(
 
 
 def is_activation(before: Tensor, after: Tensor) -> bool:
-    """Whether one tensor `[B, K]` is a softmax, a sigmoid or the like of another one."""
-    if before.shape != after.shape:
+    """Whether one tensor `[B, K]`, or `[B]`, is a softmax, a sigmoid or the like of another one."""
+    x, y = (t.detach().float().reshape(len(t), -1) for t in (before, after))
+    if x.shape != y.shape or torch.equal(x, y):
         return False
-    x, y = before.detach().float(), after.detach().float()
-    return not torch.equal(x, y) and any(
-        torch.allclose(y, undone(x), rtol=1e-2, atol=1e-5) for undone in _UNDONE
-    )
+    return any(torch.allclose(y, undone(x), rtol=1e-2, atol=1e-5) for undone in _UNDONE)
 
 
 def checked_activation(net: nn.Module, outputs: Tensor, activation: str) -> str:

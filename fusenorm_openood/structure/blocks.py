@@ -84,7 +84,7 @@ def find_blocks(
 class _OnTrunk(NamedTuple):
     names: tuple[str, ...]
     rule: str
-    open: list[Node]  # merges that none of the blocks holds
+    open: list[Node]  # forks that none of the blocks holds
 
 
 def _on_trunk(
@@ -104,7 +104,8 @@ def _on_trunk(
     kinds = {type(modules[n]) for n in _outermost(single)}
     blocks = _outermost(name for name in spans if type(modules[name]) in kinds)
     merges, trunk = graph.merges(), graph.trunk
-    free = [m for m in merges if not any(_is_in(trunk[m], spans[name]) for name in blocks)]
+    left = [n for n in graph.forks() if not any(_is_in(trunk[n], spans[b]) for b in blocks)]
+    free = [node for node in left if node in merges]
     if 2 * len(free) > len(merges) and graph.share_of_largest_fork() <= 0.5:
         # Names of inputs come last, and are taken where no module returns the tensor.
         holders = {calls[name].left: name for name in reversed(list(pixels))}
@@ -118,7 +119,7 @@ def _on_trunk(
     if blocks:
         classes = sorted({type(modules[name]).__name__ for name in blocks})
         rule = f"the network's graph: branches merge in {', '.join(classes)}"
-        return _OnTrunk(blocks, rule, free)
+        return _OnTrunk(blocks, rule, left)
     if graph.share_of_largest_fork() > 0.5:
         return _OnTrunk((), "the network's graph: most of it is on parallel trunks", free)
     last = {pixels[n]: n for n in spans if pixels[n] > 1 and not any(modules[n].children())}

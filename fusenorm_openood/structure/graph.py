@@ -65,19 +65,17 @@ class Graph:
             seen |= following
         return seen
 
-    def merges(self) -> list[Node]:
-        """Trunk nodes that add or concatenate branches with a convolution or a matrix product.
+    def forks(self) -> list[Node]:
+        """Trunk nodes where branches with a convolution or a matrix product end.
 
         From the images to the logits.
         """
-        order = list(self.trunk)
-        return [
-            node
-            for node in reversed(order)
-            if _MERGES.search(node.name())
-            and len(self.children[node]) > 1
-            and any(map(_multiplies, self._fork(node)))
-        ]
+        forks = [node for node in reversed(list(self.trunk)) if len(self.children[node]) > 1]
+        return [node for node in forks if any(map(_multiplies, self._fork(node)))]
+
+    def merges(self) -> list[Node]:
+        """The forks that add or concatenate their branches."""
+        return [node for node in self.forks() if _MERGES.search(node.name())]
 
     def share_of_largest_fork(self) -> float:
         """The largest share of all convolutions and matrix products between two trunk nodes."""

@@ -142,8 +142,8 @@ def kept_head(
         return hook
 
     def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            outputs[name] = dequantised(output)
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[name] = dequantised(output) if isinstance(output, Tensor) else output
 
         return hook
 

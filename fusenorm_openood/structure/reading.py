@@ -127,10 +127,10 @@ def read_structure(net: nn.Module, images: Tensor) -> Structure:
                 output = scoring_run(core, scoring_module(core))(three)
             logits_at(core, output, path, len(three))
         graph = Graph(logits, leaf) if logits.requires_grad else None
-    modules = dict(core.named_modules())
-    for call in calls.values():
-        call.choose(() if graph is None else graph.trunk)
-    head = _head(modules, calls, graph, logits.shape[1])
+        modules = dict(core.named_modules())
+        for call in calls.values():
+            call.choose(() if graph is None else graph.trunk)
+        head = _head(modules, calls, graph, logits.shape[1])
     once = {name: call for name, call in calls.items() if name and call.runs == 1}
     given = {name + INPUT: Call(1, gave=(call.took,)) for name, call in once.items() if call.took}
     layouts = {
@@ -197,7 +197,8 @@ def _head(
     places = graph.before_products() if graph is not None else {}
     readers, writers = defaultdict[Node, list[str]](list), dict[Node, str]()
     for name, call in calls.items():
-        if name and call.runs == 1 and call.left in places and call.left not in call.entered:
+        made = call.left in places and call.left not in call.entered
+        if name and call.runs == 1 and call.is_alone and made:
             writers.setdefault(call.left, name)
         if name and len(call.entered) == 1 and call.entered[0] in places:
             readers[call.entered[0]].append(name)

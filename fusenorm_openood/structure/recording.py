@@ -49,6 +49,7 @@ class Call:
         took: the first tensor that it was given.
         gave: the tensors that it returned.
         index: which of them is its feature map.
+        is_alone: whether it returned one tensor, in nothing else.
     """
 
     runs: int = 0
@@ -57,6 +58,7 @@ class Call:
     took: Value | None = None
     gave: tuple[Value, ...] = ()
     index: int = 0
+    is_alone: bool = True
 
     @property
     def left(self) -> Node:
@@ -114,6 +116,7 @@ def recorded(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, Cal
             call.earlier = (*call.earlier, call.left) if call.left is not None else ()
             call.entered, call.took = begun.get(name, ((), None))
             call.gave = tuple(Value.of(tensor) for _, tensor in tensors_in(output)) or call.gave
+            call.is_alone = isinstance(output, Tensor)
             calls[name] = call
 
         return hook

@@ -71,7 +71,7 @@ def _generators(device: torch.device) -> list[Any]:
 def _values(listened: Listened) -> list[Tensor]:
     inputs, outputs, logits = listened
     values = (logits, *inputs.values(), *outputs.values())
-    return [value for value in values if value.is_floating_point()]
+    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
 
 def _alike(found: Listened, expected: Listened) -> bool:

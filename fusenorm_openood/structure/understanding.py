@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusenorm_openood.errors import TapError
+from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.structure.activations import checked_activation, is_activation
 from fusenorm_openood.structure.affine import probe
 from fusenorm_openood.structure.head import (
     HALF,
     HeadLayers,
+    feature_of,
     flat_feature,
     has_quantised_weight,
     head_layers,
@@ -25,7 +27,7 @@ from fusenorm_openood.structure.outputs import logits_at, of_two_classes
 from fusenorm_openood.structure.reading import Structure, read_structure, two_images
 from fusenorm_openood.structure.recording import recorded
 from fusenorm_openood.structure.repetition import Listened, repeated
-from fusenorm_openood.structure.wrappers import scoring_run, unwrapped
+from fusenorm_openood.structure.wrappers import network_errors, scoring_run, unwrapped
 
 
 def understand(net: nn.Module, images: Tensor) -> Structure:
@@ -42,18 +44,23 @@ def understand(net: nn.Module, images: Tensor) -> Structure:
     """
     core, structure, two = unwrapped(net), read_structure(net, images), two_images(images)
     with undisturbed(core), preserved_randomness(images.device), torch.no_grad():
-        listened, repetition = repeated(lambda x: _pass(core, structure, x), two)
+        with network_errors(net, two):
+            listened, repetition = repeated(lambda x: _pass(core, structure, x), two)
         layers = {name: core.get_submodule(name) for name in structure.head.names}
         head, affine = _understood_head(layers, *listened), None
         if not (head.is_affine and len(head.names) == 1):
             tried = replace(structure, head=head._replace(feature=structure.head.feature))
-            head, affine = probe(core, tried, two) or (head, None)
+            found = probe(core, tried, two)
+            if found is not None and _holds(core, *found, listened):
+                head, affine = found
     _, outputs, logits = listened
     if head.before_softmax:
         logits, activation = outputs[head.names[0]], ""
     else:
         activation = checked_activation(core, logits, structure.activation)
-    largest = float(logits.float().nan_to_num(0, 0, 0).abs().max())
+    logits = logits.float().nan_to_num(0, 0, 0)
+    counting = logits > logits.amax(1, keepdim=True) - 100  # exp(-100) adds nothing: masked classes
+    largest = float(logits[counting].abs().max())
     known = {"activation": activation, "largest_logit": largest, **repetition._asdict()}
     return replace(structure, head=head, affine=affine, **known)
 
@@ -68,9 +75,23 @@ def _pass(core: nn.Module, structure: Structure, images: Tensor) -> Listened:
         run = scoring_run(core, structure.scoring)
         output, calls = recorded(core, lambda: run(images.clone()))
     for name, layout in structure.layouts.items():
-        if name in calls and len(calls[name].shape) != len(layout):
-            raise TapError(f"{name!r} returns {list(calls[name].shape)} for {len(images)} image(s)")
+        gave = calls[name].gave[structure.outputs.get(name, 0) :] if name in calls else ()
+        if gave and len(gave[0].shape) != len(layout):
+            raise TapError(f"{name!r} returns {list(gave[0].shape)} for {len(images)} image(s)")
     return inputs, outputs, logits_at(core, output, structure.logits, len(images))
+
+
+def _holds(core: nn.Module, head: HeadLayers, affine: Head, listened: Listened) -> bool:
+    """Whether an affine function gives the logits of images; it was found at other features."""
+    inputs, outputs, logits = listened
+    feature = feature_of(head, head_layers(core, head), inputs, outputs)
+    if head.before_softmax:
+        logits = of_two_classes(outputs[head.names[0]].flatten(1))
+    if feature is None or not torch.isfinite(logits).all():
+        return True  # the error will be that of their scores
+    given = F.linear(feature.to(affine.weight), affine.weight, affine.bias)
+    tolerance = (3e-2 if logits.dtype in HALF else 1e-3) * float(logits.abs().max())
+    return torch.allclose(given, logits.to(given), rtol=0, atol=tolerance)
 
 
 def _understood_head(
@@ -79,6 +100,8 @@ def _understood_head(
     names = tuple(layers)
     equal = (1 / len(names),) * len(names) if names else ()
     known = HeadLayers(names, equal)
+    if any(len(inputs[name]) != len(logits) for name in names):
+        return HeadLayers()  # several features for an image, such as those of its crops
     if not torch.isfinite(logits).all():
         return known._replace(is_affine=bool(names))  # the error will be that of their scores
     single = outputs[names[0]].flatten(1) if len(names) == 1 else None

@@ -204,3 +204,12 @@ def test_the_scale_of_what_scores_are_computed_from_counts():
     compute_id_statistics(scores, scale=[1e-3])
     with pytest.raises(ZeroRangeError, match="up to rounding"):
         compute_id_statistics(scores, scale=[10.0])
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e9, float("-inf")])
+def test_masked_classes_are_no_scale(value):
+    net = Ending(lambda z: z.index_fill(1, torch.tensor([1, 3]), value))
+    detector = FuseNorm(net, strong=["output"]).fit([IMAGES])
+    with torch.no_grad():
+        expected = net.logits(IMAGES)[0][:, [0, 2, 4]].double().logsumexp(1)
+    torch.testing.assert_close(torch.tensor(detector.infer([IMAGES]).experts[-1]), expected)

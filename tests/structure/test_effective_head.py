@@ -112,6 +112,15 @@ class Cosine(nn.Module):
         return 16 * F.linear(F.normalize(feature), F.normalize(weight)) + self.bias
 
 
+class Returning(nn.Module):
+    def __init__(self, run):
+        super().__init__()
+        self.forward = run
+
+
+W = drawn(CLASSES, 8)
+
+
 def one(net):
     return torch.cat([torch.zeros(1, 8), net.fc.weight]), F.pad(net.fc.bias, (1, 0))
 
@@ -157,6 +166,25 @@ KINDS = {
     "mean of heads": (
         lambda: Made(lambda s, f: (s.fc(f) + s.other(f)) / 2, other=nn.Linear(8, CLASSES)),
         lambda s: ((s.fc.weight + s.other.weight) / 2, (s.fc.bias + s.other.bias) / 2),
+    ),
+    "parts of the feature": (
+        lambda: Made(lambda s, f: sum(fc(x) for fc, x in zip(s.fcs, f.chunk(2, 1), strict=True)),
+                     fcs=nn.ModuleList(nn.Linear(4, CLASSES) for _ in range(2))),
+        lambda s: (torch.cat([fc.weight for fc in s.fcs], 1), sum(fc.bias for fc in s.fcs)),
+    ),
+    "a product of thin matrices": (
+        lambda: Made(lambda s, f: f @ s.v @ s.u.T + s.bias, v=drawn(8, 2), u=drawn(CLASSES, 2),
+                     bias=drawn(CLASSES)),
+        lambda s: (s.u @ s.v.T, s.bias),
+    ),
+    "centred logits": (
+        lambda: Made(lambda s, f: s.fc(f) - s.fc(f).mean(1, keepdim=True)),
+        lambda s: (s.fc.weight - s.fc.weight.mean(0), s.fc.bias - s.fc.bias.mean()),
+    ),
+    "a module that returns others as well": (
+        lambda: Made(lambda s, f: s.head(s.both(f)[0])[0], head=Returning(lambda f: (f @ W.T, f)),
+                     both=Returning(lambda f: (2 * f / 2, f))),
+        lambda s: (W, None),
     ),
     "classes side by side": (
         lambda: Made(lambda s, f: torch.cat([s.fc(f), s.other(f)], 1), other=nn.Linear(8, 2)),
@@ -313,7 +341,9 @@ def test_in_half_precision_the_logits_are_those_of_the_whole_head():
     torch.testing.assert_close(done.logits, net(images).float(), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "one logit [B]"])
+@pytest.mark.parametrize(
+    "kind", ["cosine", "one logit [B]", "mean of heads", "parts of the feature"]
+)
 def test_a_saved_detector_finds_the_head_again(kind, tmp_path):
     net = KINDS[kind][0]()
     detector = FuseNorm(net, strong=("output", "nci", "fdbd")).fit([IMAGES])
@@ -359,6 +389,19 @@ class TestOneLogit:
     def test_among_others_the_logits_of_several_classes_are_taken(self):
         net = Made(lambda s, f: (f[:, 0], s.fc(f), f[:, :1]))
         assert understand(net, IMAGES[:2]).classes == CLASSES
+
+    @pytest.mark.parametrize("shape", ["[B, 1]", "[B]"])
+    def test_beside_its_probability(self, shape):
+        def run(s, f):
+            z = s.fc(f) if shape == "[B, 1]" else s.fc(f)[:, 0]
+            return {"probability": z.sigmoid(), "score": z}
+
+        net = Made(run, classes=1)
+        got, wanted = (
+            FuseNorm(n).fit([IMAGES]).infer([IMAGES[:3]]).experts
+            for n in (net, KINDS[f"one logit {shape}"][0]())
+        )
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
     def test_a_checkpoint_of_one_logit_is_for_two_classes(self):
         check_classes("a.ckpt", 1, 2)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from fusenorm_openood import FuseNorm, Settings, tap_candidates
 from fusenorm_openood.detectors.baselines import Baseline
-from fusenorm_openood.errors import FuseNormError
+from fusenorm_openood.errors import FuseNormError, NetworkError
 from fusenorm_openood.structure.modes import preserved_randomness, undisturbed
 from tests.conftest import assert_undisturbed, state_of
 from tests.nets import BLOCKS, Net, energies, some_images
@@ -264,3 +265,25 @@ def test_all_random_numbers_are_preserved():
         random.random()
         np.random.rand()
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_a_spectral_norm_in_training_mode_takes_no_step(norm, tmp_path):
+    net = Net()
+    net.fc = norm(net.fc)
+    before = {name: value.clone() for name, value in net.train().state_dict().items()}
+    detector = FuseNorm(net).fit([IMAGES])
+    detector.score(IMAGES)
+    detector.save(tmp_path / "detector.safetensors")
+    FuseNorm.load(tmp_path / "detector.safetensors", net)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_network_that_needs_gradients_is_one_error():
+    class Ascent(Net):
+        def forward(self, x):
+            feature = self.feature(x)
+            return self.fc(feature + torch.autograd.grad(self.fc(feature).sum(), feature)[0])
+
+    with pytest.raises(NetworkError, match="does not require grad"):
+        FuseNorm(Ascent()).fit([IMAGES])

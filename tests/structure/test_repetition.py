@@ -272,6 +272,14 @@ def test_networks_without_one_row_per_image_are_refused():
             FuseNorm(Changed(run)).fit([IMAGES[:2]])
 
 
+def test_crops_in_the_batch_are_no_rows_of_a_head():
+    net = Changed(
+        lambda net, x: Net.forward(net, torch.cat([x, x.flip(-1)])).unflatten(0, (2, -1)).mean(0)
+    )
+    structure = understand(net, IMAGES)
+    assert (structure.classes, structure.head.names, structure.mixes) == (5, (), False)
+
+
 def test_one_image_of_a_network_that_mixes_is_the_networks_own_error():
     class BatchNorm(Net):
         def feature(self, x):

@@ -21,6 +21,7 @@ class Depths(Net):
         super().__init__()
         self.c = nn.Sequential(Foo(8, 2), Foo(8))
         self.kind, self.heads = kind, nn.ModuleList(nn.Linear(8, CLASSES) for _ in range(3))
+        self.bilinear = nn.Parameter(torch.randn(CLASSES, 8, 8))
         self.lateral = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(3))
         self.fc = nn.Linear(24 if kind == "pooled" else 8, CLASSES)
         self.eval()
@@ -32,6 +33,10 @@ class Depths(Net):
         first, second, third = maps[1:]
         pooled = [x.mean((2, 3)) for x in maps[1:]]
         size = first.shape[2:]
+        if self.kind == "gated":
+            return self.fc(pooled[2] * pooled[0].sigmoid())
+        if self.kind == "bilinear":
+            return torch.einsum("bi,bj,kij->bk", pooled[1], pooled[2], self.bilinear)
         if self.kind == "pooled":
             return self.fc(torch.cat(pooled, 1))
         if self.kind == "auxiliary":
@@ -53,7 +58,8 @@ class Depths(Net):
 
 @pytest.mark.filterwarnings("error::UserWarning:fusenorm_openood")
 @pytest.mark.parametrize(
-    "kind", ["pooled", "auxiliary", "last two", "weighted", "low and high", "pyramid"]
+    "kind",
+    ["pooled", "auxiliary", "last two", "weighted", "low and high", "pyramid", "gated", "bilinear"],
 )
 def test_a_head_that_reads_several_depths_hides_no_block(kind):
     assert energy_detector(Depths(kind), IMAGES).taps == (*BLOCKS, "c.0", "c.1")
@@ -140,6 +146,15 @@ class Stacked(nn.Module):
         return self.head(self.second)
 
 
+def test_taps_of_inputs_are_saved_and_loaded(tmp_path):
+    net = Encoder(2)
+    detector = energy_detector(net, IMAGES)
+    detector.save(tmp_path / "detector.safetensors")
+    again = FuseNorm.load(tmp_path / "detector.safetensors", net)
+    assert any(tap.endswith(":input") for tap in again.taps)
+    torch.testing.assert_close(again.score(IMAGES), detector.score(IMAGES))
+
+
 def test_sums_in_the_network_s_own_forward():
     net = Stacked()
     detector = energy_detector(net, IMAGES)
@@ -182,7 +197,8 @@ class WithGate(Foo):
     def forward(self, x):
         y = super().forward(x[-1] if isinstance(x, tuple) else x)
         others = self.others(y)
-        return *others, y * others[0]
+        gate = others[0]
+        return *others, y * (gate[..., None, None] if gate.ndim == 2 else gate)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +206,7 @@ class WithGate(Foo):
     [
         lambda y: (y.mean((2, 3), keepdim=True).sigmoid(),),
         lambda y: (y.mean(1, keepdim=True).sigmoid(),),
+        lambda y: (y.mean((2, 3)).sigmoid(),),  # of other dimensions than the map
         lambda y: (y.sigmoid(), y.flatten(2).mT @ y.flatten(2)),  # weights of an attention
     ],
 )
