@@ -30,7 +30,7 @@ class Url:
         return self.text
 
     def __truediv__(self, name: str) -> "Url":
-        return Url(f"{self.text.rstrip('/')}/{name}")
+        return Url(f"{_without_slash(self.text)}/{name}")
 
     @property
     def name(self) -> str:
@@ -42,7 +42,7 @@ class Url:
 
     @property
     def parent(self) -> "Url":
-        return Url(self.text.rstrip("/").rpartition("/")[0])
+        return Url(_without_slash(self.text.rstrip("/").rpartition("/")[0] + "/"))
 
     def read_bytes(self) -> bytes:
         with self._system() as (system, path):
@@ -105,6 +105,12 @@ class Url:
         except Exception as error:  # each package has its own errors, of credentials for example
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise OSError(errno.EIO, reason, self.text) from error
+
+
+def _without_slash(url: str) -> str:
+    """A URL without slashes at its end, but for those of its protocol: `memory://`."""
+    protocol, mark, path = url.partition("://")
+    return f"{protocol}{mark}{path.rstrip('/')}"
 
 
 Place: TypeAlias = Path | Url

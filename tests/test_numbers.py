@@ -121,9 +121,11 @@ def test_functions_compute_the_same_from_any_kind_of_number(kind):
     assert repr(Baseline(Net(), "odin", **args).output) == repr(
         Baseline(Net(), "odin", temperature=2.0, noise=0.5).output
     )
-    pre = Preprocessing(np.int64(4), np.array([4, 4]), "box", (kind(0.5),) * 3, [kind(0.5)] * 3)
+    pre = Preprocessing(
+        np.int64(4), np.array([4, 4]), "box", (kind(0.5),) * 3, [kind(0.5)] * 3, bits=np.uint8(12)
+    )
     assert json.loads(json.dumps(pre.to_json())) == json.loads(
-        json.dumps(Preprocessing(4, (4, 4), "box", (0.5,) * 3, (0.5,) * 3).to_json())
+        json.dumps(Preprocessing(4, (4, 4), "box", (0.5,) * 3, (0.5,) * 3, bits=12).to_json())
     )
 
 

@@ -61,6 +61,8 @@ def run(args: Namespace) -> int:
         )
     settings = read_fusenorm(read_postprocessor(None, args.config, args.set)).settings
     check_writable(Path(args.output).resolve().parent, "--output")
+    if not args.output or Path(args.output).is_dir():
+        raise ConfigError(f"--output must be a file, got {args.output!r}: add its name")
     id_paths = image_paths(args.id_dir)
     other_paths = image_paths(args.calibration_dir or ())
     class_names = _class_names(args.class_names, args.id_dir)

@@ -98,7 +98,7 @@ def run(args: Namespace) -> int:
                 bar.update(len(rows))
                 counts.update(map(_verdict, rows))
         file.finish(lambda p: _verdicts(p, args))
-    if args.csv:
+    if args.csv and Path(args.csv).is_file():  # not /dev/stdout, from which nothing comes back
         counts = Counter(map(_verdict, read_rows(Path(args.csv))))
     summary = f"{counts.total()} images: {counts['OOD']} OOD, {counts['unreadable']} unreadable"
     summary += f", {len(file.judged)} judged before" if file.judged else ""

@@ -28,6 +28,8 @@ UNREADABLE = (
 )
 # First and last bytes of files in the usual formats.
 _ENDS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xae\x42\x60\x82"))
+# What PIL knows of a file until it is decoded; kept in `info` for when it is judged again.
+_DEEP, _SBIT = "16-bit colour", "sBIT"
 _flag = RLock()  # held by a thread while it changes PIL's flag
 
 
@@ -137,13 +139,17 @@ def to_rgb(file: Image.Image, bits: int | None = None) -> Image.Image:
         stated = _stated_bits(file)
         values = np.asarray(file)
         used = _used_bits(values, stated, bits)
+        if getattr(file, "tag_v2", {}).get(262) == 0:  # white is 0, which PIL leaves as it is
+            values = (1 << used) - 1 - values
         grey = Image.fromarray((values >> (used - 8)).astype(np.uint8))
         grey.info |= file.info  # the EXIF orientation, for example
         return grey.convert("RGB")
     if file.mode in ("I", "F"):
         kind = "integer" if file.mode == "I" else "floating-point"
         raise DataError(f"its pixels are {kind} numbers of unknown range: convert it to 8 bit")
-    deep = any(";16" in str(tile) for tile in getattr(file, "tile", ()))
+    if any(";16" in str(tile) for tile in getattr(file, "tile", ())):
+        file.info[_DEEP] = True
+    deep = _DEEP in file.info
     image = file.convert("RGB")
     if deep:
         values = np.asarray(image).astype(np.uint16) << 8
@@ -186,15 +192,16 @@ def _stated_bits(file: Image.Image) -> int | None:
 def _png_bits(file: Image.Image) -> int | None:
     """The `sBIT` of a greyscale PNG whose values were not scaled to 16 bits, as they should be."""
     stream = getattr(file, "fp", None)
-    if stream is None:  # decoded already
-        return None
-    at, bits = stream.tell(), 0
-    stream.seek(8)
-    while (head := stream.read(8))[4:] not in (b"IDAT", b""):
-        data = stream.read(int.from_bytes(head[:4], "big") + 4)
-        bits = data[0] if head[4:] == b"sBIT" else bits
-    stream.seek(at)
-    if not 8 <= bits < 16:
+    if stream is not None:  # not decoded yet
+        at = stream.tell()
+        stream.seek(8)
+        while (head := stream.read(8))[4:] not in (b"IDAT", b""):
+            data = stream.read(int.from_bytes(head[:4], "big") + 4)
+            if head[4:] == b"sBIT":
+                file.info[_SBIT] = data[0]
+        stream.seek(at)
+    bits = file.info.get(_SBIT, 0)
+    if not 8 <= bits <= 16:
         return None
     values = np.asarray(file)
     scaled = values.max() >= 1 << bits or not (values & ((1 << (16 - bits)) - 1)).any()

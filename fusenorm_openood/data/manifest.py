@@ -44,7 +44,11 @@ def listed_in(manifest: Place) -> Iterator[Place]:
         )
     try:
         data = manifest.read_bytes()
-        names = _READERS.get(ending, _text_names)(unpacked(data) if unpacked else data)
+        try:
+            data = unpacked(data) if unpacked else data
+        except ValueError as error:  # bz2's for a file that is cut
+            raise EOFError(str(error)) from None
+        names = _READERS.get(ending, _text_names)(data)
     except OSError as error:
         raise DataError(f"manifest {manifest} cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError:
@@ -75,7 +79,10 @@ def _parquet_names(data: bytes) -> list[str]:
     from pyarrow import ArrowException, parquet
 
     try:
-        names = parquet.read_table(BytesIO(data), columns=["path"]).column("path").to_pylist()
+        file = parquet.ParquetFile(BytesIO(data))
+        if "path" not in file.schema_arrow.names:
+            raise ValueError(f"found: {', '.join(file.schema_arrow.names)}")
+        names = file.read(["path"]).column("path").to_pylist()
     except ArrowException as error:
         raise ValueError(str(error)) from None
     if not all(isinstance(name, str) for name in names):
@@ -87,13 +94,13 @@ def _csv_names(data: bytes, delimiter: str = ",") -> list[str]:
     text = StringIO(data.decode("utf-8-sig"), newline="")
     rows = csv.DictReader(text, delimiter=delimiter)
     if "path" not in (rows.fieldnames or ()):
-        raise KeyError(f"found: {', '.join(rows.fieldnames or ())}")
+        raise ValueError(f"found: {', '.join(rows.fieldnames or ())}")
     return [row["path"] for row in rows if row["path"]]
 
 
 def _text_names(data: bytes) -> list[str]:
     names = []
-    for line in filter(None, map(str.strip, data.decode("utf-8-sig").splitlines())):
+    for line in _lines(data):
         fields = line.rsplit(maxsplit=1)
         labelled = len(fields) == 2 and fields[1].lstrip("-").isdecimal()
         names.append(fields[0] if labelled else line)
@@ -101,11 +108,16 @@ def _text_names(data: bytes) -> list[str]:
 
 
 def _json_names(data: bytes) -> list[str]:
-    rows = [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    rows = [json.loads(line) for line in _lines(data)]
     names = [row["path"] for row in rows]
     if not all(isinstance(name, str) for name in names):
         raise TypeError("some are not")
     return names
+
+
+def _lines(data: bytes) -> Iterator[str]:
+    """Lines that are not empty; other separators of Unicode, such as U+2028, do not end one."""
+    return filter(None, map(str.strip, StringIO(data.decode("utf-8-sig"), newline=None)))
 
 
 _READERS: dict[str, Callable[[bytes], list[str]]] = {
@@ -113,6 +125,7 @@ _READERS: dict[str, Callable[[bytes], list[str]]] = {
     ".csv": _csv_names,
     ".tsv": partial(_csv_names, delimiter="\t"),
     ".jsonl": _json_names,
+    ".ndjson": _json_names,
     ".parquet": _parquet_names,
 }
 _UNPACKED: dict[str, Callable[[bytes], bytes]] = {
@@ -123,7 +136,7 @@ _UNPACKED: dict[str, Callable[[bytes], bytes]] = {
 
 
 def is_list(path: Place) -> bool:
-    """Whether a file's name says that it is a list: .txt, .csv, .tsv, .jsonl, .parquet."""
+    """Whether a file's name says that it is a list: .txt, .csv, .tsv, .jsonl, .ndjson, .parquet."""
     return _kind(path)[0] in _READERS
 
 

@@ -56,14 +56,20 @@ class Preprocessing:
             if found is None or (in_pixels and None in map(whole, found)):
                 raise ConfigError(f"{name} must be finite numbers, of pixels whole, got {given!r}")
             object.__setattr__(self, name, found if one is None else one)
-        if min(*as_pair(self.resize), *self.crop) < 1:
-            raise ConfigError(f"sizes must be >= 1, got resize={self.resize}, crop={self.crop}")
+        sides = (*as_pair(self.resize), *self.crop)
+        if len(sides) != 4 or len(self.crop) != 2 or min(sides) < 1:
+            raise ConfigError(
+                f"sizes must be >= 1, of a crop two, got resize={self.resize}, crop={self.crop}"
+            )
         if self.crop_mode not in CROP_MODES:
             raise ConfigError(
                 f"unknown crop_mode {self.crop_mode!r}: choose from {', '.join(CROP_MODES)}"
             )
-        if self.bits is not None and not 8 <= self.bits <= 16:
-            raise ConfigError(f"bits must be from 8 to 16, got {self.bits}")
+        if self.bits is not None:
+            bits = whole(self.bits)
+            if bits is None or not 8 <= bits <= 16:
+                raise ConfigError(f"bits must be from 8 to 16, got {self.bits!r}")
+            object.__setattr__(self, "bits", bits)
         if self.interpolation not in INTERPOLATIONS:
             raise ConfigError(
                 f"unknown interpolation {self.interpolation!r}: choose from "

@@ -23,6 +23,7 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "p_value": float,
     "ood": {"True": True, "False": False}.__getitem__,
 }
+_HEADER = ",".join(Judged._fields).encode()
 _FORMULA = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20'"  # begin a formula, or a cell that is guarded
 
 
@@ -136,7 +137,10 @@ class RowFile:
         if self.path and not begun and self.path.exists():
             _write_csv(self._rows, read_rows(self.path))
         with self._rows.open("rb+") as file:
-            end, at, quotes = 0, 0, 0
+            end, at, quotes, first = 0, 0, 0, file.readline()
+            if first.rstrip(b"\r\n") != _HEADER and not _HEADER.startswith(first):
+                raise _other_columns(self._rows)  # and so it is left as it is
+            file.seek(0)
             for line in file:
                 at, quotes = at + len(line), quotes + line.count(b'"')
                 if line.endswith(b"\n") and quotes % 2 == 0:  # not one inside a quoted cell
@@ -211,10 +215,14 @@ def _read_parquet(path: Path) -> Iterator[Judged]:
 
 def _check_columns(path: Path, names: Sequence[str]) -> None:
     if tuple(names) != Judged._fields:
-        raise DataError(
-            f"{path} was not written by this version of fusenorm score: its columns must be "
-            f"{', '.join(Judged._fields)}"
-        )
+        raise _other_columns(path)
+
+
+def _other_columns(path: Path) -> DataError:
+    return DataError(
+        f"{path} was not written by this version of fusenorm score: its columns must be "
+        f"{', '.join(Judged._fields)}"
+    )
 
 
 def _texts(row: Judged) -> list[object]:

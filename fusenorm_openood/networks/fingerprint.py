@@ -52,7 +52,9 @@ class Fingerprint(NamedTuple):
         """Whether two networks give the fixed images the same logits, as far as both are known."""
         if not (self.logits and other.logits) or self.image != other.image:
             return True
-        ours, theirs = torch.tensor(self.logits).double(), torch.tensor(other.logits).double()
+        ours, theirs = (
+            torch.tensor(f.logits, dtype=torch.float64, device="cpu") for f in (self, other)
+        )
         if ours.shape != theirs.shape:
             return False
         most = max(self.rounding, other.rounding) * float(theirs.max() - theirs.min())

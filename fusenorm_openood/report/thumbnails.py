@@ -16,7 +16,7 @@ FEW = 64  # pixels of the longer side up to which nothing is lost
 
 def thumbnail(image: Tensor, norm: Normalization) -> Image.Image:
     """A small picture of a normalised tensor `[3, H, W]`."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in norm)
+    mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu").view(-1, 1, 1) for v in norm)
     pixels = (image.detach().cpu().float() * std + mean).clamp(0, 1).mul(255).round().byte()
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     picture.thumbnail((SIDE, SIDE))

@@ -64,7 +64,7 @@ def is_network(net: nn.Module, known: Fingerprint) -> bool:
 
 def fixed_images(image: Sequence[int]) -> Tensor:
     """Two images `[2, C, H, W]` with values in [-4, 4): a fine texture, and a smooth ramp."""
-    numbers = torch.arange(prod(image), dtype=torch.int64)
+    numbers = torch.arange(prod(image), dtype=torch.int64, device="cpu")
     texture = (numbers * 2654435761 % 2**32).double() / 2**29 - 4  # Knuth's multiplicative hash
     ramp = numbers.double() / len(numbers) * 8 - 4
     return torch.stack([texture, ramp]).float().view(2, *image)

@@ -76,6 +76,16 @@ def test_another_number_of_class_names_is_refused_before_the_fit(fit, tmp_path, 
     assert "class_names must be the names of 5 classes, got 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("output", ["", "folder"])
+def test_an_output_that_is_no_file_is_refused_before_the_fit(
+    fit, unfitted, tmp_path, capsys, output
+):
+    given = tmp_path / output if output else output
+    (tmp_path / output).mkdir(exist_ok=True)
+    assert fit("--output", given) == 1
+    assert f"--output must be a file, got '{given}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("store", [False, True])
 @pytest.mark.parametrize("distinct", [10, 30])
 def test_copies_count_once_and_the_fit_is_kept(fit, tmp_path, capsys, distinct, store):

@@ -1,6 +1,7 @@
 """`fusenorm fit` and `fusenorm score` on folders of digits, one broken image among them."""
 
 import csv
+import os
 import shutil
 import subprocess
 import sys
@@ -243,6 +244,11 @@ def test_class_names_from_folders(folders, digits, tmp_path, capsys):
     assert "class_names must be the names of 7 classes, got 8" in capsys.readouterr().err
     assert main([*given, str(folders / "val_digits")]) == 1
     assert "needs one folder per class in --id-dir" in capsys.readouterr().err
+
+
+def test_rows_on_a_device_are_not_read_back(folders, capsys):
+    assert score(folders, folders / "test_noise", "--csv", os.devnull) == 0
+    assert " images: " in capsys.readouterr().err
 
 
 def test_a_report_about_the_rows(folders, tmp_path, monkeypatch):

@@ -109,6 +109,34 @@ def test_16_bit_colour_of_fewer_bits_is_told_or_refused(tmp_path):
     assert np.asarray(read_image(path)).max() == 255
 
 
+@pytest.mark.parametrize("stated", [10, 12, 16])
+def test_a_picture_that_is_judged_again_has_the_same_pixels(tmp_path, stated):
+    path = written(tmp_path / "x.png", grey(min(stated, 12)), stated)
+    with Image.open(path) as file:
+        first, again = (np.asarray(read_picture(file)) for _ in range(2))
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(first, np.asarray(read_image(path)))
+
+
+def test_a_colour_picture_that_is_refused_is_refused_again(tmp_path):
+    (tmp_path / "x.png").write_bytes(png_of(np.stack([grey(12)] * 3, axis=2)))
+    with Image.open(tmp_path / "x.png") as file:
+        for _ in range(2):
+            with pytest.raises(DataError, match="convert it to 8 bit"):
+                read_picture(file, 12)
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_white_is_zero_in_some_tiffs(tmp_path, bits):
+    values, top = grey(bits), 2**bits - 1
+    dark, light = (tmp_path / name for name in ("dark.tif", "light.tif"))
+    Image.fromarray(values).save(dark)
+    Image.fromarray(top - values).save(light, tiffinfo={262: 0})
+    with Image.open(light) as file:
+        assert file.tag_v2[262] == 0
+    np.testing.assert_array_equal(read_image(light, bits), read_image(dark, bits))
+
+
 PAGED = {"tif": {}, "gif": {}, "png": {}, "webp": {"lossless": True}}
 
 

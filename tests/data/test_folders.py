@@ -1,5 +1,6 @@
 """Folders, patterns and lists: every image once, and a word on what is left out."""
 
+import bz2
 import gzip
 import lzma
 import os
@@ -9,6 +10,7 @@ from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import fsspec
+import pandas as pd
 import pytest
 
 from fusenorm_openood.cli.fit import _class_names
@@ -180,6 +182,23 @@ def test_folders_and_patterns_at_urls(memory, given, expected):
     assert names == [f"memory://shots/{name}" for name in expected]
 
 
+@pytest.mark.filterwarnings("ignore:left out")
+def test_the_root_of_a_file_system(memory):
+    memory.pipe_file("/list.txt", b"top.png\n")
+    names = ["shots/a.png", "shots/in/b.jpg", "shots/x[1].png"]
+    assert list(image_paths(["memory://"])) == [Url(f"memory:///{name}") for name in names]
+    for root in ("memory://", "memory:///"):
+        assert list(image_paths([f"{root}list.txt"])) == [Url("memory:///top.png")]
+
+
+def test_a_parquet_list_without_paths_is_one_sentence(tmp_path):
+    pd.DataFrame({"file": ["a.png"], "label": [3]}).to_parquet(tmp_path / "m.parquet")
+    with pytest.raises(
+        DataError, match=r"column 'path' of strings \(found: file, label\): add it$"
+    ):
+        manifest_paths(str(tmp_path / "m.parquet"))
+
+
 def test_a_pattern_at_a_url_without_files(memory):
     with pytest.raises(DataError, match=r"pattern memory://shots/\*\.tif matches no file"):
         image_paths(["memory://shots/*.tif"])
@@ -193,6 +212,7 @@ LISTS = {
     "m.txt.xz": lzma.compress(b"in/a b.png 3\n"),
     "m.jsonl": b'{"path": "in/a b.png", "label": 3}\n\n',
     "m.JSONL.gz": gzip.compress(b'{"path": "in/a b.png"}\n', mtime=0),
+    "m.ndjson": '{"path": "in/a b.png", "caption": "\u2028 \x85"}\r\n'.encode(),
     "m.csv": b"path,label\nin/a b.png,3\n",
 }
 
@@ -210,6 +230,7 @@ def test_lists_of_all_kinds_are_read(tmp_path, name, read):
         ("m.json", b'[\n"a.png"\n]', "must be text, CSV, TSV, JSON Lines or Parquet"),
         ("m.csv.gz", b"path\na.png\n", "cannot be read"),
         ("m.csv.gz", gzip.compress(b"path\na.png\n" * 99, mtime=0)[:-20], "is damaged"),
+        ("m.csv.bz2", bz2.compress(b"path\na.png\n" * 99)[:-20], "is damaged"),
         ("m.jsonl", b'{"file": "a.png"}\n', "must have a column 'path'"),
         ("m.jsonl", b'{"path": 3}\n', "must have a column 'path'"),
         ("m.tsv", b"path,label\n", "must have a column 'path'"),

@@ -191,6 +191,10 @@ def test_whatever_pil_raises_for_an_image_is_one_error(error):
         ({"crop_mode": "pad"}, "unknown crop_mode 'pad'"),
         ({"bits": 7}, "bits must be from 8 to 16"),
         ({"bits": 17}, "bits must be from 8 to 16"),
+        ({"bits": 12.0}, "bits must be from 8 to 16"),
+        ({"bits": "12"}, "bits must be from 8 to 16"),
+        ({"crop": (8,)}, "of a crop two"),
+        ({"crop": (8, 8, 8), "resize": (8,)}, "of a crop two"),
     ],
 )
 def test_values_that_cannot_be(changed, message):

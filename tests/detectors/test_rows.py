@@ -151,3 +151,13 @@ def test_csv_is_a_csv_of_strict_utf8(tmp_path):
     write(tmp_path / "o.csv", [os.fsdecode(name) for name in NAMES])
     with (tmp_path / "o.csv").open(encoding="utf-8", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(NAMES)
+
+
+@pytest.mark.parametrize(
+    "content", [b"path\na.png\nb.png", b"\x89PNG\r\n\x1a\nbytes", b"x", b"path,predicted\n'a"]
+)
+def test_resuming_leaves_another_file_as_it_is(tmp_path, content):
+    (tmp_path / "o.csv").write_bytes(content)
+    with pytest.raises(DataError, match="its columns must be path, predicted"):
+        RowFile(tmp_path / "o.csv", resume=True)
+    assert (tmp_path / "o.csv").read_bytes() == content
