@@ -109,7 +109,7 @@ def driving(listed: Path, detector: Path, columns: Columns) -> dict[str, float]:
     clock = [time.process_time()]
     manifest(manifest_paths(str(listed)))
     clock.append(time.process_time())
-    given = Namespace(detector=str(detector), network=None, weights=None, device="cpu")
+    given = Namespace(detector=str(detector), network=None, weights=None, bits=None, device="cpu")
     with tempfile.TemporaryDirectory() as folder, RowFile(Path(folder, "rows.csv")) as file:
         files = FileShards(load_detector(given), paths, Path(folder))
         for number in range(files.shards.count):

@@ -117,7 +117,9 @@ def tables(specification: str) -> pd.DataFrame:
     _, id_data, data_root, checkpoint, *normalization = specification.split(":")
     norm = NORMALIZATIONS[normalization[0]] if normalization else None
     net, benchmark = load_network(checkpoint), load_benchmark(id_data, data_root, norm)
-    detectors = {name: FuseNorm(net, settings) for name, settings in candidates().items()}
+    val = torch.cat([images for images, _ in batches(image_loader(benchmark.id["val"]))])
+    structure = understand(net, val[:2])
+    detectors = {name: FuseNorm(net, s, structure) for name, s in candidates().items()}
     panels = [detector.panel for detector in detectors.values()]
     panel = Panel(
         panels[0].taps,
@@ -125,8 +127,6 @@ def tables(specification: str) -> pd.DataFrame:
         tuple(dict.fromkeys(output for p in panels for output in p.outputs)),
         tuple(dict.fromkeys(expert for p in panels for expert in p.posthoc)),
     )
-    val = torch.cat([images for images, _ in batches(image_loader(benchmark.id["val"]))])
-    structure = understand(net, val[:2])
     head = Head(*(t.float() for t in head_of(net, structure)))
     known = hear(net, structure, panel, image_loader(benchmark.id["val"]))
     unknown = hear(net, structure, panel, image_loader(benchmark.val_ood))

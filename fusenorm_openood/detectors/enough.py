@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from fusenorm_openood.errors import TapError
 from fusenorm_openood.listening.batches import batches
 from fusenorm_openood.listening.panel import Panel
+from fusenorm_openood.listening.react import head_of
 from fusenorm_openood.listening.readings import Readings
 from fusenorm_openood.method.posthoc import POSTHOC
 from fusenorm_openood.structure.reading import Structure
@@ -30,12 +32,21 @@ def needed(
     net: nn.Module, structure: Structure, panel: Panel, least: int = LEAST
 ) -> dict[str, int]:
     """The numbers of ID images that a fit of a panel takes, by what takes them."""
-    features, classes = panel.head(net, structure).weight.shape[1], structure.classes
+    features = _width(net, structure) if panel.posthoc else 0
+    classes = structure.classes
     needs = {"percentiles of the scores": least, f"{classes} classes": classes}
     for name, arguments in panel.posthoc:
         count = POSTHOC[name].enough(dict(arguments), features, classes)
         needs[f"{name} with {features} features"] = count
     return needs
+
+
+def _width(net: nn.Module, structure: Structure) -> int:
+    """The number of features, 0 of a head that is no linear function of them."""
+    try:
+        return head_of(net, structure).weight.shape[1]
+    except TapError:
+        return 0
 
 
 def known_count(loader: Iterable[Any]) -> int | None:

@@ -82,7 +82,7 @@ def _alike(found: Listened, expected: Listened) -> bool:
 def _close(found: Tensor, expected: Tensor) -> bool:
     """Whether values of images, the first of which may come again, differ by rounding only."""
     x, y = found.float(), expected.float()
-    y = y if len(x) == len(y) else y[[0, 1, 0][: len(x)]]
+    y = y if len(x) == len(y) else torch.cat([y, y])[: len(x)]
     if not (x.isfinite().all() and y.isfinite().all()):
         return True
     is_half = expected.dtype in HALF or casts_down(expected.device)
