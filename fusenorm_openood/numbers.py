@@ -14,7 +14,7 @@ LARGEST = sys.float_info.max  # a larger integer is no float
 def number(value: Any) -> int | float | None:
     """A finite number as Python's int or float; None for anything else.
 
-    Arrays and tensors without a dimension are numbers; a bool is none.
+    Arrays and tensors without a dimension are numbers; a bool is not one.
 
     >>> import numpy as np
     >>> number(np.int64(5)), number(np.float32(0.5)), number(True), number(float("nan"))

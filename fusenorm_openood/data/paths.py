@@ -63,7 +63,7 @@ def _paths(argument: str, walk: Walk) -> Iterator[Place]:
 
 
 def _inside(path: Place, walk: Walk) -> list[Place]:
-    """The images in a folder; a URL that is none, or lists none, is a file, whose row says more."""
+    """The images in a folder; any other URL is taken for a file, whose row says more."""
     if isinstance(path, Path):
         return walk.images(path)
     if is_image_name(path.name) or path.text.startswith("http") or "::" in path.text:
