@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from simulated import full_count
 
 from fusenorm_openood.data.benchmarks import load_benchmark
-from fusenorm_openood.listening.recorded import SHARD
+from fusenorm_openood.forward.recorded import SHARD
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from simulated import write_images, write_network
 
 from fusenorm_openood.cli.main import main as fusenorm
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, load_benchmark
-from fusenorm_openood.detectors import sharded
-from fusenorm_openood.listening import recorded
+from fusenorm_openood.deployment import files as sharded
+from fusenorm_openood.forward import recorded
 
 
 class Case(NamedTuple):

@@ -32,10 +32,11 @@ from fusenorm_openood.cli import fit as _fit  # noqa: F401
 from fusenorm_openood.cli import score
 from fusenorm_openood.cli.main import main as fusenorm
 from fusenorm_openood.data.digits import write_digits
-from fusenorm_openood.detectors import actors, sharded
-from fusenorm_openood.listening import recorded
-from fusenorm_openood.networks import ResNet18_32x32
-from fusenorm_openood.store import ShardSet
+from fusenorm_openood.deployment import files as sharded
+from fusenorm_openood.deployment import ray as actors
+from fusenorm_openood.forward import recorded
+from fusenorm_openood.network import ResNet18_32x32
+from fusenorm_openood.storage.shards import ShardSet
 
 KINDS = ("process", "torchrun", "ray")
 SHARD = 8  # images

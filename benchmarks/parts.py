@@ -13,17 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fusenorm_openood.benchmark import records
 from fusenorm_openood.cli.detector import load_detector
 from fusenorm_openood.data.benchmarks import ImageSet
-from fusenorm_openood.data.manifest import manifest_paths
-from fusenorm_openood.detectors.rows import RowFile
-from fusenorm_openood.detectors.sharded import SHARD, FileShards, manifest
-from fusenorm_openood.listening.sums import BlockSums
+from fusenorm_openood.data.paths import manifest_paths
+from fusenorm_openood.deployment.files import SHARD, FileShards, manifest
+from fusenorm_openood.deployment.rows import RowFile
+from fusenorm_openood.evaluation import records
+from fusenorm_openood.forward.samples import BlockSums
 from fusenorm_openood.method.posthoc import Posthoc, Seen
-from fusenorm_openood.store import ShardSet
-from fusenorm_openood.store.encoding import Columns, decode
-from fusenorm_openood.torchrun import Process
+from fusenorm_openood.storage.shards import Columns, ShardSet, decode
+from fusenorm_openood.storage.torchrun import Process
 
 LOADED = 300  # images that are loaded to measure how fast that is
 

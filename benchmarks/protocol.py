@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from fusenorm_openood import FuseNorm, Settings, load_network
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
+from fusenorm_openood.data.preprocessing import NORMALIZATIONS
 from fusenorm_openood.data.pseudo import KINDS
-from fusenorm_openood.data.transforms import NORMALIZATIONS
-from fusenorm_openood.listening.batches import batches
-from fusenorm_openood.listening.panel import Fitted, Panel
-from fusenorm_openood.listening.react import head_of
+from fusenorm_openood.forward.batches import batches
+from fusenorm_openood.forward.panel import Fitted, Panel
+from fusenorm_openood.forward.react import head_of
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
-from fusenorm_openood.structure.reading import Structure
-from fusenorm_openood.structure.understanding import understand
+from fusenorm_openood.network.structure import Structure
+from fusenorm_openood.network.understanding import understand
 
 FOLDS = 5
 CONTRASTS = (1, 3, 10, 100)

@@ -27,10 +27,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusenorm_openood import FuseNormPostprocessor, atf, kernels
-from fusenorm_openood.configs import config_root, read_config
-from fusenorm_openood.listening.passes import parts
-from fusenorm_openood.networks import ResNet18_32x32, ResNet18_224x224, ResNet50
-from fusenorm_openood.structure.understanding import understand
+from fusenorm_openood.forward.passes import parts
+from fusenorm_openood.network import ResNet18_32x32, ResNet18_224x224, ResNet50
+from fusenorm_openood.network.understanding import understand
+from fusenorm_openood.storage.configs import config_root, read_config
 
 CLASSES = 10
 # Batch size, and for each shape of feature map: channels, height, number of blocks.

@@ -25,13 +25,12 @@ from torch.utils.data import DataLoader, Dataset
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.cli.main import main as cli
 from fusenorm_openood.data.images import read_image
-from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.data.transforms import NORMALIZATIONS
-from fusenorm_openood.detectors.folder import ReadableFiles
-from fusenorm_openood.listening.recorded import RecordedLoader
-from fusenorm_openood.networks import ResNet18_32x32, ResNet18_224x224
-from fusenorm_openood.store import ShardSet
-from fusenorm_openood.torchrun import this_process, wait_until
+from fusenorm_openood.data.preprocessing import NORMALIZATIONS, Preprocessing
+from fusenorm_openood.deployment.files import ReadableFiles
+from fusenorm_openood.forward.recorded import RecordedLoader
+from fusenorm_openood.network import ResNet18_32x32, ResNet18_224x224
+from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.storage.torchrun import this_process, wait_until
 
 PARTS = ("loading", "processes", "table", "memory")
 

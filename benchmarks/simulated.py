@@ -14,9 +14,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
 
-from fusenorm_openood.benchmark.leaderboard import FULL_SIZES
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
-from fusenorm_openood.networks import ResNet18_224x224, ResNet50, T2FNormNet
+from fusenorm_openood.evaluation.leaderboard import FULL_SIZES
+from fusenorm_openood.network import ResNet18_224x224, ResNet50, T2FNormNet
 
 # Lists that FULL_SIZES, whose source is stated there, does not have. Validation OOD images: counted
 # in a public copy of OpenOOD's lists (moxime/ooddict). ImageNet-1k: training images of ILSVRC 2012.

@@ -16,7 +16,7 @@ from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors.search import search
 from fusenorm_openood.detectors.sweep import candidates
 from fusenorm_openood.method.settings import Settings
-from fusenorm_openood.networks import ResNet18_32x32
+from fusenorm_openood.network import ResNet18_32x32
 
 SWEEP = {
     "k_min": [0.05, 0.1],

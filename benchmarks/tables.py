@@ -19,18 +19,18 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from fusenorm_openood import FuseNorm, load_network
-from fusenorm_openood.benchmark.comparison import FUSENORM, compare
-from fusenorm_openood.benchmark.evaluation import evaluate
-from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.data.benchmarks import Benchmark, image_loader, load_benchmark
-from fusenorm_openood.data.transforms import NORMALIZATIONS
+from fusenorm_openood.data.preprocessing import NORMALIZATIONS
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.pseudo import pseudo_ood
 from fusenorm_openood.detectors.search import choose
 from fusenorm_openood.detectors.sweep import swept
+from fusenorm_openood.evaluation.comparison import FUSENORM, compare
+from fusenorm_openood.evaluation.evaluation import evaluate
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.storage.configs import config_root, read_config
 
 RESULTS = Path(__file__).parent / "results"
 

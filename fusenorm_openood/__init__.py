@@ -15,21 +15,21 @@ _HOME = {
     "atf": "method.atf",
     "compute_id_statistics": "method.statistics",
     "fuse": "method.fusion",
-    "load_network": "networks",
+    "load_network": "network",
     "normalise": "method.statistics",
-    "on_device": "devices",
+    "on_device": "kernels.devices",
     "ood_metrics": "method.metrics",
     "register": "openood.register",
     "search": "detectors.search",
-    "tap_candidates": "listening.taps",
+    "tap_candidates": "forward.hooks",
 }
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from fusenorm_openood.detectors.fusenorm import FuseNorm as FuseNorm
     from fusenorm_openood.detectors.search import search as search
-    from fusenorm_openood.devices import on_device as on_device
-    from fusenorm_openood.listening.taps import tap_candidates as tap_candidates
+    from fusenorm_openood.forward.hooks import tap_candidates as tap_candidates
+    from fusenorm_openood.kernels.devices import on_device as on_device
     from fusenorm_openood.method.atf import atf as atf
     from fusenorm_openood.method.fusion import fuse as fuse
     from fusenorm_openood.method.metrics import ood_metrics as ood_metrics
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fusenorm_openood.method.statistics import IDStatistics as IDStatistics
     from fusenorm_openood.method.statistics import compute_id_statistics as compute_id_statistics
     from fusenorm_openood.method.statistics import normalise as normalise
-    from fusenorm_openood.networks import load_network as load_network
+    from fusenorm_openood.network import load_network as load_network
     from fusenorm_openood.openood.postprocessor import (
         FuseNormPostprocessor as FuseNormPostprocessor,
     )

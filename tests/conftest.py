@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fusenorm_openood.data.benchmarks import Benchmark, load_benchmark
 from fusenorm_openood.data.digits import write_digits
-from fusenorm_openood.networks import ResNet18_32x32
-from fusenorm_openood.training.digits import train_digits
+from fusenorm_openood.network import ResNet18_32x32
+from fusenorm_openood.training.loop import train_digits
 
 CLASSES = 4
 

@@ -6,19 +6,18 @@ import torch
 from PIL import Image
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.data.loader import CpuLoader
-from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.data.lists import CpuLoader
+from fusenorm_openood.data.preprocessing import Preprocessing, eval_transform, train_transform
 from fusenorm_openood.data.pseudo import KINDS
-from fusenorm_openood.data.transforms import eval_transform, train_transform
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.detectors.search import search
-from fusenorm_openood.devices import find_device
 from fusenorm_openood.export.judge import Inputs
-from fusenorm_openood.listening.recorded import RecordedLoader
+from fusenorm_openood.forward.recorded import RecordedLoader
+from fusenorm_openood.kernels.devices import find_device
 from fusenorm_openood.method.atf import atf_map
-from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
+from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.training.recipes import Recipe
-from tests.listening.test_other_devices import FUSED, SINGLE, Images, labelled
+from tests.forward.test_other_devices import FUSED, SINGLE, Images, labelled
 from tests.nets import Net, some_images
 
 DEFAULTS = {"float64": torch.float64, "meta": "meta"}

@@ -12,12 +12,11 @@ from fusenorm_openood import FuseNorm, Settings, atf, fuse
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.detectors.sweep import candidates
-from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.errors import ConfigError, number, numbers, whole
 from fusenorm_openood.method.conformal import guarantee, needed_images, rejects, rejects_at_fdr
 from fusenorm_openood.method.fusion import penalty
 from fusenorm_openood.method.posthoc import Posthoc
 from fusenorm_openood.method.statistics import compute_id_statistics
-from fusenorm_openood.numbers import number, numbers, whole
 from fusenorm_openood.training.recipes import Recipe
 from tests.nets import Net, some_images
 

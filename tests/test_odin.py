@@ -7,9 +7,8 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.benchmark import comparison
-from fusenorm_openood.cli.engines import Job, evaluate_run
-from fusenorm_openood.cli.postprocessors import read_postprocessor
+from fusenorm_openood.cli.engines import Job, evaluate_run, read_postprocessor
+from fusenorm_openood.evaluation import comparison
 from fusenorm_openood.method.experts import odin_perturb
 from tests.conftest import drawn_benchmark, make_net
 from tests.preprocessing import PREPROCESSING

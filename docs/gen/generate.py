@@ -15,12 +15,12 @@ from typing import Any
 import pandas as pd
 
 from docs.gen import figures
-from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.detectors.configuration import FuseNormConfig, read_fusenorm
-from fusenorm_openood.listening.taps import resolve_taps
+from fusenorm_openood.forward.hooks import resolve_taps
 from fusenorm_openood.method.atf import atf
 from fusenorm_openood.method.fusion import penalty
 from fusenorm_openood.method.settings import METHODS, Settings
+from fusenorm_openood.storage.configs import config_root, read_config
 from tests.zoo.catalogue import CATALOGUE, Architecture
 
 DOCS = Path(__file__).resolve().parent.parent

@@ -5,21 +5,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from fusenorm_openood.benchmark.comparison import Comparison, compare
-from fusenorm_openood.benchmark.evaluation import check_fsood
-from fusenorm_openood.benchmark.networks import load_runs
-from fusenorm_openood.benchmark.runs import find_checkpoints
-from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
-from fusenorm_openood.cli.inputs import check_images, check_readable
-from fusenorm_openood.cli.kept import records_of, say_pace, store_of
-from fusenorm_openood.configs import config_root, read_config
+from fusenorm_openood.cli.inputs import check_images, check_readable, records_of, say_pace, store_of
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.detectors.configuration import read_fusenorm
-from fusenorm_openood.devices import own_device
-from fusenorm_openood.files import check_writable, write_whole
-from fusenorm_openood.report.write import check_report, write_report
-from fusenorm_openood.torchrun import among_peers, this_process
+from fusenorm_openood.evaluation.comparison import Comparison, compare
+from fusenorm_openood.evaluation.evaluation import check_fsood, summarise
+from fusenorm_openood.evaluation.runs import find_checkpoints, load_runs
+from fusenorm_openood.kernels.devices import own_device
+from fusenorm_openood.report.page import check_report, write_report
+from fusenorm_openood.storage.configs import config_root, read_config
+from fusenorm_openood.storage.files import check_writable, write_whole
+from fusenorm_openood.storage.torchrun import among_peers, this_process
 
 
 def add_arguments(parser: ArgumentParser) -> None:

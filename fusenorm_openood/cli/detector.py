@@ -9,11 +9,11 @@ from torch import nn
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.detectors.keeping import read_source
-from fusenorm_openood.devices import own_device
+from fusenorm_openood.detectors.saving import read_source
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.networks import build_network, load_network
-from fusenorm_openood.networks.named import is_catalogued
+from fusenorm_openood.kernels.devices import own_device
+from fusenorm_openood.network import build_network, load_network
+from fusenorm_openood.network.named import is_catalogued
 
 _NOT_LOCAL = re.compile(r"[\\/]{2}|[A-Za-z][A-Za-z0-9+.-]+:")  # URLs, network shares
 

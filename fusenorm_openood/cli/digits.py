@@ -4,8 +4,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from fusenorm_openood.cli import options
-from fusenorm_openood.files import check_writable
-from fusenorm_openood.training.digits import train_digits
+from fusenorm_openood.storage.files import check_writable
+from fusenorm_openood.training.loop import train_digits
 from fusenorm_openood.training.recipes import find_recipe
 
 

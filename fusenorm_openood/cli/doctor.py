@@ -16,8 +16,8 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from fusenorm_openood.benchmark.runs import find_roots
 from fusenorm_openood.cli import options
+from fusenorm_openood.evaluation.runs import find_roots
 
 # Distribution -> module; the native engine needs all of them.
 REQUIRED = {
@@ -217,7 +217,7 @@ def _openood() -> Iterator[Finding]:
 
 def _files(data_root: str, results: str) -> Iterator[Finding]:
     """Image lists and training runs of each benchmark; there are too many images to check."""
-    from fusenorm_openood.data.sources import DOWNLOAD, benchmark_names, list_paths
+    from fusenorm_openood.data.benchmarks import DOWNLOAD, benchmark_names, list_paths
 
     roots = find_roots(results)
     incomplete = []
@@ -284,7 +284,7 @@ def _engine() -> str:
 
     import fusenorm_openood.cli.eval  # noqa: F401  evaluation, tables, lists
     from fusenorm_openood import FuseNorm
-    from fusenorm_openood.networks import ResNet18_32x32
+    from fusenorm_openood.network import ResNet18_32x32
 
     torch.manual_seed(0)
     net, images = ResNet18_32x32(4, width=4), torch.randn(32, 3, 16, 16)

@@ -10,22 +10,26 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from fusenorm_openood.benchmark.evaluation import Evaluation, check_fsood
-from fusenorm_openood.benchmark.networks import load_runs
-from fusenorm_openood.benchmark.runs import results_folder, unfinished
-from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli import options
-from fusenorm_openood.cli.engines import Job, evaluate_run, find_engine
-from fusenorm_openood.cli.inputs import check_files, check_networks, check_readable, ensure_digits
-from fusenorm_openood.cli.kept import records_of, say_pace, store_of
-from fusenorm_openood.cli.postprocessors import read_postprocessor
+from fusenorm_openood.cli.engines import Job, evaluate_run, find_engine, read_postprocessor
+from fusenorm_openood.cli.inputs import (
+    check_files,
+    check_networks,
+    check_readable,
+    ensure_digits,
+    records_of,
+    say_pace,
+    store_of,
+)
 from fusenorm_openood.data.benchmarks import Benchmark, load_benchmark
 from fusenorm_openood.data.digits import write_digits
-from fusenorm_openood.devices import own_device
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.files import alone_in, check_writable, write_whole
-from fusenorm_openood.report.write import check_report, write_report
-from fusenorm_openood.torchrun import among_peers, this_process
+from fusenorm_openood.evaluation.evaluation import Evaluation, check_fsood, summarise
+from fusenorm_openood.evaluation.runs import load_runs, results_folder, unfinished
+from fusenorm_openood.kernels.devices import own_device
+from fusenorm_openood.report.page import check_report, write_report
+from fusenorm_openood.storage.files import alone_in, check_writable, write_whole
+from fusenorm_openood.storage.torchrun import among_peers, this_process
 
 
 def add_arguments(parser: ArgumentParser) -> None:

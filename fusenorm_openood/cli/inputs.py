@@ -1,20 +1,23 @@
-"""Check what a command reads before any work: images, checkpoints, networks."""
+"""Networks, images and the store of `eval`, `compare` and `train`."""
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from fusenorm_openood.benchmark.faults import find_faults
-from fusenorm_openood.benchmark.runs import find_checkpoints
 from fusenorm_openood.cli.engines import Job
-from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
+from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, how_to_get
 from fusenorm_openood.data.digits import write_digits
-from fusenorm_openood.data.sources import how_to_get
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, TapError
-from fusenorm_openood.files import check_writable
-from fusenorm_openood.training.digits import train_digits
+from fusenorm_openood.evaluation.records import Records, find_faults, network_record
+from fusenorm_openood.evaluation.runs import find_checkpoints
+from fusenorm_openood.forward.batches import Pace
+from fusenorm_openood.storage.files import check_writable
+from fusenorm_openood.storage.torchrun import this_process
+from fusenorm_openood.training.loop import train_digits
 from fusenorm_openood.training.recipes import METHODS, find_recipe
 
 
@@ -130,3 +133,50 @@ def ensure_digits(data_root: str | Path, root: str | Path, progress: bool = Fals
 
 def _digits_root(method: str) -> str:
     return Path(find_recipe("digits", method=method).run_name).parent.name
+
+
+def store_of(args: Namespace) -> Path | None:
+    """The folder of the store, None with `--store none`."""
+    return None if args.store == "none" else Path(args.store)
+
+
+def records_of(
+    args: Namespace, benchmark: Benchmark, checkpoints: Mapping[str, Path], **how: Any
+) -> dict[str, Records]:
+    """What is kept of each run, by run; empty with `--store none`.
+
+    Args:
+        args: with `store`, `network`, `batch_size` and `num_workers`.
+        benchmark: the benchmark of the images.
+        checkpoints: file by run.
+        how: how the networks are run.
+
+    Raises:
+        ConfigError: several processes without a store.
+    """
+    store = store_of(args)
+    if store is None:
+        if this_process().world > 1:
+            raise ConfigError(
+                "several processes meet in the store, got --store none: give a folder that all of "
+                "them can write to"
+            )
+        return {}
+    pace = Pace()
+    return {
+        run: Records(
+            store,
+            network_record(path, args.network, benchmark.image_size, **how),
+            args.batch_size,
+            args.num_workers,
+            pace,
+        )
+        for run, path in checkpoints.items()
+    }
+
+
+def say_pace(records: Mapping[str, Records]) -> None:
+    """Say on standard error how fast images were scored, if any were."""
+    pace = next((kept.pace for kept in records.values()), Pace())
+    if pace.images and this_process().leads:
+        print(f"fusenorm: {pace.images:,} images scored, {pace}", file=sys.stderr)

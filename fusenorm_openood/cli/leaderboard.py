@@ -4,13 +4,12 @@ import shlex
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fusenorm_openood.benchmark.evaluation import check_fsood
-from fusenorm_openood.benchmark.leaderboard import leaderboard_entry
-from fusenorm_openood.benchmark.networks import load_runs
-from fusenorm_openood.benchmark.runs import find_checkpoints, results_folder
 from fusenorm_openood.cli import options
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.errors import DataError
+from fusenorm_openood.evaluation.evaluation import check_fsood
+from fusenorm_openood.evaluation.leaderboard import leaderboard_entry
+from fusenorm_openood.evaluation.runs import find_checkpoints, load_runs, results_folder
 
 
 def add_arguments(parser: ArgumentParser) -> None:

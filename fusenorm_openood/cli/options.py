@@ -101,7 +101,7 @@ def whole(text: str, least: int = 0) -> int:
 
 
 def _normalization(text: str) -> Any:
-    from fusenorm_openood.data.transforms import parse_normalization  # imports torch
+    from fusenorm_openood.data.preprocessing import parse_normalization  # imports torch
 
     try:
         return parse_normalization(text)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.detector import add_detector, load_detector
-from fusenorm_openood.detectors.rows import read_rows
+from fusenorm_openood.deployment.rows import read_rows
 from fusenorm_openood.report.files import report_of_files
-from fusenorm_openood.report.write import check_report, write_report
+from fusenorm_openood.report.page import check_report, write_report
 
 
 def add_arguments(parser: ArgumentParser) -> None:

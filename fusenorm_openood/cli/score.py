@@ -16,21 +16,18 @@ from tqdm import tqdm
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.detector import add_detector, load_detector
-from fusenorm_openood.data.manifest import manifest_paths
-from fusenorm_openood.data.paths import image_paths
-from fusenorm_openood.detectors.actors import score_with_actors
-from fusenorm_openood.detectors.cluster import cluster
-from fusenorm_openood.detectors.folder import Judged, judge_files
+from fusenorm_openood.data.paths import image_paths, manifest_paths
+from fusenorm_openood.deployment.files import FileShards, Judged, judge_files
+from fusenorm_openood.deployment.ray import cluster, score_with_actors
+from fusenorm_openood.deployment.rows import RowFile, read_rows
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.detectors.rows import RowFile, read_rows
-from fusenorm_openood.detectors.sharded import FileShards
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.listening.pace import Pace
+from fusenorm_openood.forward.batches import Pace
 from fusenorm_openood.method.conformal import check_enough, rejects, rejects_at_fdr
 from fusenorm_openood.report.files import report_of_files
-from fusenorm_openood.report.write import check_report, write_report
-from fusenorm_openood.torchrun import Process, among_peers, this_process
-from fusenorm_openood.urls import Places, place
+from fusenorm_openood.report.page import check_report, write_report
+from fusenorm_openood.storage.torchrun import Process, among_peers, this_process
+from fusenorm_openood.storage.urls import Places, place
 
 SOME_UNREADABLE = 3  # exit status
 

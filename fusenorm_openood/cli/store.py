@@ -4,8 +4,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from fusenorm_openood.store.maintenance import Entry, listing, prune, verify
-from fusenorm_openood.store.shardfiles import delete
+from fusenorm_openood.storage.maintenance import Entry, listing, prune, verify
+from fusenorm_openood.storage.shards import delete
 from fusenorm_openood.version import __version__
 
 TOLD = ("postprocessor", "network", "checkpoint", "version")  # entries of a record that are listed

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.errors import ConfigError, TapError
-from fusenorm_openood.listening.taps import first_of_last_stage, kind_of
-from fusenorm_openood.networks import build_network, load_network
-from fusenorm_openood.structure.reading import Structure
-from fusenorm_openood.structure.understanding import understand
-from fusenorm_openood.structure.wrappers import unwrapped
+from fusenorm_openood.forward.hooks import first_of_last_stage, kind_of
+from fusenorm_openood.network import build_network, load_network
+from fusenorm_openood.network.structure import Structure
+from fusenorm_openood.network.understanding import understand
+from fusenorm_openood.network.wrappers import unwrapped
 
 _LINES = 40  # of the summary
 

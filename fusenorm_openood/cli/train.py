@@ -7,10 +7,10 @@ from fusenorm_openood.cli import options
 from fusenorm_openood.cli.inputs import check_images, check_readable
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.data.digits import write_digits
-from fusenorm_openood.devices import find_device
-from fusenorm_openood.files import check_writable
+from fusenorm_openood.kernels.devices import find_device
+from fusenorm_openood.storage.files import check_writable
+from fusenorm_openood.training.epoch import processes
 from fusenorm_openood.training.loop import train
-from fusenorm_openood.training.processes import processes
 from fusenorm_openood.training.recipes import find_recipe
 
 

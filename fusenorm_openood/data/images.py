@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from fusenorm_openood.errors import DataError, RemoteError
-from fusenorm_openood.urls import Place, Url
+from fusenorm_openood.storage.urls import Place, Url
 
 # What PIL raises for a file that it cannot decode.
 UNREADABLE = (

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from fusenorm_openood.data.images import UNREADABLE, explain, find_fault, read_image
-from fusenorm_openood.data.transforms import Transform
+from fusenorm_openood.data.preprocessing import Transform
 from fusenorm_openood.errors import DataError
+from fusenorm_openood.kernels.devices import on_cpu
 
 
 class Entry(NamedTuple):
@@ -115,3 +116,21 @@ class ImageList(Dataset[dict[str, Any]]):
         """An image's list, line and file."""
         entry = self.entries[number]
         return f"{self.path}, line {entry.line}: image {self.data_dir / entry.name}"
+
+
+class CpuLoader(DataLoader[Any]):
+    """A DataLoader whose seeds, order and batches are on the CPU.
+
+    Torch makes them on the device of `torch.set_default_device`, which may have no random numbers.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        with on_cpu():
+            batches = super().__iter__()
+        end = object()
+        while True:
+            with on_cpu():
+                batch = next(batches, end)
+            if batch is end:
+                return
+            yield batch

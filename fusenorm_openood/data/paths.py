@@ -1,16 +1,313 @@
-"""Image files on a command line: folders, patterns, image lists, standard input."""
+"""Image files in folders, patterns, and lists of many formats, local or at URLs."""
 
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from io import TextIOWrapper
-from pathlib import Path
+from fnmatch import fnmatch
+from functools import partial
+from io import BytesIO, StringIO, TextIOWrapper
+from pathlib import Path, PurePath
 
-from fusenorm_openood.data.folders import Walk, is_image_name
-from fusenorm_openood.data.manifest import is_list, listed_in
+from PIL import Image
+
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.urls import Place, Places, Url, is_pattern, place
+from fusenorm_openood.storage.urls import Place, Places, Url, is_pattern, place
+
+# Names that network storage and operating systems use for copies of their own, in lower case.
+_SYSTEM = {"@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin"}
+_SYSTEM |= {"__macosx", "lost+found", "system volume information", "thumbs.db"}
+
+
+class Walk:
+    """Image files of folders and files of patterns, each once by its real path.
+
+    Links are followed, but for those that lead back. Hidden names are passed over.
+
+    Attributes:
+        left_out: number of files that are no images by their names, of hidden images and folders,
+            and of broken links, by kind and folder.
+        repeats: number of files that were found before.
+    """
+
+    def __init__(self) -> None:
+        self.left_out = Counter[tuple[str, str]]()
+        self.repeats = 0
+        self._seen = set[str]()
+
+    def images(self, folder: Place) -> list[Place]:
+        """The image files in a folder and in its folders, sorted; of a URL that is a file, this.
+
+        Raises:
+            DataError: a folder that cannot be read.
+        """
+        if isinstance(folder, Path):
+            return sorted(list[Place](self._files(folder, [])))
+        found = list[Place](folder.find())
+        if found == [folder]:
+            return found
+        shown = self._shown(found, folder)
+        return [url for url in shown if self._is_image(url.name, str(url.parent))]
+
+    def matched(self, pattern: Place) -> list[Place]:
+        """The files that match a pattern, and the images in folders that do, sorted.
+
+        Parts of the pattern that exist as they are, with brackets for example, are no patterns.
+
+        Raises:
+            DataError: a folder that cannot be read.
+        """
+        if isinstance(pattern, Url):
+            return self._shown(pattern.glob(), pattern)
+        top, parts = Path(), list(pattern.parts)
+        while parts and (top / parts[0]).exists():
+            top /= parts.pop(0)
+        return sorted(list[Place](self._files(top, parts)), key=str) if top.is_dir() else []
+
+    def said(self) -> str:
+        """What was left out, by kind and folder; empty if nothing was."""
+        kinds, folders = Counter[str](), Counter[str]()
+        for (kind, folder), count in self.left_out.items():
+            kinds[kind] += count
+            folders[folder] += count
+        if not kinds:
+            return ""
+        counted = _first(f"{count} {kind}" for kind, count in kinds.most_common())
+        return f"{counted} (in {_first(f'{name}: {n}' for name, n in folders.most_common())})"
+
+    def _files(self, top: Path, parts: Sequence[str]) -> Iterator[Path]:
+        """Files below a folder that match parts of a pattern; the images in folders that do."""
+        walked, deep = set[tuple[str, int]](), "**" in parts
+        folders: list[tuple[str, tuple[str, ...]]] = [(str(top), ())]
+        links = list[tuple[str, tuple[str, ...]]]()
+        while folders or links:  # links last, so that a folder keeps its own name
+            folder, names = folders.pop() if folders else links.pop()
+            real = os.path.realpath(folder)
+            key = real, 0 if deep else min(len(names), len(parts))
+            if key in walked:
+                continue
+            walked.add(key)
+            for entry in _entries(folder):
+                inner = (*names, entry.name)
+                if not _leads(inner, parts):
+                    continue
+                linked = entry.is_symlink()
+                is_folder = os.path.isdir(entry.path) if linked else entry.is_dir()
+                if is_hidden(entry.name) and entry.name not in parts:
+                    if is_folder or is_image_name(entry.name):
+                        self.left_out["hidden", folder] += 1
+                elif is_folder:
+                    target = os.path.realpath(entry.path) if linked else ""
+                    back = linked and f"{real}/".startswith(f"{target.rstrip('/')}/")
+                    if not (back and (deep or len(inner) >= len(parts))):
+                        (links if linked else folders).append((entry.path, inner))
+                elif linked and not os.path.isfile(entry.path):
+                    self.left_out["broken link", folder] += 1
+                elif (linked or entry.is_file()) and (
+                    _fits(inner, parts)
+                    or (not deep and len(inner) > len(parts) and self._is_image(entry.name, folder))
+                ):
+                    file = os.path.realpath(entry.path) if linked else f"{real}/{entry.name}"
+                    if file not in self._seen:
+                        yield Path(entry.path)
+                    self.repeats += file in self._seen
+                    self._seen.add(file)
+
+    def _shown(self, found: Iterable[Place], given: Url) -> list[Place]:
+        """The files without those whose names, besides the given ones, are hidden."""
+        typed = set(given.text.split("/"))
+        return [url for url in found if not any(map(is_hidden, {*str(url).split("/")} - typed))]
+
+    def _is_image(self, name: str, folder: str) -> bool:
+        if is_image_name(name):
+            return True
+        self.left_out[PurePath(name).suffix.lower() or "without ending", folder] += 1
+        return False
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name begins with a dot, or is one that systems keep for themselves."""
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name has the ending of an image format that PIL can read."""
+    return Image.registered_extensions().get(PurePath(name).suffix.lower()) in Image.OPEN
+
+
+def _entries(folder: str) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name, reverse=True)
+    except OSError as error:
+        raise DataError(
+            f"folder {folder} cannot be read ({error.strerror}): let this user read it, or name "
+            "the folders to read"
+        ) from None
+
+
+def _leads(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether what lies below these names can match a pattern, or lies in a folder that does."""
+    for name, part in zip(names, parts, strict=False):
+        if part == "**":
+            return True
+        if not fnmatch(name, part):
+            return False
+    return True
+
+
+def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether names match a pattern part by part; `**` stands for any number of them."""
+    if not parts or not names:
+        return not names and all(part == "**" for part in parts)
+    if parts[0] == "**":
+        return _fits(names, parts[1:]) or _fits(names[1:], parts)
+    return fnmatch(names[0], parts[0]) and _fits(names[1:], parts[1:])
+
+
+def _first(texts: Iterable[str], most: int = 5) -> str:
+    (*texts,) = texts
+    more = [f"{len(texts) - most} more"] if len(texts) > most else []
+    return ", ".join([*texts[:most], *more])
+
+
+def manifest_paths(given: str) -> Places:
+    """The files that manifests list, in order, each once.
+
+    Args:
+        given: a manifest, or a pattern that matches some: a path or a URL. A Parquet, CSV, TSV or
+            JSON Lines file lists files in its column `path`, any other one in its lines, perhaps
+            with labels; all may be compressed (.gz, .bz2, .xz). Relative paths start at the
+            manifest's folder.
+
+    Raises:
+        DataError: a manifest that is missing, cannot be read, or lists nothing.
+    """
+    manifests = _matches(place(given)) if is_pattern(place(given)) else [place(given)]
+    listed = Places(path for manifest in manifests for path in listed_in(manifest))
+    if not listed:
+        raise DataError(f"manifest {given} lists no files: give one that does")
+    return listed
+
+
+def listed_in(manifest: Place) -> Iterator[Place]:
+    """The files that one manifest lists; see `manifest_paths`."""
+    ending, unpacked = _kind(manifest)
+    if ending in (".json", ".yaml", ".yml", ".xml"):
+        raise DataError(
+            f"list {manifest} must be text, CSV, TSV, JSON Lines or Parquet: convert it"
+        )
+    try:
+        data = manifest.read_bytes()
+        try:
+            data = unpacked(data) if unpacked else data
+        except ValueError as error:  # bz2's for a file that is cut
+            raise EOFError(str(error)) from None
+        names = _READERS.get(ending, _text_names)(data)
+    except OSError as error:
+        raise DataError(f"manifest {manifest} cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise DataError(
+            f"list {manifest} must be in UTF-8: convert it, for example with iconv"
+        ) from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"list {manifest} is damaged ({error}): copy it again") from None
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise DataError(
+            f"manifest {manifest} must have a column 'path' of strings ({error}): add it"
+        ) from None
+    for name in names:
+        yield place(name) if "://" in name else manifest.parent / name
+
+
+def _matches(pattern: Place) -> list[Place]:
+    try:
+        matched = Walk().matched(pattern)
+    except OSError as error:
+        raise DataError(f"pattern {pattern} cannot be read ({error.strerror})") from None
+    if not matched:
+        raise DataError(f"pattern {pattern} matches no file: check it")
+    return matched
+
+
+def _parquet_names(data: bytes) -> list[str]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        file = parquet.ParquetFile(BytesIO(data))
+        if "path" not in file.schema_arrow.names:
+            raise ValueError(f"found: {', '.join(file.schema_arrow.names)}")
+        names = file.read(["path"]).column("path").to_pylist()
+    except ArrowException as error:
+        raise ValueError(str(error)) from None
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("some are not")
+    return names  # type: ignore[no-any-return]
+
+
+def _csv_names(data: bytes, delimiter: str = ",") -> list[str]:
+    text = StringIO(data.decode("utf-8-sig"), newline="")
+    rows = csv.DictReader(text, delimiter=delimiter)
+    if "path" not in (rows.fieldnames or ()):
+        raise ValueError(f"found: {', '.join(rows.fieldnames or ())}")
+    return [row["path"] for row in rows if row["path"]]
+
+
+def _text_names(data: bytes) -> list[str]:
+    names = []
+    for line in _lines(data):
+        fields = line.rsplit(maxsplit=1)
+        labelled = len(fields) == 2 and fields[1].lstrip("-").isdecimal()
+        names.append(fields[0] if labelled else line)
+    return names
+
+
+def _json_names(data: bytes) -> list[str]:
+    rows = [json.loads(line) for line in _lines(data)]
+    names = [row["path"] for row in rows]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("some are not")
+    return names
+
+
+def _lines(data: bytes) -> Iterator[str]:
+    """Lines that are not empty; other separators of Unicode, such as U+2028, do not end one."""
+    return filter(None, map(str.strip, StringIO(data.decode("utf-8-sig"), newline=None)))
+
+
+_READERS: dict[str, Callable[[bytes], list[str]]] = {
+    ".txt": _text_names,
+    ".csv": _csv_names,
+    ".tsv": partial(_csv_names, delimiter="\t"),
+    ".jsonl": _json_names,
+    ".ndjson": _json_names,
+    ".parquet": _parquet_names,
+}
+_UNPACKED: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+}
+
+
+def is_list(path: Place) -> bool:
+    """Whether a file's name says that it is a list: .txt, .csv, .tsv, .jsonl, .ndjson, .parquet."""
+    return _kind(path)[0] in _READERS
+
+
+def _kind(path: Place) -> tuple[str, Callable[[bytes], bytes] | None]:
+    """The ending of a list's name without that of its compression, and what unpacks it."""
+    name = PurePath(path.name.lower())
+    unpacked = _UNPACKED.get(name.suffix)
+    return (PurePath(name.stem).suffix if unpacked else name.suffix), unpacked
 
 
 def image_paths(given: Iterable[str]) -> Places:

@@ -14,16 +14,16 @@ from fusenorm_openood.detectors.base import ExpertScorer, Scored, fit_panel
 from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
 from fusenorm_openood.detectors.sweep import swept
 from fusenorm_openood.errors import NonFiniteError
-from fusenorm_openood.listening.batches import not_finite
-from fusenorm_openood.listening.observed import Listener, Observed
-from fusenorm_openood.listening.panel import Fitted, Panel
-from fusenorm_openood.listening.sample import FeatureSample
-from fusenorm_openood.listening.taps import warn_of_left_out
+from fusenorm_openood.forward.batches import not_finite
+from fusenorm_openood.forward.hooks import warn_of_left_out
+from fusenorm_openood.forward.observed import Listener, Observed
+from fusenorm_openood.forward.panel import Fitted, Panel
+from fusenorm_openood.forward.samples import FeatureSample
 from fusenorm_openood.method.experts import Output
 from fusenorm_openood.method.posthoc import Head, Posthoc, Seen
 from fusenorm_openood.method.settings import Settings
-from fusenorm_openood.networks.fingerprint import Fingerprint
-from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.network.fingerprint import Fingerprint
+from fusenorm_openood.network.structure import Structure
 
 
 class ScoreBank(ExpertScorer):

@@ -14,25 +14,22 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fusenorm_openood.detectors.enough import LEAST, known_count, needed, warn_if_few
-from fusenorm_openood.devices import moved
 from fusenorm_openood.errors import DataError, NotFittedError, TapError, ZeroRangeError
-from fusenorm_openood.listening.batches import checked_images, not_finite
-from fusenorm_openood.listening.observed import Heard, Listener, Observed, Recorder, observed
-from fusenorm_openood.listening.panel import Fitted, Panel
-from fusenorm_openood.listening.readings import Readings
-from fusenorm_openood.listening.recorded import dealt_out
-from fusenorm_openood.listening.recording import recording_listener
-from fusenorm_openood.listening.sample import FeatureSample
-from fusenorm_openood.listening.sums import BlockSums
-from fusenorm_openood.listening.thresholds import react_thresholds
+from fusenorm_openood.forward.batches import Readings, checked_images, not_finite
+from fusenorm_openood.forward.observed import Heard, Listener, Observed, Recorder, observed
+from fusenorm_openood.forward.panel import Fitted, Panel
+from fusenorm_openood.forward.recorded import dealt_out
+from fusenorm_openood.forward.recording import recording_listener
+from fusenorm_openood.forward.samples import BlockSums, FeatureSample
+from fusenorm_openood.forward.thresholds import react_thresholds
+from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method.experts import Output
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
-from fusenorm_openood.networks.fingerprint import Fingerprint
-from fusenorm_openood.networks.lazy import LazyNetwork
-from fusenorm_openood.structure.identity import identify
-from fusenorm_openood.structure.reading import Structure
-from fusenorm_openood.structure.understanding import understand
-from fusenorm_openood.structure.wrappers import network_errors, unwrapped
+from fusenorm_openood.network.fingerprint import Fingerprint, identify
+from fusenorm_openood.network.named import LazyNetwork
+from fusenorm_openood.network.structure import Structure
+from fusenorm_openood.network.understanding import understand
+from fusenorm_openood.network.wrappers import network_errors, unwrapped
 
 Images = Tensor | Image.Image | str | Path  # the last three where preprocessing is known
 

@@ -9,19 +9,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fusenorm_openood.configs import config_root, lookup, read_config
 from fusenorm_openood.detectors.atomic import atomic
 from fusenorm_openood.detectors.base import check_energy
 from fusenorm_openood.detectors.decisions import DecidingDetector
 from fusenorm_openood.detectors.enough import known_count, needed, warn_if_few
-from fusenorm_openood.errors import CheckpointError, ConfigError, NotFittedError
-from fusenorm_openood.listening.gradient import gradients_of_images
-from fusenorm_openood.listening.observed import Heard, Listener, Observed
-from fusenorm_openood.listening.panel import Fitted, Panel
-from fusenorm_openood.listening.passes import Pass, forward_pass
-from fusenorm_openood.listening.react import react_logits
-from fusenorm_openood.listening.recording import clipped_logits, recording, runs_network
-from fusenorm_openood.listening.thresholds import react_thresholds
+from fusenorm_openood.errors import CheckpointError, ConfigError, NotFittedError, number
+from fusenorm_openood.forward.gradient import gradients_of_images
+from fusenorm_openood.forward.observed import Heard, Listener, Observed
+from fusenorm_openood.forward.panel import Fitted, Panel
+from fusenorm_openood.forward.passes import Pass, forward_pass
+from fusenorm_openood.forward.react import react_logits
+from fusenorm_openood.forward.recording import clipped_logits, recording, runs_network
+from fusenorm_openood.forward.thresholds import react_thresholds
 from fusenorm_openood.method.experts import (
     PROBABILITY,
     Output,
@@ -31,10 +30,10 @@ from fusenorm_openood.method.experts import (
     odin_perturb,
 )
 from fusenorm_openood.method.posthoc import POSTHOC
-from fusenorm_openood.numbers import number
-from fusenorm_openood.structure.modes import undisturbed
-from fusenorm_openood.structure.reading import Structure
-from fusenorm_openood.structure.wrappers import scoring_module, unwrapped
+from fusenorm_openood.network.running import undisturbed
+from fusenorm_openood.network.structure import Structure
+from fusenorm_openood.network.wrappers import scoring_module, unwrapped
+from fusenorm_openood.storage.configs import config_root, lookup, read_config
 
 
 class Kind(NamedTuple):

@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusenorm_openood.listening.panel import Fitted
+from fusenorm_openood.forward.panel import Fitted
 from fusenorm_openood.method.joint import JointStatistics, standardised_logs
 from fusenorm_openood.method.posthoc import Posthoc
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.method.shares import far_off_shares, joint_shares, strong_shares, weak_shares
 from fusenorm_openood.method.statistics import IDStatistics, normalise, standardise
-from fusenorm_openood.networks.fingerprint import Fingerprint
+from fusenorm_openood.network.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True)

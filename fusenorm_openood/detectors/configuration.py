@@ -5,7 +5,6 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from fusenorm_openood.configs import lookup
 from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.baselines import SINGLE, Baseline, checked_baseline
 from fusenorm_openood.detectors.fusenorm import FuseNorm
@@ -14,6 +13,7 @@ from fusenorm_openood.detectors.sweep import candidates
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.posthoc import POSTHOC, check_arguments
 from fusenorm_openood.method.settings import METHODS, Settings, check_names
+from fusenorm_openood.storage.configs import lookup
 
 NATIVE = (*METHODS, *SINGLE)  # postprocessors that need no OpenOOD
 

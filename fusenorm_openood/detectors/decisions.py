@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from fusenorm_openood.detectors.base import Detector, Images
 from fusenorm_openood.errors import CalibrationError
-from fusenorm_openood.listening.observed import Observed
+from fusenorm_openood.forward.observed import Observed
 from fusenorm_openood.method.conformal import (
     Guarantee,
     check_enough,
@@ -25,7 +25,7 @@ from fusenorm_openood.method.conformal import (
     rejects,
 )
 from fusenorm_openood.method.statistics import ROUNDING
-from fusenorm_openood.urls import Url
+from fusenorm_openood.storage.urls import Url
 
 REPEATED = 0.1  # share of calibration images that may look like images of the fit
 

@@ -8,12 +8,11 @@ from typing import Any
 from torch import nn
 
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.listening.batches import batches
-from fusenorm_openood.listening.panel import Panel
-from fusenorm_openood.listening.react import head_of
-from fusenorm_openood.listening.readings import Readings
+from fusenorm_openood.forward.batches import Readings, batches
+from fusenorm_openood.forward.panel import Panel
+from fusenorm_openood.forward.react import head_of
 from fusenorm_openood.method.posthoc import POSTHOC
-from fusenorm_openood.structure.reading import Structure
+from fusenorm_openood.network.structure import Structure
 
 LEAST = 20  # images, with which the 5th percentile lies among the scores
 SHORT = 0.9  # a fit on a tenth fewer images than are enough is nearly as good

@@ -24,8 +24,7 @@ from fusenorm_openood.detectors.decisions import (
 )
 from fusenorm_openood.detectors.enough import enough_for
 from fusenorm_openood.detectors.explanation import Explanation, explanation
-from fusenorm_openood.detectors.keeping import Kept, nonsense, read_kept, write_kept
-from fusenorm_openood.devices import find_device
+from fusenorm_openood.detectors.saving import Kept, nonsense, read_kept, write_kept
 from fusenorm_openood.errors import (
     ConfigError,
     DataError,
@@ -37,16 +36,17 @@ from fusenorm_openood.errors import (
 from fusenorm_openood.export.fusion import Fusion, Roles
 from fusenorm_openood.export.judge import Dtype, Inputs, Judge, check_exportable, float32_copy
 from fusenorm_openood.export.program import Exported, export_judge
-from fusenorm_openood.listening.batches import checked_images
-from fusenorm_openood.listening.observed import Listener, Observed
-from fusenorm_openood.listening.panel import Fitted, Panel
-from fusenorm_openood.listening.passes import tapped_maps
-from fusenorm_openood.listening.taps import (
+from fusenorm_openood.forward.batches import checked_images
+from fusenorm_openood.forward.hooks import (
     check_taps,
     first_of_last_stage,
     resolve_taps,
     warn_of_left_out,
 )
+from fusenorm_openood.forward.observed import Listener, Observed
+from fusenorm_openood.forward.panel import Fitted, Panel
+from fusenorm_openood.forward.passes import tapped_maps
+from fusenorm_openood.kernels.devices import find_device
 from fusenorm_openood.method.atf import atf_map
 from fusenorm_openood.method.conformal import check_enough
 from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, OUTPUT_EXPERTS, Output
@@ -59,12 +59,11 @@ from fusenorm_openood.method.statistics import (
     normalise,
     standardise,
 )
-from fusenorm_openood.networks.fingerprint import Fingerprint
-from fusenorm_openood.structure.identity import fixed_images, is_network
-from fusenorm_openood.structure.modes import undisturbed
-from fusenorm_openood.structure.reading import Structure
-from fusenorm_openood.structure.understanding import understand
-from fusenorm_openood.structure.wrappers import unwrapped
+from fusenorm_openood.network.fingerprint import Fingerprint, fixed_images, is_network
+from fusenorm_openood.network.running import undisturbed
+from fusenorm_openood.network.structure import Structure
+from fusenorm_openood.network.understanding import understand
+from fusenorm_openood.network.wrappers import unwrapped
 from fusenorm_openood.version import __version__
 
 _NO_TAPS = ("output", *POSTHOC)
@@ -74,7 +73,7 @@ class FuseNorm(DecidingDetector):
     """OOD detector that fuses the feature norms of all blocks with strong experts.
 
     The network is understood from its own graph at the first images that it is fitted on; see
-    `fusenorm_openood.structure.reading`. It may be wrapped in DataParallel or compiled: the
+    `fusenorm_openood.network.structure`. It may be wrapped in DataParallel or compiled: the
     network inside is what runs, on one device and as it was before compilation.
 
     Args:

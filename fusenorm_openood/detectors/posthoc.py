@@ -13,10 +13,9 @@ from fusenorm_openood.detectors.atomic import atomic
 from fusenorm_openood.detectors.decisions import DecidingDetector
 from fusenorm_openood.detectors.enough import known_count, needed, warn_if_few
 from fusenorm_openood.errors import NotFittedError
-from fusenorm_openood.listening.observed import Listener, Observed, finite_feature
-from fusenorm_openood.listening.panel import Fitted, Panel
-from fusenorm_openood.listening.sample import FeatureSample
-from fusenorm_openood.listening.sums import BlockSums
+from fusenorm_openood.forward.observed import Listener, Observed, finite_feature
+from fusenorm_openood.forward.panel import Fitted, Panel
+from fusenorm_openood.forward.samples import BlockSums, FeatureSample
 from fusenorm_openood.method.posthoc import Head, Posthoc
 
 UNFITTED = ("gen", "scale", "ash")  # need no ID images

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fusenorm_openood.data.pseudo import KINDS, RANDOM
-from fusenorm_openood.listening.batches import batches
-from fusenorm_openood.listening.recorded import RecordedLoader
-from fusenorm_openood.store.loading import row_batches
+from fusenorm_openood.forward.batches import batches
+from fusenorm_openood.forward.recorded import RecordedLoader
+from fusenorm_openood.storage.stored import row_batches
 
 SEED = 0
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.errors import ConfigError, ExportError
 from fusenorm_openood.export.fusion import Fusion, p_values
-from fusenorm_openood.listening.observed import Observed
-from fusenorm_openood.listening.panel import Fitted, Panel
+from fusenorm_openood.forward.observed import Observed
+from fusenorm_openood.forward.panel import Fitted, Panel
 from fusenorm_openood.method.conformal import EQUAL
 from fusenorm_openood.method.settings import Settings
-from fusenorm_openood.structure.reading import Structure
-from fusenorm_openood.structure.wrappers import unwrapped
+from fusenorm_openood.network.structure import Structure
+from fusenorm_openood.network.wrappers import unwrapped
 
 Dtype = Literal["uint8", "float32"]
 EXAMPLES = 4

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from fusenorm_openood.devices import on_cpu
 from fusenorm_openood.errors import ConfigError, ExportError
 from fusenorm_openood.export.judge import Judge
-from fusenorm_openood.files import write_whole
+from fusenorm_openood.kernels.devices import on_cpu
+from fusenorm_openood.storage.files import write_whole
 
 TOLERANCE = 1e-4  # between confidences of PyTorch and of an exported program
 INSTALL = "pip install 'fusenorm-openood[export]'"

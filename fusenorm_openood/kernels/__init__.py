@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.kernels.guards import is_out_of_memory, may_read
-from fusenorm_openood.kernels.trial import compare
+from fusenorm_openood.kernels.guards import compare, is_out_of_memory, may_read
 
 VARIABLE = "FUSENORM_KERNEL"
 Norms = Callable[[Tensor, Sequence[tuple[float, float, float, float]]], Tensor]

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood import kernels
-from fusenorm_openood.devices import with_double
-from fusenorm_openood.errors import ConfigError, TapError
-from fusenorm_openood.numbers import numbers
+from fusenorm_openood.errors import ConfigError, TapError, numbers
+from fusenorm_openood.kernels.devices import with_double
 
 IN_CACHE = 2**18  # values that a CPU works on at a time
 

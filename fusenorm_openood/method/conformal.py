@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fusenorm_openood.errors import CalibrationError, ConfigError, NonFiniteError
-from fusenorm_openood.numbers import number
+from fusenorm_openood.errors import CalibrationError, ConfigError, NonFiniteError, number
 
 EQUAL = 1e-12  # 1 - 0.9 is 0.09999999999999998: what differs by less counts as equal
 

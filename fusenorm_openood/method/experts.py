@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusenorm_openood.devices import with_double
 from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.kernels.devices import with_double
 
 OutputExpert = Literal["msp", "mls", "energy", "odin"]
 OUTPUT_EXPERTS: tuple[str, ...] = get_args(OutputExpert)

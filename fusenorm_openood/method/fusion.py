@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fusenorm_openood.errors import ConfigError, DataError
-from fusenorm_openood.numbers import number, numbers
+from fusenorm_openood.errors import ConfigError, DataError, number, numbers
 
 
 def deviation(z: ArrayLike) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.errors import ConfigError, number, whole
 from fusenorm_openood.method.covariance import (
     mds_fit,
     mds_score,
@@ -41,7 +41,6 @@ from fusenorm_openood.method.seen import (
     no_sums,
 )
 from fusenorm_openood.method.shaping import ash_score, scale_score
-from fusenorm_openood.numbers import number, whole
 
 __all__ = ["POSTHOC", "Head", "PosthocExpert", "Seen", "State", "check_arguments"]
 

@@ -7,8 +7,8 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec
 import torch
 from torch import Tensor
 
-from fusenorm_openood.devices import following, full_precision
 from fusenorm_openood.errors import DataError
+from fusenorm_openood.kernels.devices import following, full_precision
 
 State = dict[str, Tensor]  # what an expert fits, on the CPU
 Arguments = Mapping[str, Any]

@@ -5,13 +5,12 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
-from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.errors import ConfigError, number, numbers, whole
 from fusenorm_openood.method.atf import FeatureNorm, checked_atf_settings
 from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, Output, check_output_expert
 from fusenorm_openood.method.fusion import check_penalty, check_weights
 from fusenorm_openood.method.posthoc import Posthoc
 from fusenorm_openood.method.statistics import check_percentiles
-from fusenorm_openood.numbers import number, numbers, whole
 
 PENALTIES = ("deviation", "joint")
 RANDOM = ("refuse", "allow")

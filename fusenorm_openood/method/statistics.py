@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
-from fusenorm_openood.numbers import number
+from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError, number
 
 # Networks compute in float32: a range this small relative to the scores is rounding error.
 ROUNDING = 8 * float(np.finfo(np.float32).eps)

@@ -8,17 +8,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fusenorm_openood.configs import lookup
 from fusenorm_openood.errors import CheckpointError, ConfigError
-from fusenorm_openood.listening.passes import forward_pass
+from fusenorm_openood.forward.passes import forward_pass
 from fusenorm_openood.method.settings import METHODS
-from fusenorm_openood.networks.fingerprint import Fingerprint, fingerprint
-from fusenorm_openood.networks.t2fnorm import has_scoring_logits
+from fusenorm_openood.network.fingerprint import Fingerprint, fingerprint
+from fusenorm_openood.network.resnet import has_scoring_logits
+from fusenorm_openood.network.running import undisturbed, without_weight_gradients
+from fusenorm_openood.network.structure import Structure
+from fusenorm_openood.network.understanding import understand
 from fusenorm_openood.openood.bridge import base_postprocessor, openood_module
 from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
-from fusenorm_openood.structure.modes import undisturbed, without_weight_gradients
-from fusenorm_openood.structure.reading import Structure
-from fusenorm_openood.structure.understanding import understand
+from fusenorm_openood.storage.configs import lookup
 
 # The class in which OpenOOD wraps the network, by postprocessor.
 WRAPPERS = {

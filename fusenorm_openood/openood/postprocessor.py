@@ -15,9 +15,9 @@ from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
 from fusenorm_openood.detectors.search import UNUSABLE, choose, search
 from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
+from fusenorm_openood.network.fingerprint import is_network
+from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.openood.bridge import base_postprocessor
-from fusenorm_openood.structure.identity import is_network
-from fusenorm_openood.structure.reading import Structure
 
 
 class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fusenorm_openood import configs
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.openood.bridge import openood_module, rebind
 from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
+from fusenorm_openood.storage import configs
 
 
 def register() -> None:

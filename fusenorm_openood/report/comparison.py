@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from fusenorm_openood.benchmark.comparison import GROUPS as MEANS
-from fusenorm_openood.benchmark.comparison import Comparison
+from fusenorm_openood.evaluation.comparison import GROUPS as MEANS
+from fusenorm_openood.evaluation.comparison import Comparison
 from fusenorm_openood.report.charts import dots
-from fusenorm_openood.report.content import Facts, Figure, Report, Section
-from fusenorm_openood.report.scores import Score, histograms_section, roc_section
+from fusenorm_openood.report.evaluation import Score, histograms_section, roc_section
+from fusenorm_openood.report.page import Facts, Figure, Report, Section
 from fusenorm_openood.report.sections import GROUPS, table_of
 
 SHOWN = 6  # methods whose distributions are drawn

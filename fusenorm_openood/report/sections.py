@@ -13,10 +13,9 @@ from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.method.conformal import EQUAL, guarantee, needed_images
 from fusenorm_openood.method.settings import Settings
-from fusenorm_openood.report.charts import bars
-from fusenorm_openood.report.content import Facts, Section, Table
-from fusenorm_openood.report.figures import Series, acceptance_curves
-from fusenorm_openood.structure.wrappers import unwrapped
+from fusenorm_openood.network.wrappers import unwrapped
+from fusenorm_openood.report.charts import Series, acceptance_curves, bars
+from fusenorm_openood.report.page import Facts, Section, Table
 
 GROUPS = {"nearood": "near-OOD", "farood": "far-OOD", "valood": "validation OOD"}
 HEAT = "a heat map of the energy that a block's norm comes from (dark blue = none, yellow = most)"

@@ -1,22 +1,85 @@
-"""One epoch of training, and the validation accuracy."""
+"""One epoch of training, in one process or several."""
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fusenorm_openood.devices import device_of
-from fusenorm_openood.errors import DataError, NonFiniteError
-from fusenorm_openood.listening.batches import Labels, batches
+from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError
+from fusenorm_openood.forward.batches import Labels, batches
+from fusenorm_openood.kernels.devices import device_of
 from fusenorm_openood.method.metrics import accuracy
+from fusenorm_openood.storage import torchrun
 from fusenorm_openood.training.recipes import Recipe
+
+
+class Process(torchrun.Process):
+    """This process among those that train together."""
+
+    def wait(self) -> None:
+        """Wait until all processes have reached this point."""
+        if self.world > 1:
+            distributed.barrier()
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[Process]:
+    """Join the processes that `torchrun` started, if any.
+
+    Raises:
+        ConfigError: a device on which several processes cannot train.
+    """
+    process = Process(*torchrun.this_process())
+    if process.world == 1:
+        yield process
+        return
+    if device.type not in ("cpu", "cuda") or device.index is not None:
+        raise ConfigError(
+            f"the device of {process.world} processes must be 'cuda', with one GPU per process, or "
+            f"'cpu', got {str(device)!r}"
+        )
+    if device.type == "cuda":
+        if process.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"the local rank must be < {torch.cuda.device_count()}, the number of CUDA "
+                f"devices, got {process.local_rank}: start one process per device"
+            )
+        torch.cuda.set_device(process.local_rank)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield process
+    finally:
+        distributed.destroy_process_group()
+
+
+def data_parallel(net: nn.Module, process: Process, device: torch.device) -> nn.Module:
+    """The network, wrapped so that all processes train it together."""
+    if process.world == 1:
+        return net
+    if device.type == "cuda":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
+        return DistributedDataParallel(net, [process.local_rank])
+    return DistributedDataParallel(net)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Limit torch to `count` threads, and restore the previous number afterwards."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(min(count, before))
+        yield
+    finally:
+        torch.set_num_threads(before)
+
 
 CHECK_EVERY = 50  # steps between checks of the loss, each of which waits for the device
 

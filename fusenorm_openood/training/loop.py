@@ -1,9 +1,9 @@
-"""Train a classifier with cross-entropy or T2FNorm, with OpenOOD's optimiser and schedule."""
+"""Train a network, and go on after an interruption."""
 
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -12,18 +12,86 @@ from torch.optim import SGD
 from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
-from fusenorm_openood.data.benchmarks import Benchmark, image_loader
-from fusenorm_openood.data.loader import CpuLoader
-from fusenorm_openood.data.transforms import train_transform
-from fusenorm_openood.devices import on_cpu
-from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.files import write_whole
-from fusenorm_openood.networks.checkpoints import load_backbone
-from fusenorm_openood.networks.states import State
-from fusenorm_openood.training.epoch import train_epoch, validation_accuracy
-from fusenorm_openood.training.processes import Process, data_parallel, threads
-from fusenorm_openood.training.recipes import Recipe
-from fusenorm_openood.training.resume import Progress, check_recipe, keep, resume
+from fusenorm_openood.data.benchmarks import Benchmark, image_loader, load_benchmark
+from fusenorm_openood.data.digits import write_digits
+from fusenorm_openood.data.lists import CpuLoader
+from fusenorm_openood.data.preprocessing import train_transform
+from fusenorm_openood.errors import CheckpointError, ConfigError, DamagedFileError
+from fusenorm_openood.kernels.devices import on_cpu
+from fusenorm_openood.network.checkpoints import load_backbone
+from fusenorm_openood.network.states import State, read_saved
+from fusenorm_openood.storage.configs import read_config
+from fusenorm_openood.storage.files import write_whole
+from fusenorm_openood.training.epoch import (
+    Process,
+    data_parallel,
+    threads,
+    train_epoch,
+    validation_accuracy,
+)
+from fusenorm_openood.training.recipes import Recipe, find_recipe
+
+
+class Progress(NamedTuple):
+    """The progress of a training run after an epoch."""
+
+    epochs: int
+    best_accuracy: float
+
+
+def keep(path: Path, net: nn.Module, optimiser: SGD, done: Progress) -> None:
+    """Save everything that the next epoch needs."""
+    content = {
+        "net": net.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "progress": tuple(done),
+    }
+    write_whole(path, partial(torch.save, content))
+
+
+def resume(path: Path, net: nn.Module, optimiser: SGD) -> Progress:
+    """Restore network and optimiser from an interrupted run, if there is one.
+
+    Raises:
+        DamagedFileError: the file is damaged.
+        CheckpointError: the file cannot be opened, or holds no run of this network. Other errors,
+            such as running out of memory, are passed on, since the file is intact.
+    """
+    if not path.is_file():
+        return Progress(0, -1.0)
+    try:
+        content = read_saved(path)
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}, or remove it to start the run again") from None
+    keys = {"net", "optimiser", "progress"}
+    if not isinstance(content, dict) or set(content) != keys or not _fits(content["net"], net):
+        raise CheckpointError(
+            f"{path} holds no interrupted run of a {type(net).__name__}: remove it to start again"
+        )
+    net.load_state_dict(content["net"])
+    optimiser.load_state_dict(content["optimiser"])
+    return Progress(*content["progress"])
+
+
+def _fits(state: Any, net: nn.Module) -> bool:
+    """Whether a state dict has the names and shapes of the network's."""
+    own = {name: value.shape for name, value in net.state_dict().items()}
+    return isinstance(state, dict) and own == {
+        n: getattr(v, "shape", None) for n, v in state.items()
+    }
+
+
+def check_recipe(path: Path, recipe: Recipe) -> None:
+    """Raise CheckpointError if a folder holds a run of another recipe, finished or not."""
+    if not path.is_file():  # no run, or one that was trained elsewhere
+        return
+    begun, requested = read_config(path), recipe.as_dict()
+    other = [name for name in requested if begun.get(name) != requested[name]]
+    if other:
+        raise CheckpointError(
+            f"{other[0]} must be {begun.get(other[0])}, as in the run in {path.parent}, got "
+            f"{requested[other[0]]}: use the same recipe or another folder"
+        )
 
 
 def train(
@@ -189,3 +257,27 @@ def log(path: Path, epoch: int, loss: float, reached: float) -> None:
 def state_on_cpu(net: nn.Module) -> State:
     """A network's weights, as saved in a checkpoint."""
     return {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+
+
+def train_digits(
+    data_root: str | Path,
+    root: str | Path,
+    seed: int = 0,
+    method: str = "base",
+    progress: bool = True,
+) -> Path:
+    """Write the digits benchmark and train a network on it, unless they already exist.
+
+    Args:
+        data_root: folder for the images and lists.
+        root: folder of the training runs; this run is saved in its subfolder `s<seed>`.
+        seed, method: settings of the recipe.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The path of the checkpoint.
+    """
+    recipe = find_recipe("digits", seed=seed, method=method)
+    write_digits(data_root)
+    benchmark = load_benchmark("digits", data_root)
+    return train(recipe, benchmark, Path(root) / f"s{seed}", progress=progress)

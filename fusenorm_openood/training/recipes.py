@@ -6,15 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from fusenorm_openood.configs import config_root, lookup, read_config
-from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.networks import (
+from fusenorm_openood.errors import ConfigError, number, whole
+from fusenorm_openood.network import (
     ResNet18_32x32,
     ResNet18_224x224,
     ResNet50,
     T2FNormNet,
 )
-from fusenorm_openood.numbers import number, whole
+from fusenorm_openood.storage.configs import config_root, lookup, read_config
 
 METHODS = {"base": "baseline", "t2fnorm": "train_t2fnorm"}  # method -> configs/pipelines/train
 NETWORKS: dict[str, type[nn.Module]] = {

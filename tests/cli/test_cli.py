@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from fusenorm_openood import __version__
-from fusenorm_openood.cli.engines import Job, find_engine
+from fusenorm_openood.cli.engines import Job, find_engine, read_postprocessor
 from fusenorm_openood.cli.inputs import check_files
 from fusenorm_openood.cli.main import main
-from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.benchmarks import load_benchmark
-from fusenorm_openood.data.transforms import NORMALIZATIONS
+from fusenorm_openood.data.preprocessing import NORMALIZATIONS
 from fusenorm_openood.detectors.configuration import detector_for
-from fusenorm_openood.devices import find_device
 from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.kernels.devices import find_device
 from fusenorm_openood.openood.bridge import openood_installed
 from tests.conftest import shortened_digits, without_environment
 

@@ -10,7 +10,7 @@ import pytest
 
 from fusenorm_openood.cli.doctor import run_trials
 from fusenorm_openood.cli.main import main
-from fusenorm_openood.data.sources import list_paths
+from fusenorm_openood.data.benchmarks import list_paths
 
 PROJECT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.cli.main import main
-from fusenorm_openood.networks import ResNet18_32x32
+from fusenorm_openood.network import ResNet18_32x32
 
 
 def small(num_classes=5):

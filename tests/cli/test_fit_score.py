@@ -16,7 +16,7 @@ from PIL import Image
 from fusenorm_openood import FuseNorm, load_network
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.lists import read_imagelist
-from fusenorm_openood.detectors.rows import read_rows
+from fusenorm_openood.deployment.rows import read_rows
 from fusenorm_openood.report import page as page_module
 
 
@@ -64,7 +64,7 @@ def test_rows_have_what_the_detector_says(folders, tmp_path):
 
 
 def load_source(folders):
-    from fusenorm_openood.detectors.storage import read_contents
+    from fusenorm_openood.storage.detector_file import read_contents
 
     return load_network(read_contents(folders / "detector.safetensors").record["source"]["weights"])
 

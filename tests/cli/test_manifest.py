@@ -10,14 +10,14 @@ import pandas as pd
 import pytest
 
 from fusenorm_openood.cli.main import main
-from fusenorm_openood.data.manifest import manifest_paths
-from fusenorm_openood.detectors import sharded
-from fusenorm_openood.detectors.sharded import manifest
+from fusenorm_openood.data.paths import manifest_paths
+from fusenorm_openood.deployment import files as sharded
+from fusenorm_openood.deployment.files import manifest
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.store import ShardSet
-from fusenorm_openood.urls import Url
-from tests.detectors.imagefiles import NETWORK, write_detector, write_images
-from tests.store.sets import RECORD, assert_same_bits, columns_of
+from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.storage.urls import Url
+from tests.deployment.imagefiles import NETWORK, write_detector, write_images
+from tests.storage.sets import RECORD, assert_same_bits, columns_of
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusenorm_openood.cli.main import main
-from fusenorm_openood.networks import build_network
+from fusenorm_openood.network import build_network
 from tests.conftest import shortened_digits
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import pandas as pd
 import pytest
 
-from fusenorm_openood.cli.output import tolerant_output
+from fusenorm_openood.cli.main import tolerant_output
 from tests.conftest import shortened_digits, without_environment
 
 ASCII = [
@@ -101,7 +101,7 @@ def test_standard_output_is_as_before_afterwards(capsys):
 WARNING = """if True:
     import sys, warnings
     warnings.simplefilter("ignore")
-    from fusenorm_openood.cli.output import shown_warnings
+    from fusenorm_openood.cli.main import shown_warnings
     from fusenorm_openood.cli.score import Namespace, _given
     with shown_warnings():
         _given(Namespace(paths=sys.argv[1:], manifest=None))

@@ -2,7 +2,7 @@ import pytest
 
 from fusenorm_openood import __version__
 from fusenorm_openood.cli.main import main
-from tests.store.sets import full_set
+from tests.storage.sets import full_set
 
 
 @pytest.fixture

@@ -7,18 +7,22 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from fusenorm_openood.configs import lookup, parse_yaml, read_config
-from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
+from fusenorm_openood.data.benchmarks import (
+    benchmark_names,
+    how_to_get,
+    image_loader,
+    load_benchmark,
+)
 from fusenorm_openood.data.digits import ID_CLASSES, digits_image_sets, write_digits
 from fusenorm_openood.data.lists import ImageList, read_imagelist
-from fusenorm_openood.data.sources import benchmark_names, how_to_get
-from fusenorm_openood.data.transforms import (
+from fusenorm_openood.data.preprocessing import (
     find_normalization,
     parse_normalization,
     plain_transform,
 )
 from fusenorm_openood.errors import ConfigError, DataError
-from fusenorm_openood.listening.batches import batches
+from fusenorm_openood.forward.batches import batches
+from fusenorm_openood.storage.configs import lookup, parse_yaml, read_config
 from tests.conftest import drawn_benchmark
 
 HALF = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

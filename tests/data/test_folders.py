@@ -14,10 +14,9 @@ import pandas as pd
 import pytest
 
 from fusenorm_openood.cli.fit import _class_names
-from fusenorm_openood.data.manifest import manifest_paths
-from fusenorm_openood.data.paths import image_paths
+from fusenorm_openood.data.paths import image_paths, manifest_paths
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.urls import Url
+from fusenorm_openood.storage.urls import Url
 
 
 def files(folder: Path, *names: str) -> Path:

@@ -15,8 +15,7 @@ from torch import nn
 from fusenorm_openood.cli import fit
 from fusenorm_openood.data.images import TruncatedImageWarning
 from fusenorm_openood.data.paths import image_paths
-from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.data.transforms import NORMALIZATIONS, eval_transform
+from fusenorm_openood.data.preprocessing import NORMALIZATIONS, Preprocessing, eval_transform
 from fusenorm_openood.errors import ConfigError, DataError
 
 NORM = NORMALIZATIONS["cifar10"]

@@ -3,7 +3,7 @@ import torch
 
 from fusenorm_openood.data.pseudo import KINDS, RANDOM
 from fusenorm_openood.detectors.pseudo import PseudoImages, PseudoOOD, pseudo_ood
-from fusenorm_openood.store.loading import row_batches
+from fusenorm_openood.storage.stored import row_batches
 
 SIZES = [
     (1, 3, 32, 32),

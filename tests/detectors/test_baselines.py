@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from fusenorm_openood.detectors.baselines import BASELINES, Baseline
 from fusenorm_openood.errors import CheckpointError, ConfigError, NotFittedError
-from fusenorm_openood.networks import T2FNormNet
+from fusenorm_openood.network import T2FNormNet
 from tests.conftest import CLASSES, assert_undisturbed, make_loader, make_net, state_of
 
 ARGS = {

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fusenorm_openood import FuseNorm, Settings, load_network
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
-from fusenorm_openood.listening.panel import Fitted
-from fusenorm_openood.structure.understanding import understand
+from fusenorm_openood.forward.panel import Fitted
+from fusenorm_openood.network.understanding import understand
 from tests.conftest import make_net
 
 SIZE = (250, 3, 24, 24)

@@ -18,11 +18,11 @@ from fusenorm_openood.errors import (
     TapError,
     ZeroRangeError,
 )
-from fusenorm_openood.listening.batches import batches
-from fusenorm_openood.listening.observed import Observed
-from fusenorm_openood.listening.passes import PIXELS, parts
-from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
-from fusenorm_openood.structure.reading import read_structure
+from fusenorm_openood.forward.batches import batches
+from fusenorm_openood.forward.observed import Observed
+from fusenorm_openood.forward.passes import PIXELS, parts
+from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
+from fusenorm_openood.network.structure import read_structure
 from tests.conftest import CLASSES, assert_undisturbed, make_loader, make_net, state_of
 
 OUTPUTS = ["msp", "mls", "energy", "odin"]

@@ -10,11 +10,11 @@ import torch
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.detectors.record import STATES
-from fusenorm_openood.detectors.storage import Contents, read_contents, write_contents
+from fusenorm_openood.detectors.saving import STATES
 from fusenorm_openood.errors import DetectorFileError
 from fusenorm_openood.method.posthoc import POSTHOC, Posthoc
-from fusenorm_openood.networks.named import is_catalogued
+from fusenorm_openood.network.named import is_catalogued
+from fusenorm_openood.storage.detector_file import Contents, read_contents, write_contents
 from tests.nets import Net, some_images
 
 IMAGES = some_images(40)
@@ -184,7 +184,7 @@ def test_files_of_the_format_before_are_read(kept, monkeypatch):
         for name in ("modules", "image", "logits", "rounding"):
             del record["network"][name]
 
-    monkeypatch.setattr("fusenorm_openood.detectors.storage.FORMAT", 1)
+    monkeypatch.setattr("fusenorm_openood.storage.detector_file.FORMAT", 1)
     torch.testing.assert_close(loaded(kept, change).score(NEW), kept[1], rtol=0, atol=0)
 
 

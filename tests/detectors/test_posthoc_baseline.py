@@ -8,7 +8,7 @@ from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors import base, posthoc
 from fusenorm_openood.detectors.posthoc import UNFITTED, PosthocBaseline
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, NotFittedError
-from fusenorm_openood.listening.sample import FeatureSample
+from fusenorm_openood.forward.samples import FeatureSample
 from fusenorm_openood.method.posthoc import POSTHOC
 from tests.conftest import assert_undisturbed, make_loader, state_of
 

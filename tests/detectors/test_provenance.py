@@ -10,7 +10,7 @@ from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.settings import FUSION_SETTINGS, SETTINGS
-from fusenorm_openood.structure.reading import read_structure
+from fusenorm_openood.network.structure import read_structure
 from tests.nets import BLOCKS, Net, some_images
 
 IMAGES = some_images(40)

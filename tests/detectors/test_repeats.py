@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.detectors.posthoc import PosthocBaseline
-from fusenorm_openood.listening.recorded import RecordedLoader
+from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.method.conformal import guarantee
 from tests.conftest import make_loader
 

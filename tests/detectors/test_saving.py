@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.detectors.storage import Contents, read_contents, write_contents
 from fusenorm_openood.errors import DetectorFileError, NotFittedError
-from fusenorm_openood.networks import ResNet18_32x32
+from fusenorm_openood.network import ResNet18_32x32
+from fusenorm_openood.storage.detector_file import Contents, read_contents, write_contents
 from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
 
 IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(9))
@@ -80,7 +80,7 @@ def test_a_new_process_gives_the_same_bits(saved, net, tmp_path):
     program = """if True:
         import sys, torch
         from fusenorm_openood import FuseNorm
-        from fusenorm_openood.networks import ResNet18_32x32
+        from fusenorm_openood.network import ResNet18_32x32
         state, images, threads = torch.load(sys.argv[1])
         torch.set_num_threads(threads)
         net = ResNet18_32x32(4, width=4).eval()
@@ -158,7 +158,7 @@ def test_a_thousand_damaged_files_are_all_refused(saved, net, tmp_path):
 
 def test_a_newer_format_is_refused(saved, net, tmp_path, monkeypatch):
     detector, _ = saved
-    monkeypatch.setattr("fusenorm_openood.detectors.storage.FORMAT", 3)
+    monkeypatch.setattr("fusenorm_openood.storage.detector_file.FORMAT", 3)
     detector.save(tmp_path / "newer")
     monkeypatch.undo()
     with pytest.raises(DetectorFileError, match=r"has format 3, this version .* reads up to 2"):

@@ -16,7 +16,7 @@ from fusenorm_openood.errors import (
     NotFittedError,
 )
 from fusenorm_openood.export import program
-from fusenorm_openood.networks.t2fnorm import T2FNormNet
+from fusenorm_openood.network.resnet import T2FNormNet
 from tests.conftest import assert_undisturbed, make_net, state_of
 from tests.export.programs import (
     PREPROCESSING,

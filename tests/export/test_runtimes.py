@@ -12,7 +12,7 @@ from fusenorm_openood import FuseNorm, load_network
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.detectors.folder import judge_files
+from fusenorm_openood.deployment.files import judge_files
 from tests.docs.pages import ROOT, blocks
 from tests.export.files import COUNT, KINDS, write_files
 from tests.export.programs import needs_export

@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 
 from fusenorm_openood import FuseNorm, Settings, compute_id_statistics, fuse
 from fusenorm_openood.method.fusion import penalty
-from fusenorm_openood.networks import WideResNet
+from fusenorm_openood.network import WideResNet
 from tests import document
 from tests.conftest import make_loader, make_net
 from tests.oracle import assert_atf_close

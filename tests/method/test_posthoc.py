@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp, softmax
 
-from fusenorm_openood.configs import config_root
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.method import seen as seen_module
 from fusenorm_openood.method.covariance import RIDGE
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen, check_arguments
+from fusenorm_openood.storage.configs import config_root
 
 ALL = list(POSTHOC)
 D, K = 24, 5

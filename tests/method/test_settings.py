@@ -4,13 +4,13 @@ import pytest
 import yaml
 
 from fusenorm_openood import Settings, atf, compute_id_statistics, fuse
-from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.sweep import candidates
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.experts import odin_perturb
 from fusenorm_openood.method.fusion import penalty
 from fusenorm_openood.method.settings import METHODS, SETTINGS
+from fusenorm_openood.storage.configs import config_root, read_config
 
 YAML = yaml.safe_load((config_root() / "postprocessors" / "fusenorm.yml").read_text())
 ARGS = YAML["postprocessor"]["postprocessor_args"]

@@ -6,7 +6,7 @@ from hypothesis.extra.numpy import arrays
 
 from fusenorm_openood import compute_id_statistics, normalise
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
-from fusenorm_openood.listening.thresholds import ActivationSample
+from fusenorm_openood.forward.thresholds import ActivationSample
 from fusenorm_openood.method.statistics import standardise
 
 SCORES = np.random.default_rng(0).normal(size=(3, 500)) * [[1], [10], [1e-4]]

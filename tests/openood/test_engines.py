@@ -14,18 +14,17 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm, on_device
-from fusenorm_openood.benchmark.evaluation import evaluate
+from fusenorm_openood.cli.engines import read_postprocessor
 from fusenorm_openood.cli.main import main as fusenorm
-from fusenorm_openood.cli.postprocessors import read_postprocessor
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.detectors.configuration import detector_for, read_fusenorm
 from fusenorm_openood.detectors.search import search
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError
+from fusenorm_openood.evaluation.evaluation import evaluate
 from fusenorm_openood.method.settings import METHODS
-from fusenorm_openood.networks import build_network
+from fusenorm_openood.network import build_network
 from fusenorm_openood.openood.adapter import make_postprocessor
-from fusenorm_openood.openood.evaluator import evaluate_with_openood
-from fusenorm_openood.openood.pipelines import main
+from fusenorm_openood.openood.pipelines import evaluate_with_openood, main
 from tests.conftest import assert_undisturbed, drawn_benchmark, state_of
 from tests.openood.conftest import first_images
 

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from fusenorm_openood import FuseNorm, FuseNormPostprocessor, load_network
-from fusenorm_openood.benchmark.evaluation import evaluate
-from fusenorm_openood.benchmark.tables import summarise
 from fusenorm_openood.cli.main import main
-from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.errors import OpenOODError
+from fusenorm_openood.evaluation.evaluation import evaluate, summarise
 from fusenorm_openood.method.metrics import ood_metrics
-from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet, WideResNet
-from fusenorm_openood.openood.evaluator import evaluate_with_openood
+from fusenorm_openood.network import ResNet18_32x32, T2FNormNet, WideResNet
+from fusenorm_openood.openood.pipelines import evaluate_with_openood
+from fusenorm_openood.storage.configs import config_root, read_config
 from tests.conftest import assert_undisturbed, make_net, state_of
 from tests.openood.conftest import RUNS
 from tests.without_openood.test_postprocessor import config

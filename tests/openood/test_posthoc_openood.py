@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fusenorm_openood.configs import config_root
-from fusenorm_openood.devices import on_device
+from fusenorm_openood.kernels.devices import on_device
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen, check_arguments
+from fusenorm_openood.storage.configs import config_root
 from tests.conftest import make_net
 
 CLASSES = 10

@@ -13,13 +13,13 @@ import torch
 import yaml
 
 from fusenorm_openood import FuseNormPostprocessor, load_network, on_device, register
-from fusenorm_openood.configs import config_root
 from fusenorm_openood.errors import CheckpointError
 from fusenorm_openood.method.settings import METHODS
-from fusenorm_openood.networks import T2FNormNet
+from fusenorm_openood.network import T2FNormNet
 from fusenorm_openood.openood.bridge import openood_config_root
 from fusenorm_openood.openood.pipelines import find_config, main, read_configs
 from fusenorm_openood.openood.register import names_known_to
+from fusenorm_openood.storage.configs import config_root
 from tests.openood.test_engines import run_main
 from tests.without_openood.test_postprocessor import config
 

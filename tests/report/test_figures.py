@@ -10,9 +10,7 @@ import torch
 from PIL import Image
 
 from fusenorm_openood import ood_metrics
-from fusenorm_openood.report.content import Report, Section, Table
-from fusenorm_openood.report.drawing import embedded
-from fusenorm_openood.report.figures import (
+from fusenorm_openood.report.charts import (
     POINTS,
     Series,
     acceptance_curves,
@@ -20,8 +18,8 @@ from fusenorm_openood.report.figures import (
     histogram,
     mean_roc,
 )
-from fusenorm_openood.report.page import render
-from fusenorm_openood.report.thumbnails import SIDE, data_uri, overlaid, thumbnail, where
+from fusenorm_openood.report.gallery import SIDE, data_uri, overlaid, thumbnail, where
+from fusenorm_openood.report.page import Report, Section, Table, embedded, render
 
 NORM = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 

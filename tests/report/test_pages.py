@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from fusenorm_openood import FuseNorm, load_network, ood_metrics
-from fusenorm_openood.benchmark.evaluation import evaluate
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.evaluation.evaluation import evaluate
 from fusenorm_openood.report.evaluation import report_of_evaluation
 from fusenorm_openood.report.page import render
 
@@ -198,7 +198,7 @@ def test_results_outlive_a_report_that_fails(digits, short_data, tmp_path, monke
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fusenorm_openood.report.write.write_whole", full)
+    monkeypatch.setattr("fusenorm_openood.report.page.write_whole", full)
     page, out = tmp_path / "page.html", tmp_path / "out"
     arguments = ["eval", "--id-data", "digits", "--data-root", short_data, "--root", digits[1]]
     arguments += ["--num-workers", 0, "--no-progress", "--engine", "native", "--report", page]

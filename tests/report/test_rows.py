@@ -7,14 +7,13 @@ import pytest
 
 from fusenorm_openood import FuseNorm, load_network
 from fusenorm_openood.cli.main import main
-from fusenorm_openood.detectors.folder import Judged
-from fusenorm_openood.detectors.rows import read_rows
+from fusenorm_openood.deployment.files import Judged
+from fusenorm_openood.deployment.rows import read_rows
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.method.conformal import conformal_p_values, rejects
 from fusenorm_openood.report.files import report_of_files
-from fusenorm_openood.report.page import render
+from fusenorm_openood.report.page import check_report, render
 from fusenorm_openood.report.sections import threshold
-from fusenorm_openood.report.write import check_report
 
 HEADER = ",".join(Judged._fields)
 
@@ -119,7 +118,7 @@ def test_the_threshold_is_where_rejection_begins(acceptance):
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
 def test_a_missing_package_is_found_before_any_work(monkeypatch, tmp_path, capsys, package):
     monkeypatch.setattr(
-        "fusenorm_openood.report.write.find_spec", lambda name: None if name == package else 1
+        "fusenorm_openood.report.page.find_spec", lambda name: None if name == package else 1
     )
     arguments = ["report", "--detector", "absent", "--csv", "absent"]
     assert main([*arguments, "--output", str(tmp_path / "page.html")]) == 1

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fusenorm_openood.cli.main import main
-from fusenorm_openood.detectors import sharded
-from fusenorm_openood.listening import recorded
-from fusenorm_openood.store import ShardSet
-from fusenorm_openood.torchrun import PATIENCE
+from fusenorm_openood.deployment import files as sharded
+from fusenorm_openood.forward import recorded
+from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.storage.torchrun import PATIENCE
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__, "fusenorm_openood.cli.eval", "pyarrow.parquet"])

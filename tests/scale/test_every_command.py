@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from fusenorm_openood.data.lists import ImageList
-from fusenorm_openood.detectors.folder import ImageFiles, ReadableFiles
-from fusenorm_openood.store import ShardSet
-from fusenorm_openood.store.maintenance import verify
+from fusenorm_openood.deployment.files import ImageFiles, ReadableFiles
+from fusenorm_openood.storage.maintenance import verify
+from fusenorm_openood.storage.shards import ShardSet
 from tests.scale.commands import Done, ended, log_of, run, scored_twice, start
 from tests.scale.test_failures import assert_one_sentence, failed_among
 from tests.scale.test_processes import agree

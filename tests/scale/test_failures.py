@@ -12,9 +12,9 @@ from functools import partial
 import pytest
 
 from fusenorm_openood.data.lists import ImageList
-from fusenorm_openood.store import loading
-from fusenorm_openood.store.maintenance import verify
-from fusenorm_openood.torchrun import wait_until
+from fusenorm_openood.storage import stored as loading
+from fusenorm_openood.storage.maintenance import verify
+from fusenorm_openood.storage.torchrun import wait_until
 from tests.scale.commands import ended, log_of, run, scored_twice, start
 from tests.scale.test_reuse import without_network_and_images
 

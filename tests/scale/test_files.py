@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from fusenorm_openood.store import loading
-from fusenorm_openood.store.maintenance import verify
+from fusenorm_openood.storage import stored as loading
+from fusenorm_openood.storage.maintenance import verify
 from tests.scale.commands import ended, log_of, run, start
 from tests.scale.test_failures import assert_one_sentence, flip, misname
 

@@ -6,10 +6,10 @@ import torch
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.detectors.posthoc import PosthocBaseline
-from fusenorm_openood.listening.recorded import RecordedLoader
-from fusenorm_openood.store import Key
+from fusenorm_openood.forward.recorded import RecordedLoader
+from fusenorm_openood.storage.keys import Key
 from tests.conftest import make_net
-from tests.listening.test_recorded import Images
+from tests.forward.test_recorded import Images
 from tests.scale.commands import log_of, run
 from tests.scale.test_reuse import without_network_and_images
 

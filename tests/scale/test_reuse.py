@@ -9,14 +9,16 @@ import torch
 import yaml
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.benchmark import faults, networks, records
-from fusenorm_openood.benchmark.records import network_record
-from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.data import lists
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.detectors.sharded import experts_record
-from fusenorm_openood.store import digest
+from fusenorm_openood.deployment.files import experts_record
+from fusenorm_openood.evaluation import records
+from fusenorm_openood.evaluation import records as faults
+from fusenorm_openood.evaluation import runs as networks
+from fusenorm_openood.evaluation.records import network_record
+from fusenorm_openood.storage.configs import config_root, read_config
+from fusenorm_openood.storage.keys import digest
 from tests.conftest import make_loader, make_net
 from tests.scale.commands import log_of, run, scored_twice
 from tests.scale.conftest import Short

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fusenorm_openood.cli.main import main
-from fusenorm_openood.configs import config_root, lookup, read_config
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.storage.configs import config_root, lookup, read_config
+from fusenorm_openood.training.epoch import Process
 from fusenorm_openood.training.loop import make_loader
-from fusenorm_openood.training.processes import Process
 from fusenorm_openood.training.recipes import Recipe, find_recipe
 
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from fusenorm_openood.errors import CheckpointError, DamagedFileError
-from fusenorm_openood.networks import ResNet18_32x32
-from fusenorm_openood.training.loop import make_optimiser
+from fusenorm_openood.network import ResNet18_32x32
+from fusenorm_openood.training.loop import Progress, keep, make_optimiser, resume
 from fusenorm_openood.training.recipes import Recipe
-from fusenorm_openood.training.resume import Progress, keep, resume
 
 RECIPE = Recipe(id_data="digits", width=4)
 

@@ -18,14 +18,11 @@ from fusenorm_openood import load_network
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from fusenorm_openood.networks import ResNet18_32x32, T2FNormNet
-from fusenorm_openood.networks.checkpoints import load_backbone
-from fusenorm_openood.training.digits import train_digits
-from fusenorm_openood.training.epoch import train_epoch
-from fusenorm_openood.training.loop import train
-from fusenorm_openood.training.processes import processes, threads
+from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
+from fusenorm_openood.network.checkpoints import load_backbone
+from fusenorm_openood.training.epoch import processes, threads, train_epoch
+from fusenorm_openood.training.loop import keep, train, train_digits
 from fusenorm_openood.training.recipes import Recipe, find_recipe
-from fusenorm_openood.training.resume import keep
 from tests.conftest import shortened_digits
 
 

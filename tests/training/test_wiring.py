@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from fusenorm_openood.training.epoch import Process
 from fusenorm_openood.training.loop import train
-from fusenorm_openood.training.processes import Process
 from fusenorm_openood.training.recipes import Recipe
 from tests.conftest import drawn_benchmark
 from tests.preprocessing import PREPROCESSING, drawn_image

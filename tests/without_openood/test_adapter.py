@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusenorm_openood.errors import CheckpointError
-from fusenorm_openood.networks import T2FNormNet
+from fusenorm_openood.network import T2FNormNet
 from fusenorm_openood.openood.adapter import AdaptedPostprocessor, ScoringView
 from fusenorm_openood.openood.register import names_known_to
 from tests.conftest import CLASSES, assert_undisturbed, make_net, state_of

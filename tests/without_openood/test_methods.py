@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fusenorm_openood import FuseNorm, FuseNormPostprocessor
-from fusenorm_openood.configs import config_root, read_config
 from fusenorm_openood.detectors.search import search
 from fusenorm_openood.errors import NotFittedError
 from fusenorm_openood.method.settings import METHODS
+from fusenorm_openood.storage.configs import config_root, read_config
 from tests.conftest import make_loader
 
 IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(5))

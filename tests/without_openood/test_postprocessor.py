@@ -6,8 +6,8 @@ import torch
 import yaml
 
 from fusenorm_openood import FuseNorm, FuseNormPostprocessor
-from fusenorm_openood.configs import config_root
 from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
+from fusenorm_openood.storage.configs import config_root
 from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
 
 IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(5))

@@ -8,7 +8,7 @@ import torch
 
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.structure.understanding import understand
+from fusenorm_openood.network.understanding import understand
 from tests.conftest import assert_undisturbed, state_of
 from tests.oracle import assert_atf_close
 from tests.zoo.catalogue import CATALOGUE

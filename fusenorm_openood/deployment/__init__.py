@@ -1,0 +1,1 @@
+"""Judge image files, in any number of processes, and write their rows."""

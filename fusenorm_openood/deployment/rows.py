@@ -1,0 +1,291 @@
+"""Files with one row for each judged image, CSV or Parquet, that an interruption leaves usable."""
+
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from fusenorm_openood.deployment.files import Judged
+from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.storage.files import lock, unlock, write_whole
+
+AT_ONCE = 10_000  # rows in memory
+KINDS: dict[str, Callable[[str], Any]] = {
+    "confidence": float,
+    "p_value": float,
+    "ood": {"True": True, "False": False}.__getitem__,
+}
+_HEADER = ",".join(Judged._fields).encode()
+_FORMULA = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20'"  # begin a formula, or a cell that is guarded
+
+
+class RowFile:
+    """Rows of `Judged` in a file, written as they come; for use in a `with` block.
+
+    A Parquet file can only be written whole, so that its rows are kept in a CSV file beside it,
+    with `.part` at the end of its name, until `finish`. Bytes of file names that are not UTF-8 are
+    written as `\\xe9`, for example, and read back as they were.
+
+    Args:
+        path: a file that ends in `.parquet`, or else becomes CSV; None = CSV on standard output.
+        resume: whether to go on with the rows that it has. A row that was cut short is removed.
+
+    Attributes:
+        judged: the paths in rows of an earlier run.
+        readable: the last of these rows whose image could be judged.
+
+    Raises:
+        ConfigError: `resume` without a file; the file cannot be written, or is being written.
+        DataError: `resume` for a file that is something else.
+    """
+
+    def __init__(self, path: Path | None, resume: bool = False) -> None:
+        self.path, self.judged = path, set[str]()
+        self.readable: Judged | None = None
+        self._lock: int | None = None
+        self._undecided = False  # whether rows wait for their verdicts
+        if path is None:
+            if resume:
+                raise ConfigError("--resume goes on with a file: give --csv FILE")
+            self._file: IO[str] = sys.stdout
+        else:
+            self._rows = path.with_name(f"{path.name}.part") if is_parquet(path) else path
+            try:
+                self._lock = lock(self._rows)
+                if resume:
+                    self._begun()
+                self._file = self._rows.open(
+                    "a" if self.judged else "w", encoding="utf-8", newline=""
+                )
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{path} is being written by another run: wait for it, or give another file to "
+                    "--csv"
+                ) from None
+            except DataError:
+                unlock(self._lock)
+                raise
+            except OSError as error:
+                unlock(self._lock)
+                raise ConfigError(
+                    f"{path} cannot be written ({error.strerror}): give another file to --csv"
+                ) from None
+        self._writer = csv.writer(self._file)
+        if not self.judged:
+            with self._writing():
+                self._writer.writerow(Judged._fields)
+
+    def write(self, rows: Sequence[Judged]) -> None:
+        """Append rows; they are in the file when this returns.
+
+        Raises:
+            DataError: the disk is full.
+            UnwritableError: likewise, that of standard output.
+        """
+        with self._writing():
+            self._writer.writerows(map(_texts, rows))
+            self._file.flush()
+        self._undecided |= any(r.ood is None and r.p_value is not None for r in rows)
+
+    def finish(self, verdicts: Callable[[NDArray[np.float64]], NDArray[np.bool_]]) -> None:
+        """Give all rows their verdicts, also those of an earlier run, and make the file whole.
+
+        Args:
+            verdicts: whether images with these p-values `[N]` are OOD.
+
+        Raises:
+            DataError: the disk is full; the rows are kept.
+        """
+        if self.path is None:
+            return
+        with self._writing():
+            self._file.close()
+        if self._rows == self.path and not self.judged and not self._undecided:
+            return
+        p = np.array([row.p_value for row in read_rows(self._rows) if row.p_value is not None])
+        ood = iter(verdicts(p).tolist())
+        rows = (
+            row if row.p_value is None else row._replace(ood=next(ood))
+            for row in read_rows(self._rows)
+        )
+        write = _write_parquet if is_parquet(self.path) else _write_csv
+        with self._writing():
+            write_whole(self.path, lambda file: write(file, rows))
+            if self._rows != self.path:
+                self._rows.unlink()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._file is not sys.stdout:
+            with suppress(OSError):  # of rows that `write` has failed to write
+                self._file.close()
+        unlock(self._lock)
+
+    def _begun(self) -> None:
+        """Read which paths were judged before, and remove a row that was cut short."""
+        begun = self._rows == self.path or self._rows.stat().st_size
+        if self.path and not begun and self.path.exists():
+            _write_csv(self._rows, read_rows(self.path))
+        with self._rows.open("rb+") as file:
+            end, at, quotes, first = 0, 0, 0, file.readline()
+            if first.rstrip(b"\r\n") != _HEADER and not _HEADER.startswith(first):
+                raise _other_columns(self._rows)  # and so it is left as it is
+            file.seek(0)
+            for line in file:
+                at, quotes = at + len(line), quotes + line.count(b'"')
+                if line.endswith(b"\n") and quotes % 2 == 0:  # not one inside a quoted cell
+                    end = at
+            file.truncate(end)
+        if not end:
+            return
+        for row in read_rows(self._rows):
+            self.judged.add(row.path)
+            self.readable = row if row.error is None else self.readable
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self.path is None:
+                raise
+            raise DataError(
+                f"{self.path} cannot be written ({error.strerror}): make room, then start again, "
+                "with --resume unless there is a --store"
+            ) from None
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file is Parquet by its ending."""
+    return path.suffix.lower() in (".parquet", ".pq")
+
+
+def read_rows(path: Path) -> Iterator[Judged]:
+    """The rows of a file that `RowFile` wrote, one after another.
+
+    Raises:
+        DataError: the file cannot be read, has other columns, or a malformed row.
+    """
+    try:
+        yield from _read_parquet(path) if is_parquet(path) else _read_csv(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(
+            f"{path} cannot be read ({reason}): give a file that fusenorm score wrote"
+        ) from None
+
+
+def _read_csv(path: Path) -> Iterator[Judged]:
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = csv.reader(file)
+        _check_columns(path, next(lines, []))
+        for row in lines:
+            try:
+                yield _row(row)
+            except (KeyError, ValueError):
+                raise DataError(
+                    f"{path}, line {lines.line_num} is not a row of fusenorm score: "
+                    f"{','.join(row)[:80]!r}; score again, or remove the line"
+                ) from None
+
+
+def _read_parquet(path: Path) -> Iterator[Judged]:
+    from pyarrow import ArrowInvalid, parquet  # takes longer to import than the rest of the command
+
+    try:
+        file = parquet.ParquetFile(path)
+        _check_columns(path, file.schema_arrow.names)
+        for batch in file.iter_batches(AT_ONCE):
+            for row in batch.to_pylist():
+                texts = {k: _unescaped(v) for k, v in row.items() if isinstance(v, str)}
+                yield Judged(**row | texts)
+    except ArrowInvalid as error:
+        raise DataError(f"{path} is damaged ({error}): score again") from None
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    if tuple(names) != Judged._fields:
+        raise _other_columns(path)
+
+
+def _other_columns(path: Path) -> DataError:
+    return DataError(
+        f"{path} was not written by this version of fusenorm score: its columns must be "
+        f"{', '.join(Judged._fields)}"
+    )
+
+
+def _texts(row: Judged) -> list[object]:
+    return ["" if v is None else guarded(_escaped(v)) if isinstance(v, str) else v for v in row]
+
+
+def _row(texts: Sequence[str]) -> Judged:
+    path, *rest = map(_unescaped, texts)
+    named = zip(Judged._fields[1:], rest, strict=True)
+    values: Iterator[Any] = (
+        KINDS.get(name, unguarded)(text) if text else None for name, text in named
+    )
+    return Judged(unguarded(path), *values)
+
+
+def guarded(text: str) -> str:
+    """A cell of a CSV file that no spreadsheet takes for a formula."""
+    return f"'{text}" if text[:1] and text[0] in _FORMULA else text
+
+
+def unguarded(text: str) -> str:
+    """The text of a cell of `guarded`."""
+    return text[1:] if text[:1] == "'" and text[1:2] and text[1] in _FORMULA else text
+
+
+# What `os.fsdecode` makes of bytes that are not UTF-8; backslashes that could be taken for ours.
+_ESCAPED = re.compile(r"[\udc80-\udcff]|\\(?=\\*(?:[\udc80-\udcff]|x[89a-f][0-9a-f]))")
+_ESCAPE = re.compile(r"(\\+)x([89a-f][0-9a-f])")
+
+
+def _escaped(value: Any) -> Any:
+    """A text in valid Unicode, from which `_unescaped` gets it back; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    escaped = _ESCAPED.sub(
+        lambda m: "\\\\" if m[0] == "\\" else f"\\x{ord(m[0]) - 0xDC00:02x}", value
+    )
+    return escaped.encode("utf-8", "backslashreplace").decode()  # other surrogates name no file
+
+
+def _unescaped(text: str) -> str:
+    def original(match: re.Match[str]) -> str:
+        backslashes, byte = match.groups()
+        odd = len(backslashes) % 2
+        return "\\" * (len(backslashes) // 2) + (chr(0xDC00 + int(byte, 16)) if odd else f"x{byte}")
+
+    return _ESCAPE.sub(original, text) if "\\" in text else text
+
+
+def _write_csv(path: Path, rows: Iterator[Judged]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Judged._fields)
+        writer.writerows(map(_texts, rows))
+
+
+def _write_parquet(path: Path, rows: Iterator[Judged]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    kinds = {"confidence": pa.float64(), "p_value": pa.float64(), "ood": pa.bool_()}
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in Judged._fields])
+    with parquet.ParquetWriter(path, schema) as writer:
+        while group := list(islice(rows, AT_ONCE)):
+            table = [{k: _escaped(v) for k, v in row._asdict().items()} for row in group]
+            writer.write_table(pa.Table.from_pylist(table, schema))

@@ -1,0 +1,356 @@
+"""What a file keeps of a fitted FuseNorm, and whether it is sensible and belongs to a network."""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fusenorm_openood.data.preprocessing import Preprocessing, as_pair
+from fusenorm_openood.detectors.calibration import Calibration, packed, unpacked
+from fusenorm_openood.errors import ConfigError, DetectorFileError, FuseNormError
+from fusenorm_openood.method.joint import joint_statistics
+from fusenorm_openood.method.posthoc import POSTHOC, Posthoc
+from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.method.statistics import compute_id_statistics
+from fusenorm_openood.network.fingerprint import Fingerprint, identify
+from fusenorm_openood.network.head import weight_of
+from fusenorm_openood.network.layouts import LAYOUTS
+from fusenorm_openood.network.recording import INPUT
+from fusenorm_openood.network.running import undisturbed
+from fusenorm_openood.network.structure import Structure
+from fusenorm_openood.network.wrappers import scoring_module, unwrapped
+from fusenorm_openood.storage.configs import typed
+from fusenorm_openood.storage.detector_file import Contents, read_contents, write_contents
+from fusenorm_openood.version import __version__
+
+
+class Source(NamedTuple):
+    """How the command line builds the network; see `fusenorm fit`."""
+
+    network: str | None = None
+    weights: str | None = None
+    image_size: str | None = None
+
+
+class Record(NamedTuple):
+    """All of a detector file that is no tensor; see `Calibration` and `Kept`."""
+
+    version: str
+    settings: dict[str, Any]
+    experts: tuple[str, ...]
+    strong: tuple[str, ...]
+    joint: bool
+    thresholds: tuple[tuple[float, float], ...]
+    posthoc: tuple[tuple[str, dict[str, Any]], ...]
+    network: Fingerprint
+    structure: Structure | None
+    preprocessing: Preprocessing | None
+    class_names: tuple[str, ...] | None
+    source: Source = Source()
+
+
+# The state of each post-hoc expert: a letter stands for a size, D for the width of the feature, K
+# for the number of classes.
+STATES: dict[str, dict[str, str]] = {
+    "knn": {"features": "N D"},
+    "nci": {"mean": "D"},
+    "gen": {},
+    "fdbd": {"mean": "D", "inverse": "K K"},
+    "scale": {},
+    "ash": {},
+    "vim": {"origin": "D", "residual": "D R", "scale": ""},
+    "mds": {"centre": "D", "whitening": "D D", "means": "M D", "counts": "M", "classes": "M"},
+    "she": {"means": "K D", "overall": "D", "counts": "K"},
+}
+WHOLE = ("counts", "classes")  # are int64, all else is float32
+LARGEST = 2**14  # pixels in a row of an image
+OVERFLOWS = 1e15  # what experts square in float32, and would blame the network for
+STATISTICS = ("mean", "std", "lower", "upper")
+JOINT = {"mean": "T", "scale": "T", "precision": "T T"} | dict.fromkeys(
+    ("log_mean", "log_std", "limit"), ""
+)
+
+
+def read_record(contents: Contents) -> tuple[Record, Calibration]:
+    """The record and the calibration in a detector file.
+
+    Raises:
+        ConfigError: a field or a tensor that no fit can have given; the message names it.
+    """
+    given = {name: value for name, value in contents.record.items() if name in Record._fields}
+    record: Record = typed(Record, given, "the record")
+    try:
+        settings = Settings.from_mapping(record.settings)
+    except ConfigError as error:
+        raise ConfigError(f"settings: {error}") from None
+    _require(_of_record(record, settings))
+    _check_tensors(record, settings, contents.tensors)
+    calibration = unpacked(contents.tensors, record._asdict())
+    _check_statistics(calibration)
+    return record, calibration
+
+
+Rule = tuple[str, bool, str]  # field, whether it is right, what it must be
+
+
+def _require(rules: Iterator[Rule]) -> None:
+    for field, is_right, what in rules:  # the first that is broken: later ones rely on it
+        if not is_right:
+            raise ConfigError(f"{field} must be {what}")
+
+
+def _of_record(r: Record, settings: Settings) -> Iterator[Rule]:
+    names = [name for name in r.experts if name in ("output", *POSTHOC)]
+    taps = r.experts[: len(r.experts) - len(names)]
+    yield "experts", [*taps, *names] == [*dict.fromkeys(r.experts)], "taps, then others, each once"
+    yield "strong", 0 < len(set(r.strong)) == len(r.strong), "experts, each once"
+    yield "strong", set(names) <= set(r.strong) <= set(r.experts), "among the experts"
+    is_joint = settings.penalty == "joint"
+    yield "joint", r.joint or not is_joint, "true with the joint penalty"
+    yield "joint", is_joint or settings.clip or not r.joint, "false without that and the clip"
+    q, n = settings.react_percentile, r.network
+    clips = q is not None and "output" in names
+    yield "thresholds", not clips or q in dict(r.thresholds), f"for the percentile {q}"
+    needed = [settings.posthoc(name) for name in names if name in POSTHOC]
+    yield "posthoc", [_posthoc(*p) for p in r.posthoc] == needed, "those of experts and settings"
+    yield "network.weights", bool(re.fullmatch("[0-9a-f]{64}", n.weights)), "a SHA-256"
+    yield "network.image", not n.image or (len(n.image) == 3 and min(n.image) > 0), "a shape"
+    yield "network.image", max(n.image, default=0) < LARGEST, f"below {LARGEST}"
+    rows = {*map(len, n.logits)}
+    yield "network.logits", len(n.logits) == (2 if n.image else 0), "a row for each fixed image"
+    yield "network.logits", rows <= {max(rows, default=0)} - {0}, "rows of one length"
+    yield "network.rounding", 0 <= n.rounding < 0.1, "a small share"
+    size = r.source.image_size or "1"
+    yield "source.image_size", bool(re.fullmatch("[1-9][0-9]{0,3}", size)), "a number of pixels"
+    if r.preprocessing is not None:
+        largest = max(*as_pair(r.preprocessing.resize), *r.preprocessing.crop)
+        yield "preprocessing", largest < LARGEST, f"of sizes below {LARGEST}"
+    if r.structure is not None:
+        yield from _of_structure(r.structure)
+        known = r.class_names is not None
+        named = len(r.class_names or ()) == r.structure.classes
+        yield "class_names", named or not known, f"the names of {r.structure.classes} classes"
+
+
+def _of_structure(s: Structure) -> Iterator[Rule]:
+    yield "structure.classes", s.classes >= 2, "at least 2"
+    yield "structure.smallest_batch", 1 <= s.smallest_batch <= 2, "1 or 2"
+    yield "structure.runs", all(runs > 0 for runs in s.runs.values()), "positive"
+    yield "structure.blocks", set(s.blocks) <= s.runs.keys(), "modules that run"
+    yield "structure.head.names", set(s.head.names) <= s.runs.keys(), "modules that run"
+    yield "structure.head.shares", len(s.head.shares) == len(s.head.names), "one for each layer"
+    yield "structure.layouts", s.layouts.keys() == s.pixels.keys(), "of the modules in pixels"
+    for name, layout in s.layouts.items():
+        shape, pixels = s.shapes.get(name, ()), s.pixels[name]
+        is_right = layout in LAYOUTS and len(layout) == len(shape)
+        yield f"structure.layouts.{name}", is_right, f"that of {list(shape)}"
+        places = prod(n for n, letter in zip(shape, layout, strict=True) if letter in "HWN")
+        is_right = pixels == places if "H" in layout else 0 < pixels <= places
+        yield f"structure.pixels.{name}", is_right, f"those of {list(shape)}"
+
+
+def _posthoc(name: str, arguments: Mapping[str, Any]) -> Posthoc:
+    try:
+        return Posthoc.of(name, arguments)
+    except ConfigError as error:
+        raise ConfigError(f"posthoc: {error}") from None
+
+
+def _check_tensors(record: Record, settings: Settings, tensors: Mapping[str, Tensor]) -> None:
+    """Require the tensors of these experts, each of the right type and shape, and finite."""
+    strong, taps = len(record.strong), [e for e in record.experts if e not in ("output", *POSTHOC)]
+    sizes = {"L": len(record.experts), "T": len(taps)}
+    sizes["S"] = strong if settings.penalty == "joint" else sizes["L"]
+    if record.structure is not None:
+        sizes["K"] = record.structure.classes
+    needed = {"id_scores": "L I", **{f"statistics.{name}": "S" for name in STATISTICS}}
+    needed |= {f"joint.{name}": shape for name, shape in JOINT.items() if record.joint}
+    for number, (expert, _) in enumerate(record.posthoc):
+        needed |= {f"state.{number}.{name}": shape for name, shape in STATES[expert].items()}
+    infinite = ["joint.scale"]
+    if record.network.modules is None:  # as in files of 0.2.0
+        infinite.append("joint.limit")
+        if "joint.limit" not in tensors:
+            needed.pop("joint.limit", None)
+    if "reference" in tensors:
+        needed["reference"] = "C"
+    if unknown := tensors.keys() - needed.keys():
+        raise ConfigError(f"{min(unknown)} belongs to no expert")
+    for name, letters in needed.items():
+        if name not in tensors:
+            raise ConfigError(f"{name} is missing")
+        tensor, part = tensors[name], name.rpartition(".")[2]
+        kind = torch.float32 if name.startswith("state.") else torch.float64
+        kind = torch.int64 if name.startswith("state.") and part in WHOLE else kind
+        shape = letters.split()
+        found = dict(zip(shape, tensor.shape, strict=False))
+        expected = [sizes.get(letter, found.get(letter, -1)) for letter in shape]
+        if tensor.dtype != kind or list(tensor.shape) != expected or 0 in tensor.shape:
+            raise ConfigError(
+                f"{name} must be {kind} [{', '.join(map(str, expected))}], got {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+        sizes |= found
+        most = OVERFLOWS if name.startswith("state.") else float("inf")
+        if name not in infinite and not (tensor.abs() < most).all():
+            raise ConfigError(f"{name} must be finite, and below {most:g}")
+        if kind == torch.int64 and int(tensor.min()) < 0:
+            raise ConfigError(f"{name} must be >= 0")
+    reference = tensors.get("reference")
+    if reference is not None and not torch.equal(reference, reference.sort().values):
+        raise ConfigError("reference must be sorted")
+
+
+def _check_statistics(c: Calibration) -> None:
+    """Require the ID statistics that the ID scores have, up to rounding."""
+    s, taps = c.settings, [n for n in c.experts if n not in ("output", *POSTHOC)]
+    rows = [c.experts.index(name) for name in (c.strong if s.penalty == "joint" else c.experts)]
+    names = [c.experts[row] for row in rows]
+    try:
+        right = compute_id_statistics(c.id_scores[rows], s.percentile_low, s.percentile_high, names)
+        pairs = {"statistics": (asdict(right), asdict(c.statistics))}
+        if c.joint is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                joint = joint_statistics(c.id_scores[: len(taps)])
+            if c.joint.limit == np.inf:
+                joint = joint._replace(limit=np.inf)
+            pairs["joint"] = joint._asdict(), c.joint._asdict()
+    except FuseNormError as error:
+        raise ConfigError(f"id_scores: {error}") from None
+    for group, (expected, found) in pairs.items():
+        for name, value in expected.items():
+            finite = np.where(np.isfinite(value), np.abs(value), 0)
+            if not np.allclose(found[name], value, rtol=1e-6, atol=1e-9 * float(np.max(finite))):
+                raise ConfigError(f"{group}.{name} must be that of id_scores")
+
+
+class Kept(NamedTuple):
+    """Everything but the network; see the attributes of `FuseNorm`."""
+
+    calibration: Calibration
+    reference: NDArray[np.float64] | None
+    structure: Structure | None
+    preprocessing: Preprocessing | None
+    class_names: tuple[str, ...] | None
+    network_source: dict[str, str]
+
+
+def write_kept(path: Path, kept: Kept, net: nn.Module) -> None:
+    """Write a detector for a network to a file.
+
+    Raises:
+        DetectorFileError: the file cannot be written.
+    """
+    tensors, record = packed(kept.calibration)
+    if kept.reference is not None:
+        tensors["reference"] = torch.from_numpy(kept.reference)
+    record |= {
+        "version": __version__,
+        "structure": kept.structure and kept.structure.to_json(),
+        "network": (kept.calibration.network or identify(net, ()))._asdict(),
+        "source": kept.network_source,
+        "class_names": kept.class_names,
+        "preprocessing": kept.preprocessing and kept.preprocessing.to_json(),
+    }
+    write_contents(path, Contents(tensors, record))
+
+
+def read_source(path: Path) -> Source:
+    """How the command line built the network of a file.
+
+    Raises:
+        DetectorFileError: the file is missing, damaged, of a newer format, or nonsense.
+    """
+    return _read(path)[0].source
+
+
+def read_kept(path: Path, net: nn.Module, strict: bool) -> Kept:
+    """Read a detector for this network; other weights are an error, or if not `strict` a warning.
+
+    Raises:
+        DetectorFileError: the file is missing, damaged, of a newer format, nonsense, or of another
+            network.
+    """
+    record, calibration, reference = _read(path)
+    _check_network(path, record.network, identify(net, record.network.image, passes=1), strict)
+    _check_modules(path, record, calibration, unwrapped(net))
+    structure = record.structure
+    if structure is not None and structure.head.feature:  # found anew, with its affine map
+        structure = None
+    return Kept(
+        calibration,
+        reference,
+        structure,
+        record.preprocessing,
+        record.class_names,
+        {name: value for name, value in record.source._asdict().items() if value is not None},
+    )
+
+
+def nonsense(path: Path, error: Exception | str) -> DetectorFileError:
+    """The error for a file whose parts do not fit each other."""
+    return DetectorFileError(
+        f"detector file {path} holds what no fit has given ({error}): fit again"
+    )
+
+
+def _read(path: Path) -> tuple[Record, Calibration, NDArray[np.float64] | None]:
+    contents = read_contents(path)
+    try:
+        record, calibration = read_record(contents)
+    except ConfigError as error:
+        raise nonsense(path, error) from None
+    reference = contents.tensors.get("reference")
+    return record, calibration, None if reference is None else reference.numpy()
+
+
+def _check_network(path: Path, known: Fingerprint, given: Fingerprint, strict: bool) -> None:
+    differences = given.differences(known)
+    if differences:
+        more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise DetectorFileError(
+            f"detector file {path} was made with a {known.kind}, this {given.kind} differs "
+            f"({', '.join(differences[:3])}{more}): give the network that it was fitted with"
+        )
+    if given.weights != known.weights:
+        what = f"other weights of a {known.kind}: give the checkpoint"
+    elif not given.agrees(known):
+        what = f"a {known.kind} that computes other logits with these weights: give the network"
+    else:
+        return
+    message = f"detector file {path} was made with {what} that it was fitted with, or fit again"
+    if strict:
+        raise DetectorFileError(message)
+    warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _check_modules(path: Path, record: Record, calibration: Calibration, core: nn.Module) -> None:
+    """Require that what the file says of modules is true of the network."""
+    structure, modules = record.structure, dict(core.named_modules())
+    if structure is None:
+        return
+    for field in ("runs", "shapes", "layouts"):
+        named = {name.removesuffix(INPUT) for name in getattr(structure, field)}
+        if absent := named - modules.keys():
+            raise nonsense(path, f"structure.{field} names the absent module {min(absent)!r}")
+    if structure.scoring != (scoring := scoring_module(core)):
+        raise nonsense(path, f"structure.scoring must be {scoring!r}")
+    layers = nn.ModuleList(modules[name] for name in structure.head.names)
+    with undisturbed(layers):  # a spectral norm in training changes when read
+        weights = list(map(weight_of, layers))
+    widths = [weight.shape[1] for weight in weights if weight is not None]
+    for number, (expert, state) in enumerate(calibration.fitted.states.items()):
+        for name, letters in STATES[expert.name].items():
+            sizes = dict(zip(letters.split(), state[name].shape, strict=True))
+            known = len(widths) == len(weights) > 0 and not structure.head.feature
+            if known and sizes.get("D", sum(widths)) != sum(widths):
+                raise nonsense(path, f"state.{number}.{name} must be of width {sum(widths)}")

@@ -1,0 +1,177 @@
+"""What is kept of a run's network and images, so that no image is scored twice."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from fusenorm_openood.data.benchmarks import ImageSet, image_loader
+from fusenorm_openood.data.lists import ImageList
+from fusenorm_openood.errors import DataError, StoreError, TapError
+from fusenorm_openood.forward.batches import Pace
+from fusenorm_openood.forward.react import head_of
+from fusenorm_openood.forward.recorded import RecordedLoader
+from fusenorm_openood.method.posthoc import Head
+from fusenorm_openood.network.structure import Structure
+from fusenorm_openood.storage.keys import file_digest
+from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.version import __version__
+
+Loader = Callable[[ImageSet], Iterable[Any]]
+
+
+class Known(NamedTuple):
+    """What is known of a network without loading it."""
+
+    structure: Structure
+    head: Head | None
+
+
+@dataclass(frozen=True)
+class Records:
+    """The part of a store that belongs to one network, as it is run.
+
+    Attributes:
+        store: folder of the store.
+        network: what determines the network and how it runs, in terms of JSON; see
+            `network_record`.
+        batch_size, num_workers: settings of the data loaders.
+        pace: counts the images that its network is run on.
+    """
+
+    store: Path
+    network: Mapping[str, Any]
+    batch_size: int = 200
+    num_workers: int = 0
+    pace: Pace = field(default_factory=Pace, compare=False)
+
+    def loader(self, image_set: ImageSet) -> RecordedLoader:
+        """A loader of an image set that keeps what is heard of its images."""
+        images = image_set.images()
+        record = {**self.network, "images": manifest(images), "transform": repr(images.transform)}
+        name = image_set.imagelist.stem
+        how = self.batch_size, self.num_workers, self.pace
+        return RecordedLoader(images, self.store, record, name, *how)
+
+    def known(self) -> Known | None:
+        """What `keep` kept of the network."""
+        try:
+            kept = self._kept().read(0)
+            structure = Structure.from_json(json.loads(kept["structure"][0]))
+        except (StoreError, KeyError, TypeError, ValueError):
+            return None
+        if "weight" not in kept:
+            return Known(structure, None)
+        bias = torch.from_numpy(kept["bias"][0])
+        return Known(structure, Head(torch.from_numpy(kept["weight"]).view(len(bias), -1), bias))
+
+    def keep(self, net: nn.Module, structure: Structure) -> None:
+        """Keep how the network is built, and its head."""
+        kept = self._kept()
+        if self.known() is not None:
+            return
+        columns = {"structure": np.array([json.dumps(structure.to_json())], dtype=object)}
+        try:
+            head = Head(*(t.detach().cpu().float() for t in head_of(net, structure)))
+            columns |= {
+                "weight": head.weight.reshape(1, -1).numpy(),
+                "bias": head.bias[None].numpy(),
+            }
+        except TapError:  # no linear head
+            pass
+        kept.write(0, columns)
+        kept.discard_damaged(0)
+
+    def _kept(self) -> ShardSet:
+        return ShardSet(self.store, {**self.network, "heard": "structure"}, "network", rows=1)
+
+
+def network_record(checkpoint: Path, network: str | None, image_size: int, **run: Any) -> Any:
+    """What determines a network's scores, besides its images.
+
+    Args:
+        checkpoint: its file, all of whose bytes count.
+        network: its architecture, if it is named; of a factory, the bytes of its module count.
+        image_size: size of the images.
+        run: how it is run, for example in half precision.
+    """
+    return {
+        "version": __version__,
+        "checkpoint": file_digest(checkpoint),
+        "network": network,
+        "code": None if network is None else _code(network.partition(":")[0]),
+        "image_size": image_size,
+        **run,
+    }
+
+
+def _code(module: str) -> str | None:
+    """Digest of the file of a module, None of a package or without one."""
+    try:
+        found = find_spec(module)
+    except (ImportError, ValueError):  # as its import will say
+        return None
+    if found is None or found.origin is None or found.submodule_search_locations is not None:
+        return None
+    return file_digest(found.origin) if Path(found.origin).is_file() else None
+
+
+def manifest(images: ImageList) -> str:
+    """SHA-256 of an image list's paths, labels, and the sizes and times of its files.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    hashed = sha256()
+    for entry, path in zip(images.entries, images.paths(), strict=True):
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            raise DataError(
+                f"image {path} cannot be read ({error.strerror}): restore or replace it"
+            ) from None
+        hashed.update(f"{entry.name} {entry.label} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return hashed.hexdigest()
+
+
+def plain_loader(batch_size: int, num_workers: int) -> Loader:
+    """Loaders of images that keep nothing."""
+    return lambda image_set: image_loader(image_set, batch_size, num_workers)
+
+
+def find_faults(images: ImageList, store: Path | None = None) -> list[tuple[str, str]]:
+    """The position and the fault of each faulty image; see `find_fault`.
+
+    Args:
+        images: the images.
+        store: where it is kept that no file is unreadable, and which ones are truncated, until the
+            list, or the size or time of a file, changes; None = every file is opened.
+
+    Raises:
+        DataError: with a store, a file is missing.
+        StoreError: the store cannot be written.
+    """
+    if store is None:
+        return _located(images, images.faults())
+    record = {"version": __version__, "images": manifest(images), "heard": "faults"}
+    kept = ShardSet(store, record, f"{images.path.stem}_faults", rows=1)
+    try:
+        found = {int(n): fault for n, fault in json.loads(kept.read(0)["faults"][0]).items()}
+    except StoreError:
+        found = images.faults()
+        if {"truncated"}.issuperset(found.values()):  # others may become readable unchanged
+            kept.write(0, {"faults": np.array([json.dumps(found)], dtype=object)})
+            kept.discard_damaged(0)
+    return _located(images, found)
+
+
+def _located(images: ImageList, faults: dict[int, str]) -> list[tuple[str, str]]:
+    return [(images.where(number), fault) for number, fault in faults.items()]

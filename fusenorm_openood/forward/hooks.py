@@ -1,0 +1,196 @@
+"""Choose the modules of a network to tap, and tap them during a forward pass."""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusenorm_openood.errors import TapError
+from fusenorm_openood.network.layouts import as_maps
+from fusenorm_openood.network.outputs import tensors_in
+from fusenorm_openood.network.recording import INPUT
+from fusenorm_openood.network.running import hooked
+from fusenorm_openood.network.structure import Structure, read_structure
+from fusenorm_openood.network.wrappers import unwrapped
+
+
+class TapCandidate(NamedTuple):
+    """A module that returns a feature map: its name, class, and output shape."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+
+def check_taps(net: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
+    """The modules that `taps` names, none if it is `"blocks"` or `"stages"`.
+
+    Raises:
+        TapError: it is neither, or names a module that the network lacks, or one twice.
+    """
+    if isinstance(taps, str):
+        if taps not in ("blocks", "stages"):
+            raise TapError(
+                f"taps must be 'blocks', 'stages' or a list of module names, got {taps!r}"
+            )
+        return ()
+    known = {name for name, _ in unwrapped(net).named_modules() if name}
+    names = tuple(map(_plain, taps))
+    for name in (name.removesuffix(INPUT) for name in names):
+        if name not in known:
+            near = [n for n in sorted(known) if n.split(".")[0] == name.split(".")[0]]
+            raise TapError(
+                f"{type(net).__name__} has no module {name!r}: "
+                f"choose from {', '.join(near or sorted(known))}"
+            )
+    if len(set(names)) != len(names) or not names:
+        raise TapError(f"taps must name at least one module, each once, got {list(taps)}")
+    return names
+
+
+def resolve_taps(
+    net: nn.Module, taps: str | Sequence[str], structure: Structure
+) -> tuple[str, ...]:
+    """Names of the modules to tap.
+
+    Args:
+        net: any network.
+        taps: `"blocks"` (every block), `"stages"` (the last block of each stage), or the names of
+            modules that return feature maps. After the name of a module, `:input` stands for what
+            it is given.
+        structure: how the network is built; see `understand`.
+
+    Raises:
+        TapError: no block was found, or a name that is unknown or given twice.
+    """
+    names = check_taps(net, taps)
+    if names:
+        for name in (name for name in names if name not in structure.layouts):
+            raise _unusable(net, name, structure.runs.get(name, 0), structure.shapes.get(name, ()))
+        return names
+    if not structure.blocks:
+        raise TapError(
+            f"{type(net).__name__} has no blocks on one trunk: name the modules to tap, "
+            f"tap_candidates(net, images) lists them (looked for in {structure.rule})"
+        )
+    if taps == "blocks":
+        return structure.blocks
+    return tuple(stage[-1] for stage in structure.stages(structure.blocks))
+
+
+def warn_of_left_out(net: nn.Module, taps: str | Sequence[str], structure: Structure) -> None:
+    """Warn of what the blocks of a network leave out, unless the taps are named."""
+    for note in structure.notes if isinstance(taps, str) else ():
+        warnings.warn(
+            f"{type(unwrapped(net)).__name__}: {note}; name others with taps=[...], "
+            "tap_candidates(net, images) lists them",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def first_of_last_stage(structure: Structure, taps: Sequence[str]) -> str:
+    """The tap that is a strong expert by default: the first one in the last stage.
+
+    If all taps are in one stage, it is the last tap.
+    """
+    stages = structure.stages(taps)
+    return stages[-1][0] if len(stages) > 1 else taps[-1]
+
+
+def tap_candidates(net: nn.Module, images: Tensor) -> list[TapCandidate]:
+    """All modules that run once and return a feature map, in the order in which they end.
+
+    Args:
+        net: any network; it is left unchanged.
+        images: a batch that the network accepts, on its device.
+    """
+    core, structure = unwrapped(net), read_structure(net, images)
+    return [
+        TapCandidate(name, kind_of(core, name), (len(images), *structure.shapes[name][1:]))
+        for name in structure.layouts
+    ]
+
+
+def kind_of(core: nn.Module, tap: str) -> str:
+    """Class of the module that a tap names."""
+    return type(core.get_submodule(tap.removesuffix(INPUT))).__name__
+
+
+def _plain(name: str) -> str:
+    """A module's name without the prefixes of torch's wrappers."""
+    return re.sub(r"^((module|_orig_mod)\.)+", "", name)
+
+
+@contextmanager
+def listening(
+    net: nn.Module,
+    names: Sequence[str],
+    structure: Structure,
+    image: Sequence[int],
+    reduce: Callable[[Tensor], Tensor],
+) -> Iterator[dict[str, Tensor]]:
+    """Reduce the feature maps of the named modules during one forward pass.
+
+    Yields a dict that the pass fills with `reduce(feature map)` by module name, where the feature
+    map is `[B, C, H, W]` whatever the module's layout, and dequantised. The reduction
+    runs inside the hook, without gradients, so no feature map outlives it. The hooks act only in
+    the pass of this thread, and are removed on exit, also after an exception.
+
+    Args:
+        net: the network.
+        names: names of the modules; see `resolve_taps`.
+        structure: how the network is built.
+        image: shape of the batch of images.
+        reduce: what becomes of a feature map.
+
+    Raises:
+        TapError: a tap that returns no feature map, fires twice or never fires.
+    """
+    heard = dict[str, Tensor]()
+
+    def listen(name: str, value: Any) -> None:
+        layout, number = structure.layouts.get(name), structure.outputs.get(name, 0)
+        found = next((x for _, x in islice(tensors_in(value), number, None)), None)
+        if name in heard or found is None or layout is None or found.ndim != len(layout):
+            shape = () if found is None else tuple(found.shape)
+            runs = max(structure.runs.get(name, 1), 1 + (name in heard))
+            raise _unusable(net, name, runs, shape)
+        with torch.no_grad():
+            maps = as_maps(found.detach(), layout, image, structure.prefixes.get(name))
+            heard[name] = reduce(maps)
+
+    def before(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, kwargs: listen(name, (args, kwargs))
+
+    def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: listen(name, output)
+
+    taken = [name for name in names if name.endswith(INPUT)]
+    returned = [name for name in names if not name.endswith(INPUT)]
+    with hooked(
+        before=[(net.get_submodule(n.removesuffix(INPUT)), before(n)) for n in taken],
+        after=[(net.get_submodule(n), after(n)) for n in returned],
+    ):
+        yield heard
+    for name in (name for name in names if name not in heard):
+        raise _unusable(net, name, 0, ())
+
+
+def _unusable(net: nn.Module, name: str, runs: int, shape: Sequence[int]) -> TapError:
+    if runs == 0:
+        why = f"never fired: the forward pass of {type(net).__name__} does not call it"
+    elif runs > 1:
+        why = "fired twice in one forward pass"
+    else:
+        why = (
+            f"must return a feature map [B, C, H, W], [B, H, W, C] or [B, N, C], got {list(shape)}"
+        )
+    return TapError(
+        f"tap {name!r} {why}; tap another module, tap_candidates(net, images) lists them"
+    )

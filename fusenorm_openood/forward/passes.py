@@ -1,0 +1,216 @@
+"""One forward pass through an arbitrary network."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusenorm_openood.errors import TapError
+from fusenorm_openood.forward.hooks import listening
+from fusenorm_openood.kernels.devices import full_precision
+from fusenorm_openood.network.head import HALF, feature_of, head_layers, kept_head
+from fusenorm_openood.network.outputs import logits_at, of_two_classes
+from fusenorm_openood.network.resnet import classification_feature
+from fusenorm_openood.network.running import own_pass
+from fusenorm_openood.network.structure import Structure
+from fusenorm_openood.network.wrappers import scoring_run, unwrapped
+
+PIXELS = 2**14  # image pixels that one CPU thread processes at a time
+
+
+class Pass(NamedTuple):
+    """Result of one forward pass over `B` images.
+
+    Attributes:
+        norms: feature norms `[L, B]`, one row per tap.
+        feature: input `[B, D]` of the layers that make the logits, None without such layers.
+        logits: logits `[B, K]` that OOD scores are computed from, at least in float32: a final
+            linear layer is applied in full precision where autocast or its weights are half.
+        classified: logits `[B, K]` that classes are predicted from.
+        activations: the same input `[B, A]` before any mean over its pixels.
+    """
+
+    norms: Tensor
+    feature: Tensor | None
+    logits: Tensor
+    classified: Tensor
+    activations: Tensor | None
+
+    @property
+    def pred(self) -> Tensor:
+        """Predicted classes `[B]`."""
+        return self.classified.argmax(dim=1)
+
+    def without_last(self) -> "Pass":
+        """The pass over all images but the last."""
+        both = self.feature, self.activations
+        feature, activations = (None if t is None else t[:-1] for t in both)
+        return Pass(
+            self.norms[..., :-1], feature, self.logits[:-1], self.classified[:-1], activations
+        )
+
+
+def forward_pass(
+    net: nn.Module,
+    images: Tensor,
+    structure: Structure,
+    taps: Sequence[str] = (),
+    reduce: Callable[[Tensor], Tensor] = torch.clone,
+    threshold: float | None = None,
+) -> Pass:
+    """Run a network once and record its taps, its penultimate feature and its logits.
+
+    A network that uses different logits for scoring than for classification, such as T2FNorm's,
+    returns them from a method `forward_ood_inference`; they are then the logits of the pass. The
+    network gets a copy of the images, so it may change them.
+
+    Args:
+        net: the network.
+        images: `[B, C, H, W]` on its device.
+        structure: how it is built; see `understand`. Too small a batch is run with a copy of its
+            first image.
+        taps: names of the modules to tap.
+        reduce: from the feature maps `[B, C, H, W]` of a tap to its norms.
+        threshold: clips the input of the layers that make the logits, as ReAct does.
+
+    Raises:
+        TapError: an unusable tap (see `listening`), or logits that are not `[B, K]`.
+    """
+    if _is_short(images, structure):
+        structure = replace(structure, smallest_batch=1)
+        images = torch.cat([images, images[:1]])
+        return forward_pass(net, images, structure, taps, reduce, threshold).without_last()
+    core = unwrapped(net)
+    layers = head_layers(core, structure.head)
+    clip = None if threshold is None else partial(torch.clamp, max=threshold)
+    with (
+        own_pass(),
+        listening(core, taps, structure, images.shape, reduce) as heard,
+        kept_head(layers, clip) as (inputs, outputs),
+    ):
+        output = scoring_run(core, structure.scoring)(images.clone())
+    feature = feature_of(structure.head, layers, inputs, outputs)
+    logits = _logits(core, structure, layers, output, inputs, outputs, feature, images.shape[0])
+    classified = logits.detach()
+    if structure.scoring is not None:
+        with torch.no_grad():
+            classified = _classified(core, structure, inputs, images)
+    norms = torch.stack([heard[n] for n in taps]) if taps else logits.new_empty(0, images.shape[0])
+    flat = [inputs[name].flatten(1) for name in structure.head.names]
+    flat = [feature] if structure.head.feature and feature is not None else flat
+    activations = None if not flat else flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+    return Pass(norms, feature, logits, classified, activations)
+
+
+def tapped_maps(
+    net: nn.Module,
+    images: Tensor,
+    structure: Structure,
+    taps: Sequence[str],
+    reduce: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """What `reduce` makes of the feature map `[B, C, H, W]` of each tap."""
+    core, count = unwrapped(net), len(images)
+    images = torch.cat([images, images[:1]]) if _is_short(images, structure) else images
+    with own_pass(), listening(core, taps, structure, images.shape, reduce) as heard:
+        scoring_run(core, structure.scoring)(images.clone())
+    return {name: reduced[:count] for name, reduced in heard.items()}
+
+
+def _is_short(images: Tensor, structure: Structure) -> bool:
+    """Whether a batch needs one more image; in a trace, which holds for all sizes, it always does.
+
+    See `Structure.smallest_batch`.
+    """
+    return structure.smallest_batch > 1 and (torch.compiler.is_compiling() or len(images) == 1)
+
+
+def joined(passes: Sequence[Pass]) -> Pass:
+    """Join the passes over the parts of a batch, without their graphs and activations."""
+    norms, features, logits, classified, _ = zip(*passes, strict=True)
+    known = [feature.detach() for feature in features if feature is not None]
+    return Pass(
+        torch.cat(norms, dim=-1),
+        torch.cat(known) if known else None,
+        torch.cat([part.detach() for part in logits]),
+        torch.cat(classified),
+        None,
+    )
+
+
+def parts(images: Tensor, mixes: bool = False, with_graph: bool = False) -> tuple[Tensor, ...]:
+    """Split images `[B, C, H, W]` into parts of a size that is fast on their device.
+
+    A batch whose images influence each other stays whole; see `Structure.mixes`.
+
+    On a CPU, the feature maps of a large part do not fit into the caches, all the less with a graph
+    for gradients, and the allocator returns their memory to the operating system at every layer; a
+    small part spends its time reading weights. The parts are equally large, for the kernels of tiny
+    ones round in another way. On any other device the batch stays whole.
+    """
+    if mixes or images.device.type != "cpu":
+        return (images,)
+    of_a_thread = max(PIXELS // max(images.shape[2:].numel(), 1), 4)
+    largest = torch.get_num_threads() * of_a_thread // (1 + with_graph)
+    return images.tensor_split(max(-(-len(images) // largest), 1))
+
+
+def _logits(
+    core: nn.Module,
+    structure: Structure,
+    layers: Mapping[str, nn.Module],
+    output: Any,
+    inputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    feature: Tensor | None,
+    batch: int,
+) -> Tensor:
+    silent = [name for name in layers if name not in outputs]
+    if silent:
+        raise TapError(
+            f"{type(core).__name__} made its logits without {silent[0]!r}, with which it was "
+            "understood: fit again"
+        )
+    last = structure.head.names[-1:]
+    if structure.head.before_softmax:
+        logits = of_two_classes(outputs[last[0]].flatten(1))
+        return logits.float() if logits.dtype in HALF else logits
+    logits = logits_at(core, output, structure.logits, batch)
+    if logits.dtype in HALF and structure.affine is not None and feature is not None:
+        weight, bias = (t.to(feature.device) for t in structure.affine)
+        with full_precision(logits.device):
+            return F.linear(feature.float(), weight, bias)
+    if last and logits is outputs[last[0]] and isinstance(layers[last[0]], nn.Linear):
+        return _in_full(layers[last[0]], inputs[last[0]], logits)
+    return logits.float() if logits.dtype in HALF else logits
+
+
+def _classified(
+    core: nn.Module, structure: Structure, inputs: Mapping[str, Tensor], images: Tensor
+) -> Tensor:
+    """Logits for classification of a network that uses other logits for scoring."""
+    scoring = core.get_submodule(structure.scoring or "")
+    if len(structure.head.names) == 1:
+        (name,) = structure.head.names
+        normalised = classification_feature(scoring, inputs[name])
+        if normalised is not None:
+            return apply_head(core.get_submodule(name), normalised)
+    return logits_at(core, core(images.clone()), structure.logits, images.shape[0])
+
+
+def apply_head(head: nn.Module, feature: Tensor) -> Tensor:
+    """Logits `[B, K]` of features `[B, D]`, at least in float32; see `Pass`."""
+    return _in_full(head, feature, head(feature))
+
+
+def _in_full(head: nn.Module, feature: Tensor, logits: Tensor) -> Tensor:
+    own: Any = type(head).forward  # that of a subclass may add to what its weights give
+    if logits.dtype not in HALF or own is not nn.Linear.forward or not isinstance(head, nn.Linear):
+        return logits
+    bias = None if head.bias is None else head.bias.float()
+    with full_precision(logits.device):
+        return F.linear(feature.float(), head.weight.float(), bias)

@@ -1,0 +1,179 @@
+"""Recognise a network: its modules, weights, and the logits of two fixed images."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fusenorm_openood.kernels.devices import moved
+from fusenorm_openood.kernels.guards import is_out_of_memory
+from fusenorm_openood.network.outputs import tensors_in
+from fusenorm_openood.network.running import own_pass, preserved_randomness, undisturbed
+from fusenorm_openood.network.wrappers import scoring_module, scoring_run, unwrapped
+
+# Parts of what modules say of themselves that do not matter in evaluation mode, or not elsewhere.
+_INCIDENTAL = re.compile(r"(, )?(inplace=\w+|momentum=[\w.]+|device='?[\w:]+'?| at 0x\w+)")
+
+
+class Fingerprint(NamedTuple):
+    """What a network is recognised by.
+
+    Attributes:
+        kind: class name of the network.
+        shapes: type and shape of each parameter and buffer by name, such as `float32 [64, 3]`.
+        weights: SHA-256 of all their values, in hexadecimal digits.
+        modules: class and configuration of each module inside by name, such as `Dropout()`; None
+            in files of format 1.
+        image: shape `[C, H, W]` of two fixed images; empty if the logits are not known.
+        logits: the network's logits `[2, K]` of them.
+        rounding: how far the logits may be from those on another machine, in units of their range.
+    """
+
+    kind: str
+    shapes: dict[str, str]
+    weights: str
+    modules: dict[str, str] | None = None
+    image: tuple[int, ...] = ()
+    logits: tuple[tuple[float, ...], ...] = ()
+    rounding: float = 0.0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the modules and the weights, the same on every machine."""
+        return hashlib.sha256(json.dumps([self.weights, self.modules]).encode()).hexdigest()
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """In which weights two networks differ by name, type or shape, or else in which modules."""
+        weights = _differences(self.shapes, other.shapes)
+        if weights or self.modules is None or other.modules is None:
+            return weights
+        return _differences(self.modules, other.modules)
+
+    def agrees(self, other: "Fingerprint") -> bool:
+        """Whether two networks give the fixed images the same logits, as far as both are known."""
+        if not (self.logits and other.logits) or self.image != other.image:
+            return True
+        ours, theirs = (
+            torch.tensor(f.logits, dtype=torch.float64, device="cpu") for f in (self, other)
+        )
+        if ours.shape != theirs.shape:
+            return False
+        most = max(self.rounding, other.rounding) * float(theirs.max() - theirs.min())
+        return bool((ours - theirs).abs().max() <= most + 1e-6)
+
+
+def _differences(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    found = [(name, ours.get(name, "absent"), theirs.get(name, "absent")) for name in names]
+    return [f"{name} is {a} instead of {b}" for name, a, b in found if a != b]
+
+
+def fingerprint(net: nn.Module) -> Fingerprint:
+    """The fingerprint of a network without logits, and without what evaluation mode leaves out.
+
+    Of weights that FSDP2 has sharded, all processes must take it together.
+    """
+    digest, shapes = hashlib.sha256(), dict[str, str]()
+    for name, value in net.state_dict().items():
+        if not isinstance(value, Tensor) or name.endswith("num_batches_tracked"):
+            continue
+        for part, plain in _plain(name, value.detach()):
+            shapes[part] = f"{str(plain.dtype).removeprefix('torch.')} {list(plain.shape)}"
+            digest.update(f"{part} {shapes[part]}\n".encode())
+            data = plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b""
+            digest.update(data)
+    modules = {name: _described(module) for name, module in net.named_modules() if name}
+    return Fingerprint(_class_of(net), shapes, digest.hexdigest(), modules)
+
+
+def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, on the CPU, that a tensor of any class is made of."""
+    if hasattr(value, "full_tensor"):  # of FSDP2
+        value = value.full_tensor()
+    if is_traceable_wrapper_subclass(value):  # of torchao
+        for part in value.__tensor_flatten__()[0]:
+            yield from _plain(f"{name}.{part}", getattr(value, part))
+        return
+    value = value.dequantize() if value.is_quantized else value
+    yield name, value.cpu().contiguous()
+
+
+def _described(module: nn.Module) -> str:
+    is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+    said = "" if is_dropout else _INCIDENTAL.sub("", module.extra_repr())
+    return f"{_class_of(module)}({said})"
+
+
+def _class_of(module: nn.Module) -> str:
+    """The class of a module, without the one that FSDP2 puts in its place."""
+    names = (kind.__name__ for kind in type(module).__mro__)
+    return next(name for name in names if not name.startswith("FSDP"))
+
+
+# How far logits may be from those on another machine, in units of their range: in float32, and in
+# all that rounds more, such as TF32 on a GPU.
+EXACT, ROUNDED = 3e-4, 2e-2
+
+
+def identify(net: nn.Module, image: Sequence[int], passes: int = 2) -> Fingerprint:
+    """The fingerprint of a network, with its logits of two fixed images.
+
+    They tell a network from another one with the same modules and weights whose forward differs.
+    Those of a network that does not take such images, or is random as a second pass shows, are left
+    out.
+
+    Args:
+        net: any network; it is left unchanged.
+        image: shape `[C, H, W]` of the images; without one there are no logits.
+        passes: one or two.
+    """
+    core = unwrapped(net)
+    known = fingerprint(core)
+    if not image:
+        return known
+    images = moved(core, fixed_images(image))
+    try:
+        with undisturbed(core), preserved_randomness(images.device), torch.no_grad(), own_pass():
+            answers = [_logits(core, images.clone()) for _ in range(passes)]
+    except Exception as error:  # its own, which whoever scores images will meet, too
+        if is_out_of_memory(error):
+            raise
+        return known
+    wide = all(p.dtype in (torch.float32, torch.float64) for p in core.parameters())
+    wide &= not any("uantized" in module for module in (known.modules or {}).values())
+    is_exact = wide and images.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    rounding = EXACT if is_exact else ROUNDED
+    found = [
+        known._replace(image=tuple(image), logits=tuple(map(tuple, a.tolist())), rounding=rounding)
+        for a in answers
+        if a.numel() and a.isfinite().all()
+    ]
+    return found[0] if len(found) == passes and found[0].agrees(found[-1]) else known
+
+
+def is_network(net: nn.Module, known: Fingerprint) -> bool:
+    """Whether a network is the one that is known, as far as that is known."""
+    given = identify(net, known.image, passes=1)
+    same = given.weights == known.weights and not given.differences(known)
+    return same and given.agrees(known)
+
+
+def fixed_images(image: Sequence[int]) -> Tensor:
+    """Two images `[2, C, H, W]` with values in [-4, 4): a fine texture, and a smooth ramp."""
+    numbers = torch.arange(prod(image), dtype=torch.int64, device="cpu")
+    texture = (numbers * 2654435761 % 2**32).double() / 2**29 - 4  # Knuth's multiplicative hash
+    ramp = numbers.double() / len(numbers) * 8 - 4
+    return torch.stack([texture, ramp]).float().view(2, *image)
+
+
+def _logits(core: nn.Module, images: Tensor) -> Tensor:
+    """All that a network returns as one row per image `[2, K]`, its logits among it."""
+    output = scoring_run(core, scoring_module(core))(images)
+    rows = [t for _, t in tensors_in(output) if t.ndim in (1, 2) and len(t) == len(images)]
+    return torch.cat([t.detach().cpu().float().view(len(images), -1) for t in rows], dim=1)

@@ -1,0 +1,172 @@
+"""The axes of feature maps: channels first, channels last, or tokens."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusenorm_openood.network.graph import Node
+from fusenorm_openood.network.recording import INPUT, Call
+
+# A letter for each dimension: batch, channels, height, width, tokens.
+LAYOUTS = ("BCHW", "BHWC", "BNC", "NBC")
+USUAL_PREFIX = 16  # one class token, one for distillation, a few registers
+
+
+def fits(height: int, width: int, image: Sequence[int], exactly: bool = False) -> bool:
+    """Whether a grid has an image's aspect, up to the rounding of strides and patches."""
+    tall, wide = image[-2:]
+    off = abs(height * wide - width * tall)
+    return off == 0 if exactly else off < max(tall, wide)
+
+
+@cache
+def token_grid(tokens: int, image: tuple[int, int]) -> tuple[int, int, int]:
+    """Prefix tokens, height and width of tokens of images `[H, W]`.
+
+    Prefix tokens are no patches, such as class tokens and registers: the smallest usual number
+    that leaves a grid of exactly the image's aspect, else the smallest that leaves one up to
+    rounding.
+
+    >>> token_grid(197, (224, 224)), token_grid(201, (224, 224)), token_grid(24, (64, 96))
+    ((1, 14, 14), (5, 14, 14), (0, 4, 6))
+    """
+    for exactly, most in ((True, min(tokens, USUAL_PREFIX + 1)), (False, tokens)):
+        for prefix in range(most):
+            left = tokens - prefix
+            for height in range(1, left + 1):
+                if left % height == 0 and fits(height, left // height, image, exactly):
+                    return prefix, height, left // height
+    return 0, tokens, 1
+
+
+def find_layout(
+    name: str, calls: Mapping[str, Call], modules: Mapping[str, nn.Module], image: Sequence[int]
+) -> str:
+    """The layout of a module's output for a batch of images of a shape; `""` if it is no map.
+
+    Where the image's aspect does not decide between height and width first or last, the layers do
+    that read the module's output, its input, or work inside it.
+    """
+    shape, batch = calls[name].shape, image[0]
+    if 0 in shape or len(shape) not in (3, 4):
+        return ""
+    if len(shape) == 3:
+        return "BNC" if shape[0] == batch else "NBC" if shape[1] == batch else ""
+    if shape[0] != batch:
+        return ""
+    first, last = fits(shape[2], shape[3], image), fits(shape[1], shape[2], image)
+    if first != last:
+        return "BCHW" if first else "BHWC"
+    found = (_layout_of_layer(modules[layer]) for layer in _layers_around(name, calls))
+    return next(filter(None, found), "BCHW")
+
+
+def _layers_around(name: str, calls: Mapping[str, Call]) -> Iterator[str]:
+    call = calls[name]
+    ran = {n: c for n, c in calls.items() if not n.endswith(INPUT)}
+    maps = {n: c for n, c in ran.items() if len(c.given) == 4 or len(c.shape) == 4}
+    for node in (call.left, *call.entered):
+        yield from (n for n, c in maps.items() if node is not None and node in c.entered)
+    yield from (n for n in reversed(maps) if n == name or n.startswith(f"{name}."))
+
+
+def _layout_of_layer(layer: nn.Module) -> str | None:
+    if type(layer).__name__.endswith("2d") or isinstance(layer, nn.GroupNorm):
+        return "BCHW"  # Conv2d, BatchNorm2d, LayerNorm2d, ...
+    return "BHWC" if type(layer) in (nn.Linear, nn.LayerNorm) else None
+
+
+class Prefix(NamedTuple):
+    """Tokens that are no pixels, such as class tokens and registers.
+
+    Attributes:
+        length: their number.
+        place: share of the other tokens that stand before them: 0 is in front, 1 at the end.
+    """
+
+    length: int
+    place: float = 0.0
+
+
+def find_prefixes(
+    calls: Mapping[str, Call],
+    layouts: Mapping[str, str],
+    trunk: Mapping[Node, int],
+    image: Sequence[int],
+) -> dict[str, Prefix]:
+    """The prefix tokens of the modules that return tokens, as far as the graph shows them.
+
+    On the way from the images to the logits, a feature map or the first tokens have as many pixels
+    as patches; tokens that join them later, and are the same for both images, are no pixels. What
+    drops or merges tokens does so to pixels.
+    """
+    seen = [(c.gave[c.index], layouts.get(n, ""), n) for n, c in calls.items() if c.gave]
+    seen += [(c.took, "BNC", "") for c in calls.values() if c.took and len(c.took.shape) == 3]
+    on_trunk = [value for value in seen if value[0].node in trunk]
+    patches, now, found = 0, Prefix(0), dict[str, Prefix]()
+    for value, layout, name in sorted(on_trunk, key=lambda value: -trunk[value[0].node]):
+        shape, alike = value.shape, value.alike
+        if layout in ("BCHW", "BHWC"):
+            patches, now = pixels(shape, layout, image), Prefix(0)
+        elif layout and image[0] in shape[:2]:
+            tokens = shape[1] if shape[0] == image[0] else shape[0]
+            guess, more = token_grid(tokens, (image[-2], image[-1]))[0], tokens - patches
+            if more == 0 or not patches:
+                patches, now = tokens, Prefix(0)
+            elif more != now.length:
+                if 0 < more <= patches:
+                    now = _place(alike, more) or Prefix(more if more == guess else 0)
+                elif more < 0 and guess and not now.length:
+                    now = _place(alike, guess) or now
+                now = now if now.length < tokens else Prefix(0)
+                patches = tokens - now.length
+        if name and "N" in layout:
+            found[name] = now
+    return found
+
+
+def _place(alike: Tensor | None, count: int) -> Prefix | None:
+    """Where a number of tokens is the same for both images; None if nowhere, or not together."""
+    if alike is None:
+        return None
+    others = len(alike) - count
+    starts = [s for s in range(others + 1) if alike[s : s + count].all()]
+    if not starts or alike.all():
+        return None
+    in_the_middle = starts[0] == others // 2 > 0
+    return Prefix(count, 0.5 if in_the_middle else starts[0] / others)
+
+
+def pixels(
+    shape: Sequence[int], layout: str, image: Sequence[int], prefix: Prefix | None = None
+) -> int:
+    """Number of pixels of a feature map, without prefix tokens."""
+    if "N" in layout:
+        tokens = shape[layout.index("N")]
+        if prefix is not None:
+            return tokens - prefix.length
+        _, height, width = token_grid(tokens, (image[-2], image[-1]))
+        return height * width
+    return shape[layout.index("H")] * shape[layout.index("W")]
+
+
+def as_maps(x: Tensor, layout: str, image: Sequence[int], prefix: Prefix | None = None) -> Tensor:
+    """A view `[B, C, H, W]` of a feature map; of tokens without their prefix, on their grid."""
+    if layout == "BCHW":
+        return x
+    if layout == "BHWC":
+        return x.permute(0, 3, 1, 2)
+    tokens = x if layout == "BNC" else x.transpose(0, 1)
+    skipped, height, width = token_grid(tokens.shape[1], (image[-2], image[-1]))
+    if prefix is None or prefix == (skipped, 0):
+        left = tokens[:, skipped:]
+    else:
+        start = int(prefix.place * (tokens.shape[1] - prefix.length) + 1e-6)
+        rest = tokens[:, start + prefix.length :]
+        left = torch.cat([tokens[:, :start], rest], dim=1) if start else rest
+        skipped, height, width = token_grid(left.shape[1], (image[-2], image[-1]))
+        height, width = (left.shape[1], 1) if skipped else (height, width)
+    return left.mT.view(*tokens.mT.shape[:2], height, width)

@@ -1,0 +1,160 @@
+"""Build a network from its name: torchvision's, timm's, or a function in any module."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from operator import attrgetter
+from threading import RLock
+from typing import Any
+
+from torch import nn
+from torch.nn import Parameter
+from typing_extensions import Self
+
+from fusenorm_openood.errors import ConfigError
+
+
+def build_network(
+    spec: str, num_classes: int | None = None, image_size: int | None = None
+) -> nn.Module:
+    """A network with random weights, in evaluation mode.
+
+    Args:
+        spec: `torchvision:NAME`, `timm:NAME` or `package.module:factory`, a function or class.
+        num_classes: number of ID classes, None = the default; not passed to a factory without an
+            argument of that name.
+        image_size: height and width of the images, for networks that are built for one size.
+
+    Raises:
+        ConfigError: the network is unknown or cannot be built, or its library is not installed.
+    """
+    source, _, name = spec.partition(":")
+    if not (source and name):
+        raise ConfigError(
+            "network must be torchvision:NAME, timm:NAME or package.module:factory, for example "
+            f"torchvision:resnet18, got {spec!r}"
+        )
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    size = {} if image_size is None else {_SIZE.get(source, ""): image_size}
+    try:
+        if source == "torchvision":
+            net = _sized(
+                import_module("torchvision").models.get_model, size, name, weights=None, **classes
+            )
+        elif source == "timm":
+            net = _sized(_module(spec, source).create_model, size, name, **classes)
+        else:
+            factory = attrgetter(name)(_module(spec, source))
+            net = factory(**classes if _takes(factory, "num_classes") else {})
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # code of others, which may raise anything
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"network {spec!r} cannot be built ({type(error).__name__}: {reason}): check its name "
+            "and its arguments"
+        ) from error
+    if not isinstance(net, nn.Module):
+        raise ConfigError(
+            f"network {spec!r} must be a function that returns a torch.nn.Module, got a "
+            f"{type(net).__name__}: name another"
+        )
+    return net.eval()
+
+
+def is_catalogued(spec: str) -> bool:
+    """Whether a network is one of torchvision's classifiers or timm's architectures.
+
+    Such a name runs the code of these packages only, and downloads nothing; a name of a hub, of a
+    folder or of any other module does not count, nor a detector of torchvision's, whose backbone
+    comes with weights. Nothing but the two packages is imported.
+    """
+    found = _CATALOGUED.fullmatch(spec)
+    if found is None:
+        return False
+    source, name = found.groups()
+    if source == "timm":
+        return bool(_module(spec, source).is_model(name))
+    models = import_module("torchvision").models
+    listed = [*models.list_models(models), *models.list_models(models.quantization)]
+    return name.lower() in listed
+
+
+_CATALOGUED = re.compile(r"(torchvision|timm):([A-Za-z0-9_.-]+)")
+# The argument for the size of the images, in the networks that take one.
+_SIZE = {"torchvision": "image_size", "timm": "img_size"}
+
+
+def _sized(create: Callable[..., Any], size: dict[str, int], name: str, **arguments: Any) -> Any:
+    """Create a network for a size of images, or for any size if it takes no such argument."""
+    try:
+        return create(name, **arguments, **size)
+    except Exception:  # networks refuse a size in many ways
+        if not size:
+            raise
+        return create(name, **arguments)
+
+
+def _module(spec: str, name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        way_out = "pip install timm" if name == "timm" else "put its folder on PYTHONPATH"
+        raise ConfigError(
+            f"network {spec!r} needs the module {name}, which cannot be imported ({error}): "
+            f"{way_out}"
+        ) from error
+
+
+def _takes(factory: Callable[..., Any], name: str) -> bool:
+    """Whether a function or class takes an argument of this name."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError:  # written in C
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+class LazyNetwork(nn.Module):
+    """A network that is loaded on first use; what is known of it needs no loading.
+
+    Args:
+        load: loads it.
+        known: what is known of it, with the attributes `structure` and `head`.
+    """
+
+    def __init__(self, load: Callable[[], nn.Module], known: Any = None) -> None:
+        super().__init__()
+        self._load, self.known = load, known
+        self._moves: list[tuple[Any, Any]] = []
+        self._lock = RLock()
+
+    @property
+    def is_loaded(self) -> bool:
+        return "loaded" in self._modules
+
+    @property
+    def core(self) -> nn.Module:
+        """The network itself."""
+        with self._lock:
+            if not self.is_loaded:
+                net = self._load()
+                for args, kwargs in self._moves:
+                    net.to(*args, **kwargs)
+                self.loaded = net
+        return self.loaded
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.core(*args, **kwargs)
+
+    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
+        return self.core.parameters(recurse)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the network, at once or when it is loaded."""
+        self._moves.append((args, kwargs))
+        return super().to(*args, **kwargs)
+
+    def cpu(self) -> Self:
+        return self.to("cpu")

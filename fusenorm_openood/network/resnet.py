@@ -1,0 +1,297 @@
+"""Residual networks with OpenOOD's names and state-dict keys, and T2FNorm's network."""
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.kernels.devices import device_of
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class FeatureClassifier(nn.Module):
+    """What OpenOOD expects of a classifier: features, a linear layer `fc`, and access to both."""
+
+    fc: nn.Linear
+
+    def features(self, x: Tensor) -> Tensor:
+        """Penultimate features `[B, D]` of images `[B, 3, H, W]`."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits `[B, K]`, optionally with the penultimate feature `[B, D]`."""
+        feature = self.features(x)
+        logits: Tensor = self.fc(feature)
+        return (logits, feature) if return_feature else logits
+
+    def get_fc_layer(self) -> nn.Linear:
+        return self.fc
+
+    def get_fc(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Weight `[K, D]` and bias `[K]` of the linear layer."""
+        return self.fc.weight.detach().cpu().numpy(), self.fc.bias.detach().cpu().numpy()
+
+    @property
+    def feature_size(self) -> int:
+        return self.fc.in_features
+
+
+class ResNet18_32x32(FeatureClassifier):
+    """ResNet-18 for small images: 3x3 stem, no pooling before the four stages.
+
+    Args:
+        num_classes: number of ID classes.
+        width: number of channels in the first stage; 64 in OpenOOD.
+    """
+
+    def __init__(self, num_classes: int = 10, width: int = 64) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        channels = [width, width, 2 * width, 4 * width, 8 * width]
+        for stage in range(1, 5):
+            first = BasicBlock(channels[stage - 1], channels[stage], stride=1 if stage == 1 else 2)
+            second = BasicBlock(channels[stage], channels[stage], stride=1)
+            self.add_module(f"layer{stage}", nn.Sequential(first, second))
+        self.fc = nn.Linear(channels[4], num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in range(1, 5):
+            x = self.get_submodule(f"layer{stage}")(x)
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+class _TorchvisionResNet(FeatureClassifier):
+    """torchvision's ResNet, split into features and classifier."""
+
+    name: str
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        from torchvision import models  # takes a second to import
+
+        super().__init__()
+        for name, module in models.get_model(self.name, num_classes=num_classes).named_children():
+            self.add_module(name, module)
+
+    def features(self, x: Tensor) -> Tensor:
+        stem = ("conv1", "bn1", "relu", "maxpool")
+        for name in (*stem, "layer1", "layer2", "layer3", "layer4", "avgpool"):
+            x = self.get_submodule(name)(x)
+        return x.flatten(1)
+
+
+class ResNet18_224x224(_TorchvisionResNet):
+    """torchvision's ResNet-18, for 224x224 images."""
+
+    name = "resnet18"
+
+
+class ResNet50(_TorchvisionResNet):
+    """torchvision's ResNet-50, for 224x224 images."""
+
+    name = "resnet50"
+
+
+class PreActBlock(nn.Module):
+    """Pre-activation residual block of Wide ResNets."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.convShortcut = (
+            None
+            if channels_in == channels
+            else nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(x))
+        shortcut = x if self.convShortcut is None else self.convShortcut(y)
+        residual: Tensor = self.conv2(F.relu(self.bn2(self.conv1(y))))
+        return shortcut + residual
+
+
+class WideResNetStage(nn.Module):
+    """A stage of a Wide ResNet; in OpenOOD's keys its blocks are `layer.0`, `layer.1`, ..."""
+
+    def __init__(self, blocks: int, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(
+            PreActBlock(channels_in, channels, stride),
+            *(PreActBlock(channels, channels, 1) for _ in range(blocks - 1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
+
+
+class WideResNet(FeatureClassifier):
+    """WRN-depth-widen_factor, for 32x32 images.
+
+    Raises:
+        ConfigError: a depth that is not 6n + 4.
+    """
+
+    def __init__(self, depth: int = 16, widen_factor: int = 8, num_classes: int = 10) -> None:
+        super().__init__()
+        blocks, rest = divmod(depth - 4, 6)
+        if rest or blocks < 1:
+            raise ConfigError(f"depth must be 6n + 4, for example 16 or 28, got {depth}")
+        channels = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
+        self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+        self.block1 = WideResNetStage(blocks, channels[0], channels[1], stride=1)
+        self.block2 = WideResNetStage(blocks, channels[1], channels[2], stride=2)
+        self.block3 = WideResNetStage(blocks, channels[2], channels[3], stride=2)
+        self.bn1 = nn.BatchNorm2d(channels[3])
+        self.fc = nn.Linear(channels[3], num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        return F.adaptive_avg_pool2d(F.relu(self.bn1(x)), 1).flatten(1)
+
+
+class PaddingBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut without weights: pixels skipped, channels added as 0."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.added = stride, channels - channels_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        before, after = self.added // 2, self.added - self.added // 2
+        kept = x[:, :, :: self.stride, :: self.stride]
+        return F.relu(y + F.pad(kept, (0, 0, 0, 0, before, after)))
+
+
+class CifarResNet(FeatureClassifier):
+    """ResNet-(6n + 2) for 32x32 images, with three stages of n blocks, 16, 32 and 64 channels wide.
+
+    The state-dict keys are those of the public repository akamaster/pytorch_resnet_cifar10, except
+    that its last layer is called `linear`; `load_network` reads both.
+
+    Args:
+        depth: 20, 32, 44, 56, 110 or another 6n + 2.
+        num_classes: number of ID classes.
+        width: number of channels in the first stage; 16 in the paper.
+
+    Raises:
+        ConfigError: a depth that is not 6n + 2.
+
+    Source: He et al., CVPR 2016, section 4.2, with shortcuts of option A.
+    """
+
+    def __init__(self, depth: int = 20, num_classes: int = 10, width: int = 16) -> None:
+        super().__init__()
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ConfigError(f"depth must be 6n + 2, for example 20 or 32, got {depth}")
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        channels = [width, width, 2 * width, 4 * width]
+        for stage in range(1, 4):
+            first = PaddingBlock(channels[stage - 1], channels[stage], 1 if stage == 1 else 2)
+            others = [PaddingBlock(channels[stage], channels[stage], 1) for _ in range(1, blocks)]
+            self.add_module(f"layer{stage}", nn.Sequential(first, *others))
+        self.fc = nn.Linear(channels[3], num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in range(1, 4):
+            x = self.get_submodule(f"layer{stage}")(x)
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+IMAGENET_CLASSES = 1000  # fine-tuned from standard weights, so scored without temperature
+
+
+class T2FNormNet(nn.Module):
+    """A backbone whose classifier receives features of norm 1/tau.
+
+    Args:
+        backbone: network with `forward(x, return_feature=True)` and a linear layer `fc`.
+        num_classes: number of ID classes.
+
+    Source: Regmi et al., CVPR Workshops 2024; OpenOOD's state-dict keys.
+    """
+
+    tau: Tensor
+
+    def __init__(self, backbone: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.num_classes = num_classes
+        tau = torch.tensor(1.0, dtype=torch.float32, device=device_of(backbone))
+        self.register_buffer("tau", tau)
+
+    def set_tau(self, tau: float) -> None:
+        """Set the temperature: 0.1 in the paper, 0.05 for ImageNet-1k."""
+        self.tau.fill_(tau)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[B, K]` of normalised features, for training and classification."""
+        feature = F.normalize(self._feature(x), dim=-1) / self.tau
+        return self._classify(feature)
+
+    def forward_ood_inference(self, x: Tensor) -> Tensor:
+        """Logits `[B, K]` of unnormalised features, for OOD scores."""
+        feature = self._feature(x)
+        return self._classify(
+            feature if self.num_classes == IMAGENET_CLASSES else feature / self.tau
+        )
+
+    def _feature(self, x: Tensor) -> Tensor:
+        feature: Tensor = self.backbone(x, return_feature=True)[1]
+        return feature
+
+    def _classify(self, feature: Tensor) -> Tensor:
+        logits: Tensor = self.backbone.fc(feature)  # type: ignore[operator]
+        return logits
+
+
+def has_scoring_logits(net: nn.Module) -> bool:
+    """Whether a network computes OOD scores from separate logits, as T2FNorm's does."""
+    return hasattr(net, "forward_ood_inference")
+
+
+def classification_feature(net: nn.Module, feature: Tensor) -> Tensor | None:
+    """The feature `[B, D]` for classification with a T2FNorm network, from the one for scoring.
+
+    Dividing a feature by tau does not change its direction. None for any other network; OpenOOD's
+    `T2FNormNet` has the same attributes as this package's.
+    """
+    tau = getattr(net, "tau", None)
+    if not (isinstance(tau, Tensor) and hasattr(net, "backbone") and has_scoring_logits(net)):
+        return None
+    return F.normalize(feature, dim=-1) / tau

@@ -1,0 +1,168 @@
+"""Run a network in eval mode, with hooks, and leave it as it came, also under threads."""
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock, RLock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_lock = RLock()
+_modes: dict[nn.Module, tuple[bool, int]] = {}  # mode before the first of the passes; how many
+_changed: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}  # by its `train`: former values
+_eager: list[Any] = []  # the stance of torch.compile during the passes, if it was ever used
+
+
+@contextmanager
+def undisturbed(net: nn.Module) -> Iterator[None]:
+    """Put a network in evaluation mode, and restore the mode of every module afterwards.
+
+    What is in evaluation mode already is not touched. A module that overrides `train`, for example
+    to merge weights, changes its mode by it; the weights that this changed are bitwise restored.
+
+    Where passes of several threads overlap, the modes are those before the first of them, and the
+    last one restores them. Compiled modules run as they were before compilation, because what is
+    compiled ignores hooks.
+    """
+    modules = list(net.modules())
+    with _lock:
+        for module in modules:
+            mode, passes = _modes.get(module, (module.training, 0))
+            _modes[module] = mode, passes + 1
+        if "torch._dynamo" in sys.modules and not _eager and hasattr(torch.compiler, "set_stance"):
+            _eager.append(torch.compiler.set_stance("force_eager"))
+    try:
+        with _lock:
+            for module in modules:
+                if module.training:
+                    _evaluate(module)
+        yield
+    finally:
+        with _lock:
+            wanted = {module: _mode_after_a_pass(module) for module in modules}
+            evaluated = [module for module, mode in wanted.items() if not mode]
+            for module, mode in wanted.items():
+                if module.training != mode:
+                    _set_mode(module, mode, evaluated)
+            for module in modules:
+                for tensor, former in () if module in _modes else _changed.pop(module, ()):
+                    tensor.data.copy_(former)
+            if not _modes and _eager:
+                _eager.pop().__exit__(None, None, None)
+
+
+def _mode_after_a_pass(module: nn.Module) -> bool:
+    """Count out one pass; the mode that the module is to have from now on."""
+    mode, passes = _modes.pop(module)
+    if passes > 1:
+        _modes[module] = mode, passes - 1
+    return mode and passes == 1
+
+
+def _evaluate(module: nn.Module) -> None:
+    """Put a module in evaluation mode, and remember what its own `train` changes."""
+    if _is_plain(module):
+        module.training = False
+        return
+    own = (*module.parameters(), *module.buffers())
+    before = [(tensor, tensor.detach().clone()) for tensor in own]
+    _set_mode(module, False, [inner for inner in module.modules() if not inner.training])
+    changed = [(tensor, former) for tensor, former in before if not torch.equal(tensor, former)]
+    _changed.setdefault(module, changed)
+
+
+def _set_mode(module: nn.Module, mode: bool, others: Sequence[nn.Module]) -> None:
+    """Set the mode by what the module itself does for it, without touching others in it."""
+    if _is_plain(module):
+        module.training = mode
+        return
+    kept = [(other, other.__dict__.get("train")) for other in others if other is not module]
+    try:
+        for other, _ in kept:
+            other.__dict__["train"] = lambda mode=True, other=other: other
+        module.train(mode)
+    finally:
+        for other, own in kept:
+            del other.__dict__["train"]
+            if own is not None:
+                other.__dict__["train"] = own
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether `train` sets the mode and nothing else."""
+    return getattr(module.train, "__func__", None) is nn.Module.train
+
+
+@contextmanager
+def preserved_randomness(device: torch.device) -> Iterator[None]:
+    """Restore the random number generators of torch (CPU, one CUDA device), NumPy and Python."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
+
+
+@contextmanager
+def without_weight_gradients(net: nn.Module) -> Iterator[None]:
+    """Turn off `requires_grad` on all weights while other code calls `backward()`.
+
+    This package's own gradients do not need it: `torch.autograd.grad` differentiates with respect
+    to the images only, and with `requires_grad` off, autocast would cast the weights in every pass.
+    """
+    required = [p for p in net.parameters() if p.requires_grad]
+    try:
+        net.requires_grad_(False)
+        yield
+    finally:
+        for p in required:
+            p.requires_grad_()
+
+
+_current_pass: ContextVar[object] = ContextVar("current_pass", default=None)
+_numbering = Lock()  # torch numbers hooks without one, and one might replace another
+
+Hook = Callable[..., Any]
+
+
+@contextmanager
+def own_pass() -> Iterator[None]:
+    """A pass of this thread, in which only its own hooks act."""
+    token = _current_pass.set(object())
+    try:
+        yield
+    finally:
+        _current_pass.reset(token)
+
+
+@contextmanager
+def hooked(
+    before: Iterable[tuple[nn.Module, Hook]] = (), after: Iterable[tuple[nn.Module, Hook]] = ()
+) -> Iterator[None]:
+    """Call `before(module, args, kwargs)` and `after(module, args, output)` in the current pass.
+
+    They are removed on exit, also after an exception.
+    """
+    this, handles = _current_pass.get(), []
+
+    def own(hook: Hook) -> Hook:
+        # Another thread may call a hook without `kwargs` while this one registers or removes it.
+        return lambda *given: hook(*given) if _current_pass.get() is this else None
+
+    try:
+        with _numbering:
+            for module, hook in before:
+                handles.append(module.register_forward_pre_hook(own(hook), with_kwargs=True))
+            for module, hook in after:
+                handles.append(module.register_forward_hook(own(hook)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,178 @@
+"""State dicts in the forms in which training code saves them, read without running code."""
+
+import pickle
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fusenorm_openood.errors import CheckpointError, DamagedFileError
+
+SAFETENSORS_HEADER = 100_000_000  # bytes; the format's limit
+
+
+def read_saved(path: Path) -> Any:
+    """The content of a file written by `torch.save` or safetensors, on the CPU.
+
+    Tensors and containers only. Errors that are not the file's fault, such as running out of
+    memory, are passed on.
+
+    Raises:
+        DamagedFileError: the file is truncated or altered, or was not written by either.
+        CheckpointError: the file is missing, cannot be opened, or holds objects that cannot be
+            loaded without running code.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} not found: give the path of a file") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be opened: {error.strerror}") from None
+    damaged = DamagedFileError(
+        f"checkpoint {path} of {path.stat().st_size} bytes cannot be read: it is damaged or was "
+        "written by neither torch.save nor safetensors, copy it again"
+    )
+    is_archive = start[:2] == b"PK"
+    if _is_safetensors(start) and not is_archive:
+        try:
+            return load_file(path)
+        except SafetensorError:
+            raise damaged from None
+    # A damaged archive may still load, with wrong numbers, so its checksums are verified.
+    if is_archive and not _is_intact(path):
+        raise damaged
+    try:
+        with path.open("rb") as file:  # by its content; by its path, some torch go by the suffix
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            raise CheckpointError(
+                f"checkpoint {path} holds more than tensors, which cannot be loaded without "
+                "running its code: save net.state_dict() instead"
+            ) from None
+        raise damaged from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError) as error:
+        if "TorchScript" in str(error) or "file data.pkl" in str(error):
+            raise CheckpointError(
+                f"checkpoint {path} holds a program and not weights: save net.state_dict() instead"
+            ) from None
+        if is_archive or "memory" in str(error):  # the file is intact, or not at fault
+            raise
+        raise damaged from None
+
+
+def _is_safetensors(start: bytes) -> bool:
+    """Whether the first 9 bytes of a file are a header's length and the beginning of its JSON."""
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= SAFETENSORS_HEADER
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether every member of a zip archive matches its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, NotImplementedError, zlib.error, EOFError):
+        return False
+
+
+State = dict[str, Tensor]
+
+# Where checkpoints keep their weights, the first found first: plain weights before averaged ones.
+CONTAINERS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+)
+# Names of the last linear layer; this package's networks call it `fc`, as OpenOOD's do.
+HEADS = ("fc", "linear", "head", "classifier")
+# What data-parallel training, averaging and compilation put in front of keys, at any depth.
+_WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
+# Counters of averaged weights, and weights of the loss: neither is part of the network.
+_EXTRAS = re.compile(r"(?:.*\.)?(?:n_averaged|num_updates)|(?:criterion|loss|loss_fn)\..*")
+
+
+def load_state(path: str | Path) -> State:
+    """The state dict in a checkpoint file, loaded without running any code from it.
+
+    Keys are without `module.` and `_orig_mod.`; counters of averaged weights are left out.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds something else.
+    """
+    content = read_saved(Path(path))
+    state = find_state(content)
+    if not state:
+        keys = ", ".join(map(str, content)) if isinstance(content, dict) else ""
+        raise CheckpointError(
+            f"{path} must hold a non-empty state dict of tensors, got a {type(content).__name__}"
+            f"{f' with the keys {keys[:80]}' if keys else ''}: save net.state_dict() with "
+            "torch.save"
+        )
+    bare = {without_wrappers(key): value for key, value in state.items()}
+    return {key: value for key, value in bare.items() if not _EXTRAS.fullmatch(key)}
+
+
+def find_state(content: Any) -> State:
+    """The tensors of the network in the content of a checkpoint; empty if there are none."""
+    if not isinstance(content, dict):
+        return {}
+    for name in CONTAINERS:
+        if state := find_state(content.get(name)):
+            return state
+    return {k: v for k, v in content.items() if isinstance(k, str) and torch.is_tensor(v)}
+
+
+def without_wrappers(key: str) -> str:
+    """A key without `module.` and `_orig_mod.`.
+
+    >>> without_wrappers("module._orig_mod.backbone.module.conv1.weight")
+    'backbone.conv1.weight'
+    """
+    return _WRAPPERS.sub(r"\1", key)
+
+
+def aligned(state: State, keys: Iterable[str]) -> State:
+    """A state dict without those leading parts that all its keys share and `keys` do not have.
+
+    Its last layer is called `fc` where that is what `keys` have.
+    """
+    wanted = set(keys)
+    forms = [*_forms(state), *(_with_fc(form) for form in _forms(state))]
+    return max(forms, key=lambda form: len(form.keys() & wanted))
+
+
+def misfit(net: nn.Module, state: State) -> str:
+    """The first reason why a state dict is not that of a network; empty if it is.
+
+    Counters of batch normalisation may be missing, as in old checkpoints.
+    """
+    own = {key: value for key, value in net.state_dict().items() if torch.is_tensor(value)}
+    for key, value in own.items():
+        if key not in state and not key.endswith("num_batches_tracked"):
+            return f"key {key!r} is missing"
+        if key in state and state[key].shape != value.shape:
+            return f"{key!r} must be {list(value.shape)}, got {list(state[key].shape)}"
+    return next((f"key {key!r} is unexpected" for key in state if key not in own), "")
+
+
+def _forms(state: State) -> Iterator[State]:
+    """The state dict with none, one, two, ... leading parts removed that all keys share."""
+    yield state
+    first, dot, _ = next(iter(state), "").partition(".")
+    if dot and all(key.startswith(first + dot) for key in state):
+        yield from _forms({key.removeprefix(first + dot): v for key, v in state.items()})
+
+
+def _with_fc(state: State) -> State:
+    """The state dict with its last layer called `fc`, if it has another of the usual names."""
+    found = [name for name in HEADS if f"{name}.weight" in state]
+    if len(found) != 1:
+        return state
+    return {re.sub(rf"^{found[0]}\.", "fc.", key): value for key, value in state.items()}

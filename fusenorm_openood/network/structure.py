@@ -1,0 +1,232 @@
+"""How a network is built, read from one pass over two images: blocks, layouts, stages, head."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusenorm_openood.errors import FuseNormError
+from fusenorm_openood.kernels.guards import is_out_of_memory
+from fusenorm_openood.method.posthoc import Head
+from fusenorm_openood.network.blocks import find_blocks
+from fusenorm_openood.network.graph import Graph, Node
+from fusenorm_openood.network.head import HeadLayers, weight_of
+from fusenorm_openood.network.layouts import Prefix, find_layout, find_prefixes, pixels
+from fusenorm_openood.network.outputs import Path, find_logits, last_activation, logits_at, value_at
+from fusenorm_openood.network.recording import INPUT, Call, WithGraph, recorded
+from fusenorm_openood.network.running import own_pass, preserved_randomness, undisturbed
+from fusenorm_openood.network.wrappers import (
+    network_errors,
+    scoring_module,
+    scoring_run,
+    unwrapped,
+)
+from fusenorm_openood.storage.configs import typed
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a network is built, and how its passes have to be read.
+
+    Attributes:
+        blocks: names of its blocks in the order in which they run; empty if none was found.
+        rule: how they were found, in words.
+        runs: how often each module runs in a pass.
+        shapes: shape of what each module returns for two images.
+        layouts: layout of each module that runs once and returns a feature map, such as `BCHW`.
+        pixels: numbers of pixels of these feature maps, without prefix tokens.
+        head: the layers that make its logits.
+        classes: number of its logits, two for a single one.
+        logits: where they are in its output.
+        scoring: name of the module with separate scoring logits, if there is one.
+        prefixes: tokens that are no pixels, of each module that returns tokens, where known.
+        outputs: number of the tensor that is the feature map, where a module returns it after
+            others.
+        notes: what the blocks leave out, in sentences.
+        mixes: whether the images of a batch influence each other's logits, so that a batch must
+            not be split.
+        random: whether two passes over the same images give other logits.
+        smallest_batch: 2 if the network cannot take one image alone, else 1.
+        activation: `log_softmax` if what counts as logits are log-probabilities, whose energy is
+            0; else empty.
+        largest_logit: the largest absolute value among the logits of two images.
+        affine: the logits as a function of `head.feature`; not kept in files.
+    """
+
+    blocks: tuple[str, ...]
+    rule: str
+    runs: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
+    layouts: Mapping[str, str]
+    pixels: Mapping[str, int]
+    head: HeadLayers
+    classes: int
+    logits: Path = ()
+    scoring: str | None = None
+    mixes: bool = False
+    random: bool = False
+    smallest_batch: int = 1
+    activation: str = ""
+    largest_logit: float = field(default=0.0, compare=False)  # it varies with the images
+    affine: Head | None = field(default=None, compare=False)
+    prefixes: Mapping[str, Prefix] = field(default_factory=dict)
+    outputs: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The structure in terms of JSON, without `affine`; see `from_json`."""
+        prefixes = {name: prefix._asdict() for name, prefix in self.prefixes.items()}
+        record = {**vars(self), "head": self.head._asdict(), "prefixes": prefixes}
+        del record["affine"]
+        return record
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Structure":
+        """The structure that `to_json` gave, also after JSON has turned its tuples into lists.
+
+        If its head has a `feature`, its `affine` has to be found anew.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        structure: Structure = typed(cls, record, "structure")
+        head = structure.head
+        return replace(structure, head=head._replace(is_affine=head.is_affine or head.is_linear))
+
+    def stages(self, taps: Sequence[str]) -> list[list[str]]:
+        """Taps by stage: those of a stage follow each other and have equally many pixels."""
+        return [list(stage) for _, stage in groupby(taps, key=lambda tap: self.pixels.get(tap))]
+
+
+def read_structure(net: nn.Module, images: Tensor) -> Structure:
+    """The structure of a network, from one pass over two images with a graph, if it has one.
+
+    Args:
+        net: any network; it is left unchanged.
+        images: a batch `[B, C, H, W]` that it accepts, on its device.
+
+    Raises:
+        TapError: it is no module, fails on the images, or returns no logits `[B, K]`.
+    """
+    core, two = unwrapped(net), two_images(images)
+    with undisturbed(core), preserved_randomness(images.device):
+        output, calls, leaf = _recorded(core, two)
+        path = find_logits(core, output, len(two))
+        logits = logits_at(core, output, path, len(two))
+        if value_at(output, path).ndim == 1:  # [2] may be something else than one logit per image
+            three = torch.cat([two, two[:1]])
+            with own_pass(), torch.no_grad():
+                output = scoring_run(core, scoring_module(core))(three)
+            logits_at(core, output, path, len(three))
+        graph = Graph(logits, leaf) if logits.requires_grad else None
+        modules = dict(core.named_modules())
+        for call in calls.values():
+            call.choose(() if graph is None else graph.trunk)
+        head = _head(modules, calls, graph, logits.shape[1])
+    once = {name: call for name, call in calls.items() if name and call.runs == 1}
+    given = {name + INPUT: Call(1, gave=(call.took,)) for name, call in once.items() if call.took}
+    layouts = {
+        name: layout
+        for name in (*once, *given)
+        if (layout := find_layout(name, {**calls, **given}, modules, two.shape))
+    }
+    calls |= given
+    sizes = {name: pixels(calls[name].shape, layouts[name], two.shape) for name in layouts}
+    found = find_blocks(modules, calls, sizes, graph)
+    for name in given.keys() - set(found.names):
+        calls.pop(name)
+        layouts.pop(name, None)
+    prefixes = find_prefixes(calls, layouts, found.trunk, two.shape)
+    shapes = {name: call.shape for name, call in calls.items()}
+    return Structure(
+        blocks=found.names,
+        rule=found.rule,
+        runs={name: call.runs for name, call in calls.items()},
+        shapes=shapes,
+        layouts=layouts,
+        pixels={
+            name: pixels(shapes[name], layout, two.shape, prefixes.get(name))
+            for name, layout in layouts.items()
+        },
+        head=head,
+        classes=logits.shape[1],
+        logits=path,
+        scoring=scoring_module(core),
+        activation=last_activation(logits.grad_fn),
+        prefixes=prefixes,
+        outputs={name: calls[name].index for name in layouts if calls[name].index},
+        notes=found.notes,
+    )
+
+
+def two_images(images: Tensor) -> Tensor:
+    """The first two images of a batch; a single one is followed by its mirror image."""
+    images = images[:2].detach().nan_to_num(0, 1, -1)
+    return torch.cat([images, images.flip(-1)]) if len(images) == 1 else images
+
+
+def _recorded(core: nn.Module, images: Tensor) -> tuple[Any, dict[str, Call], Tensor]:
+    """Output and calls of a pass with a graph, or without one where that is impossible."""
+    run, leaf = scoring_run(core, scoring_module(core)), images.clone().requires_grad_()
+    for mode in (WithGraph(), nullcontext()):
+        try:
+            with own_pass(), torch.inference_mode(False), torch.enable_grad(), mode:
+                return *recorded(core, lambda: run(leaf.clone())), leaf
+        except FuseNormError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+    with network_errors(core, images), own_pass(), torch.no_grad():
+        return *recorded(core, lambda: run(images.clone())), leaf
+
+
+def _head(
+    modules: Mapping[str, nn.Module], calls: Mapping[str, Call], graph: Graph | None, classes: int
+) -> HeadLayers:
+    """The layers that make the logits, and the last feature before all matrix products."""
+    names = _head_layers(modules, calls, graph, classes)
+    places = graph.before_products() if graph is not None else {}
+    readers, writers = defaultdict[Node, list[str]](list), dict[Node, str]()
+    for name, call in calls.items():
+        made = call.left in places and call.left not in call.entered
+        if name and call.runs == 1 and call.is_alone and made:
+            writers.setdefault(call.left, name)
+        if name and len(call.entered) == 1 and call.entered[0] in places:
+            readers[call.entered[0]].append(name)
+    nearest = min((*writers, *readers), key=lambda node: places[node], default=None)
+    if nearest in writers:
+        return HeadLayers(names, feature=("output", writers[nearest]))
+    if nearest in readers:
+        found = readers[nearest]
+        outer = (n for n in found if not any(n.startswith(f"{other}.") for other in found))
+        return HeadLayers(names, feature=("input", *outer))
+    return HeadLayers(names, feature=("input", *names) if len(names) == 1 else ())
+
+
+def _head_layers(
+    modules: Mapping[str, nn.Module], calls: Mapping[str, Call], graph: Graph | None, classes: int
+) -> tuple[str, ...]:
+    """The first layers with a weight matrix on the way back from the logits."""
+
+    def makes_logits(name: str) -> bool:
+        shape = calls[name].shape[1:]
+        wide = classes in shape or (classes == 2 and prod(shape) == 1)  # two, or a single logit
+        return bool(name) and wide and weight_of(modules[name]) is not None
+
+    if graph is None or not graph.trunk:
+        fired = [n for n in calls if makes_logits(n) and len(calls[n].shape) == 2]
+        return tuple(fired[-1:])
+    weighted = {n: call for n, call in calls.items() if n and weight_of(modules[n]) is not None}
+    layers = {node: n for n, c in weighted.items() for node in (*c.earlier, c.left)}
+    found = graph.first_on_every_path(lambda node: node in layers)
+    names = {layers[node] for node in found}
+    if not all(makes_logits(layers[n]) and calls[layers[n]].left is n for n in found):
+        return ()  # not a classifier's layer, or one that is applied several times
+    return tuple(name for name in modules if name in names)

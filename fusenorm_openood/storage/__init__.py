@@ -1,0 +1,1 @@
+"""Files written whole, URLs, configurations, the detector file, stored scores."""

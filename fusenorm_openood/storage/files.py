@@ -1,0 +1,120 @@
+"""Write files completely or not at all."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from fusenorm_openood.errors import ConfigError, UnwritableError
+from fusenorm_openood.storage.urls import Place, Url
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Create a file with `write` under a temporary name, flush it to disk and rename it to `path`.
+
+    Any number of threads, processes and hosts may write the same `path` at once: the last one wins.
+
+    Raises:
+        UnwritableError: the disk is full, or the folder is not writable.
+    """
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(unfinished)
+        with unfinished.open("r+b") as file:  # after a power failure: the old file or the new one
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise UnwritableError(error.errno, error.strerror or str(error), str(path)) from None
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def write_bytes_whole(path: Place, data: bytes) -> None:
+    """Create a file with these bytes, as `write_whole` does; an object store does so by itself."""
+    if isinstance(path, Url):
+        path.write_bytes(data)
+    else:
+        write_whole(path, lambda file: file.write_bytes(data))
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raise ConfigError unless a folder is writable; it is created if it does not exist."""
+    try:
+        write_whole(folder / ".writable", Path.touch)
+        (folder / ".writable").unlink(missing_ok=True)  # several processes may check at once
+    except OSError as error:
+        raise ConfigError(
+            f"folder {folder} is not writable ({error.strerror}): choose another with {option}"
+        ) from None
+
+
+_locks = set[int]()
+
+
+def lock(path: Path) -> int | None:
+    """Lock a file, which is created if it does not exist, until `unlock` or the end of the process.
+
+    Returns:
+        What `unlock` takes; None where the system or the file has no locks.
+
+    Raises:
+        BlockingIOError: it is locked already.
+        OSError: it cannot be opened.
+    """
+    if sys.platform == "win32" or (path.exists() and not path.is_file()):
+        return None
+    import fcntl
+
+    opened = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(opened)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    _locks.add(opened)
+    return opened
+
+
+def unlock(locked: int | None) -> None:
+    """Undo `lock`."""
+    if locked in _locks:
+        _locks.remove(locked)
+        os.close(locked)
+
+
+def _close_locks() -> None:
+    for opened in _locks:
+        os.close(opened)
+    _locks.clear()
+
+
+if sys.platform != "win32":  # a loader process that outlives its parent must not keep a lock
+    os.register_at_fork(after_in_child=_close_locks)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Context that processes of one machine enter one after another, if their system has locks.
+
+    The lock is the folder's own, which is created if it does not exist; whatever ends a process
+    releases it.
+    """
+    opened = None
+    with suppress(OSError):  # a folder or a file system that does not allow it
+        folder.mkdir(parents=True, exist_ok=True)
+        if sys.platform != "win32":
+            import fcntl
+
+            opened = os.open(folder, os.O_RDONLY)
+            fcntl.flock(opened, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if opened is not None:
+            os.close(opened)

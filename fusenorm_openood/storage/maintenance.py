@@ -1,0 +1,175 @@
+"""What a store contains, whether it is intact, and what can go."""
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusenorm_openood.errors import DamagedShardError, StoreError
+from fusenorm_openood.storage.keys import KEY, Key
+from fusenorm_openood.storage.shards import ShardSet, delete, shard_number
+
+_TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{32}\.tmp")
+_DAY = 24 * 60 * 60
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One set of a store.
+
+    Attributes:
+        record: what its rows were computed from and how.
+        present: how many of its shards exist.
+        size: bytes of its files.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    rows: int
+    present: int
+    shards: int
+    size: int
+
+    @property
+    def complete(self) -> bool:
+        return self.present == self.shards
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A set, or a leftover file of a killed process, that `prune` removes; `size` in bytes."""
+
+    path: Path
+    size: int
+    reason: str
+
+
+def listing(root: Path) -> list[Entry]:
+    """The sets of a store, sorted by folder.
+
+    Raises:
+        StoreError: the store does not exist or cannot be read.
+    """
+    return [
+        Entry(
+            root / shards.folder.name,
+            dict(shards.key.record),
+            shards.key.rows,
+            len(shards.present()),
+            shards.count,
+            sum(_size(path) for path in _own_files(root / shards.folder.name)),
+        )
+        for shards in _sets(root)
+    ]
+
+
+def verify(root: Path) -> dict[Path, DamagedShardError | None]:
+    """Every shard of a store, all of whose bytes are read, and what is wrong with it.
+
+    Raises:
+        StoreError: the store does not exist or cannot be read.
+    """
+    return {
+        root / shards.folder.name / path.name: error
+        for shards in _sets(root)
+        for path, error in shards.verify()
+    }
+
+
+def prune(
+    root: Path,
+    version: str,
+    *,
+    incomplete: bool = False,
+    everything: bool = False,
+    dry_run: bool = False,
+) -> list[Removal]:
+    """Remove sets of another version, and temporary files of killed writers older than a day.
+
+    Only files of this store are deleted, and only folders that are then empty. No other process may
+    write the sets that are removed.
+
+    Args:
+        version: sets whose record has a `version` other than this one are removed.
+        incomplete: also remove sets with missing shards.
+        everything: remove all sets.
+        dry_run: remove nothing; only return what would be removed.
+
+    Raises:
+        StoreError: the store does not exist, or a file cannot be deleted.
+    """
+    removals = []
+    for entry in listing(root):
+        other = entry.record.get("version", version)
+        if everything:
+            reason = "all sets"
+        elif other != version:
+            reason = f"of version {other}"
+        elif incomplete and not entry.complete:
+            reason = f"{entry.shards - entry.present} of {entry.shards} shards missing"
+        else:
+            leftovers = [path for path in _own_files(entry.folder) if _is_leftover(path)]
+            removals += [Removal(path, _size(path), "temporary file") for path in leftovers]
+            continue
+        removals.append(Removal(entry.folder, entry.size, reason))
+    for removal in [] if dry_run else removals:
+        _remove(removal.path)
+    return removals
+
+
+def _sets(root: Path) -> Iterator[ShardSet]:
+    """The sets of a store; other folders are passed over."""
+    try:
+        folders = sorted(path for path in root.iterdir() if path.is_dir())
+    except FileNotFoundError:
+        raise StoreError(f"store {root} does not exist: choose another with --store") from None
+    except OSError as error:
+        raise StoreError(f"store {root} cannot be read ({error.strerror})") from None
+    for folder in folders:
+        try:
+            key = Key.read(folder)
+            if folder.name == key.folder_name:
+                yield ShardSet(root, key.record, key.name, key.rows, key.shard_rows)
+        except (FileNotFoundError, StoreError):
+            continue
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """The files of a set that this package wrote, its key last."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        raise StoreError(f"folder {folder} cannot be read ({error.strerror})") from None
+    shards = [path for path in paths if shard_number(path.name) >= 0]
+    return [*shards, *filter(_is_temporary, paths), folder / KEY]
+
+
+def _is_temporary(path: Path) -> bool:
+    match = _TEMPORARY.fullmatch(path.name)
+    return match is not None and (match[1] == KEY or shard_number(match[1]) >= 0)
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether no process can still be writing a temporary file, which takes seconds."""
+    try:
+        return _is_temporary(path) and time.time() - path.stat().st_mtime > _DAY
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Delete a set or one file; a set keeps its key, and so is a set, until its shards are gone."""
+    for file in _own_files(path) if path.is_dir() else [path]:
+        delete(file)
+    with suppress(OSError):  # somebody else's files may be in it
+        path.rmdir()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

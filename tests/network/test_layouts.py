@@ -1,0 +1,311 @@
+"""Feature maps with channels last, tokens, tuples and mappings are read as what they are."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fusenorm_openood import FuseNorm, atf
+from fusenorm_openood.network.layouts import as_maps, fits, pixels, token_grid
+from fusenorm_openood.network.structure import read_structure
+from tests.nets import CLASSES, Net, energy_detector, outputs_of, some_images
+
+
+@pytest.mark.parametrize(
+    ("tokens", "image", "prefix"),
+    [
+        (197, (224, 224), 1),  # ViT
+        (198, (224, 224), 2),  # DeiT with a distillation token
+        (201, (224, 224), 5),  # DINOv2 with registers
+        (196, (224, 224), 0),
+        (24, (64, 96), 0),
+        (25, (64, 96), 1),
+        (65, (32, 128), 1),
+        (45, (16, 40), 5),  # not 1, which would leave a grid of 4 x 11
+        (77, (64, 96), 0),  # 7 x 11, from overlapping patches
+        (9, (96, 96), 0),
+    ],
+)
+def test_prefix_tokens_leave_a_grid_of_the_images_aspect(tokens, image, prefix):
+    assert token_grid(tokens, image)[0] == prefix
+
+
+def test_a_grid_has_the_aspect_of_the_image_up_to_rounding():
+    assert fits(7, 7, (2, 3, 224, 224))
+    assert fits(2, 3, (2, 3, 33, 48))
+    assert fits(8, 1, (2, 3, 128, 16))
+    assert not fits(7, 8, (2, 3, 224, 224))
+    assert not fits(1, 8, (2, 3, 128, 16))
+
+
+@pytest.mark.parametrize("layout", ["BCHW", "BHWC", "BNC", "NBC"])
+def test_every_layout_holds_the_same_maps(layout):
+    maps, image = torch.randn(2, 5, 4, 6), (2, 3, 16, 24)
+    tokens = torch.cat([torch.full((2, 1, 5), 99.0), maps.flatten(2).mT], 1)
+    given = {
+        "BCHW": maps,
+        "BHWC": maps.permute(0, 2, 3, 1).contiguous(),
+        "BNC": tokens,
+        "NBC": tokens.transpose(0, 1).contiguous(),
+    }[layout]
+    assert torch.equal(as_maps(given, layout, image), maps)
+    assert pixels(given.shape, layout, image) == 24
+    torch.testing.assert_close(atf(as_maps(given, layout, image)), atf(maps))
+
+
+class Last(nn.Module):
+    """A block `[B, H, W, C]`, as Swin's and ConvNeXt's."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(channels), nn.Linear(channels, channels)
+
+    def forward(self, x):
+        return x + F.gelu(self.fc(self.norm(x)))
+
+
+class Merging(nn.Module):
+    """Merges 2x2 pixels `[B, H, W, C]`, as between Swin's stages."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * channels, channels)
+
+    def forward(self, x):
+        b, h, w, c = x.shape
+        x = (
+            x.view(b, h // 2, 2, w // 2, 2, c)
+            .permute(0, 1, 3, 2, 4, 5)
+            .reshape(b, h // 2, -1, 4 * c)
+        )
+        return self.reduction(x)
+
+
+class ChannelsLast(nn.Module):
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch = nn.Conv2d(3, channels, 2, 2)
+        self.blocks = nn.Sequential(Last(channels), Last(channels))
+        self.merging = Merging(channels)
+        self.last = nn.Sequential(Last(channels), Last(channels))
+        self.head = nn.Linear(channels, CLASSES)
+
+    def forward(self, x):
+        x = self.blocks(self.patch(x).permute(0, 2, 3, 1))
+        return self.head(self.last(self.merging(x)).mean((1, 2)))
+
+
+CHANNELS_LAST = ("blocks.0", "blocks.1", "last.0", "last.1")
+
+
+# Cubes of 8 x 8 x 8, and maps whose height and width are the channels' number and the width.
+@pytest.mark.parametrize("size", [(16, 16), (32, 32), (16, 24), (24, 16), (8, 64)])
+def test_channels_last(size):
+    net, images = ChannelsLast(), some_images(16, size)
+    detector = FuseNorm(net, strong=["output"]).fit([images])
+    assert detector.taps == CHANNELS_LAST
+    expected = [atf(x.permute(0, 3, 1, 2)) for x in outputs_of(net, CHANNELS_LAST, images)]
+    got = torch.tensor(detector.infer([images]).experts[:4])
+    torch.testing.assert_close(got, torch.stack(expected).double())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (8, 4)])
+def test_channels_first_where_channels_height_and_width_are_alike(size):
+    net, images = Net(), some_images(16, size)
+    expected = torch.stack([atf(x) for x in outputs_of(net, ("a.0", "a.1", "b.0", "b.1"), images)])
+    got = torch.tensor(energy_detector(net, images).infer([images]).experts[:4])
+    torch.testing.assert_close(got, expected.double())
+
+
+def test_the_stages_of_a_channels_last_network():
+    structure = read_structure(ChannelsLast(), some_images(2, (32, 16)))
+    assert structure.stages(CHANNELS_LAST) == [["blocks.0", "blocks.1"], ["last.0", "last.1"]]
+    assert [structure.pixels[name] for name in CHANNELS_LAST] == [128, 128, 32, 32]
+
+
+class Tokens(nn.Module):
+    """A transformer on patches, with tokens before them and any order of axes."""
+
+    def __init__(self, prefix: int = 1, batch_first: bool = True, channels: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.batch_first = batch_first
+        self.patch = nn.Conv2d(3, channels, 4, 4)
+        self.prefix = nn.Parameter(3 * torch.randn(1, prefix, channels))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(channels, 2, 16, 0.0, batch_first=batch_first)
+            for _ in range(3)
+        )
+        self.head = nn.Linear(channels, CLASSES)
+        self.eval()
+
+    def forward(self, x):
+        x = torch.cat([self.prefix.expand(len(x), -1, -1), self.patch(x).flatten(2).mT], 1)
+        x = x if self.batch_first else x.transpose(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        x = x if self.batch_first else x.transpose(0, 1)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("size", [(24, 24), (16, 40)])
+def test_tokens_without_their_prefix(prefix, batch_first, size):
+    net, images = Tokens(prefix, batch_first), some_images(16, size)
+    names = ("blocks.0", "blocks.1", "blocks.2")
+    detector = energy_detector(net, images)
+    assert detector.taps == names
+    kept = [x if batch_first else x.transpose(0, 1) for x in outputs_of(net, names, images)]
+    height, width = size[0] // 4, size[1] // 4
+    maps = [x[:, prefix:].mT.unflatten(2, (height, width)) for x in kept]
+    got = torch.tensor(detector.infer([images]).experts[:3])
+    torch.testing.assert_close(got, torch.stack([atf(x) for x in maps]).double())
+
+
+class Odd(Tokens):
+    """Class tokens anywhere, images that are resized, tokens that are dropped or merged."""
+
+    def __init__(self, prefix=1, start=0.0, size=None, drop=0, merge=0, patch=(4, 4)):
+        super().__init__(prefix)
+        self.start, self.size, self.drop, self.merge, self.count = start, size, drop, merge, prefix
+        self.patch = nn.Conv2d(3, 8, *patch)
+
+    def forward(self, x):
+        x = x if self.size is None else F.interpolate(x, size=self.size)
+        patches, token = self.patch(x).flatten(2).mT, self.prefix.expand(len(x), -1, -1)
+        at = int(self.start * patches.shape[1])
+        x, self.seen = torch.cat([patches[:, :at], token, patches[:, at:]], 1), []
+        for block in self.blocks:
+            x = block(x)
+            self.seen.append(torch.cat([x[:, :at], x[:, at + self.count :]], 1))
+            if self.merge:  # the first patches, in pairs
+                one, left = self.count + self.merge, self.count + 2 * self.merge
+                pairs = (x[:, self.count : one] + x[:, one:left]) / 2
+                x = torch.cat([x[:, : self.count], pairs, x[:, left:]], 1)
+            x = x[:, : x.shape[1] - self.drop]
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"start": 1.0}, (24, 24)),
+        ({"start": 0.5}, (24, 24)),
+        ({"start": 0.5, "prefix": 2}, (20, 20)),
+        ({"start": 0.25, "prefix": 3}, (16, 40)),
+        ({"size": (24, 24)}, (16, 40)),
+        ({"size": (20, 12), "start": 1.0}, (32, 32)),
+        ({"drop": 5}, (56, 56)),
+        ({"drop": 5, "prefix": 0}, (56, 56)),
+        ({"merge": 4}, (40, 40)),
+        ({"merge": 7, "prefix": 2}, (24, 40)),
+        ({"patch": (16, 10), "prefix": 2}, (128, 98)),  # overlapping, as in AST
+        ({"patch": (16, 10), "prefix": 1}, (64, 128)),
+    ],
+)
+def test_prefix_tokens_are_those_that_are_no_patches(options, size):
+    net, images = Odd(**options), some_images(16, size)
+    detector = energy_detector(net, images)
+    with torch.no_grad():
+        net(images)
+    right = torch.stack([atf(x.mT.unsqueeze(-1)) for x in net.seen]).double()
+    torch.testing.assert_close(torch.tensor(detector.infer([images]).experts[:3]), right)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5, 1.0])
+def test_a_class_token_anywhere_in_images_of_another_size(start):
+    net, images = Odd(start=start), some_images(16, (20, 20))
+    detector = energy_detector(net, images)
+    for size in ((24, 24), (12, 28)):
+        others = some_images(8, size, seed=3)
+        with torch.no_grad():
+            net(others)
+        right = torch.stack([atf(x.mT.unsqueeze(-1)) for x in net.seen]).double()
+        torch.testing.assert_close(torch.tensor(detector.infer([others]).experts[:3]), right)
+
+
+class Rows(nn.Module):
+    """A recurrent network over the rows of an image."""
+
+    def __init__(self, kind, batch_first, size):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.batch_first = kind(size, 32, 2, batch_first=batch_first), batch_first
+        self.fc = nn.Linear(32, CLASSES)
+
+    def forward(self, x):
+        x = x[:, 0] if self.batch_first else x[:, 0].transpose(0, 1)
+        x = self.rnn(x)[0]
+        return self.fc(x[:, -1] if self.batch_first else x[-1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("size", [28, 32])
+def test_every_row_of_a_recurrent_network_is_a_pixel(kind, batch_first, size):
+    net, images = Rows(kind, batch_first, size).eval(), torch.randn(16, 1, size, size)
+    detector = energy_detector(net, images)
+    assert detector.taps == ("rnn",)
+    with torch.no_grad():
+        rows = net.rnn(images[:, 0] if batch_first else images[:, 0].transpose(0, 1))[0]
+        rows = rows if batch_first else rows.transpose(0, 1)
+    right = atf(rows.mT.unsqueeze(-1)).double()
+    torch.testing.assert_close(torch.tensor(detector.infer([images]).experts[0]), right)
+    assert detector.known_structure.pixels["rnn"] == size
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 9, 16])
+def test_the_batch_size_does_not_decide_the_layout_of_tokens(batch):
+    net, images = Tokens(0), some_images(20, (12, 12))  # 9 tokens
+    detector = energy_detector(net, images)
+    alone = torch.cat([detector.score(part) for part in images.split(batch)])
+    torch.testing.assert_close(alone, detector.score(images), rtol=1e-4, atol=1e-4)
+
+
+class Wrapping(nn.Module):
+    """A block whose output is wrapped in something."""
+
+    def __init__(self, wrap, inner: nn.Module) -> None:
+        super().__init__()
+        self.wrap, self.inner = wrap, inner
+
+    def forward(self, x):
+        x = x if isinstance(x, torch.Tensor) else first_of(x)
+        return self.wrap(self.inner(x))
+
+
+def first_of(value):
+    return next(iter(value.values())) if isinstance(value, dict) else value[0]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: (x, x.mean((2, 3))),
+        lambda x: (x,),
+        lambda x: [x, None],
+        lambda x: {"hidden_states": x, "attention": None},
+    ],
+    ids=["tuple", "one", "list", "dict"],
+)
+def test_blocks_that_return_more_than_a_feature_map(wrap):
+    plain, net, images = Net(), Net(), some_images()
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.fc = net.stem, net.fc
+            self.blocks = nn.ModuleList(Wrapping(wrap, block) for block in (*net.a, *net.b))
+
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x)
+            return self.fc(first_of(x).mean((2, 3)))
+
+    expected = energy_detector(plain, images).infer([images]).experts
+    detector = energy_detector(Wrapped(), images)
+    assert len(detector.taps) == 4
+    torch.testing.assert_close(detector.infer([images]).experts, expected)

@@ -1,0 +1,42 @@
+"""Sets of shards that several test modules use."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fusenorm_openood.storage.shards import ShardSet
+
+RECORD = {"version": "0", "checkpoint": "abc"}
+
+
+def columns_of(shards: ShardSet, number: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Columns of every kind."""
+    rows = shards.span(number)
+    random = np.random.default_rng([seed, number])
+    return {
+        "layer1.0": random.standard_normal(len(rows)).astype(np.float32),
+        "conf": random.standard_normal(len(rows)),
+        "row": np.arange(rows.start, rows.stop),
+        "correct": random.random(len(rows)) < 0.5,
+        "path": np.array([f"images/{row}.png" for row in rows], dtype=object),
+        "feature": random.standard_normal((len(rows), 3)).astype(np.float32),
+    }
+
+
+def full_set(root: Path, rows: int = 50, shard_rows: int = 8, record: dict = RECORD) -> ShardSet:
+    """A complete set of `columns_of`."""
+    shards = ShardSet(root, record, "digits", rows, shard_rows)
+    for number in shards.missing():
+        shards.write(number, columns_of(shards, number))
+    return shards
+
+
+def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert sorted(one) == sorted(other)
+    for name, values in one.items():
+        assert values.dtype == other[name].dtype
+        assert values.shape == other[name].shape
+        if values.dtype == object:
+            assert values.tolist() == other[name].tolist()
+        else:
+            assert values.tobytes() == other[name].tobytes()
