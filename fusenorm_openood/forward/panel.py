@@ -16,7 +16,7 @@ from fusenorm_openood.kernels.devices import following, with_double
 from fusenorm_openood.method.atf import FeatureNorm, atf_each
 from fusenorm_openood.method.experts import Output, odin_direction, odin_step, score_logits
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc, Seen, State
-from fusenorm_openood.network.running import undisturbed
+from fusenorm_openood.network.running import eval_mode
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.wrappers import unwrapped
 
@@ -142,7 +142,7 @@ class Panel:
         self, net: nn.Module, structure: Structure, images: Tensor, fitted: Fitted
     ) -> tuple[Tensor, Pass]:
         """As `listen`, but with all of the pass; see there."""
-        with undisturbed(unwrapped(net)):
+        with eval_mode(unwrapped(net)):
             listened = [
                 self.listen_whole(net, structure, part, fitted)
                 for part in parts(images, structure.mixes)

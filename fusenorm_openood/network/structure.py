@@ -20,7 +20,7 @@ from fusenorm_openood.network.head import HeadLayers, weight_of
 from fusenorm_openood.network.layouts import Prefix, find_layout, find_prefixes, pixels
 from fusenorm_openood.network.outputs import Path, find_logits, last_activation, logits_at, value_at
 from fusenorm_openood.network.recording import INPUT, Call, WithGraph, recorded
-from fusenorm_openood.network.running import own_pass, preserved_randomness, undisturbed
+from fusenorm_openood.network.running import eval_mode, own_pass, preserved_randomness
 from fusenorm_openood.network.wrappers import (
     network_errors,
     scoring_module,
@@ -115,7 +115,7 @@ def read_structure(net: nn.Module, images: Tensor) -> Structure:
         TapError: it is no module, fails on the images, or returns no logits `[B, K]`.
     """
     core, two = unwrapped(net), two_images(images)
-    with undisturbed(core), preserved_randomness(images.device):
+    with eval_mode(core), preserved_randomness(images.device):
         output, calls, leaf = _recorded(core, two)
         path = find_logits(core, output, len(two))
         logits = logits_at(core, output, path, len(two))
