@@ -132,7 +132,7 @@ class Baseline(DecidingDetector):
         """A pass that gives scores if they take more of the network, else logits and features."""
         if runs_network(self.output, structure):
             what = {"output": list(self.output), "threshold": self.threshold_}
-            what["mixes"] = structure.mixes
+            what["mixes"] = structure.batch_dependent
             return Listener(self._listen, what)
         clips = self.output.react_percentile is not None
         return recording(self.net, structure, Panel((), ()), Fitted(), features=clips)

@@ -145,7 +145,7 @@ class Panel:
         with eval_mode(unwrapped(net)):
             listened = [
                 self.listen_whole(net, structure, part, fitted)
-                for part in parts(images, structure.mixes)
+                for part in parts(images, structure.batch_dependent)
             ]
         rows, passes = zip(*listened, strict=True)
         return torch.cat(rows, dim=1), joined(passes)
@@ -189,7 +189,7 @@ class Panel:
         if any(output.needs_gradient for output in self.outputs):
             begun = [
                 self._with_graph(net, structure, part, clipped)
-                for part in parts(images, structure.mixes, True)
+                for part in parts(images, structure.batch_dependent, True)
             ]
             first = joined([done for done, _ in begun])
             moved = {o: torch.cat([images_of[o] for _, images_of in begun]) for o in begun[0][1]}

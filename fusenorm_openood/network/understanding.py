@@ -49,7 +49,7 @@ class Repetition(NamedTuple):
     """What a network does with the same images again; see `Structure`."""
 
     random: bool
-    mixes: bool
+    batch_dependent: bool
     smallest_batch: int
 
 
@@ -83,8 +83,8 @@ def repeated(run: Callable[[Tensor], Listened], images: Tensor) -> tuple[Listene
             if is_out_of_memory(error):
                 raise
             return first, Repetition(is_random, True, 1)
-    mixes = not is_random and not _close(alone[2], first[2])
-    return first, Repetition(is_random, mixes, 1 if mixes else smallest)
+    depends = not is_random and not _close(alone[2], first[2])
+    return first, Repetition(is_random, depends, 1 if depends else smallest)
 
 
 def _generators(device: torch.device) -> list[Any]:
