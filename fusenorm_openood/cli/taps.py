@@ -48,7 +48,7 @@ def run(args: Namespace) -> int:
     if blocks:
         lines.append(f"strong block: {first_of_last_stage(structure, blocks)}")
     lines.append(f"head: {_head(structure)}")
-    if structure.mixes:
+    if structure.batch_dependent:
         lines.append("the images of a batch influence each other: a batch is never split")
     if structure.random:
         lines.append("it gives other logits for the same images in each pass: set random='allow'")

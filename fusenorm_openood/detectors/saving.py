@@ -24,7 +24,7 @@ from fusenorm_openood.network.fingerprint import Fingerprint, identify
 from fusenorm_openood.network.head import weight_of
 from fusenorm_openood.network.layouts import LAYOUTS
 from fusenorm_openood.network.recording import INPUT
-from fusenorm_openood.network.running import undisturbed
+from fusenorm_openood.network.running import eval_mode
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.wrappers import scoring_module, unwrapped
 from fusenorm_openood.storage.configs import typed
@@ -345,7 +345,7 @@ def _check_modules(path: Path, record: Record, calibration: Calibration, core: n
     if structure.scoring != (scoring := scoring_module(core)):
         raise nonsense(path, f"structure.scoring must be {scoring!r}")
     layers = nn.ModuleList(modules[name] for name in structure.head.names)
-    with undisturbed(layers):  # a spectral norm in training changes when read
+    with eval_mode(layers):  # a spectral norm in training changes when read
         weights = list(map(weight_of, layers))
     widths = [weight.shape[1] for weight in weights if weight is not None]
     for number, (expert, state) in enumerate(calibration.fitted.states.items()):

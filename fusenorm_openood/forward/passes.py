@@ -145,7 +145,7 @@ def joined(passes: Sequence[Pass]) -> Pass:
 def parts(images: Tensor, mixes: bool = False, with_graph: bool = False) -> tuple[Tensor, ...]:
     """Split images `[B, C, H, W]` into parts of a size that is fast on their device.
 
-    A batch whose images influence each other stays whole; see `Structure.mixes`.
+    A batch whose images influence each other stays whole; see `Structure.batch_dependent`.
 
     On a CPU, the feature maps of a large part do not fit into the caches, all the less with a graph
     for gradients, and the allocator returns their memory to the operating system at every layer; a

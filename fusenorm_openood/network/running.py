@@ -19,7 +19,7 @@ _eager: list[Any] = []  # the stance of torch.compile during the passes, if it w
 
 
 @contextmanager
-def undisturbed(net: nn.Module) -> Iterator[None]:
+def eval_mode(net: nn.Module) -> Iterator[None]:
     """Put a network in evaluation mode, and restore the mode of every module afterwards.
 
     What is in evaluation mode already is not touched. A module that overrides `train`, for example
