@@ -18,6 +18,7 @@ SMALLEST = float(np.finfo(np.float32).tiny)  # the norm of a dead feature map co
 LEAST = 1e-6  # the smallest distance, so that its logarithm is finite
 FAR = 2.5  # deviations of the log distance above its ID mean from where on an image is far off,
 RARE = 99.9  # unless this percentile of the ID images is farther
+AT_ONCE = 2**22  # products of norms held at once
 STEEP = 16.0  # growth of `JointDistance.far_off` per deviation
 
 
@@ -69,7 +70,11 @@ class JointDistance(nn.Module):
     def terms(self, norms: Tensor) -> Tensor:
         """Terms `[L, N]` of u' C^-1 u: that of layer l is u_l (C^-1 u)_l."""
         u = self.standardised(norms)
-        return u * (self.precision @ u)
+        if torch.compiler.is_compiling():
+            return u * (self.precision @ u)
+        # The last bit of a matrix product depends on the number of images, that of sums does not.
+        parts = torch.split(u, max(1, AT_ONCE // len(u) ** 2), dim=1)
+        return torch.cat([p * (self.precision[:, :, None] * p).sum(1) for p in parts], dim=1)
 
     def log_distance(self, terms: Tensor) -> Tensor:
         """log M `[N]` from its terms, larger = less in-distribution."""
