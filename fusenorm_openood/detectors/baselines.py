@@ -30,9 +30,8 @@ from fusenorm_openood.method.experts import (
     odin_perturb,
 )
 from fusenorm_openood.method.posthoc import POSTHOC
-from fusenorm_openood.network.running import eval_mode
+from fusenorm_openood.network.running import eval_mode, scoring_module, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import scoring_module, unwrapped
 from fusenorm_openood.storage.configs import config_root, lookup, read_config
 
 

@@ -16,9 +16,8 @@ from fusenorm_openood.kernels.devices import following, with_double
 from fusenorm_openood.method.atf import FeatureNorm, atf_each
 from fusenorm_openood.method.experts import Output, odin_direction, odin_step, score_logits
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc, Seen, State
-from fusenorm_openood.network.running import eval_mode
+from fusenorm_openood.network.running import eval_mode, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import unwrapped
 
 REAPPLIED = ("ash", "scale")  # apply the final layer to changed features
 READING = ("fdbd", "nci", "vim", *REAPPLIED)  # read its weights

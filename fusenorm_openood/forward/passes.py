@@ -15,9 +15,8 @@ from fusenorm_openood.kernels.devices import full_precision
 from fusenorm_openood.network.head import HALF, feature_of, head_layers, kept_head
 from fusenorm_openood.network.outputs import logits_at, of_two_classes
 from fusenorm_openood.network.resnet import classification_feature
-from fusenorm_openood.network.running import own_pass
+from fusenorm_openood.network.running import own_pass, scoring_run, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import scoring_run, unwrapped
 
 PIXELS = 2**14  # image pixels that one CPU thread processes at a time
 
