@@ -10,9 +10,9 @@ from fusenorm_openood.cli import options
 from fusenorm_openood.errors import ConfigError, TapError
 from fusenorm_openood.forward.hooks import first_of_last_stage, kind_of
 from fusenorm_openood.network import build_network, load_network
+from fusenorm_openood.network.running import unwrapped
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import understand
-from fusenorm_openood.network.wrappers import unwrapped
 
 _LINES = 40  # of the summary
 

@@ -214,7 +214,7 @@ METHODS: dict[str, Callable[[], Settings]] = {
 SETTINGS = tuple(field.name for field in fields(Settings))
 # Changing any other setting changes the expert scores, and so needs the network again.
 FUSION_SETTINGS = frozenset(
-    "strong weights clip penalty base cap joint_weight percentile_low percentile_high random".split()
+    ["strong", "weights", "clip", "penalty", "base", "cap", "joint_weight", "percentile_low", "percentile_high", "random"]
 )
 
 

@@ -20,15 +20,16 @@ from fusenorm_openood.network.head import HeadLayers, weight_of
 from fusenorm_openood.network.layouts import Prefix, find_layout, find_prefixes, pixels
 from fusenorm_openood.network.outputs import Path, find_logits, last_activation, logits_at, value_at
 from fusenorm_openood.network.recording import INPUT, Call, WithGraph, recorded
-from fusenorm_openood.network.running import eval_mode, own_pass, preserved_randomness
-from fusenorm_openood.network.wrappers import (
+from fusenorm_openood.network.running import (
+    eval_mode,
     network_errors,
+    own_pass,
+    preserved_randomness,
     scoring_module,
     scoring_run,
     unwrapped,
 )
 from fusenorm_openood.storage.configs import typed
-
 
 _IN_JSON = {"batch_dependent": "mixes"}
 

@@ -35,9 +35,16 @@ from fusenorm_openood.network.outputs import (
     of_two_classes,
 )
 from fusenorm_openood.network.recording import recorded
-from fusenorm_openood.network.running import eval_mode, hooked, own_pass, preserved_randomness
+from fusenorm_openood.network.running import (
+    eval_mode,
+    hooked,
+    network_errors,
+    own_pass,
+    preserved_randomness,
+    scoring_run,
+    unwrapped,
+)
 from fusenorm_openood.network.structure import Structure, read_structure, two_images
-from fusenorm_openood.network.wrappers import network_errors, scoring_run, unwrapped
 
 PASSES = 16  # over two images, of a network that draws random numbers: it may draw the same ones
 

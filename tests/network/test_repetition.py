@@ -121,7 +121,11 @@ def test_a_random_network_is_one_error_that_says_so(kind):
 @pytest.mark.parametrize("kind", DETERMINISTIC)
 def test_what_differs_by_rounding_or_not_at_all_is_not_random(kind):
     structure = understand(changed(kind), IMAGES)
-    assert (structure.random, structure.batch_dependent, structure.smallest_batch) == (False, False, 1)
+    assert (structure.random, structure.batch_dependent, structure.smallest_batch) == (
+        False,
+        False,
+        1,
+    )
     Baseline(changed(kind), "msp").score(IMAGES)
 
 
