@@ -70,7 +70,7 @@ def run(args: Namespace) -> int:
         if args.fdr is not None:
             raise ConfigError("--report shows verdicts at an acceptance: leave out --fdr")
     detector = load_detector(args)
-    n = None if detector.reference_ is None else len(detector.reference_)
+    n = None if detector.calibration_scores_ is None else len(detector.calibration_scores_)
     if args.fdr is not None and (n is None or not args.csv):
         lacks = "calibration images: fit with --calibration-dir" if n is None else "a file: --csv"
         raise ConfigError(f"--fdr judges all images together, for which it needs {lacks}")

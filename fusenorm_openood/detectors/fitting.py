@@ -94,8 +94,10 @@ def fit_experts(
 def leave_one_out(scoring: Scoring, batch: BatchScores) -> BatchScores:
     """Images of the fit with their post-hoc scores; see `Score.score_fit`."""
     head, states = scoring.head(), scoring.fitted.states
-    added = {score: score(batch.features, head, states[score], batch.pred) for score in states}
-    return batch._replace(scores={**batch.scores, **added})
+    scores = dict(batch.scores)
+    for score, state in states.items():
+        scores[score] = score(batch.features, head, state, batch.pred)
+    return batch._replace(scores=scores)
 
 
 def enough_for(percentile: float) -> int:

@@ -18,6 +18,7 @@ from fusenorm_openood.detectors.fitting import enough_for, fit_experts, leave_on
 from fusenorm_openood.detectors.repeats import check_apart, data_of, repeated_columns
 from fusenorm_openood.detectors.statistics import DetectorStatistics, Explanation, explanation
 from fusenorm_openood.errors import ConfigError, DataError, NotFittedError
+from fusenorm_openood.export.judge import Dtype
 from fusenorm_openood.export.program import Exported, export_detector
 from fusenorm_openood.forward.batches import checked_images
 from fusenorm_openood.forward.experts import Expert, Experts, Fitted, Scoring

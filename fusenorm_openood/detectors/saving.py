@@ -30,8 +30,9 @@ from fusenorm_openood.method.statistics import compute_id_statistics
 from fusenorm_openood.network.fingerprint import Fingerprint, fixed_images, identify
 from fusenorm_openood.network.head import weight_of
 from fusenorm_openood.network.layouts import LAYOUTS
+from fusenorm_openood.network.recording import INPUT
 from fusenorm_openood.network.running import eval_mode, scoring_module, unwrapped
-from fusenorm_openood.network.structure import INPUT, Structure
+from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.storage.configs import typed
 from fusenorm_openood.storage.detector_file import Contents, read_contents, write_contents
 from fusenorm_openood.version import __version__
@@ -324,7 +325,9 @@ def _check_network(path: Path, known: Fingerprint, given: Fingerprint, strict: b
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
-def _check_modules(path: Path, record: Record, calibration: DetectorStatistics, core: nn.Module) -> None:
+def _check_modules(
+    path: Path, record: Record, statistics: DetectorStatistics, core: nn.Module
+) -> None:
     """Require that what the file says of modules is true of the network."""
     structure, modules = record.structure, dict(core.named_modules())
     if structure is None:

@@ -123,7 +123,7 @@ def candidates(base: Settings, sweep: Mapping[str, Sequence[Any]]) -> list[Candi
 
 
 def swept(base: Settings, sweep: Mapping[str, Sequence[Any]]) -> list[Settings]:
-    """The settings of all valid combinations; ConfigError as in `candidates`, or if there are none."""
+    """The settings of all valid combinations; ConfigError for an empty sweep."""
     if not sweep:
         raise ConfigError(
             "postprocessor_sweep is empty, so there is nothing to search: "

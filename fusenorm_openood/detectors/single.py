@@ -69,7 +69,7 @@ class SingleScore(Detector):
             readings = self._begin(loader)
             scoring = self.scoring()
             self._fitted, _ = fit_experts(self, scoring, readings, progress, by_label=True)
-        elif self._score.react_percentile is not None:
+        elif self._score.clip_percentile is not None:
             readings = self._begin(loader)
             scoring = self.scoring()
             warn_if_few(scoring, readings)
@@ -87,7 +87,7 @@ class SingleScore(Detector):
 
     def _check_fitted(self) -> None:
         unfitted = self._score.needs_fit and self._score not in self._fitted.states
-        if unfitted or (self._score.react_percentile is not None and self.threshold_ is None):
+        if unfitted or (self._score.clip_percentile is not None and self.threshold_ is None):
             raise NotFittedError(f"this {self._score.name} is not fitted: call fit(loader) first")
 
     def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:

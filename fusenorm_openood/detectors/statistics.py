@@ -66,6 +66,13 @@ class DetectorStatistics:
         mean: NDArray[np.float64] = self.contributions(self.id_scores).mean(axis=1, keepdims=True)
         return mean
 
+    def joint_penalty(self, scores: NDArray[Any]) -> NDArray[np.float64]:
+        """The joint penalties `[N]` of images with these scores, with the joint penalty."""
+        distance = self.fusion.joint_distance
+        terms = distance.terms(_float64(scores[: len(self.layers)]))
+        penalties: NDArray[np.float64] = distance.penalty(terms).numpy()
+        return penalties
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 

@@ -12,22 +12,19 @@ from torch import Tensor, nn
 
 from fusenorm_openood.data.benchmarks import Benchmark
 from fusenorm_openood.detectors.bank import ScoreBank
-from fusenorm_openood.detectors.baselines import BASELINES, default_args, output_of
 from fusenorm_openood.detectors.pseudo import pseudo_ood
-from fusenorm_openood.detectors.search import Found, choose
-from fusenorm_openood.detectors.sweep import swept
+from fusenorm_openood.detectors.search import Found, choose, swept
 from fusenorm_openood.evaluation.bootstrap import Confidences, difference_interval
 from fusenorm_openood.evaluation.evaluation import mean_ranks, with_means
 from fusenorm_openood.evaluation.records import Loader, plain_loader
-from fusenorm_openood.method.experts import Output
-from fusenorm_openood.method.joint import joint_penalty
 from fusenorm_openood.method.metrics import ood_metrics
-from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc, Seen
+from fusenorm_openood.method.scores import LOGIT_SCORES, SCORES, make_score
+from fusenorm_openood.method.scores.base import Features, Head, Score
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network.running import scoring_module
 from fusenorm_openood.network.structure import Structure
 
-Scorer = Callable[[Seen], NDArray[Any]]
+Scorer = Callable[[Features], NDArray[Any]]
 
 
 def peers_installed() -> bool:
@@ -35,12 +32,12 @@ def peers_installed() -> bool:
     return find_spec("pytorch_ood") is not None
 
 
-def fitted_peers(head: Head, seen: Seen) -> dict[str, Scorer]:
+def fitted_peers(head: Head, batch: Features) -> dict[str, Scorer]:
     """DICE, VRA, NNGuide and GradNorm, fitted on ID images: functions to scores `[B]` by title.
 
     Args:
         head: the final linear layer.
-        seen: features and logits of ID images.
+        batch: features and logits of ID images.
 
     Returns:
         Scorers with larger = more in-distribution, with pytorch-ood's default arguments; DICE keeps
@@ -48,15 +45,15 @@ def fitted_peers(head: Head, seen: Seen) -> dict[str, Scorer]:
     """
     from pytorch_ood import detector  # heavy, and optional
 
-    labels = seen.logits.argmax(dim=1)
+    labels = batch.logits.argmax(dim=1)
     linear = nn.Linear(head.weight.shape[1], len(head.weight))
     linear.load_state_dict({"weight": head.weight, "bias": head.bias})
     dice = detector.DICE(None, w=head.weight, b=head.bias, p=0.9)
     vra = detector.VRA(None, linear)
     guide = detector.NNGuide(None, linear, k=min(10, len(labels)))
-    dice.fit_features(seen.feature, labels)
-    vra.fit_feature_maps(seen.feature, labels)
-    guide.fit_features(seen.feature, labels)
+    dice.fit_features(batch.feature, labels)
+    vra.fit_feature_maps(batch.feature, labels)
+    guide.fit_features(batch.feature, labels)
     by_title = {
         "DICE": dice.predict_features,
         "VRA": vra.predict_feature_maps,
@@ -67,8 +64,8 @@ def fitted_peers(head: Head, seen: Seen) -> dict[str, Scorer]:
 
 
 def _in_parts(predict: Callable[[Tensor], Tensor], size: int = 200) -> Scorer:
-    def score(seen: Seen) -> NDArray[Any]:
-        scores = [-predict(part).detach() for part in torch.split(seen.feature, size)]
+    def score(batch: Features) -> NDArray[Any]:
+        scores = [-predict(part).detach() for part in torch.split(batch.feature, size)]
         joined: NDArray[Any] = torch.cat(scores).double().numpy()
         return joined
 
@@ -136,17 +133,17 @@ def compare(
         loader: see `evaluate`.
     """
     load = loader or plain_loader(batch_size, num_workers)
-    outputs, experts = single_experts(net, benchmark)
+    singles = single_scores(net, benchmark)
     fused = {**FUSENORM, STRONG: Settings(cap=0.0)}
     id_val, ood_val = load(benchmark.id["val"]), load(benchmark.val_ood)
     tried = swept(Settings(), sweep) if sweep else []
     with_peers = peers_installed()
-    bank = ScoreBank(net, [*fused.values(), *tried], outputs.values(), experts.values(), with_peers)
+    bank = ScoreBank(net, [*fused.values(), *tried], singles.values(), with_peers)
     bank.fit(id_val, progress)
     peers = {}
     if with_peers:
         head = Head(*(t.cpu().float() for t in bank.head()))
-        peers = fitted_peers(head, bank.seen(id_val))
+        peers = fitted_peers(head, bank.features(id_val))
     found = {}
     if sweep:
         on: dict[str, Sequence[Iterable[Any]]]
@@ -156,18 +153,16 @@ def compare(
                 bank.add(images, progress)
             found[f"FuseNorm (searched, {name})"] = choose(bank, Settings(), sweep, loaders)
         fused |= {name: result.settings for name, result in found.items()}
-        bank = bank.narrowed(fused.values(), outputs.values(), experts.values())
-    joint = bank.calibration(fused["FuseNorm (joint)"]).joint
-    assert joint is not None  # its settings have the joint penalty
+        bank = bank.narrowed(fused.values(), singles.values())
+    statistics = bank.statistics(fused["FuseNorm (joint)"])
 
     def score(images: Iterable[Any]) -> dict[str, NDArray[Any]]:
         bank.add(images, progress)
-        conf = {name: bank.output(output, images) for name, output in outputs.items()}
-        conf |= {name: bank.posthoc(expert, images) for name, expert in experts.items()}
-        conf |= {name: peer(bank.seen(images)) for name, peer in peers.items()}
+        conf = {name: bank.single(single, images) for name, single in singles.items()}
+        conf |= {name: peer(bank.features(images)) for name, peer in peers.items()}
         scored = {name: bank.scored(settings, images) for name, settings in fused.items()}
-        norms = scored["FuseNorm (joint)"].experts[: len(joint.mean)]
-        parts = {STRONG: scored.pop(STRONG).conf, BLOCKS: -joint_penalty(norms, joint)}
+        joint = scored["FuseNorm (joint)"].experts
+        parts = {STRONG: scored.pop(STRONG).conf, BLOCKS: -statistics.joint_penalty(joint)}
         bank.forget(images)
         return {**conf, **parts, **{name: s.conf for name, s in scored.items()}}
 
@@ -181,26 +176,26 @@ def compare(
         group: {name: score(next(tested)) for name in image_sets}
         for group, image_sets in zip(GROUPS, groups, strict=True)
     }
-    figures = tables(known, unknown, [*outputs, *experts, *peers])
+    figures = tables(known, unknown, [*singles, *peers])
     structure = bank.known_structure
     assert structure is not None  # the bank is fitted
     return Comparison(*figures, found, known, unknown, structure)
 
 
-def single_experts(
-    net: nn.Module, benchmark: Benchmark
-) -> tuple[dict[str, Output], dict[str, Posthoc]]:
-    """The single experts to compare with, by title, with OpenOOD's arguments."""
-    names = [name for name in BASELINES if name != "t2fnorm"]
-    outputs = {
-        BASELINES[name].title: output_of(name, default_args(name), benchmark.norm[1])
-        for name in names
-    }
+def single_scores(net: nn.Module, benchmark: Benchmark) -> dict[str, Score]:
+    """The single scores to compare with, by title, with OpenOOD's arguments."""
+    singles = {}
+    for name, cls in SCORES.items():
+        fixed: dict[str, Any] = {"input_std": benchmark.norm[1]} if name == "odin" else {}
+        # MSP as in OpenOOD, with its ties; other scores of logits in float64.
+        if name in LOGIT_SCORES:
+            fixed["fused"] = name != "msp"
+        if not cls.needs_t2fnorm:
+            singles[cls.title] = make_score(name, **fixed)
     if scoring_module(net) is not None:  # T2FNorm's postprocessor is MSP of the scoring logits
-        outputs = {"MSP (T2FNorm)" if n == "MSP" else n: output for n, output in outputs.items()}
-    posthoc = {kind.title: Posthoc.of(name) for name, kind in POSTHOC.items()}
+        singles = {"MSP (T2FNorm)" if n == "MSP" else n: score for n, score in singles.items()}
     # K is OpenOOD's for 50,000 training images; a few ID validation images have fewer neighbours.
-    return outputs, {**posthoc, "KNN (K = 5)": Posthoc.of("knn", {"K": Settings().neighbours})}
+    return {**singles, "KNN (K = 5)": make_score("knn", {"K": Settings().neighbours})}
 
 
 def tables(

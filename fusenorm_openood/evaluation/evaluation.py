@@ -131,7 +131,7 @@ def evaluate(
     fused = {n: f"{100 * rows[n][1]:.2f} / {100 * rows[n][0]:.2f}" for n in rows}
     single = {
         expert: {n: "{:.2f} / {:.2f}".format(*100 * compared[n][i]) for n in compared}
-        for i, expert in enumerate(detector.rows)
+        for i, expert in enumerate(detector.row_names)
     }
     compare = pd.DataFrame({"fused": fused, **single}).T
     sets = {"id": {benchmark.name: test}, "csid": csid, **groups}

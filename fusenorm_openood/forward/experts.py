@@ -16,9 +16,8 @@ from fusenorm_openood.kernels.devices import with_double
 from fusenorm_openood.method.atf import FeatureNorm, atf_each
 from fusenorm_openood.method.scores.base import NO_HEAD, Features, Head, Score, State
 from fusenorm_openood.method.scores.odin import odin_direction, odin_step
-from fusenorm_openood.network.running import eval_mode
+from fusenorm_openood.network.running import eval_mode, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import unwrapped
 
 Expert = tuple[str, FeatureNorm] | Score  # a feature norm of a layer, or another score
 
@@ -43,7 +42,7 @@ class Experts:
     @property
     def percentiles(self) -> list[float]:
         """Percentiles at which ReAct clips for at least one score."""
-        given = (score.react_percentile for score in self.scores)
+        given = (score.clip_percentile for score in self.scores)
         return list(dict.fromkeys(q for q in given if q is not None))
 
     def __or__(self, other: "Experts") -> "Experts":
@@ -137,11 +136,12 @@ class Scoring:
     def run(self, images: Tensor) -> BatchScores:
         """As `__call__`, but only the scores that need the network."""
         with eval_mode(unwrapped(self.net)):
-            batches = [self.run_part(p) for p in parts(images, self.structure.batch_dependent)]
+            split = parts(images, self.structure.batch_dependent)
+            batches = [self.run_part(part)[0] for part in split]
         return batches[0] if len(batches) == 1 else _joined(batches)
 
-    def run_part(self, images: Tensor) -> BatchScores:
-        """As `run`, for a network in eval mode, without splitting the images."""
+    def run_part(self, images: Tensor) -> tuple[BatchScores, ForwardPass]:
+        """As `run`, for a network in eval mode, without splitting the images; with the pass."""
         self.check()
         net, structure, by_network = self.net, self.structure, self.scores_by_network
         moved = dict[Score, Tensor]()
@@ -152,7 +152,13 @@ class Scoring:
                 first = forward_pass(net, images, structure, self.experts.layers, self._norms)
         scores = dict[Expert, Tensor]()
         if self.experts.layers:
-            scores = dict(zip(self.experts.feature_norms, first.norms.transpose(0, 1).flatten(0, 1), strict=True))
+            scores = dict(
+                zip(
+                    self.experts.feature_norms,
+                    first.norms.transpose(0, 1).flatten(0, 1),
+                    strict=True,
+                )
+            )
         with torch.no_grad():
             for score in by_network:
                 given = moved.get(score, images)
@@ -163,7 +169,7 @@ class Scoring:
         if feature is None or not (self.features or self.needs_feature):
             feature = first.logits[:, :0]
         features = Features(feature.detach(), first.logits.detach())
-        return BatchScores(scores, first.pred, features)
+        return BatchScores(scores, first.pred, features), first
 
     def complete(self, batch: BatchScores) -> BatchScores:
         """All scores of a batch, from those that need the network and from its features."""
@@ -174,8 +180,8 @@ class Scoring:
         scores, head = dict(batch.scores), self.head()
         for score in missing:
             features = batch.features
-            if score.react_percentile is not None:
-                clipped = feature.clamp(max=self.fitted.thresholds[score.react_percentile])
+            if score.clip_percentile is not None:
+                clipped = feature.clamp(max=self.fitted.thresholds[score.clip_percentile])
                 features = Features(feature, head_logits(self.net, self.structure, clipped))
             elif not score.needs_feature:
                 features = Features(logits, logits)
@@ -202,7 +208,7 @@ class Scoring:
             score
             for score in self.experts.scores
             if score.needs_gradient
-            or (score.react_percentile is not None and not self.structure.head.is_linear)
+            or (score.clip_percentile is not None and not self.structure.head.is_linear)
         ]
 
     @property
@@ -210,7 +216,7 @@ class Scoring:
         """Whether a score is computed from features that a pass has given."""
         by_network = self.scores_by_network
         return any(
-            score.needs_feature or score.react_percentile is not None
+            score.needs_feature or score.clip_percentile is not None
             for score in self.experts.scores
             if score not in by_network
         )
@@ -225,7 +231,7 @@ class Scoring:
         """All that `run` depends on besides the network and the images, in terms of JSON."""
         head, by_network = self.structure.head, self.scores_by_network
         thresholds = self.fitted.thresholds
-        clips = (score.react_percentile for score in by_network)
+        clips = (score.clip_percentile for score in by_network)
         return {
             "norms": [[layer, list(norm)] for layer, norm in self.experts.feature_norms],
             "scores": [score.to_json() for score in by_network],
@@ -240,9 +246,9 @@ class Scoring:
 
     def _logits(self, images: Tensor, done: ForwardPass, score: Score) -> Tensor:
         """Logits `[B, K]` of a pass, after ReAct if the score asks for it."""
-        if score.react_percentile is None:
+        if score.clip_percentile is None:
             return done.logits
-        threshold = self.fitted.thresholds[score.react_percentile]
+        threshold = self.fitted.thresholds[score.clip_percentile]
         if not self.structure.head.is_linear:
             return forward_pass(self.net, images, self.structure, threshold=threshold).logits
         assert done.feature is not None  # as `check` has made sure
@@ -285,7 +291,7 @@ class Scoring:
         alike: dict[tuple[float, float | None], list[Any]] = {}
         for score in (s for s in self.experts.scores if s.needs_gradient):
             odin: Any = score
-            alike.setdefault((odin.temperature, odin.react_percentile), []).append(odin)
+            alike.setdefault((odin.temperature, odin.clip_percentile), []).append(odin)
         moved = dict[Score, Tensor]()
         for number, scores in enumerate(alike.values(), start=1):
             logits, temperature = self._logits(leaf, first, scores[0]), scores[0].temperature

@@ -17,9 +17,8 @@ from fusenorm_openood.network.head import HALF, feature_of, head_layers, kept_he
 from fusenorm_openood.network.named import LazyNetwork
 from fusenorm_openood.network.outputs import logits_at, of_two_classes
 from fusenorm_openood.network.resnet import classification_feature
-from fusenorm_openood.network.running import eval_mode, own_pass
+from fusenorm_openood.network.running import eval_mode, own_pass, scoring_run, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import scoring_run, unwrapped
 
 PIXELS = 2**14  # image pixels that one CPU thread processes at a time
 
@@ -114,7 +113,9 @@ def forward_pass(
     if structure.scoring is not None:
         with torch.no_grad():
             classified = _classified(core, structure, inputs, images)
-    norms = torch.stack([norms_of[n] for n in taps]) if taps else logits.new_empty(0, images.shape[0])
+    norms = (
+        torch.stack([norms_of[n] for n in taps]) if taps else logits.new_empty(0, images.shape[0])
+    )
     flat = [inputs[name].flatten(1) for name in structure.head.names]
     flat = [feature] if structure.head.feature and feature is not None else flat
     activations = None if not flat else flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)

@@ -34,7 +34,7 @@ def react_thresholds(
     experts = Experts()
     # A recorded pass serves the other experts, too, unless these wait for the thresholds.
     if isinstance(loader, Recorder) and all(
-        score.react_percentile is None for score in scoring.scores_by_network
+        score.clip_percentile is None for score in scoring.scores_by_network
     ):
         experts = replace(scoring.experts, scores=tuple(scoring.scores_by_network))
     is_linear = scoring.structure.head.is_linear

@@ -26,7 +26,10 @@ class FeatureNorm(NamedTuple):
 
 def _checked(k_min: float, k_max: float, alpha: float, eps: float) -> FeatureNorm:
     setting = FeatureNorm(
-        FRACTION("k_min", k_min), FRACTION("k_max", k_max), UNIT("alpha", alpha), POSITIVE("eps", eps)
+        FRACTION("k_min", k_min),
+        FRACTION("k_max", k_max),
+        UNIT("alpha", alpha),
+        POSITIVE("eps", eps),
     )
     check_order("k_min", setting.k_min, "k_max", setting.k_max)
     return setting
@@ -114,8 +117,8 @@ def atf_map(
 def adaptive_k(h: Tensor, k_min: float, k_max: float, pixels: int) -> Tensor:
     """How many pixels of a map are averaged at mean entropy h; h may have any shape.
 
-    The published implementation's arithmetic, in the precision of h: in float32, k_min = k_max = 0.29 of 100
-    pixels are 29, in float64 they are 28.
+    The published implementation's arithmetic, in the precision of h: in float32,
+    k_min = k_max = 0.29 of 100 pixels are 29, in float64 they are 28.
     """
     k_ratio = k_min + (k_max - k_min) * h
     return (k_ratio * pixels).long().clamp(1, pixels)

@@ -133,10 +133,10 @@ class Fusion(nn.Module):
         z = self.normalised(scores)
         if s.penalty == "joint":
             given = self.weights * z
-            terms = self._joint.terms(scores[: self.layers])
+            terms = self.joint_distance.terms(scores[: self.layers])
             total = terms.sum(0)
             parts = torch.where(total > 0, terms / total, 1 / self.layers)
-            return _added(given, -s.joint_weight * self._joint.penalty(terms) * parts)
+            return _added(given, -s.joint_weight * self.joint_distance.penalty(terms) * parts)
         given = self.weights * (z.clamp(max=1) if s.clip else z)
         if self.has_weak:
             deviations = torch.where(self.is_weak, deviation(z), 0)
@@ -156,12 +156,13 @@ class Fusion(nn.Module):
             return (scores - self.lower) / (self.upper - self.lower)
         bounded = torch.minimum(scores, self.upper) if self.settings.clip else scores
         z = (bounded - self.mean) / self.std
-        u = self._joint.standardised(scores[: self.layers])
+        u = self.joint_distance.standardised(scores[: self.layers])
         weak = self.is_weak[: self.layers]
         return torch.cat([torch.where(weak, u, z[: self.layers]), z[self.layers :]])
 
     @property
-    def _joint(self) -> JointDistance:
+    def joint_distance(self) -> JointDistance:
+        """The joint distance, with the joint penalty."""
         assert self.joint is not None  # which the joint penalty implies
         return self.joint
 

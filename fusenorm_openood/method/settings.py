@@ -157,9 +157,7 @@ class Settings:
                 object.__setattr__(self, f.name, None)
         check_fields(self)
         check_order("k_min", self.k_min, "k_max", self.k_max)
-        check_order("percentile_low", self.percentile_low, "percentile_high", self.percentile_high)
-        if self.percentile_low == self.percentile_high:
-            raise ConfigError(f"percentile_low must be < percentile_high, got {self.percentile_low}")
+        check_percentiles(self.percentile_low, self.percentile_high)
         if self.weights is not None:
             scaled_weights(self.weights, 2 if isinstance(self.strong, str) else len(self.strong))
 
@@ -214,7 +212,8 @@ METHODS: dict[str, Callable[[], Settings]] = {
 SETTINGS = tuple(field.name for field in fields(Settings))
 # Changing any other setting changes the expert scores, and so needs the network again.
 FUSION_SETTINGS = frozenset(
-    ["strong", "weights", "clip", "penalty", "base", "cap", "joint_weight", "percentile_low", "percentile_high", "random"]
+    {"strong", "weights", "clip", "penalty", "base", "cap", "joint_weight", "random"}
+    | {"percentile_low", "percentile_high"}
 )
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
-from fusenorm_openood.method.validation import WITHIN_100
+from fusenorm_openood.errors import DataError, NonFiniteError, ZeroRangeError
+from fusenorm_openood.method.validation import check_percentiles
 
 # Networks compute in float32: a range this small relative to the scores is rounding error.
 ROUNDING = 8 * float(np.finfo(np.float32).eps)
@@ -48,11 +48,7 @@ def compute_id_statistics(
 
     Source: `compute_id_statistics` in the FuseNorm repository.
     """
-    WITHIN_100("percentile_low", percentile_low), WITHIN_100("percentile_high", percentile_high)
-    if percentile_low >= percentile_high:
-        raise ConfigError(
-            f"percentile_low must be < percentile_high, got {percentile_low} and {percentile_high}"
-        )
+    check_percentiles(percentile_low, percentile_high)
     s = np.asarray(scores, dtype=np.float64)
     if s.ndim != 2 or s.shape[1] == 0:
         raise DataError(

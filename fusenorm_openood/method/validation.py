@@ -92,3 +92,11 @@ def check_order(low_name: str, low: float, high_name: str, high: float) -> None:
     """Raise ConfigError unless low <= high."""
     if low > high:
         raise ConfigError(f"{low_name} must be <= {high_name}, got {low} > {high}")
+
+
+def check_percentiles(low: float, high: float) -> None:
+    """Raise ConfigError unless 0 <= low < high <= 100."""
+    WITHIN_100("percentile_low", low)
+    WITHIN_100("percentile_high", high)
+    if low >= high:
+        raise ConfigError(f"percentile_low must be < percentile_high, got {low} and {high}")

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusenorm_openood.detectors.atomic import atomic
-from fusenorm_openood.detectors.bank import ScoreBank, bank_for
+from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.configuration import read_fusenorm
-from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
-from fusenorm_openood.detectors.search import UNUSABLE, choose, search
+from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.search import UNUSABLE, choose, search, swept
+from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
 from fusenorm_openood.network.fingerprint import is_network
@@ -39,7 +40,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         self.settings, self.args_dict, self.APS_mode = read_fusenorm(config)
         self.hyperparam_search_done = False
         self.setup_flag = False
-        self.calibration: Calibration | None = None
+        self.statistics: DetectorStatistics | None = None
         self._unusable: FuseNormError | None = None
         self._fitted_on: tuple[nn.Module, Iterable[Any]] | None = None
         self._bank: ScoreBank | None = None
@@ -74,7 +75,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
                 f"{', '.join(id_loader_dict) or 'no loader'}"
             )
         if self.setup_flag and not self._is_of(net):
-            self.setup_flag, self.calibration, self._bank, self._last = False, None, None, None
+            self.setup_flag, self.statistics, self._bank, self._last = False, None, None, None
         if not self.setup_flag or self._fitted_on is None or self._fitted_on[0] is not net:
             self._structure = None
         self._fitted_on = net, id_loader_dict["val"]
@@ -82,7 +83,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             return
         if self.APS_mode == "pseudo":
             found = search(net, self.settings, self.args_dict, id_loader_dict["val"])
-            self.settings, self.calibration = found.settings, found.calibration
+            self.settings, self.statistics = found.settings, found.statistics
             self.APS_mode, self.hyperparam_search_done, self.setup_flag = False, True, True
         elif self.APS_mode and not self.hyperparam_search_done:
             if not ood_loader_dict or "val" not in ood_loader_dict:
@@ -90,7 +91,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
                     "ood_loader_dict must contain 'val' for a search (APS_mode: True), got "
                     f"{', '.join(ood_loader_dict or ()) or 'no loader'}"
                 )
-            self._bank = bank_for(net, self.settings, self.args_dict)
+            self._bank = ScoreBank(net, swept(self.settings, self.args_dict))
             self._bank.fit(id_loader_dict["val"]).add(ood_loader_dict["val"])
             self._structure = self._bank.known_structure
             # Raise a clear error if no combination is usable: OpenOOD's loop raises a TypeError.
@@ -101,7 +102,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
 
     def _is_of(self, net: nn.Module) -> bool:
         """Whether the ID statistics, or the scores for a search, are those of a network."""
-        fitted: ScoreBank | Calibration | None = self._bank or self.calibration
+        fitted: ScoreBank | DetectorStatistics | None = self._bank or self.statistics
         network = None if fitted is None else fitted.network
         return network is None or is_network(net, network)
 
@@ -116,7 +117,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         bank = self._bank
         if bank is None or bank.net is not net or not bank.holds(data_loader):
             scored = self._detector(net).infer(data_loader, progress)
-        elif self._unusable is None and bank.knows(self.settings):
+        elif self._unusable is None and bank.has(self.settings):
             scored = bank.scored(self.settings, data_loader)
         elif self._unusable is None:
             scored = self._detector(net).infer(data_loader, progress)
@@ -146,11 +147,11 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             self.settings = before.replace(**values)
             self._refit(before)
             return
-        self.calibration = None
+        self.statistics = None
         try:
             self.settings = before.replace(**values)
-            if self._bank.knows(self.settings):
-                self.calibration = self._bank.calibration(self.settings)
+            if self._bank.has(self.settings):
+                self.statistics = self._bank.statistics(self.settings)
         except UNUSABLE as error:
             self._unusable = error
 
@@ -160,59 +161,59 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
 
     def _refit(self, before: Settings) -> None:
         changed = {n for n, v in vars(self.settings).items() if v != getattr(before, n)}
-        if self.calibration is None or not changed:
+        if self.statistics is None or not changed:
             return
         self._recalibrate = changed <= FUSION_SETTINGS
         if self._fitted_on is not None and self._recalibrate:
             self._detector(self._fitted_on[0])
         elif not self._recalibrate:
-            self.setup_flag, self.calibration = False, None
+            self.setup_flag, self.statistics = False, None
             self._fit()
 
     def _fit(self) -> None:
         if self._fitted_on is not None:
             net, id_loader = self._fitted_on
-            if self._bank is not None and self._bank.knows(self.settings):
-                self.calibration = self._bank.calibration(self.settings)
+            if self._bank is not None and self._bank.has(self.settings):
+                self.statistics = self._bank.statistics(self.settings)
             else:
                 detector = FuseNorm(net, self.settings, self._structure).fit(id_loader)
-                self.calibration = detector.calibration_
+                self.statistics = detector.id_statistics_
                 self._structure = detector.known_structure
             self.setup_flag = True
 
     def _detector(self, net: nn.Module) -> FuseNorm:
         if self._unusable is not None:
             raise self._unusable
-        if self.calibration is None and self._bank is not None:
+        if self.statistics is None and self._bank is not None:
             self._fit()  # images are scored before the search
         known = self._last
         if (
             known
             and known.net is net
             and known.settings == self.settings
-            and (known.calibration_ is self.calibration and known.is_fitted)
+            and (known.id_statistics_ is self.statistics and known.is_fitted)
         ):
             return known
         same = self._fitted_on is not None and self._fitted_on[0] is net
         detector = FuseNorm(net, self.settings, self._structure if same else None)
-        if self._recalibrate and self.calibration is not None:
+        if self._recalibrate and self.statistics is not None:
             self._recalibrate = False
-            c = self.calibration
-            detector._name_as(c)
+            c = self.statistics
+            detector.name_as(c)
             if c.experts == detector.experts:
-                self.calibration = detector.learn(c.id_scores, c.fitted, c.network)
+                self.statistics = detector.learn(c.id_scores, c.fitted, c.network)
             else:  # other strong experts
-                self.setup_flag, self.calibration = False, None
+                self.setup_flag, self.statistics = False, None
                 self._fit()
-        if self.calibration is None:
+        if self.statistics is None:
             raise NotFittedError("FuseNorm has no ID statistics: call setup(net, loaders) first")
-        use = detector.adopt if same else detector.with_calibration
-        self._last = use(self.calibration)
+        use = detector.adopt if same else detector.with_statistics
+        self._last = use(self.statistics)
         return self._last
 
     def __getstate__(self) -> dict[str, Any]:
         ready = (
-            self.setup_flag and self.calibration is not None
+            self.setup_flag and self.statistics is not None
         )  # else the bank, not pickled, has it
         gone = {"_fitted_on": None, "_bank": None, "_last": None, "_structure": None}
         return {**vars(self), **gone, "setup_flag": ready}

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusenorm_openood.deployment.files import Judged
-from fusenorm_openood.detectors.calibration import Calibration
 from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.method.conformal import check_enough, conformal_p_values, rejects
 from fusenorm_openood.report.charts import Series, histogram
@@ -150,7 +150,7 @@ def report_of_files(
         CalibrationError: too few calibration images for the acceptance.
         DataError: rows of another detector, or one that does not know its preprocessing.
     """
-    reference, preprocessing = detector.reference_, detector.known_preprocessing()
+    reference, preprocessing = detector.calibration_scores_, detector.known_preprocessing()
     if reference is not None:
         check_enough(len(reference), acceptance)
     cut = threshold(reference, acceptance)
@@ -171,7 +171,7 @@ def report_of_files(
             sections.append(acceptance_section(len(reference), None, [p], acceptance, said))
         sections += objections_section(detector.experts, {"scored": seen.objected})
         sections.append(_images(shown, cut))
-        sections += _experts(detector.calibration_, shown)
+        sections += _experts(detector.id_statistics_, shown)
     highlights = [("images", f"{len(conf) + seen.unreadable:,}")]
     if cut is not None:
         highlights.append(("accepted", f"{len(conf) - seen.rejected:,}"))
@@ -200,9 +200,9 @@ def _counts(seen: Selection, cut: float | None) -> Section:
 
 def _confidences(detector: FuseNorm, conf: NDArray[np.float64], cut: float | None) -> Section:
     known = Series("ID", np.zeros(0))
-    if detector.reference_ is not None:
-        known = Series("ID (calibration)", detector.reference_)
-    elif (calibration := detector.calibration_) is not None:
+    if detector.calibration_scores_ is not None:
+        known = Series("ID (calibration)", detector.calibration_scores_)
+    elif (calibration := detector.id_statistics_) is not None:
         known = Series("ID (fit)", detector.confidence(calibration.id_scores))
     text = f"Larger = more in-distribution. {ENDS}"
     if cut is not None:
@@ -220,7 +220,7 @@ def _images(shown: Gallery, cut: float | None) -> Section:
     return Section("Images", (text,), galleries=shown.cards)
 
 
-def _experts(calibration: Calibration | None, shown: Gallery) -> list[Section]:
+def _experts(calibration: DetectorStatistics | None, shown: Gallery) -> list[Section]:
     """Every expert's scores on ID images, with the images of the gallery as marks."""
     if calibration is None or not shown.explained:
         return []

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fusenorm_openood.data.preprocessing import Normalization
 from fusenorm_openood.detectors.base import Detector
-from fusenorm_openood.detectors.explanation import Explanation
 from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.statistics import Explanation
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.report.page import Card, Cards, Facts, Picture
 
@@ -145,7 +145,7 @@ def _card(
         return Card(image.name, tuple(pictures), facts)
     tap = objected
     if objected not in why.maps:
-        tap = why.experts[max(rows, key=lambda row: float(why.objections[row, number]))]
+        tap = why.experts[max(rows, key=lambda row: float(why.below_mean[row, number]))]
     heat = why.maps[tap][number]
     pictures.append(
         Picture(

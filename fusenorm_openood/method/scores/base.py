@@ -64,11 +64,19 @@ class Score:
     needs_head: ClassVar[str] = ""
     needs_t2fnorm: ClassVar[bool] = False
     state: ClassVar[Mapping[str, str]] = {}
-    react_percentile = None  # no field here: see `LogitScore`
-    needs_gradient = False
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def clip_percentile(self) -> float | None:
+        """Percentile of ID activations at which ReAct clips the feature; None = no ReAct."""
+        return None
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether it needs the gradient of the logits with respect to the images."""
+        return False
 
     @classmethod
     def arguments(cls) -> dict[str, Any]:
@@ -150,6 +158,10 @@ class LogitScore(Score):
     @classmethod
     def arguments(cls) -> dict[str, Any]:
         return {}
+
+    @property
+    def clip_percentile(self) -> float | None:
+        return self.react_percentile
 
     @property
     def label(self) -> str:

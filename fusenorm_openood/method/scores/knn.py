@@ -1,6 +1,7 @@
 """KNN: Sun et al., "Out-of-distribution detection with deep nearest neighbors", ICML 2022."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class KNN(Score):
     name = "knn"
     title = "KNN"
     needs_fit = True
-    state = {"features": "N D"}
+    state: ClassVar = {"features": "N D"}
 
     K: int = checked(50, COUNT)
 

@@ -1,9 +1,10 @@
-"""MDS++: Mueller and Hein, "Mahalanobis++: improving OOD detection via feature normalization", 2025.
+"""MDS++: Mueller and Hein, "Mahalanobis++", ICML 2025.
 
 The Mahalanobis distance is that of Lee et al., NeurIPS 2018.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +45,13 @@ class MDS(Score):
     name = "mds"
     title = "MDS++"
     needs_fit = True
-    state = {"centre": "D", "whitening": "D D", "means": "M D", "counts": "M", "classes": "M"}
+    state: ClassVar = {
+        "centre": "D",
+        "whitening": "D D",
+        "means": "M D",
+        "counts": "M",
+        "classes": "M",
+    }
 
     def sums(self, batch: Features, labels: Tensor) -> State:
         feature = F.normalize(fit_features(batch), dim=1)

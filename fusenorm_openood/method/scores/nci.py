@@ -1,6 +1,7 @@
 """NCI: Liu and Qin, "Detecting OOD through the lens of neural collapse", CVPR 2025."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -30,7 +31,7 @@ class NCI(Score):
     title = "NCI"
     needs_fit = True
     needs_head = "affine"
-    state = {"mean": "D"}
+    state: ClassVar = {"mean": "D"}
 
     alpha: float = checked(0.0001, NOT_NEGATIVE)
 

@@ -36,7 +36,7 @@ class ODIN(MSP):
     input_std: tuple[float, ...] | None = None
 
     @property
-    def needs_gradient(self) -> bool:  # type: ignore[override]
+    def needs_gradient(self) -> bool:
         return self.noise > 0
 
     @classmethod

@@ -11,7 +11,7 @@ from fusenorm_openood.method.validation import PERCENTILE, checked
 class ReAct(Energy):
     """Energy, with the penultimate feature clipped at a percentile of its ID activations.
 
-    >>> ReAct(percentile=80).react_percentile
+    >>> ReAct(percentile=80).clip_percentile
     80
     """
 
@@ -21,9 +21,9 @@ class ReAct(Energy):
 
     percentile: float = checked(90.0, PERCENTILE)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "react_percentile", self.percentile)
+    @property
+    def clip_percentile(self) -> float | None:
+        return self.percentile
 
     @classmethod
     def arguments(cls) -> dict[str, Any]:

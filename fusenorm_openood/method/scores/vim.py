@@ -1,6 +1,7 @@
 """ViM: Wang et al., "ViM: out-of-distribution with virtual-logit matching", CVPR 2022."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class ViM(Score):
     title = "ViM"
     needs_fit = True
     needs_head = "affine"
-    state = {"origin": "D", "residual": "D R", "scale": ""}
+    state: ClassVar = {"origin": "D", "residual": "D R", "scale": ""}
 
     dim: int = checked(256, COUNT)
 
@@ -58,7 +59,10 @@ class ViM(Score):
         values, vectors = torch.linalg.eigh(sums["products"] - shift - shift.T)
         most = min(int(sums["images"]), len(values))
         dim = self.dim if self.dim < most else most // 2
-        state = {"origin": origin.float(), "residual": vectors[:, : len(values) - dim].float()}
+        state = {
+            "origin": origin.float(),
+            "residual": vectors[:, : len(values) - dim].float(),
+        }
         length = _residual(feature, state).mean(dtype=torch.float64)
         # Residuals that are rounding errors must not become a scale.
         smallest = ROUNDING * feature.norm(dim=1).mean(dtype=torch.float64)
