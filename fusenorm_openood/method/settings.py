@@ -23,6 +23,7 @@ from fusenorm_openood.method.validation import (
     among,
     check_fields,
     check_order,
+    check_percentiles,
     checked,
     scaled_weights,
 )
