@@ -352,7 +352,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings": settings,
     "sweep": sweep,
     "eval": lambda: options("eval"),
-    "train": lambda: options("train"),
     "atf": speed_of_atf,
     "postprocess": speed_of_postprocess,
     "memory": memory_of_postprocess,
