@@ -27,7 +27,7 @@ def workplace(digits, tmp_path, monkeypatch):
     shortened_digits(digits[0], Path("data").absolute(), train=64, others=40)
 
 
-@pytest.mark.parametrize("page", filter(runs, PAGES), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*filter(runs, PAGES)], ids=lambda page: page.stem)
 def test_blocks_run_and_print_what_the_page_shows(page, workplace):
     run(page, without=EXPORTS)
 
