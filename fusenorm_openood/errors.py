@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 
 class FuseNormError(Exception):
     """Base class of all errors that this package raises deliberately."""
@@ -112,7 +109,7 @@ def number(value: Any) -> int | float | None:
     """
     if type(value) in (int, float):  # all that torch.compile is to see
         return value if abs(value) <= LARGEST else None
-    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+    if getattr(value, "ndim", None) == 0:  # of numpy or torch, neither of which is imported here
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
@@ -128,7 +125,7 @@ def whole(value: Any) -> int | None:
 
 def numbers(values: Any) -> tuple[int | float, ...] | None:
     """A sequence of numbers, perhaps an array or a tensor `[N]`; None if an item is no number."""
-    values = values.tolist() if isinstance(values, np.ndarray | Tensor) else values
+    values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, Sequence):
         return None
     found = tuple(n for n in map(number, values) if n is not None)

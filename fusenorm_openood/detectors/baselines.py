@@ -30,9 +30,8 @@ from fusenorm_openood.method.experts import (
     odin_perturb,
 )
 from fusenorm_openood.method.posthoc import POSTHOC
-from fusenorm_openood.network.running import undisturbed
+from fusenorm_openood.network.running import eval_mode, scoring_module, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import scoring_module, unwrapped
 from fusenorm_openood.storage.configs import config_root, lookup, read_config
 
 
@@ -106,7 +105,7 @@ class Baseline(DecidingDetector):
 
     def _try(self, images: Tensor) -> None:
         structure = self.structure(images)
-        with undisturbed(unwrapped(self.net)), torch.no_grad():
+        with eval_mode(unwrapped(self.net)), torch.no_grad():
             done = forward_pass(self.net, images, structure)
             react_logits(self.net, structure, images, done, float("inf"))
 
@@ -132,7 +131,7 @@ class Baseline(DecidingDetector):
         """A pass that gives scores if they take more of the network, else logits and features."""
         if runs_network(self.output, structure):
             what = {"output": list(self.output), "threshold": self.threshold_}
-            what["mixes"] = structure.mixes
+            what["mixes"] = structure.batch_dependent
             return Listener(self._listen, what)
         clips = self.output.react_percentile is not None
         return recording(self.net, structure, Panel((), ()), Fitted(), features=clips)
@@ -140,7 +139,7 @@ class Baseline(DecidingDetector):
     def _listen(self, images: Tensor) -> Heard:
         net, structure = self.net, self.structure(images)
         name, temperature, noise, input_std, _ = self.output
-        with undisturbed(unwrapped(net)):
+        with eval_mode(unwrapped(net)):
             if name == "odin":
 
                 def perturb(leaf: Tensor) -> tuple[Pass, Tensor]:

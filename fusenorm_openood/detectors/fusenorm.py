@@ -60,10 +60,9 @@ from fusenorm_openood.method.statistics import (
     standardise,
 )
 from fusenorm_openood.network.fingerprint import Fingerprint, fixed_images, is_network
-from fusenorm_openood.network.running import undisturbed
+from fusenorm_openood.network.running import eval_mode, unwrapped
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import understand
-from fusenorm_openood.network.wrappers import unwrapped
 from fusenorm_openood.version import __version__
 
 _NO_TAPS = ("output", *POSTHOC)
@@ -320,7 +319,7 @@ class FuseNorm(DecidingDetector):
         maps = dict[str, Tensor]()
         if with_maps:
             norm, moved = self.settings.feature_norm, self._moved(batch)
-            with undisturbed(unwrapped(self.net)), torch.no_grad():
+            with eval_mode(unwrapped(self.net)), torch.no_grad():
                 maps = tapped_maps(
                     self.net,
                     moved,

@@ -24,9 +24,8 @@ from fusenorm_openood.network.fingerprint import Fingerprint, identify
 from fusenorm_openood.network.head import weight_of
 from fusenorm_openood.network.layouts import LAYOUTS
 from fusenorm_openood.network.recording import INPUT
-from fusenorm_openood.network.running import undisturbed
+from fusenorm_openood.network.running import eval_mode, scoring_module, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import scoring_module, unwrapped
 from fusenorm_openood.storage.configs import typed
 from fusenorm_openood.storage.detector_file import Contents, read_contents, write_contents
 from fusenorm_openood.version import __version__
@@ -345,7 +344,7 @@ def _check_modules(path: Path, record: Record, calibration: Calibration, core: n
     if structure.scoring != (scoring := scoring_module(core)):
         raise nonsense(path, f"structure.scoring must be {scoring!r}")
     layers = nn.ModuleList(modules[name] for name in structure.head.names)
-    with undisturbed(layers):  # a spectral norm in training changes when read
+    with eval_mode(layers):  # a spectral norm in training changes when read
         weights = list(map(weight_of, layers))
     widths = [weight.shape[1] for weight in weights if weight is not None]
     for number, (expert, state) in enumerate(calibration.fitted.states.items()):

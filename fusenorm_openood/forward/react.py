@@ -9,9 +9,8 @@ from fusenorm_openood.kernels.devices import following, full_precision
 from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.network.head import linear_head
 from fusenorm_openood.network.named import LazyNetwork
-from fusenorm_openood.network.running import undisturbed
+from fusenorm_openood.network.running import eval_mode, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import unwrapped
 
 
 def react_logits(
@@ -56,7 +55,7 @@ def head_of(net: nn.Module, structure: Structure) -> Head:
         return structure.affine
     layers, found = [unwrapped(net).get_submodule(name) for name in structure.head.names], None
     if structure.head.is_affine:
-        with undisturbed(nn.ModuleList(layers)):  # a spectral norm in training changes when read
+        with eval_mode(nn.ModuleList(layers)):  # a spectral norm in training changes when read
             found = linear_head(layers, structure.head.shares)
     if found is None:
         raise TapError(

@@ -21,9 +21,8 @@ from fusenorm_openood.forward.passes import forward_pass
 from fusenorm_openood.forward.react import no_head
 from fusenorm_openood.forward.recording import recording, run_again
 from fusenorm_openood.method.posthoc import Seen
-from fusenorm_openood.network.running import undisturbed
+from fusenorm_openood.network.running import eval_mode, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import unwrapped
 
 
 def react_thresholds(
@@ -58,7 +57,7 @@ def _activations(net: nn.Module, structure: Structure, panel: Panel) -> Listener
         return recording(net, structure, kept, Fitted(), features=True)
 
     def listen(images: Tensor) -> Heard:
-        with undisturbed(unwrapped(net)), torch.no_grad():
+        with eval_mode(unwrapped(net)), torch.no_grad():
             done = forward_pass(net, images, structure)
         if done.activations is None:
             raise no_head(net)

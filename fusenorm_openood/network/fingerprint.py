@@ -14,8 +14,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.network.outputs import tensors_in
-from fusenorm_openood.network.running import own_pass, preserved_randomness, undisturbed
-from fusenorm_openood.network.wrappers import scoring_module, scoring_run, unwrapped
+from fusenorm_openood.network.running import (
+    eval_mode,
+    own_pass,
+    preserved_randomness,
+    scoring_module,
+    scoring_run,
+    unwrapped,
+)
 
 # Parts of what modules say of themselves that do not matter in evaluation mode, or not elsewhere.
 _INCIDENTAL = re.compile(r"(, )?(inplace=\w+|momentum=[\w.]+|device='?[\w:]+'?| at 0x\w+)")
@@ -139,7 +145,7 @@ def identify(net: nn.Module, image: Sequence[int], passes: int = 2) -> Fingerpri
         return known
     images = moved(core, fixed_images(image))
     try:
-        with undisturbed(core), preserved_randomness(images.device), torch.no_grad(), own_pass():
+        with eval_mode(core), preserved_randomness(images.device), torch.no_grad(), own_pass():
             answers = [_logits(core, images.clone()) for _ in range(passes)]
     except Exception as error:  # its own, which whoever scores images will meet, too
         if is_out_of_memory(error):

@@ -13,7 +13,7 @@ from fusenorm_openood.forward.passes import forward_pass
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.network.fingerprint import Fingerprint, fingerprint
 from fusenorm_openood.network.resnet import has_scoring_logits
-from fusenorm_openood.network.running import undisturbed, without_weight_gradients
+from fusenorm_openood.network.running import eval_mode, without_weight_gradients
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import understand
 from fusenorm_openood.openood.bridge import base_postprocessor, openood_module
@@ -116,7 +116,7 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
         perturbs = self.name in PERTURBING
         with ExitStack() as stack:
             if perturbs:
-                stack.enter_context(undisturbed(core))
+                stack.enter_context(eval_mode(core))
                 stack.enter_context(without_weight_gradients(core))
             pred, conf = self.inner.postprocess(view, data)
         if perturbs or view is not core or has_scoring_logits(core):

@@ -7,7 +7,7 @@ from fusenorm_openood.forward.passes import forward_pass
 from fusenorm_openood.kernels.devices import device_of
 from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.network.resnet import has_scoring_logits
-from fusenorm_openood.network.running import undisturbed, without_weight_gradients
+from fusenorm_openood.network.running import eval_mode, without_weight_gradients
 from fusenorm_openood.network.understanding import understand
 from tests.conftest import assert_undisturbed, state_of
 
@@ -63,7 +63,7 @@ def test_undisturbed_restores_every_module_and_parameter(net):
     net.layer2.eval()
     net.layer3.requires_grad_(False)
     before = state_of(net)
-    with pytest.raises(KeyError), undisturbed(net), without_weight_gradients(net):
+    with pytest.raises(KeyError), eval_mode(net), without_weight_gradients(net):
         assert not any(m.training for m in net.modules())
         assert not any(p.requires_grad for p in net.parameters())
         raise KeyError

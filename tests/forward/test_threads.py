@@ -13,7 +13,7 @@ from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import FuseNormError
 from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
-from fusenorm_openood.network.running import undisturbed
+from fusenorm_openood.network.running import eval_mode
 from tests.conftest import assert_undisturbed, state_of
 from tests.nets import Net, energies, some_images
 
@@ -147,7 +147,7 @@ def test_overlapping_passes_restore_the_modes_from_before_the_first():
     net = Moody().train()
     net.a.eval()
     before = {name: module.training for name, module in net.named_modules()}
-    first, second = undisturbed(net), undisturbed(net)
+    first, second = eval_mode(net), eval_mode(net)
     first.__enter__()
     second.__enter__()
     assert not any(module.training for module in net.modules())
@@ -159,7 +159,7 @@ def test_overlapping_passes_restore_the_modes_from_before_the_first():
 
 def test_overlapping_passes_over_networks_that_share_modules():
     net = Moody().train()
-    whole, part = undisturbed(net), undisturbed(net.b)
+    whole, part = eval_mode(net), eval_mode(net.b)
     whole.__enter__()
     part.__enter__()
     whole.__exit__(None, None, None)

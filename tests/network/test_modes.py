@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from fusenorm_openood import FuseNorm, Settings, tap_candidates
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import FuseNormError, NetworkError
-from fusenorm_openood.network.running import preserved_randomness, undisturbed
+from fusenorm_openood.network.running import eval_mode, preserved_randomness
 from tests.conftest import assert_undisturbed, state_of
 from tests.nets import BLOCKS, Net, energies, some_images
 
@@ -249,8 +249,8 @@ def test_a_train_of_one_object_is_called_and_kept():
 def test_overlapping_passes_merge_once():
     net = adapted()
     weight = net.fc.weight.detach().clone()
-    with undisturbed(net):
-        with undisturbed(net.fc):
+    with eval_mode(net):
+        with eval_mode(net.fc):
             merged = net.fc.weight.detach().clone()
         assert net.fc.merged
         assert torch.equal(net.fc.weight, merged)
