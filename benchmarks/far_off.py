@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 
 from fusenorm_openood import FuseNorm, Settings, load_network
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
-from fusenorm_openood.method.joint import far_off as beyond
+from fusenorm_openood.method.joint import JointDistance
 from fusenorm_openood.method.metrics import ood_metrics
 
 METHODS = {"fusenorm": Settings(), "fusenorm_joint": Settings.joint()}
@@ -79,32 +79,34 @@ def measured(data_root: str, checkpoint: str) -> dict[tuple[str, str], dict[str,
     benchmark, net = load_benchmark("digits", data_root), load_network(checkpoint)
     sets = {"ID": benchmark.id["test"], **benchmark.near, **benchmark.far}
     detector = FuseNorm(net).fit(image_loader(benchmark.id["val"]))
-    fit = detector.calibration_
+    fit = detector.id_statistics_
     assert fit is not None
     scores = {name: detector.infer(image_loader(s)).experts for name, s in sets.items()}
     probes = {name: detector.expert_scores(images)[0] for name, images in far_off()}
     found = {}
     for (method, settings), counts in itertools.product(METHODS.items(), (False, True)):
         judge = FuseNorm(net, settings, detector.structure(next(far_off())[1][:1]))
-        calibration = judge.learn(fit.id_scores, fit.fitted)
-        joint = calibration.joint
+        statistics = judge.learn(fit.id_scores, fit.fitted)
+        joint = statistics.joint
         assert joint is not None
         if not counts:
             kept = joint._replace(limit=math.inf)
-            calibration = dataclasses.replace(calibration, joint=kept)
-        judge.with_calibration(calibration)
+            statistics = dataclasses.replace(statistics, joint=kept)
+        judge.with_statistics(statistics)
         conf = {name: judge.confidence(experts) for name, experts in scores.items()}
         threshold = np.percentile(conf["ID"], 5)
         accepted = {n: 100 * np.mean(judge.confidence(x) >= threshold) for n, x in probes.items()}
         worst = max(accepted, key=lambda name: accepted[name])
         auroc = {n: 100 * ood_metrics(conf["ID"], c).auroc for n, c in conf.items() if n != "ID"}
-        norms = scores["ID"][: len(joint.mean)]
+        distance = JointDistance(joint)
+        norms = torch.from_numpy(scores["ID"][: len(joint.mean)])
+        beyond = distance.far_off(distance.terms(norms)) > 0
         found[method, "with" if counts else "without"] = {
             "accepted": accepted[worst],
             "most": worst if accepted[worst] else "",
             "near": np.mean([auroc[name] for name in benchmark.near]),
             "far": np.mean([auroc[name] for name in benchmark.far]),
-            "ID beyond": 100 * np.mean(beyond(norms, joint) > 0),
+            "ID beyond": 100 * float(beyond.double().mean()),
         }
     return found
 

@@ -10,23 +10,24 @@ images that are far off: noise, constant and saturated images at four contrasts.
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusenorm_openood import FuseNorm, Settings, load_network
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.data.preprocessing import NORMALIZATIONS
 from fusenorm_openood.data.pseudo import KINDS
 from fusenorm_openood.forward.batches import batches
-from fusenorm_openood.forward.panel import Fitted, Panel
-from fusenorm_openood.forward.react import head_of
+from fusenorm_openood.forward.experts import Experts, Fitted, Scoring
+from fusenorm_openood.forward.passes import head_of
+from fusenorm_openood.forward.samples import BlockSums, Sample
 from fusenorm_openood.method.metrics import ood_metrics
-from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
-from fusenorm_openood.network.structure import Structure
+from fusenorm_openood.method.scores.base import Features, Head, LogitScore
 from fusenorm_openood.network.understanding import understand
 
 FOLDS = 5
@@ -43,15 +44,15 @@ STRONG = (
 )
 
 
-class Heard(NamedTuple):
+class Recorded(NamedTuple):
     """What one pass gives of `N` images: norms and output scores `[R, N]`, features, logits."""
 
     rows: np.ndarray
-    seen: Seen
+    features: Features
 
-    def part(self, index: np.ndarray) -> "Heard":
+    def part(self, index: np.ndarray) -> "Recorded":
         i = torch.from_numpy(index)
-        return Heard(self.rows[:, index], Seen(*(t[i] for t in self.seen)))
+        return Recorded(self.rows[:, index], Features(*(t[i] for t in self.features)))
 
 
 def candidates() -> dict[str, Settings]:
@@ -100,16 +101,12 @@ def far_off(
         yield f"{name} x {contrast}, normalised", contrast * (x - m) / s
 
 
-def hear(net: nn.Module, structure: Structure, panel: Panel, loader: Any) -> Heard:
-    rows, features, logits = [], [], []
-    for images, _ in batches(loader):
-        scores, _, seen = panel.listen(net, structure, images, Fitted())
-        assert seen is not None
-        rows.append(scores.numpy())
-        features.append(seen.feature)
-        logits.append(seen.logits)
-    seen = Seen(torch.cat(features), torch.cat(logits))
-    return Heard(np.concatenate(rows, axis=1), seen)
+def recorded(scoring: Scoring, loader: Any) -> Recorded:
+    """Features of a loader's images, and the scores that need no fit."""
+    done = [scoring(images) for images, _ in batches(loader)]
+    rows = [batch.matrix(list(scoring.experts)).numpy() for batch in done]
+    feature, logits = (torch.cat(parts) for parts in zip(*(b.features for b in done), strict=True))
+    return Recorded(np.concatenate(rows, axis=1), Features(feature, logits))
 
 
 def tables(specification: str) -> pd.DataFrame:
@@ -120,56 +117,52 @@ def tables(specification: str) -> pd.DataFrame:
     val = torch.cat([images for images, _ in batches(image_loader(benchmark.id["val"]))])
     structure = understand(net, val[:2])
     detectors = {name: FuseNorm(net, s, structure) for name, s in candidates().items()}
-    panels = [detector.panel for detector in detectors.values()]
-    panel = Panel(
-        panels[0].taps,
-        panels[0].norms,
-        tuple(dict.fromkeys(output for p in panels for output in p.outputs)),
-        tuple(dict.fromkeys(expert for p in panels for expert in p.posthoc)),
-    )
+    every = Experts()
+    for detector in detectors.values():
+        every |= detector.scoring().experts
+    posthoc = [score for score in every.scores if not isinstance(score, LogitScore)]
+    others = tuple(score for score in every.scores if score not in posthoc)
+    first = replace(every, scores=others)
+    scoring, numbers = Scoring(net, structure, first, features="all"), {}
+    for expert in (*first, *posthoc):
+        numbers[expert] = len(numbers)
     head = Head(*(t.float() for t in head_of(net, structure)))
-    known = hear(net, structure, panel, image_loader(benchmark.id["val"]))
-    unknown = hear(net, structure, panel, image_loader(benchmark.val_ood))
+    known = recorded(scoring, image_loader(benchmark.id["val"]))
+    unknown = recorded(scoring, image_loader(benchmark.val_ood))
     pseudo = {
-        kind: hear(net, structure, panel, make(val, torch.Generator().manual_seed(0)).split(200))
+        kind: recorded(scoring, make(val, torch.Generator().manual_seed(0)).split(200))
         for kind, make in KINDS.items()
     }
     far = {
-        name: hear(net, structure, panel, images.split(200))
+        name: recorded(scoring, images.split(200))
         for name, images in far_off(250, val.shape[-1], *benchmark.norm)
     }
-    sums: dict[str, list[tuple[float, ...]]] = {name: [] for name in detectors}
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in detectors}
     order = np.random.default_rng(0).permutation(len(val))
     for test in np.array_split(order, FOLDS):
         fit = known.part(np.setdiff1d(order, test))
-        states = {
-            expert: POSTHOC[expert.name].fit(
-                fit.seen, fit.seen.logits.argmax(1), head, dict(expert.arguments)
-            )
-            for expert in panel.posthoc
-        }
+        sums, sample = BlockSums(posthoc), Sample()
+        sums.add(fit.features, fit.features.logits.argmax(1))
+        sample.add(fit.features)
+        states = {score: sums.fit(score, sample, head) for score in posthoc}
 
-        def scored(heard: Heard, of_fit: bool = False, states: Any = states) -> np.ndarray:
-            rows = [heard.rows]
-            for expert in panel.posthoc:
-                kind = POSTHOC[expert.name]
-                given = heard.seen, head, states[expert], dict(expert.arguments)
-                score = kind.score_fit(*given, heard.seen.logits.argmax(1)) if of_fit else None
-                rows.append((kind.score(*given) if score is None else score).numpy()[None])
-            return np.concatenate(rows)
+        def scored(given: Recorded, of_fit: bool = False, states: Any = states) -> np.ndarray:
+            labels = given.features.logits.argmax(1) if of_fit else None
+            rows = [score(given.features, head, states[score], labels)[None] for score in posthoc]
+            return np.concatenate([given.rows, *(row.numpy() for row in rows)])
 
         id_fit, id_test, ood = scored(fit, True), scored(known.part(test)), scored(unknown)
-        made = [scored(heard.part(test)) for heard in pseudo.values()]
-        probes = [scored(heard) for heard in far.values()]
+        made = [scored(images.part(test)) for images in pseudo.values()]
+        probes = [scored(images) for images in far.values()]
         for name, detector in detectors.items():
-            rows = detector.rows_in(panel)
-            detector.with_calibration(detector.learn(id_fit[rows], Fitted()))
+            rows = [numbers[expert] for expert in detector.rows()]
+            detector.with_statistics(detector.learn(id_fit[rows], Fitted()))
             conf = detector.confidence(id_test[rows])
             threshold = np.percentile(conf, 5)
             accepted = [np.mean(detector.confidence(p[rows]) >= threshold) for p in probes]
             aurocs = [ood_metrics(conf, detector.confidence(x[rows])).auroc for x in (ood, *made)]
-            sums[name].append((aurocs[0], float(np.mean(aurocs[1:])), *accepted))
-    figures = {name: 100 * np.mean(values, axis=0) for name, values in sums.items()}
+            found[name].append((aurocs[0], float(np.mean(aurocs[1:])), *accepted))
+    figures = {name: 100 * np.mean(values, axis=0) for name, values in found.items()}
     columns = ["near", "pseudo", "far-off"]
     return pd.DataFrame({n: [*v[:2], v[2:].max()] for n, v in figures.items()}, columns).T
 

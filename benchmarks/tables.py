@@ -24,8 +24,7 @@ from fusenorm_openood.data.preprocessing import NORMALIZATIONS
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.pseudo import pseudo_ood
-from fusenorm_openood.detectors.search import choose
-from fusenorm_openood.detectors.sweep import swept
+from fusenorm_openood.detectors.search import choose, swept
 from fusenorm_openood.evaluation.comparison import FUSENORM, compare
 from fusenorm_openood.evaluation.evaluation import evaluate
 from fusenorm_openood.method.metrics import ood_metrics
