@@ -1,4 +1,4 @@
-"""Explanations: shares that add up to the confidence, and maps that add up to the norms."""
+"""Explanations: contributions that add up to the confidence, and maps that add up to the norms."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import torchvision
 from fusenorm_openood import FuseNorm, Settings, atf
 from fusenorm_openood.method.atf import atf_map
 from tests.conftest import assert_undisturbed, state_of
+from tests.nets import Net, energies, outputs_of, some_images
 
 IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(9)) * 1.5
 SETTINGS = {
@@ -20,36 +21,46 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_shares_add_up_to_the_confidence_and_maps_to_the_norms(net, loader, settings):
+def test_contributions_add_up_to_the_confidence_and_maps_to_the_norms(net, loader, settings):
     detector = FuseNorm(net, settings).fit(loader)
     before = state_of(net)
     why = detector.explain(IMAGES)
     assert_undisturbed(net, before)
     for images in (IMAGES, IMAGES * 30):
-        shares = detector.explain(images, with_maps=False).shares
-        np.testing.assert_allclose(shares.sum(0), detector.score(images), rtol=1e-9)
+        contributions = detector.explain(images, with_maps=False).contributions
+        np.testing.assert_allclose(contributions.sum(0), detector.score(images), rtol=1e-9)
     np.testing.assert_array_equal(why.conf, detector.score(IMAGES))
     assert why.experts == detector.experts
-    for row, tap in enumerate(detector.taps):
-        assert why.maps[tap].shape == (6, *net_map(net, tap))
+    for row, (tap, output) in enumerate(
+        zip(detector.taps, outputs_of(net, detector.taps, IMAGES), strict=True)
+    ):
+        assert why.maps[tap].shape == (6, *output.shape[2:])
         assert (why.maps[tap] >= 0).all()
         np.testing.assert_allclose(why.maps[tap].sum((1, 2)), why.scores[row], rtol=1e-5)
-    assert [why.experts[i] for i in why.objections.argmax(0)] == list(why.objected)
 
 
-def net_map(net, tap):
-    kept = []
-    handle = net.get_submodule(tap).register_forward_hook(lambda m, a, o: kept.append(o.shape[2:]))
+def test_contributions_are_compared_with_their_mean_over_the_id_images():
+    net, known, new = Net(), some_images(40), some_images(8, seed=3) * 2
     with torch.no_grad():
-        net(IMAGES)
-    handle.remove()
-    return tuple(kept[0])
+        net.fc.weight *= 30
+    of_id, of_new = (energies(net, images).numpy() for images in (known, new))
+    low, high = np.percentile(of_id, [5, 95])
+    of_id, of_new = (np.minimum((scores - low) / (high - low), 1) for scores in (of_id, of_new))
+    detector = FuseNorm(net, strong=["output"], cap=0.0).fit([known])
+    why = detector.explain(new, with_maps=False)
+    expected = np.zeros((5, 8))  # no penalty, and so no contribution of a layer
+    expected[4] = of_id.mean() - of_new
+    assert of_id.mean() > 0.2
+    np.testing.assert_allclose(why.below_mean, expected, rtol=1e-4, atol=1e-5)
+    below = expected[4] > 0
+    assert [name == "output" for name in why.objected] == below.tolist()
+    assert 0 < below.sum() < len(below)
 
 
 def test_the_weak_expert_that_deviates_most_has_the_whole_penalty(net, loader):
     detector = FuseNorm(net, clip=False).fit(loader)  # no other penalty of what is far off
     why = detector.explain(IMAGES * 30)
-    weak = why.shares[: len(detector.taps)]
+    weak = why.contributions[: len(detector.taps)]
     assert (np.count_nonzero(weak, axis=0) == 1).all()
     deviations = np.maximum(-why.normalised, why.normalised - 1)[: len(detector.taps)]
     np.testing.assert_array_equal(weak.argmin(0), deviations.argmax(0))
@@ -79,7 +90,7 @@ def test_heat_maps_add_up_to_the_norm(shape, alpha):
 
 def test_tokens_have_heat_maps_on_their_grid():
     torch.manual_seed(0)
-    net = torchvision.models.vit_b_16(image_size=32, num_classes=4).eval()
+    net = torchvision.models.VisionTransformer(32, 16, 2, 2, 16, 32, num_classes=4).eval()
     with torch.no_grad():
         net.heads.head.weight.normal_(std=0.1)
     images = torch.randn(12, 3, 32, 32)

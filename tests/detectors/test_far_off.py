@@ -5,21 +5,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusenorm_openood import FuseNorm, Settings, load_network
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
-from fusenorm_openood.forward.panel import Fitted
+from fusenorm_openood.forward.experts import Fitted
 from fusenorm_openood.network.understanding import understand
 from tests.conftest import make_net
 
-SIZE = (250, 3, 24, 24)
+COUNT = 100
+SIZE = (COUNT, 3, 24, 24)
 
 
 def stripes(g):
-    period = torch.randint(1, 9, (250, 1, 1, 1), generator=g)
-    return (torch.arange(24).expand(250, 1, 24, 24) // period % 2).float()
+    period = torch.randint(1, 9, (COUNT, 1, 1, 1), generator=g)
+    return (torch.arange(24).expand(COUNT, 1, 24, 24) // period % 2).float()
 
 
 def checkerboards(g):
@@ -30,11 +31,11 @@ def checkerboards(g):
 KINDS = {
     "uniform noise": lambda g: torch.rand(SIZE, generator=g),
     "Gaussian noise": lambda g: 0.5 + 0.25 * torch.randn(SIZE, generator=g),
-    "one colour": lambda g: torch.rand(250, 3, 1, 1, generator=g),
-    "one grey": lambda g: torch.rand(250, 1, 1, 1, generator=g),
+    "one colour": lambda g: torch.rand(COUNT, 3, 1, 1, generator=g),
+    "one grey": lambda g: torch.rand(COUNT, 1, 1, 1, generator=g),
     "saturated": lambda g: torch.rand(SIZE, generator=g).round(),
-    "saturated colour": lambda g: torch.rand(250, 3, 1, 1, generator=g).round(),
-    "grey noise": lambda g: torch.rand(250, 1, 24, 24, generator=g),
+    "saturated colour": lambda g: torch.rand(COUNT, 3, 1, 1, generator=g).round(),
+    "grey noise": lambda g: torch.rand(COUNT, 1, 24, 24, generator=g),
     "stripes": stripes,
     "checkerboards": checkerboards,
 }
@@ -43,18 +44,19 @@ PATTERNS = ("stripes", "checkerboards")  # have content: far off are those of mo
 
 @pytest.fixture(scope="module")
 def fitted(digits):
+    """Three methods and their thresholds of 95 % acceptance; they have the same experts."""
     data_root, checkpoint = digits
     benchmark, net = load_benchmark("digits", data_root), load_network(checkpoint)
-    settings = (Settings(), Settings.joint(), Settings(clip=False))
+    first = FuseNorm(net).fit(image_loader(benchmark.id["val"]))
+    known = first.infer(image_loader(benchmark.id["test"])).experts
     found = []
-    for s in settings:
-        detector = FuseNorm(net, s).fit(image_loader(benchmark.id["val"]))
-        known = detector.score_loader(image_loader(benchmark.id["test"]))
-        found.append((detector, float(np.percentile(known, 5))))
+    for method in (Settings(), Settings.joint(), Settings(clip=False)):
+        detector = FuseNorm(net, method).with_statistics(first.id_statistics_)
+        found.append((detector, float(np.percentile(detector.confidence(known), 5))))
     return found
 
 
-@pytest.mark.parametrize("contrast", [1, 3, 10, 100])
+@pytest.mark.parametrize("contrast", [1, 3, 100])
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_without_content_are_rejected_at_any_contrast(fitted, kind, contrast):
     if kind in PATTERNS and contrast == 1:
@@ -62,9 +64,10 @@ def test_images_without_content_are_rejected_at_any_contrast(fitted, kind, contr
     x = KINDS[kind](torch.Generator().manual_seed(0)).expand(SIZE)
     about_grey = contrast * (x - 0.5) / 0.5  # pixels 0.5 + contrast * (x - 0.5), normalised
     brighter = contrast * x
-    for detector, threshold in fitted[:2]:
-        for images in (about_grey, brighter):
-            assert (detector.score(images) >= threshold).double().mean() <= 0.01
+    for images in (about_grey, brighter):
+        experts, _ = fitted[0][0].expert_scores(images)
+        for detector, threshold in fitted[:2]:
+            assert (detector.confidence(experts) >= threshold).mean() <= 0.01
 
 
 def test_without_the_clip_the_most_absurd_images_are_accepted(fitted):
@@ -84,15 +87,16 @@ def id_scores(images=300, seed=0):
     return np.concatenate([blocks, g.normal(size=(STRONG, images))])
 
 
-def made(settings, known=None):
-    net = make_net()
-    structure = understand(net, torch.randn(2, 3, 16, 16))
-    detector = FuseNorm(net, settings, structure)
-    known = id_scores() if known is None else known
-    return detector.with_calibration(detector.learn(known, Fitted()))
+NET = make_net()
+STRUCTURE = understand(NET, torch.randn(2, 3, 16, 16))
 
 
-DETECTORS = {name: made(settings) for name, settings in METHODS.items()}
+def made(method):
+    detector = FuseNorm(NET, method, STRUCTURE)
+    return detector.with_statistics(detector.learn(id_scores(), Fitted()))
+
+
+DETECTORS = {name: made(method) for name, method in METHODS.items()}
 directions = st.lists(st.floats(-1, 1), min_size=BLOCKS, max_size=BLOCKS).filter(
     lambda d: max(map(abs, d)) > 0.2
 )
@@ -105,6 +109,7 @@ def ray(direction, steps, strong):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=25)
 @given(direction=directions, strong=st.floats(-3, 1e30))
 def test_the_farther_the_blocks_are_the_lower_is_the_confidence(method, direction, strong):
     steps = np.linspace(0.5, 60, 200)
@@ -114,6 +119,7 @@ def test_the_farther_the_blocks_are_the_lower_is_the_confidence(method, directio
 
 
 @pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=25)
 @given(direction=directions, strong=st.sampled_from([0.0, 3.0, 1e3, 1e30]))
 def test_no_strong_score_however_high_rescues_what_is_far_off(method, direction, strong):
     detector = DETECTORS[method]
@@ -137,9 +143,9 @@ def test_images_that_are_not_far_off_have_the_confidence_of_the_plain_fusion(met
     detector = made(METHODS[method])
     images = id_scores(2000, seed=1)
     conf = detector.confidence(images)
-    calibration = detector.calibration_
-    plain = replace(calibration, joint=calibration.joint._replace(limit=np.inf))
-    before = detector.with_calibration(plain).confidence(images)
+    statistics = detector.id_statistics_
+    plain = replace(statistics, joint=statistics.joint._replace(limit=np.inf))
+    before = detector.with_statistics(plain).confidence(images)
     assert (before == conf).mean() > 0.99
     assert (conf <= before).all()
 
@@ -152,4 +158,4 @@ def test_the_cap_scales_the_penalty_of_what_is_far_off(cap):
 
 
 def test_the_published_method_has_no_such_penalty():
-    assert made(Settings(clip=False)).calibration_.joint is None
+    assert made(Settings(clip=False)).id_statistics_.joint is None

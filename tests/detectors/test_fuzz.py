@@ -13,7 +13,8 @@ from PIL import Image
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.errors import FuseNormError
-from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
+from tests.conftest import assert_undisturbed, state_of
+from tests.nets import Net, some_images
 
 SIZES = st.sampled_from([0, 1, 2, 3, 4, 7, 16, 33])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int64)
@@ -23,8 +24,8 @@ FILLS = st.sampled_from(["normal", "zeros", "ones", "nan", "inf", "huge", "one p
 
 @pytest.fixture(scope="module")
 def detector():
-    net = make_net()
-    found = FuseNorm(net).fit(make_loader(), calibration=make_loader(40, seed=7))
+    known = [some_images(60, (16, 16))]
+    found = FuseNorm(Net()).fit(known, calibration=[some_images(40, (16, 16), seed=7)])
     found.preprocessing = Preprocessing(18, (16, 16), "bilinear", (0.5,) * 3, (0.25,) * 3)
     return found
 
@@ -41,8 +42,8 @@ def assert_right_or_refused(detector, given, count) -> None:
     else:
         assert conf.numel() == p.numel() == len(why.objected) == count
         assert torch.isfinite(conf).all()
-        np.testing.assert_allclose(why.shares.sum(0), conf.double().reshape(-1), atol=1e-3)
-        known = detector.reference_
+        np.testing.assert_allclose(why.contributions.sum(0), conf.double().reshape(-1), atol=1e-3)
+        known = detector.calibration_scores_
         expected = [(1 + (known <= c).sum()) / 41 for c in conf.double().reshape(-1).numpy()]
         np.testing.assert_allclose(p.reshape(-1), expected)
     assert_undisturbed(detector.net, before)
@@ -61,17 +62,16 @@ def tensors(draw):
     fill = draw(FILLS)
     if fill == "one pixel nan" and values.numel():
         values.view(-1)[draw(st.integers(0, values.numel() - 1))] = float("nan")
-    elif fill not in ("normal", "one pixel nan"):
-        number = {"zeros": 0.0, "ones": 1.0, "huge": 3e38}.get(fill)
-        values.fill_(float(fill) if number is None else number)
-    return (
-        values.nan_to_num(0, 1, 0).to(draw(st.sampled_from(DTYPES)))
-        if fill == "huge"
-        else (values.to(draw(st.sampled_from(DTYPES[:4]))))
-    )
+    elif fill == "huge":
+        return values.fill_(3e38).to(draw(st.sampled_from(DTYPES)))
+    elif fill != "normal":
+        values.fill_(
+            {"zeros": 0.0, "ones": 1.0}.get(fill, float("nan" if fill == "nan" else "inf"))
+        )
+    return values.to(draw(st.sampled_from(DTYPES[:4])))
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, suppress_health_check=list(HealthCheck))
 @given(images=tensors())
 def test_tensors(detector, images):
     count = len(images) if images.ndim == 4 else 1
@@ -81,7 +81,7 @@ def test_tensors(detector, images):
 MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16", "LA")
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(
     mode=st.sampled_from(MODES),
     width=st.sampled_from([1, 2, 17, 400, 20_000]),
@@ -103,14 +103,8 @@ def test_images_and_files(
     buffer = io.BytesIO()
     try:
         image.save(buffer, container, exif=exif, save_all=True, append_images=[image])
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        RuntimeError,
-    ):  # a mode that the format does not have
-        return
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError):
+        return  # a mode that the format does not have
     data = bytearray(buffer.getvalue())
     if damage == "cut":
         data = data[: len(data) // 2]
@@ -120,22 +114,21 @@ def test_images_and_files(
         data = bytearray(b"no image" if damage == "text" else b"")
     path = tmp_path_factory.getbasetemp() / "fuzzed.img"
     path.write_bytes(data)
-    assert_right_or_refused(detector, path, 1)
-    assert_right_or_refused(detector, str(path), 1)
+    assert_right_or_refused(detector, path if rotation % 2 else str(path), 1)
 
 
 @pytest.mark.parametrize(
-    "images", [None, b"image", [torch.zeros(3, 16, 16)], np.zeros((3, 16, 16))]
+    "images",
+    [
+        None,
+        b"image",
+        [torch.zeros(3, 16, 16)],
+        np.zeros((3, 16, 16)),
+        torch.empty(2, 3, 16, 16, device="meta"),
+        torch.zeros(2, 3, 16, 16).to_sparse(),
+    ],
 )
 def test_other_things(detector, images):
     for call in (detector.score, detector.is_ood, detector.explain, detector.p_values):
         with pytest.raises(FuseNormError):
             call(images)
-
-
-@pytest.mark.parametrize(
-    "images", [torch.empty(2, 3, 16, 16, device="meta"), torch.zeros(2, 3, 16, 16).to_sparse()]
-)
-def test_tensors_without_memory_of_their_own(detector, images):
-    with pytest.raises(FuseNormError):
-        detector.score(images)

@@ -10,9 +10,8 @@ import torch
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.detectors.saving import STATES
 from fusenorm_openood.errors import DetectorFileError
-from fusenorm_openood.method.posthoc import POSTHOC, Posthoc
+from fusenorm_openood.method.scores import POSTHOC
 from fusenorm_openood.network.named import is_catalogued
 from fusenorm_openood.storage.detector_file import Contents, read_contents, write_contents
 from tests.nets import Net, some_images
@@ -70,10 +69,12 @@ def put(record, path, value):
         record[last] = value
 
 
-VALUES = (..., None, "nonsense", -1, 3.5, True, [], {"a": 1}, [[]], float("nan"), 10**400)
+FEW = (..., "nonsense", -1)
+VALUES = (*FEW, None, True, [], {"a": 1}, float("nan"), 10**400)
+CASES = [("default", v) for v in VALUES] + [(m, v) for m in ("joint", "clipped") for v in FEW]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=lambda v: str(v)[:8])
+@pytest.mark.parametrize(("kept", "value"), CASES, indirect=["kept"], ids=lambda v: str(v)[:8])
 def test_no_part_of_the_record_can_be_nonsense(kept, value):
     for path in filter(None, places(kept[2].record)):
         try:
@@ -110,7 +111,7 @@ def test_no_tensor_can_be_nonsense(kept, change):
                 del tensors[name]
 
         if (name, change) == ("reference", TENSORS["missing"]):
-            assert loaded(kept, changed).reference_ is None
+            assert loaded(kept, changed).calibration_scores_ is None
             continue
         if (name, change) == ("reference", TENSORS["too large to be squared"]):
             continue
@@ -162,19 +163,18 @@ def test_the_message_names_the_field_and_does_not_blame_the_network(kept, field)
     assert "was made with" not in str(caught.value)
 
 
-@pytest.mark.parametrize("width", [7, 9, 16])
+@pytest.mark.parametrize("kept", ["default", "joint"], indirect=True)
+@pytest.mark.parametrize("width", [7, 16])
 def test_states_of_another_width_are_told(kept, width):
     def change(record, tensors):
         for number, (expert, _) in enumerate(record["posthoc"]):
-            for name, letters in STATES[expert].items():
+            for name, letters in POSTHOC[expert].state.items():
                 for axis, letter in enumerate(letters.split()):
                     if letter == "D":
                         t = tensors[f"state.{number}.{name}"]
                         index = torch.arange(width) % t.shape[axis]
                         tensors[f"state.{number}.{name}"] = t.index_select(axis, index)
 
-    if not kept[2].record["posthoc"]:
-        return
     with pytest.raises(DetectorFileError, match=r"state\.\d\.\w+ must be of width 8"):
         loaded(kept, change)
 
@@ -188,17 +188,15 @@ def test_files_of_the_format_before_are_read(kept, monkeypatch):
     torch.testing.assert_close(loaded(kept, change).score(NEW), kept[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", POSTHOC)
-def test_the_states_that_are_checked_are_those_of_the_experts(name):
-    net = Net()
-    strong = (name,) if name not in ("gen", "scale", "ash") else ("output", name)
-    calibration = FuseNorm(net, strong=strong).fit([IMAGES]).calibration_
-    (state,) = (s for e, s in calibration.fitted.states.items() if e.name == name)
-    assert state.keys() == STATES[name].keys()
-    sizes = {"D": 8, "K": 5}
-    for part, letters in STATES[name].items():
-        for letter, size in zip(letters.split(), state[part].shape, strict=True):
-            assert sizes.setdefault(letter, size) == size
+def test_the_states_that_are_checked_are_those_of_the_scores():
+    states = FuseNorm(Net(), strong=tuple(POSTHOC)).fit([IMAGES]).id_statistics_.fitted.states
+    assert [score.name for score in states] == [*POSTHOC]
+    for score, state in states.items():
+        assert state.keys() == score.state.keys()
+        sizes = {"D": 8, "K": 5}
+        for part, letters in score.state.items():
+            for letter, size in zip(letters.split(), state[part].shape, strict=True):
+                assert sizes.setdefault(letter, size) == size
 
 
 CODE = """
@@ -209,9 +207,17 @@ def make(num_classes=5):
 """
 
 
-@pytest.mark.parametrize("command", ["score", "report", "export"])
+@pytest.mark.parametrize("kept", ["default"], indirect=True)
 @pytest.mark.parametrize(
-    "spec", ["evilnet:make", "os:system", "timm:hf-hub:me/evil", "evilnet.a:b"]
+    ("command", "spec"),
+    [
+        ("score", "evilnet:make"),
+        ("report", "evilnet:make"),
+        ("export", "evilnet:make"),
+        ("score", "os:system"),
+        ("score", "timm:hf-hub:me/evil"),
+        ("score", "evilnet.a:b"),
+    ],
 )
 def test_no_command_runs_code_that_a_file_names(kept, command, spec, tmp_path, monkeypatch, capsys):
     _, _, contents, _ = kept
@@ -228,13 +234,14 @@ def test_no_command_runs_code_that_a_file_names(kept, command, spec, tmp_path, m
         "export": ["--onnx", str(tmp_path / "a.onnx")],
     }
     assert main([command, "--detector", str(path), *more[command]]) == 1
-    said = capsys.readouterr().err
-    assert spec in said
-    assert "--network" in said
+    error = capsys.readouterr().err
+    assert spec in error
+    assert "--network" in error
     assert "evilnet" not in sys.modules
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("kept", ["default"], indirect=True)
 @pytest.mark.parametrize(
     "weights", ["https://a.b/c.pt", "s3://a/b", r"\\host\share\a.pt", "//host/a.pt", "data:,a"]
 )
@@ -262,8 +269,3 @@ def test_of_two_packages_only_what_they_list_is_followed(monkeypatch):
     refused += ["fusenorm_openood.cli.main:main", "TIMM:resnet18", "resnet18", "package:factory"]
     refused += ["timm:resnet18\n", " timm:resnet18", "timm:resnet18 ", "timm:résnet18", ""]
     assert not [spec for spec in refused if is_catalogued(spec)]
-
-
-def test_every_expert_has_a_name_in_the_table():
-    assert STATES.keys() == POSTHOC.keys()
-    assert all(Posthoc.of(name) for name in STATES)
