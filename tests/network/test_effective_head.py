@@ -11,10 +11,9 @@ from torch.nn import functional as F
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.cli.taps import _head
 from fusenorm_openood.errors import CheckpointError, DetectorFileError, TapError
-from fusenorm_openood.forward.panel import Panel
-from fusenorm_openood.forward.passes import forward_pass
-from fusenorm_openood.forward.react import head_of
-from fusenorm_openood.method.posthoc import Posthoc
+from fusenorm_openood.forward.experts import Experts, Scoring
+from fusenorm_openood.forward.passes import forward_pass, head_of
+from fusenorm_openood.method.scores import make_score
 from fusenorm_openood.network.checkpoints import check_classes
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import understand
@@ -281,10 +280,9 @@ def test_logits_that_are_no_affine_function_are_refused_by_whoever_reads_weights
         FuseNorm(net).fit([IMAGES[:2]])
     assert "\n" not in str(caught.value)
     structure = understand(net, IMAGES)
-    done = forward_pass(net, IMAGES, structure)
     for expert in READING:
         with pytest.raises(TapError, match=expert):
-            Panel((), (), (), (Posthoc.of(expert),)).seen(net, structure, done)
+            Scoring(net, structure, Experts(scores=(make_score(expert),))).run(IMAGES)
     with pytest.raises(TapError, match="no linear function"):
         head_of(net, structure)
 

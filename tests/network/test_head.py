@@ -7,11 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.detectors.baselines import Baseline
-from fusenorm_openood.detectors.posthoc import PosthocBaseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.forward.passes import forward_pass
-from fusenorm_openood.forward.react import head_of
+from fusenorm_openood.forward.passes import forward_pass, head_of
 from fusenorm_openood.network.understanding import find_shares, understand
 from tests.nets import BLOCKS, CLASSES, Net, some_images
 
@@ -157,7 +155,7 @@ def by_hand(net, images, percentile=PERCENTILE, fit_images=IMAGES):
 @pytest.mark.parametrize("kind", KINDS)
 def test_react_clips_what_the_head_is_given(kind):
     net = kind().eval()
-    baseline = Baseline(net, "react", percentile=PERCENTILE).fit([IMAGES])
+    baseline = SingleScore(net, "react", percentile=PERCENTILE).fit([IMAGES])
     threshold, logits = by_hand(net, IMAGES[:7])
     assert baseline.threshold_ == pytest.approx(threshold)
     torch.testing.assert_close(
@@ -178,7 +176,7 @@ def test_fusenorm_reacts_alike(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_predictions_are_the_networks_before_any_softmax(kind):
     net = kind().eval()
-    baseline = Baseline(net, "mls")
+    baseline = SingleScore(net, "mls")
     with torch.no_grad():
         logits = net.head(net.feature(IMAGES))
     pred, conf = baseline.predict(IMAGES)
@@ -222,7 +220,7 @@ def test_scale_on_two_heads_scales_both_of_their_inputs():
         cut = torch.sort(f, 1).values[:, int(f.shape[1] * 0.5)].unsqueeze(1)
         factor = (f.sum(1) / f.where(f >= cut, 0).sum(1)).exp().unsqueeze(1)
         logits = (net.fc(factor * feature) + net.other(factor * feature.tanh())) / 2
-    got = PosthocBaseline(net, "scale", percentile=50).score(IMAGES)
+    got = SingleScore(net, "scale", percentile=50).score(IMAGES)
     torch.testing.assert_close(got.float(), logits.logsumexp(1), rtol=1e-4, atol=1e-4)
 
 
@@ -230,7 +228,7 @@ def test_scale_on_two_heads_scales_both_of_their_inputs():
 def test_a_dynamically_quantised_head():
     net = Plain()
     quantised = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, torch.qint8)
-    baseline = Baseline(quantised, "react", percentile=PERCENTILE).fit([IMAGES])
+    baseline = SingleScore(quantised, "react", percentile=PERCENTILE).fit([IMAGES])
     with torch.no_grad():
         feature = quantised.feature(IMAGES)
         threshold = float(np.percentile(feature.numpy(), PERCENTILE))
@@ -275,7 +273,7 @@ def test_without_a_head_one_error_says_the_way_out(kind):
     with pytest.raises(TapError, match="set react_percentile=None"):
         FuseNorm(net, strong=["output"], react_percentile=90.0).fit([IMAGES])
     with pytest.raises(TapError, match="ReAct needs the layers"):
-        Baseline(net, "react", percentile=90.0).fit([IMAGES])
+        SingleScore(net, "react", percentile=90.0).fit([IMAGES])
     with torch.no_grad():
         expected = net(IMAGES).double().logsumexp(1)
     detector = FuseNorm(net, strong=["output"]).fit([IMAGES])
