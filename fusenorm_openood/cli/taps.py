@@ -10,9 +10,9 @@ from fusenorm_openood.cli import options
 from fusenorm_openood.errors import ConfigError, TapError
 from fusenorm_openood.forward.hooks import first_of_last_stage, kind_of
 from fusenorm_openood.network import build_network, load_network
+from fusenorm_openood.network.running import unwrapped
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import understand
-from fusenorm_openood.network.wrappers import unwrapped
 
 _LINES = 40  # of the summary
 
@@ -48,7 +48,7 @@ def run(args: Namespace) -> int:
     if blocks:
         lines.append(f"strong block: {first_of_last_stage(structure, blocks)}")
     lines.append(f"head: {_head(structure)}")
-    if structure.mixes:
+    if structure.batch_dependent:
         lines.append("the images of a batch influence each other: a batch is never split")
     if structure.random:
         lines.append("it gives other logits for the same images in each pass: set random='allow'")

@@ -214,7 +214,7 @@ class FileShards:
         self.batch_size, self.num_workers = batch_size, num_workers
         self._files = ImageFiles(paths, detector.known_preprocessing())
         record = {**experts_record(detector, store), "images": manifest(paths)}
-        if (structure := detector.known_structure) and structure.mixes:
+        if (structure := detector.known_structure) and structure.batch_dependent:
             record["batch_size"] = batch_size  # the images of a batch influence each other
         self.shards = ShardSet(store, record, "files", len(paths), SHARD)
 

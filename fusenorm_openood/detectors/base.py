@@ -27,9 +27,9 @@ from fusenorm_openood.method.experts import Output
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen
 from fusenorm_openood.network.fingerprint import Fingerprint, identify
 from fusenorm_openood.network.named import LazyNetwork
+from fusenorm_openood.network.running import network_errors, unwrapped
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import understand
-from fusenorm_openood.network.wrappers import network_errors, unwrapped
 
 Images = Tensor | Image.Image | str | Path  # the last three where preprocessing is known
 

@@ -30,9 +30,8 @@ from fusenorm_openood.method.experts import (
     odin_perturb,
 )
 from fusenorm_openood.method.posthoc import POSTHOC
-from fusenorm_openood.network.running import eval_mode
+from fusenorm_openood.network.running import eval_mode, scoring_module, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import scoring_module, unwrapped
 from fusenorm_openood.storage.configs import config_root, lookup, read_config
 
 
@@ -132,7 +131,7 @@ class Baseline(DecidingDetector):
         """A pass that gives scores if they take more of the network, else logits and features."""
         if runs_network(self.output, structure):
             what = {"output": list(self.output), "threshold": self.threshold_}
-            what["mixes"] = structure.mixes
+            what["mixes"] = structure.batch_dependent
             return Listener(self._listen, what)
         clips = self.output.react_percentile is not None
         return recording(self.net, structure, Panel((), ()), Fitted(), features=clips)

@@ -60,10 +60,9 @@ from fusenorm_openood.method.statistics import (
     standardise,
 )
 from fusenorm_openood.network.fingerprint import Fingerprint, fixed_images, is_network
-from fusenorm_openood.network.running import eval_mode
+from fusenorm_openood.network.running import eval_mode, unwrapped
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import understand
-from fusenorm_openood.network.wrappers import unwrapped
 from fusenorm_openood.version import __version__
 
 _NO_TAPS = ("output", *POSTHOC)

@@ -24,9 +24,8 @@ from fusenorm_openood.network.fingerprint import Fingerprint, identify
 from fusenorm_openood.network.head import weight_of
 from fusenorm_openood.network.layouts import LAYOUTS
 from fusenorm_openood.network.recording import INPUT
-from fusenorm_openood.network.running import eval_mode
+from fusenorm_openood.network.running import eval_mode, scoring_module, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import scoring_module, unwrapped
 from fusenorm_openood.storage.configs import typed
 from fusenorm_openood.storage.detector_file import Contents, read_contents, write_contents
 from fusenorm_openood.version import __version__

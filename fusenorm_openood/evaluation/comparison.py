@@ -24,8 +24,8 @@ from fusenorm_openood.method.joint import joint_penalty
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc, Seen
 from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.network.running import scoring_module
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import scoring_module
 
 Scorer = Callable[[Seen], NDArray[Any]]
 

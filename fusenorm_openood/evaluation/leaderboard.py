@@ -20,7 +20,7 @@ from fusenorm_openood.data.lists import read_imagelist
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.evaluation.evaluation import COLUMNS
 from fusenorm_openood.evaluation.runs import RootName, parse_root_name, unfinished
-from fusenorm_openood.network.recognition import NetworkKind, network_kind
+from fusenorm_openood.network.checkpoints import NetworkKind, network_kind
 from fusenorm_openood.network.resnet import T2FNormNet
 
 _LARGE = {

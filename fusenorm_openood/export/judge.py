@@ -16,8 +16,8 @@ from fusenorm_openood.forward.observed import Observed
 from fusenorm_openood.forward.panel import Fitted, Panel
 from fusenorm_openood.method.conformal import EQUAL
 from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.network.running import unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import unwrapped
 
 Dtype = Literal["uint8", "float32"]
 EXAMPLES = 4

@@ -14,9 +14,8 @@ from fusenorm_openood.errors import TapError
 from fusenorm_openood.network.layouts import as_maps
 from fusenorm_openood.network.outputs import tensors_in
 from fusenorm_openood.network.recording import INPUT
-from fusenorm_openood.network.running import hooked
+from fusenorm_openood.network.running import hooked, unwrapped
 from fusenorm_openood.network.structure import Structure, read_structure
-from fusenorm_openood.network.wrappers import unwrapped
 
 
 class TapCandidate(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusenorm_openood.forward.batches import batches, not_finite
 from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method.posthoc import Seen
-from fusenorm_openood.network.wrappers import network_errors
+from fusenorm_openood.network.running import network_errors
 
 Heard = tuple[Tensor, Tensor, Seen | None]  # scores [R, B], predictions [B], features and logits
 

@@ -16,9 +16,8 @@ from fusenorm_openood.kernels.devices import following, with_double
 from fusenorm_openood.method.atf import FeatureNorm, atf_each
 from fusenorm_openood.method.experts import Output, odin_direction, odin_step, score_logits
 from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc, Seen, State
-from fusenorm_openood.network.running import eval_mode
+from fusenorm_openood.network.running import eval_mode, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import unwrapped
 
 REAPPLIED = ("ash", "scale")  # apply the final layer to changed features
 READING = ("fdbd", "nci", "vim", *REAPPLIED)  # read its weights
@@ -145,7 +144,7 @@ class Panel:
         with eval_mode(unwrapped(net)):
             listened = [
                 self.listen_whole(net, structure, part, fitted)
-                for part in parts(images, structure.mixes)
+                for part in parts(images, structure.batch_dependent)
             ]
         rows, passes = zip(*listened, strict=True)
         return torch.cat(rows, dim=1), joined(passes)
@@ -189,7 +188,7 @@ class Panel:
         if any(output.needs_gradient for output in self.outputs):
             begun = [
                 self._with_graph(net, structure, part, clipped)
-                for part in parts(images, structure.mixes, True)
+                for part in parts(images, structure.batch_dependent, True)
             ]
             first = joined([done for done, _ in begun])
             moved = {o: torch.cat([images_of[o] for _, images_of in begun]) for o in begun[0][1]}

@@ -15,9 +15,8 @@ from fusenorm_openood.kernels.devices import full_precision
 from fusenorm_openood.network.head import HALF, feature_of, head_layers, kept_head
 from fusenorm_openood.network.outputs import logits_at, of_two_classes
 from fusenorm_openood.network.resnet import classification_feature
-from fusenorm_openood.network.running import own_pass
+from fusenorm_openood.network.running import own_pass, scoring_run, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import scoring_run, unwrapped
 
 PIXELS = 2**14  # image pixels that one CPU thread processes at a time
 
@@ -145,7 +144,7 @@ def joined(passes: Sequence[Pass]) -> Pass:
 def parts(images: Tensor, mixes: bool = False, with_graph: bool = False) -> tuple[Tensor, ...]:
     """Split images `[B, C, H, W]` into parts of a size that is fast on their device.
 
-    A batch whose images influence each other stays whole; see `Structure.mixes`.
+    A batch whose images influence each other stays whole; see `Structure.batch_dependent`.
 
     On a CPU, the feature maps of a large part do not fit into the caches, all the less with a graph
     for gradients, and the allocator returns their memory to the operating system at every layer; a

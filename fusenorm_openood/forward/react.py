@@ -9,9 +9,8 @@ from fusenorm_openood.kernels.devices import following, full_precision
 from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.network.head import linear_head
 from fusenorm_openood.network.named import LazyNetwork
-from fusenorm_openood.network.running import eval_mode
+from fusenorm_openood.network.running import eval_mode, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import unwrapped
 
 
 def react_logits(

@@ -32,7 +32,7 @@ def recording(
         fitted: thresholds of ReAct.
         features: whether to give features; without any, `[B, 0]`.
     """
-    what = {**kept.what(fitted), "features": features, "mixes": structure.mixes}
+    what = {**kept.what(fitted), "features": features, "mixes": structure.batch_dependent}
     if structure.head.feature:
         what["feature"] = [*structure.head.feature, structure.head.is_normalised]
 

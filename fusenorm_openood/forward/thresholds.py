@@ -21,9 +21,8 @@ from fusenorm_openood.forward.passes import forward_pass
 from fusenorm_openood.forward.react import no_head
 from fusenorm_openood.forward.recording import recording, run_again
 from fusenorm_openood.method.posthoc import Seen
-from fusenorm_openood.network.running import eval_mode
+from fusenorm_openood.network.running import eval_mode, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.wrappers import unwrapped
 
 
 def react_thresholds(

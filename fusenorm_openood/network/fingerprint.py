@@ -14,8 +14,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.network.outputs import tensors_in
-from fusenorm_openood.network.running import eval_mode, own_pass, preserved_randomness
-from fusenorm_openood.network.wrappers import scoring_module, scoring_run, unwrapped
+from fusenorm_openood.network.running import (
+    eval_mode,
+    own_pass,
+    preserved_randomness,
+    scoring_module,
+    scoring_run,
+    unwrapped,
+)
 
 # Parts of what modules say of themselves that do not matter in evaluation mode, or not elsewhere.
 _INCIDENTAL = re.compile(r"(, )?(inplace=\w+|momentum=[\w.]+|device='?[\w:]+'?| at 0x\w+)")

@@ -20,14 +20,18 @@ from fusenorm_openood.network.head import HeadLayers, weight_of
 from fusenorm_openood.network.layouts import Prefix, find_layout, find_prefixes, pixels
 from fusenorm_openood.network.outputs import Path, find_logits, last_activation, logits_at, value_at
 from fusenorm_openood.network.recording import INPUT, Call, WithGraph, recorded
-from fusenorm_openood.network.running import eval_mode, own_pass, preserved_randomness
-from fusenorm_openood.network.wrappers import (
+from fusenorm_openood.network.running import (
+    eval_mode,
     network_errors,
+    own_pass,
+    preserved_randomness,
     scoring_module,
     scoring_run,
     unwrapped,
 )
 from fusenorm_openood.storage.configs import typed
+
+_IN_JSON = {"batch_dependent": "mixes"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ class Structure:
         outputs: number of the tensor that is the feature map, where a module returns it after
             others.
         notes: what the blocks leave out, in sentences.
-        mixes: whether the images of a batch influence each other's logits, so that a batch must
-            not be split.
+        batch_dependent: whether the images of a batch influence each other's logits, so that a
+            batch must not be split; `mixes` in JSON.
         random: whether two passes over the same images give other logits.
         smallest_batch: 2 if the network cannot take one image alone, else 1.
         activation: `log_softmax` if what counts as logits are log-probabilities, whose energy is
@@ -69,7 +73,7 @@ class Structure:
     classes: int
     logits: Path = ()
     scoring: str | None = None
-    mixes: bool = False
+    batch_dependent: bool = False
     random: bool = False
     smallest_batch: int = 1
     activation: str = ""
@@ -84,7 +88,7 @@ class Structure:
         prefixes = {name: prefix._asdict() for name, prefix in self.prefixes.items()}
         record = {**vars(self), "head": self.head._asdict(), "prefixes": prefixes}
         del record["affine"]
-        return record
+        return {_IN_JSON.get(name, name): value for name, value in record.items()}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Structure":
@@ -95,6 +99,8 @@ class Structure:
         Raises:
             ConfigError: it is something else.
         """
+        names = {name: own for own, name in _IN_JSON.items()}
+        record = {names.get(name, name): value for name, value in record.items()}
         structure: Structure = typed(cls, record, "structure")
         head = structure.head
         return replace(structure, head=head._replace(is_affine=head.is_affine or head.is_linear))

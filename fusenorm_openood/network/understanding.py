@@ -35,9 +35,16 @@ from fusenorm_openood.network.outputs import (
     of_two_classes,
 )
 from fusenorm_openood.network.recording import recorded
-from fusenorm_openood.network.running import eval_mode, hooked, own_pass, preserved_randomness
+from fusenorm_openood.network.running import (
+    eval_mode,
+    hooked,
+    network_errors,
+    own_pass,
+    preserved_randomness,
+    scoring_run,
+    unwrapped,
+)
 from fusenorm_openood.network.structure import Structure, read_structure, two_images
-from fusenorm_openood.network.wrappers import network_errors, scoring_run, unwrapped
 
 PASSES = 16  # over two images, of a network that draws random numbers: it may draw the same ones
 
@@ -49,7 +56,7 @@ class Repetition(NamedTuple):
     """What a network does with the same images again; see `Structure`."""
 
     random: bool
-    mixes: bool
+    batch_dependent: bool
     smallest_batch: int
 
 
@@ -83,8 +90,8 @@ def repeated(run: Callable[[Tensor], Listened], images: Tensor) -> tuple[Listene
             if is_out_of_memory(error):
                 raise
             return first, Repetition(is_random, True, 1)
-    mixes = not is_random and not _close(alone[2], first[2])
-    return first, Repetition(is_random, mixes, 1 if mixes else smallest)
+    depends = not is_random and not _close(alone[2], first[2])
+    return first, Repetition(is_random, depends, 1 if depends else smallest)
 
 
 def _generators(device: torch.device) -> list[Any]:

@@ -13,7 +13,7 @@ from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.method.conformal import EQUAL, guarantee, needed_images
 from fusenorm_openood.method.settings import Settings
-from fusenorm_openood.network.wrappers import unwrapped
+from fusenorm_openood.network.running import unwrapped
 from fusenorm_openood.report.charts import Series, acceptance_curves, bars
 from fusenorm_openood.report.page import Facts, Section, Table
 

@@ -6,7 +6,7 @@ from fusenorm_openood import load_network
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.forward.hooks import first_of_last_stage
 from fusenorm_openood.network import CifarResNet
-from fusenorm_openood.network.recognition import network_kind
+from fusenorm_openood.network.checkpoints import network_kind
 from fusenorm_openood.network.resnet import PaddingBlock
 from fusenorm_openood.network.structure import read_structure
 

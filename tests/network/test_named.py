@@ -10,7 +10,7 @@ import torchvision
 from fusenorm_openood import load_network
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.network import build_network
-from fusenorm_openood.network.recognition import network_kind
+from fusenorm_openood.network.checkpoints import network_kind
 from tests.network.factories import Own
 
 OWN = "tests.network.factories"

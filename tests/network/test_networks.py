@@ -13,7 +13,7 @@ from fusenorm_openood.network import (
     T2FNormNet,
     WideResNet,
 )
-from fusenorm_openood.network.recognition import network_kind
+from fusenorm_openood.network.checkpoints import network_kind
 from fusenorm_openood.network.resnet import PaddingBlock
 
 

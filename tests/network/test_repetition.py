@@ -115,13 +115,17 @@ def test_a_random_network_is_one_error_that_says_so(kind):
     assert states() == before
     found = understand(net, IMAGES)
     assert found.random
-    assert not found.mixes
+    assert not found.batch_dependent
 
 
 @pytest.mark.parametrize("kind", DETERMINISTIC)
 def test_what_differs_by_rounding_or_not_at_all_is_not_random(kind):
     structure = understand(changed(kind), IMAGES)
-    assert (structure.random, structure.mixes, structure.smallest_batch) == (False, False, 1)
+    assert (structure.random, structure.batch_dependent, structure.smallest_batch) == (
+        False,
+        False,
+        1,
+    )
     Baseline(changed(kind), "msp").score(IMAGES)
 
 
@@ -206,7 +210,7 @@ KINDS = [*SQUEEZING, "module", "rows"]
 def test_a_last_batch_of_one_and_one_image_score_as_beside_others(kind, settings):
     net = squeezing(kind)
     structure = understand(net, IMAGES)
-    assert (structure.smallest_batch, structure.mixes) == (2, False)
+    assert (structure.smallest_batch, structure.batch_dependent) == (2, False)
     assert understand(net, IMAGES[:1]) == structure
     detector = FuseNorm(net, settings).fit(list(IMAGES.split(32)))
     whole = FuseNorm(net, settings).fit([IMAGES]).calibration_.id_scores
@@ -277,7 +281,7 @@ def test_crops_in_the_batch_are_no_rows_of_a_head():
         lambda net, x: Net.forward(net, torch.cat([x, x.flip(-1)])).unflatten(0, (2, -1)).mean(0)
     )
     structure = understand(net, IMAGES)
-    assert (structure.classes, structure.head.names, structure.mixes) == (5, (), False)
+    assert (structure.classes, structure.head.names, structure.batch_dependent) == (5, (), False)
 
 
 def test_one_image_of_a_network_that_mixes_is_the_networks_own_error():

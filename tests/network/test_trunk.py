@@ -262,4 +262,5 @@ def test_what_no_block_holds_is_told(recwarn):
 def test_notes_and_prefixes_survive_json():
     structure = read_structure(Encoder(2), IMAGES)
     assert {tuple(structure.prefixes[tap]) for tap in structure.blocks} == {(1, 0.0)}
+    assert "mixes" in structure.to_json()
     assert type(structure).from_json(structure.to_json()) == structure

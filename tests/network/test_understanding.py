@@ -84,7 +84,7 @@ class WeaklyMixing(Net):
 
 
 def test_weak_influence_of_other_images_is_noticed():
-    assert understand(WeaklyMixing().eval(), IMAGES[:2]).mixes
+    assert understand(WeaklyMixing().eval(), IMAGES[:2]).batch_dependent
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,9 @@ def test_weak_influence_of_other_images_is_noticed():
 )
 def test_which_networks_mix_a_batch(kind, mixes):
     net = kind().eval()
-    assert understand(net, IMAGES[:2]).mixes == mixes
-    assert understand(net.double(), IMAGES[:2].double()).mixes == mixes
-    assert understand(net.bfloat16(), IMAGES[:2].bfloat16()).mixes == mixes
+    assert understand(net, IMAGES[:2]).batch_dependent == mixes
+    assert understand(net.double(), IMAGES[:2].double()).batch_dependent == mixes
+    assert understand(net.bfloat16(), IMAGES[:2].bfloat16()).batch_dependent == mixes
 
 
 def test_an_ensemble_beside_each_other_in_the_batch_is_one_error():
@@ -116,7 +116,7 @@ def test_a_single_image_is_enough_to_understand_a_network():
         structure = understand(Net(), images)
         assert structure.blocks == BLOCKS
         assert structure.head.names == ("fc",)
-        assert not structure.mixes
+        assert not structure.batch_dependent
 
 
 class Patches(Net):

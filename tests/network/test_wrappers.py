@@ -13,7 +13,7 @@ from fusenorm_openood import FuseNorm, Settings, atf, tap_candidates
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import FuseNormError, TapError
 from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
-from fusenorm_openood.network.wrappers import scoring_module, unwrapped
+from fusenorm_openood.network.running import scoring_module, unwrapped
 from tests.nets import BLOCKS, Net, energies, energy_detector, norms_of, outputs_of, some_images
 
 IMAGES = some_images(24, (16, 16))
