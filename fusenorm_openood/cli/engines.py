@@ -20,8 +20,13 @@ from fusenorm_openood.evaluation.evaluation import Evaluation, evaluate, sets_of
 from fusenorm_openood.evaluation.records import Loader, Records, plain_loader
 from fusenorm_openood.method.posthoc import POSTHOC
 from fusenorm_openood.method.settings import METHODS
-from fusenorm_openood.openood.bridge import INSTALL, openood_config_root, openood_installed
-from fusenorm_openood.openood.pipelines import csid_of_evaluator, evaluate_with_openood
+from fusenorm_openood.openood import INSTALL
+from fusenorm_openood.openood.bridge import (
+    csid_of_evaluator,
+    evaluate_with_openood,
+    openood_config_root,
+    openood_installed,
+)
 from fusenorm_openood.storage.configs import config_root, lookup, parse_yaml, read_config
 from fusenorm_openood.storage.files import write_whole
 from fusenorm_openood.storage.torchrun import this_process

@@ -110,7 +110,7 @@ def run(args: Namespace) -> int:
         net.cpu()
         tables.append(result.table)
         first = first or result
-        structure = result.detector and result.detector.known_structure
+        structure = None if result.detector is None else result.detector.known_structure
         if leads and run_name in job.records and structure is not None:
             job.records[run_name].keep(net, structure)
         if leads and args.save_score and not args.validation:

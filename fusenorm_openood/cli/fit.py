@@ -73,7 +73,7 @@ def run(args: Namespace) -> int:
     detector.preprocessing, detector.class_names = preprocessing, names
     source = {name: getattr(args, name) for name in ("network", "weights", "image_size")}
     detector.network_source = {key: str(value) for key, value in source.items() if value}
-    record = {"preprocessing": preprocessing.to_json()}
+    record: dict[str, Any] = {"preprocessing": preprocessing.to_json()}
     if args.store:
         record |= network_record(net, preprocessing, Path(args.store))
 

@@ -14,8 +14,8 @@ from fusenorm_openood.storage.torchrun import this_process
 
 
 def check_files(
-    benchmark: Benchmark, image_sets: Iterable[ImageSet], roots: Sequence[str | Path] = ()
-) -> dict[str | Path, dict[str, Path]]:
+    benchmark: Benchmark, image_sets: Iterable[ImageSet], roots: Sequence[str] = ()
+) -> dict[str, dict[str, Path]]:
     """The checkpoints of the training runs under each root, after a check that no file is missing.
 
     Raises:

@@ -1,6 +1,6 @@
 """The options of all subcommands: each is declared once, and chosen by name."""
 
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentTypeError, _ActionsContainer
 from typing import Any
 
 from fusenorm_openood.errors import ConfigError
@@ -121,7 +121,7 @@ COMPUTING = ("--device", "--num-workers", "--no-progress")
 DETECTOR = ("--detector", "--network", "--bits", "--weights")  # what `load_detector` takes
 
 
-def add(parser: ArgumentParser, *names: str, **changes: Any) -> None:
+def add(parser: _ActionsContainer, *names: str, **changes: Any) -> None:
     """Add options by name; `changes` of their declaration are for this command."""
     for name in names:
         parser.add_argument(name, **{**OPTIONS[name], **changes})
