@@ -86,7 +86,7 @@ def run(args: Namespace) -> int:
             return
         files = FileShards(detector, paths, place(args.store), *how)
         if args.engine == "native":
-            yield from files.judged(args.acceptance, process)
+            yield from files.judged(args.acceptance)
             return
         with cluster() as ray:
             actors = args.cores_per_actor, args.device != "cpu"
