@@ -71,7 +71,7 @@ def score(home, out: Path, *options: object) -> int:
 
 
 def shards_in(store: Path) -> dict[Path, bytes]:
-    return {p.relative_to(store): p.read_bytes() for p in store.rglob("files-*/*.parquet")}
+    return {p.relative_to(store): p.read_bytes() for p in store.rglob("files-*/*.safetensors")}
 
 
 def test_actors_change_no_bit_of_shards_and_rows(two_cores, home, tmp_path, monkeypatch):
@@ -226,7 +226,7 @@ def test_a_killed_driver_leaves_no_actor_and_no_half_shard(home, tmp_path, monke
     waits += "RowFile.write = lambda self, rows: signal.pause()\n"
     started = [sys.executable, "-c", waits + program, *argv]
     with subprocess.Popen(started, stderr=subprocess.DEVNULL) as driver:
-        while driver.poll() is None and not list(store.rglob("files-*/*.parquet")):
+        while driver.poll() is None and not list(store.rglob("files-*/*.safetensors")):
             time.sleep(0.005)
         others = started_by(driver.pid)
         driver.kill()

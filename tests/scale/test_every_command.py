@@ -76,7 +76,7 @@ def remove_shard(store: Path, number: int) -> None:
     (path,) = [
         path
         for name in ("test_flower", "fit", "files")
-        for path in store.glob(f"{name}-*/{number:06d}-*.parquet")
+        for path in store.glob(f"{name}-*/{number:06d}-*.safetensors")
     ]
     path.unlink()
 
@@ -262,7 +262,7 @@ def test_a_clock_that_is_wrong_changes_nothing(command, expected, tmp_path, days
     assert command.runs(home, store, 2, first=partial(clock_of_one, days)) == expected
     written = [line for line in log_of(home) if line[0] == "written"]
     assert len(written) == len(set(written))
-    times = [path.stat().st_mtime - time.time() for path in store.rglob("*.parquet")]
+    times = [path.stat().st_mtime - time.time() for path in store.rglob("*.safetensors")]
     assert any(abs(seconds - days * DAY) < DAY / 2 for seconds in times)
     before = log_of(home)
     assert command.runs(home, store, 2) == expected

@@ -43,7 +43,7 @@ def store(whole, tmp_path):
 
 
 def shard_of(store, images, number):
-    (path,) = store.glob(f"{images}-*/{number:06d}-*.parquet")
+    (path,) = store.glob(f"{images}-*/{number:06d}-*.safetensors")
     return path
 
 
@@ -107,7 +107,7 @@ def swap(path, store):
 
 
 def misname(path, store):
-    path.rename(path.with_name(f"{path.name[:7]}{0:016x}.parquet"))
+    path.rename(path.with_name(f"{path.name[:7]}{0:016x}.safetensors"))
 
 
 @pytest.mark.parametrize("damage", [cut, flip, swap, misname])
@@ -195,7 +195,7 @@ def test_a_process_whose_peers_are_done_waits_for_none(short, whole, store, tmp_
     fit = [words for words in loaded if words[0].startswith("val_")]
     tested = [words for words in loaded if words not in fit]  # these are dealt out as one set
     for name, number in (*fit[rank::2], *tested[rank::2]):
-        (path,) = (store / name).glob(f"{int(number):06d}-*.parquet")
+        (path,) = (store / name).glob(f"{int(number):06d}-*.safetensors")
         path.unlink()
     running = start(tmp_path, short.argv("eval", store), rank, 2, shard=8)
     assert running.done().status == 0

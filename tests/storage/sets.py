@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusenorm_openood.storage.keys import Key
-from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.storage.shards import Key, ShardSet
 
 RECORD = {"version": "0", "checkpoint": "abc"}
 

@@ -14,8 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from fusenorm_openood.errors import DamagedShardError, StoreError
-from fusenorm_openood.storage.keys import Key
-from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.storage.shards import Key, ShardSet
 from tests.storage.sets import RECORD, assert_same_bits, columns_of, full_set
 
 

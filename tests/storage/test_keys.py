@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusenorm_openood.errors import StoreError
-from fusenorm_openood.storage.keys import Key, digest, file_digest
-from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.storage.files import file_digest
+from fusenorm_openood.storage.shards import Key, ShardSet, digest
 
 values = st.recursive(
     st.none()

@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from fusenorm_openood.storage.keys import Key
-from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.storage.shards import Key, ShardSet
 from tests.storage.sets import RECORD, assert_same_bits, columns_of, full_set
 
 # Forks writers and kills each after a while; a fork saves the seconds that imports take.

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fusenorm_openood.errors import StoreError
-from fusenorm_openood.storage.keys import Key
-from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.storage.shards import Key, ShardSet
 from tests.storage.sets import assert_same_bits, columns_of, full_set
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
