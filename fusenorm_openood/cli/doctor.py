@@ -27,12 +27,10 @@ REQUIRED = {
     "scikit-learn": "sklearn",
     "scipy": "scipy",
     "pandas": "pandas",
-    "pyarrow": "pyarrow",
     "pillow": "PIL.Image",
     "pyyaml": "yaml",
     "tqdm": "tqdm",
     "safetensors": "safetensors",
-    "typing-extensions": "typing_extensions",
 }
 # Module -> what it is for.
 OPENOOD = {
@@ -41,7 +39,18 @@ OPENOOD = {
     "openood.trainers": "OpenOOD's trainers",
 }
 OPENOOD_COMMIT = "3c35632"  # the commit that this package is tested with
-OPTIONAL = ("numba", "triton", "ray", "jinja2", "matplotlib", "onnx", "onnxscript", "onnxruntime")
+OPTIONAL = (
+    "pyarrow",
+    "fsspec",
+    "numba",
+    "triton",
+    "ray",
+    "jinja2",
+    "matplotlib",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+)
 INSTALL_OPENOOD = "bash scripts/install_openood.sh"
 TIMEOUT = 300  # seconds that a subprocess may take for its trials
 

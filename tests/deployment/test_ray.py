@@ -16,7 +16,7 @@ from fusenorm_openood.deployment import files as sharded
 from fusenorm_openood.deployment.files import FileShards
 from fusenorm_openood.deployment.ray import TRIES, cluster, score_with_actors, shape
 from fusenorm_openood.errors import CheckpointError, ClusterError, StoreError, is_lost_loader
-from fusenorm_openood.storage.torchrun import _lives, wait_until
+from fusenorm_openood.storage.torchrun import wait_until
 from tests.deployment.imagefiles import (
     NETWORK,
     Loading,
@@ -213,7 +213,8 @@ def computes(pid: int) -> bool:
     """Whether a process is alive and not one of Ray's agents, which end on their own later."""
     name = Path(f"/proc/{pid}/cmdline")
     with suppress(OSError):
-        return _lives(pid) and "Agent" not in name.read_text()
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z" and "Agent" not in name.read_text()
     return False
 
 
