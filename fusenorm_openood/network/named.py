@@ -14,11 +14,13 @@ from typing_extensions import Self
 
 from fusenorm_openood.errors import ConfigError
 
+_CATALOGUED = re.compile(r"(torchvision|timm):([A-Za-z0-9_.-]+)")
+
 
 def build_network(
     spec: str, num_classes: int | None = None, image_size: int | None = None
 ) -> nn.Module:
-    """A network with random weights, in evaluation mode.
+    """A network with random weights, in eval mode.
 
     Args:
         spec: `torchvision:NAME`, `timm:NAME` or `package.module:factory`, a function or class.
@@ -36,17 +38,16 @@ def build_network(
             f"torchvision:resnet18, got {spec!r}"
         )
     classes = {} if num_classes is None else {"num_classes": num_classes}
-    size = {} if image_size is None else {_SIZE.get(source, ""): image_size}
     try:
         if source == "torchvision":
-            net = _sized(
-                import_module("torchvision").models.get_model, size, name, weights=None, **classes
-            )
+            create, size = import_module("torchvision").models.get_model, "image_size"
+            net = _sized(create, name, {size: image_size}, {"weights": None, **classes})
         elif source == "timm":
-            net = _sized(_module(spec, source).create_model, size, name, **classes)
+            create = _module(spec, source).create_model
+            net = _sized(create, name, {"img_size": image_size}, classes)
         else:
             factory = attrgetter(name)(_module(spec, source))
-            net = factory(**classes if _takes(factory, "num_classes") else {})
+            net = factory(**classes if _takes_classes(factory) else {})
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # code of others, which may raise anything
@@ -61,6 +62,37 @@ def build_network(
             f"{type(net).__name__}: name another"
         )
     return net.eval()
+
+
+def _sized(
+    create: Callable[..., Any], name: str, size: dict[str, int | None], given: dict[str, Any]
+) -> Any:
+    """Create a network for a size of images, or for any size if it takes no such argument."""
+    if None not in size.values():
+        try:
+            return create(name, **given, **size)
+        except Exception:  # networks refuse a size in many ways
+            pass
+    return create(name, **given)
+
+
+def _module(spec: str, name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        way_out = "pip install timm" if name == "timm" else "put its folder on PYTHONPATH"
+        raise ConfigError(
+            f"network {spec!r} needs the module {name}, which cannot be imported ({error}): "
+            f"{way_out}"
+        ) from error
+
+
+def _takes_classes(factory: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError:  # written in C
+        return False
+    return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def is_catalogued(spec: str) -> bool:
@@ -81,41 +113,6 @@ def is_catalogued(spec: str) -> bool:
     return name.lower() in listed
 
 
-_CATALOGUED = re.compile(r"(torchvision|timm):([A-Za-z0-9_.-]+)")
-# The argument for the size of the images, in the networks that take one.
-_SIZE = {"torchvision": "image_size", "timm": "img_size"}
-
-
-def _sized(create: Callable[..., Any], size: dict[str, int], name: str, **arguments: Any) -> Any:
-    """Create a network for a size of images, or for any size if it takes no such argument."""
-    try:
-        return create(name, **arguments, **size)
-    except Exception:  # networks refuse a size in many ways
-        if not size:
-            raise
-        return create(name, **arguments)
-
-
-def _module(spec: str, name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        way_out = "pip install timm" if name == "timm" else "put its folder on PYTHONPATH"
-        raise ConfigError(
-            f"network {spec!r} needs the module {name}, which cannot be imported ({error}): "
-            f"{way_out}"
-        ) from error
-
-
-def _takes(factory: Callable[..., Any], name: str) -> bool:
-    """Whether a function or class takes an argument of this name."""
-    try:
-        parameters = inspect.signature(factory).parameters
-    except ValueError:  # written in C
-        return False
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
 class LazyNetwork(nn.Module):
     """A network that is loaded on first use; what is known of it needs no loading.
 
@@ -131,14 +128,10 @@ class LazyNetwork(nn.Module):
         self._lock = RLock()
 
     @property
-    def is_loaded(self) -> bool:
-        return "loaded" in self._modules
-
-    @property
     def core(self) -> nn.Module:
         """The network itself."""
         with self._lock:
-            if not self.is_loaded:
+            if "loaded" not in self._modules:
                 net = self._load()
                 for args, kwargs in self._moves:
                     net.to(*args, **kwargs)

@@ -15,7 +15,20 @@ from torch import Tensor, nn
 
 from fusenorm_openood.errors import CheckpointError, DamagedFileError
 
+State = dict[str, Tensor]
+
 SAFETENSORS_HEADER = 100_000_000  # bytes; the format's limit
+# Where checkpoints keep their weights, the first found first: plain weights before averaged ones.
+CONTAINERS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+)
+# Names of the last linear layer; this package's networks call it `fc`, as OpenOOD's do.
+HEADS = ("fc", "linear", "head", "classifier")
+# What data-parallel training, averaging and compilation put in front of keys, at any depth.
+_WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
+# Counters of averaged weights, and weights of the loss: neither is part of the network.
+_EXTRAS = re.compile(r"(?:.*\.)?(?:n_averaged|num_updates)|(?:criterion|loss|loss_fn)\..*")
 
 
 def read_saved(path: Path) -> Any:
@@ -41,7 +54,8 @@ def read_saved(path: Path) -> Any:
         "written by neither torch.save nor safetensors, copy it again"
     )
     is_archive = start[:2] == b"PK"
-    if _is_safetensors(start) and not is_archive:
+    header = int.from_bytes(start[:8], "little")  # its length, before the JSON that it is
+    if start[8:] == b"{" and header <= SAFETENSORS_HEADER and not is_archive:
         try:
             return load_file(path)
         except SafetensorError:
@@ -69,11 +83,6 @@ def read_saved(path: Path) -> Any:
         raise damaged from None
 
 
-def _is_safetensors(start: bytes) -> bool:
-    """Whether the first 9 bytes of a file are a header's length and the beginning of its JSON."""
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= SAFETENSORS_HEADER
-
-
 def _is_intact(path: Path) -> bool:
     """Whether every member of a zip archive matches its checksum."""
     try:
@@ -81,21 +90,6 @@ def _is_intact(path: Path) -> bool:
             return archive.testzip() is None
     except (zipfile.BadZipFile, NotImplementedError, zlib.error, EOFError):
         return False
-
-
-State = dict[str, Tensor]
-
-# Where checkpoints keep their weights, the first found first: plain weights before averaged ones.
-CONTAINERS = (
-    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights"),
-    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
-)
-# Names of the last linear layer; this package's networks call it `fc`, as OpenOOD's do.
-HEADS = ("fc", "linear", "head", "classifier")
-# What data-parallel training, averaging and compilation put in front of keys, at any depth.
-_WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
-# Counters of averaged weights, and weights of the loss: neither is part of the network.
-_EXTRAS = re.compile(r"(?:.*\.)?(?:n_averaged|num_updates)|(?:criterion|loss|loss_fn)\..*")
 
 
 def load_state(path: str | Path) -> State:
@@ -107,7 +101,7 @@ def load_state(path: str | Path) -> State:
         CheckpointError: the file is missing or damaged, or holds something else.
     """
     content = read_saved(Path(path))
-    state = find_state(content)
+    state = _find_state(content)
     if not state:
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else ""
         raise CheckpointError(
@@ -119,12 +113,12 @@ def load_state(path: str | Path) -> State:
     return {key: value for key, value in bare.items() if not _EXTRAS.fullmatch(key)}
 
 
-def find_state(content: Any) -> State:
+def _find_state(content: Any) -> State:
     """The tensors of the network in the content of a checkpoint; empty if there are none."""
     if not isinstance(content, dict):
         return {}
     for name in CONTAINERS:
-        if state := find_state(content.get(name)):
+        if state := _find_state(content.get(name)):
             return state
     return {k: v for k, v in content.items() if isinstance(k, str) and torch.is_tensor(v)}
 
@@ -148,20 +142,6 @@ def aligned(state: State, keys: Iterable[str]) -> State:
     return max(forms, key=lambda form: len(form.keys() & wanted))
 
 
-def misfit(net: nn.Module, state: State) -> str:
-    """The first reason why a state dict is not that of a network; empty if it is.
-
-    Counters of batch normalisation may be missing, as in old checkpoints.
-    """
-    own = {key: value for key, value in net.state_dict().items() if torch.is_tensor(value)}
-    for key, value in own.items():
-        if key not in state and not key.endswith("num_batches_tracked"):
-            return f"key {key!r} is missing"
-        if key in state and state[key].shape != value.shape:
-            return f"{key!r} must be {list(value.shape)}, got {list(state[key].shape)}"
-    return next((f"key {key!r} is unexpected" for key in state if key not in own), "")
-
-
 def _forms(state: State) -> Iterator[State]:
     """The state dict with none, one, two, ... leading parts removed that all keys share."""
     yield state
@@ -176,3 +156,17 @@ def _with_fc(state: State) -> State:
     if len(found) != 1:
         return state
     return {re.sub(rf"^{found[0]}\.", "fc.", key): value for key, value in state.items()}
+
+
+def misfit(net: nn.Module, state: State) -> str:
+    """The first reason why a state dict is not that of a network; empty if it is.
+
+    Counters of batch normalisation may be missing, as in old checkpoints.
+    """
+    own = {key: value for key, value in net.state_dict().items() if torch.is_tensor(value)}
+    for key, value in own.items():
+        if key not in state and not key.endswith("num_batches_tracked"):
+            return f"key {key!r} is missing"
+        if key in state and state[key].shape != value.shape:
+            return f"{key!r} must be {list(value.shape)}, got {list(state[key].shape)}"
+    return next((f"key {key!r} is unexpected" for key in state if key not in own), "")
