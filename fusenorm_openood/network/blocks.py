@@ -20,32 +20,23 @@ Span = tuple[int, int]  # places on the trunk where a module is entered and left
 
 
 class Found(NamedTuple):
-    """The blocks of a network.
+    """The blocks of a network, in the order in which they run.
 
-    Attributes:
-        names: their names in the order in which they run; that of a module followed by `:input`
-            where no module returns a block's output, and this one is given it.
-        rule: how they were found.
-        notes: what they leave out, in sentences.
-        trunk: graph nodes of the trunk that they are on, with their places.
+    Where no module returns a block's output, its name is that of the module that is given it,
+    followed by `:input`.
     """
 
     names: tuple[str, ...]
-    rule: str
-    notes: tuple[str, ...] = ()
-    trunk: Mapping[Node, int] = {}
+    rule: str  # how they were found
+    notes: tuple[str, ...] = ()  # what they leave out
+    trunk: Mapping[Node, int] = {}  # of the graph that they were found in
 
 
 def find_blocks(modules: Modules, calls: Calls, pixels: Mapping[str, int], graph: Graph) -> Found:
-    """The blocks of a network.
+    """The blocks of a network, from one pass with a graph.
 
-    Args:
-        modules: all modules by name.
-        calls: what they did in one pass, in the order in which they ended; with `:input`, the
-            first tensor that each was given.
-        pixels: numbers of pixels of the feature maps that modules which run once return, and
-            under the names of the modules with `:input` of those that they are given.
-        graph: the autograd graph of the pass.
+    `calls` are in the order in which the modules ended; names with `:input` stand for the first
+    tensor that a module was given. `pixels` are those of the feature maps of modules that run once.
     """
     why = "" if graph.trunk else "no gradient reaches the images"
     if any("CheckpointFunction" in node.name() for node in graph.trunk):

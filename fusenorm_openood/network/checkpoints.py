@@ -33,6 +33,7 @@ WAY_OUT = "name any other network with --network, or network=... in Python"
 OPENOOD_WIDTH = 64  # channels of the first stage of OpenOOD's ResNet18_32x32
 _STEM = re.compile(r"((?:.*\.)?)conv1\.weight")
 _TAU = re.compile(r"((?:.*\.)?)tau")
+Build = Callable[[int], nn.Module]  # from the number of classes to a network
 
 
 def load_network(
@@ -66,19 +67,19 @@ def load_network(
         found = _recognise(state)
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}: {WAY_OUT}") from None
-    classes = len(found.weights["fc.weight"])
-    if num_classes is not None:
-        check_classes(path, classes, num_classes)
-    net = found.build(classes)
-    if reason := misfit(net, found.weights):
+    build, weights, tau = found
+    classes = len(weights["fc.weight"])
+    check_classes(path, classes, num_classes)
+    net = build(classes)
+    if reason := misfit(net, weights):
         raise CheckpointError(
             f"{path} looks like a {type(net).__name__} but does not fit it ({reason}): the known "
             f"networks are {ARCHITECTURES}; {WAY_OUT}"
         )
-    net.load_state_dict(found.weights)
-    if found.tau is not None:
+    net.load_state_dict(weights)
+    if tau is not None:
         net = T2FNormNet(net, classes)
-        net.tau.copy_(found.tau)
+        net.tau.copy_(tau)
     return net.eval()
 
 
@@ -97,8 +98,7 @@ def _load_named(
     }
     classes = rows.pop() if len(rows) == 1 else None
     if classes is not None:
-        if num_classes is not None:
-            check_classes(path, classes, num_classes)
+        check_classes(path, classes, num_classes)
         net = build_network(network, classes, image_size)
     if reason := misfit(net, fitting):
         raise CheckpointError(
@@ -112,15 +112,11 @@ def _load_named(
 
 
 def load_backbone(net: nn.Module, path: str | Path) -> None:
-    """Load a checkpoint's weights into a network; each may be plain or T2FNorm's.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged or does not fit the network.
-    """
+    """Load a checkpoint's weights into a network; each may be plain or T2FNorm's."""
     target = net.backbone if isinstance(net, T2FNormNet) else net
     state = load_state(path)
     try:
-        weights = _recognise(state).weights
+        weights = _recognise(state)[1]
         reason = misfit(target, weights)
     except CheckpointError as error:
         reason = f"it {error}"
@@ -132,43 +128,26 @@ def load_backbone(net: nn.Module, path: str | Path) -> None:
     target.load_state_dict(weights)
 
 
-def check_classes(path: str | Path, classes: int, num_classes: int) -> None:
-    """Raise CheckpointError unless a checkpoint has as many classes as the ID data set.
+def check_classes(path: str | Path, classes: int, num_classes: int | None) -> None:
+    """Raise CheckpointError unless a checkpoint has as many classes as the ID data set, if given.
 
     A single logit is that of two classes.
     """
-    if max(classes, 2) != num_classes:
+    if num_classes is not None and max(classes, 2) != num_classes:
         raise CheckpointError(
             f"{path} must have {num_classes} classes, as the ID data set does, got {classes}: use "
             "a checkpoint and an ID data set that belong together"
         )
 
 
-class _Recognised(NamedTuple):
-    """A known network in a state dict.
+def _recognise(state: State) -> tuple[Build, State, Tensor | None]:
+    """The one known network in a state dict, whatever its keys begin with; CheckpointError if none.
 
-    Attributes:
-        build: function from the number of classes to the plain network.
-        weights: its state dict, with a last layer called `fc`.
-        tau: temperature of a T2FNorm network, None for a plain one.
+    A function from the number of classes to the plain network, its state dict with a last layer
+    called `fc`, and the temperature of a T2FNorm network: a `tau` beside a `backbone`. The last
+    layer may lie outside the network as in `encoder.conv1.weight`, `fc.weight`.
     """
-
-    build: Callable[[int], nn.Module]
-    weights: State
-    tau: Tensor | None
-
-
-def _recognise(state: State) -> _Recognised:
-    """The one known network in a state dict, whatever its keys begin with.
-
-    Its last layer may have another name (see `HEADS`), or lie outside the network as in
-    `encoder.conv1.weight`, `fc.weight`. A network called `backbone` beside a `tau` is T2FNorm's.
-
-    Raises:
-        CheckpointError: there is no known network, or there are several, or none with a last
-            layer, or there are weights that do not belong to it.
-    """
-    known = dict[str, Callable[[int], nn.Module]]()
+    known = dict[str, Build]()
     for place in (match[1] for key in state if (match := _STEM.fullmatch(key))):
         inside = {k.removeprefix(place): v for k, v in state.items() if k.startswith(place)}
         if build := _architecture(inside):
@@ -194,7 +173,7 @@ def _recognise(state: State) -> _Recognised:
             weights[key.removeprefix(place)] = value
         elif key != tau:
             raise CheckpointError(f"must hold nothing besides a known network, got {key!r}")
-    return _Recognised(build, weights, None if tau is None else state[tau])
+    return build, weights, None if tau is None else state[tau]
 
 
 def _find_head(state: State, place: str) -> str:
@@ -213,8 +192,8 @@ def _find_head(state: State, place: str) -> str:
     return found[0]
 
 
-def _architecture(state: State) -> Callable[[int], nn.Module] | None:
-    """A function from the number of classes to the plain network with these keys, if known."""
+def _architecture(state: State) -> Build | None:
+    """The plain network with these keys, if known."""
 
     def blocks(pattern: str) -> int:
         return len({match[1] for key in state if (match := re.match(pattern, key))})

@@ -31,26 +31,15 @@ _INCIDENTAL = re.compile(r"(, )?(inplace=\w+|momentum=[\w.]+|device='?[\w:]+'?| 
 
 
 class Fingerprint(NamedTuple):
-    """What a network is recognised by.
+    """What a network is recognised by."""
 
-    Attributes:
-        kind: class name of the network.
-        shapes: type and shape of each parameter and buffer by name, such as `float32 [64, 3]`.
-        weights: SHA-256 of all their values, in hexadecimal digits.
-        modules: class and configuration of each module inside by name, such as `Dropout()`; None
-            in files of format 1.
-        image: shape `[C, H, W]` of two fixed images; empty if the logits are not known.
-        logits: the network's logits `[2, K]` of them.
-        rounding: how far the logits may be from those on another machine, in units of their range.
-    """
-
-    kind: str
-    shapes: dict[str, str]
-    weights: str
-    modules: dict[str, str] | None = None
-    image: tuple[int, ...] = ()
-    logits: tuple[tuple[float, ...], ...] = ()
-    rounding: float = 0.0
+    kind: str  # its class
+    shapes: dict[str, str]  # of its parameters and buffers, such as `float32 [64, 3]`
+    weights: str  # SHA-256 of all their values, in hexadecimal digits
+    modules: dict[str, str] | None = None  # such as `Dropout()`; None in files of format 1
+    image: tuple[int, ...] = ()  # shape of two fixed images; empty if the logits are not known
+    logits: tuple[tuple[float, ...], ...] = ()  # of these images
+    rounding: float = 0.0  # share of their range by which they may differ on another machine
 
     @property
     def digest(self) -> str:
@@ -127,16 +116,10 @@ def _class_of(module: nn.Module) -> str:
 
 
 def identify(net: nn.Module, image: Sequence[int], passes: int = 2) -> Fingerprint:
-    """The fingerprint of a network, with its logits of two fixed images.
+    """The fingerprint of a network, with its logits of two fixed images `[C, H, W]`.
 
-    They tell a network from another one with the same modules and weights whose forward differs.
-    Those of a network that does not take such images, or is random as a second pass shows, are left
-    out.
-
-    Args:
-        net: any network; it is left unchanged.
-        image: shape `[C, H, W]` of the images; without one there are no logits.
-        passes: one or two.
+    They tell networks with the same modules and weights apart whose forward differs. They are left
+    out if the network does not take such images, or is random as a second pass shows.
     """
     core = unwrapped(net)
     known = fingerprint(core)

@@ -24,13 +24,8 @@ class Graph:
     is all that later layers know of the image; so a residual block shows as a trunk node, where
     the block begins, followed by branches that merge in the next trunk node.
 
-    Args:
-        logits: logits `[B, K]` with a graph.
-        images: the leaf that they are computed from.
-
-    Attributes:
-        trunk: the nodes that every path from the logits to the images crosses, with their
-            positions: 0 is nearest to the logits. Empty if no path reaches the images.
+    Its `trunk` are the nodes that every path from the logits to the images (a leaf) crosses, with
+    their positions: 0 is nearest to the logits. It is empty if no path reaches the images.
     """
 
     def __init__(self, logits: Tensor, images: Tensor) -> None:
@@ -73,10 +68,7 @@ class Graph:
         return reachable([start], lambda node: self.children[node])
 
     def forks(self) -> list[Node]:
-        """Trunk nodes where branches with a convolution or a matrix product end.
-
-        From the images to the logits.
-        """
+        """Trunk nodes where branches with weights end, from the images to the logits."""
         forks = [node for node in reversed(self.trunk) if len(self.children[node]) > 1]
         return [node for node in forks if any(map(_multiplies, self._fork(node)))]
 

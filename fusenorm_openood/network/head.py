@@ -15,14 +15,13 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class HeadLayers(NamedTuple):
-    """How logits come from the layers with a weight matrix that precede them.
+    """How logits come from the layers with a weight matrix that precede them, `names`.
 
     Attributes:
-        names: names of the layers; empty if there are none.
         shares: by what the outputs of the layers are multiplied before they are added up.
         is_linear: whether the logits are exactly this sum.
-        before_softmax: whether the network returns a softmax, a sigmoid or the like of the logits;
-            the logits themselves are then the output of the layer.
+        before_softmax: whether the network returns a softmax, a sigmoid or the like of the logits,
+            which are then the output of the layer.
         is_affine: whether the logits are an affine function of the feature; unlike with
             `is_linear`, this may be a mean of what the layers are given.
         feature: `output` of a module or `input` of some, and their names, if the feature is this
@@ -63,9 +62,9 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
     return value.detach() if isinstance(value, Tensor) else None
 
 
-def dequantised(x: Tensor) -> Tensor:
-    """A tensor, in floating point if it is quantised."""
-    return x.dequantize() if x.is_quantized else x
+def dequantised(x: Any) -> Any:
+    """A tensor in floating point, also a quantised one; what is no tensor as it is."""
+    return x.dequantize() if isinstance(x, Tensor) and x.is_quantized else x
 
 
 def flat_feature(module: nn.Module, x: Tensor) -> Tensor:
@@ -128,7 +127,7 @@ def kept_head(
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given: Any = args[0] if args else next(iter(kwargs.values()), None)
         changed = given if change is None else change(given)
-        inputs[names[module]] = _plain(changed)
+        inputs[names[module]] = dequantised(changed)
         if change is None:
             return None
         if args:
@@ -136,11 +135,7 @@ def kept_head(
         return args, {**kwargs, next(iter(kwargs)): changed}
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        outputs[names[module]] = _plain(output)
+        outputs[names[module]] = dequantised(output)
 
     with hooked(before=[(m, before) for m in names], after=[(m, after) for m in names]):
         yield inputs, outputs
-
-
-def _plain(value: Any) -> Any:
-    return dequantised(value) if isinstance(value, Tensor) else value

@@ -24,11 +24,10 @@ def fits(height: int, width: int, image: Sequence[int], exactly: bool = False) -
 
 @cache
 def token_grid(tokens: int, image: tuple[int, int]) -> tuple[int, int, int]:
-    """Prefix tokens, height and width of tokens of images `[H, W]`.
+    """Number of prefix tokens, and height and width of the other tokens, of images `[H, W]`.
 
-    Prefix tokens are no patches, such as class tokens and registers: the smallest usual number
-    that leaves a grid of exactly the image's aspect, else the smallest that leaves one up to
-    rounding.
+    The smallest usual number that leaves a grid of exactly the image's aspect, else the smallest
+    that leaves one up to rounding.
 
     >>> token_grid(197, (224, 224)), token_grid(201, (224, 224)), token_grid(24, (64, 96))
     ((1, 14, 14), (5, 14, 14), (0, 4, 6))
@@ -81,15 +80,10 @@ def _layers_around(name: str, calls: Mapping[str, Call]) -> Iterator[str]:
 
 
 class Prefix(NamedTuple):
-    """Tokens that are no pixels, such as class tokens and registers.
-
-    Attributes:
-        length: their number.
-        place: share of the other tokens that stand before them: 0 is in front, 1 at the end.
-    """
+    """Tokens that are no pixels, such as class tokens and registers."""
 
     length: int
-    place: float = 0.0
+    place: float = 0.0  # share of the other tokens that stand before them
 
 
 def find_prefixes(

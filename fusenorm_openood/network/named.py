@@ -89,18 +89,17 @@ def _module(spec: str, name: str) -> Any:
 
 def _takes_classes(factory: Callable[..., Any]) -> bool:
     try:
-        parameters = inspect.signature(factory).parameters
+        parameters = inspect.signature(factory).parameters.values()
     except ValueError:  # written in C
         return False
-    return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def is_catalogued(spec: str) -> bool:
     """Whether a network is one of torchvision's classifiers or timm's architectures.
 
-    Such a name runs the code of these packages only, and downloads nothing; a name of a hub, of a
-    folder or of any other module does not count, nor a detector of torchvision's, whose backbone
-    comes with weights. Nothing but the two packages is imported.
+    Such a name runs the code of these packages only, and downloads nothing, unlike a name of a hub,
+    a folder or any other module, or a detector of torchvision's, whose backbone has weights.
     """
     found = _CATALOGUED.fullmatch(spec)
     if found is None:
@@ -114,12 +113,7 @@ def is_catalogued(spec: str) -> bool:
 
 
 class LazyNetwork(nn.Module):
-    """A network that is loaded on first use; what is known of it needs no loading.
-
-    Args:
-        load: loads it.
-        known: what is known of it, with the attributes `structure` and `head`.
-    """
+    """A network that is loaded on first use; its `known.structure` and `known.head` need none."""
 
     def __init__(self, load: Callable[[], nn.Module], known: Any = None) -> None:
         super().__init__()

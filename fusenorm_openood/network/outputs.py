@@ -17,10 +17,7 @@ Path = tuple[Any, ...]  # the keys, indices and attributes that lead to a tensor
 
 
 def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """The floating-point tensors in nested tuples, lists, mappings and dataclasses, in order.
-
-    Quantised tensors are dequantised.
-    """
+    """The floating-point tensors in nested containers and dataclasses, dequantised, in order."""
     inner: Any = ()
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_quantized:
@@ -77,7 +74,8 @@ def logits_at(net: nn.Module, output: Any, path: Path, batch: int) -> Tensor:
     except (AttributeError, IndexError, KeyError, TypeError):
         raise _no_logits(net, output, batch) from None
     if isinstance(output, Tensor) and _may_be_logits(output, batch):
-        return dequantised(output)
+        logits: Tensor = dequantised(output)
+        return logits
     if isinstance(output, Tensor) and _is_one_logit(output, batch):
         return of_two_classes(dequantised(output).reshape(batch, 1))
     raise _no_logits(net, output, batch)
@@ -147,12 +145,9 @@ def is_activation(before: Tensor, after: Tensor) -> bool:
 
 
 def checked_activation(net: nn.Module, outputs: Tensor, activation: str) -> str:
-    """`log_softmax` if the outputs `[B, K]` of a network are log-probabilities, else empty.
+    """`log_softmax` if what count as logits `[B, K]` are log-probabilities, else empty.
 
-    Args:
-        net: the network.
-        outputs: its logits, as far as they could be found.
-        activation: what they were made with by their graph; see `last_activation`.
+    `activation` is what they were made with by their graph; see `last_activation`.
 
     Raises:
         TapError: outputs that are no logits.

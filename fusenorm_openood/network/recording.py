@@ -17,17 +17,11 @@ INPUT = ":input"  # after the name of a module: the first tensor that it is give
 
 
 class Value(NamedTuple):
-    """A tensor in a pass over two images.
+    """A tensor in a pass over two images."""
 
-    Attributes:
-        node: its graph node, None without a graph.
-        shape: its shape.
-        alike: for `[B, N, C]` or `[N, B, C]`, which of the N tokens are equal for both images.
-    """
-
-    node: Node
+    node: Node  # in the graph; None without one
     shape: tuple[int, ...]
-    alike: Tensor | None
+    alike: Tensor | None  # of [B, N, C] or [N, B, C], which tokens are equal for both images
 
     @classmethod
     def of(cls, x: Tensor) -> "Value":
@@ -40,25 +34,15 @@ class Value(NamedTuple):
 
 @dataclass
 class Call:
-    """What a module did in a pass; of several runs, in the last one.
-
-    Attributes:
-        runs: how often it ran.
-        entered: graph nodes of the tensors that it was given.
-        earlier: graph nodes of the first tensors that it returned in earlier runs.
-        took: the first tensor that it was given.
-        gave: the tensors that it returned.
-        index: which of them is its feature map.
-        is_alone: whether it returned one tensor, in nothing else.
-    """
+    """What a module did in a pass; of several runs, in the last one."""
 
     runs: int = 0
-    entered: tuple[Node, ...] = ()
-    earlier: tuple[Node, ...] = ()
-    took: Value | None = None
-    gave: tuple[Value, ...] = ()
-    index: int = 0
-    is_alone: bool = True
+    entered: tuple[Node, ...] = ()  # nodes of the tensors that it was given
+    earlier: tuple[Node, ...] = ()  # nodes of the first tensors that it returned in earlier runs
+    took: Value | None = None  # the first tensor that it was given
+    gave: tuple[Value, ...] = ()  # the tensors that it returned
+    index: int = 0  # which of them is its feature map
+    is_alone: bool = True  # it returned one tensor, in nothing else
 
     @property
     def left(self) -> Node:

@@ -30,10 +30,8 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
 
     What is in eval mode already is not touched. A module that overrides `train`, for example to
     merge weights, changes its mode by it; the weights that this changed are bitwise restored.
-
-    Where passes of several threads overlap, the modes are those before the first of them, and the
-    last one restores them. Compiled modules run as they were before compilation, because what is
-    compiled ignores hooks.
+    Where passes of several threads overlap, the last one restores the modes before the first.
+    Compiled modules run uncompiled, because what is compiled ignores hooks.
     """
     modules = list(net.modules())
     with _lock:
@@ -150,10 +148,7 @@ def own_pass() -> Iterator[None]:
 def hooked(
     before: Iterable[tuple[nn.Module, Hook]] = (), after: Iterable[tuple[nn.Module, Hook]] = ()
 ) -> Iterator[None]:
-    """Call `before(module, args, kwargs)` and `after(module, args, output)` in the current pass.
-
-    They are removed on exit, also after an exception.
-    """
+    """Call `before(module, args, kwargs)` and `after(module, args, output)` in the current pass."""
     this, handles = _current_pass.get(), []
 
     def own(hook: Hook) -> Hook:
@@ -173,9 +168,7 @@ def hooked(
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
-    """The network in a wrapper of torch: DataParallel, DistributedDataParallel, torch.compile.
-
-    It is the one whose modules run hooks, on one device.
+    """The network in a wrapper of torch, whose modules run hooks on one device.
 
     Raises:
         TapError: no network, or one that runs without its modules' hooks.
@@ -198,10 +191,7 @@ def unwrapped(net: nn.Module) -> nn.Module:
 
 
 def scoring_module(net: nn.Module) -> str | None:
-    """Name of the module with separate scoring logits, `""` for the network itself, or None.
-
-    A network about which this is known is not loaded.
-    """
+    """Name of the module with separate scoring logits, `""` for the network itself, or None."""
     if isinstance(net, LazyNetwork) and net.known is not None:
         known: str | None = net.known.structure.scoring
         return known
@@ -211,10 +201,7 @@ def scoring_module(net: nn.Module) -> str | None:
 
 @contextmanager
 def network_errors(net: nn.Module, images: Tensor) -> Iterator[None]:
-    """Turn what a network raises on images into a NetworkError that shows their shape.
-
-    Errors of this package, of loader processes and a lack of memory are passed on.
-    """
+    """Turn what a network itself raises on images into a NetworkError that shows their shape."""
     try:
         yield
     except FuseNormError:

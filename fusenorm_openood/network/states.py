@@ -32,15 +32,11 @@ _EXTRAS = re.compile(r"(?:.*\.)?(?:n_averaged|num_updates)|(?:criterion|loss|los
 
 
 def read_saved(path: Path) -> Any:
-    """The content of a file written by `torch.save` or safetensors, on the CPU.
-
-    Tensors and containers only. Errors that are not the file's fault, such as running out of
-    memory, are passed on.
+    """The tensors and containers in a file of `torch.save` or safetensors, on the CPU.
 
     Raises:
-        DamagedFileError: the file is truncated or altered, or was not written by either.
-        CheckpointError: the file is missing, cannot be opened, or holds objects that cannot be
-            loaded without running code.
+        DamagedFileError: the file is truncated or altered, or was written by neither.
+        CheckpointError: it is missing, cannot be opened, or cannot be loaded without running code.
     """
     try:
         with path.open("rb") as file:
@@ -93,12 +89,9 @@ def _is_intact(path: Path) -> bool:
 
 
 def load_state(path: str | Path) -> State:
-    """The state dict in a checkpoint file, loaded without running any code from it.
+    """The state dict in a checkpoint file; CheckpointError if there is none.
 
     Keys are without `module.` and `_orig_mod.`; counters of averaged weights are left out.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or holds something else.
     """
     content = read_saved(Path(path))
     state = _find_state(content)
@@ -124,11 +117,7 @@ def _find_state(content: Any) -> State:
 
 
 def without_wrappers(key: str) -> str:
-    """A key without `module.` and `_orig_mod.`.
-
-    >>> without_wrappers("module._orig_mod.backbone.module.conv1.weight")
-    'backbone.conv1.weight'
-    """
+    """A key without `module.` and `_orig_mod.` at any depth."""
     return _WRAPPERS.sub(r"\1", key)
 
 

@@ -36,52 +36,27 @@ _IN_JSON = {"batch_dependent": "mixes"}  # attributes with another name in files
 
 @dataclass(frozen=True)
 class Structure:
-    """How a network is built, and how its passes have to be read.
+    """How a network is built, and how its passes have to be read."""
 
-    Attributes:
-        blocks: names of its blocks in the order in which they run; empty if none was found.
-        rule: how they were found, in words.
-        runs: how often each module runs in a pass.
-        shapes: shape of what each module returns for two images.
-        layouts: layout of each module that runs once and returns a feature map, such as `BCHW`.
-        pixels: numbers of pixels of these feature maps, without prefix tokens.
-        head: the layers that make its logits.
-        classes: number of its logits, two for a single one.
-        logits: where they are in its output.
-        scoring: name of the module with separate scoring logits, if there is one.
-        batch_dependent: whether the images of a batch influence each other's logits, so that a
-            batch must not be split; `mixes` in JSON.
-        random: whether two passes over the same images give other logits.
-        smallest_batch: 2 if the network cannot take one image alone, else 1.
-        activation: `log_softmax` if what counts as logits are log-probabilities, whose energy is
-            0; else empty.
-        largest_logit: the largest absolute value among the logits of two images.
-        affine: the logits as a function of `head.feature`; not kept in files.
-        prefixes: tokens that are no pixels, of each module that returns tokens, where known.
-        outputs: number of the tensor that is the feature map, where a module returns it after
-            others.
-        notes: what the blocks leave out, in sentences.
-    """
-
-    blocks: tuple[str, ...]
-    rule: str
-    runs: Mapping[str, int]
-    shapes: Mapping[str, tuple[int, ...]]
-    layouts: Mapping[str, str]
-    pixels: Mapping[str, int]
+    blocks: tuple[str, ...]  # names in the order in which they run; empty if none was found
+    rule: str  # how they were found
+    runs: Mapping[str, int]  # how often each module runs in a pass
+    shapes: Mapping[str, tuple[int, ...]]  # of what each module returns for two images
+    layouts: Mapping[str, str]  # `BCHW` or the like, where a module runs once and returns a map
+    pixels: Mapping[str, int]  # of these feature maps, without prefix tokens
     head: HeadLayers
-    classes: int
-    logits: Path = ()
-    scoring: str | None = None
-    batch_dependent: bool = False
-    random: bool = False
-    smallest_batch: int = 1
-    activation: str = ""
-    largest_logit: float = field(default=0.0, compare=False)  # it varies with the images
-    affine: Head | None = field(default=None, compare=False)
-    prefixes: Mapping[str, Prefix] = field(default_factory=dict)
-    outputs: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    classes: int  # number of logits, two for a single one
+    logits: Path = ()  # where they are in the output
+    scoring: str | None = None  # name of the module with separate scoring logits
+    batch_dependent: bool = False  # the images of a batch influence each other's logits
+    random: bool = False  # two passes over the same images give other logits
+    smallest_batch: int = 1  # 2 if the network cannot take one image alone
+    activation: str = ""  # `log_softmax` if the logits are log-probabilities, whose energy is 0
+    largest_logit: float = field(default=0.0, compare=False)  # of two images; it varies with them
+    affine: Head | None = field(default=None, compare=False)  # of `head.feature`; not in files
+    prefixes: Mapping[str, Prefix] = field(default_factory=dict)  # of tokens, where known
+    outputs: Mapping[str, int] = field(default_factory=dict)  # which tensor is the map, if not 0
+    notes: tuple[str, ...] = ()  # what the blocks leave out
 
     def to_json(self) -> dict[str, Any]:
         """The structure in terms of JSON, without `affine`; see `from_json`."""
@@ -92,12 +67,9 @@ class Structure:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Structure":
-        """The structure that `to_json` gave, also after JSON has turned its tuples into lists.
+        """The structure that `to_json` gave; ConfigError if it is something else.
 
         If its head has a `feature`, its `affine` has to be found anew.
-
-        Raises:
-            ConfigError: it is something else.
         """
         names = {name: own for own, name in _IN_JSON.items()}
         record = {names.get(name, name): value for name, value in record.items()}
@@ -111,15 +83,7 @@ class Structure:
 
 
 def read_structure(net: nn.Module, images: Tensor) -> Structure:
-    """The structure of a network, from one pass over two images with a graph, if it has one.
-
-    Args:
-        net: any network; it is left unchanged.
-        images: a batch `[B, C, H, W]` that it accepts, on its device.
-
-    Raises:
-        TapError: it is no module, fails on the images, or returns no logits `[B, K]`.
-    """
+    """The structure of a network, from one pass over two images; see `understand`."""
     core, two = unwrapped(net), two_images(images)
     with eval_mode(core), preserved_randomness(images.device):
         output, calls, leaf = _recorded(core, two)

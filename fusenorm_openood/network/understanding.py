@@ -1,10 +1,4 @@
-"""All that a detector needs to know of a network before its images are scored.
-
-`understand` reads the structure from one pass, repeats passes over the same two images, and finds
-the logits as a function of the penultimate feature: from the weights of the last layers, or where
-these do not give the logits (cosine heads, adapters, masked weights, a single logit, a choice of
-classes) from gradients.
-"""
+"""Read how a network is built and how its passes vary, before its images are scored."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -54,9 +48,11 @@ ROUNDED, EXACT = 3e-2, 1e-3
 
 
 def understand(net: nn.Module, images: Tensor) -> Structure:
-    """The structure of a network, with how its logits come from its head, and how they vary.
+    """The structure of a network: one pass with a graph, the same images again, and the head.
 
-    A few passes over two images, which also show whether hooks work on the network at all.
+    The logits are found as a function of the penultimate feature from the weights of the last
+    layers, or, where these do not give them (cosine heads, adapters, masked weights, a single
+    logit, a choice of classes), from gradients.
 
     Args:
         net: any network; it is left unchanged.
@@ -134,10 +130,7 @@ def _generators(device: torch.device) -> list[Any]:
 def _depends_on_batch(
     core: nn.Module, structure: Structure, two: Tensor, first: _Pass
 ) -> tuple[bool, int]:
-    """Whether other images of a batch change the logits, and the smallest batch, 0 if unknown.
-
-    The first image alone, or else two and the first one again.
-    """
+    """Whether other images of a batch change the logits, and the smallest batch, 0 if unknown."""
     for smallest, images in ((1, two[:1]), (2, two[[0, 1, 0]])):
         try:
             found = _pass(core, structure, images)
@@ -215,10 +208,9 @@ def find_shares(
 def _head_by_gradients(
     core: nn.Module, structure: Structure, images: Tensor
 ) -> tuple[HeadLayers, Head] | None:
-    """The logits as an affine function of the feature that may be at `structure.head.feature`.
+    """The logits as an affine function of the feature at `structure.head.feature`.
 
-    A function of the feature itself, or else of the feature divided by its length, of which the
-    logits of a cosine head are an affine function. None if it is neither.
+    Of the feature itself, or else of its direction, as those of a cosine head are.
     """
     head = structure.head
     if not head.feature:
@@ -242,8 +234,7 @@ def _pass_of_other_features(
 ) -> tuple[Tensor, Tensor]:
     """Values in place of the tensor that holds the feature, and the logits that come from them.
 
-    Features of images may be all positive or much alike, so that a ReLU or a clamp between them
-    and the logits shows only at their negatives and at noise, small and large.
+    A ReLU or a clamp before the logits shows at negatives and at noise, small and large.
     """
     side, *names = structure.head.feature
     values = list[Tensor]()
