@@ -84,7 +84,7 @@ def _is_intact(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, NotImplementedError, zlib.error, EOFError):
+    except (zipfile.BadZipFile, NotImplementedError, zlib.error, EOFError, ValueError):
         return False
 
 
