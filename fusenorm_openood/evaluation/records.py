@@ -15,14 +15,15 @@ from torch import nn
 
 from fusenorm_openood.data.benchmarks import ImageSet, image_loader
 from fusenorm_openood.data.lists import ImageList
-from fusenorm_openood.errors import DataError, StoreError, TapError
+from fusenorm_openood.errors import DataError, TapError
 from fusenorm_openood.forward.batches import Pace
 from fusenorm_openood.forward.react import head_of
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.storage.keys import file_digest
-from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.storage.shards import Columns
+from fusenorm_openood.storage.stored import stored_row
 from fusenorm_openood.version import __version__
 
 Loader = Callable[[ImageSet], Iterable[Any]]
@@ -63,11 +64,10 @@ class Records:
 
     def known(self) -> Known | None:
         """What `keep` kept of the network."""
-        try:
-            kept = self._kept().read(0)
-            structure = Structure.from_json(json.loads(kept["structure"][0]))
-        except (StoreError, KeyError, TypeError, ValueError):
+        kept = self._stored(lambda: None)
+        if kept is None:
             return None
+        structure = Structure.from_json(json.loads(kept["structure"][0]))
         if "weight" not in kept:
             return Known(structure, None)
         bias = torch.from_numpy(kept["bias"][0])
@@ -75,23 +75,19 @@ class Records:
 
     def keep(self, net: nn.Module, structure: Structure) -> None:
         """Keep how the network is built, and its head."""
-        kept = self._kept()
-        if self.known() is not None:
-            return
-        columns = {"structure": np.array([json.dumps(structure.to_json())], dtype=object)}
-        try:
-            head = Head(*(t.detach().cpu().float() for t in head_of(net, structure)))
-            columns |= {
-                "weight": head.weight.reshape(1, -1).numpy(),
-                "bias": head.bias[None].numpy(),
-            }
-        except TapError:  # no linear head
-            pass
-        kept.write(0, columns)
-        kept.discard_damaged(0)
 
-    def _kept(self) -> ShardSet:
-        return ShardSet(self.store, {**self.network, "heard": "structure"}, "network", rows=1)
+        def columns() -> Columns:
+            found = {"structure": np.array([json.dumps(structure.to_json())], dtype=object)}
+            try:
+                weight, bias = (t.detach().cpu().float() for t in head_of(net, structure))
+            except TapError:  # no linear head
+                return found
+            return {**found, "weight": weight.reshape(1, -1).numpy(), "bias": bias[None].numpy()}
+
+        self._stored(columns)
+
+    def _stored(self, compute: Callable[[], Columns | None]) -> Columns | None:
+        return stored_row(self.store, {**self.network, "heard": "structure"}, "network", compute)
 
 
 def network_record(checkpoint: Path, network: str | None, image_size: int, **run: Any) -> Any:
@@ -162,15 +158,19 @@ def find_faults(images: ImageList, store: Path | None = None) -> list[tuple[str,
     if store is None:
         return _located(images, images.faults())
     record = {"version": __version__, "images": manifest(images), "heard": "faults"}
-    kept = ShardSet(store, record, f"{images.path.stem}_faults", rows=1)
-    try:
-        found = {int(n): fault for n, fault in json.loads(kept.read(0)["faults"][0]).items()}
-    except StoreError:
+    found: dict[int, str] | None = None
+
+    def columns() -> Columns | None:
+        nonlocal found
         found = images.faults()
-        if {"truncated"}.issuperset(found.values()):  # others may become readable unchanged
-            kept.write(0, {"faults": np.array([json.dumps(found)], dtype=object)})
-            kept.discard_damaged(0)
-    return _located(images, found)
+        if not {"truncated"}.issuperset(found.values()):  # others may become readable unchanged
+            return None
+        return {"faults": np.array([json.dumps(found)], dtype=object)}
+
+    kept = stored_row(store, record, f"{images.path.stem}_faults", columns)
+    if found is None and kept is not None:
+        found = {int(n): fault for n, fault in json.loads(kept["faults"][0]).items()}
+    return _located(images, found or {})
 
 
 def _located(images: ImageList, faults: dict[int, str]) -> list[tuple[str, str]]:
