@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -91,5 +92,7 @@ class SingleScore(Detector):
             raise NotFittedError(f"this {self._score.name} is not fitted: call fit(loader) first")
 
     def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
-        conf: NDArray[Any] = experts[0]
-        return conf
+        """The scores `[N]` in float32, unless they were computed in float64."""
+        with np.errstate(over="ignore"):
+            conf: NDArray[Any] = experts[0].astype(np.float32)
+        return conf if np.array_equal(conf, experts[0]) else experts[0]

@@ -99,6 +99,8 @@ class BatchScores(NamedTuple):
 
     def matrix(self, experts: Sequence[Expert]) -> Tensor:
         """Scores `[L, B]` of some experts, in float64 where the device has it."""
+        if not experts:
+            return torch.empty(0, len(self.pred), dtype=torch.float64, device="cpu")
         return torch.stack([with_double(self.scores[expert]).double() for expert in experts])
 
 

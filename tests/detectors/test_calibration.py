@@ -229,9 +229,9 @@ class Images(Dataset):
 
 def test_recorded_copies_count_once(small, tmp_path):
     for _ in range(2):  # scored, then read from the store
+        given = RecordedLoader(Images(copies(20, 3)), tmp_path, {"images": 1}, "copies", 7)
         with pytest.warns(UserWarning, match=f"40 of 60 {REPEAT}"):
-            given = Images(copies(20, 3))
-            small.calibrate(RecordedLoader(given, tmp_path, {"images": "copies"}, "copies", 7))
+            small.calibrate(given)
         assert len(small.calibration_scores_) == 20
 
 

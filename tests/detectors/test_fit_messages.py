@@ -110,6 +110,10 @@ def test_a_shorter_sampler_counts(net):
 ENERGY = Settings.published(output="energy")
 
 
+def msp(net):
+    return SingleScore(net, "msp")
+
+
 def react(net, loader, **progress):
     SingleScore(net, "react").fit(loader, **progress)
 
@@ -123,8 +127,8 @@ def searched(net, loader, **progress):
     [
         (lambda net, loader, **p: FuseNorm(net).fit(loader, **p), ["fit"]),
         (lambda net, loader, **p: FuseNorm(net, ENERGY).fit(loader, **p), ["ReAct", "fit"]),
-        (lambda net, loader, **p: SingleScore(net, "msp").score_loader(loader, **p), ["score"]),
-        (lambda net, loader, **p: SingleScore(net, "msp").infer(loader, desc="svhn", **p), ["svhn"]),
+        (lambda net, loader, **p: msp(net).score_loader(loader, **p), ["score"]),
+        (lambda net, loader, **p: msp(net).infer(loader, desc="svhn", **p), ["svhn"]),
         (react, ["ReAct"]),
         (searched, ["ReAct", "APS", "APS"]),
     ],

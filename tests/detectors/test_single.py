@@ -1,4 +1,4 @@
-"""Single scores as detectors: OpenOOD's numbers, names and arguments, and what they are fitted on."""
+"""Single scores as detectors: OpenOOD's numbers, names and arguments, and their fit."""
 
 import pickle
 
@@ -105,7 +105,7 @@ def test_errors_name_the_score_and_its_arguments(net):
         SingleScore(net, "knn", k=3)
     with pytest.raises(ConfigError, match="unknown argument 'percentile' of msp"):
         SingleScore(net, "msp", percentile=90)
-    with pytest.raises(ConfigError, match="'gram': choose from .*knn.*msp"):
+    with pytest.raises(ConfigError, match=r"'gram': choose from .*knn.*msp"):
         SingleScore(net, "gram")
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fusenorm_openood.detectors.baselines import Baseline
 from torch import nn
 
 from fusenorm_openood import FuseNorm, tap_candidates
-from fusenorm_openood.detectors.baselines import Baseline
 from tests.nets import BLOCKS, Net, some_images
 
 IMAGES = some_images(16)

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from fusenorm_openood.detectors.baselines import Baseline
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward.gradient import ConstantBatchNorm
 from tests.conftest import make_loader, make_net

@@ -9,18 +9,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.posthoc import PosthocBaseline
+from fusenorm_openood.forward.panel import Fitted
+from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc, Seen
 from torch.utils.data import Dataset
 
 from fusenorm_openood import FuseNorm, Settings, atf
 from fusenorm_openood.detectors.bank import ScoreBank
-from fusenorm_openood.detectors.baselines import Baseline
-from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from fusenorm_openood.evaluation.records import Known
-from fusenorm_openood.forward.panel import Fitted
 from fusenorm_openood.forward.react import head_of
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.method.atf import atf_map
-from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc, Seen
 from fusenorm_openood.network.named import LazyNetwork
 from fusenorm_openood.network.understanding import understand
 from tests.nets import CLASSES, Net, some_images

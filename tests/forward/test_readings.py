@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.detectors.baselines import Baseline
-from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.forward.batches import Readings
 from tests.nets import Net, some_images

@@ -1,9 +1,9 @@
 import torch
+from fusenorm_openood.method.posthoc import Seen
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fusenorm_openood.forward.samples import FeatureSample
-from fusenorm_openood.method.posthoc import Seen
 
 
 @given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 40))

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc, Seen
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fusenorm_openood.forward import samples as sums_module
 from fusenorm_openood.forward.samples import BlockSums
-from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc, Seen
 
 HEAD = Head(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(3))
 EXPERTS = [Posthoc.of(name, {"dim": 4} if name == "vim" else {}) for name in POSTHOC]

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from fusenorm_openood.detectors.baselines import Baseline
 from torch import nn
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import FuseNormError
 from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.network.running import eval_mode

@@ -1,11 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.special import logsumexp, softmax
-
-from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.experts import (
     check_output_expert,
     energy,
@@ -15,6 +10,11 @@ from fusenorm_openood.method.experts import (
     odin_perturb,
     score_logits,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import logsumexp, softmax
+
+from fusenorm_openood.errors import ConfigError
 
 LOGITS = torch.randn(40, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
 

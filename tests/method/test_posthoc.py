@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fusenorm_openood.method.covariance import RIDGE
+from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen, check_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp, softmax
 
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.method import seen as seen_module
-from fusenorm_openood.method.covariance import RIDGE
-from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen, check_arguments
 from fusenorm_openood.storage.configs import config_root
 
 ALL = list(POSTHOC)

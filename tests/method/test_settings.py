@@ -2,12 +2,12 @@ import inspect
 
 import pytest
 import yaml
+from fusenorm_openood.detectors.sweep import candidates
+from fusenorm_openood.method.experts import odin_perturb
 
 from fusenorm_openood import Settings, atf, compute_id_statistics, fuse
 from fusenorm_openood.detectors.configuration import read_fusenorm
-from fusenorm_openood.detectors.sweep import candidates
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.method.experts import odin_perturb
 from fusenorm_openood.method.fusion import penalty
 from fusenorm_openood.method.settings import METHODS, SETTINGS
 from fusenorm_openood.storage.configs import config_root, read_config

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
+from fusenorm_openood.forward.thresholds import ActivationSample
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fusenorm_openood import compute_id_statistics, normalise
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
-from fusenorm_openood.forward.thresholds import ActivationSample
 from fusenorm_openood.method.statistics import standardise
 
 SCORES = np.random.default_rng(0).normal(size=(3, 500)) * [[1], [10], [1e-4]]

@@ -1,7 +1,7 @@
 """What every score has in common: its inputs, its two methods, and sums over ID images."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -81,7 +81,7 @@ class Score:
     @classmethod
     def arguments(cls) -> dict[str, Any]:
         """The arguments that a configuration may give, with their defaults."""
-        return {name: f.default for name, f in cls.__dataclass_fields__.items()}
+        return {f.name: f.default for f in fields(cls)}
 
     def to_json(self) -> list[Any]:
         """Name and arguments in terms of JSON."""
