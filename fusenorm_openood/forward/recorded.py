@@ -21,8 +21,7 @@ from fusenorm_openood.forward.loops import Recorder
 from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method.scores.base import Features
 from fusenorm_openood.network.running import network_errors
-from fusenorm_openood.storage.keys import Key
-from fusenorm_openood.storage.shards import Columns
+from fusenorm_openood.storage.shards import Columns, Key
 from fusenorm_openood.storage.stored import (
     Batches,
     StoredScores,

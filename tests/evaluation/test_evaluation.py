@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from fusenorm_openood import FuseNorm, Settings, load_network
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import load_benchmark
-from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.evaluation.evaluation import COLUMNS, evaluate, sets_of, summarise
 from fusenorm_openood.evaluation.runs import (
@@ -34,7 +34,7 @@ def evaluated(digits):
         ]
     )
     fused = evaluate(FuseNorm(net, settings).with_companions(), benchmark, progress=False)
-    return fused, evaluate(Baseline(net, "msp"), benchmark, progress=False)
+    return fused, evaluate(SingleScore(net, "msp"), benchmark, progress=False)
 
 
 def test_fusenorm_reaches_its_results_on_digits(evaluated):

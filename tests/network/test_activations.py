@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import TapError, ZeroRangeError
 from fusenorm_openood.method.statistics import compute_id_statistics
 from fusenorm_openood.network.understanding import understand
@@ -63,7 +63,7 @@ def test_the_logits_before_an_activation_are_scored(kind):
     np.testing.assert_allclose(experts, expected.experts, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         logits = net.logits(IMAGES)[0]
-    pred, conf = Baseline(net, "mls").predict(IMAGES)
+    pred, conf = SingleScore(net, "mls").predict(IMAGES)
     torch.testing.assert_close(conf, logits.amax(1))
     assert torch.equal(pred, logits.argmax(1))
 
@@ -109,7 +109,7 @@ def test_outputs_whose_logits_are_unknown_are_one_error(kind):
     net = Ending(*NO_LOGITS[kind])
     for use in (
         lambda: FuseNorm(net, taps=["a.0", "b.0"]).fit([IMAGES]),
-        lambda: Baseline(net, "msp").score(IMAGES),
+        lambda: SingleScore(net, "msp").score(IMAGES),
     ):
         with pytest.raises(TapError, match=r"which are no logits: wrap it so that its forward"):
             use()
@@ -135,7 +135,7 @@ def test_the_energy_of_log_probabilities_is_an_error_and_their_msp_is_right(kind
     for use in (
         lambda: FuseNorm(net, taps=taps, strong=["output"]).fit([IMAGES]),
         lambda: FuseNorm(net, taps=taps, strong="auto", react_percentile=90.0).fit([IMAGES]),
-        lambda: Baseline(net, "ebo", temperature=1.0).score(IMAGES),
+        lambda: SingleScore(net, "ebo", temperature=1.0).score(IMAGES),
     ):
         with pytest.raises(ZeroRangeError, match=r"log-probabilities.*'msp'"):
             use()
@@ -149,7 +149,7 @@ def test_the_energy_of_log_probabilities_is_an_error_and_their_msp_is_right(kind
             torch.testing.assert_close(
                 torch.tensor(got), (top / (1 - top)).log(), rtol=1e-4, atol=1e-4
             )
-    torch.testing.assert_close(Baseline(net, "msp").score(IMAGES), p.amax(1).float())
+    torch.testing.assert_close(SingleScore(net, "msp").score(IMAGES), p.amax(1).float())
 
 
 LOGITS = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.network.outputs import tensors_in
 from tests.nets import CLASSES, Net, energies, some_images
@@ -78,13 +78,13 @@ def test_every_kind_of_output_scores_as_the_logits_alone(kind):
 def test_odin_and_baselines_read_the_logits_alike(kind):
     net = Returning(KINDS[kind]).eval()
     for name, args in (("odin", {"temperature": 10.0, "noise": 0.01}), ("msp", {})):
-        expected = Baseline(Net(), name, **args).score(IMAGES)
-        torch.testing.assert_close(Baseline(net, name, **args).score(IMAGES), expected)
+        expected = SingleScore(Net(), name, **args).score(IMAGES)
+        torch.testing.assert_close(SingleScore(net, name, **args).score(IMAGES), expected)
 
 
 def test_classes_of_a_wider_feature_do_not_count_as_predictions():
     net = Returning(KINDS["(feature, logits)"]).eval()
-    pred, _ = Baseline(net, "mls").predict(IMAGES)
+    pred, _ = SingleScore(net, "mls").predict(IMAGES)
     assert int(pred.max()) < CLASSES
     with torch.no_grad():
         assert torch.equal(pred, Net()(IMAGES).argmax(1))
@@ -110,7 +110,7 @@ def test_outputs_without_clear_logits_are_one_error(wrap, message):
     for use in (
         lambda: FuseNorm(net).fit([IMAGES]),
         lambda: FuseNorm(net, strong=["output"], output="odin").fit([IMAGES]),
-        lambda: Baseline(net, "msp").score(IMAGES[:2]),
+        lambda: SingleScore(net, "msp").score(IMAGES[:2]),
     ):
         with pytest.raises(TapError, match=message) as caught:
             use()

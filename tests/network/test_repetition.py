@@ -10,9 +10,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.detectors.configuration import detector_for
-from fusenorm_openood.detectors.posthoc import PosthocBaseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import NetworkError, TapError
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.network.understanding import understand
@@ -107,8 +106,8 @@ def test_a_random_network_is_one_error_that_says_so(kind):
     before = states()
     for use in (
         lambda: FuseNorm(net).fit([IMAGES]),
-        lambda: Baseline(net, "msp").score(IMAGES),
-        lambda: PosthocBaseline(net, "knn", K=5).fit([IMAGES]),
+        lambda: SingleScore(net, "msp").score(IMAGES),
+        lambda: SingleScore(net, "knn", K=5).fit([IMAGES]),
     ):
         with pytest.raises(TapError, match=r"other logits for the same images.*random='allow'"):
             use()
@@ -126,7 +125,7 @@ def test_what_differs_by_rounding_or_not_at_all_is_not_random(kind):
         False,
         1,
     )
-    Baseline(changed(kind), "msp").score(IMAGES)
+    SingleScore(changed(kind), "msp").score(IMAGES)
 
 
 def test_randomness_that_is_allowed_is_a_warning_that_is_kept(tmp_path):
@@ -213,8 +212,8 @@ def test_a_last_batch_of_one_and_one_image_score_as_beside_others(kind, settings
     assert (structure.smallest_batch, structure.batch_dependent) == (2, False)
     assert understand(net, IMAGES[:1]) == structure
     detector = FuseNorm(net, settings).fit(list(IMAGES.split(32)))
-    whole = FuseNorm(net, settings).fit([IMAGES]).calibration_.id_scores
-    np.testing.assert_allclose(detector.calibration_.id_scores, whole, rtol=1e-4, atol=1e-5)
+    whole = FuseNorm(net, settings).fit([IMAGES]).id_statistics_.id_scores
+    np.testing.assert_allclose(detector.id_statistics_.id_scores, whole, rtol=1e-4, atol=1e-5)
     expected = detector.score(IMAGES)
     batches = list(IMAGES.split(8))
     torch.testing.assert_close(detector.score_loader(batches), expected, rtol=1e-4, atol=1e-5)
@@ -229,9 +228,9 @@ def test_a_last_batch_of_one_and_one_image_score_as_beside_others(kind, settings
 def test_single_experts_score_one_image(kind):
     net = squeezing(kind)
     for name, args in (("mls", {}), ("odin", {"temperature": 10.0, "noise": 0.01})):
-        baseline = Baseline(net, name, **args)
+        baseline = SingleScore(net, name, **args)
         torch.testing.assert_close(baseline.score(IMAGES[3]), baseline.score(IMAGES)[3])
-    react = Baseline(net, "react", percentile=80.0).fit(list(IMAGES.split(16)))
+    react = SingleScore(net, "react", percentile=80.0).fit(list(IMAGES.split(16)))
     torch.testing.assert_close(react.score(IMAGES[3]), react.score(IMAGES)[3])
 
 
@@ -261,7 +260,7 @@ def test_parts_of_one_image(monkeypatch):
     detector = FuseNorm(net, strong=["output"]).fit([IMAGES])
     monkeypatch.setattr("fusenorm_openood.forward.passes.PIXELS", 1)
     experts = detector.infer([IMAGES]).experts
-    monkeypatch.setattr("fusenorm_openood.forward.panel.parts", lambda x, *_: x.split(1))
+    monkeypatch.setattr("fusenorm_openood.forward.experts.parts", lambda x, *_: x.split(1))
     torch.testing.assert_close(detector.infer([IMAGES]).experts, experts)
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(experts[-1]), energies(net, IMAGES))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward.passes import PIXELS
 from fusenorm_openood.network.understanding import understand
@@ -72,7 +72,7 @@ def test_baselines_score_a_mixed_batch_as_a_whole(name):
     args = {"temperature": 1000.0, "noise": 0.0} if name == "odin" else {}
     with torch.no_grad():
         logits = net(IMAGES)
-    pred, conf = Baseline(net, name, **args).predict(IMAGES)
+    pred, conf = SingleScore(net, name, **args).predict(IMAGES)
     assert torch.equal(pred, logits.argmax(1))
     if name == "mls":
         torch.testing.assert_close(conf, logits.amax(1))
@@ -105,7 +105,7 @@ def test_an_ensemble_beside_each_other_in_the_batch_is_one_error():
 
     for use in (
         lambda net: FuseNorm(net).fit([IMAGES]),
-        lambda net: Baseline(net, "msp").score(IMAGES),
+        lambda net: SingleScore(net, "msp").score(IMAGES),
     ):
         with pytest.raises(TapError, match=r"got \[8, 5\] for 2 image"):
             use(BatchEnsemble())

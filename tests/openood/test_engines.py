@@ -24,7 +24,8 @@ from fusenorm_openood.evaluation.evaluation import evaluate
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.network import build_network
 from fusenorm_openood.openood.adapter import make_postprocessor
-from fusenorm_openood.openood.pipelines import evaluate_with_openood, main
+from fusenorm_openood.openood.bridge import evaluate_with_openood
+from fusenorm_openood.openood.pipelines import main
 from tests.conftest import assert_undisturbed, drawn_benchmark, state_of
 from tests.openood.conftest import first_images
 
@@ -144,7 +145,7 @@ def test_openood_searches_strong_experts_penalty_and_base_as_the_native_engine(
         net, postprocessor, "cifar10", home / "data", 200, 0, False, False
     )
     assert postprocessor.settings == found.settings
-    detector = FuseNorm(net, found.settings).with_calibration(found.calibration)
+    detector = FuseNorm(net, found.settings).with_statistics(found.statistics)
     native = evaluate(detector, benchmark, progress=False).table
     assert printed(native) == printed(table)
     again = pickle.loads(pickle.dumps(postprocessor))
