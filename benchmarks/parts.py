@@ -22,8 +22,7 @@ from fusenorm_openood.evaluation import records
 from fusenorm_openood.forward.samples import BlockSums, Sample
 from fusenorm_openood.method.scores import make_score
 from fusenorm_openood.method.scores.base import NO_HEAD, Features
-from fusenorm_openood.storage.keys import Key
-from fusenorm_openood.storage.shards import Columns, ShardSet, decode
+from fusenorm_openood.storage.shards import Columns, Key, ShardSet, decode
 
 LOADED = 300  # images that are loaded to measure how fast that is
 

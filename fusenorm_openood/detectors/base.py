@@ -4,6 +4,7 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,7 +23,7 @@ from fusenorm_openood.errors import (
     ZeroRangeError,
 )
 from fusenorm_openood.forward.batches import Readings, checked_images, not_finite
-from fusenorm_openood.forward.experts import BatchScores, Expert, Scoring
+from fusenorm_openood.forward.experts import BatchScores, Expert, Fitted, Scoring
 from fusenorm_openood.forward.loops import Recorder, batch_scores
 from fusenorm_openood.forward.recorded import dealt_out
 from fusenorm_openood.kernels.devices import moved
@@ -138,8 +139,7 @@ class ExpertScorer(ABC):
         """Score two images, so that what cannot work fails before a loader is read."""
         scoring = self.scoring(images)
         clips = {q: float("inf") for q in scoring.experts.percentiles}
-        scoring.fitted.thresholds.update(clips)
-        scoring.run(images)
+        replace(scoring, fitted=Fitted(clips)).run(images)
 
     def _identified(self, loader: Any) -> Fingerprint | None:
         """What the network is recognised by; None of one that is only loaded when it is to run."""

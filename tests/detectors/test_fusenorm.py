@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from fusenorm_openood import FuseNorm, Settings, atf, compute_id_statistics, fuse, normalise
 from fusenorm_openood.detectors.bank import ScoreBank
@@ -29,6 +30,12 @@ IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 
 def published(net, **changes):
     return FuseNorm(net, Settings.published(**changes))
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """A detector that no test may change."""
+    return FuseNorm(make_net()).fit(make_loader())
 
 
 def separate_passes(net, id_images, images, output, react, temperature, noise):
@@ -109,26 +116,25 @@ def test_batch_size_memory_format_and_grad_mode_change_nothing(net, output, make
         torch.testing.assert_close(detector.score(IMAGES.clone()), scores, **close)
 
 
-def test_every_kind_of_loader_gives_the_same_scores(net, loader):
-    detector = FuseNorm(net, output="energy").fit(loader)
-    scores = detector.score_loader(loader)
+def test_every_kind_of_loader_gives_the_same_scores(fitted, loader):
+    scores = fitted.score_loader(loader)
     as_dicts = [{"data": images, "label": labels} for images, labels in loader]
     alone = [images for images, _ in loader]
-    assert torch.equal(detector.score_loader(as_dicts), scores)
-    assert torch.equal(detector.score_loader(alone), scores)
+    parallel = DataLoader(loader.dataset, 16, num_workers=1)
+    for given in (as_dicts, alone, parallel):
+        assert torch.equal(fitted.score_loader(given), scores)
     assert scores.dtype == torch.float64
-    inferred = detector.infer(as_dicts)
+    inferred = fitted.infer(as_dicts)
     assert inferred.label.tolist() == torch.cat([labels for _, labels in loader]).tolist()
-    assert set(detector.infer(alone).label) == {-1}
+    assert set(fitted.infer(alone).label) == {-1}
     assert inferred.experts.shape == (11, 60)
 
 
-def test_predictions_are_the_networks(net, loader):
-    detector = FuseNorm(net).fit(loader)
-    pred, conf = detector.predict(IMAGES)
+def test_predictions_are_the_networks(fitted):
+    pred, conf = fitted.predict(IMAGES)
     with torch.no_grad():
-        assert torch.equal(pred, net(IMAGES).argmax(1))
-    assert torch.equal(conf, detector.score(IMAGES))
+        assert torch.equal(pred, fitted.net(IMAGES).argmax(1))
+    assert torch.equal(conf, fitted.score(IMAGES))
     assert conf.dtype == torch.float64
 
 
@@ -141,8 +147,6 @@ def test_predictions_are_the_networks(net, loader):
         {"cap": 0.3},
         {"percentile_low": 1.0},
         {"percentile_high": 90.0},
-        {"penalty": "joint"},
-        {"penalty": "joint", "joint_weight": 1.0},
     ],
 )
 def test_every_setting_of_the_fusion_counts(net, loader, change):
@@ -150,29 +154,24 @@ def test_every_setting_of_the_fusion_counts(net, loader, change):
     unknown, s = make_loader(seed=5, scale=1.1), detector.settings
     scored, known = detector.infer(unknown), detector.id_statistics_.id_scores
     weights = np.array(s.weights or (1, 1, 1)) / sum(s.weights or (1, 1, 1))
-    low, high = np.percentile(known, [s.percentile_low, s.percentile_high], axis=1)
-    low, high = low[:, None], high[:, None]
-    strong, taps = slice(8, 11), slice(0, 8)
-    if s.penalty == "joint":
-        mean, std = known.mean(1, keepdims=True), known.std(1, keepdims=True)
-        clipped = (np.minimum(scored.experts, high) - mean) / std
-        v = np.log(known[taps])
-        correlation = np.corrcoef(v) + 0.001 * np.eye(8)
-
-        def log_m(norms):
-            u = (np.log(norms) - v.mean(1, keepdims=True)) / v.std(1, keepdims=True)
-            return np.log(np.sqrt(np.sum(u * np.linalg.solve(correlation, u), axis=0) / 8))
-
-        of_id = log_m(known[taps])
-        penalty = s.joint_weight * (log_m(scored.experts[taps]) - of_id.mean()) / of_id.std()
-        fused = weights @ clipped[strong] - penalty
-    else:
-        z = (scored.experts - low) / (high - low)
-        clipped = np.minimum(z, 1) if s.clip else z
-        largest = np.maximum(0, np.maximum(-z[taps], z[taps] - 1)).max(axis=0)
-        fused = weights @ clipped[strong] - np.minimum(s.cap, s.base**largest - 1)
+    low, high = np.percentile(known, [s.percentile_low, s.percentile_high], axis=1)[..., None]
+    z = (scored.experts - low) / (high - low)
+    largest = np.maximum(0, np.maximum(-z[:8], z[:8] - 1)).max(axis=0)
+    fused = weights @ (np.minimum(z, 1) if s.clip else z)[8:]
+    fused -= np.minimum(s.cap, s.base**largest - 1)
     np.testing.assert_allclose(scored.conf, fused, rtol=1e-5, atol=1e-5)
     assert not np.allclose(plain.infer(unknown).conf, fused)
+
+
+def test_the_joint_penalty_is_scaled_by_its_weight(net, loader):
+    first = FuseNorm(net, Settings.joint()).fit(loader)
+    experts = first.infer(make_loader(seed=5, scale=1.1)).experts
+    conf = {}
+    for weight in (0.0, 0.25, 1.0):
+        detector = FuseNorm(net, Settings.joint(joint_weight=weight))
+        conf[weight] = detector.with_statistics(first.id_statistics_).confidence(experts)
+    np.testing.assert_allclose(conf[1.0] - conf[0.0], 4 * (conf[0.25] - conf[0.0]), rtol=1e-6)
+    assert not np.allclose(conf[0.25], conf[0.0])
 
 
 def test_strong_experts_by_number_name_and_default(net):
@@ -275,13 +274,14 @@ def test_a_detector_and_its_statistics_can_be_pickled(net, loader):
 
 
 def test_scoring_before_fitting_is_an_error(net, loader):
-    for score in (
-        lambda d: d.score(IMAGES),
-        lambda d: d.score_loader(loader),
-        lambda d: d.infer(loader),
+    detector = FuseNorm(net)
+    for score, given in (
+        (detector.score, IMAGES),
+        (detector.score_loader, loader),
+        (detector.infer, loader),
     ):
         with pytest.raises(NotFittedError, match="call fit"):
-            score(FuseNorm(net))
+            score(given)
 
 
 @pytest.mark.parametrize("empty", [[], [(torch.empty(0, 3, 16, 16), torch.empty(0))]])
@@ -298,19 +298,18 @@ def test_a_loader_that_can_be_read_only_once_is_an_error(net, loader):
         FuseNorm(net).fit(batch for batch in loader)
 
 
+KIND = r"images must be a floating-point tensor \[B, C, H, W\], got"
+
+
 @pytest.mark.parametrize("images", [IMAGES[0, 0], IMAGES.numpy(), (IMAGES * 9).to(torch.uint8)])
-def test_images_of_another_kind_are_an_error(net, loader, images):
-    with pytest.raises(
-        DataError, match=r"images must be a floating-point tensor \[B, C, H, W\], got"
-    ):
-        FuseNorm(net, output="energy").fit(loader).score(images)
+def test_images_of_another_kind_are_an_error(fitted, images):
+    with pytest.raises(DataError, match=KIND):
+        fitted.score(images)
 
 
 @pytest.mark.parametrize("batch", [torch.randn(3, 16), "images", (None, 1)])
 def test_a_batch_of_another_kind_is_an_error(batch):
-    with pytest.raises(
-        DataError, match=r"images must be a floating-point tensor \[B, C, H, W\], got"
-    ):
+    with pytest.raises(DataError, match=KIND):
         list(batches([batch]))
 
 
@@ -380,12 +379,11 @@ def test_a_tap_that_never_fires_is_an_error_and_leaves_the_network_unchanged(net
     assert_undisturbed(net, before)
 
 
-def test_an_exception_in_the_network_leaves_it_unchanged(net, loader):
-    detector = FuseNorm(net).fit(loader)
-    before = state_of(net)
+def test_an_exception_in_the_network_leaves_it_unchanged(fitted):
+    before = state_of(fitted.net)
     with pytest.raises(RuntimeError):
-        detector.score(torch.randn(2, 5, 16, 16))
-    assert_undisturbed(net, before)
+        fitted.score(torch.randn(2, 5, 16, 16))
+    assert_undisturbed(fitted.net, before)
 
 
 def test_forward_passes_are_shared(net, loader):
