@@ -1,9 +1,10 @@
-"""What is kept of a run's network and images, so that no image is scored twice."""
+"""What the store has of a run's network and images, so that no image is scored twice."""
 
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +29,13 @@ from fusenorm_openood.version import __version__
 Loader = Callable[[ImageSet], Iterable[Any]]
 
 
+def plain_loader(batch_size: int, num_workers: int) -> Loader:
+    """Loaders of images that store nothing."""
+    return partial(image_loader, batch_size=batch_size, num_workers=num_workers)
+
+
 class Known(NamedTuple):
-    """What is known of a network without loading it."""
+    """What is needed of a network to use its stored scores without loading it."""
 
     structure: Structure
     head: Head | None
@@ -54,7 +60,7 @@ class Records:
     pace: Pace = field(default_factory=Pace, compare=False)
 
     def loader(self, image_set: ImageSet) -> RecordedLoader:
-        """A loader of an image set that keeps what is heard of its images."""
+        """A loader of an image set that stores its scores."""
         images = image_set.images()
         record = {**self.network, "images": manifest(images), "transform": repr(images.transform)}
         name = image_set.imagelist.stem
@@ -62,35 +68,32 @@ class Records:
         return RecordedLoader(images, self.store, record, name, *how)
 
     def known(self) -> Known | None:
-        """What `keep` kept of the network."""
+        """What `keep` stored of the network, if it did."""
         try:
-            kept = self._kept().read(0)
-            structure = Structure.from_json(json.loads(kept["structure"][0]))
+            row = self._row().read(0)
+            structure = Structure.from_json(json.loads(row["structure"][0]))
         except (StoreError, KeyError, TypeError, ValueError):
             return None
-        if "weight" not in kept:
+        if "weight" not in row:
             return Known(structure, None)
-        bias = torch.from_numpy(kept["bias"][0])
-        return Known(structure, Head(torch.from_numpy(kept["weight"]).view(len(bias), -1), bias))
+        bias = torch.from_numpy(row["bias"][0])
+        return Known(structure, Head(torch.from_numpy(row["weight"]).view(len(bias), -1), bias))
 
     def keep(self, net: nn.Module, structure: Structure) -> None:
-        """Keep how the network is built, and its head."""
-        kept = self._kept()
+        """Store how the network is built, and its head."""
+        row = self._row()
         if self.known() is not None:
             return
         columns = {"structure": np.array([json.dumps(structure.to_json())], dtype=object)}
         try:
-            head = Head(*(t.detach().cpu().float() for t in head_of(net, structure)))
-            columns |= {
-                "weight": head.weight.reshape(1, -1).numpy(),
-                "bias": head.bias[None].numpy(),
-            }
+            weight, bias = (t.detach().cpu().float().numpy() for t in head_of(net, structure))
+            columns |= {"weight": weight.reshape(1, -1), "bias": bias[None]}
         except TapError:  # no linear head
             pass
-        kept.write(0, columns)
-        kept.discard_damaged(0)
+        row.write(0, columns)
+        row.discard_damaged(0)
 
-    def _kept(self) -> ShardSet:
+    def _row(self) -> ShardSet:
         return ShardSet(self.store, {**self.network, "heard": "structure"}, "network", rows=1)
 
 
@@ -117,7 +120,7 @@ def _code(module: str) -> str | None:
     """Digest of the file of a module, None of a package or without one."""
     try:
         found = find_spec(module)
-    except (ImportError, ValueError):  # as its import will say
+    except (ImportError, ValueError):  # the import of the network raises it as well
         return None
     if found is None or found.origin is None or found.submodule_search_locations is not None:
         return None
@@ -142,36 +145,28 @@ def manifest(images: ImageList) -> str:
     return hashed.hexdigest()
 
 
-def plain_loader(batch_size: int, num_workers: int) -> Loader:
-    """Loaders of images that keep nothing."""
-    return lambda image_set: image_loader(image_set, batch_size, num_workers)
-
-
 def find_faults(images: ImageList, store: Path | None = None) -> list[tuple[str, str]]:
     """The position and the fault of each faulty image; see `find_fault`.
 
     Args:
         images: the images.
-        store: where it is kept that no file is unreadable, and which ones are truncated, until the
-            list, or the size or time of a file, changes; None = every file is opened.
+        store: where the faults are stored if all files can be read, some of them truncated, until
+            the list, or the size or time of a file, changes; None = every file is opened.
 
     Raises:
         DataError: with a store, a file is missing.
         StoreError: the store cannot be written.
     """
     if store is None:
-        return _located(images, images.faults())
-    record = {"version": __version__, "images": manifest(images), "heard": "faults"}
-    kept = ShardSet(store, record, f"{images.path.stem}_faults", rows=1)
-    try:
-        found = {int(n): fault for n, fault in json.loads(kept.read(0)["faults"][0]).items()}
-    except StoreError:
         found = images.faults()
-        if {"truncated"}.issuperset(found.values()):  # others may become readable unchanged
-            kept.write(0, {"faults": np.array([json.dumps(found)], dtype=object)})
-            kept.discard_damaged(0)
-    return _located(images, found)
-
-
-def _located(images: ImageList, faults: dict[int, str]) -> list[tuple[str, str]]:
-    return [(images.where(number), fault) for number, fault in faults.items()]
+    else:
+        record = {"version": __version__, "images": manifest(images), "heard": "faults"}
+        row = ShardSet(store, record, f"{images.path.stem}_faults", rows=1)
+        try:
+            found = {int(n): fault for n, fault in json.loads(row.read(0)["faults"][0]).items()}
+        except StoreError:
+            found = images.faults()
+            if {"truncated"}.issuperset(found.values()):  # others may become readable unchanged
+                row.write(0, {"faults": np.array([json.dumps(found)], dtype=object)})
+                row.discard_damaged(0)
+    return [(images.where(number), fault) for number, fault in found.items()]
