@@ -20,8 +20,8 @@ from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.network.checkpoints import load_backbone
-from fusenorm_openood.training.epoch import processes, threads, train_epoch
-from fusenorm_openood.training.loop import keep, train, train_digits
+from fusenorm_openood.training.epoch import processes, train_epoch
+from fusenorm_openood.training.loop import keep, threads, train, train_digits
 from fusenorm_openood.training.recipes import Recipe, find_recipe
 from tests.conftest import shortened_digits
 

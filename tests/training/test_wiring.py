@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from fusenorm_openood.training.epoch import Process
+from fusenorm_openood.storage.torchrun import Process
 from fusenorm_openood.training.loop import train
 from fusenorm_openood.training.recipes import Recipe
 from tests.conftest import drawn_benchmark
