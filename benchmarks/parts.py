@@ -21,8 +21,8 @@ from fusenorm_openood.deployment.rows import RowFile
 from fusenorm_openood.evaluation import records
 from fusenorm_openood.forward.samples import BlockSums
 from fusenorm_openood.method.posthoc import Posthoc, Seen
+from fusenorm_openood.storage.keys import Key
 from fusenorm_openood.storage.shards import Columns, ShardSet, decode
-from fusenorm_openood.storage.torchrun import Process
 
 LOADED = 300  # images that are loaded to measure how fast that is
 
@@ -73,7 +73,7 @@ def storing(columns: Columns) -> dict[str, float]:
     """Bytes per image in a shard, and seconds per image to write and to read it."""
     rows = len(columns["pred"])
     with tempfile.TemporaryDirectory() as folder:
-        shards = ShardSet(Path(folder), {}, "two", 2 * rows, rows)
+        shards = ShardSet(Path(folder), Key({}, "two", 2 * rows, rows))
         shards.write(0, columns)  # imports what it needs
         clock = [time.perf_counter()]
         path = Path(str(shards.write(1, columns)))
@@ -111,12 +111,12 @@ def driving(listed: Path, detector: Path, columns: Columns) -> dict[str, float]:
     given = Namespace(detector=str(detector), network=None, weights=None, bits=None, device="cpu")
     with tempfile.TemporaryDirectory() as folder, RowFile(Path(folder, "rows.csv")) as file:
         files = FileShards(load_detector(given), paths, Path(folder))
-        for number in range(files.shards.count):
+        for number in range(files.shards.key.shard_count):
             rows = len(files.shards.span(number))
             whole = {name: np.resize(c, (rows, *c.shape[1:])) for name, c in columns.items()}
             files.shards.write(number, whole)
         clock.append(time.process_time())
-        for judged in files.judged(0.95, Process()):
+        for judged in files.judged(0.95):
             file.write(judged)
         clock.append(time.process_time())
         size = Path(folder, "rows.csv").stat().st_size

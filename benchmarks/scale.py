@@ -29,6 +29,7 @@ from fusenorm_openood.data.preprocessing import NORMALIZATIONS, Preprocessing
 from fusenorm_openood.deployment.files import ReadableFiles
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.network import ResNet18_32x32, ResNet18_224x224
+from fusenorm_openood.storage.keys import Key
 from fusenorm_openood.storage.shards import ShardSet
 from fusenorm_openood.storage.torchrun import this_process, wait_until
 
@@ -144,10 +145,10 @@ def table(images: int, rounds: int) -> None:
     """A million rows of 12 scores, written and read back."""
     rows, shard = 10**6, 1000
     with tempfile.TemporaryDirectory() as store:
-        shards = ShardSet(Path(store), {}, "table", rows, shard)
+        shards = ShardSet(Path(store), Key({}, "table", rows, shard))
         scores = np.random.default_rng(0).normal(size=(shard, 12))
         started = time.perf_counter()
-        for number in range(shards.count):
+        for number in range(shards.key.shard_count):
             shards.write(number, {"scores": scores + number})
         written = time.perf_counter()
         shards.load()

@@ -82,14 +82,14 @@ def run(args: Namespace) -> int:
     _check_store(args, process)
     given, pace = _given(args), Pace()
     if not process.leads:
-        return sum(map(len, _judged(args, detector, given, process, pace)))  # it is given none: 0
+        return sum(map(len, _judged(args, detector, given, pace)))  # it is given none: 0
     with RowFile(Path(args.csv) if args.csv else None, args.resume) as file:
         _check_same(detector, file)
         paths = Places(path for path in given.texts if path not in file.judged)
         hidden = args.no_progress or not args.csv
         counts = Counter[str]()
         with tqdm(total=len(paths), unit=" images", disable=hidden, leave=False) as bar:
-            for rows in _judged(args, detector, paths, process, pace):
+            for rows in _judged(args, detector, paths, pace):
                 # A verdict at a false discovery rate needs all images.
                 file.write(rows if args.fdr is None else [r._replace(ood=None) for r in rows])
                 bar.update(len(rows))
@@ -142,7 +142,7 @@ def _given(args: Namespace) -> Places:
 
 
 def _judged(
-    args: Namespace, detector: FuseNorm, paths: Places, process: Process, pace: Pace
+    args: Namespace, detector: FuseNorm, paths: Places, pace: Pace
 ) -> Iterator[list[Judged]]:
     how = args.batch_size, args.num_workers, pace
     if not args.store:
@@ -150,7 +150,7 @@ def _judged(
         return
     files = FileShards(detector, paths, place(args.store), *how)
     if args.engine == "native":
-        yield from files.judged(args.acceptance, process)
+        yield from files.judged(args.acceptance)
         return
     load = partial(load_detector, args)
     with (

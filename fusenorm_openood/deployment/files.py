@@ -1,8 +1,7 @@
 """Judge image files one by one, or shard by shard into a store."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -20,15 +19,10 @@ from fusenorm_openood.errors import DataError, NonFiniteError
 from fusenorm_openood.forward.batches import Pace
 from fusenorm_openood.method.conformal import rejects
 from fusenorm_openood.network.fingerprint import identify
+from fusenorm_openood.storage.keys import Key
 from fusenorm_openood.storage.shards import Columns, ShardSet
-from fusenorm_openood.storage.stored import (
-    Batches,
-    forward_digest,
-    intact,
-    shard_batches,
-    wait_for_shards,
-)
-from fusenorm_openood.storage.torchrun import Process
+from fusenorm_openood.storage.stored import Batches, StoredScores, forward_digest, shard_batches
+from fusenorm_openood.storage.torchrun import this_process
 from fusenorm_openood.storage.urls import Place, versions
 from fusenorm_openood.version import __version__
 
@@ -216,45 +210,23 @@ class FileShards:
         record = {**experts_record(detector, store), "images": manifest(paths)}
         if (structure := detector.known_structure) and structure.batch_dependent:
             record["batch_size"] = batch_size  # the images of a batch influence each other
-        self.shards = ShardSet(store, record, "files", len(paths), SHARD)
+        self.stored = StoredScores(
+            store, Key(record, "files", len(paths), SHARD), self._compute, shared=False
+        )
 
-    def score(self, numbers: Sequence[int], after: Callable[[int], object] | None = None) -> None:
-        """Score shards, and write each as soon as it is complete.
+    @property
+    def shards(self) -> ShardSet:
+        return self.stored.shards
 
-        Args:
-            numbers: the shards.
-            after: called with the number of images of each batch.
-        """
-
-        def count(images: int) -> None:
-            self.pace.images += images
-            if after is not None:
-                after(images)
-
-        for number, batches in shard_batches(self.shards, numbers, self._load, self.batch_size):
-            self.shards.write(number, scored(self.detector, self.pace.timed(batches), count))
-
-    def judged(
-        self, acceptance: float, process: Process, after: Callable[[int], object] | None = None
-    ) -> Iterator[list[Judged]]:
+    def judged(self, acceptance: float) -> Iterator[list[Judged]]:
         """Score this process's share of the missing shards, then judge all, in order.
 
         A process that does not lead judges none. A damaged shard is scored again.
         """
-        mine = process.share(self.shards.missing())
-        if process.world > 1:
-            self.score(mine, after)
-        for number in range(self.shards.count if process.leads else 0):
-            if process.world > 1:
-                wait_for_shards(
-                    partial(self._missing, number), lambda: self.score(self.shards.missing(), after)
-                )
-            elif number in mine:
-                self.score([number], after)
-            yield self._said(number, acceptance)
-
-    def _missing(self, last: int) -> list[int]:
-        return [number for number in self.shards.missing() if number <= last]
+        if this_process().leads:
+            yield from self._judged(iter(self.stored), acceptance)
+        else:
+            self.stored.compute_share()
 
     def judged_after(self, written: Iterator[int], acceptance: float) -> Iterator[list[Judged]]:
         """Judge all shards, in order, while others write the missing ones.
@@ -263,27 +235,28 @@ class FileShards:
             written: the missing shards, in the order in which they are written.
             acceptance: see `judge_files`.
         """
-        missing = set(self.shards.missing())
-        for number in range(self.shards.count):
-            while number in missing:
-                missing.discard(next(written))
-            yield self._said(number, acceptance)
+        return self._judged(self.stored.after(written), acceptance)
 
     def paths_of(self, number: int) -> Sequence[Place]:
         """The files of a shard."""
         span = self.shards.span(number)
         return self.paths[span.start : span.stop]
 
-    def _said(self, number: int, acceptance: float) -> list[Judged]:
-        kept = intact(self.shards, number, partial(self.score, [number]))
-        span = self.shards.span(number)
-        names = [str(path) for path in self.paths_of(number)]
-        scores = FileScores(np.ascontiguousarray(kept["scores"].T), kept["pred"], kept["error"])
-        for at in np.flatnonzero(scores.error != ""):  # perhaps it could not be read for a moment
-            again = score_batch(self.detector, [self._files[span[at]]])
-            for values, value in zip(scores, again, strict=True):
-                values[..., [at]] = value
-        return judged(self.detector, names, scores, acceptance)
+    def _judged(self, stored: Iterable[Columns], acceptance: float) -> Iterator[list[Judged]]:
+        for number, columns in enumerate(stored):
+            span = self.shards.span(number)
+            names = [str(path) for path in self.paths_of(number)]
+            experts = np.ascontiguousarray(columns["scores"].T)
+            scores = FileScores(experts, columns["pred"], columns["error"])
+            for at in np.flatnonzero(scores.error != ""):  # unreadable, perhaps for a moment
+                again = score_batch(self.detector, [self._files[span[at]]])
+                for values, value in zip(scores, again, strict=True):
+                    values[..., [at]] = value
+            yield judged(self.detector, names, scores, acceptance)
+
+    def _compute(self, numbers: Sequence[int]) -> Iterator[Columns]:
+        for _, batches in shard_batches(self.shards, numbers, self._load, self.batch_size):
+            yield scored(self.detector, batches, self.pace)
 
     def _load(self, batches: Batches) -> Iterator[Any]:
         loader = CpuLoader(
@@ -295,13 +268,13 @@ class FileShards:
 def scored(
     detector: FuseNorm,
     batches: Iterable[Sequence[tuple[int, Tensor | str]]],
-    after: Callable[[int], object] = lambda images: None,
+    pace: Pace | None = None,
 ) -> Columns:
-    """The columns of a shard, from the items of `ImageFiles`; `after` as in `FileShards.score`."""
-    parts = []
-    for batch in batches:
+    """The columns of a shard, from the items of `ImageFiles`; `pace` counts the images."""
+    parts, pace = [], pace or Pace()
+    for batch in pace.timed(batches):
         parts.append(score_batch(detector, batch))
-        after(len(batch))
+        pace.images += len(batch)
     experts, pred, error = zip(*parts, strict=True)
     return {
         "scores": np.ascontiguousarray(np.concatenate(experts, axis=1).T),

@@ -1,7 +1,6 @@
 """What the store has of a run's network and images, so that no image is scored twice."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,14 +15,16 @@ from torch import nn
 
 from fusenorm_openood.data.benchmarks import ImageSet, image_loader
 from fusenorm_openood.data.lists import ImageList
-from fusenorm_openood.errors import DataError, StoreError, TapError
+from fusenorm_openood.errors import DataError, TapError
 from fusenorm_openood.forward.batches import Pace
 from fusenorm_openood.forward.react import head_of
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.storage.keys import file_digest
-from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.storage.shards import Columns
+from fusenorm_openood.storage.stored import stored_row
+from fusenorm_openood.storage.urls import versions
 from fusenorm_openood.version import __version__
 
 Loader = Callable[[ImageSet], Iterable[Any]]
@@ -69,11 +70,10 @@ class Records:
 
     def known(self) -> Known | None:
         """What `keep` stored of the network, if it did."""
-        try:
-            row = self._row().read(0)
-            structure = Structure.from_json(json.loads(row["structure"][0]))
-        except (StoreError, KeyError, TypeError, ValueError):
+        row = self._row(lambda: None)
+        if row is None:
             return None
+        structure = Structure.from_json(json.loads(row["structure"][0]))
         if "weight" not in row:
             return Known(structure, None)
         bias = torch.from_numpy(row["bias"][0])
@@ -81,20 +81,19 @@ class Records:
 
     def keep(self, net: nn.Module, structure: Structure) -> None:
         """Store how the network is built, and its head."""
-        row = self._row()
-        if self.known() is not None:
-            return
-        columns = {"structure": np.array([json.dumps(structure.to_json())], dtype=object)}
-        try:
-            weight, bias = (t.detach().cpu().float().numpy() for t in head_of(net, structure))
-            columns |= {"weight": weight.reshape(1, -1), "bias": bias[None]}
-        except TapError:  # no linear head
-            pass
-        row.write(0, columns)
-        row.discard_damaged(0)
 
-    def _row(self) -> ShardSet:
-        return ShardSet(self.store, {**self.network, "heard": "structure"}, "network", rows=1)
+        def columns() -> Columns:
+            found = {"structure": np.array([json.dumps(structure.to_json())], dtype=object)}
+            try:
+                weight, bias = (t.detach().cpu().float().numpy() for t in head_of(net, structure))
+            except TapError:  # no linear head
+                return found
+            return {**found, "weight": weight.reshape(1, -1), "bias": bias[None]}
+
+        self._row(columns)
+
+    def _row(self, compute: Callable[[], Columns | None]) -> Columns | None:
+        return stored_row(self.store, {**self.network, "heard": "structure"}, "network", compute)
 
 
 def network_record(checkpoint: Path, network: str | None, image_size: int, **run: Any) -> Any:
@@ -133,15 +132,11 @@ def manifest(images: ImageList) -> str:
     Raises:
         DataError: a file is missing.
     """
-    hashed = sha256()
-    for entry, path in zip(images.entries, images.paths(), strict=True):
-        try:
-            found = os.stat(path)
-        except OSError as error:
-            raise DataError(
-                f"image {path} cannot be read ({error.strerror}): restore or replace it"
-            ) from None
-        hashed.update(f"{entry.name} {entry.label} {found.st_size} {found.st_mtime_ns}\n".encode())
+    hashed, paths = sha256(), list(images.paths())
+    for entry, path, version in zip(images.entries, paths, versions(paths), strict=True):
+        if not version:
+            raise DataError(f"image {path} cannot be read: restore or replace it")
+        hashed.update(f"{entry.name} {entry.label} {version}\n".encode())
     return hashed.hexdigest()
 
 
@@ -157,16 +152,20 @@ def find_faults(images: ImageList, store: Path | None = None) -> list[tuple[str,
         DataError: with a store, a file is missing.
         StoreError: the store cannot be written.
     """
-    if store is None:
+    found: dict[int, str] | None = None
+
+    def columns() -> Columns | None:
+        nonlocal found
         found = images.faults()
+        if not {"truncated"}.issuperset(found.values()):  # others may become readable unchanged
+            return None
+        return {"faults": np.array([json.dumps(found)], dtype=object)}
+
+    if store is None:
+        columns()
     else:
         record = {"version": __version__, "images": manifest(images), "heard": "faults"}
-        row = ShardSet(store, record, f"{images.path.stem}_faults", rows=1)
-        try:
-            found = {int(n): fault for n, fault in json.loads(row.read(0)["faults"][0]).items()}
-        except StoreError:
-            found = images.faults()
-            if {"truncated"}.issuperset(found.values()):  # others may become readable unchanged
-                row.write(0, {"faults": np.array([json.dumps(found)], dtype=object)})
-                row.discard_damaged(0)
-    return [(images.where(number), fault) for number, fault in found.items()]
+        row = stored_row(store, record, f"{images.path.stem}_faults", columns)
+        if found is None and row is not None:
+            found = {int(n): fault for n, fault in json.loads(row["faults"][0]).items()}
+    return [(images.where(number), fault) for number, fault in (found or {}).items()]

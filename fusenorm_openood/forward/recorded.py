@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,33 +14,21 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fusenorm_openood.data.lists import CpuLoader
-from fusenorm_openood.errors import StoreError
 from fusenorm_openood.forward.batches import Pace
-from fusenorm_openood.forward.observed import Change, Listener, Observed, Recorder, observed
+from fusenorm_openood.forward.observed import Listener, Observed, Recorder, observed
 from fusenorm_openood.method.posthoc import Seen
-from fusenorm_openood.storage.keys import Key, keys_like
-from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.storage.keys import Key
+from fusenorm_openood.storage.shards import Columns
 from fusenorm_openood.storage.stored import (
     Batches,
-    intact,
+    StoredScores,
+    Take,
     row_batches,
-    say_damaged,
     shard_batches,
-    wait_for_shards,
 )
 from fusenorm_openood.storage.torchrun import this_process
 
 SHARD = 1000  # images
-Columns = dict[str, NDArray[Any]]
-
-
-class _Work(NamedTuple):
-    """What computes shards."""
-
-    net: nn.Module
-    listener: Listener
-    progress: bool
-    desc: str
 
 
 @dataclass(frozen=True)
@@ -91,25 +79,7 @@ class RecordedLoader(Recorder):
             DataError: an image cannot be read.
             NetworkError: the network fails on images.
         """
-        work = self._work(net, listener, progress, desc)
-        begun, _ = self._shards(listener)
-        self._write(begun, self._share(begun.missing()), work)
-        wait_for_shards(  # of which another process may find others
-            lambda: self._shards(listener)[0].missing(),
-            lambda: self._write(self._own(listener), self._own(listener).missing(), work),
-        )
-        complete, taken = self._shards(listener)
-        for number in range(complete.count):
-            if taken is not None:
-                try:
-                    yield taken(_observed(complete.read(number)))
-                    continue
-                except StoreError as error:  # what is missing there is not what is heard here
-                    say_damaged(error)
-                    complete, taken = self._own(listener), None
-                    self._write(complete, [n for n in complete.missing() if n >= number], work)
-            compute = partial(self._write, complete, [number], work)
-            yield _observed(intact(complete, number, compute, bool(self._share([number]))))
+        yield from map(_observed, self._stored(net, listener, progress, desc))
 
     def prepare(self, net: nn.Module, listener: Listener, progress: bool) -> None:
         """Hear and keep the images of this process's shards, as far as they are missing.
@@ -117,53 +87,38 @@ class RecordedLoader(Recorder):
         Raises:
             StoreError, DataError, NetworkError: as in `observed`.
         """
-        shards, _ = self._shards(listener)
-        work = self._work(net, listener, progress, self.name)
-        self._write(shards, self._share(shards.missing()), work)
+        self._stored(net, listener, progress, self.name).compute_share()
 
-    def _share(self, numbers: Iterable[int]) -> list[int]:
-        """Those of some shards that are this process's."""
-        mine = this_process().share(self.start + number for number in numbers)
-        return [number - self.start for number in mine]
+    def _stored(
+        self, net: nn.Module, listener: Listener, progress: bool, desc: str
+    ) -> StoredScores:
+        """What the store has of a pass over the images; the rest is heard."""
+        progress = progress and this_process().leads
 
-    def _work(self, net: nn.Module, listener: Listener, progress: bool, desc: str) -> _Work:
-        return _Work(net, listener, progress and this_process().leads, desc)
+        def compute(numbers: Sequence[int]) -> Iterator[Columns]:
+            shards = stored.shards
+            total = sum(len(shards.span(number)) for number in numbers)
+            hidden = not (progress and numbers)
+            with tqdm(total=total, desc=desc, unit=" images", disable=hidden, leave=False) as bar:
+                for _, batches in shard_batches(shards, numbers, self._load, self.batch_size):
+                    heard = []
+                    timed = self.pace.timed(batches)
+                    for batch in observed(net, timed, listener._replace(restore=None)):
+                        heard.append(batch._replace(images=None))
+                        self.pace.images += len(batch.pred)
+                        bar.update(len(batch.pred))
+                    yield _columns(heard)
 
-    def _shards(self, listener: Listener) -> tuple[ShardSet, Change | None]:
-        """The shards of a pass, or else the complete ones of a pass that contains its answers."""
-        key = self._key(listener)
-        if not (self.store / key.folder_name).is_dir() or self._own(listener).missing():
-            for found in keys_like(self.store, key, but="heard"):
-                taken = listener.taken(found.record["heard"])
-                if taken and not (other := self._of(found)).missing():
-                    return other, taken
-        return self._own(listener), None
+        def taken(what: Mapping[str, Any]) -> Take | None:
+            change = listener.taken(what)
+            return None if change is None else lambda kept: _columns([change(_observed(kept))])
 
-    def _key(self, listener: Listener) -> Key:
         record = {**self.record, "heard": listener.what}
         if listener.what.get("mixes"):  # the images of a batch influence each other
             record["batch_size"] = self.batch_size
-        return Key(record, self.name, len(self), SHARD)
-
-    def _own(self, listener: Listener) -> ShardSet:
-        return self._of(self._key(listener))
-
-    def _of(self, key: Key) -> ShardSet:
-        return ShardSet(self.store, key.record, key.name, key.rows, key.shard_rows)
-
-    def _write(self, shards: ShardSet, numbers: Sequence[int], work: _Work) -> None:
-        """Compute shards, and write each as soon as it is complete."""
-        total = sum(len(shards.span(number)) for number in numbers)
-        hidden = not work.progress or not numbers
-        with tqdm(total=total, desc=work.desc, unit=" images", disable=hidden, leave=False) as bar:
-            for number, batches in shard_batches(shards, numbers, self._load, self.batch_size):
-                heard = []
-                timed = self.pace.timed(batches)
-                for batch in observed(work.net, timed, work.listener._replace(restore=None)):
-                    heard.append(batch._replace(images=None))
-                    self.pace.images += len(batch.pred)
-                    bar.update(len(batch.pred))
-                shards.write(number, _columns(heard))
+        key = Key(record, self.name, len(self), SHARD)
+        stored = StoredScores(self.store, key, compute, start=self.start, taken=taken)
+        return stored
 
     def _load(self, batches: Batches) -> Iterator[Any]:
         """Batches of images, given by their numbers."""

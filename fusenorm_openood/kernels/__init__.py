@@ -3,7 +3,6 @@
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,10 +12,16 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.kernels.guards import compare, is_out_of_memory, may_read
+from fusenorm_openood.kernels.guards import Norms, Settings, compare, is_out_of_memory, may_read
 
 VARIABLE = "FUSENORM_KERNEL"
-Norms = Callable[[Tensor, Sequence[tuple[float, float, float, float]]], Tensor]
+
+# log(1 + r) = r - r^2/2 + r^3 (c0 + c1 r + ... + c6 r^6) for sqrt(1/2) <= 1 + r <= sqrt(2), with
+# relative errors below 2e-7: numpy's Chebyshev fit, of which both kernels compute entropies.
+LOG1P = (
+    0.3333340883255005, -0.2500092089176178, 0.19985127449035645, -0.16592855751514435,
+    0.14676396548748016, -0.1411842554807663, 0.09272214025259018,
+)  # fmt: skip
 
 
 class Backend(NamedTuple):
@@ -29,17 +34,16 @@ class Backend(NamedTuple):
 class _Compiled(NamedTuple):
     module: str
     device: str
-    package: str
+    most_pixels: int
     install: str
 
 
-_COMPILED = {
-    "numba": _Compiled("cpu", "cpu", "numba", "pip install 'fusenorm-openood[fast]'"),
-    "triton": _Compiled("cuda", "cuda", "triton", "install torch's CUDA build, which includes it"),
+_COMPILED = {  # by the name of their package
+    "numba": _Compiled("cpu", "cpu", 2**24, "pip install 'fusenorm-openood[fast]'"),  # float32
+    "triton": _Compiled("cuda", "cuda", 2**14, "install torch's CUDA build, which includes it"),
 }
-_HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
-_MOST_PIXELS = {"numba": 2**24, "triton": 2**14}  # exact in float32; fit in registers
 _failed: dict[str, str] = {}
+_found = cache(find_spec)
 
 
 def backend(device: torch.device | str = "cpu") -> Backend:
@@ -54,33 +58,29 @@ def backend(device: torch.device | str = "cpu") -> Backend:
     Raises:
         ConfigError: the variable has an unknown value, or names a backend that is not available.
     """
-    kind = torch.device(device).type
-    forced = os.environ.get(VARIABLE, "")
+    kind, forced = torch.device(device).type, os.environ.get(VARIABLE, "")
     if forced == "torch":
         return Backend("torch", f"{VARIABLE} forces it")
     if forced and forced not in _COMPILED:
         raise ConfigError(
             f"{VARIABLE}={forced} is unknown: set it to torch, {', '.join(_COMPILED)}, or unset it"
         )
-    reasons = [f"there is no {forced}{' ' * bool(forced)}kernel for {kind}"]
-    for name, compiled in _COMPILED.items():
-        if forced not in ("", name) or not (compiled.device == kind or _interpreted(forced)):
-            continue
-        if name in _failed:
-            reasons = [f"{name} failed: {_failed[name]}"]
-        elif not _is_installed(compiled.package):
-            reasons = [f"{name} is not installed: {compiled.install}"]
-        else:
-            why = f"{VARIABLE} forces it" if forced else f"{compiled.package} is installed"
-            return Backend(name, why)
+    name = forced or next((name for name, c in _COMPILED.items() if c.device == kind), "")
+    interpreted = forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not name or not (_COMPILED[name].device == kind or interpreted):
+        why_not = f"there is no {f'{name} ' if name else ''}kernel for {kind}"
+    elif name in _failed:
+        why_not = f"{name} failed: {_failed[name]}"
+    elif _found(name) is None:
+        why_not = f"{name} is not installed: {_COMPILED[name].install}"
+    else:
+        return Backend(name, f"{VARIABLE} forces it" if forced else f"{name} is installed")
     if forced:
-        raise _not_available(forced, reasons[0])
-    return Backend("torch", reasons[0])
+        raise _not_available(forced, why_not)
+    return Backend("torch", why_not)
 
 
-def norms(
-    x: Tensor, settings: Sequence[tuple[float, float, float, float]], by_torch: Norms
-) -> Tensor:
+def norms(x: Tensor, settings: Settings, by_torch: Norms) -> Tensor:
     """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]``, by a kernel where one can.
 
     ``settings`` are ``(k_min, k_max, alpha, eps)``. ``by_torch`` computes the same with torch: what
@@ -90,25 +90,25 @@ def norms(
     """
     if torch.compiler.is_compiling():
         return by_torch(x, settings)
-    chosen = backend(x.device).name
-    if chosen == "torch" or not (_supports(chosen, x, settings) and may_read(x)):
+    name = backend(x.device).name
+    if name == "torch" or not (_supports(name, x, settings) and may_read(x)):
         return by_torch(x, settings)
     try:
-        kernel = _kernel(chosen, x.device, by_torch)
+        kernel = _kernel(name, x.device, by_torch)
         return (_untraced(kernel) if "torch._dynamo" in sys.modules else kernel)(x, settings)
     except Exception as error:
         if is_out_of_memory(error):
             raise
         why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         if os.environ.get(VARIABLE):
-            raise _not_available(chosen, why) from error
-        _failed[chosen] = why
-        warnings.warn(
-            f"the {chosen} kernel failed, so torch computes the feature norms, more slowly ({why})",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return by_torch(x, settings)
+            raise _not_available(name, why) from error
+    _failed[name] = why
+    warnings.warn(
+        f"the {name} kernel failed, so torch computes the feature norms, more slowly ({why})",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return by_torch(x, settings)
 
 
 @cache
@@ -127,12 +127,12 @@ def _untraced(kernel: Norms) -> Norms:
     return disabled
 
 
-def _supports(name: str, x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> bool:
+def _supports(name: str, x: Tensor, settings: Settings) -> bool:
     """Whether a kernel computes these maps to the last digits that float32 has."""
     return (
-        x.dtype in _HALF_OR_SINGLE
+        x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and x.shape[0] > 0
-        and 1 < x.shape[-1] <= _MOST_PIXELS[name]
+        and 1 < x.shape[-1] <= _COMPILED[name].most_pixels
         and all(1e-30 <= eps <= 1e30 for *_, eps in settings)
     )
 
@@ -141,13 +141,3 @@ def _not_available(forced: str, why: str) -> ConfigError:
     return ConfigError(
         f"{VARIABLE}={forced} is not available ({why}): set it to torch, or unset it"
     )
-
-
-@cache
-def _is_installed(package: str) -> bool:
-    return find_spec(package) is not None
-
-
-def _interpreted(forced: str) -> bool:
-    """Whether Triton's interpreter stands in for a CUDA device."""
-    return forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"

@@ -8,23 +8,14 @@ found by comparing integers, and a bit pattern is itself a cheap, rough logarith
 **Rows and tiles.** A vector has LANES = 16 numbers. A sample is worked through by *groups* of
 channels, each a sequence of whole vectors with one of two layouts:
 
-    a row:  one channel, LANES of its pixels per vector; for large maps and for few channels
-            (here a map of 97 pixels)
-
-                            lane 0   lane 1         lane 15
-                vector 0    pixel 0  pixel 1   ...  pixel 15
-                vector 1    pixel 16 pixel 17  ...  pixel 31
-                ...
-                vector 6    pixel 96 0         ...  0          padded with 0
-
+    a row:  one channel, LANES of its pixels per vector, the last one padded with 0; for large maps
+            and for few channels
     a tile: LANES channels, one pixel of each per vector; for small maps and channels_last
 
-                            lane 0     lane 1           lane 15
-                            channel c  channel c+1 ...  channel c+15
-                vector 0    pixel 0    pixel 0     ...  pixel 0
-                vector 1    pixel 1    pixel 1     ...  pixel 1
-                ...
-                vector N-1  pixel N-1  pixel N-1   ...  pixel N-1
+                       row                             tile
+                       lane 0    lane 1 ...  lane 15   lane 0     lane 1 ...       lane 15
+           vector 0    pixel 0   pixel 1     pixel 15  channel c  channel c+1 ...  channel c+15
+           vector 1    pixel 16  pixel 17    pixel 31  the same channels, pixel 1
 
 A row would waste most of its lanes on a map of 4x4 = 16 pixels; a tile fills them with as many
 channels, and a channels_last map already lies in memory this way. Both run through the same code:
@@ -66,7 +57,7 @@ from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusenorm_openood.kernels.logarithm import LOG1P, LOG2
+from fusenorm_openood.kernels import LOG1P
 from fusenorm_openood.kernels.simd import (
     BLOCK,
     LANES,
@@ -108,7 +99,13 @@ F_ZERO, F_HALF, F_ONE, F_LARGE = (np.float32(x) for x in (0, 0.5, 1, 2.0**126))
 LN2 = math.log(2)
 LANE = np.arange(LANES, dtype=np.int32)
 C0, C1, C2, C3, C4, C5, C6 = (np.float32(c) for c in LOG1P)
-L0, L1, L2, L3, L4, L5, L6 = (np.float32(c) for c in LOG2)
+# log2(1 + r) = r (l0 + l1 r + ... + l6 r^6) for sqrt(1/2) <= 1 + r <= sqrt(2), with errors below
+# 6e-7: numpy's Chebyshev fit.
+L0, L1, L2, L3, L4, L5, L6 = map(
+    np.float32,
+    (1.442696452140808, -0.7213640213012695, 0.4806291460990906, -0.35935065150260925,
+     0.29563361406326294, -0.2695062756538391, 0.17212873697280884),
+)  # fmt: skip
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _process = os.getpid()  # a process forked from it inherits none of its threads
@@ -171,7 +168,7 @@ def norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> T
 def _scratch(size: int) -> NDArray[np.uint8]:
     """Memory that is kept for later calls, for fresh memory costs a page fault per page.
 
-    All that compiled code works with is allocated here: it allocates nothing and cannot fail.
+    Compiled code works with this alone: it allocates nothing and cannot fail.
     """
     kept = getattr(_local, "scratch", None)
     if kept is None or kept.size < size:
@@ -182,8 +179,7 @@ def _scratch(size: int) -> NDArray[np.uint8]:
 def _on_threads(threads: int, job: int) -> None:
     """Have threads do a job together: each takes one sample after another.
 
-    The threads are torch's own: those wait actively for the next layer, and others would compete
-    with them for the processor.
+    They are torch's own, which wait actively for the next layer: others would compete with them.
     """
     in_torch_threads = _openmp()
     if threads == 1:
@@ -191,7 +187,7 @@ def _on_threads(threads: int, job: int) -> None:
     elif in_torch_threads:
         in_torch_threads(_work.address, job, threads, 0)
     else:
-        list(_threads(threads).map(_call, [job] * threads))
+        list(_pool(threads).map(_call, [job] * threads))
 
 
 @cache
@@ -206,25 +202,16 @@ def _openmp() -> Any:
     return parallel
 
 
-@cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count)
+_pool = cache(ThreadPoolExecutor)
 
 
 @_jit
 def _do(job):
     """What each thread does: sample after sample, as long as there is one that nobody has taken."""
     maps = Maps(
-        job.format,
-        job.by_row != 0,
-        job.channels_last != 0,
-        job.B,
-        job.C,
-        job.N,
-        job.groups,
-        job.size,
-        job.scratch,
-    )
+        job.format, job.by_row != 0, job.channels_last != 0, job.B, job.C, job.N, job.groups,
+        job.size, job.scratch,
+    )  # fmt: skip
     settings = carray(pointer_to(job.settings), (job.S, 4), np.float64)
     out = carray(pointer_to(job.out), (job.S, maps.B), np.float64)
     taken = carray(pointer_to(job.taken), 2, np.int64)
@@ -315,7 +302,7 @@ def _norms(sample, maps, settings, groups, per_channel, out):
 
 @_jit
 def _adaptive_k(h, k_min, k_max, N):
-    """How many of N pixels are averaged at mean entropy h: the document's float32 arithmetic."""
+    """How many of N pixels are averaged at mean entropy h: the published float32 arithmetic."""
     k_ratio = np.float32(k_min) + np.float32(k_max - k_min) * np.float32(h)
     return np.int32(min(max(np.int64(k_ratio * np.float32(N)), 1), N))
 
@@ -373,26 +360,27 @@ def _any_below_zero(row):
 def _fill(group, sample, maps, c):
     """Put the magnitudes of channel c into a row, or of channels c to c + LANES - 1 into a tile."""
     x, size = pointer_to(sample), maps.C * maps.N
+    if not maps.by_row and maps.C - c < LANES:
+        group[:] = 0
     if maps.format == 0:
-        _fill_from(carray(x, size, np.int32), group, maps, c)
+        bits = carray(x, size, np.int32)
+        _fill_from(bits, group, maps, c, _fill_blocks(bits, group, maps, c))
     elif maps.format == 1:
-        _fill_from(carray(x, size, np.int16), group, maps, c)
+        _fill_from(carray(x, size, np.int16), group, maps, c, 0)
     else:
-        _fill_from(carray(x, size, np.uint16), group, maps, c)
+        _fill_from(carray(x, size, np.uint16), group, maps, c, 0)
 
 
 @_jit
-def _fill_from(x, group, maps, c):
+def _fill_from(x, group, maps, c, done):
+    """Fill a group from numbers of one format, a tile from the lane ``done`` on."""
     C, N = maps.C, maps.N
+    count = min(LANES, C - c)
     if maps.by_row:
         row = x[c * N : (c + 1) * N]  # a slice: its indices are known to be >= 0, which is faster
         for i in range(N):
             group[i] = _magnitude(row[i])
-        return
-    count = min(LANES, C - c)
-    if count < LANES:
-        group[:] = 0
-    if maps.channels_last:
+    elif maps.channels_last:
         for i in range(N):
             pixel, vector = x[i * C + c : i * C + c + count], group[i * LANES : (i + 1) * LANES]
             if count == LANES:  # the same with a constant number of steps, which is unrolled
@@ -402,29 +390,23 @@ def _fill_from(x, group, maps, c):
                 for lane in range(count):
                     vector[lane] = _magnitude(pixel[lane])
     else:
-        for lane in range(_fill_blocks(x, group, c, count, N), count):
+        for lane in range(done, count):
             row, rest = x[(c + lane) * N : (c + lane + 1) * N], group[lane:]
             for i in range(N):
                 rest[i * LANES] = _magnitude(row[i])
 
 
-def _fill_blocks(x, group, c, count, N):
+@_jit
+def _fill_blocks(x, group, maps, c):
     """Fill a tile of float32 by blocks of BLOCK x BLOCK; return how many lanes are done."""
-    raise NotImplementedError
-
-
-@overload(_fill_blocks)
-def _fill_blocks_of(x, group, c, count, N):
-    def blocks(x, group, c, count, N):
-        if N < BLOCK:
-            return 0
-        for lane in range(0, count - BLOCK + 1, BLOCK):
-            for start in range(0, N, BLOCK):
-                i = min(start, N - BLOCK)  # the last block may overlap the one before
-                transpose(x, (c + lane) * N + i, N, group, i * LANES + lane, MAGNITUDE)
-        return count // BLOCK * BLOCK
-
-    return blocks if x.dtype == types.int32 else lambda x, group, c, count, N: 0
+    N, lanes = maps.N, min(LANES, maps.C - c) // BLOCK * BLOCK
+    if maps.by_row or maps.channels_last or N < BLOCK:
+        return 0
+    for lane in range(0, lanes, BLOCK):
+        for start in range(0, N, BLOCK):
+            i = min(start, N - BLOCK)  # the last block may overlap the one before
+            transpose(x, (c + lane) * N + i, N, group, i * LANES + lane, MAGNITUDE)
+    return lanes
 
 
 def _magnitude(x):

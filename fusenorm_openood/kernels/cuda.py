@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from fusenorm_openood.kernels.logarithm import LOG1P
+from fusenorm_openood.kernels import LOG1P
 
 C0, C1, C2, C3, C4, C5, C6 = (tl.constexpr(c) for c in LOG1P)
 SQRT_HALF = tl.constexpr(0x3F3504F3)  # the bits of sqrt(1/2)
@@ -98,7 +98,7 @@ def _norm(
 
 @triton.jit
 def _adaptive_k(h, k_min, k_max, N):
-    """How many of N pixels are averaged at mean entropy h: the document's float32 arithmetic.
+    """How many of N pixels are averaged at mean entropy h: the published float32 arithmetic.
 
     As h <= 1, the minimum changes no value; it keeps the compiler from fusing the product with the
     sum, which would round only once.

@@ -1,6 +1,6 @@
 """Choose a device, and run code that was written for CUDA on it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -19,13 +19,7 @@ class _RedirectCuda(TorchFunctionMode):
         super().__init__()
         self.device = device
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.cuda:
             kwargs.pop("device", None)
@@ -46,28 +40,24 @@ def on_device(device: str | torch.device) -> Iterator[None]:
     device(type='cpu')
     """
     device = torch.device(device)
-    if device == torch.device("cuda"):
-        yield
-        return
-    with _RedirectCuda(device):
+    with nullcontext() if device == torch.device("cuda") else _RedirectCuda(device):
         yield
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the best one available."""
+    """The device of that name, `auto` = the best one available; ConfigError if it is unusable."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, dtype=torch.float32, device=device)
+        torch.empty(1, dtype=torch.float32, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"device {name!r} cannot be used ({reason}): choose auto or cpu"
         ) from None
-    return device
+    return torch.device(name)
 
 
 def own_device(name: str) -> torch.device:
@@ -97,7 +87,7 @@ def with_double(values: Tensor) -> Tensor:
 
 
 def following(values: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; a trace does not see what is there already."""
+    """The tensor on a device, without a step in a trace if it is there already."""
     return values if values.device == device else values.to(device)
 
 

@@ -42,34 +42,26 @@ F32 = Vector(types.float32, ir.FloatType())
 F64 = Vector(types.float64, ir.DoubleType())
 MASK = Vector(types.boolean, ir.IntType(1))
 _VECTORS = {vector.element: vector for vector in (I32, F32, F64)}
-_NAMES = {I32: "i32", F32: "f32", F64: "f64"}
+_INDEX, _BYTES = ir.IntType(32), ir.IntType(8).as_pointer()
 
 
-# An operation of one, two or three arguments: the type of its result, and how to emit it.
+# A function of one, two or three vectors or numbers, from the type of its result and what it emits.
 
 
 def _unary(result, emit):
-    @intrinsic
-    def operation(context, a):
-        return result(a)(a), lambda context, builder, signature, given: emit(builder, *given)
-
-    return operation
+    return intrinsic(lambda context, a: _emitting(result(a)(a), emit))
 
 
 def _binary(result, emit):
-    @intrinsic
-    def operation(context, a, b):
-        return result(a)(a, b), lambda context, builder, signature, given: emit(builder, *given)
-
-    return operation
+    return intrinsic(lambda context, a, b: _emitting(result(a)(a, b), emit))
 
 
 def _ternary(result, emit):
-    @intrinsic
-    def operation(context, a, b, c):
-        return result(b)(a, b, c), lambda context, builder, signature, given: emit(builder, *given)
+    return intrinsic(lambda context, a, b, c: _emitting(result(b)(a, b, c), emit))
 
-    return operation
+
+def _emitting(signature, emit):
+    return signature, lambda context, builder, signature, given: emit(builder, *given)
 
 
 def _same(a):
@@ -80,8 +72,8 @@ def _element(a):
     return a.element
 
 
-def _define(symbol, emit, kinds, result=_same):
-    """Overload a Python operator for vectors of some types."""
+def _overload(symbol, emit, kinds, result=_same):
+    """Overload a Python operator for two vectors of one of these types."""
     operation = _binary(result, emit)
 
     @overload(symbol)
@@ -97,37 +89,27 @@ def _comparison(sign):
     return emit
 
 
-for _symbol, _for_integers, _for_floats in (
-    (operator.add, ir.IRBuilder.add, ir.IRBuilder.fadd),
-    (operator.sub, ir.IRBuilder.sub, ir.IRBuilder.fsub),
-    (operator.mul, ir.IRBuilder.mul, ir.IRBuilder.fmul),
-):
-    _define(_symbol, _for_integers, (I32,))
-    _define(_symbol, _for_floats, (F32, F64))
-_define(operator.truediv, ir.IRBuilder.fdiv, (F32, F64))
-_define(operator.rshift, ir.IRBuilder.ashr, (I32,))
-_define(operator.and_, ir.IRBuilder.and_, (I32, MASK))
-_define(operator.or_, ir.IRBuilder.or_, (I32,))
-for _symbol, _sign in ((operator.gt, ">"), (operator.lt, "<"), (operator.ge, ">="),
-                       (operator.le, "<="), (operator.eq, "==")):  # fmt: skip
-    _define(_symbol, _comparison(_sign), (I32, F32, F64), lambda a: MASK)
+for _name in ("add", "sub", "mul"):
+    _overload(getattr(operator, _name), getattr(ir.IRBuilder, _name), (I32,))
+    _overload(getattr(operator, _name), getattr(ir.IRBuilder, f"f{_name}"), (F32, F64))
+_overload(operator.truediv, ir.IRBuilder.fdiv, (F32, F64))
+_overload(operator.rshift, ir.IRBuilder.ashr, (I32,))
+_overload(operator.and_, ir.IRBuilder.and_, (I32, MASK))
+_overload(operator.or_, ir.IRBuilder.or_, (I32,))
+for _name, _sign in {"gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "=="}.items():
+    _overload(getattr(operator, _name), _comparison(_sign), (I32, F32, F64), lambda a: MASK)
 
 
-def _llvm(builder, name, result, arguments, fastmath=()):
-    """Call one of LLVM's intrinsics."""
-    found = builder.module.globals.get(name)
-    if found is None:
-        kind = ir.FunctionType(result, [argument.type for argument in arguments])
-        found = ir.Function(builder.module, kind, name)
-    return builder.call(found, arguments, fastmath=fastmath)
+def _llvm(name, builder, result, *arguments, suffix=None, fastmath=()):
+    """Call one of LLVM's intrinsics, by default the one for vectors like the last argument."""
+    suffix = suffix or f"v{LANES}{arguments[-1].type.element.intrinsic_name}"
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    function = builder.module.declare_intrinsic(f"llvm.{name}.{suffix}", (), kind)
+    return builder.call(function, arguments, fastmath=fastmath)
 
 
 def _lanewise(name):
-    def emit(builder, *arguments):
-        element = "f32" if arguments[0].type == F32.ir else "f64"
-        return _llvm(builder, f"llvm.{name}.v{LANES}{element}", arguments[0].type, arguments)
-
-    return emit
+    return lambda builder, *given: _llvm(name, builder, given[0].type, *given)
 
 
 def _bitcast(to):
@@ -138,11 +120,11 @@ def _bitcast(to):
 
 
 def _sum(builder, a):
+    element = a.type.element
     if a.type == I32.ir:
-        return _llvm(builder, f"llvm.vector.reduce.add.v{LANES}i32", a.type.element, [a])
-    element = "f32" if a.type == F32.ir else "f64"
-    name, start = f"llvm.vector.reduce.fadd.v{LANES}{element}", ir.Constant(a.type.element, -0.0)
-    return _llvm(builder, name, a.type.element, [start, a], fastmath=("reassoc",))
+        return _llvm("vector.reduce.add", builder, element, a)
+    start = ir.Constant(element, -0.0)
+    return _llvm("vector.reduce.fadd", builder, element, start, a, fastmath=("reassoc",))
 
 
 def _any(builder, a):
@@ -150,11 +132,10 @@ def _any(builder, a):
     return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
 
 
-def _splat(builder, a):
-    vector = ir.VectorType(a.type, LANES)
-    none, index = ir.Constant(vector, ir.Undefined), ir.IntType(32)
-    first = builder.insert_element(none, a, index(0))
-    return builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(index, LANES), None))
+def _splat(builder, a, lanes=LANES):
+    none = ir.Constant(ir.VectorType(a.type, lanes), ir.Undefined)
+    first = builder.insert_element(none, a, _INDEX(0))
+    return builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(_INDEX, lanes), None))
 
 
 # every(a): a vector with the number a in every lane.
@@ -162,14 +143,13 @@ every = _unary(lambda a: _VECTORS[a], _splat)
 # Over all lanes: the sum, the largest (of integers), whether a mask is true in any.
 lane_sum = _unary(_element, _sum)
 lane_max = _unary(
-    _element,
-    lambda b, a: _llvm(b, f"llvm.vector.reduce.smax.v{LANES}i32", a.type.element, [a]),
+    _element, lambda builder, a: _llvm("vector.reduce.smax", builder, a.type.element, a)
 )
 in_any_lane = _unary(_element, _any)
 
 # where(mask, a, b): a where the mask is true, else b. holds(mask): -1 where it is true, else 0.
 where = _ternary(_same, ir.IRBuilder.select)
-holds = _unary(lambda a: I32, lambda b, a: b.sext(a, I32.ir))
+holds = _unary(lambda a: I32, lambda builder, a: builder.sext(a, I32.ir))
 # The larger and the smaller of two integers, lane by lane.
 larger = _binary(_same, lambda b, x, y: b.select(b.icmp_signed(">", x, y), x, y))
 smaller = _binary(_same, lambda b, x, y: b.select(b.icmp_signed("<", x, y), x, y))
@@ -181,15 +161,40 @@ sqrt = _unary(_same, _lanewise("sqrt"))
 as_float = _unary(lambda a: F32 if a == I32 else types.float32, _bitcast(F32))
 as_bits = _unary(lambda a: I32 if a == F32 else types.int32, _bitcast(I32))
 # The same value in another type: int32 to float32, float32 to float64 and back.
-to_float = _unary(lambda a: F32, lambda b, a: b.sitofp(a, F32.ir))
-to_double = _unary(lambda a: F64, lambda b, a: b.fpext(a, F64.ir))
-to_single = _unary(lambda a: F32, lambda b, a: b.fptrunc(a, F32.ir))
+to_float = _unary(lambda a: F32, lambda builder, a: builder.sitofp(a, F32.ir))
+to_double = _unary(lambda a: F64, lambda builder, a: builder.fpext(a, F64.ir))
+to_single = _unary(lambda a: F32, lambda builder, a: builder.fptrunc(a, F32.ir))
+
+# pointer_to(address): a pointer to what is there.
+pointer_to = _unary(lambda a: types.voidptr, lambda builder, a: builder.inttoptr(a, _BYTES))
 
 
-def _at(context, builder, signature, number, given, vector):
-    """A pointer to a vector in an array: argument ``number``, at the index in the next argument."""
-    data = context.make_array(signature.args[number])(context, builder, given[number]).data
-    return builder.bitcast(builder.gep(data, [given[number + 1]]), vector.as_pointer())
+def _prefetch(builder, address):
+    how = _INDEX(0), _INDEX(3), _INDEX(1)  # read, to the nearest cache, data
+    _llvm(
+        "prefetch", builder, ir.VoidType(), builder.inttoptr(address, _BYTES), *how, suffix="p0i8"
+    )
+    return ir.Constant(_BYTES, None)  # numba's none
+
+
+# prefetch(address): ask for the memory there to be brought to the cache; any address is allowed.
+prefetch = _unary(lambda a: types.none, _prefetch)
+
+
+def _place(context, builder, array, value, at):
+    """A pointer to the number ``value[at]`` of an array of this type."""
+    return builder.gep(context.make_array(array)(context, builder, value).data, [at])
+
+
+@intrinsic
+def fetch_add(context, array, more):
+    """The first number of an array; ``more`` is added to it atomically."""
+
+    def build(context, builder, signature, given):
+        first = _place(context, builder, array, given[0], _INDEX(0))
+        return builder.atomic_rmw("add", first, given[1], "monotonic")
+
+    return array.dtype(array, array.dtype), build
 
 
 @intrinsic
@@ -198,9 +203,9 @@ def load(context, array, at):
     vector = _VECTORS[array.dtype]
 
     def build(context, builder, signature, given):
-        loaded = builder.load(_at(context, builder, signature, 0, given, vector.ir))
-        loaded.align = array.dtype.bitwidth // 8
-        return loaded
+        place = _place(context, builder, array, *given)
+        place = builder.bitcast(place, vector.ir.as_pointer())
+        return builder.load(place, align=array.dtype.bitwidth // 8)
 
     return vector(array, types.intp), build
 
@@ -210,8 +215,9 @@ def store(context, array, at, vector):
     """Write a vector to ``array[at : at + LANES]``; the array is not checked to be that long."""
 
     def build(context, builder, signature, given):
-        place = _at(context, builder, signature, 0, given, vector.ir)
-        builder.store(given[2], place).align = array.dtype.bitwidth // 8
+        place = _place(context, builder, array, *given[:2])
+        place = builder.bitcast(place, vector.ir.as_pointer())
+        builder.store(given[2], place, align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.none(array, types.intp, vector), build
@@ -226,15 +232,13 @@ def transpose(context, source, at, stride, target, to, mask):
     vector, intp = ir.VectorType(ir.IntType(32), BLOCK), ir.IntType(64)
 
     def build(context, builder, signature, given):
-        def place(number, step):
-            index = builder.add(given[number + 1], step)
-            moved = {number: given[number], number + 1: index}
-            return _at(context, builder, signature, number, moved, vector)
+        def place(array, value, first, step):
+            at = _place(context, builder, array, value, builder.add(first, step))
+            return builder.bitcast(at, vector.as_pointer())
 
-        rows = []
-        for n in range(BLOCK):
-            rows.append(builder.load(place(0, builder.mul(given[2], intp(n)))))
-            rows[-1].align = 4
+        read, at, stride, written, to, mask = given
+        steps = [builder.mul(stride, intp(n)) for n in range(BLOCK)]
+        rows = [builder.load(place(source, read, at, step), align=4) for step in steps]
         distance = BLOCK // 2
         while distance:  # exchange the two off-diagonal blocks of that size
             for n in range(BLOCK):
@@ -245,45 +249,10 @@ def transpose(context, source, at, stride, target, to, mask):
                     rows[n] = builder.shuffle_vector(a, b, ir.Constant(vector, ours))
                     rows[n + distance] = builder.shuffle_vector(a, b, ir.Constant(vector, theirs))
             distance //= 2
-        none = ir.Constant(vector, ir.Undefined)
-        first = builder.insert_element(none, given[5], ir.IntType(32)(0))
-        kept = builder.shuffle_vector(first, none, ir.Constant(vector, None))
+        bits = _splat(builder, mask, BLOCK)
         for n, row in enumerate(rows):
-            builder.store(builder.and_(row, kept), place(3, intp(n * LANES))).align = 4
+            column = place(target, written, to, intp(n * LANES))
+            builder.store(builder.and_(row, bits), column, align=4)
         return context.get_dummy_value()
 
     return types.none(source, types.int64, types.int64, target, types.int64, types.int32), build
-
-
-@intrinsic
-def prefetch(context, address):
-    """Ask for the memory at an address to be brought to the cache; any address is allowed."""
-
-    def build(context, builder, signature, given):
-        number, pointer = ir.IntType(32), builder.inttoptr(given[0], ir.IntType(8).as_pointer())
-        arguments = [pointer, number(0), number(3), number(1)]  # read, to the nearest cache, data
-        _llvm(builder, "llvm.prefetch.p0i8", ir.VoidType(), arguments)
-        return context.get_dummy_value()
-
-    return types.none(types.intp), build
-
-
-@intrinsic
-def pointer_to(context, address):
-    """A pointer to what is at an address."""
-
-    def build(context, builder, signature, given):
-        return builder.inttoptr(given[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.intp), build
-
-
-@intrinsic
-def fetch_add(context, array, more):
-    """The first number of an array; ``more`` is added to it atomically."""
-
-    def build(context, builder, signature, given):
-        data = context.make_array(array)(context, builder, given[0]).data
-        return builder.atomic_rmw("add", data, given[1], "monotonic")
-
-    return array.dtype(array, array.dtype), build

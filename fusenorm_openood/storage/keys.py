@@ -47,14 +47,23 @@ class Key:
     Attributes:
         record: what the rows were computed from and how, in values that JSON has.
         name: a short name for humans; no part of the digest.
-        rows: rows of the whole set.
+        rows: rows of the whole set; 0 = a set without shards.
         shard_rows: rows of each shard but the last.
     """
 
     record: Mapping[str, Any]
     name: str
     rows: int
-    shard_rows: int
+    shard_rows: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.rows < 0 or self.shard_rows < 1:
+            found = f"{self.rows} and {self.shard_rows}"
+            raise StoreError(f"rows must be >= 0 and shard_rows >= 1, got {found}")
+
+    @property
+    def shard_count(self) -> int:
+        return -(-self.rows // self.shard_rows)
 
     @property
     def folder_name(self) -> str:
@@ -90,7 +99,10 @@ class Key:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise StoreError(f"{path} is not of format {FORMAT!r}: use another store")
-            key = Key(*(content[field.name] for field in fields(Key)))
+            values = [content[field.name] for field in fields(Key)]
+            if [type(value) for value in values] != [dict, str, int, int]:
+                raise TypeError
+            key = Key(*values)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -99,8 +111,6 @@ class Key:
             ) from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             raise StoreError(f"{path} is damaged: delete its folder") from None
-        if [type(value) for value in vars(key).values()] != [dict, str, int, int]:
-            raise StoreError(f"{path} is damaged: delete its folder")
         return key
 
     def check(self, folder: Place) -> None:

@@ -59,7 +59,7 @@ def listing(root: Path) -> list[Entry]:
             dict(shards.key.record),
             shards.key.rows,
             len(shards.present()),
-            shards.count,
+            shards.key.shard_count,
             sum(_size(path) for path in _own_files(root / shards.folder.name)),
         )
         for shards in _sets(root)
@@ -132,7 +132,7 @@ def _sets(root: Path) -> Iterator[ShardSet]:
         try:
             key = Key.read(folder)
             if folder.name == key.folder_name:
-                yield ShardSet(root, key.record, key.name, key.rows, key.shard_rows)
+                yield ShardSet(root, key)
         except (FileNotFoundError, StoreError):
             continue
 

@@ -203,31 +203,20 @@ class ShardSet:
 
     Args:
         root: the store, a folder or a URL.
-        record: what the rows are computed from and how, in values that JSON has. Sets of different
-            records share no folder.
-        name: a short name for humans, for example of the data set.
-        rows: rows of the whole set; 0 = a set without shards.
-        shard_rows: rows of each shard but the last.
+        key: what the rows are computed from. Sets of different records share no folder.
 
     Attributes:
         folder: the folder of the set.
-        key: the content of `key.json`.
-        count: how many shards the complete set has.
 
     Raises:
         StoreError: the folder is not writable, or has rows of another record, number or shard size.
         TypeError: JSON cannot express the record.
     """
 
-    def __init__(
-        self, root: Place, record: Mapping[str, Any], name: str, rows: int, shard_rows: int = 1024
-    ) -> None:
-        if rows < 0 or shard_rows < 1:
-            raise StoreError(f"rows must be >= 0 and shard_rows >= 1, got {rows} and {shard_rows}")
-        self.key = Key(record, name, rows, shard_rows)
-        self.folder = root / self.key.folder_name
-        self.count = -(-rows // shard_rows)
-        self._digest = digest(record)
+    def __init__(self, root: Place, key: Key) -> None:
+        self.key = key
+        self.folder = root / key.folder_name
+        self._digest = digest(key.record)
         self._listed: dict[int, Place] = {}  # by the last listing
         try:
             self.key.check(self.folder)
@@ -241,20 +230,22 @@ class ShardSet:
         Raises:
             StoreError: the set has no shard of this number.
         """
-        if not 0 <= number < self.count:
-            raise StoreError(f"{self.folder.name} has {self.count} shards, and none is {number}")
+        if not 0 <= number < self.key.shard_count:
+            raise StoreError(
+                f"{self.folder.name} has {self.key.shard_count} shards, and none is {number}"
+            )
         start = number * self.key.shard_rows
         return range(start, min(start + self.key.shard_rows, self.key.rows))
 
     def missing(self) -> list[int]:
         """The numbers of the shards that no file has, from one listing of the folder."""
         present = self.present()
-        return [number for number in range(self.count) if number not in present]
+        return [number for number in range(self.key.shard_count) if number not in present]
 
     def present(self) -> dict[int, Place]:
         """Number -> the file that is read, from one listing of the folder."""
         files = reversed(list_shards(self.folder))  # of two files of a number, the first one stays
-        self._listed = {number: path for number, path in files if number < self.count}
+        self._listed = {number: path for number, path in files if number < self.key.shard_count}
         return self._listed
 
     def write(self, number: int, columns: Mapping[str, NDArray[Any]]) -> Place:
@@ -278,7 +269,10 @@ class ShardSet:
                 raise StoreError(
                     f"column {name!r} of shard {number} is {list(values.shape)}, not of {rows} rows"
                 )
-        return write_shard(self.folder, number, columns, self._label(number))
+        path = write_shard(self.folder, number, columns, self._label(number))
+        if number in self._listed:  # damaged, and not to be deleted before: others would miss it
+            self._delete_damaged(number)
+        return path
 
     def read(self, number: int, columns: Sequence[str] | None = None) -> Columns:
         """Columns of a shard, after a check of all its bytes; None = all.
@@ -300,7 +294,7 @@ class ShardSet:
         """Every file of every shard, also those that `read` passes over, and what is wrong."""
         for number, path in list_shards(self.folder):
             try:
-                if number < self.count:
+                if number < self.key.shard_count:
                     read_shard(path, self._label(number))
                     yield path, None
             except DamagedShardError as error:
@@ -318,12 +312,8 @@ class ShardSet:
             if found == number:
                 delete(path)
 
-    def discard_damaged(self, number: int) -> None:
-        """Delete the files of a shard that are damaged, which one with other bits cannot replace.
-
-        Raises:
-            StoreError: a file cannot be deleted.
-        """
+    def _delete_damaged(self, number: int) -> None:
+        """Delete the damaged files of a shard, which one with other bits does not replace."""
         for found, path in list_shards(self.folder):
             if found == number:
                 try:
@@ -339,14 +329,14 @@ class ShardSet:
             StoreError: shards are missing, or have no such column.
         """
         present = self.present()
-        missing = [number for number in range(self.count) if number not in present]
+        missing = [number for number in range(self.key.shard_count) if number not in present]
         if missing:
             rest = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
             raise StoreError(
-                f"{len(missing)} of {self.count} shards of {self.folder} are missing "
+                f"{len(missing)} of {self.key.shard_count} shards of {self.folder} are missing "
                 f"({', '.join(map(str, missing[:10]))}{rest}): compute them"
             )
-        for number in range(self.count):
+        for number in range(self.key.shard_count):
             yield read_shard(present[number], self._label(number), columns)
 
     def load(self, columns: Sequence[str] | None = None) -> Columns:

@@ -1,25 +1,171 @@
-"""Load what shards are computed from, and compute what is missing."""
+"""Read rows that a store has, compute and store the others."""
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from itertools import count, islice, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fusenorm_openood.errors import StoreError
+from fusenorm_openood.errors import DamagedShardError, StoreError
+from fusenorm_openood.storage.keys import Key, keys_like
 from fusenorm_openood.storage.shards import Columns, ShardSet
 from fusenorm_openood.storage.torchrun import this_process, wait_until
 from fusenorm_openood.storage.urls import Place
 
 Batches = Sequence[Any]  # ranges or lists of rows; torch's annotations have lists only
+Take = Callable[[Columns], Columns]
 OWNER_TIME = 60.0  # seconds that a process has to compute a damaged shard of its own again
 WORD = 20.0  # seconds of silence after which a process says that it waits
 SILENCE = 600.0  # seconds without a new shard after which one does not wait for others any longer
+
+
+class StoredScores:
+    """The rows of a set of shards. Iterating reads those in the store and computes the others.
+
+    Shards are dealt out by number among the processes of `torchrun`: each computes its own and
+    waits for those of the others, or computes them as well if none is written for `SILENCE`
+    seconds. A damaged shard is computed again. No shard is computed before it is needed, but in
+    several processes, where the others may wait for it.
+
+    Args:
+        store: folder or URL of the store.
+        key: what the rows are computed from.
+        compute: yields the columns of shards, given by their numbers, in that order.
+        start: shards of other sets that are dealt out before.
+        shared: whether all processes read the rows; then a damaged shard is left to the process
+            whose share it is, for `OWNER_TIME` seconds.
+        taken: given the entry `heard` of the record of another set that otherwise has this key,
+            how the columns of that set contain those of this one; None = they do not. A complete
+            set that contains this one is read instead of computing.
+
+    Raises:
+        StoreError: the store cannot be written.
+    """
+
+    def __init__(
+        self,
+        store: Place,
+        key: Key,
+        compute: Callable[[Sequence[int]], Iterator[Columns]],
+        *,
+        start: int = 0,
+        shared: bool = True,
+        taken: Callable[[Mapping[str, Any]], Take | None] = lambda heard: None,
+    ) -> None:
+        self.store, self.key, self.compute = store, key, compute
+        self._start, self._shared, self._taken = start, shared, taken
+        self._container: tuple[ShardSet, Take] | None = None
+
+    @cached_property
+    def shards(self) -> ShardSet:
+        """The shards, whose folder is created if it does not exist."""
+        return ShardSet(self.store, self.key)
+
+    def __iter__(self) -> Iterator[Columns]:
+        return self.after(self._written(self.missing()))
+
+    def after(self, written: Iterator[int]) -> Iterator[Columns]:
+        """The columns of all shards, in order, while others write those that are missing.
+
+        Args:
+            written: the numbers of the missing shards, in the order in which they are written.
+        """
+        missing = set(self.missing())
+        for number in range(self.key.shard_count):
+            while number in missing:
+                missing.discard(next(written))
+            yield self._read(number)
+        deque(written, maxlen=0)  # has no more numbers, but ends its progress bar
+
+    def compute_share(self) -> None:
+        """Compute and store this process's missing shards, without waiting for others."""
+        deque(self.computed(self._share(self.missing())), maxlen=0)
+
+    def missing(self) -> list[int]:
+        """The shards that have to be computed, as the store is now."""
+        exists = isinstance(self.store, Path) and (self.store / self.key.folder_name).is_dir()
+        missing = self.shards.missing() if exists else range(self.key.shard_count)
+        return [] if missing and self._contained() else self.shards.missing()
+
+    def _contained(self) -> bool:
+        """Whether the store has a complete set that contains this one."""
+        if self._container is None and isinstance(self.store, Path):
+            for key in keys_like(self.store, self.key, but="heard"):
+                take = self._taken(key.record["heard"])
+                if take and not (container := ShardSet(self.store, key)).missing():
+                    self._container = container, take
+                    break
+        return self._container is not None
+
+    def _share(self, numbers: Sequence[int]) -> list[int]:
+        mine = this_process().share(self._start + number for number in numbers)
+        return [number - self._start for number in mine]
+
+    def computed(self, numbers: Sequence[int]) -> Iterator[int]:
+        """Compute and store shards; yields the number of each as soon as it is written."""
+        for number, columns in zip(numbers, self.compute(numbers), strict=True):
+            self.shards.write(number, columns)
+            yield number
+
+    def _written(self, missing: Sequence[int]) -> Iterator[int]:
+        """Compute this process's share of missing shards, then wait for the others."""
+        mine, world = self._share(missing), this_process().world
+        yield from self.computed(mine) if world == 1 else list(self.computed(mine))
+        left, is_waiting_said = set(missing) - set(mine), False
+        while left:
+            arrived = partial(self._arrived, left)
+            found = wait_until(arrived, WORD)
+            if not (found or is_waiting_said):
+                is_waiting_said = True
+                tqdm.write(
+                    f"fusenorm: waiting for other processes of WORLD_SIZE={world}: unset it unless "
+                    "torchrun started this one",
+                    file=sys.stderr,
+                )
+            # The others may have ended, or work on another list of images.
+            found = found or wait_until(arrived, SILENCE) or set(self.computed(sorted(left)))
+            yield from found
+            left -= found
+
+    def _arrived(self, numbers: set[int]) -> set[int]:
+        return numbers - set(self.missing())
+
+    def _read(self, number: int) -> Columns:
+        """The columns of a shard; one that is damaged is computed again."""
+        if self._container is not None:
+            container, take = self._container
+            try:
+                return take(container.read(number))
+            except StoreError as error:  # the rows that are missing there are computed here
+                _say_damaged(error)
+        try:
+            return self.shards.read(number)
+        except StoreError as error:
+            is_mine = not self._shared or self._share([number])
+            if not is_mine and (columns := wait_until(partial(self._intact, number), OWNER_TIME)):
+                return columns
+            if isinstance(error, DamagedShardError):
+                _say_damaged(error)
+            deque(self.computed([number]), maxlen=0)
+        return self.shards.read(number)
+
+    def _intact(self, number: int) -> Columns | None:
+        try:
+            return self.shards.read(number)
+        except StoreError:  # damaged, or about to be replaced
+            return None
+
+
+def _say_damaged(error: StoreError) -> None:
+    reason = str(error).removesuffix(": delete it")
+    tqdm.write(f"fusenorm: {reason}: it is computed again", file=sys.stderr)
 
 
 def shard_batches(
@@ -51,66 +197,24 @@ def row_batches(rows: range, batch_size: int) -> list[range]:
     return [rows[start:end] for start, end in pairwise(ends)]
 
 
-def wait_for_shards(missing: Callable[[], list[int]], compute: Callable[[], object]) -> None:
-    """Wait until other processes have written the shards that are missing.
+def stored_row(
+    store: Place, record: Mapping[str, Any], name: str, compute: Callable[[], Columns | None]
+) -> Columns | None:
+    """The columns of a set of one row: those in the store, or else what `compute` gives.
 
-    Args:
-        missing: the numbers of these shards, as they are now.
-        compute: computes and writes them, which is done if the others are silent for too long:
-            they may have ended, or work on another list of images.
+    What is computed is stored, unless it is None.
+
+    Raises:
+        StoreError: the store cannot be written.
     """
-    world, is_said = this_process().world, False
-    while left := missing():
-        is_other = partial(_is_other, missing, left)
-        found = wait_until(is_other, WORD)
-        if not (found or is_said):
-            is_said = True
-            tqdm.write(
-                f"fusenorm: waiting for other processes of WORLD_SIZE={world}: unset it unless "
-                "torchrun started this one",
-                file=sys.stderr,
-            )
-        if not (found or wait_until(is_other, SILENCE)):
-            compute()
-
-
-def _is_other(missing: Callable[[], list[int]], left: list[int]) -> bool:
-    return missing() != left
-
-
-def intact(
-    shards: ShardSet, number: int, compute: Callable[[], object], own: bool = True
-) -> Columns:
-    """A shard of a complete set; one that is damaged is computed again.
-
-    Args:
-        shards: the set.
-        number: the shard.
-        compute: computes and writes it.
-        own: whether it is this process's share; others give the owner a minute to do it.
-    """
-
-    def found() -> Columns | None:
-        try:
-            return shards.read(number)
-        except StoreError:  # damaged, or about to be replaced
-            return None
-
+    shards = ShardSet(store, Key(record, name, rows=1))
     try:
-        return shards.read(number)
-    except StoreError as error:
-        if not own and (columns := wait_until(found, OWNER_TIME)) is not None:
-            return columns
-        say_damaged(error)
-        compute()
-        shards.discard_damaged(number)  # not before: others would find the shard missing
-    return shards.read(number)
-
-
-def say_damaged(error: StoreError) -> None:
-    """Say on standard error that a shard is computed again, and why."""
-    reason = str(error).removesuffix(": delete it")
-    tqdm.write(f"fusenorm: {reason}: it is computed again", file=sys.stderr)
+        return shards.read(0)
+    except StoreError:  # missing or damaged
+        columns = compute()
+    if columns is not None:
+        shards.write(0, columns)
+    return columns
 
 
 Logits = NDArray[np.float64]
@@ -122,7 +226,7 @@ def forward_digest(
     """A digest of a network's logits of fixed images, as the store first had them.
 
     Another machine rounds them otherwise, so that their own digest could be part of no key: they
-    are kept, and compared.
+    are stored, and compared.
 
     Args:
         store: folder or URL of the store.
@@ -134,22 +238,18 @@ def forward_digest(
         StoreError: the store cannot be written.
     """
     for number in count():
-        kept = ShardSet(store, {**record, "heard": "forward", "number": number}, "network", rows=1)
-        found = _read(kept)
-        if not (found or this_process().leads):  # all processes must find the same
-            found = wait_until(lambda kept=kept: _read(kept), OWNER_TIME)  # type: ignore[misc]
-        if not found:
-            kept.write(0, {"logits": logits.reshape(1, -1)})
-            kept.discard_damaged(0)
-            found = _read(kept)
-        known = found[0]
+        key = {**record, "heard": "forward", "number": number}
+        row = partial(stored_row, store, key, "network")
+        columns = None if this_process().leads else wait_until(partial(row, _nothing), OWNER_TIME)
+        if columns is None:  # all processes must find the same
+            columns = row(lambda: {"logits": logits.reshape(1, -1)})
+            columns = row(_nothing) or columns  # of two that are written at once, one is read
+        assert columns is not None
+        known = columns["logits"][0]
         if known.size == logits.size and agrees(known.reshape(logits.shape)):
             return sha256(known.tobytes()).hexdigest()
     raise AssertionError
 
 
-def _read(kept: ShardSet) -> list[Logits]:
-    try:
-        return [kept.read(0)["logits"]]
-    except StoreError:  # missing or damaged
-        return []
+def _nothing() -> None:
+    return None

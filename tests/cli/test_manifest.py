@@ -14,6 +14,7 @@ from fusenorm_openood.data.paths import manifest_paths
 from fusenorm_openood.deployment import files as sharded
 from fusenorm_openood.deployment.files import manifest
 from fusenorm_openood.errors import DataError
+from fusenorm_openood.storage.keys import Key
 from fusenorm_openood.storage.shards import ShardSet
 from fusenorm_openood.storage.urls import Url
 from tests.deployment.imagefiles import NETWORK, write_detector, write_images
@@ -116,10 +117,10 @@ def test_a_changed_or_new_object_is_another_set(memory):
 
 
 def test_shards_at_a_url_are_verified_and_discarded(memory):
-    shards = ShardSet(Url("memory://store"), RECORD, "digits", 20, 8)
+    shards = ShardSet(Url("memory://store"), Key(RECORD, "digits", 20, 8))
     for number in (0, 2):
         shards.write(number, columns_of(shards, number))
-    again = ShardSet(Url("memory://store"), RECORD, "digits", 20, 8)
+    again = ShardSet(Url("memory://store"), Key(RECORD, "digits", 20, 8))
     assert again.missing() == [1]
     assert_same_bits(again.read(2), columns_of(shards, 2))
     again.present()[0].write_bytes(b"")

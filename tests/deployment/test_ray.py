@@ -103,7 +103,7 @@ def test_a_killed_actor_loses_no_shard_and_repeats_none_that_is_written(
 
 
 def test_only_missing_shards_are_dealt_out(two_cores, home, files, tmp_path):
-    files.score([0, 3])
+    list(files.stored.computed([0, 3]))
     load = Loading(home / "d.st", tmp_path / "log")
     assert sorted(score_with_actors(ray, files, load, cores=1)) == [1, 2, 4]
     assert sorted(s for s in load.said() if s.startswith("begins")) == [
@@ -131,7 +131,7 @@ def test_an_actor_with_another_detector_writes_nothing(two_cores, files, tmp_pat
 
 
 def test_a_full_disk_is_one_sentence(two_cores, home, files, tmp_path):
-    files.score([0, 3])
+    list(files.stored.computed([0, 3]))
     with pytest.raises(StoreError, match=r"^shard \d cannot be written to .*: free disk space"):
         list(score_with_actors(ray, files, partial(on_a_full_disk, home / "d.st"), cores=1))
     assert sorted(files.shards.present()) == [0, 3]
@@ -149,7 +149,7 @@ def test_another_run_at_once_changes_no_shard(two_cores, home, files, tmp_path):
     load = Loading(home / "d.st", tmp_path / "log")
     done = score_with_actors(ray, files, load, cores=1)
     first = next(done)
-    files.score([number for number in range(5) if number != first])
+    list(files.stored.computed([number for number in range(5) if number != first]))
     assert sorted([first, *done]) == list(range(5))
     assert shards_in(tmp_path / "store") == shards_in(home / "one.store")
 

@@ -8,7 +8,6 @@ from torch.utils.data import Dataset
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.forward import recorded
 from fusenorm_openood.forward.recorded import RecordedLoader
-from fusenorm_openood.storage.torchrun import Process
 from tests.conftest import make_net
 
 
@@ -63,7 +62,8 @@ def test_short_sets_are_dealt_out_as_if_they_were_one(tmp_path, monkeypatch):
     sizes = [3, 4, 2, 9, 1, 8]  # 1, 1, 1, 3, 1 and 2 shards
     read = []
     for rank in range(3):
-        monkeypatch.setattr(recorded, "this_process", lambda rank=rank: Process(rank, rank, 3))
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3}.items():
+            monkeypatch.setenv(name, str(value))
         store = tmp_path / str(rank)  # as if the others had written nothing yet
         sets = [Images(size) for size in sizes]
         fitted.prepare(

@@ -1,42 +1,20 @@
 """Which backend is used, and what happens where one fails; what they compute is in test_atf.py."""
 
+import multiprocessing
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from shutil import copy
 
 import numpy as np
 import pytest
 import torch
 
+import fusenorm_openood
 from fusenorm_openood import atf, kernels
 from fusenorm_openood.errors import ConfigError
-from tests.conftest import forced_backend
-
-SCORE = """
-import warnings
-import torch
-from fusenorm_openood import atf, kernels
-
-x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter("always")
-    norms = [atf(x), atf(x)]
-print(len([w for w in said if "kernel failed" in str(w.message)]))
-print(*[w.message for w in said][:1])
-print(kernels.backend())
-torch.testing.assert_close(norms[0], norms[1])
-torch.testing.assert_close(norms[0], atf(x.double()).float())
-"""
-
-
-def run(
-    script: str, monkeypatch: pytest.MonkeyPatch, **variables: str
-) -> subprocess.CompletedProcess:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+from tests.conftest import forced_backend, without_environment
 
 
 def test_numba_is_used_on_a_cpu_where_it_is_installed():
@@ -72,31 +50,37 @@ def test_a_backend_that_is_not_available_is_named(forced, device, named, monkeyp
 
 
 def test_without_numba_the_reason_says_how_to_get_it(monkeypatch):
-    missing = "import sys; sys.modules['numba'] = None\n"
-    said = run(missing + SCORE, monkeypatch)
-    assert said.returncode == 0, said.stderr
-    assert "numba is not installed: pip install 'fusenorm-openood[fast]'" in said.stdout
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    monkeypatch.setattr(kernels, "_found", lambda package: None)
+    assert kernels.backend() == (
+        "torch", "numba is not installed: pip install 'fusenorm-openood[fast]'"
+    )  # fmt: skip
+    assert torch.isfinite(atf(torch.randn(2, 3, 5, 5))).all()
 
 
-def test_a_kernel_that_fails_is_warned_of_once_and_torch_takes_over(monkeypatch, tmp_path):
-    pytest.importorskip("numba")
-    said = run(SCORE, monkeypatch, NUMBA_DISABLE_JIT="1", NUMBA_CACHE_DIR=str(tmp_path))
-    assert said.returncode == 0, said.stderr
-    count, warning, chosen = said.stdout.splitlines()
-    assert count == "1"
-    assert warning.startswith("the numba kernel failed, so torch computes the feature norms")
-    assert chosen.startswith("Backend(name='torch', reason=")
-    assert "numba failed: " in chosen
-
-
-def test_a_kernel_that_fails_where_it_is_forced_is_an_error(monkeypatch):
+@pytest.fixture
+def failing(monkeypatch):
+    """Numba's kernel fails, for a reason of two lines."""
     pytest.importorskip("numba")
 
     def fail(*_):
         raise ValueError("a reason\nand more")
 
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
     monkeypatch.setattr(kernels, "_kernel", lambda *key: fail)
     monkeypatch.setattr(kernels, "_failed", {})
+
+
+def test_a_kernel_that_fails_is_warned_of_once_and_torch_takes_over(failing):
+    x = torch.randn(2, 3, 5, 5)
+    with pytest.warns(RuntimeWarning, match="numba kernel failed, so torch computes") as caught:
+        norms = [atf(x), atf(x)]
+    assert len(caught) == 1
+    torch.testing.assert_close(norms, [atf(x.double()).float()] * 2)
+    assert kernels.backend() == ("torch", "numba failed: ValueError: a reason")
+
+
+def test_a_kernel_that_fails_where_it_is_forced_is_an_error(failing):
     named = r"^FUSENORM_KERNEL=numba is not available \(ValueError: a reason\): set it to torch"
     with forced_backend("numba"):
         for _ in range(2):
@@ -163,7 +147,7 @@ def test_every_source_of_a_kernel_counts(tmp_path):
     from fusenorm_openood.kernels import cpu
 
     for source in Path(cpu.__file__).parent.glob("*.py"):
-        copy(source, tmp_path)
+        shutil.copy(source, tmp_path)
     states = {cpu._sources(tmp_path)}
     for source in tmp_path.iterdir():
         source.write_text(source.read_text() + "# changed\n")
@@ -173,56 +157,113 @@ def test_every_source_of_a_kernel_counts(tmp_path):
 
 def test_without_a_folder_for_compiled_code_the_kernel_is_compiled(small, monkeypatch):
     monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
-    assert samples_by(small._compiled(1), small) == 5
+    with pytest.warns(RuntimeWarning, match="cannot be saved .*: set NUMBA_CACHE_DIR"):
+        work = small._compiled(1)
+    assert samples_by(work, small) == 5
 
 
-def test_a_forked_process_scores_too(monkeypatch):
-    pytest.importorskip("numba")
-    script = """
-import multiprocessing, sys, torch
-from fusenorm_openood import atf
-x = torch.randn(4, 3, 6, 6)
-norms = atf(x)  # starts the threads that a fork does not take along
-fork = multiprocessing.get_context("fork")
-child = fork.Process(target=lambda: sys.exit(not torch.equal(atf(x), norms)))
-child.start()
-child.join()
-print(child.exitcode)
+SAVING = """
+import resource, sys, warnings, torch
+from fusenorm_openood import atf, kernels
+x = torch.randn(2, 3, 6, 6)
+if "full" in sys.argv:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    norms = atf(x), atf(x)
+(warning,) = caught
+print(warning.message)
+assert kernels.backend().name == "numba"
+for norm in norms:
+    torch.testing.assert_close(norm, atf(x.double()).float())
 """
-    said = run(script, monkeypatch, FUSENORM_KERNEL="numba")
-    assert said.stdout.strip() == "0", said.stdout + said.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="simulated with POSIX means")
+@pytest.mark.parametrize("disk", ["read-only", "full"])
+def test_one_warning_says_that_compiled_code_cannot_be_saved(disk, tmp_path):
+    """A regular file at each cache path simulates a read-only folder, even for root."""
+    pytest.importorskip("numba")
+    package = tmp_path / "package" / "fusenorm_openood"
+    source = Path(fusenorm_openood.__file__).parent
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
+    home = package / "kernels" / "__pycache__"
+    home.touch()
+    places = {"HOME": str(home), "XDG_CACHE_HOME": str(home), "PYTHONPATH": str(package.parent)}
+    env = without_environment(**places)
+    env.pop("NUMBA_CACHE_DIR", None)
+    if disk == "full":
+        env["NUMBA_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run(
+        [sys.executable, "-c", SAVING, disk],
+        env=env, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the compiled CPU kernels cannot be saved (")
+    assert ("File too large" in done.stdout) == (disk == "full")
+    assert "\n" not in done.stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_scores_too():
+    x = torch.randn(4, 3, 6, 6)
+    with forced_backend("numba"):
+        norms = atf(x)  # starts the threads that a fork does not take along
+        fork = multiprocessing.get_context("fork")
+        child = fork.Process(target=lambda: sys.exit(not torch.equal(atf(x), norms)))
+        child.start()
+        child.join(60)
+    assert child.exitcode == 0
 
 
 def test_threads_may_score_at_once():
-    from concurrent.futures import ThreadPoolExecutor
-
     maps = [torch.randn(3, 4, n, n) for n in range(3, 19)]
     with ThreadPoolExecutor(4) as pool:
         for x, norms in zip(maps, pool.map(atf, maps), strict=True):
             torch.testing.assert_close(norms, atf(x))
 
 
-def test_triton_compiles_the_kernel_for_a_gpu(monkeypatch):
-    """What the interpreter takes, the compiler may refuse: compile for real, no device needed."""
-    pytest.importorskip("triton")
-    said = run(
-        """
+COMPILES = """
+import sys
+sys.path.insert(0, "tests/kernels")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from fusenorm_openood.kernels import cuda
+from triton_k import store_k
+
+def compiled(function, signature, constants, **options):
+    source = ASTSource(function, signature, constants)
+    return compile(source, GPUTarget("cuda", 90, 32), dict(enable_fp_fusion=True, **options)).asm
 
 types = dict.fromkeys(["C", "N", "stride_b", "stride_c", "stride_n"], "i32")
 types |= dict.fromkeys(["k_min", "k_max", "alpha", "eps"], "fp64")
 types |= dict(spreads="*fp32", out="*fp64", CHANNELS="constexpr", PIXELS="constexpr")
 for dtype, channels, pixels in ("fp32", 256, 16), *((d, 1, 4096) for d in ("fp32", "fp16", "bf16")):
     signature = {name: (types | {"x": f"*{dtype}"})[name] for name in cuda._norm.arg_names}
-    source = ASTSource(cuda._norm, signature, dict(CHANNELS=channels, PIXELS=pixels))
-    compiled = compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=8, enable_fp_fusion=True))
-    print(len(compiled.asm["cubin"]))
-""",
-        monkeypatch,
-    )
-    assert said.returncode == 0, said.stderr
-    sizes = said.stdout.split()
+    constants = dict(CHANNELS=channels, PIXELS=pixels)
+    print(len(compiled(cuda._norm, signature, constants, num_warps=8)["cubin"]))
+types = dict(h="*fp64", k_min="*fp64", k_max="*fp64", pixels="*i32", k="*i32")
+k = compiled(store_k, types, {})["ptx"]
+print([line.split()[0] for line in k.splitlines() if "f32" in line])
+"""
+
+
+@pytest.mark.slow
+def test_triton_compiles_for_a_gpu_and_rounds_product_and_sum_of_k(monkeypatch):
+    """What the interpreter takes, the compiler may refuse: compile for real, no device needed.
+
+    A fused multiply-add would round once; the interpreter has none, so look at the code.
+    """
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    command = [sys.executable, "-c", COMPILES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *sizes, rule = done.stdout.splitlines()
     assert len(sizes) == 4
     assert all(int(size) > 0 for size in sizes)
+    assert "mul" in rule
+    assert "add" in rule
+    assert "fma" not in rule

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fusenorm_openood.storage.keys import Key
 from fusenorm_openood.storage.shards import ShardSet
 
 RECORD = {"version": "0", "checkpoint": "abc"}
@@ -25,7 +26,7 @@ def columns_of(shards: ShardSet, number: int, seed: int = 0) -> dict[str, np.nda
 
 def full_set(root: Path, rows: int = 50, shard_rows: int = 8, record: dict = RECORD) -> ShardSet:
     """A complete set of `columns_of`."""
-    shards = ShardSet(root, record, "digits", rows, shard_rows)
+    shards = ShardSet(root, Key(record, "digits", rows, shard_rows))
     for number in shards.missing():
         shards.write(number, columns_of(shards, number))
     return shards

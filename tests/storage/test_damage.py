@@ -14,6 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from fusenorm_openood.errors import DamagedShardError, StoreError
+from fusenorm_openood.storage.keys import Key
 from fusenorm_openood.storage.shards import ShardSet
 from tests.storage.sets import RECORD, assert_same_bits, columns_of, full_set
 
@@ -64,7 +65,7 @@ def test_no_mutation_of_files_changes_what_is_read(whole, tmp_path, seed):
         shards = full_set_of(tmp_path / str(trial))
         mutate(shards.folder, whole[1].folder, chance)
         lost = []
-        for number in range(shards.count):
+        for number in range(shards.key.shard_count):
             try:
                 assert_same_bits(shards.read(number), columns_of(shards, number))
             except DamagedShardError:
@@ -84,7 +85,7 @@ def test_no_mutation_of_files_changes_what_is_read(whole, tmp_path, seed):
 
 
 def full_set_of(root):
-    return ShardSet(root, RECORD, "digits", 50, 8)
+    return ShardSet(root, Key(RECORD, "digits", 50, 8))
 
 
 @pytest.mark.parametrize("kind", ["noise", "parquet", "label", "nothing"])
@@ -134,7 +135,7 @@ def test_a_shard_that_cannot_be_opened_is_damaged(tmp_path):
     ],
 )
 def test_files_of_other_names_are_ignored(whole, tmp_path, name):
-    shards = ShardSet(tmp_path, RECORD, "digits", 50, 8)
+    shards = ShardSet(tmp_path, Key(RECORD, "digits", 50, 8))
     (shards.folder / name).write_bytes(whole[0].present()[2].read_bytes())
     assert shards.missing() == list(range(7))
     full_set(tmp_path)
@@ -153,7 +154,7 @@ def test_times_in_the_future_or_the_past_change_nothing(whole, tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_what_was_written(tmp_path):
-    shards = ShardSet(tmp_path, RECORD, "digits", 20_000, 10_000)
+    shards = ShardSet(tmp_path, Key(RECORD, "digits", 20_000, 10_000))
     shards.write(0, {"x": np.zeros(10_000)})
 
     def limit():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusenorm_openood.errors import StoreError
-from fusenorm_openood.storage.keys import digest, file_digest
+from fusenorm_openood.storage.keys import Key, digest, file_digest
 from fusenorm_openood.storage.shards import ShardSet
 
 values = st.recursive(
@@ -84,56 +84,56 @@ def test_file_digest_is_the_sha256_of_the_content(tmp_path, size):
 
 def test_the_key_of_a_set_is_written_once_and_readable(tmp_path):
     record = {"version": "1.0", "taps": ("layer1", "layer2"), "temperature": 0.1}
-    folder = ShardSet(tmp_path, record, "iNaturalist", 5, 2).folder
+    folder = ShardSet(tmp_path, Key(record, "iNaturalist", 5, 2)).folder
     text = (folder / "key.json").read_text(encoding="utf-8")
     key = json.loads(text)
     assert key["record"] == {**record, "taps": ["layer1", "layer2"]}
     assert (key["name"], key["rows"], key["shard_rows"]) == ("iNaturalist", 5, 2)
     assert text.count("\n") > 8
-    ShardSet(tmp_path, record, "iNaturalist", 5, 2)
+    ShardSet(tmp_path, Key(record, "iNaturalist", 5, 2))
     assert (folder / "key.json").read_text(encoding="utf-8") == text
     assert [path.name for path in folder.iterdir()] == ["key.json"]
 
 
 def test_sets_of_different_records_share_no_folder(tmp_path):
-    one, other = (ShardSet(tmp_path, {"seed": seed}, "cifar10", 5) for seed in (0, 1))
+    one, other = (ShardSet(tmp_path, Key({"seed": seed}, "cifar10", 5)) for seed in (0, 1))
     assert one.folder != other.folder
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b\\c:d\0", "Ünïcode", "x" * 300, "."])
 def test_any_name_becomes_one_folder_of_the_store(tmp_path, name):
-    shards = ShardSet(tmp_path / "store", {}, name, 0)
+    shards = ShardSet(tmp_path / "store", Key({}, name, 0))
     assert shards.folder.parent == tmp_path / "store"
     assert [path.name for path in (tmp_path / "store").iterdir()] == [shards.folder.name]
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 def test_a_folder_with_another_record_is_never_used(tmp_path):
-    folder = ShardSet(tmp_path, {"seed": 0}, "cifar10", 5).folder
+    folder = ShardSet(tmp_path, Key({"seed": 0}, "cifar10", 5)).folder
     content = json.loads((folder / "key.json").read_text())
     (folder / "key.json").write_text(json.dumps({**content, "record": {"seed": 1}}))
     with pytest.raises(StoreError, match="has rows of another record"):
-        ShardSet(tmp_path, {"seed": 0}, "cifar10", 5)
+        ShardSet(tmp_path, Key({"seed": 0}, "cifar10", 5))
 
 
 def test_a_set_with_other_rows_is_never_used(tmp_path):
-    ShardSet(tmp_path, {}, "cifar10", 5, 2)
+    ShardSet(tmp_path, Key({}, "cifar10", 5, 2))
     for rows, shard_rows in ((6, 2), (5, 3)):
         with pytest.raises(StoreError, match=r"has 5 rows in shards of 2, not"):
-            ShardSet(tmp_path, {}, "cifar10", rows, shard_rows)
+            ShardSet(tmp_path, Key({}, "cifar10", rows, shard_rows))
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"format": "fusenorm shards 1"}', "\xff", '{"format": "2"}']
 )
 def test_a_damaged_key_is_an_error(tmp_path, text):
-    folder = ShardSet(tmp_path, {}, "cifar10", 5).folder
+    folder = ShardSet(tmp_path, Key({}, "cifar10", 5)).folder
     (folder / "key.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(StoreError, match=r"key.json is (damaged|not of format)"):
-        ShardSet(tmp_path, {}, "cifar10", 5)
+        ShardSet(tmp_path, Key({}, "cifar10", 5))
 
 
 def test_a_store_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "store").touch()
     with pytest.raises(StoreError):
-        ShardSet(tmp_path / "store", {}, "cifar10", 5)
+        ShardSet(tmp_path / "store", Key({}, "cifar10", 5))

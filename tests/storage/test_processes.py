@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from fusenorm_openood.storage.keys import Key
 from fusenorm_openood.storage.shards import ShardSet
 from tests.storage.sets import RECORD, assert_same_bits, columns_of, full_set
 
@@ -16,7 +17,7 @@ from fusenorm_openood.storage.shards import ShardSet
 from fusenorm_openood.storage.shards import encode
 from tests.storage.sets import RECORD, columns_of
 
-shards = ShardSet(Path(sys.argv[1]), RECORD, "digits", 400_000, 40)
+shards = ShardSet(Path(sys.argv[1]), Key(RECORD, "digits", 400_000, 40))
 encode(columns_of(shards, 0), "")  # imports what is imported on first use
 chance = random.Random(0)
 for trial in range(20):
@@ -38,11 +39,11 @@ from pathlib import Path
 from fusenorm_openood.storage.shards import ShardSet
 from tests.storage.sets import RECORD, columns_of
 
-shards = ShardSet(Path(sys.argv[1]), RECORD, "digits", 800, 8)
+shards = ShardSet(Path(sys.argv[1]), Key(RECORD, "digits", 800, 8))
 seed = int(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()
-for number in range(shards.count):
+for number in range(shards.key.shard_count):
     shards.write(number, columns_of(shards, number, seed))
 """
 
@@ -52,13 +53,13 @@ def test_a_writer_killed_at_any_moment_leaves_no_damaged_shard(tmp_path):
         [sys.executable, "-c", KILLER, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["-9"] * 20
-    shards = ShardSet(tmp_path, RECORD, "digits", 400_000, 40)
+    shards = ShardSet(tmp_path, Key(RECORD, "digits", 400_000, 40))
     present = shards.present()
     assert len(present) >= 20
     assert [error for _, error in shards.verify() if error] == []
     for number in present:
         assert_same_bits(shards.read(number), columns_of(shards, number))
-    assert shards.missing() == list(range(len(present), shards.count))
+    assert shards.missing() == list(range(len(present), shards.key.shard_count))
 
 
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)], ids=["same bits", "different bits"])
@@ -78,11 +79,11 @@ def test_two_processes_may_write_the_same_shards_at_once(tmp_path, seeds):
     for writer in writers:
         writer.communicate()
         assert writer.returncode == 0
-    shards = ShardSet(tmp_path, RECORD, "digits", 800, 8)
+    shards = ShardSet(tmp_path, Key(RECORD, "digits", 800, 8))
     assert shards.missing() == []
-    assert len(list(shards.folder.iterdir())) == 1 + shards.count * len(set(seeds))
+    assert len(list(shards.folder.iterdir())) == 1 + shards.key.shard_count * len(set(seeds))
     assert [error for _, error in shards.verify() if error] == []
-    for number in range(shards.count):
+    for number in range(shards.key.shard_count):
         written = [columns_of(shards, number, seed) for seed in seeds]
         first = min(shards.folder.glob(f"{number:06d}-*"))
         assert shards.present()[number] == first

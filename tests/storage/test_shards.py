@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fusenorm_openood.errors import StoreError
+from fusenorm_openood.storage.keys import Key
 from fusenorm_openood.storage.shards import ShardSet
 from tests.storage.sets import assert_same_bits, columns_of, full_set
 
@@ -45,7 +46,7 @@ def test_every_bit_of_every_column_comes_back(data):
     written = data.draw(columns(rows))
     some = data.draw(st.lists(st.sampled_from(sorted(written)), unique=True))
     with tempfile.TemporaryDirectory() as folder:
-        shards = ShardSet(Path(folder), {}, "set", rows, 10)
+        shards = ShardSet(Path(folder), Key({}, "set", rows, 10))
         first = shards.write(0, written)
         assert_same_bits(shards.read(0), written)
         assert_same_bits(shards.load(some), {name: written[name] for name in some})
@@ -75,16 +76,16 @@ def test_the_same_columns_are_the_same_bytes_in_other_stores_processes_and_memor
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 50, 64])
 def test_a_set_of_any_size_is_written_and_loaded(tmp_path, rows):
-    shards = ShardSet(tmp_path, {}, "digits", rows, 8)
-    assert [row for number in range(shards.count) for row in shards.span(number)] == list(
+    shards = ShardSet(tmp_path, Key({}, "digits", rows, 8))
+    assert [row for number in range(shards.key.shard_count) for row in shards.span(number)] == list(
         range(rows)
     )
-    assert shards.missing() == list(range(shards.count))
+    assert shards.missing() == list(range(shards.key.shard_count))
     full_set(tmp_path, rows, record={})
     assert shards.missing() == []
     loaded = shards.load()
     parts = list(shards.iterate())
-    assert len(parts) == shards.count == (rows + 7) // 8
+    assert len(parts) == shards.key.shard_count == (rows + 7) // 8
     if rows == 0:
         assert loaded == {}
     else:
@@ -120,7 +121,7 @@ def test_missing_shards_are_listed_and_not_loaded(tmp_path):
             load()
     with pytest.raises(StoreError, match=r"shard 3 of .* is missing"):
         shards.read(3)
-    empty = ShardSet(tmp_path, {"other": 1}, "digits", 50, 2)
+    empty = ShardSet(tmp_path, Key({"other": 1}, "digits", 50, 2))
     with pytest.raises(
         StoreError, match=r"25 of 25 .*\(0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 15 more\)"
     ):
@@ -138,7 +139,7 @@ def test_a_shard_that_the_set_does_not_have_is_an_error(tmp_path, number):
 @pytest.mark.parametrize(("rows", "shard_rows"), [(-1, 1), (1, 0), (1, -1)])
 def test_a_set_of_negative_size_is_an_error(tmp_path, rows, shard_rows):
     with pytest.raises(StoreError, match="must be"):
-        ShardSet(tmp_path, {}, "digits", rows, shard_rows)
+        ShardSet(tmp_path, Key({}, "digits", rows, shard_rows))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_a_set_of_negative_size_is_an_error(tmp_path, rows, shard_rows):
     ],
 )
 def test_columns_that_cannot_be_stored_exactly_are_errors(tmp_path, values, message):
-    shards = ShardSet(tmp_path, {}, "digits", 50, 8)
+    shards = ShardSet(tmp_path, Key({}, "digits", 50, 8))
     with pytest.raises(StoreError, match=message):
         shards.write(0, {"x": values})
     with pytest.raises(StoreError, match="has no columns"):
@@ -178,7 +179,7 @@ def test_columns_that_cannot_be_stored_exactly_are_errors(tmp_path, values, mess
     ],
 )
 def test_shards_with_different_columns_are_not_joined(tmp_path, odd):
-    shards = ShardSet(tmp_path, {}, "digits", 24, 8)
+    shards = ShardSet(tmp_path, Key({}, "digits", 24, 8))
     for number in range(3):
         shards.write(number, odd if number == 1 else {"row": np.arange(8)})
     with pytest.raises(StoreError, match=r"shards 0 and 1 of .* have different columns"):
@@ -186,7 +187,7 @@ def test_shards_with_different_columns_are_not_joined(tmp_path, odd):
 
 
 def test_of_two_files_of_one_shard_the_first_by_name_is_read(tmp_path):
-    shards = ShardSet(tmp_path, {}, "digits", 8, 8)
+    shards = ShardSet(tmp_path, Key({}, "digits", 8, 8))
     paths = [shards.write(0, {"x": np.full(8, float(value))}) for value in range(6)]
     first = paths.index(min(paths))
     assert len(list(shards.folder.glob("*.parquet"))) == 6
