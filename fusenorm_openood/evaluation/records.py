@@ -133,7 +133,7 @@ def manifest(images: ImageList) -> str:
         DataError: a file is missing.
     """
     hashed, paths = sha256(), list(images.paths())
-    for entry, path, version in zip(images.entries, paths, versions(paths), strict=True):
+    for entry, path, version in zip(images.entries, paths, versions(map(Path, paths)), strict=True):
         if not version:
             raise DataError(f"image {path} cannot be read: restore or replace it")
         hashed.update(f"{entry.name} {entry.label} {version}\n".encode())

@@ -81,6 +81,7 @@ def kill_at_random_moments(short, home, world, moments, chance):
     return ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_processes_killed_at_any_moment_lose_no_shard(short, table, tmp_path, world):
     ends = kill_at_random_moments(short, tmp_path, world, 3, random.Random(world))
@@ -110,8 +111,7 @@ def misname(path, store):
     path.rename(path.with_name(f"{path.name[:7]}{0:016x}.parquet"))
 
 
-@pytest.mark.parametrize("damage", [cut, flip, swap, misname])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("damage", "world"), [(cut, 1), (flip, 2), (swap, 1), (misname, 2)])
 def test_a_damaged_shard_is_reported_and_computed_again(
     short, table, store, tmp_path, damage, world
 ):
@@ -168,7 +168,9 @@ def vanishing(image, name, home, world):
     ImageList.__getitem__ = reading
 
 
-@pytest.mark.parametrize("name", ["test_digits", "test_flower"])
+@pytest.mark.parametrize(
+    "name", ["test_flower", pytest.param("test_digits", marks=pytest.mark.slow)]
+)
 def test_an_image_that_vanishes_is_one_sentence(short, table, tmp_path, name):
     images = tmp_path / "data" / "images_digits"
     shutil.copytree(short.data / "benchmark_imglist", tmp_path / "data" / "benchmark_imglist")
@@ -189,7 +191,7 @@ def test_an_image_that_vanishes_is_one_sentence(short, table, tmp_path, name):
     assert scored_twice(log_of(tmp_path)) == []
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_whose_peers_are_done_waits_for_none(short, whole, store, tmp_path, rank):
     loaded = [words for kind, *words in log_of(whole) if kind == "loaded"]
     fit = [words for words in loaded if words[0].startswith("val_")]
@@ -212,6 +214,7 @@ def test_a_process_goes_on_when_another_run_has_computed_more(short, store, tmp_
     assert waiting.done().status == 0
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_digits_once(short, tmp_path):
     argv = short._replace(data=tmp_path / "data").argv("eval", tmp_path / "store", "--validation")
     done = run(tmp_path, argv, 3)
