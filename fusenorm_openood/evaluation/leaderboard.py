@@ -157,10 +157,14 @@ def leaderboard_entry(
     if postprocessor not in _LISTED:
         link = _LINK if postprocessor in _OURS else _UNKNOWN
         parts += ["Row for `utils/papers.csv`:", _csv(("Alias", "Link"), (alias, link))]
+    about = [f"{name['epochs']} epochs", f"learning rate {name['lr']}"] if name else []
+    about += [f"tau {net.tau.item():.3g}"] if isinstance(net, T2FNormNet) else []
+    count = f"mean \u00b1 std over {len(checkpoints)} training runs ({', '.join(checkpoints)})"
+    about += [count if len(checkpoints) > 1 else "1 training run", f"{benchmark.name} benchmark"]
+    about.append("full-spectrum: covariate-shifted ID images count as ID" if fsood else "OOD")
     warnings = [
         *_list_warnings(benchmark, tested, fsood),
-        *_run_warnings(table, results, checkpoints),
-        *_training_warnings(kind, name and name["trainer"]),
+        *_run_warnings(table, results, checkpoints, kind, name and name["trainer"]),
     ]
     runs = [(f"`{_short(p)}`", f"`{file_digest(p)}`") for p in checkpoints.values()]
     lists = [
@@ -168,7 +172,7 @@ def leaderboard_entry(
         for s in tested
     ]
     parts += [
-        f"About them: {_description(net, name, benchmark, fsood, list(checkpoints))}.",
+        f"About them: {', '.join(about)}.",
         *(f"**Warning:** {warning}" for warning in warnings),
         f"Results, from `{_short(results)}`:",
         _markdown(["data set", *COLUMNS], table.itertuples(name=None)),
@@ -178,34 +182,14 @@ def leaderboard_entry(
     return "\n\n".join(parts)
 
 
-def _description(
-    net: nn.Module,
-    name: re.Match[str] | None,
-    benchmark: Benchmark,
-    fsood: bool,
-    runs: Sequence[str],
-) -> str:
-    trained = [f"{name['epochs']} epochs", f"learning rate {name['lr']}"] if name else []
-    tau = [f"tau {net.tau.item():.3g}"] if isinstance(net, T2FNormNet) else []
-    count = "1 training run"
-    if len(runs) > 1:
-        count = f"mean \u00b1 std over {len(runs)} training runs ({', '.join(runs)})"
-    regime = "full-spectrum: covariate-shifted ID images count as ID" if fsood else "OOD"
-    return ", ".join([*trained, *tau, count, f"{benchmark.name} benchmark", regime])
-
-
 def _list_warnings(benchmark: Benchmark, tested: Sequence[Split], fsood: bool) -> Iterator[str]:
     if benchmark.name not in FULL_SIZES:
         yield f"{benchmark.name} is not an OpenOOD benchmark and has no leaderboard."
         return
     if fsood and benchmark.name not in _FILES:
         yield f"OpenOOD has no full-spectrum leaderboard for {benchmark.name}."
-    other = [
-        f"{s.imagelist.stem} {s.images} of {s.full}"
-        for s in tested
-        if None not in (s.images, s.full) and s.images != s.full
-    ]
-    if other:
+    sized = [(s.imagelist.stem, s.images, s.full) for s in tested if s.images and s.full]
+    if other := [f"{name} {here} of {full}" for name, here, full in sized if here != full]:
         yield (
             "results on subsets do not belong on the leaderboard, and these image lists differ in "
             f"length from OpenOOD's: {', '.join(other)} images."
@@ -218,27 +202,27 @@ def _list_warnings(benchmark: Benchmark, tested: Sequence[Split], fsood: bool) -
 
 
 def _run_warnings(
-    table: pd.DataFrame, results: Path, checkpoints: Mapping[str, Path]
+    table: pd.DataFrame,
+    results: Path,
+    checkpoints: Mapping[str, Path],
+    kind: NetworkKind,
+    trainer: str | None,
 ) -> Iterator[str]:
     for path in filter(unfinished, checkpoints.values()):
         yield f"training run {_short(path)} is not finished."
-    written = results.stat().st_mtime
+    written, csv_file, runs = results.stat().st_mtime, _short(results), len(checkpoints)
     if newer := [_short(path) for path in checkpoints.values() if path.stat().st_mtime > written]:
         yield (
-            f"{', '.join(newer)} {'are' if len(newer) > 1 else 'is'} newer than {_short(results)}, "
-            "whose results may belong to an earlier checkpoint: evaluate again."
+            f"{', '.join(newer)} {'are' if len(newer) > 1 else 'is'} newer than {csv_file}, whose "
+            "results may belong to an earlier checkpoint: evaluate again."
         )
     stds = [match[1] for cell in table.to_numpy().flat if (match := _CELL.fullmatch(cell))]
     varies = any(std is not None and float(std) > 0 for std in stds)
-    if varies != (len(checkpoints) > 1):
+    if varies != (runs > 1):
         yield (
-            f"{_short(results)} holds results of {'several runs' if varies else 'a single run'}, "
-            f"but the root has {len(checkpoints)} training run"
-            f"{'s' if len(checkpoints) > 1 else ''}: evaluate again."
+            f"{csv_file} holds results of {'several runs' if varies else 'a single run'}, but the "
+            f"root has {runs} training run{'s' if runs > 1 else ''}: evaluate again."
         )
-
-
-def _training_warnings(kind: NetworkKind, trainer: str | None) -> Iterator[str]:
     if trainer not in (None, *_TRAININGS):
         yield (
             f"the trainer {trainer} is unknown to this package: fill in by hand whether it uses "

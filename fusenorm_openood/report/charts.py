@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from sklearn import metrics
 
 from fusenorm_openood.method.conformal import EQUAL, guarantee, rejects
-from fusenorm_openood.report.page import GRID, INK, SIZE, SOFT, Figure
+from fusenorm_openood.report.page import SIZE, Figure
 
 # Okabe and Ito's colours, each with a line style, hatch and mark of its own: never colour alone.
-BLUE = "#0072B2"
+INK, SOFT, GRID, BLUE = "#1a1a1a", "#595959", "#d0d0d0", "#0072B2"
 LINES = (("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
 HATCHES, DOTS, MARKS = ("", "////", "...."), ("o", "s", "D"), ("v", "D", "^")
 DOTTED = (0, (1, 1.5))
@@ -90,10 +90,7 @@ def bin_edges(known: Values, others: Sequence[Values]) -> Values:
 
 
 def mean_roc(known: Values, others: Sequence[Values]) -> tuple[Values, Values]:
-    """False and mean true positive rates over data sets, OOD as the positive class.
-
-    At no more than `POINTS` points; the area below is the mean of the AUROCs.
-    """
+    """False and mean true positive rates over data sets, whose area is the mean of the AUROCs."""
     fpr = np.linspace(0, 1, POINTS) ** 2  # most of them where curves are steep
     each = []
     for values in others:
@@ -132,12 +129,8 @@ def acceptance_curves(
 ) -> Figure:
     """The accepted share of ID images and the rejected share of others at each acceptance.
 
-    Args:
-        title: title of the figure.
-        images: number of calibration images, which the guarantee depends on.
-        known: p-values of ID images.
-        others: p-values of others.
-        asked: the acceptance that was chosen.
+    `images` is the number of calibration images, which the guarantee depends on; the series are
+    p-values; `asked` is the acceptance that was chosen.
     """
     x = np.linspace(0.5, images / (images + 1) - EQUAL, 80)
     promised = [guarantee(images, float(a)) for a in x]

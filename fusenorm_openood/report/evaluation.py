@@ -12,23 +12,11 @@ from fusenorm_openood.detectors.base import Scored
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.evaluation.evaluation import Evaluation
 from fusenorm_openood.method.conformal import conformal_p_values
+from fusenorm_openood.report import sections as parts
 from fusenorm_openood.report.charts import Series
 from fusenorm_openood.report.gallery import REJECTED, TRUSTED, Shown, choose, gallery
 from fusenorm_openood.report.page import Facts, Report, Section
-from fusenorm_openood.report.sections import (
-    GROUPS,
-    HEAT,
-    Score,
-    Values,
-    acceptance_section,
-    contributions_section,
-    detector_facts,
-    histograms_section,
-    lowest_contributions,
-    roc_section,
-    table_of,
-    threshold,
-)
+from fusenorm_openood.report.sections import GROUPS, Score, Values
 
 ACCEPTANCE = 0.95
 
@@ -59,11 +47,11 @@ def report_of_evaluation(
     # Every other ID image calibrates, the rest is tested.
     known = [s.conf for group in ("id", "csid") for s in result.sets[group].values()]
     reference = None if validation else np.sort(np.concatenate([c[::2] for c in known]))
-    promised = cut = threshold(reference, ACCEPTANCE)
+    promised = cut = parts.threshold(reference, ACCEPTANCE)
     if cut is None:
         cut = float(np.quantile(conf.known, 1 - ACCEPTANCE))
     tables = [
-        table_of(
+        parts.table_of(
             result.table if table is None else table,
             "Metrics in percent; in bold the means of the groups",
             "data set",
@@ -71,11 +59,11 @@ def report_of_evaluation(
     ]
     if len(result.compare) > 1:
         caption = "AUROC / FPR@95 in percent of the fused confidence and of every expert"
-        tables.append(table_of(result.compare, caption, "expert"))
+        tables.append(parts.table_of(result.compare, caption, "expert"))
     sections = [
         Section("Results", (note,) if note else (), tuple(tables)),
-        histograms_section(scores, cut),
-        roc_section(scores),
+        parts.histograms_section(scores, cut),
+        parts.roc_section(scores),
     ]
     if reference is not None and promised is not None:
         tested = np.concatenate([c[1::2] for c in known])
@@ -84,19 +72,19 @@ def report_of_evaluation(
         counts = {}
         for group in conf.unknown:
             experts = np.concatenate([s.experts for s in result.sets[group].values()], axis=1)
-            names = lowest_contributions(detector, experts[:, conf.pooled(group) < cut])
+            names = parts.lowest_contributions(detector, experts[:, conf.pooled(group) < cut])
             counts[GROUPS[group]] = {name: names.count(name) for name in detector.experts}
-        sections += contributions_section(detector.experts, counts)
+        sections += parts.contributions_section(detector.experts, counts)
     if detector is not None:
         images = _images(result, benchmark, cut, reference, "val" if validation else "test")
         galleries, _ = gallery(images, detector, benchmark.norm)
-        heat = f", and {HEAT}" if isinstance(detector, FuseNorm) else ""
+        heat = f", and {parts.HEAT}" if isinstance(detector, FuseNorm) else ""
         text = (
             f"Each image as the network sees it{heat}. Doubtful images are closest to the "
             f"threshold {cut:.3g}, which {ACCEPTANCE:.0%} of ID images exceed."
         )
         sections.append(Section("Images", (text,), galleries=galleries))
-        facts = (*facts, *detector_facts(detector))
+        facts = (*facts, *parts.detector_facts(detector))
     highlights = tuple(
         (f"{GROUPS[group]} {name}", f"{value:.2f}%")
         for group in conf.unknown
@@ -134,7 +122,7 @@ def _acceptance(conf: Score, reference: Values, tested: Values) -> Section:
         f"Every other ID image calibrates ({len(reference):,}), the others are tested "
         f"({len(tested):,}), whose share scatters a little more."
     )
-    return acceptance_section(len(reference), known, others, ACCEPTANCE, about)
+    return parts.acceptance_section(len(reference), known, others, ACCEPTANCE, about)
 
 
 class _Tested(NamedTuple):

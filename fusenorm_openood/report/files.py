@@ -14,26 +14,12 @@ from fusenorm_openood.detectors.explanation import Explanation
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.method.conformal import check_enough, conformal_p_values
-from fusenorm_openood.report.charts import Series, histogram
-from fusenorm_openood.report.gallery import (
-    DOUBTFUL,
-    PER_GROUP,
-    REJECTED,
-    TRUSTED,
-    Shown,
-    choose,
-    gallery,
-)
+from fusenorm_openood.report import charts, gallery
+from fusenorm_openood.report import sections as parts
+from fusenorm_openood.report.charts import Series
+from fusenorm_openood.report.gallery import DOUBTFUL, REJECTED, TRUSTED
 from fusenorm_openood.report.page import Facts, Report, Section, Table
-from fusenorm_openood.report.sections import (
-    ENDS,
-    HEAT,
-    Values,
-    acceptance_section,
-    contributions_section,
-    detector_facts,
-    threshold,
-)
+from fusenorm_openood.report.sections import Values
 
 CHUNK = 10_000  # rows in memory at a time
 FAULTY = 10  # unreadable files that are listed
@@ -44,7 +30,7 @@ def report_of_files(
     rows: Iterable[Judged],
     acceptance: float = 0.95,
     facts: Facts = (),
-    per_group: int = PER_GROUP,
+    per_group: int = gallery.PER_GROUP,
 ) -> Report:
     """The report about judged files; only the images of its gallery are read and scored again.
 
@@ -62,12 +48,12 @@ def report_of_files(
     reference, preprocessing = detector.reference_, detector.known_preprocessing()
     if reference is not None:
         check_enough(len(reference), acceptance)
-    cut = threshold(reference, acceptance)
+    cut = parts.threshold(reference, acceptance)
     summary = _summarise(rows, reference, cut, per_group)
     conf = np.array(summary.confidences)
     rejected = 0 if cut is None else int((conf < cut).sum())
     shown = {n: [_shown(row, detector) for row in chosen] for n, chosen in summary.chosen.items()}
-    galleries, explained = gallery(shown, detector, (preprocessing.mean, preprocessing.std))
+    galleries, explained = gallery.gallery(shown, detector, (preprocessing.mean, preprocessing.std))
 
     counts = [("all", len(conf) + summary.unreadable), ("unreadable", summary.unreadable)]
     if cut is not None:
@@ -81,9 +67,9 @@ def report_of_files(
                 f"{rejected / len(conf):.1%} of the scored images are rejected, of ID images about "
                 f"{100 * (1 - acceptance):.3g}%."
             )
-            sections.append(acceptance_section(len(reference), None, [p], acceptance, about))
-        sections += contributions_section(detector.experts, {"scored": summary.objected})
-        text = f"Each image as the network sees it, and {HEAT}."
+            sections.append(parts.acceptance_section(len(reference), None, [p], acceptance, about))
+        sections += parts.contributions_section(detector.experts, {"scored": summary.objected})
+        text = f"Each image as the network sees it, and {parts.HEAT}."
         if cut is not None:
             text += " Doubtful images are closest to the threshold."
         sections += [
@@ -92,27 +78,19 @@ def report_of_files(
         ]
     highlights = tuple((name.replace("all", "images"), f"{number:,}") for name, number in counts)
     asked = () if cut is None else (("acceptance", f"{acceptance:g}"),)
-    about_all = (*facts, *detector_facts(detector), *asked)
+    about_all = (*facts, *parts.detector_facts(detector), *asked)
     return Report("Judged images", about_all, highlights, tuple(sections))
 
 
 @dataclass
 class _Summary:
-    """What the report needs of the rows.
+    """What the report needs of the rows."""
 
-    Attributes:
-        confidences: confidences `[N]` of the readable files.
-        objected: number of rejected files by the expert with the lowest contribution.
-        unreadable: number of unreadable files.
-        faulty: the first unreadable files.
-        chosen: readable files to show, by group; a file is in one group only.
-    """
-
-    confidences: "array[float]" = field(default_factory=lambda: array("d"))
-    objected: Counter[str] = field(default_factory=Counter)
+    confidences: "array[float]" = field(default_factory=lambda: array("d"))  # of readable files
+    objected: Counter[str] = field(default_factory=Counter)  # of rejected files
     unreadable: int = 0
-    faulty: list[Judged] = field(default_factory=list)
-    chosen: dict[str, list[Judged]] = field(default_factory=dict)
+    faulty: list[Judged] = field(default_factory=list)  # the first unreadable files
+    chosen: dict[str, list[Judged]] = field(default_factory=dict)  # to show, by group
 
 
 def _summarise(
@@ -139,7 +117,7 @@ def _summarise(
             rejected = (row for row, c in zip(judged, conf, strict=True) if c < cut)
             summary.objected.update(row.objected for row in rejected if row.objected)
         # Some may be in another group already.
-        summary.chosen = choose(judged, cut, 3 * per_group, summary.chosen)
+        summary.chosen = gallery.choose(judged, cut, 3 * per_group, summary.chosen)
     chosen, taken = summary.chosen, set[str]()
     for name in (REJECTED, TRUSTED, DOUBTFUL):
         free = [row for row in chosen.get(name, ()) if row.path not in taken]
@@ -152,13 +130,13 @@ def _summarise(
     return summary
 
 
-def _shown(row: Judged, detector: FuseNorm) -> Shown:
+def _shown(row: Judged, detector: FuseNorm) -> gallery.Shown:
     predicted = str(row.predicted) if detector.class_names else f"class {row.predicted}"
     facts = [("predicted", predicted), ("confidence", f"{row.confidence:.3f}")]
     if row.p_value is not None:
         facts.append(("p-value", f"{row.p_value:.3g}"))
     read = detector.known_preprocessing().read
-    return Shown("/".join(Path(row.path).parts[-2:]), tuple(facts), lambda: read(row.path))
+    return gallery.Shown("/".join(Path(row.path).parts[-2:]), tuple(facts), lambda: read(row.path))
 
 
 def _counts(counts: list[tuple[str, int]], faulty: list[Judged]) -> Section:
@@ -180,11 +158,11 @@ def _confidences(detector: FuseNorm, conf: Values, cut: float | None) -> Section
         known = Series("ID (calibration)", detector.reference_)
     elif (calibration := detector.calibration_) is not None:
         known = Series("ID (fit)", detector.confidence(calibration.id_scores))
-    text = f"Larger = more in-distribution. {ENDS}"
+    text = f"Larger = more in-distribution. {parts.ENDS}"
     if cut is not None:
         text += f" Images below the threshold, {cut:.3g}, are rejected."
     title = "Confidence of the scored images and of ID images"
-    figure = histogram(title, known, [Series("scored", conf)], "confidence", cut)
+    figure = charts.histogram(title, known, [Series("scored", conf)], "confidence", cut)
     return Section("Confidences", (text,), figures=(figure,))
 
 
@@ -197,9 +175,9 @@ def _experts(detector: FuseNorm, explained: Mapping[str, Explanation]) -> list[S
     for row, name in enumerate(calibration.experts):
         marks = [Series(title.lower(), why.scores[row]) for title, why in explained.items()]
         known = Series("ID (fit)", calibration.id_scores[row])
-        figures.append(histogram(name, known, [], "score", marks=marks))
+        figures.append(charts.histogram(name, known, [], "score", marks=marks))
     text = (
         "How every expert scores the ID images of the fit; the marks are images of the gallery. "
-        f"Larger = more in-distribution. {ENDS}"
+        f"Larger = more in-distribution. {parts.ENDS}"
     )
     return [Section("Experts", (text,), figures=tuple(figures))]

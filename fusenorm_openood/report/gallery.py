@@ -40,13 +40,9 @@ def choose(
     most: int = PER_GROUP,
     chosen: Mapping[str, Sequence[S]] | None = None,
 ) -> dict[str, list[S]]:
-    """The images with the smallest confidences, those closest to a threshold and the largest.
+    """Images with the smallest confidences, those closest to the threshold, and the largest ones.
 
-    Args:
-        images: images with a confidence.
-        cut: the threshold; None = there is none.
-        most: number of images of each group.
-        chosen: what was chosen from earlier images.
+    `most` of each, also from those that were `chosen` from earlier images.
     """
     images, chosen = list(images), chosen or {}
     order: dict[str, Callable[[S], float]] = {REJECTED: lambda image: image.confidence}
@@ -73,13 +69,7 @@ class Shown(NamedTuple):
 def gallery(
     groups: Mapping[str, Sequence[Shown]], detector: Detector, norm: Normalization
 ) -> tuple[tuple[tuple[str, tuple[Card, ...]], ...], dict[str, Explanation]]:
-    """The cards of groups of images, and by group the explanation of those that could be read.
-
-    Args:
-        groups: images by the title of their group.
-        detector: the detector that scored them; FuseNorm's images have heat maps.
-        norm: how the tensors are normalised.
-    """
+    """Cards by title, and the explanations of images that can be read; FuseNorm has heat maps."""
     galleries, explained = [], {}
     for title, images in groups.items():
         read = [_read(image) for image in images]

@@ -14,26 +14,8 @@ from fusenorm_openood.version import __version__
 
 Facts = tuple[tuple[str, str], ...]  # names and values
 
+FOLDER = Path(__file__).parent
 SIZE = (3.7, 2.6)  # inches; 360 pixels of a phone show text of 8 points as 10.5 pixels
-INK, SOFT, GRID = "#1a1a1a", "#595959", "#d0d0d0"
-_STYLE = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 8.5,
-    "legend.fontsize": 8,
-    "axes.edgecolor": SOFT,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.5,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "legend.frameon": False,
-    "legend.handlelength": 2.6,
-    "lines.linewidth": 1.6,
-}
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 
@@ -119,7 +101,7 @@ def svg(figure: Figure, name: str) -> str:
     from matplotlib.figure import Figure as Canvas
 
     file = io.StringIO()
-    with style.context(["default", {**_STYLE, "svg.hashsalt": name}]):
+    with style.context(["default", FOLDER / "page.mplstyle", {"svg.hashsalt": name}]):
         canvas = Canvas(figsize=figure.size, layout="constrained")
         figure.draw(canvas.subplots())
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -149,7 +131,7 @@ def render(report: Report, date: str | None = None) -> str:
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

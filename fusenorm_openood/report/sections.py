@@ -15,14 +15,8 @@ from fusenorm_openood.method.conformal import EQUAL, guarantee, needed_images
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network.running import unwrapped
-from fusenorm_openood.report.charts import (
-    Series,
-    acceptance_curves,
-    bars,
-    histogram,
-    mean_roc,
-    roc,
-)
+from fusenorm_openood.report import charts
+from fusenorm_openood.report.charts import Series
 from fusenorm_openood.report.page import Facts, Section, Table
 
 Values = NDArray[np.float64]
@@ -33,17 +27,11 @@ ENDS = "The outermost bins also hold all images beyond them."
 
 
 class Score(NamedTuple):
-    """One score of all tested images, larger = more in-distribution.
-
-    Attributes:
-        name: `confidence`, an expert or a method.
-        known: its values on ID images `[N]`.
-        unknown: its values on OOD images, by group and data set.
-    """
+    """The values of a confidence, an expert or a method: of ID images `[N]`, and of OOD images."""
 
     name: str
     known: Values
-    unknown: Mapping[str, Mapping[str, Values]]
+    unknown: Mapping[str, Mapping[str, Values]]  # by group and data set
 
     def pooled(self, group: str) -> Values:
         """Its values on all OOD images of a group."""
@@ -71,7 +59,7 @@ def histograms_section(scores: Sequence[Score], cut: float | None = None) -> Sec
         others = [Series(GROUPS[group], score.pooled(group)) for group in score.unknown]
         line = cut if score is scores[0] else None
         known = Series("ID", score.known)
-        figures.append(histogram(score.name, known, others, "score", line, lines=metrics))
+        figures.append(charts.histogram(score.name, known, others, "score", line, lines=metrics))
     text = (
         f"Larger = more in-distribution. {ENDS} AUROC and FPR@95 in percent are means over the "
         "data sets, as in the table."
@@ -86,12 +74,12 @@ def roc_section(scores: Sequence[Score]) -> Section:
         auroc = {score.name: score.figures(group)[0] for score in scores}
         rest = sorted(scores[1:], key=lambda score: -auroc[score.name])
         curves = {
-            f"{score.name} ({auroc[score.name]:.2f})": mean_roc(
+            f"{score.name} ({auroc[score.name]:.2f})": charts.mean_roc(
                 score.known, list(score.unknown[group].values())
             )
             for score in (scores[0], *rest)
         }
-        figures.append(roc(f"{GROUPS[group]} (AUROC in percent)", curves))
+        figures.append(charts.roc(f"{GROUPS[group]} (AUROC in percent)", curves))
     text = (
         "OOD is the positive class; curves are means over the data sets, so the area below one is "
         "the AUROC of the table."
@@ -113,7 +101,7 @@ def acceptance_section(
             "(Beta distribution); between the dotted lines it lies at all acceptances at once "
             "(Dvoretzky, Kiefer, Wolfowitz). Both hold for ID images like the calibration images.",
         ),
-        figures=(acceptance_curves(title, images, known, others, asked),),
+        figures=(charts.acceptance_curves(title, images, known, others, asked),),
     )
 
 
@@ -141,7 +129,7 @@ def contributions_section(
         f"For each rejected image ({numbers}), the expert whose contribution to the confidence is "
         "furthest below its mean over ID images. Layers are in the network's order."
     )
-    figure = bars("Expert with the lowest contribution", percent, "% of the rejected images")
+    figure = charts.bars("Expert with the lowest contribution", percent, "% of the rejected images")
     return [Section("Contributions of layers", (text,), figures=(figure,))]
 
 

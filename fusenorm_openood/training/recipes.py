@@ -20,7 +20,7 @@ NETWORKS: dict[str, type[nn.Module]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that determines a network's weights, apart from the images and the machine.
+    """What determines a network's weights, apart from images and machine (T2FNorm, OpenOOD v1.5).
 
     Attributes:
         id_data: name of the ID data set.
@@ -36,8 +36,6 @@ class Recipe:
 
     Raises:
         ConfigError: an invalid value.
-
-    Source: the scripts of T2FNorm and OpenOOD v1.5.
     """
 
     id_data: str
