@@ -57,7 +57,7 @@ def histogram(
         stairs(ax, known.values, fill=True, color=BLUE, alpha=0.3)
         stairs(ax, known.values, color=BLUE, label=known.label, linewidth=1.2)
         for (label, values), (colour, line) in zip(others, LINES, strict=False):
-            stairs(ax, values, color=colour, linestyle=line, label=label)
+            stairs(ax, values, color=colour, linestyle=line, label=label, linewidth=1.6)
         top = ax.get_ylim()[1]
         for row, ((label, values), (colour, _)) in enumerate(zip(marks, LINES, strict=False)):
             x = np.clip(values, edges[0], edges[-1])
