@@ -108,7 +108,9 @@ def _card(image: Shown, picture: Image.Image, why: Explanation | None, number: i
     layer, remark = objected, f"Heat map: {objected}."
     if objected not in why.maps:
         layer = why.experts[max(rows, key=lambda row: float(why.objections[row, number]))]
-        remark = f"{objected} has no heat map; this is {layer}, the lowest of the layers."
+        remark = (
+            f"{objected} has no heat map; this is {layer}, the layer with the lowest contribution."
+        )
     heat = why.maps[layer][number]
     alt = f"heat map of {layer} on {image.name}: most energy in the {where(heat)}"
     return Card(image.name, (*pictures, (data_uri(overlaid(picture, heat)), alt)), facts, remark)

@@ -72,7 +72,7 @@ def test_images_are_cropped_with_a_margin_of_an_eighth_and_mirrored(name, tmp_pa
     places = [(y, x) for y in range(2 * margin + 1) for x in range(2 * margin + 1)]
     crops = [padded[y : y + size, x : x + size] for y, x in places]
     expected = crops if name == "digits" else mirrored(crops)  # mirrored digits are no digits
-    seen = views(name, tmp_path, epochs, count=2000)
+    seen = views(name, tmp_path, epochs, count=12 * len(expected))
     assert seen == {image.tobytes() for image in expected}
 
 
