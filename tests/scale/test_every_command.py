@@ -277,6 +277,7 @@ def clock_that_jumps(days: int):
     time.time = lambda: clock() + (next(asked) % 2) * days * DAY
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(command, expected, tmp_path):
     home = tmp_path / "home"
     jumps = partial(clock_that_jumps, 1)
