@@ -22,7 +22,7 @@ from fusenorm_openood.evaluation.runs import unfinished
 from fusenorm_openood.network.checkpoints import NetworkKind, network_kind
 from fusenorm_openood.network.resnet import T2FNormNet
 from fusenorm_openood.storage.configs import config_root, read_config
-from fusenorm_openood.storage.keys import file_digest
+from fusenorm_openood.storage.files import file_digest
 
 FULL_SIZES: dict[str, dict[str, int]] = read_config(config_root() / "leaderboard.yml")
 WHERE = "the branch leaderboard of https://github.com/zjysteven/OpenOOD"

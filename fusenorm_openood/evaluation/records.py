@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +14,15 @@ from torch import nn
 
 from fusenorm_openood.data.benchmarks import ImageSet, image_loader
 from fusenorm_openood.data.lists import ImageList
-from fusenorm_openood.errors import DataError, TapError
+from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward.batches import Pace
 from fusenorm_openood.forward.react import head_of
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.storage.keys import file_digest
+from fusenorm_openood.storage.files import file_digest, manifest
 from fusenorm_openood.storage.shards import Columns
 from fusenorm_openood.storage.stored import stored_row
-from fusenorm_openood.storage.urls import versions
 from fusenorm_openood.version import __version__
 
 Loader = Callable[[ImageSet], Iterable[Any]]
@@ -63,7 +61,11 @@ class Records:
     def loader(self, image_set: ImageSet) -> RecordedLoader:
         """A loader of an image set that stores its scores."""
         images = image_set.images()
-        record = {**self.network, "images": manifest(images), "transform": repr(images.transform)}
+        record = {
+            **self.network,
+            "images": list_digest(images),
+            "transform": repr(images.transform),
+        }
         name = image_set.imagelist.stem
         how = self.batch_size, self.num_workers, self.pace
         return RecordedLoader(images, self.store, record, name, *how)
@@ -126,18 +128,10 @@ def _code(module: str) -> str | None:
     return file_digest(found.origin) if Path(found.origin).is_file() else None
 
 
-def manifest(images: ImageList) -> str:
-    """SHA-256 of an image list's paths, labels, and the sizes and times of its files.
-
-    Raises:
-        DataError: a file is missing.
-    """
-    hashed, paths = sha256(), list(images.paths())
-    for entry, path, version in zip(images.entries, paths, versions(map(Path, paths)), strict=True):
-        if not version:
-            raise DataError(f"image {path} cannot be read: restore or replace it")
-        hashed.update(f"{entry.name} {entry.label} {version}\n".encode())
-    return hashed.hexdigest()
+def list_digest(images: ImageList) -> str:
+    """SHA-256 of an image list's paths, labels, and the sizes and times of its files."""
+    names = (f"{entry.name} {entry.label}" for entry in images.entries)
+    return manifest(images.paths(), names)
 
 
 def find_faults(images: ImageList, store: Path | None = None) -> list[tuple[str, str]]:
@@ -164,7 +158,7 @@ def find_faults(images: ImageList, store: Path | None = None) -> list[tuple[str,
     if store is None:
         columns()
     else:
-        record = {"version": __version__, "images": manifest(images), "heard": "faults"}
+        record = {"version": __version__, "images": list_digest(images), "heard": "faults"}
         row = stored_row(store, record, f"{images.path.stem}_faults", columns)
         if found is None and row is not None:
             found = {int(n): fault for n, fault in json.loads(row["faults"][0]).items()}

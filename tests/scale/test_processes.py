@@ -24,7 +24,7 @@ QUICK = ("published", "half precision")
 
 
 def shards_of(store):
-    return {p.relative_to(store): p.read_bytes() for p in store.rglob("*.parquet")}
+    return {p.relative_to(store): p.read_bytes() for p in store.rglob("*.safetensors")}
 
 
 def agree(one: str, other: str) -> bool:
