@@ -25,7 +25,13 @@ def package(tmp_path, monkeypatch):
 
 
 def test_a_complete_installation_is_reported_with_its_data(digits, tmp_path):
-    data_root, checkpoint = digits
+    images, checkpoint = digits
+    data_root, lists = tmp_path / "data", list_paths("cifar10", tmp_path / "data")
+    (data_root / "benchmark_imglist" / "cifar10").mkdir(parents=True)
+    for path in lists[:-2]:
+        path.touch()
+    for name in ("benchmark_imglist/digits", "images_digits"):
+        (data_root / name).symlink_to(images / name)
     root = tmp_path / "digits_resnet18_32x32_base_e16_lr0.05_default"
     (root / "s0").mkdir(parents=True)
     (root / "s0" / "best.ckpt").write_bytes(checkpoint.read_bytes())
@@ -42,7 +48,7 @@ def test_a_complete_installation_is_reported_with_its_data(digits, tmp_path):
     assert re.search(r"^ok +torch: \d", text, re.MULTILINE)
     assert "ok       native engine: a small network was fitted and scored" in text
     assert f"ok       digits: 10 of 10 image lists under {data_root}; training runs: {root}" in text
-    assert f"missing  cifar10: 0 of 11 image lists under {data_root}; training runs: none" in text
+    assert f"cifar10: 9 of 11 image lists under {data_root}, missing {lists[-2].name}" in text
     assert "missing  data: needed for --id-data cifar10, cifar100, imagenet, imagenet200" in text
     assert "scripts/download/download.py" in text
     assert text.splitlines()[-1] == "the native engine works"
@@ -50,17 +56,10 @@ def test_a_complete_installation_is_reported_with_its_data(digits, tmp_path):
 
 def test_a_broken_package_is_reported_with_its_fix(package, tmp_path, capsys):
     package("tqdm", "raise ImportError('half installed')")
-    lists = list_paths("cifar10", tmp_path)
-    for path in lists[:-2]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
     assert main(["doctor", "--data-root", str(tmp_path), "--root", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "broken   native engine: ImportError: half installed" in out
     assert "fix: python -m pip install --force-reinstall tqdm==" in out
-    named = f"cifar10: 9 of 11 image lists under {tmp_path}, missing {lists[-2].name}"
-    assert named in out
-    assert f"fix: fusenorm digits --data-root {tmp_path}" in out
     assert out.splitlines()[-1] == "the native engine does not work"
 
 
