@@ -129,5 +129,3 @@ def test_tensors_of_a_nested_output_with_their_paths():
     found = list(tensors_in(output))
     assert [path for path, _ in found] == [("a", 0), ("a", 1, 0), ("b", "logits")]
     assert all(one is other for (_, one), other in zip(found, (x, y, z), strict=True))
-
-

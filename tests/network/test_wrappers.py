@@ -186,9 +186,7 @@ def test_networks_whose_modules_run_no_hooks_are_one_error(kind):
             use()
 
 
-@pytest.mark.parametrize(
-    "net", [lambda x: x.mean((2, 3)), None, {"model": Net()}], ids=type
-)
+@pytest.mark.parametrize("net", [lambda x: x.mean((2, 3)), None, {"model": Net()}], ids=type)
 def test_what_is_no_module_is_one_error(net):
     with pytest.raises(TapError, match=rf"must be a torch.nn.Module, got {type(net).__name__}"):
         FuseNorm(net)
