@@ -15,13 +15,13 @@ import torch
 from fusenorm_openood.cli.detector import load_detector
 from fusenorm_openood.data.benchmarks import ImageSet
 from fusenorm_openood.data.paths import manifest_paths
-from fusenorm_openood.deployment.files import SHARD, FileShards, manifest
+from fusenorm_openood.deployment.files import SHARD, FileShards
 from fusenorm_openood.deployment.rows import RowFile
 from fusenorm_openood.evaluation import records
 from fusenorm_openood.forward.samples import BlockSums
 from fusenorm_openood.method.posthoc import Posthoc, Seen
-from fusenorm_openood.storage.keys import Key
-from fusenorm_openood.storage.shards import Columns, ShardSet, decode
+from fusenorm_openood.storage.files import manifest
+from fusenorm_openood.storage.shards import Columns, Key, ShardSet, decode
 
 LOADED = 300  # images that are loaded to measure how fast that is
 
@@ -46,7 +46,7 @@ def checking(image_sets: Sequence[ImageSet]) -> dict[str, float]:
     images, clock = [s.images() for s in image_sets], [time.process_time()]
     for one in images:
         one.first_missing()
-        records.manifest(one)
+        records.list_digest(one)
     clock.append(time.process_time())
     for one in images:
         list(one.faults())
@@ -58,7 +58,7 @@ def checking(image_sets: Sequence[ImageSet]) -> dict[str, float]:
 def shards_in(store: Path) -> list[Path]:
     """The shards of images in a store, which also has networks and faults of lists."""
     others = ("network-*", "*_faults-*")
-    files = sorted(store.rglob("*.parquet"))
+    files = sorted(store.rglob("*.safetensors"))
     return [file for file in files if not any(map(file.parent.match, others))]
 
 

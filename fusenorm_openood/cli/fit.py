@@ -14,7 +14,7 @@ from fusenorm_openood.cli.engines import read_postprocessor
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.paths import image_paths, is_hidden
 from fusenorm_openood.data.preprocessing import Normalization, Preprocessing
-from fusenorm_openood.deployment.files import ReadableFiles, manifest, network_record
+from fusenorm_openood.deployment.files import ReadableFiles, network_record
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.decisions import check_apart
 from fusenorm_openood.detectors.fusenorm import FuseNorm
@@ -22,7 +22,7 @@ from fusenorm_openood.errors import CalibrationError, ConfigError
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.kernels.devices import own_device
 from fusenorm_openood.method.conformal import check_enough
-from fusenorm_openood.storage.files import check_writable
+from fusenorm_openood.storage.files import check_writable, manifest
 from fusenorm_openood.storage.torchrun import among_peers, this_process
 from fusenorm_openood.storage.urls import Place
 

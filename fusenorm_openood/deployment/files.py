@@ -19,11 +19,11 @@ from fusenorm_openood.errors import DataError, NonFiniteError
 from fusenorm_openood.forward.batches import Pace
 from fusenorm_openood.method.conformal import rejects
 from fusenorm_openood.network.fingerprint import identify
-from fusenorm_openood.storage.keys import Key
-from fusenorm_openood.storage.shards import Columns, ShardSet
+from fusenorm_openood.storage.files import manifest
+from fusenorm_openood.storage.shards import Columns, Key, ShardSet
 from fusenorm_openood.storage.stored import Batches, StoredScores, forward_digest, shard_batches
 from fusenorm_openood.storage.torchrun import this_process
-from fusenorm_openood.storage.urls import Place, versions
+from fusenorm_openood.storage.urls import Place
 from fusenorm_openood.version import __version__
 
 
@@ -314,11 +314,3 @@ def network_record(
 
     logits, images = np.array(found.logits, np.float64), {"image": found.image}
     return {**record, "forward": forward_digest(store, {**record, **images}, logits, agrees)}
-
-
-def manifest(paths: Sequence[Place]) -> str:
-    """SHA-256 of the paths, and of the versions of the files that exist."""
-    hashed = sha256()
-    for path, version in zip(paths, versions(paths), strict=True):
-        hashed.update(f"{path} {version}".rstrip().encode("utf-8", "surrogatepass") + b"\n")
-    return hashed.hexdigest()

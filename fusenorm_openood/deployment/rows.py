@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from fusenorm_openood.deployment.files import Judged
 from fusenorm_openood.errors import ConfigError, DataError
-from fusenorm_openood.storage.files import lock, unlock, write_whole
+from fusenorm_openood.storage.files import import_parquet, lock, unlock, write_whole
 
 AT_ONCE = 10_000  # rows in memory
 KINDS: dict[str, Callable[[str], Any]] = {
@@ -57,7 +57,10 @@ class RowFile:
                 raise ConfigError("--resume goes on with a file: give --csv FILE")
             self._file: IO[str] = sys.stdout
         else:
-            self._rows = path.with_name(f"{path.name}.part") if is_parquet(path) else path
+            self._rows = path
+            if is_parquet(path):
+                import_parquet()
+                self._rows = path.with_name(f"{path.name}.part")
             try:
                 self._lock = lock(self._rows)
                 if resume:
@@ -200,7 +203,8 @@ def _read_csv(path: Path) -> Iterator[Judged]:
 
 
 def _read_parquet(path: Path) -> Iterator[Judged]:
-    from pyarrow import ArrowInvalid, parquet  # takes longer to import than the rest of the command
+    parquet = import_parquet()
+    from pyarrow import ArrowInvalid
 
     try:
         file = parquet.ParquetFile(path)
@@ -280,8 +284,8 @@ def _write_csv(path: Path, rows: Iterator[Judged]) -> None:
 
 
 def _write_parquet(path: Path, rows: Iterator[Judged]) -> None:
+    parquet = import_parquet()
     import pyarrow as pa
-    from pyarrow import parquet
 
     kinds = {"confidence": pa.float64(), "p_value": pa.float64(), "ood": pa.bool_()}
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in Judged._fields])

@@ -5,7 +5,6 @@ README of the branch named in `WHERE`.
 """
 
 import csv
-import hashlib
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from fusenorm_openood.evaluation.evaluation import COLUMNS
 from fusenorm_openood.evaluation.runs import RootName, parse_root_name, unfinished
 from fusenorm_openood.network.checkpoints import NetworkKind, network_kind
 from fusenorm_openood.network.resnet import T2FNormNet
+from fusenorm_openood.storage.files import file_digest
 
 _LARGE = {
     "test_ssb_hard": 49000,
@@ -196,7 +196,7 @@ def leaderboard_entry(
         *_run_warnings(table, results, checkpoints),
         *_training_warnings(kind, name),
     ]
-    runs = [(f"`{_short(p)}`", f"`{sha256(p)}`") for p in checkpoints.values()]
+    runs = [(f"`{_short(p)}`", f"`{file_digest(p)}`") for p in checkpoints.values()]
     lists = [(s.role, f"`{s.imagelist.name}`", _or(s.images), _or(s.full)) for s in tested]
     parts = [
         f"A pull request to {WHERE} adds these rows.",
@@ -209,15 +209,6 @@ def leaderboard_entry(
         _markdown(["split", "list", "images", "images in OpenOOD v1.5"], lists),
     ]
     return "\n\n".join(parts)
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _description(

@@ -1,10 +1,8 @@
 """What is kept of a run's network and images, so that no image is scored twice."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +13,13 @@ from torch import nn
 
 from fusenorm_openood.data.benchmarks import ImageSet, image_loader
 from fusenorm_openood.data.lists import ImageList
-from fusenorm_openood.errors import DataError, TapError
+from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward.batches import Pace
 from fusenorm_openood.forward.react import head_of
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.storage.keys import file_digest
+from fusenorm_openood.storage.files import file_digest, manifest
 from fusenorm_openood.storage.shards import Columns
 from fusenorm_openood.storage.stored import stored_row
 from fusenorm_openood.version import __version__
@@ -57,7 +55,11 @@ class Records:
     def loader(self, image_set: ImageSet) -> RecordedLoader:
         """A loader of an image set that keeps what is heard of its images."""
         images = image_set.images()
-        record = {**self.network, "images": manifest(images), "transform": repr(images.transform)}
+        record = {
+            **self.network,
+            "images": list_digest(images),
+            "transform": repr(images.transform),
+        }
         name = image_set.imagelist.stem
         how = self.batch_size, self.num_workers, self.pace
         return RecordedLoader(images, self.store, record, name, *how)
@@ -120,22 +122,10 @@ def _code(module: str) -> str | None:
     return file_digest(found.origin) if Path(found.origin).is_file() else None
 
 
-def manifest(images: ImageList) -> str:
-    """SHA-256 of an image list's paths, labels, and the sizes and times of its files.
-
-    Raises:
-        DataError: a file is missing.
-    """
-    hashed = sha256()
-    for entry, path in zip(images.entries, images.paths(), strict=True):
-        try:
-            found = os.stat(path)
-        except OSError as error:
-            raise DataError(
-                f"image {path} cannot be read ({error.strerror}): restore or replace it"
-            ) from None
-        hashed.update(f"{entry.name} {entry.label} {found.st_size} {found.st_mtime_ns}\n".encode())
-    return hashed.hexdigest()
+def list_digest(images: ImageList) -> str:
+    """SHA-256 of an image list's paths, labels, and the sizes and times of its files."""
+    names = (f"{entry.name} {entry.label}" for entry in images.entries)
+    return manifest(images.paths(), names)
 
 
 def plain_loader(batch_size: int, num_workers: int) -> Loader:
@@ -157,7 +147,7 @@ def find_faults(images: ImageList, store: Path | None = None) -> list[tuple[str,
     """
     if store is None:
         return _located(images, images.faults())
-    record = {"version": __version__, "images": manifest(images), "heard": "faults"}
+    record = {"version": __version__, "images": list_digest(images), "heard": "faults"}
     found: dict[int, str] | None = None
 
     def columns() -> Columns | None:

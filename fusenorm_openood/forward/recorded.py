@@ -17,8 +17,7 @@ from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.forward.batches import Pace
 from fusenorm_openood.forward.observed import Listener, Observed, Recorder, observed
 from fusenorm_openood.method.posthoc import Seen
-from fusenorm_openood.storage.keys import Key
-from fusenorm_openood.storage.shards import Columns
+from fusenorm_openood.storage.shards import Columns, Key
 from fusenorm_openood.storage.stored import (
     Batches,
     StoredScores,

@@ -104,10 +104,11 @@ def typed(kind: Any, value: Any, name: str) -> Any:
         try:
             return kind(**parts)
         except (TypeError, ConfigError) as error:  # a field is unknown, missing or out of range
-            raise ConfigError(f"{name} cannot be so ({error})") from None
+            raise ConfigError(f"{name} is invalid ({error})") from None
     elif isinstance(value, Mapping) and isinstance(outer, type) and issubclass(outer, Mapping):
         return {key: typed(inner[1], item, f"{name}.{key}") for key, item in value.items()}
     elif isinstance(value, int | float):
+        # An integer may stand for a float; Python's bool is an int to isinstance, not here.
         kinds = (Any, type(value), float if type(value) is int else Any)
         if kind in kinds and abs(value) < MOST:
             return value

@@ -1,12 +1,12 @@
-"""Keep a fitted detector in a file: tensors and JSON in safetensors, no pickle.
+"""Store a fitted detector in a file: tensors and JSON in safetensors, no pickle.
 
 The file is one safetensors archive. Its metadata have one entry, `fusenorm`, a JSON text with
 everything that is no tensor and a SHA-256 of the whole file in which its own digits are zeros.
 """
 
-import hashlib
 import json
 import re
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from fusenorm_openood.storage.files import write_whole
 
 FORMAT = 2
 READABLE = (1, FORMAT)
-_NO_CHECKSUM = "0" * 64
+_NO_CHECKSUM = b"0" * 64
 _CHECKSUM = re.compile(rb'\\"checksum\\": \\"([0-9a-f]{64})\\"')
 
 
@@ -36,15 +36,11 @@ class Contents(NamedTuple):
 
 
 def write_contents(path: Path, contents: Contents) -> None:
-    """Write a detector file completely or not at all.
-
-    Raises:
-        DetectorFileError: the file cannot be written.
-    """
-    record = {"format": FORMAT, "checksum": _NO_CHECKSUM, **contents.record}
+    """Write a detector file completely or not at all; DetectorFileError if that fails."""
+    record = {"format": FORMAT, "checksum": _NO_CHECKSUM.decode(), **contents.record}
     tensors = {name: tensor.contiguous() for name, tensor in contents.tensors.items()}
     data = safetensors.torch.save(tensors, {"fusenorm": json.dumps(record)})
-    digits = hashlib.sha256(data).hexdigest().encode()
+    digits = sha256(data).hexdigest().encode()
     data = _CHECKSUM.sub(lambda match: match[0].replace(match[1], digits), data, count=1)
     try:
         write_whole(path, lambda file: file.write_bytes(data))
@@ -60,20 +56,18 @@ def read_contents(path: Path) -> Contents:
     Raises:
         DetectorFileError: the file is missing, damaged, no detector file or of a newer format.
     """
+    way_out = "give a file that detector.save wrote"
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DetectorFileError(
-            f"detector file {path} cannot be read ({error.strerror}): give a file that "
-            "detector.save wrote"
+            f"detector file {path} cannot be read ({error.strerror}): {way_out}"
         ) from None
     found = _CHECKSUM.search(data)
     if found is None:
-        raise DetectorFileError(
-            f"{path} is no detector file, or a damaged one: give a file that detector.save wrote"
-        )
-    without = data[: found.start(1)] + _NO_CHECKSUM.encode() + data[found.end(1) :]
-    if hashlib.sha256(without).hexdigest().encode() != found[1]:
+        raise DetectorFileError(f"{path} is no detector file, or a damaged one: {way_out}")
+    without = data[: found.start(1)] + _NO_CHECKSUM + data[found.end(1) :]
+    if sha256(without).hexdigest().encode() != found[1]:
         raise DetectorFileError(f"detector file {path} is damaged: copy it again, or fit again")
     try:
         tensors = safetensors.torch.load(data)
@@ -81,9 +75,7 @@ def read_contents(path: Path) -> Contents:
         record = json.loads(header["__metadata__"]["fusenorm"])
         version = record["format"]
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError):
-        raise DetectorFileError(
-            f"{path} is no detector file: give a file that detector.save wrote"
-        ) from None
+        raise DetectorFileError(f"{path} is no detector file: {way_out}") from None
     if version not in READABLE:
         raise DetectorFileError(
             f"detector file {path} has format {version!r}, this version of the package reads up to "

@@ -1,14 +1,56 @@
-"""Write files completely or not at all."""
+"""Write files completely or not at all, lock them, and tell whether they have changed."""
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from fusenorm_openood.errors import ConfigError, UnwritableError
-from fusenorm_openood.storage.urls import Place, Url
+from fusenorm_openood.storage.urls import Place, Url, versions
+
+if sys.platform != "win32":
+    import fcntl
+
+
+def file_digest(path: str | Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    hashed = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            hashed.update(block)
+    return hashed.hexdigest()
+
+
+def manifest(places: Iterable[Place | str], names: Iterable[str] | None = None) -> str:
+    """SHA-256, in hex, of the names of files and of the versions of those that exist.
+
+    Args:
+        places: the files; a sequence, unless there are names.
+        names: what is hashed in place of the paths.
+    """
+    hashed = sha256()
+    for name, version in zip(names or map(str, places), versions(places), strict=True):
+        hashed.update(f"{name} {version}".rstrip().encode("utf-8", "surrogatepass") + b"\n")
+    return hashed.hexdigest()
+
+
+def import_parquet() -> Any:
+    """The module `pyarrow.parquet`, which takes longer to import than the rest of the package.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+    """
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError(
+            f"Parquet files need pyarrow ({error}): pip install 'fusenorm-openood[parquet]'"
+        ) from None
+    return parquet
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -67,8 +109,6 @@ def lock(path: Path) -> int | None:
     """
     if sys.platform == "win32" or (path.exists() and not path.is_file()):
         return None
-    import fcntl
-
     opened = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,9 +129,8 @@ def unlock(locked: int | None) -> None:
 
 
 def _close_locks() -> None:
-    for opened in _locks:
-        os.close(opened)
-    _locks.clear()
+    while _locks:
+        os.close(_locks.pop())
 
 
 if sys.platform != "win32":  # a loader process that outlives its parent must not keep a lock
@@ -109,8 +148,6 @@ def alone_in(folder: Path) -> Iterator[None]:
     with suppress(OSError):  # a folder or a file system that does not allow it
         folder.mkdir(parents=True, exist_ok=True)
         if sys.platform != "win32":
-            import fcntl
-
             opened = os.open(folder, os.O_RDONLY)
             fcntl.flock(opened, fcntl.LOCK_EX)
     try:

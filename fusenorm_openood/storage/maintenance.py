@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fusenorm_openood.errors import DamagedShardError, StoreError
-from fusenorm_openood.storage.keys import KEY, Key
-from fusenorm_openood.storage.shards import ShardSet, delete, shard_number
+from fusenorm_openood.storage.shards import (
+    KEY,
+    Key,
+    ShardSet,
+    delete,
+    is_parquet_shard,
+    shard_number,
+)
 
 _TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{32}\.tmp")
 _DAY = 24 * 60 * 60
@@ -40,7 +46,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Removal:
-    """A set, or a leftover file of a killed process, that `prune` removes; `size` in bytes."""
+    """A set or a file of it that `prune` removes; `size` in bytes."""
 
     path: Path
     size: int
@@ -55,14 +61,14 @@ def listing(root: Path) -> list[Entry]:
     """
     return [
         Entry(
-            root / shards.folder.name,
+            folder,
             dict(shards.key.record),
             shards.key.rows,
             len(shards.present()),
             shards.key.shard_count,
-            sum(_size(path) for path in _own_files(root / shards.folder.name)),
+            sum(map(_size, _own_files(folder))),
         )
-        for shards in _sets(root)
+        for folder, shards in _sets(root)
     ]
 
 
@@ -73,8 +79,8 @@ def verify(root: Path) -> dict[Path, DamagedShardError | None]:
         StoreError: the store does not exist or cannot be read.
     """
     return {
-        root / shards.folder.name / path.name: error
-        for shards in _sets(root)
+        folder / path.name: error
+        for folder, shards in _sets(root)
         for path, error in shards.verify()
     }
 
@@ -87,10 +93,11 @@ def prune(
     everything: bool = False,
     dry_run: bool = False,
 ) -> list[Removal]:
-    """Remove sets of another version, and temporary files of killed writers older than a day.
+    """Remove sets of another version, and files of sets that nothing reads any more.
 
-    Only files of this store are deleted, and only folders that are then empty. No other process may
-    write the sets that are removed.
+    These are the Parquet shards of version 0.2.0, and temporary files of killed writers older than
+    a day. Only files of this store are deleted, and only folders that are then empty. No other
+    process may write the sets that are removed.
 
     Args:
         version: sets whose record has a `version` other than this one are removed.
@@ -104,24 +111,28 @@ def prune(
     removals = []
     for entry in listing(root):
         other = entry.record.get("version", version)
+        reason = ""
         if everything:
             reason = "all sets"
         elif other != version:
             reason = f"of version {other}"
         elif incomplete and not entry.complete:
             reason = f"{entry.shards - entry.present} of {entry.shards} shards missing"
-        else:
-            leftovers = [path for path in _own_files(entry.folder) if _is_leftover(path)]
-            removals += [Removal(path, _size(path), "temporary file") for path in leftovers]
+        if reason:
+            removals.append(Removal(entry.folder, entry.size, reason))
             continue
-        removals.append(Removal(entry.folder, entry.size, reason))
+        for path in _own_files(entry.folder):
+            if is_parquet_shard(path.name):
+                removals.append(Removal(path, _size(path), "Parquet shard of version 0.2.0"))
+            elif _is_leftover(path):
+                removals.append(Removal(path, _size(path), "temporary file"))
     for removal in [] if dry_run else removals:
         _remove(removal.path)
     return removals
 
 
-def _sets(root: Path) -> Iterator[ShardSet]:
-    """The sets of a store; other folders are passed over."""
+def _sets(root: Path) -> Iterator[tuple[Path, ShardSet]]:
+    """The sets of a store and their folders; other folders are passed over."""
     try:
         folders = sorted(path for path in root.iterdir() if path.is_dir())
     except FileNotFoundError:
@@ -129,18 +140,18 @@ def _sets(root: Path) -> Iterator[ShardSet]:
     except OSError as error:
         raise StoreError(f"store {root} cannot be read ({error.strerror})") from None
     for folder in folders:
-        try:
+        with suppress(FileNotFoundError, StoreError):
             key = Key.read(folder)
-            if folder.name == key.folder_name:
-                yield ShardSet(root, key)
-        except (FileNotFoundError, StoreError):
-            continue
+            if folder.name != key.folder_name:
+                continue
+            shards = ShardSet(root, key)
+            yield folder, shards
 
 
 def _own_files(folder: Path) -> list[Path]:
     """The files of a set that this package wrote, its key last."""
     try:
-        paths = list(folder.iterdir())
+        paths = sorted(folder.iterdir())
     except OSError as error:
         raise StoreError(f"folder {folder} cannot be read ({error.strerror})") from None
     shards = [path for path in paths if shard_number(path.name) >= 0]
@@ -154,10 +165,9 @@ def _is_temporary(path: Path) -> bool:
 
 def _is_leftover(path: Path) -> bool:
     """Whether no process can still be writing a temporary file, which takes seconds."""
-    try:
+    with suppress(FileNotFoundError):
         return _is_temporary(path) and time.time() - path.stat().st_mtime > _DAY
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def _remove(path: Path) -> None:

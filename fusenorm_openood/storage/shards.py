@@ -1,212 +1,146 @@
-"""Sets of rows on disk, in shards that are written whole and checked when they are read."""
+"""Sets of rows on disk, in shards that are written whole and checked when they are read.
+
+A set is a folder `NAME-DIGEST` with `key.json`, which says what its rows were computed from, and
+one safetensors file `NUMBER-CHECKSUM.safetensors` per shard.
+"""
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, fields
+from datetime import datetime, timezone
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from fusenorm_openood.errors import DamagedShardError, StoreError
 from fusenorm_openood.storage.files import write_bytes_whole
-from fusenorm_openood.storage.keys import Key, digest
 from fusenorm_openood.storage.urls import Place
 
 Columns = dict[str, NDArray[Any]]
 
-_LABEL = b"fusenorm"
-_NUMBERS = (np.float32, np.float64, np.int64, np.bool_)
+FORMAT = "fusenorm shards 1"
+KEY = "key.json"
+DIGITS = 20  # of a record's digest
+NUMBERS = (np.float32, np.float64, np.int64, np.bool_)
+_NAME = re.compile(r"([0-9]{6,})-([0-9a-f]{16})\.(safetensors|parquet)")
 
 
-def encode(columns: Mapping[str, NDArray[Any]], label: str) -> bytes:
-    """A Parquet file of one row group; the same columns in any order give the same bytes.
+def digest(record: Mapping[str, Any]) -> str:
+    """The first `DIGITS` hex digits of the SHA-256 of a record as canonical JSON.
 
-    Args:
-        columns: name -> float32, float64, int64, bool or str (dtype object) [N], or float32 or
-            float64 [N, D].
-        label: kept in the file; `decode` returns it.
-
-    Raises:
-        StoreError: an array of another kind.
-    """
-    import pyarrow as pa  # takes longer to import than the rest of the package
-    from pyarrow import parquet
-
-    arrays = {name: _to_arrow(name, columns[name]) for name in sorted(columns)}
-    table = pa.table(arrays).replace_schema_metadata({_LABEL: label.encode()})
-    sink = pa.BufferOutputStream()
-    parquet.write_table(
-        table,
-        sink,
-        row_group_size=len(table),
-        compression="zstd",
-        compression_level=1,
-        use_dictionary=False,
-        write_statistics=False,
-    )
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
-
-
-def decode(data: bytes, names: Sequence[str] | None = None) -> tuple[str, Columns]:
-    """The label and the columns of a file of `encode`; the arrays own their memory.
-
-    Args:
-        names: the columns to decode; None = all.
+    Keys are sorted, tuples are lists, and floats have the digits of their `repr`: 1 and 1.0 differ.
 
     Raises:
-        DamagedShardError: these bytes are no such file.
-        StoreError: the file has no column of such a name.
+        TypeError: JSON has no such value (NaN, bytes, sets, arrays, keys that are not strings).
     """
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(pa.BufferReader(data))
-        label = file.schema_arrow.metadata[_LABEL].decode()
-        found = file.schema_arrow.names
-        wanted = [name for name in (found if names is None else names) if name in found]
-        table = file.read(columns=wanted, use_threads=False)
-        columns = {name: _to_numpy(table.column(name)) for name in wanted}
-    except MemoryError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedShardError(f"not a shard ({type(error).__name__})") from None
-    if names is not None and (unknown := set(names) - set(found)):
-        raise StoreError(f"no column {min(unknown)!r}: choose from {', '.join(found)}")
-    return label, columns
+    text = json.dumps(_plain(record), sort_keys=True, separators=(",", ":"))
+    return sha256(text.encode()).hexdigest()[:DIGITS]
 
 
-def _to_arrow(name: str, values: NDArray[Any]) -> Any:
-    import pyarrow as pa
-
-    try:
-        if values.ndim == 1 and values.dtype in _NUMBERS:
-            return pa.array(values)
-        if values.ndim == 1 and values.dtype == object and all(isinstance(v, str) for v in values):
-            return pa.array(values, pa.string())
-        if values.ndim == 2 and values.dtype in (np.float32, np.float64) and values.shape[1]:
-            return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-    except UnicodeError:
-        raise StoreError(f"column {name!r} has a string that is not valid Unicode") from None
-    raise StoreError(
-        f"column {name!r} is {values.dtype} {list(values.shape)}, not float32, float64, int64, "
-        "bool or str of one dimension, or float32 or float64 of two"
-    )
+def _plain(value: Any) -> Any:
+    """The same value made of the types that JSON has."""
+    if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str)]:  # JSON makes 1 of it "1"
+            raise TypeError(f"key {wrong[0]!r} of a record is no string")
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"JSON has no {value}: change the record")
+    return value
 
 
-def _to_numpy(column: Any) -> NDArray[Any]:
-    import pyarrow as pa
+@dataclass(frozen=True)
+class Key:
+    """What a set of rows is computed from: the content of its `key.json`.
 
-    if pa.types.is_fixed_size_list(column.type):
-        flat = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks])
-        return flat.reshape(-1, column.type.list_size)
-    return np.array(column.to_numpy())
-
-
-_NAME = re.compile(r"([0-9]{6,})-([0-9a-f]{16})\.parquet")
-
-
-def list_shards(folder: Place) -> list[tuple[int, Place]]:
-    """Number and path of all shard files of a folder, sorted.
+    Attributes:
+        record: what the rows are computed from and how, in values that JSON has.
+        name: a short name for humans; no part of the digest.
+        rows: rows of the whole set; 0 = a set without shards.
+        shard_rows: rows of each shard but the last.
 
     Raises:
-        StoreError: the folder cannot be read.
+        StoreError: a negative number of rows.
     """
-    try:
-        names = [path.name for path in folder.iterdir()]
-    except OSError as error:
-        raise StoreError(f"folder {folder} cannot be read ({error.strerror})") from None
-    return [
-        (shard_number(name), folder / name) for name in sorted(names) if shard_number(name) >= 0
-    ]
 
+    record: Mapping[str, Any]
+    name: str
+    rows: int
+    shard_rows: int = 1024
 
-def shard_number(name: str) -> int:
-    """The number in the name of a shard's file, or -1 for any other name."""
-    match = _NAME.fullmatch(name)
-    if match is None or match[1] != f"{int(match[1]):06d}":
-        return -1
-    return int(match[1])
+    def __post_init__(self) -> None:
+        if self.rows < 0 or self.shard_rows < 1:
+            found = f"{self.rows} and {self.shard_rows}"
+            raise StoreError(f"rows must be >= 0 and shard_rows >= 1, got {found}")
 
+    @property
+    def shard_count(self) -> int:
+        return -(-self.rows // self.shard_rows)
 
-def write_shard(
-    folder: Place, number: int, columns: Mapping[str, NDArray[Any]], label: str
-) -> Place:
-    """Write a shard under a temporary name, flush it to disk and rename it.
+    @property
+    def folder_name(self) -> str:
+        safe = re.sub(r"[^A-Za-z0-9_-]+", "_", self.name)[:60]
+        return f"{safe}-{digest(self.record)}"
 
-    Raises:
-        StoreError: columns that cannot be stored, a full disk, or a folder that is not writable.
-    """
-    data = encode(columns, label)
-    path = folder / f"{number:06d}-{_checksum(data)}.parquet"
-    try:
-        write_bytes_whole(path, data)
-    except OSError as error:
-        raise StoreError(
-            f"shard {number} cannot be written to {folder} ({error.strerror}): "
-            "free disk space, or choose another store"
-        ) from None
-    return path
+    def write(self, folder: Place) -> None:
+        """Write the key and the present time; StoreError if the folder is not writable."""
+        created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        content = _plain({"format": FORMAT, "created": created, **vars(self)})
+        try:
+            write_bytes_whole(folder / KEY, f"{json.dumps(content, indent=2)}\n".encode())
+        except OSError as error:
+            raise StoreError(
+                f"folder {folder} is not writable ({error.strerror}): choose another store"
+            ) from None
 
+    @staticmethod
+    def read(folder: Place) -> "Key":
+        """The key of a folder.
 
-def read_shard(path: Place, label: str, names: Sequence[str] | None = None) -> Columns:
-    """Columns of a shard, after a check of all its bytes; None = all columns.
-
-    Raises:
-        DamagedShardError: the file is damaged, unreadable, or has another label.
-        StoreError: the file no longer exists, or has no column of such a name.
-    """
-    try:
-        data = path.read_bytes()
-        if _checksum(data) != path.name[-24:-8]:
-            raise DamagedShardError("its checksum is another")
-        found, columns = decode(data, names)
-        if found != label:
-            raise DamagedShardError(f"it says {found}, not {label}")
-    except FileNotFoundError:
-        raise StoreError(f"{path} no longer exists: compute it again") from None
-    except OSError as error:
-        raise DamagedShardError(f"{path} cannot be read ({error.strerror}): delete it") from None
-    except DamagedShardError as error:
-        raise DamagedShardError(f"{path} is damaged ({error}): delete it") from None
-    except StoreError as error:
-        raise StoreError(f"{path}: {error}") from None
-    return columns
-
-
-def delete(path: Place) -> None:
-    """Delete a file, which another process may have deleted.
-
-    Raises:
-        StoreError: it cannot be deleted.
-    """
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be deleted ({error.strerror})") from None
-
-
-def _checksum(data: bytes) -> str:
-    return sha256(data).hexdigest()[:16]
+        Raises:
+            FileNotFoundError: the folder has no key.
+            StoreError: the key is unreadable, or of another format.
+        """
+        path = folder / KEY
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise StoreError(f"{path} is not of format {FORMAT!r}: use another store")
+            values = [content[field.name] for field in fields(Key)]
+            if [type(value) for value in values] != [dict, str, int, int]:
+                raise TypeError
+            return Key(*values)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be read ({error.strerror}): choose another store"
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            raise StoreError(f"{path} is damaged: delete its folder") from None
 
 
 class ShardSet:
-    """A set of rows under one record, in shards of consecutive rows.
+    """A set of rows under one key, in shards of consecutive rows.
 
-    It is the folder `root/NAME-DIGEST` with `key.json` and one Parquet file per shard. A file gets
-    its final name when it is complete, so any number of processes may write shards of the same set.
-    If two of them write different bits under one number, the file whose name sorts first is read.
+    A file gets its final name when it is complete, so that any number of processes may write shards
+    of the same set. If two of them write different bits under one number, the file whose name sorts
+    first is read. Parquet shards of version 0.2.0 are as if they were not there.
 
     Args:
         root: the store, a folder or a URL.
         key: what the rows are computed from. Sets of different records share no folder.
 
     Attributes:
-        folder: the folder of the set.
+        folder: the folder of the set, which is created.
 
     Raises:
         StoreError: the folder is not writable, or has rows of another record, number or shard size.
@@ -219,146 +153,99 @@ class ShardSet:
         self._digest = digest(key.record)
         self._listed: dict[int, Place] = {}  # by the last listing
         try:
-            self.key.check(self.folder)
+            found = Key.read(self.folder)
         except FileNotFoundError:
-            self.key.write(self.folder)
-            self.key.check(self.folder)  # another process may have written one at the same time
+            key.write(self.folder)
+            found = Key.read(self.folder)  # another process may have written one at the same time
+        if digest(found.record) != self._digest:
+            raise StoreError(f"{self.folder} has rows of another record: delete it")
+        if (found.rows, found.shard_rows) != (key.rows, key.shard_rows):
+            raise StoreError(
+                f"{self.folder} has {found.rows} rows in shards of {found.shard_rows}, not "
+                f"{key.rows} in shards of {key.shard_rows}: use these, or another store"
+            )
 
     def span(self, number: int) -> range:
-        """The rows of a shard.
-
-        Raises:
-            StoreError: the set has no shard of this number.
-        """
-        if not 0 <= number < self.key.shard_count:
-            raise StoreError(
-                f"{self.folder.name} has {self.key.shard_count} shards, and none is {number}"
-            )
+        """The rows of a shard; StoreError if the set has no shard of this number."""
+        count = self.key.shard_count
+        if not 0 <= number < count:
+            raise StoreError(f"{self.folder.name} has {count} shards, and none is {number}")
         start = number * self.key.shard_rows
         return range(start, min(start + self.key.shard_rows, self.key.rows))
 
-    def missing(self) -> list[int]:
-        """The numbers of the shards that no file has, from one listing of the folder."""
-        present = self.present()
-        return [number for number in range(self.key.shard_count) if number not in present]
-
     def present(self) -> dict[int, Place]:
         """Number -> the file that is read, from one listing of the folder."""
-        files = reversed(list_shards(self.folder))  # of two files of a number, the first one stays
-        self._listed = {number: path for number, path in files if number < self.key.shard_count}
+        self._listed = dict(reversed(self._files()))  # of two files of a number, the first one
         return self._listed
 
-    def write(self, number: int, columns: Mapping[str, NDArray[Any]]) -> Place:
-        """Write a shard: a file with all rows under its final name, or none.
+    def missing(self) -> list[int]:
+        """The numbers of the shards that no file has, from one listing of the folder."""
+        return sorted({*range(self.key.shard_count)} - self.present().keys())
 
-        The bytes depend on the record, the number, the columns and the release of pyarrow only.
+    def write(self, number: int, columns: Mapping[str, NDArray[Any]]) -> Place:
+        """Write a shard under its final name, all of it or nothing; damaged files of it go.
+
+        The bytes depend on the record, the number and the columns only.
 
         Args:
-            number: from 0 to `count - 1`.
-            columns: name -> float32, float64, int64, bool or str (dtype object) [N], or float32 or
-                float64 [N, D], with N = `len(span(number))`.
+            number: the shard.
+            columns: name -> float32, float64, int64 or bool `[N]` or `[N, D]`, or str (of dtype
+                object) `[N]`, with N = `len(span(number))`.
 
         Raises:
             StoreError: other arrays, a full disk, or a folder that is not writable.
         """
         rows = len(self.span(number))
-        if not columns:
-            raise StoreError(f"shard {number} of {self.folder.name} has no columns")
-        for name, values in columns.items():
-            if values.shape[:1] != (rows,):
-                raise StoreError(
-                    f"column {name!r} of shard {number} is {list(values.shape)}, not of {rows} rows"
-                )
-        path = write_shard(self.folder, number, columns, self._label(number))
-        if number in self._listed:  # damaged, and not to be deleted before: others would miss it
-            self._delete_damaged(number)
+        data = encode(columns, self._label(number), rows)
+        path = self.folder / f"{number:06d}-{_checksum(data)}.safetensors"
+        try:
+            write_bytes_whole(path, data)
+        except OSError as error:
+            raise StoreError(
+                f"shard {number} cannot be written to {self.folder} ({error.strerror}): "
+                "free disk space, or choose another store"
+            ) from None
+        if number in self._listed:  # damaged, and deleted only now: others would find it missing
+            for other, fault in self.verify(number):
+                if fault:
+                    delete(other)
         return path
 
-    def read(self, number: int, columns: Sequence[str] | None = None) -> Columns:
-        """Columns of a shard, after a check of all its bytes; None = all.
+    def read(self, number: int) -> Columns:
+        """The columns of a shard, after a check of all its bytes; the arrays own their memory.
 
         Raises:
-            DamagedShardError: its file is damaged; `discard` the shard and compute it again.
-            StoreError: no file has this shard, or it has no such column.
+            DamagedShardError: its file is damaged: `write` the shard again.
+            StoreError: no file has this shard.
         """
         label = self._label(number)
         if number in self._listed:  # a listing for each shard would be quadratic
             with suppress(StoreError):
-                return read_shard(self._listed[number], label, columns)
-        path = self.present().get(number)
-        if path is None:
+                return _read(self._listed[number], label)
+        if number not in self.present():
             raise StoreError(f"shard {number} of {self.folder} is missing: compute it")
-        return read_shard(path, label, columns)
+        return _read(self._listed[number], label)
 
-    def verify(self) -> Iterator[tuple[Place, DamagedShardError | None]]:
-        """Every file of every shard, also those that `read` passes over, and what is wrong."""
-        for number, path in list_shards(self.folder):
-            try:
-                if number < self.key.shard_count:
-                    read_shard(path, self._label(number))
-                    yield path, None
-            except DamagedShardError as error:
-                yield path, error
-            except StoreError:
-                continue  # another process has deleted it
-
-    def discard(self, number: int) -> None:
-        """Delete every file of a shard, so that it is missing.
-
-        Raises:
-            StoreError: a file cannot be deleted.
-        """
-        for found, path in list_shards(self.folder):
-            if found == number:
-                delete(path)
-
-    def _delete_damaged(self, number: int) -> None:
-        """Delete the damaged files of a shard, which one with other bits does not replace."""
-        for found, path in list_shards(self.folder):
-            if found == number:
+    def verify(self, number: int | None = None) -> Iterator[tuple[Place, DamagedShardError | None]]:
+        """Every file of a shard, or of all, also those that `read` passes over, and its fault."""
+        for found, path in self._files():
+            if number in (None, found):
                 try:
-                    read_shard(path, self._label(number))
-                except DamagedShardError:
-                    delete(path)
+                    _read(path, self._label(found))
+                    yield path, None
+                except DamagedShardError as error:
+                    yield path, error
+                except StoreError:
+                    continue  # another process has deleted it
 
-    def iterate(self, columns: Sequence[str] | None = None) -> Iterator[Columns]:
-        """The shards in order, with the columns asked for, after a check of all bytes.
-
-        Raises:
-            DamagedShardError: a shard is damaged.
-            StoreError: shards are missing, or have no such column.
-        """
-        present = self.present()
-        missing = [number for number in range(self.key.shard_count) if number not in present]
-        if missing:
-            rest = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-            raise StoreError(
-                f"{len(missing)} of {self.key.shard_count} shards of {self.folder} are missing "
-                f"({', '.join(map(str, missing[:10]))}{rest}): compute them"
-            )
-        for number in range(self.key.shard_count):
-            yield read_shard(present[number], self._label(number), columns)
-
-    def load(self, columns: Sequence[str] | None = None) -> Columns:
-        """The columns of all rows, [rows] or [rows, D]; a set of zero rows has no columns.
-
-        Raises:
-            DamagedShardError: a shard is damaged.
-            StoreError: shards are missing, or differ in their columns.
-        """
-        whole: Columns = {}
-        for number, part in enumerate(self.iterate(columns)):
-            if number == 0:
-                rows = self.key.rows
-                whole = {n: np.empty((rows, *v.shape[1:]), v.dtype) for n, v in part.items()}
-            if _kinds(part) != _kinds(whole):
-                raise StoreError(
-                    f"shards 0 and {number} of {self.folder} have different columns: discard one"
-                )
-            span = self.span(number)
-            for name, values in part.items():
-                whole[name][span.start : span.stop] = values
-        return whole
+    def _files(self) -> list[tuple[int, Place]]:
+        """Number and path of all shard files, sorted."""
+        try:
+            names = sorted(path.name for path in self.folder.iterdir())
+        except OSError as error:
+            raise StoreError(f"folder {self.folder} cannot be read ({error.strerror})") from None
+        files = [(shard_number(n), self.folder / n) for n in names if not is_parquet_shard(n)]
+        return [(number, path) for number, path in files if 0 <= number < self.key.shard_count]
 
     def _label(self, number: int) -> str:
         """What a shard's file says about itself, so that it cannot pass for another shard."""
@@ -366,5 +253,84 @@ class ShardSet:
         return json.dumps({"set": self._digest, "rows": [span.start, span.stop]})
 
 
-def _kinds(columns: Columns) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    return {name: (values.dtype, values.shape[1:]) for name, values in columns.items()}
+def shard_number(name: str) -> int:
+    """The number in the name of a shard's file, or -1 for any other name."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match and match[1] == f"{int(match[1]):06d}" else -1
+
+
+def is_parquet_shard(name: str) -> bool:
+    """Whether a file is a shard of version 0.2.0."""
+    return name.endswith(".parquet") and shard_number(name) >= 0
+
+
+def encode(columns: Mapping[str, NDArray[Any]], label: str, rows: int) -> bytes:
+    """A safetensors file; the same columns in any order give the same bytes.
+
+    Strings are one JSON list in bytes, of dtype uint8, which no other column has.
+
+    Raises:
+        StoreError: an array of another kind or number of rows, or none.
+    """
+    arrays = {}
+    for name, values in columns.items():
+        shape = list(values.shape)
+        if shape[:1] != [rows] or values.ndim > 2:
+            raise StoreError(f"column {name!r} is {shape}, not of {rows} rows")
+        if values.dtype in NUMBERS:
+            arrays[name] = np.ascontiguousarray(values)
+        elif values.dtype == object and all(isinstance(value, str) for value in values):
+            arrays[name] = np.frombuffer(json.dumps(values.tolist()).encode(), np.uint8)
+        else:
+            raise StoreError(
+                f"column {name!r} is {values.dtype} {shape}, not float32, float64, int64, bool or "
+                "str"
+            )
+    if not arrays:
+        raise StoreError("a shard must have columns, got none")
+    return save(arrays, {"fusenorm": label})
+
+
+def decode(data: bytes) -> tuple[str, Columns]:
+    """The label and the columns of a file of `encode`; DamagedShardError if it is none."""
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        label = header["__metadata__"]["fusenorm"]
+        columns = {name: np.array(values) for name, values in load(data).items()}
+        for name, values in columns.items():
+            if values.dtype == np.uint8:
+                texts = json.loads(values.tobytes())
+                columns[name] = np.array([*texts, None], dtype=object)[:-1]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DamagedShardError(f"not a shard ({type(error).__name__})") from None
+    return label, columns
+
+
+def _read(path: Place, label: str) -> Columns:
+    """The columns of a shard's file."""
+    try:
+        data = path.read_bytes()
+        if not path.name.endswith(f"-{_checksum(data)}.safetensors"):
+            raise DamagedShardError("its checksum is another")
+        found, columns = decode(data)
+        if found != label:
+            raise DamagedShardError(f"it says {found}, not {label}")
+    except FileNotFoundError:
+        raise StoreError(f"{path} no longer exists: compute it again") from None
+    except OSError as error:
+        raise DamagedShardError(f"{path} cannot be read ({error.strerror}): delete it") from None
+    except DamagedShardError as error:
+        raise DamagedShardError(f"{path} is damaged ({error}): delete it") from None
+    return columns
+
+
+def delete(path: Place) -> None:
+    """Delete a file, which another process may have deleted; StoreError if it cannot be."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be deleted ({error.strerror})") from None
+
+
+def _checksum(data: bytes) -> str:
+    return sha256(data).hexdigest()[:16]

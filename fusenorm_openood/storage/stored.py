@@ -3,6 +3,7 @@
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from hashlib import sha256
 from itertools import count, islice, pairwise
@@ -14,8 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fusenorm_openood.errors import DamagedShardError, StoreError
-from fusenorm_openood.storage.keys import Key, keys_like
-from fusenorm_openood.storage.shards import Columns, ShardSet
+from fusenorm_openood.storage.shards import DIGITS, Columns, Key, ShardSet, digest
 from fusenorm_openood.storage.torchrun import this_process, wait_until
 from fusenorm_openood.storage.urls import Place
 
@@ -27,12 +27,11 @@ SILENCE = 600.0  # seconds without a new shard after which one does not wait for
 
 
 class StoredScores:
-    """The rows of a set of shards. Iterating reads those in the store and computes the others.
+    """The rows of a set of shards: iterating reads those in the store, and computes the others.
 
-    Shards are dealt out by number among the processes of `torchrun`: each computes its own and
-    waits for those of the others, or computes them as well if none is written for `SILENCE`
-    seconds. A damaged shard is computed again. No shard is computed before it is needed, but in
-    several processes, where the others may wait for it.
+    Shards are dealt out by number among the processes of `torchrun`: each computes its own, then
+    waits for those of the others, or computes them too if none is written for `SILENCE` seconds.
+    One process computes a shard when it is needed. A damaged shard is computed again.
 
     Args:
         store: folder or URL of the store.
@@ -97,11 +96,15 @@ class StoredScores:
     def _contained(self) -> bool:
         """Whether the store has a complete set that contains this one."""
         if self._container is None and isinstance(self.store, Path):
-            for key in keys_like(self.store, self.key, but="heard"):
-                take = self._taken(key.record["heard"])
-                if take and not (container := ShardSet(self.store, key)).missing():
-                    self._container = container, take
-                    break
+            pattern = f"{self.key.folder_name[:-DIGITS]}{'[0-9a-f]' * DIGITS}"
+            for folder in sorted(self.store.glob(pattern)):
+                with suppress(FileNotFoundError, StoreError):
+                    key = Key.read(folder)
+                    is_like = "heard" in key.record and _but_heard(key) == _but_heard(self.key)
+                    take = self._taken(key.record["heard"]) if is_like else None
+                    if take and not (container := ShardSet(self.store, key)).missing():
+                        self._container = container, take
+                        break
         return self._container is not None
 
     def _share(self, numbers: Sequence[int]) -> list[int]:
@@ -161,6 +164,10 @@ class StoredScores:
             return self.shards.read(number)
         except StoreError:  # damaged, or about to be replaced
             return None
+
+
+def _but_heard(key: Key) -> str:
+    return digest({**vars(key), "record": {**key.record, "heard": None}})
 
 
 def _say_damaged(error: StoreError) -> None:

@@ -4,6 +4,7 @@ Each call finds its file system anew in fsspec's cache: a `Url` pickles, and sur
 """
 
 import errno
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,10 +60,7 @@ class Url:
 
     def iterdir(self) -> Iterator["Url"]:
         """What a folder has now, whatever fsspec has cached."""
-        with self._system() as (system, path):
-            system.invalidate_cache(path)
-            found = system.ls(path, detail=False)
-        return (self / str(entry).rstrip("/").rpartition("/")[2] for entry in found)
+        return (self / _last(str(entry["name"])) for entry in self._entries())
 
     def exists(self) -> bool:
         with self._system() as (system, path):
@@ -89,15 +87,28 @@ class Url:
             if not missing_ok:
                 raise
 
+    def _entries(self) -> list[dict[str, Any]]:
+        with self._system() as (system, path):
+            system.invalidate_cache(path)
+            entries: list[dict[str, Any]] = system.ls(path, detail=True)
+            return entries
+
+    def _version(self) -> str:
+        with self._system() as (system, path):
+            return _version_of(system.info(path))
+
     @contextmanager
     def _system(self) -> Iterator[tuple[Any, str]]:
         """Context with the file system and this file's path in it."""
-        from fsspec.core import url_to_fs  # imports the package of the protocol
-
         if "reference" in re.split("://|::", self.text):
             raise OSError(errno.EPERM, "its templates could run code", self.text)
         try:
-            yield url_to_fs(self.text)
+            from fsspec.core import url_to_fs
+        except ImportError:
+            reason = "URLs need fsspec: pip install 'fusenorm-openood[remote]'"
+            raise OSError(errno.ENOSYS, reason, self.text) from None
+        try:
+            yield url_to_fs(self.text)  # imports the package of the protocol
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "no such file", self.text) from None
         except MemoryError:
@@ -111,6 +122,10 @@ def _without_slash(url: str) -> str:
     """A URL without slashes at its end, but for those of its protocol: `memory://`."""
     protocol, mark, path = url.partition("://")
     return f"{protocol}{mark}{path.rstrip('/')}"
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 Place: TypeAlias = Path | Url
@@ -133,7 +148,7 @@ def is_pattern(given: Place) -> bool:
 
 
 class Places(Sequence[Place]):
-    """Files in order, each once. They are kept as texts, which take a quarter of the memory."""
+    """Files in order, each once. They are stored as texts, which take a quarter of the memory."""
 
     def __init__(self, places: Iterable[Place | str]) -> None:
         self.texts = list(dict.fromkeys(map(str, places)))
@@ -150,7 +165,7 @@ class Places(Sequence[Place]):
         return place(found) if isinstance(found, str) else Places(found)
 
 
-def versions(places: Iterable[Place]) -> Iterator[str]:
+def versions(places: Iterable[Place | str]) -> Iterator[str]:
     """Size and time of the last change, or the ETag, of each file; empty if it cannot be found.
 
     The folders of URLs are listed: that is one request per thousand files, not one per file.
@@ -158,13 +173,14 @@ def versions(places: Iterable[Place]) -> Iterator[str]:
     folders: dict[Url, dict[str, str]] = {}
     for one in places:
         try:
-            if isinstance(one, Path):
-                found = one.stat()
+            if not isinstance(one, Url):
+                found = os.stat(one)
                 yield f"{found.st_size} {found.st_mtime_ns}"
                 continue
-            if one.parent not in folders:
-                folders[one.parent] = _listed(one.parent)
-            yield folders[one.parent].get(one.name) or _version(one)
+            folder = one.parent
+            if folder not in folders:
+                folders[folder] = _listed(folder)
+            yield folders[folder].get(one.name) or one._version()
         except (OSError, ValueError):  # also for a name that no file can have
             yield ""
 
@@ -172,19 +188,11 @@ def versions(places: Iterable[Place]) -> Iterator[str]:
 def _listed(folder: Url) -> dict[str, str]:
     """Name -> version of the files of a folder; web servers list none."""
     try:
-        with folder._system() as (system, path):
-            system.invalidate_cache(path)
-            found = system.ls(path, detail=True)
+        return {_last(entry["name"]): _version_of(entry) for entry in folder._entries()}
     except OSError:
         return {}
-    return {entry["name"].rpartition("/")[2]: _said(entry) for entry in found}
 
 
-def _version(url: Url) -> str:
-    with url._system() as (system, path):
-        return _said(system.info(path))
-
-
-def _said(info: dict[str, Any]) -> str:
+def _version_of(info: dict[str, Any]) -> str:
     version = next((info[name] for name in _VERSIONS if info.get(name)), "")
     return f"{info.get('size')} {version}"

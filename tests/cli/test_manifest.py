@@ -12,10 +12,9 @@ import pytest
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.paths import manifest_paths
 from fusenorm_openood.deployment import files as sharded
-from fusenorm_openood.deployment.files import manifest
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.storage.keys import Key
-from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.storage.files import manifest
+from fusenorm_openood.storage.shards import Key, ShardSet
 from fusenorm_openood.storage.urls import Url
 from tests.deployment.imagefiles import NETWORK, write_detector, write_images
 from tests.storage.sets import RECORD, assert_same_bits, columns_of
@@ -94,7 +93,7 @@ def test_images_manifest_and_store_at_urls_give_the_local_rows(home, tmp_path, m
     assert judgements(out) == judgements(local)
     assert [row["path"] for row in rows_of(out)] == [f"memory://bucket/{n}" for n in names]
     assert "cannot identify image file 'memory://bucket/images/002.png'" in rows_of(out)[2]["error"]
-    assert len(memory.glob("/store/files-*/*.parquet")) == 2
+    assert len(memory.glob("/store/files-*/*.safetensors")) == 2
 
     def never(*_):
         raise AssertionError("scored again")
@@ -125,7 +124,7 @@ def test_shards_at_a_url_are_verified_and_discarded(memory):
     assert_same_bits(again.read(2), columns_of(shards, 2))
     again.present()[0].write_bytes(b"")
     assert [error is None for _, error in again.verify()] == [False, True]
-    again.discard(0)
+    again.present()[0].unlink()
     assert shards.missing() == [0, 1]
 
 

@@ -16,7 +16,7 @@ from fusenorm_openood.deployment import files as sharded
 from fusenorm_openood.deployment.files import FileShards
 from fusenorm_openood.deployment.ray import TRIES, cluster, score_with_actors, shape
 from fusenorm_openood.errors import CheckpointError, ClusterError, StoreError, is_lost_loader
-from fusenorm_openood.storage.torchrun import _lives, wait_until
+from fusenorm_openood.storage.torchrun import wait_until
 from tests.deployment.imagefiles import (
     NETWORK,
     Loading,
@@ -71,7 +71,7 @@ def score(home, out: Path, *options: object) -> int:
 
 
 def shards_in(store: Path) -> dict[Path, bytes]:
-    return {p.relative_to(store): p.read_bytes() for p in store.rglob("files-*/*.parquet")}
+    return {p.relative_to(store): p.read_bytes() for p in store.rglob("files-*/*.safetensors")}
 
 
 def test_actors_change_no_bit_of_shards_and_rows(two_cores, home, tmp_path, monkeypatch):
@@ -213,7 +213,8 @@ def computes(pid: int) -> bool:
     """Whether a process is alive and not one of Ray's agents, which end on their own later."""
     name = Path(f"/proc/{pid}/cmdline")
     with suppress(OSError):
-        return _lives(pid) and "Agent" not in name.read_text()
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z" and "Agent" not in name.read_text()
     return False
 
 
@@ -226,7 +227,7 @@ def test_a_killed_driver_leaves_no_actor_and_no_half_shard(home, tmp_path, monke
     waits += "RowFile.write = lambda self, rows: signal.pause()\n"
     started = [sys.executable, "-c", waits + program, *argv]
     with subprocess.Popen(started, stderr=subprocess.DEVNULL) as driver:
-        while driver.poll() is None and not list(store.rglob("files-*/*.parquet")):
+        while driver.poll() is None and not list(store.rglob("files-*/*.safetensors")):
             time.sleep(0.005)
         others = started_by(driver.pid)
         driver.kill()

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fusenorm_openood.deployment.files import ImageFiles, Judged, manifest
+from fusenorm_openood.deployment.files import ImageFiles, Judged
 from fusenorm_openood.deployment.rows import RowFile, read_rows
 from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.storage.files import manifest
 from fusenorm_openood.storage.shards import decode, encode
 from fusenorm_openood.storage.urls import Places
 
@@ -72,7 +73,7 @@ def test_stores_keep_what_is_said_of_such_names(tmp_path):
     names = [os.fsdecode(NAMES[0]), "\ud83d.png", "\0.png"]
     files = ImageFiles(Places(tmp_path / name for name in names), PREPROCESSING)
     errors = np.array([files[number][1] for number in range(3)], dtype=object)
-    assert list(decode(encode({"error": errors}, ""))[1]["error"]) == list(errors)
+    assert list(decode(encode({"error": errors}, "", len(errors)))[1]["error"]) == list(errors)
     assert len({manifest(Places([name])) for name in names}) == 3
 
 

@@ -19,7 +19,7 @@ from fusenorm_openood.storage.shards import ShardSet
 from fusenorm_openood.storage.torchrun import PATIENCE
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__, "fusenorm_openood.cli.eval", "pyarrow.parquet"])
+CONTEXT.set_forkserver_preload([__name__, "fusenorm_openood.cli.eval"])
 LOST = 300 * PATIENCE  # seconds after which a process counts as waiting for ever
 
 

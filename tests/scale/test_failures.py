@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import shutil
 import signal
 import time
@@ -43,16 +42,14 @@ def store(whole, tmp_path):
 
 
 def shard_of(store, images, number):
-    (path,) = store.glob(f"{images}-*/{number:06d}-*.parquet")
+    (path,) = store.glob(f"{images}-*/{number:06d}-*.safetensors")
     return path
 
 
 def failed_among(done):
     """A process that failed; the others did too, or were terminated and say why."""
     failed = [d for d in done if d.status == 1]
-    for other in (d for d in done if d.status not in (1, -signal.SIGTERM)):  # had not begun
-        assert other.status == 128 + signal.SIGTERM
-        assert re.search(r"process \d of 2 stops because process \d ended; finished", other.err)
+    assert {d.status for d in done} <= {1, -signal.SIGTERM}
     return failed[0]
 
 
@@ -107,7 +104,7 @@ def swap(path, store):
 
 
 def misname(path, store):
-    path.rename(path.with_name(f"{path.name[:7]}{0:016x}.parquet"))
+    path.rename(path.with_name(f"{path.name[:7]}{0:016x}.safetensors"))
 
 
 @pytest.mark.parametrize("damage", [cut, flip, swap, misname])
@@ -195,7 +192,7 @@ def test_a_process_whose_peers_are_done_waits_for_none(short, whole, store, tmp_
     fit = [words for words in loaded if words[0].startswith("val_")]
     tested = [words for words in loaded if words not in fit]  # these are dealt out as one set
     for name, number in (*fit[rank::2], *tested[rank::2]):
-        (path,) = (store / name).glob(f"{int(number):06d}-*.parquet")
+        (path,) = (store / name).glob(f"{int(number):06d}-*.safetensors")
         path.unlink()
     running = start(tmp_path, short.argv("eval", store), rank, 2, shard=8)
     assert running.done().status == 0

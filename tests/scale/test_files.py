@@ -29,7 +29,7 @@ def argv(detector, images, tmp_path):
 
 
 def shard_of(tmp_path, number):
-    (path,) = (tmp_path / "store").glob(f"files-*/{number:06d}-*.parquet")
+    (path,) = (tmp_path / "store").glob(f"files-*/{number:06d}-*.safetensors")
     return path
 
 

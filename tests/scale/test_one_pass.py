@@ -7,7 +7,7 @@ from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from fusenorm_openood.forward.recorded import RecordedLoader
-from fusenorm_openood.storage.keys import Key
+from fusenorm_openood.storage.shards import Key
 from tests.conftest import make_net
 from tests.forward.test_recorded import Images
 from tests.scale.commands import log_of, run
@@ -83,7 +83,7 @@ def test_a_pass_serves_only_when_it_is_complete_and_undamaged(tmp_path):
     expected, _ = heard(tmp_path, MAKERS["default"])
     msp, _ = heard(tmp_path / "alone", MAKERS["msp"])
     (folder,) = (f for f in tmp_path.glob("images-*") if Key.read(f).record["heard"]["taps"])
-    (shard,) = folder.glob("*.parquet")
+    (shard,) = folder.glob("*.safetensors")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100] + bytes(100))
     scored, read = heard(tmp_path, MAKERS["msp"])

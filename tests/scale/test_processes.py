@@ -21,7 +21,7 @@ EVAL = {
 
 
 def shards_of(store):
-    return {p.relative_to(store): p.read_bytes() for p in store.rglob("*.parquet")}
+    return {p.relative_to(store): p.read_bytes() for p in store.rglob("*.safetensors")}
 
 
 def agree(one: str, other: str) -> bool:

@@ -18,7 +18,7 @@ from fusenorm_openood.evaluation import records as faults
 from fusenorm_openood.evaluation import runs as networks
 from fusenorm_openood.evaluation.records import network_record
 from fusenorm_openood.storage.configs import config_root, read_config
-from fusenorm_openood.storage.keys import digest
+from fusenorm_openood.storage.shards import digest
 from tests.conftest import make_loader, make_net
 from tests.scale.commands import log_of, run, scored_twice
 from tests.scale.conftest import Short

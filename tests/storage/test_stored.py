@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from fusenorm_openood.storage import stored as module
-from fusenorm_openood.storage.keys import Key
-from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.storage.shards import Key, ShardSet
 from fusenorm_openood.storage.stored import StoredScores, row_batches, shard_batches, stored_row
 
 KEY = Key({"heard": "all"}, "images", 10, 4)  # shards of 4, 4 and 2 rows
