@@ -52,8 +52,7 @@ def _threads():
 
 
 @pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize("kind", [BatchStatistics, AcrossBatch])
-@pytest.mark.parametrize("output", ["energy", "odin"])
+@pytest.mark.parametrize(("kind", "output"), [(BatchStatistics, "energy"), (AcrossBatch, "odin")])
 def test_a_batch_that_is_mixed_is_never_split(kind, output, monkeypatch):
     monkeypatch.setattr("fusenorm_openood.forward.passes.PIXELS", 8 * 144)  # three parts for one
     net = kind().eval()
@@ -372,17 +371,6 @@ class Recorded(Dataset):
 
     def __getitem__(self, number):
         return {"data": IMAGES[number], "label": 0}
-
-
-def test_parts_of_one_image(monkeypatch):
-    net = squeezing("feature")
-    detector = FuseNorm(net, strong=["output"]).fit([IMAGES])
-    monkeypatch.setattr("fusenorm_openood.forward.passes.PIXELS", 1)
-    experts = detector.infer([IMAGES]).experts
-    monkeypatch.setattr("fusenorm_openood.forward.panel.parts", lambda x, *_: x.split(1))
-    torch.testing.assert_close(detector.infer([IMAGES]).experts, experts)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.tensor(experts[-1]), energies(net, IMAGES))
 
 
 def test_networks_without_one_row_per_image_are_refused():
