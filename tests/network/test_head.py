@@ -10,10 +10,8 @@ from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors.single import SingleScore
-from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import CheckpointError, DetectorFileError, TapError
-from fusenorm_openood.forward.passes import forward_pass
-from fusenorm_openood.forward.passes import head_of
+from fusenorm_openood.forward.passes import forward_pass, head_of
 from fusenorm_openood.network.checkpoints import check_classes
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import find_shares, understand

@@ -201,4 +201,4 @@ def test_odin_of_a_network_that_mixes_images_is_kept_with_the_batch_size():
     for net, mixes in ((Net(), False), (Mixing(), True)):
         detector = SingleScore(net, "odin", temperature=1000.0, noise=0.001)
         detector.structure(NEW)
-        assert detector._listener(recorded=True).what["mixes"] is mixes
+        assert detector.scoring().record["batch_dependent"] is mixes

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.detectors.configuration import detector_for
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import NetworkError, TapError
