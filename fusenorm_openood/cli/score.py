@@ -159,7 +159,7 @@ def _judged(
             score_with_actors(ray, files, load, args.cores_per_actor, args.device != "cpu")
         ) as done,
     ):
-        yield from files.judged_after(done, args.acceptance)
+        yield from files.judged(args.acceptance, done)
 
 
 def _check_same(detector: FuseNorm, file: RowFile) -> None:
