@@ -40,7 +40,8 @@ MAPS = {
 def generated() -> dict[Path, str]:
     """Every file that is generated in whole or in part, as it should be."""
     files = {DOCS / "figures" / f"{name}.svg": draw() for name, draw in figures.FIGURES.items()}
-    for page in [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]:
+    pages = [DOCS.parent / "README.md", *DOCS.glob("*.md"), *RESULTS.glob("*.md")]
+    for page in pages:
         text = page.read_text(encoding="utf-8")
         filled = MARKED.sub(lambda match: fill(match[1]), text)
         if filled != text or MARKED.search(text):
@@ -179,48 +180,33 @@ def comparison(network: str) -> str:
     return table(("method", *figures, f"near over {near}", f"far over {far}"), rows)
 
 
-def short_comparison() -> str:
-    """Near / far AUROC of FuseNorm's methods and the best single experts on all networks."""
-    found = {
-        path.stem: pd.read_csv(path, index_col=0)
-        for path in sorted((RESULTS / "compare").glob("*.csv"))
-    }
-    methods = ["Energy", "KNN (K = 5)", "NCI", "fDBD", "MDS++", "FuseNorm", "FuseNorm (joint)"]
-    methods.append("FuseNorm (published)")
-    rows = [
-        (
-            method,
-            *(
-                f"{t.loc[method, 'near AUROC']:.1f} / {t.loc[method, 'far AUROC']:.1f}"
-                for t in found.values()
-            ),
-        )
-        for method in methods
-    ]
-    best = []
+def short_comparison(methods: Iterable[str]) -> str:
+    """Near / far AUROC of some methods, and of the best single experts, on all networks."""
+    paths = sorted((RESULTS / "compare").glob("*.csv"))
+    found = {path.stem: pd.read_csv(path, index_col=0) for path in paths}
+    best, rows = [], []
     for t in found.values():
         single = t.drop(index=[m for m in t.index if m.startswith("FuseNorm") or " alone" in m])
         best.append(f"{single['near AUROC'].max():.1f} / {single['far AUROC'].max():.1f}")
-    rows.insert(5, ("best single expert of each column", *best))
+    for name in methods:
+        if name == "FuseNorm":
+            rows.append(("best single expert of each column", *best))
+        near_far = (t.loc[name, ["near AUROC", "far AUROC"]] for t in found.values())
+        rows.append((name, *(f"{near:.1f} / {far:.1f}" for near, far in near_far)))
     return table(("near / far AUROC", *found), rows)
 
 
-def fit_sizes(network: str) -> str:
+def fit_sizes() -> str:
     """Near / far AUROC of FuseNorm's methods by the number of ID images of the fit."""
-    found = pd.read_csv(RESULTS / "sizes" / f"{network}.csv", index_col=[0, 1])
-    counts = list(dict.fromkeys(found.index.get_level_values(0)))
-    methods = list(dict.fromkeys(found.index.get_level_values(1)))
-    rows = [
-        (
-            method,
-            *(
-                f"{found.loc[(n, method), 'near']:.2f} / {found.loc[(n, method), 'far']:.2f}"
-                for n in counts
-            ),
-        )
-        for method in methods
-    ]
-    return table(("method", *(f"{count} images" for count in counts)), rows)
+    rows = []
+    for network in ("ResNet-20", "ResNet-32", "CIFAR-100"):
+        found = pd.read_csv(RESULTS / "sizes" / f"{network}.csv", index_col=[0, 1])
+        counts, methods = (list(dict.fromkeys(found.index.get_level_values(i))) for i in (0, 1))
+        for method in methods:
+            near_far = (found.loc[(n, method), ["near", "far"]] for n in counts)
+            cells = (f"{near:.2f} / {far:.2f}" for near, far in near_far)
+            rows.append((network, method, *cells))
+    return table(("network", "method", *(f"{count} images" for count in counts)), rows)
 
 
 def pseudo_ood() -> str:
@@ -245,14 +231,14 @@ def large_runs(name: str) -> str:
 
 
 def catalogue() -> str:
-    """What is tapped in each network of the catalogue, a table per group."""
-    stages = "stages: taps of height x width + prefix tokens"
-    head = ("network", "images", "taps", "layout", stages, "head")
+    """The layers used in each network of the catalogue, a table per group."""
+    stages = "stages: layers of height x width + prefix tokens"
+    head = ("network", "images", "layers", "layout", stages, "head")
     groups: dict[str, list[Architecture]] = {}
     for entry in CATALOGUE:
         groups.setdefault(entry.group, []).append(entry)
     return "\n\n".join(
-        f"### {group}\n\n{table(head, map(catalogue_row, entries))}"
+        f"## {group}\n\n{table(head, map(catalogue_row, entries))}"
         for group, entries in groups.items()
     )
 
@@ -298,6 +284,21 @@ def protocol() -> str:
     return table(("candidate", *networks, "mean", "far-off, %"), rows)
 
 
+def protocol_means() -> str:
+    """The means over networks of some candidates of the protocol."""
+    found = pd.read_csv(RESULTS / "protocol.csv", header=[0, 1], index_col=0)
+    rows = [
+        (
+            f"{name}{chosen}",
+            f"{found.loc[name, ('mean', 'near')]:.2f}",
+            f"{found.loc[name, ('mean', 'pseudo')]:.2f}",
+            f"{found.loc[name, ('worst', 'far-off')]:.1f}",
+        )
+        for name, chosen in PROTOCOL_MEANS.items()
+    ]
+    return table(("candidate", "OOD validation", "pseudo-OOD", "far-off, %"), rows)
+
+
 def far_off() -> str:
     """What each digits network accepts of what is far off, without and with its penalty."""
     found = pd.read_csv(RESULTS / "far_off.csv", index_col=[0, 1, 2], keep_default_na=False)
@@ -323,21 +324,35 @@ PROTOCOL_ALSO = (
     "published, energy",
 )
 
+PROTOCOL_MEANS = {
+    "output+fdbd+mds, joint 0.25, clip 95": " = `fusenorm_joint`",
+    "output+fdbd+mds, 5/95, base 2": " = `fusenorm`",
+    "output+fdbd+mds, 2/98, base 2": "",
+    "output, 5/95, base 2": "",
+    "output+knn, 5/95, base 2": "",
+    "no clip": "",
+    "published, energy": "",
+}
+COMPARED = ("FuseNorm", "FuseNorm (joint)", "FuseNorm (published)")
+
 MEASURED_TABLES: dict[str, Callable[[str], str]] = {
     "compare": comparison,
-    "sizes": fit_sizes,
     "large": large_runs,
 }
 TABLES: dict[str, Callable[[], str]] = {
-    "results": short_comparison,
+    "results": lambda: short_comparison(
+        ("Energy", "KNN (K = 5)", "NCI", "fDBD", "MDS++", *COMPARED)
+    ),
+    "results-short": lambda: short_comparison(("Energy", "MDS++", *COMPARED)),
+    "sizes": fit_sizes,
     "catalogue": catalogue,
     "protocol": protocol,
+    "protocol-means": protocol_means,
     "far-off": far_off,
     "pseudo": pseudo_ood,
     "settings": settings,
     "sweep": sweep,
     "eval": lambda: options("eval"),
-    "train": lambda: options("train"),
     "atf": speed_of_atf,
     "postprocess": speed_of_postprocess,
     "memory": memory_of_postprocess,

@@ -1,4 +1,4 @@
-"""Every code block of README and docs runs, or says why not."""
+"""Every code block of README and docs runs, or says why not, and links lead somewhere."""
 
 import re
 import shutil
@@ -11,47 +11,54 @@ from tests.docs.pages import LANGUAGES, PAGES, ROOT, Block, agree, blocks, run
 from tests.export.programs import CAN_EXPORT
 
 RUN = "digits_resnet18_32x32_base_e16_lr0.05_default"
-WITH_ALL_IMAGES = ("README", "tutorial", "deploy")  # their figures are compared
-EXECUTED = ("python", "bash")
+EXPORTS = ("fusenorm export", "import onnxruntime")  # in deploy.md; they take long
 
 
 def runs(page: Path) -> bool:
     found = blocks(page.read_text(encoding="utf-8"))
-    return any(block.language in EXECUTED and block.reason is None for block in found)
-
-
-RUNNING_PAGES = [page for page in PAGES if runs(page)]
+    return any(block.language in ("python", "bash") and block.reason is None for block in found)
 
 
 @pytest.fixture
 def workplace(digits, tmp_path, monkeypatch):
-    """A folder as `fusenorm digits` leaves it."""
+    """A folder as `fusenorm digits` leaves it, with few images on the lists."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(digits[1].parent, Path("results", RUN, "s0"))
-    return digits[0]
+    shortened_digits(digits[0], Path("data").absolute(), train=64, others=40)
 
 
-@pytest.mark.parametrize("page", RUNNING_PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*filter(runs, PAGES)], ids=lambda page: page.stem)
 def test_blocks_run_and_print_what_the_page_shows(page, workplace):
-    if page.stem == "deploy" and not CAN_EXPORT:
-        pytest.skip("needs the extra export and its torch")
-    if page.stem in WITH_ALL_IMAGES:
-        Path("data").symlink_to(workplace)
-    else:
-        shortened_digits(workplace, Path("data").absolute(), train=64, others=40)
-    run(page)
+    run(page, without=EXPORTS)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_blocks_name_a_language_that_is_known(page):
-    assert {block.language for block in blocks(page.read_text(encoding="utf-8"))} <= LANGUAGES
+@pytest.mark.slow
+@pytest.mark.skipif(not CAN_EXPORT, reason="needs the extra export and its torch")
+def test_export_blocks_run_and_print_what_the_page_shows(workplace):
+    run(ROOT / "docs" / "deploy.md")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_relative_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
-    targets = [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:", link)]
-    assert [target for target in targets if target and not (page.parent / target).exists()] == []
+def test_blocks_name_a_language():
+    found = {block.language for p in PAGES for block in blocks(p.read_text(encoding="utf-8"))}
+    assert found <= LANGUAGES
+
+
+def test_relative_links_lead_to_files_and_headings():
+    broken = []
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+        for link in (link for link in links if not re.match(r"[a-z]+:", link)):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path) if path else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{page.name}: {link}")
+    assert broken == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as links name them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_readme_is_short_and_shows_python_at_once():
@@ -60,7 +67,7 @@ def test_readme_is_short_and_shows_python_at_once():
     assert lines.index("```python") < 40
 
 
-def test_a_block_carries_the_reason_that_stands_right_above_it():
+def test_a_block_has_the_reason_right_above_it():
     text = "<!-- not run: slow -->\n\n```bash\nsleep 9\n```\n\n```python\nprint(1)\n```\n"
     assert list(blocks(text)) == [
         Block("bash", "sleep 9\n", 4, "slow"),
@@ -68,7 +75,7 @@ def test_a_block_carries_the_reason_that_stands_right_above_it():
     ]
 
 
-def test_output_that_differs_is_noticed(tmp_path, monkeypatch):
+def test_output_that_differs_and_commands_that_fail_are_noticed(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     monkeypatch.setattr("tests.docs.pages.ROOT", tmp_path)
     page.write_text("```python\nprint(1.04, 'a')\n```\n\n```text\n1.0 a\n```\n")
@@ -76,11 +83,6 @@ def test_output_that_differs_is_noticed(tmp_path, monkeypatch):
     page.write_text("```python\nprint(1.04, 'b')\n```\n\n```text\n1.0 a\n```\n")
     with pytest.raises(AssertionError, match=r"page.md, line 6 shows\n1.0 a"):
         run(page)
-
-
-def test_commands_that_fail_are_noticed(tmp_path, monkeypatch):
-    page = tmp_path / "page.md"
-    monkeypatch.setattr("tests.docs.pages.ROOT", tmp_path)
     for command in ("fusenorm taps missing.ckpt", "rm -r nothing"):
         page.write_text(f"```bash\n{command}\n```\n")
         with pytest.raises(AssertionError, match="line 2"):

@@ -45,6 +45,7 @@ def python(home: Path, code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CAN_EXPORT, reason="needs the extra export and its torch")
 def test_fit_score_report_export_and_onnx_runtime(home):
     fitted = fusenorm(home, "fit")
