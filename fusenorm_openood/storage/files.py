@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from fusenorm_openood.errors import ConfigError, UnwritableError
@@ -35,6 +36,21 @@ def manifest(places: Iterable[Place | str], names: Iterable[str] | None = None) 
     for name, version in zip(names or map(str, places), versions(places), strict=True):
         hashed.update(f"{name} {version}".rstrip().encode("utf-8", "surrogatepass") + b"\n")
     return hashed.hexdigest()
+
+
+def import_parquet() -> Any:
+    """The module `pyarrow.parquet`, which takes longer to import than the rest of the package.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+    """
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError(
+            f"Parquet files need pyarrow ({error}): pip install 'fusenorm-openood[parquet]'"
+        ) from None
+    return parquet
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

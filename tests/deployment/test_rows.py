@@ -161,3 +161,40 @@ def test_resuming_leaves_another_file_as_it_is(tmp_path, content):
     with pytest.raises(DataError, match="its columns must be path, predicted"):
         RowFile(tmp_path / "o.csv", resume=True)
     assert (tmp_path / "o.csv").read_bytes() == content
+
+
+TEXTS = [
+    "=1+1",
+    "+1",
+    "-2+3",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "'=1",
+    "''=1",
+    "'",
+    "a=1",
+    "",
+    "=",
+    "＝1",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_come_back_and_begin_no_formula(tmp_path, kind):
+    """A spreadsheet would run them."""
+    path, rows = tmp_path / kind, list[Judged]()
+    for text in TEXTS:
+        rows.append(Judged(f"{text}a.png", text or None, -1.5, 0.25, False, text or None, None))
+        rows.append(Judged(text + "b", None, None, None, None, None, text or None))
+    with RowFile(path) as file:
+        file.write(rows)
+        file.finish(none)
+    assert list(read_rows(path)) == rows
+    if path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8") as opened:
+            cells = [cell for row in csv.reader(opened) for cell in row]
+        assert "-1.5" in cells  # numbers are numbers
+        assert not [c for c in cells if c[:1] in tuple("=+-@\t\r＝") and c != "-1.5"]
+    with RowFile(path, resume=True) as file:
+        assert file.judged == {row.path for row in rows}
