@@ -6,7 +6,6 @@ Seconds are those of a core, which other processes do not prolong, except for th
 import tempfile
 import time
 import tracemalloc
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,9 +107,8 @@ def driving(listed: Path, detector: Path, columns: Columns) -> dict[str, float]:
     clock = [time.process_time()]
     manifest(manifest_paths(str(listed)))
     clock.append(time.process_time())
-    given = Namespace(detector=str(detector), network=None, weights=None, bits=None, device="cpu")
     with tempfile.TemporaryDirectory() as folder, RowFile(Path(folder, "rows.csv")) as file:
-        files = FileShards(load_detector(given), paths, Path(folder))
+        files = FileShards(load_detector(str(detector), device="cpu"), paths, Path(folder))
         for number in range(files.shards.key.shard_count):
             rows = len(files.shards.span(number))
             whole = {name: np.resize(c, (rows, *c.shape[1:])) for name, c in columns.items()}

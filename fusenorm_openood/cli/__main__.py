@@ -4,4 +4,5 @@ import sys
 
 from fusenorm_openood.cli.main import main
 
-sys.exit(main())
+if __name__ == "__main__":  # not in the processes that `doctor` starts
+    sys.exit(main())

@@ -1,17 +1,24 @@
 """`fusenorm compare`: FuseNorm, its parts and single experts on training runs."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from fusenorm_openood.cli import options
-from fusenorm_openood.cli.inputs import check_images, check_readable, records_of, say_pace, store_of
+from fusenorm_openood.cli.inputs import (
+    check_files,
+    check_readable,
+    print_throughput,
+    records_of,
+    store_of,
+)
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.evaluation.comparison import Comparison, compare
 from fusenorm_openood.evaluation.evaluation import check_fsood, summarise
-from fusenorm_openood.evaluation.runs import find_checkpoints, load_runs
+from fusenorm_openood.evaluation.runs import load_runs
 from fusenorm_openood.kernels.devices import own_device
 from fusenorm_openood.report.page import check_report, write_report
 from fusenorm_openood.storage.configs import config_root, read_config
@@ -21,51 +28,47 @@ from fusenorm_openood.storage.torchrun import among_peers, this_process
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--root", required=True, nargs="+", help="folders of training runs, or checkpoint files")
-    options.add_network(parser)
-    options.add_data(parser)
-    options.add_normalization(parser)
-    add("--fsood", action="store_true", help="full-spectrum: covariate-shifted images count as ID")
+    options.add(parser, "--root", nargs="+", help="folders of training runs, or checkpoint files")
+    options.add(parser, "--network", "--id-data", "--data-root", "--normalization", "--fsood")
     add("--search", action="store_true", help="also search settings, with and without OOD images")
     add("--config", help="YAML file with the sweep to search (default: this package's)")
-    add("--batch-size", type=options.positive, default=200, help="images per batch (default: 200)")
+    options.add(parser, "--batch-size")
     add("--csv", metavar="FILE", help="also write all figures to this file")
-    add("--report", metavar="FILE", help="also write an HTML page with figures")
-    options.add_store(parser)
-    options.add_computing(parser)
+    options.add(parser, "--report", help="also write an HTML page with figures")
+    options.add(parser, "--store", *options.COMPUTING)
 
 
 @among_peers()
 def run(args: Namespace) -> int:
     """Print, for each root, AUROC and FPR@95 of every method, the mean over the root's runs."""
-    process, device = this_process(), own_device(args.device)
+    leads, device = this_process().leads, own_device(args.device)
     benchmark = load_benchmark(args.id_data, args.data_root, args.normalization)
     check_fsood(benchmark, args.fsood)
     config = read_config(args.config or config_root() / "postprocessors" / "fusenorm.yml")
     sweep = read_fusenorm(config).sweep if args.search or args.config else None
-    if args.csv and process.leads:
+    if args.csv and leads:
         check_writable(Path(args.csv).parent, "--csv")
     if args.report:
         check_report(args.report)
-    image_sets = [*benchmark.tested(args.fsood), *([benchmark.val_ood] * bool(sweep))]
-    check_images(benchmark, image_sets)
-    if process.leads:
-        check_readable(image_sets, store_of(args))
-    checkpoints = {root: find_checkpoints(root) for root in args.root}
+    image_sets = [*benchmark.tested(args.fsood), *([benchmark.val_ood] if sweep else [])]
+    checkpoints = check_files(benchmark, image_sets, args.root)
+    store, size = store_of(args.store), benchmark.image_size
+    if leads:
+        check_readable(image_sets, store)
+    how = args.network, size, args.batch_size, args.num_workers
     records = {
-        root: records_of(args, benchmark, found, amp=False, channels_last=False)
+        root: records_of(store, found, *how, amp=False, channels_last=False)
         for root, found in checkpoints.items()
     }
-    size = benchmark.image_size
     networks = {
         root: load_runs(found, benchmark.num_classes, args.network, size, records[root])
         for root, found in checkpoints.items()
     }
-    labels = _labels(list(networks))
+    labels = _labels(args.root)
     figures: dict[str, pd.DataFrame] = {}
     compared: dict[str, list[Comparison]] = {}
     for root, runs in networks.items():
-        results = []
+        results = compared[labels[root]] = []
         for run_name, net in runs.items():
             kept = records[root].get(run_name)
             result = compare(
@@ -80,41 +83,31 @@ def run(args: Namespace) -> int:
             )
             results.append(result)
             net.cpu()
-            if kept and process.leads:
+            if kept and leads:
                 kept.keep(net, result.structure)
-        say_pace(records[root])
+        print_throughput(records[root])
         fpr95 = _mean([result.fpr95 for result in results]).add_suffix(" FPR@95")
         figures[labels[root]] = _mean([result.auroc for result in results]).join(fpr95)
-        if args.csv and process.leads:
-            _write_csv(Path(args.csv), figures)
+        if args.csv and leads:
+            table = pd.concat(figures, names=["root", "method"]).round(2)
+            write_whole(Path(args.csv), lambda f, t=table: t.to_csv(f, float_format="%.2f"))  # type: ignore[misc]
         _print_root(labels[root], args.id_data, results)
-        if args.report:
-            compared[labels[root]] = results
     if len(figures) > 1:
         print(f"\nmean ± std over {len(figures)} roots, AUROC in percent:")
-        shared = [table[["nearood", "farood"]] for table in _shared_rows(list(figures.values()))]
+        shared = [table[["nearood", "farood"]] for table in _shared_rows([*figures.values()])]
         print(summarise(shared).to_string(justify="right"))
-    if args.report and process.leads:
-        _write_report(args, compared)
+    if args.report and leads:
+        from fusenorm_openood.report.comparison import report_of_comparison
+
+        count = sum(map(len, compared.values()))
+        facts = (("roots", ", ".join(args.root)), ("training runs", str(count)))
+        title = f"Methods on {args.id_data}{', full-spectrum' if args.fsood else ''}"
+        write_report(report_of_comparison(compared, title, facts), args.report)
+        print(f"saved {args.report}")
     return 0
 
 
-def _write_report(args: Namespace, compared: dict[str, list[Comparison]]) -> None:
-    from fusenorm_openood.report.comparison import report_of_comparison
-
-    runs = sum(map(len, compared.values()))
-    facts = (("roots", ", ".join(args.root)), ("training runs", str(runs)))
-    kind = args.id_data + (", full-spectrum" if args.fsood else "")
-    write_report(report_of_comparison(compared, f"Methods on {kind}", facts), args.report)
-    print(f"saved {args.report}")
-
-
-def _write_csv(path: Path, figures: dict[str, pd.DataFrame]) -> None:
-    table = pd.concat(figures, names=["root", "method"]).round(2)
-    write_whole(path, lambda file: table.to_csv(file, float_format="%.2f"))
-
-
-def _print_root(label: str, id_data: str, results: list[Comparison]) -> None:
+def _print_root(label: str, id_data: str, results: Sequence[Comparison]) -> None:
     for number, result in enumerate(results):
         for name, found in result.found.items():
             varied = found.trials.columns.drop(["AUROC", "unusable"])
@@ -136,18 +129,18 @@ def _print_root(label: str, id_data: str, results: list[Comparison]) -> None:
         print(results[0].auroc.to_string(float_format="{:.2f}".format), flush=True)
 
 
-def _mean(tables: list[pd.DataFrame]) -> pd.DataFrame:
+def _mean(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     mean: pd.DataFrame = sum(tables[1:], start=tables[0]) / len(tables)
     return mean
 
 
-def _shared_rows(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
+def _shared_rows(tables: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
     """The tables' common rows; T2FNorm's networks have another MSP."""
     common = [row for row in tables[0].index if all(row in table.index for table in tables)]
     return [table.loc[common] for table in tables]
 
 
-def _labels(roots: list[str]) -> dict[str, str]:
+def _labels(roots: Sequence[str]) -> dict[str, str]:
     """A short name for each root: its last part, or the whole path where that is not unique."""
     names = [Path(root).resolve().stem for root in roots]
     return {r: n if names.count(n) == 1 else r for r, n in zip(roots, names, strict=True)}

@@ -20,8 +20,13 @@ from fusenorm_openood.evaluation.evaluation import Evaluation, evaluate, sets_of
 from fusenorm_openood.evaluation.records import Loader, Records, plain_loader
 from fusenorm_openood.method.posthoc import POSTHOC
 from fusenorm_openood.method.settings import METHODS
-from fusenorm_openood.openood.bridge import INSTALL, openood_config_root, openood_installed
-from fusenorm_openood.openood.pipelines import csid_of_evaluator, evaluate_with_openood
+from fusenorm_openood.openood import INSTALL
+from fusenorm_openood.openood.bridge import (
+    csid_of_evaluator,
+    evaluate_with_openood,
+    openood_config_root,
+    openood_installed,
+)
 from fusenorm_openood.storage.configs import config_root, lookup, parse_yaml, read_config
 from fusenorm_openood.storage.files import write_whole
 from fusenorm_openood.storage.torchrun import this_process
@@ -29,48 +34,45 @@ from fusenorm_openood.storage.torchrun import this_process
 
 def read_postprocessor(
     name: str | None = None,
-    config: str | None = None,
+    config: str | Path | None = None,
     changes: Sequence[str] = (),
     sweep: Sequence[str] = (),
     aps_mode: bool | str = False,
 ) -> dict[str, Any]:
-    """The configuration of a postprocessor, with `KEY=VALUE` changes to its arguments and sweep.
-
-    Its `postprocessor.name` is the name under which results are reported.
+    """The configuration of a postprocessor; results are reported under its `postprocessor.name`.
 
     Args:
         name: the postprocessor's name; None = that in the file, or `fusenorm` without a file.
         config: its file, or the name of one of this package's; None = this package's file of the
             postprocessor's name, or else OpenOOD's.
-        changes: `KEY=VALUE` changes to its arguments.
-        sweep: `KEY=LIST` changes to its sweep.
+        changes, sweep: `KEY=VALUE` changes to its arguments, `KEY=LIST` changes to its sweep.
         aps_mode: the value of `APS_mode`; False = as in the file.
 
     Raises:
         ConfigError: an unknown postprocessor, or a change that is not `KEY=VALUE`.
     """
     ours = {path.stem: path for path in (config_root() / "postprocessors").glob("*.yml")}
-    named = name or ("fusenorm" if config is None else None)
-    if named is not None and named not in NATIVE and not openood_installed():
+    name = name or ("fusenorm" if config is None else None)
+    if name is not None and name not in NATIVE and not openood_installed():
         raise ConfigError(
-            f"unknown postprocessor {named!r}: choose from {', '.join(NATIVE)}, or install "
+            f"unknown postprocessor {name!r}: choose from {', '.join(NATIVE)}, or install "
             f"OpenOOD, which has more, with '{INSTALL}'"
         )
     if config is not None:
-        path = ours.get(config, Path(config))
-    elif named in ours:
-        path = ours[str(named)]
+        path = ours.get(str(config), Path(config))
+    elif name in ours:
+        path = ours[str(name)]
     else:
-        path = openood_config_root() / "postprocessors" / f"{named}.yml"
+        path = openood_config_root() / "postprocessors" / f"{name}.yml"
     read = read_config(path)
     section = lookup(read, "postprocessor")
     # One of FuseNorm's methods is never reported under the name of another.
-    if named is not None and not (named in METHODS and section.get("name") in METHODS):
-        section["name"] = named
+    if name is not None and not (name in METHODS and section.get("name") in METHODS):
+        section["name"] = name
     lookup(read, "postprocessor", "name")
-    for option, given, part in (
-        ("--set", changes, "postprocessor_args"),
-        ("--sweep", sweep, "postprocessor_sweep"),
+    for option, part, given in (
+        ("--set", "postprocessor_args", changes),
+        ("--sweep", "postprocessor_sweep", sweep),
     ):
         for change in given:
             key, equals, value = change.partition("=")
@@ -89,15 +91,13 @@ class Job:
     """What to evaluate, and how.
 
     Attributes:
-        postprocessor: name of the postprocessor.
-        config: configuration of the postprocessor; see `read_postprocessor`.
-        benchmark: benchmark to test on.
-        fsood, validation: see `evaluate`.
+        postprocessor, config: the postprocessor's name and its configuration.
+        benchmark, fsood, validation: see `evaluate`.
         compare: whether every expert is scored as well.
         amp: whether the network runs in bfloat16 where that is safe.
         batch_size, num_workers, progress: how images are loaded, and whether progress is shown.
         trials: folder under which a search saves its trials, or None to save none.
-        records: what is kept of each run's network and its images, if anything is.
+        records: the stored scores of each run, if there is a store.
     """
 
     postprocessor: str
@@ -114,7 +114,7 @@ class Job:
     records: Mapping[str, Records] = field(default_factory=dict)
 
     def loader(self, run: str) -> Loader:
-        """What loads the image sets for the network of one training run."""
+        """The function that loads image sets for the network of one training run."""
         if run in self.records:
             return self.records[run].loader
         return plain_loader(self.batch_size, self.num_workers)
@@ -142,18 +142,15 @@ class Job:
         """The native engine's detector, as a function of the network."""
         return detector_for(self.postprocessor, self.config, self.benchmark.norm[1])
 
-    def check(self) -> None:
-        """Raise ConfigError unless the postprocessor can be built from its configuration."""
-        if self.is_native:
-            _ = self.detector
-        else:
-            self.openood_postprocessor()
-
     def openood_postprocessor(self) -> Any:
         """OpenOOD's postprocessor, or this package's, for OpenOOD's evaluator."""
         from fusenorm_openood.openood.adapter import make_postprocessor  # imports OpenOOD
 
         return make_postprocessor(self.postprocessor, self.config, self.benchmark.name)
+
+    def check(self) -> None:
+        """Raise ConfigError unless the postprocessor can be built from its configuration."""
+        _ = self.detector if self.is_native else self.openood_postprocessor()
 
 
 def find_engine(job: Job, requested: str = "auto") -> str:
@@ -169,9 +166,8 @@ def find_engine(job: Job, requested: str = "auto") -> str:
     reasons = _unsupported_by_openood(job, requested) if requested != "native" else []
     engine = requested
     if requested == "auto":
-        able = openood_installed() and not reasons
-        first = job.postprocessor in METHODS or not job.is_native
-        engine = "openood" if able and first else "native"
+        preferred = job.postprocessor in METHODS or not job.is_native
+        engine = "openood" if preferred and openood_installed() and not reasons else "native"
     elif requested == "openood" and reasons:
         way_out = "--engine native" if job.is_native else f"from {', '.join(NATIVE)}"
         raise ConfigError(f"--engine openood {reasons[0]}: choose {way_out}")
@@ -189,35 +185,54 @@ def find_engine(job: Job, requested: str = "auto") -> str:
     return engine
 
 
+def _unsupported_by_openood(job: Job, requested: str) -> list[str]:
+    """Why OpenOOD's evaluator cannot do a job; empty if it can."""
+    name = job.benchmark.name
+    unsupported = {
+        "--id-data digits": name == "digits",
+        "--amp": job.amp,
+        "--normalization": job.benchmark.norm != load_benchmark(name).norm,
+        "--compare": job.compare,
+        "--validation": job.validation,
+        "torchrun": this_process().world > 1,
+    }
+    reasons = [f"does not support {option}" for option, used in unsupported.items() if used]
+    if reasons or not openood_installed():
+        return reasons
+    try:
+        shifted = bool(csid_of_evaluator(name))
+    except OpenOODError:
+        if requested == "openood":
+            raise
+        return ["cannot import OpenOOD"]
+    if job.fsood and not shifted:
+        return [f"does not support --fsood with --id-data {name}"]
+    # OpenOOD's evaluator opens every list of the benchmark, and downloads those that are missing.
+    missing = job.benchmark.missing(job.benchmark.every(shifted))
+    return [f"needs all files of the benchmark ({m})" for m in missing]
+
+
 def evaluate_run(job: Job, engine: str, net: nn.Module, run: str = "") -> Evaluation:
     """Evaluate the network of one training run; `run` names it in messages and files."""
+    benchmark, how = job.benchmark, (job.batch_size, job.num_workers)
     if engine == "openood":
         from fusenorm_openood.openood.adapter import openood_view  # imports OpenOOD
 
         table, scores = evaluate_with_openood(
             net if job.postprocessor in METHODS else openood_view(net),
             job.openood_postprocessor(),
-            job.benchmark.name,
-            job.benchmark.data_root,
-            job.batch_size,
-            job.num_workers,
+            benchmark.name,
+            benchmark.data_root,
+            *how,
             job.fsood,
             job.progress,
         )
-        return Evaluation(table, pd.DataFrame(), scores, sets_of(scores, job.benchmark.name))
+        return Evaluation(table, pd.DataFrame(), scores, sets_of(scores, benchmark.name))
     detector = _searched(job, net, run) if job.aps_mode else job.detector(net)
     if job.compare and isinstance(detector, FuseNorm):
         detector.with_companions()
-    return evaluate(
-        detector,
-        job.benchmark,
-        job.fsood,
-        job.validation,
-        job.batch_size,
-        job.num_workers,
-        job.progress,
-        job.loader(run),
-    )
+    flags = job.fsood, job.validation
+    return evaluate(detector, benchmark, *flags, *how, job.progress, job.loader(run))
 
 
 def _searched(job: Job, net: nn.Module, run: str) -> FuseNorm:
@@ -237,29 +252,3 @@ def _searched(job: Job, net: nn.Module, run: str) -> FuseNorm:
         path = job.trials / run / "aps" / f"{job.postprocessor}.csv"
         write_whole(path, lambda file: found.trials.to_csv(file, index=False))
     return FuseNorm(net, found.settings).with_calibration(found.calibration)
-
-
-def _unsupported_by_openood(job: Job, requested: str) -> list[str]:
-    """Why OpenOOD's evaluator cannot do a job; empty if it can."""
-    unsupported = {
-        "--id-data digits": job.benchmark.name == "digits",
-        "--amp": job.amp,
-        "--normalization": job.benchmark.norm != load_benchmark(job.benchmark.name).norm,
-        "--compare": job.compare,
-        "--validation": job.validation,
-        "torchrun": this_process().world > 1,
-    }
-    reasons = [f"does not support {option}" for option, used in unsupported.items() if used]
-    if reasons or not openood_installed():
-        return reasons
-    try:
-        shifted = bool(csid_of_evaluator(job.benchmark.name))
-    except OpenOODError:
-        if requested == "openood":
-            raise
-        return ["cannot import OpenOOD"]
-    if job.fsood and not shifted:
-        return [f"does not support --fsood with --id-data {job.benchmark.name}"]
-    # OpenOOD's evaluator opens every list of the benchmark, and downloads those that are missing.
-    missing = job.benchmark.missing(job.benchmark.every(shifted))
-    return [f"needs all files of the benchmark ({m})" for m in missing]

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from fusenorm_openood.cli import options
-from fusenorm_openood.cli.detector import source_network
+from fusenorm_openood.cli.detector import load_or_build
 from fusenorm_openood.cli.engines import read_postprocessor
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.paths import image_paths, is_hidden
-from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.data.preprocessing import Normalization, Preprocessing
 from fusenorm_openood.deployment.files import ReadableFiles, network_record
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.decisions import check_apart
@@ -31,8 +31,8 @@ ACCEPTANCE = 0.95
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    options.add_network(parser)
-    add("--weights", metavar="FILE", help="checkpoint (default: the network's random weights)")
+    options.add(parser, "--network")
+    options.add(parser, "--weights", help="checkpoint (default: the network's random weights)")
     add("--id-dir", required=True, nargs="+", help="ID images: folders, patterns, lists, files")
     add("--calibration-dir", nargs="+", help="other ID images, for p-values and verdicts")
     add("--output", required=True, metavar="FILE", help="the detector's file")
@@ -40,19 +40,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--class-names", metavar="FILE", help=names)
     add("--image-size", type=options.positive, help="sides of the centre crop (default: declared)")
     add("--resize", type=options.positive, help="size before the crop (default: declared)")
-    options.add_normalization(parser)
-    options.add_bits(parser)
-    add("--config", metavar="NAME", help="YAML file of FuseNorm, or this package's name")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="set one of its arguments")
-    add("--batch-size", type=options.positive, default=64, help="images per batch (default: 64)")
-    add("--store", metavar="DIR", help="keep what the network says of images; torchrun needs it")
-    options.add_computing(parser)
+    options.add(parser, "--normalization", "--bits")
+    options.add(parser, "--config", help="YAML file of FuseNorm, or this package's name")
+    options.add(parser, "--set")
+    options.add(parser, "--batch-size", default=64, help="images per batch (default: 64)")
+    stored = "keep what the network says of images; torchrun needs it"
+    options.add(parser, "--store", default=None, help=stored)
+    options.add(parser, *options.COMPUTING)
 
 
 @among_peers()
 def run(args: Namespace) -> int:
     """Fit on the ID images, calibrate on the others, save."""
-    device, process = own_device(args.device), this_process()
+    device, process, progress = own_device(args.device), this_process(), not args.no_progress
     if process.world > 1 and not args.store:
         raise ConfigError(
             f"{process.world} processes meet in a store: give --store DIR, which all can write to"
@@ -61,38 +61,39 @@ def run(args: Namespace) -> int:
     check_writable(Path(args.output).resolve().parent, "--output")
     if not args.output or Path(args.output).is_dir():
         raise ConfigError(f"--output must be a file, got {args.output!r}: add its name")
-    id_paths = image_paths(args.id_dir)
-    other_paths = image_paths(args.calibration_dir or ())
-    class_names = _class_names(args.class_names, args.id_dir)
+    id_paths, other_paths = image_paths(args.id_dir), image_paths(args.calibration_dir or ())
+    names = None if args.class_names is None else class_names(args.class_names, args.id_dir)
     if other_paths:
         check_enough(len(other_paths), ACCEPTANCE)
         check_apart(id_paths, other_paths)
-    source = {"network": args.network, "weights": args.weights}
-    net = source_network(args.network, args.weights, args.image_size)
-    preprocessing = _preprocessing(net, args)
+    net = load_or_build(args.network, args.weights, args.image_size)
+    how = args.image_size, args.resize, args.normalization, args.bits
+    preprocessing = preprocessing_of(net, *how)
     detector = FuseNorm(net.to(device), settings)
-    detector.preprocessing = preprocessing
+    detector.preprocessing, detector.class_names = preprocessing, names
+    source = {name: getattr(args, name) for name in ("network", "weights", "image_size")}
     detector.network_source = {key: str(value) for key, value in source.items() if value}
-    if args.image_size:
-        detector.network_source["image_size"] = str(args.image_size)
-    detector.class_names = class_names
-
-    known: dict[str, Any] = {"preprocessing": preprocessing.to_json()}
+    record: dict[str, Any] = {"preprocessing": preprocessing.to_json()}
     if args.store:
-        known |= network_record(net, preprocessing, Path(args.store))
+        record |= network_record(net, preprocessing, Path(args.store))
 
     def loader(paths: Sequence[Place], name: str) -> Iterable[Any]:
-        files, how = ReadableFiles(paths, preprocessing), (args.batch_size, args.num_workers)
+        files = ReadableFiles(paths, preprocessing)
         if not args.store:
-            return CpuLoader(files, how[0], num_workers=how[1])
-        record = {**known, "images": manifest(paths)}
-        return RecordedLoader(files, Path(args.store), record, name, *how)
+            return CpuLoader(files, args.batch_size, num_workers=args.num_workers)
+        about = {**record, "images": manifest(paths)}
+        how = args.batch_size, args.num_workers
+        return RecordedLoader(files, Path(args.store), about, name, *how)
 
-    detector.fit(loader(id_paths, "fit"), progress=not args.no_progress)
+    detector.fit(loader(id_paths, "fit"), progress=progress)
     print(f"fitted on {len(id_paths)} images: {', '.join(detector.experts)}")
     if other_paths:
-        detector.calibrate(loader(other_paths, "calibration"), progress=not args.no_progress)
-        print(f"calibrated on {len(other_paths)} images: {_promise(detector)}")
+        detector.calibrate(loader(other_paths, "calibration"), progress=progress)
+        try:
+            promise = str(detector.guarantee(ACCEPTANCE))
+        except CalibrationError as error:  # too few of them are distinct
+            promise = str(error)
+        print(f"calibrated on {len(other_paths)} images: {promise}")
     else:
         print("not calibrated, so it gives confidences without verdicts: see --calibration-dir")
     if process.leads:
@@ -101,40 +102,40 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _promise(detector: FuseNorm) -> str:
-    """The guarantee, or why the distinct calibration images are too few for one."""
-    try:
-        return str(detector.guarantee(ACCEPTANCE))
-    except CalibrationError as error:
-        return str(error)
-
-
-def _class_names(path: str | None, id_dirs: list[str]) -> tuple[str, ...] | None:
-    """The lines of a text file, or the names of folders in the order of torchvision's ImageFolder.
+def class_names(file: str, id_dirs: Sequence[str]) -> tuple[str, ...]:
+    """The lines of a text file; for `folders`, names of folders in the order of ImageFolder.
 
     Raises:
         ConfigError: the file cannot be read, or there are no folders.
     """
-    if path is None:
-        return None
-    if path == "folders":
+    if file == "folders":
         inside = (folder for given in id_dirs for folder in Path(given).glob("*/"))
-        names = sorted({f.name for f in inside if f.is_dir() and not is_hidden(f.name)})
+        names = {f.name for f in inside if f.is_dir() and not is_hidden(f.name)}
         if not names:
             raise ConfigError(
                 f"--class-names folders needs one folder per class in --id-dir, but "
                 f"{', '.join(id_dirs)} has none: give a text file"
             )
-        return tuple(names)
+        return tuple(sorted(names))
     try:
-        return tuple(Path(path).read_text(encoding="utf-8-sig").splitlines())
+        return tuple(Path(file).read_text(encoding="utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not in UTF-8"
-        raise ConfigError(f"class names {path} cannot be read ({reason})") from None
+        raise ConfigError(f"class names {file} cannot be read ({reason})") from None
 
 
-def _preprocessing(net: nn.Module, args: Namespace) -> Preprocessing:
-    size, normalization = args.image_size, args.normalization
+def preprocessing_of(
+    net: nn.Module,
+    size: int | None = None,
+    resize: int | None = None,
+    normalization: Normalization | None = None,
+    bits: int | None = None,
+) -> Preprocessing:
+    """What a network declares, with what is given in its place; all of it if none is declared.
+
+    Raises:
+        ConfigError: a size or a normalization that is neither declared nor given.
+    """
     declared = Preprocessing.of(net, size)
     if declared is None:
         if size is None or normalization is None:
@@ -142,9 +143,6 @@ def _preprocessing(net: nn.Module, args: Namespace) -> Preprocessing:
                 f"{type(net).__name__} declares no preprocessing: give --image-size and "
                 "--normalization as they were in its training"
             )
-        mean, std = normalization
-        resize = args.resize or size
-        return Preprocessing(resize, (size, size), "bilinear", mean, std, bits=args.bits)
+        return Preprocessing(resize or size, (size, size), "bilinear", *normalization, bits=bits)
     mean, std = normalization or (declared.mean, declared.std)
-    resize = args.resize or declared.resize
-    return replace(declared, resize=resize, mean=mean, std=std, bits=args.bits)
+    return replace(declared, resize=resize or declared.resize, mean=mean, std=std, bits=bits)

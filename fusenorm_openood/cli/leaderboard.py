@@ -2,7 +2,6 @@
 
 import shlex
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.data.benchmarks import load_benchmark
@@ -13,37 +12,28 @@ from fusenorm_openood.evaluation.runs import find_checkpoints, load_runs, result
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    options.add_results(parser)
-    options.add_data(parser)
+    results = ("--root", "--postprocessor", "--fsood", "--output-dir")
+    options.add(parser, *results, "--id-data", "--data-root")
 
 
 def run(args: Namespace) -> int:
     """Print the entry in Markdown, from the CSV and the checkpoints of a root."""
-    args.postprocessor = args.postprocessor or "fusenorm"
+    name = args.postprocessor or "fusenorm"
     benchmark = load_benchmark(args.id_data, args.data_root)
     check_fsood(benchmark, args.fsood)
     checkpoints = find_checkpoints(args.root)
-    results = results_csv(args)
-    networks = load_runs(checkpoints, benchmark.num_classes)
-    given = args.postprocessor, benchmark, args.fsood, checkpoints, networks, results
-    print(leaderboard_entry(*given))
-    return 0
-
-
-def results_csv(args: Namespace) -> Path:
-    """The CSV file that an evaluation saved.
-
-    Raises:
-        DataError: the file does not exist; the message names the command that creates it.
-    """
     folder = results_folder(args.root, args.output_dir) / ("fsood" if args.fsood else "ood")
-    path = folder / f"{args.postprocessor}.csv"
-    if path.is_file():
-        return path
-    command = ["fusenorm", "eval", "--id-data", args.id_data, "--root", args.root,
-               "--data-root", args.data_root, "--postprocessor", args.postprocessor,
-               *(["--output-dir", args.output_dir] if args.output_dir else []),
-               *(["--fsood"] if args.fsood else []), "--save-csv"]  # fmt: skip
-    others = ", ".join(sorted(file.name for file in folder.glob("*.csv")))
-    contents = f" (the folder contains {others})" if others else ""
-    raise DataError(f"{path} does not exist{contents}: create it with '{shlex.join(command)}'")
+    results = folder / f"{name}.csv"
+    if not results.is_file():
+        command = ["fusenorm", "eval", "--id-data", args.id_data, "--root", args.root,
+                   "--data-root", args.data_root, "--postprocessor", name,
+                   *(["--output-dir", args.output_dir] if args.output_dir else []),
+                   *(["--fsood"] if args.fsood else []), "--save-csv"]  # fmt: skip
+        others = ", ".join(sorted(file.name for file in folder.glob("*.csv")))
+        contents = f" (the folder contains {others})" if others else ""
+        raise DataError(
+            f"{results} does not exist{contents}: create it with '{shlex.join(command)}'"
+        )
+    networks = load_runs(checkpoints, benchmark.num_classes)
+    print(leaderboard_entry(name, benchmark, args.fsood, checkpoints, networks, results))
+    return 0

@@ -10,10 +10,108 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
+from fusenorm_openood import __version__
 from fusenorm_openood.errors import FuseNormError, UnwritableError, is_lost_loader
-from fusenorm_openood.version import __version__
 
+# Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`.
+COMMANDS = {
+    "eval": "near-OOD and far-OOD table of a root of training runs",
+    "digits": "write the digits benchmark and train its network",
+    "compare": "one table of several methods on several roots of training runs",
+    "train": "train a network with T2FNorm or cross-entropy",
+    "fit": "fit a detector to a network and ID images, and keep it in a file",
+    "score": "confidences, p-values and verdicts of image files",
+    "report": "HTML page about image files that were judged before",
+    "export": "a detector and its network as one program for ONNX or torch.export",
+    "taps": "list the modules of a checkpoint's network that can be tapped",
+    "store": "list, verify and prune stored scores",
+    "leaderboard": "rows for OpenOOD's leaderboard, from saved results",
+    "doctor": "what is installed and what is missing",
+}
 _PACKAGE = str(Path(__file__).parents[1])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Returns:
+        The exit status: 0 = success, 1 = error, reported on stderr, 130 = interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with tolerant_output(), own_warnings():
+        args = _parser(argv[:1]).parse_args(argv)
+        try:
+            status: int = args.run(args)
+            sys.stdout.flush()
+            return status
+        except FuseNormError as error:
+            print(f"fusenorm: {error}", file=sys.stderr)
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not is_lost_loader(error):
+                raise
+            reason = str(error).strip().rstrip(".") or type(error).__name__
+            print(
+                f"fusenorm: a loader process ended ({reason}); finished shards are kept: memory is "
+                "the usual reason, so choose fewer with --num-workers",
+                file=sys.stderr,
+            )
+        except KeyboardInterrupt:
+            print("fusenorm: interrupted; no file was left half-written", file=sys.stderr)
+            return 130
+        return 1
+
+
+def _parser(chosen: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fusenorm", description="OOD detection with FuseNorm.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        description = f"{summary[0].upper()}{summary[1:]}."
+        subparser = commands.add_parser(name, help=summary, description=description)
+        if name in chosen:  # import only the one that runs: most need torch
+            command = import_module(f"fusenorm_openood.cli.{name}")
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    return parser
+
+
+@contextmanager
+def own_warnings() -> Iterator[None]:
+    """Show this package's warnings in one sentence each, unless Python's options say otherwise.
+
+    Other code may have turned off all warnings.
+    """
+    usual = warnings.formatwarning
+
+    def formatted(message: Any, category: Any, filename: str, *where: Any, **more: Any) -> str:
+        if filename.startswith(_PACKAGE):
+            return f"fusenorm: {message}\n"
+        return usual(message, category, filename, *where, **more)
+
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.filterwarnings("default", category=UserWarning, module="fusenorm_openood")
+        warnings.formatwarning = formatted
+        try:
+            yield
+        finally:
+            warnings.formatwarning = usual
+
+
+@contextmanager
+def tolerant_output() -> Iterator[None]:
+    """Context in which no print fails, so that a command finishes and saves its files.
+
+    On a full disk, a print to standard output or its flush raises UnwritableError.
+    """
+    out, err = _Tolerant(sys.stdout, "standard output"), _Tolerant(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            yield
+        finally:
+            with suppress(UnwritableError):
+                out.flush()
+            err.flush()
 
 
 class _Tolerant:
@@ -52,105 +150,3 @@ class _Tolerant:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             if self._name and not isinstance(error, BrokenPipeError):
                 raise UnwritableError(error.errno, error.strerror, self._name) from None
-
-
-@contextmanager
-def shown_warnings() -> Iterator[None]:
-    """Context in which this package's warnings are one sentence, unless Python was told otherwise.
-
-    Other code may have turned off all warnings.
-    """
-    usual = warnings.formatwarning
-
-    def sentence(message: Any, category: Any, filename: str, *where: Any, **more: Any) -> str:
-        own = filename.startswith(_PACKAGE)
-        return (
-            f"fusenorm: {message}\n" if own else usual(message, category, filename, *where, **more)
-        )
-
-    with warnings.catch_warnings():
-        if not sys.warnoptions:
-            warnings.filterwarnings("default", category=UserWarning, module="fusenorm_openood")
-        warnings.formatwarning = sentence
-        try:
-            yield
-        finally:
-            warnings.formatwarning = usual
-
-
-@contextmanager
-def tolerant_output() -> Iterator[None]:
-    """Context in which no print fails, so that a command finishes and saves its files.
-
-    On a full disk, a print to standard output or its flush raises UnwritableError.
-    """
-    out, err = _Tolerant(sys.stdout, "standard output"), _Tolerant(sys.stderr)
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            yield
-        finally:
-            with suppress(UnwritableError):
-                out.flush()
-            err.flush()
-
-
-# Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`.
-COMMANDS = {
-    "eval": "near-OOD and far-OOD table of a root of training runs",
-    "digits": "write the digits benchmark and train its network",
-    "compare": "one table of several methods on several roots of training runs",
-    "train": "train a network with T2FNorm or cross-entropy",
-    "fit": "fit a detector to a network and ID images, and keep it in a file",
-    "score": "confidences, p-values and verdicts of image files",
-    "report": "HTML page about image files that were judged before",
-    "export": "a detector and its network as one program for ONNX or torch.export",
-    "taps": "list the modules of a checkpoint's network that can be tapped",
-    "store": "list, verify and prune stored scores",
-    "leaderboard": "rows for OpenOOD's leaderboard, from saved results",
-    "doctor": "what is installed and what is missing",
-}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand.
-
-    Returns:
-        The exit status: 0 = success, 1 = error, reported on stderr, 130 = interrupted.
-    """
-    with tolerant_output(), shown_warnings():
-        return _run(argv)
-
-
-def _run(argv: Sequence[str] | None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="fusenorm", description="OOD detection with FuseNorm.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
-        description = f"{summary[0].upper()}{summary[1:]}."
-        subparser = commands.add_parser(name, help=summary, description=description)
-        if argv[:1] == [name]:  # import only the one that runs: most need torch
-            command = import_module(f"fusenorm_openood.cli.{name}")
-            command.add_arguments(subparser)
-            subparser.set_defaults(run=command.run)
-    args = parser.parse_args(argv)
-    try:
-        status: int = args.run(args)
-        sys.stdout.flush()
-    except FuseNormError as error:
-        print(f"fusenorm: {error}", file=sys.stderr)
-        return 1
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if not is_lost_loader(error):
-            raise
-        reason = str(error).strip().rstrip(".") or type(error).__name__
-        print(
-            f"fusenorm: a loader process ended ({reason}); finished shards are kept: memory is the "
-            "usual reason, so choose fewer with --num-workers",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("fusenorm: interrupted; no file was left half-written", file=sys.stderr)
-        return 130
-    return status

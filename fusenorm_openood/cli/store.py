@@ -2,13 +2,13 @@
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
 
-from fusenorm_openood.storage.maintenance import Entry, listing, prune, verify
+from fusenorm_openood import __version__
+from fusenorm_openood.cli import options
+from fusenorm_openood.storage.maintenance import listing, prune, verify
 from fusenorm_openood.storage.shards import delete
-from fusenorm_openood.version import __version__
 
-TOLD = ("postprocessor", "network", "checkpoint", "version")  # entries of a record that are listed
+LISTED = ("postprocessor", "network", "checkpoint", "version")  # entries of a record
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -21,8 +21,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parsers = {}
     for name, summary in summaries.items():
         parsers[name] = actions.add_parser(name, help=summary, description=f"{summary}.")
-        help = "folder of the stored scores (default: results/store)"
-        parsers[name].add_argument("--store", default="results/store", metavar="DIR", help=help)
+        folder = "folder of the stored scores (default: results/store)"
+        options.add(parsers[name], "--store", help=folder)
     parsers["verify"].add_argument("--discard", action="store_true", help="delete damaged shards")
     add = parsers["prune"].add_argument
     add("--incomplete", action="store_true", help="also remove sets with missing shards")
@@ -37,7 +37,15 @@ def run(args: Namespace) -> int:
         return _list(store)
     if args.action == "verify":
         return _verify(store, args.discard)
-    return _prune(store, args)
+    removals = prune(
+        store, __version__, incomplete=args.incomplete, everything=args.all, dry_run=args.dry_run
+    )
+    verb = "would remove" if args.dry_run else "removed"
+    for removal in removals:
+        print(f"{verb} {removal.path} ({removal.reason}): {removal.size / 1e6:.2f} MB")
+    total = sum(removal.size for removal in removals)
+    print(f"{verb} {len(removals)} sets and files: {total} bytes")
+    return 0
 
 
 def _list(store: Path) -> int:
@@ -47,11 +55,19 @@ def _list(store: Path) -> int:
     if not entries:
         print(f"{store} has no sets of scores")
         return 0
-    table = pd.DataFrame([_row(entry) for entry in entries])
-    print(table.to_string(index=False))
-    complete = sum(entry.complete for entry in entries)
-    size = sum(entry.size for entry in entries)
-    print(f"\n{len(entries)} sets, {complete} complete, {_megabytes(size)} MB")
+    rows = [
+        {
+            "set": entry.folder.name,
+            **{name: str(entry.record.get(name, "-"))[:16] for name in LISTED},
+            "rows": entry.rows,
+            "shards": f"{entry.present}/{entry.shards}",
+            "MB": f"{entry.size / 1e6:.2f}",
+        }
+        for entry in entries
+    ]
+    print(pd.DataFrame(rows).to_string(index=False))
+    complete, size = sum(e.complete for e in entries), sum(e.size for e in entries)
+    print(f"\n{len(entries)} sets, {complete} complete, {size / 1e6:.2f} MB")
     return 0
 
 
@@ -64,30 +80,3 @@ def _verify(store: Path, discard: bool) -> int:
             delete(path)
     print(f"{len(checked)} shards read, {len(damaged)} {'discarded' if discard else 'damaged'}")
     return int(bool(damaged))
-
-
-def _prune(store: Path, args: Namespace) -> int:
-    removals = prune(
-        store,
-        __version__,
-        incomplete=args.incomplete,
-        everything=args.all,
-        dry_run=args.dry_run,
-    )
-    verb = "would remove" if args.dry_run else "removed"
-    for removal in removals:
-        print(f"{verb} {removal.path} ({removal.reason}): {_megabytes(removal.size)} MB")
-    total = sum(removal.size for removal in removals)
-    print(f"{verb} {len(removals)} sets and files: {total} bytes")
-    return 0
-
-
-def _row(entry: Entry) -> dict[str, Any]:
-    told = {name: str(entry.record.get(name, "-"))[:16] for name in TOLD}
-    shards = f"{entry.present}/{entry.shards}"
-    size = _megabytes(entry.size)
-    return {"set": entry.folder.name, **told, "rows": entry.rows, "shards": shards, "MB": size}
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f}"

@@ -33,9 +33,8 @@ PERTURBING = ("odin", "iodin")
 
 
 class ScoringView(nn.Module):
-    """A network presented with the interface of OpenOOD's plain classifiers.
-
-    The logits of a T2FNorm network are its scoring logits.
+    """A network with the interface of OpenOOD's plain classifiers; a T2FNorm network's logits are
+    its scoring logits.
 
     Args:
         net: network with a final linear layer.
@@ -54,19 +53,18 @@ class ScoringView(nn.Module):
         if not return_feature:
             return done.logits
         if done.feature is None:
-            raise _no_head(self.net)
+            raise self._no_head()
         return done.logits, done.feature
 
     @property
     def fc(self) -> nn.Linear:
-        structure = self._structure
-        if structure is not None and structure.affine is not None:
-            fc, (weight, bias) = nn.Linear(0, 0), structure.affine
+        if self._structure is not None and self._structure.affine is not None:
+            fc, (weight, bias) = nn.Linear(0, 0), self._structure.affine
             fc.weight, fc.bias = nn.Parameter(weight), nn.Parameter(bias)
             return fc
         linear = [m for m in self.net.modules() if isinstance(m, nn.Linear)]
         if not linear:
-            raise _no_head(self.net)
+            raise self._no_head()
         return linear[-1]
 
     def get_fc_layer(self) -> nn.Linear:
@@ -77,11 +75,23 @@ class ScoringView(nn.Module):
         fc = self.fc
         return fc.weight.detach().cpu().numpy(), fc.bias.detach().cpu().numpy()
 
+    def _no_head(self) -> CheckpointError:
+        return CheckpointError(
+            f"{type(self.net).__name__} has no final linear layer: choose a postprocessor that "
+            "needs only logits, for example msp"
+        )
+
+
+def openood_view(net: nn.Module) -> nn.Module:
+    """The network as OpenOOD's postprocessors expect it: wrapped, unless it has their interface."""
+    # `AdaptedPostprocessor` wraps networks with scoring logits.
+    return net if hasattr(net, "get_fc") or has_scoring_logits(net) else ScoringView(net)
+
 
 class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
     """One of OpenOOD's postprocessors, adapted to score T2FNorm networks by their scoring logits.
 
-    The inner postprocessor sees a T2FNorm network as a `ScoringView`, which for ReAct, ASH and
+    The inner postprocessor gets a T2FNorm network as a `ScoringView`, which for ReAct, ASH and
     SCALE is wrapped in OpenOOD's class of that name. The predicted classes are still the
     network's. All other attributes, such as the parameters to search, are those of the inner
     postprocessor.
@@ -112,8 +122,7 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
     def postprocess(self, net: Any, data: Tensor) -> tuple[Tensor, Tensor]:
         """The network's predictions `[B]`, and the inner postprocessor's confidences `[B]`."""
         core = self._core(net)
-        view = self._view(core)
-        perturbs = self.name in PERTURBING
+        view, perturbs = self._view(core), self.name in PERTURBING
         with ExitStack() as stack:
             if perturbs:
                 stack.enter_context(eval_mode(core))
@@ -130,7 +139,7 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
         return net.backbone if wrapper is not None and isinstance(net, wrapper) else net
 
     def _view(self, core: Any) -> Any:
-        """The network as the inner postprocessor sees it."""
+        """The network as the inner postprocessor gets it."""
         if self.name == "t2fnorm":
             if not has_scoring_logits(core):
                 raise CheckpointError(
@@ -154,26 +163,8 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
         return getattr(self.inner, name)
 
 
-def openood_view(net: nn.Module) -> nn.Module:
-    """The network as OpenOOD's postprocessors expect it: wrapped, unless it has their interface."""
-    known = hasattr(net, "get_fc") or has_scoring_logits(
-        net
-    )  # the latter by `AdaptedPostprocessor`
-    return net if known else ScoringView(net)
-
-
-def _no_head(net: nn.Module) -> CheckpointError:
-    return CheckpointError(
-        f"{type(net).__name__} has no final linear layer: choose a postprocessor that needs only "
-        "logits, for example msp"
-    )
-
-
 def adapted(postprocessor: Any, name: str) -> Any:
-    """A postprocessor adapted to T2FNorm networks, unless it overrides `inference`.
-
-    FuseNorm's does, and handles such networks itself.
-    """
+    """A postprocessor adapted to T2FNorm networks; FuseNorm's handles such networks itself."""
     own = type(postprocessor).inference is not base_postprocessor().inference
     return postprocessor if own else AdaptedPostprocessor(postprocessor, name)
 

@@ -1,4 +1,4 @@
-"""Access to OpenOOD: whether it is installed, its modules, its base class."""
+"""Access to OpenOOD: whether it is installed, its modules, its base class, its evaluator."""
 
 import sys
 import warnings
@@ -9,12 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from PIL import ImageFile
 from torch import nn
 
+from fusenorm_openood.data.images import truncated_images_read
 from fusenorm_openood.errors import DataError, OpenOODError
-
-INSTALL = "bash scripts/install_openood.sh"
+from fusenorm_openood.kernels.devices import device_of, on_device
+from fusenorm_openood.openood import INSTALL
 
 
 class MinimalBasePostprocessor:
@@ -27,37 +29,33 @@ class MinimalBasePostprocessor:
         """Nothing to set up."""
 
 
-@contextmanager
-def pil_restored() -> Iterator[None]:
-    """Restore PIL's setting for truncated images, which importing OpenOOD changes."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
 def openood_installed() -> bool:
     """Whether a package `openood` is installed, without importing it."""
     return find_spec("openood") is not None
 
 
-def openood_module(name: str) -> Any:
-    """The module `openood.<name>`.
+def openood_config_root() -> Path:
+    """The folder of OpenOOD's configurations, which is next to its package."""
+    spec = find_spec("openood")
+    if spec is None or not spec.submodule_search_locations:
+        raise OpenOODError(f"OpenOOD is not installed: install it with '{INSTALL}'")
+    return Path(spec.submodule_search_locations[0]).parent / "configs"
 
-    Raises:
-        OpenOODError: OpenOOD is absent or broken.
-    """
+
+def openood_module(name: str) -> Any:
+    """The module `openood.<name>`; OpenOODError if OpenOOD is absent or broken."""
     if not openood_installed():
         raise OpenOODError(f"OpenOOD is not installed: install it with '{INSTALL}'")
+    truncated = ImageFile.LOAD_TRUNCATED_IMAGES
     try:
-        with pil_restored():
-            return import_module(f"openood.{name}")
+        return import_module(f"openood.{name}")
     except Exception as error:  # it imports all its methods' dependencies, and any may fail
         raise OpenOODError(
             f"OpenOOD is installed but cannot be imported ({type(error).__name__}: {error}): "
             f"install it again with '{INSTALL}'"
         ) from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = truncated  # importing OpenOOD changes it
 
 
 def base_postprocessor() -> type[Any]:
@@ -76,12 +74,52 @@ def base_postprocessor() -> type[Any]:
     return base
 
 
-def openood_config_root() -> Path:
-    """The folder of OpenOOD's configurations, which is next to its package."""
-    spec = find_spec("openood")
-    if spec is None or not spec.submodule_search_locations:
-        raise OpenOODError(f"OpenOOD is not installed: install it with '{INSTALL}'")
-    return Path(spec.submodule_search_locations[0]).parent / "configs"
+def csid_of_evaluator(id_name: str) -> list[str]:
+    """Names of the covariate-shifted sets that OpenOOD's `Evaluator` has for an ID data set."""
+    info = openood_module("evaluation_api").evaluator.DATA_INFO.get(id_name, {})
+    return list(info.get("csid", {}).get("datasets", []))
+
+
+def evaluate_with_openood(
+    net: nn.Module,
+    postprocessor: Any,
+    id_name: str,
+    data_root: str | Path,
+    batch_size: int,
+    num_workers: int,
+    fsood: bool,
+    progress: bool,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Table and scores of OpenOOD's `Evaluator`, on the network's device.
+
+    Raises:
+        OpenOODError: OpenOOD is absent or broken, or does not know the ID data set.
+        DataError: an image cannot be read.
+    """
+    api = openood_module("evaluation_api")
+    if id_name not in api.evaluator.DATA_INFO:
+        raise OpenOODError(
+            f"OpenOOD's evaluator has no ID data set {id_name!r}: choose --engine native"
+        )
+    with on_device(device_of(net)), truncated_images_read(), file_errors():
+        evaluator = api.Evaluator(
+            net,
+            id_name=id_name,
+            data_root=str(data_root),
+            postprocessor=postprocessor,
+            batch_size=batch_size,
+            num_workers=num_workers,
+        )
+        table: pd.DataFrame = evaluator.eval_ood(fsood=fsood, progress=progress)
+    return table, evaluator.scores
+
+
+def rebind(old: Any, new: Any) -> None:
+    """Replace a value by another under every name that it has in OpenOOD's modules."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] == "openood":
+            for name in [name for name, value in vars(module).items() if value is old]:
+                setattr(module, name, new)
 
 
 @contextmanager
@@ -92,14 +130,6 @@ def replaced(original: Callable[..., Any], other: Callable[..., Any]) -> Iterato
         yield
     finally:
         rebind(other, original)
-
-
-def rebind(old: Any, new: Any) -> None:
-    """Replace a value by another under every name that it has in OpenOOD's modules."""
-    for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] == "openood":
-            for name in [name for name, value in vars(module).items() if value is old]:
-                setattr(module, name, new)
 
 
 @contextmanager

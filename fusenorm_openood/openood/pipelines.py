@@ -1,4 +1,4 @@
-"""OpenOOD's pipelines and evaluator, on any device.
+"""OpenOOD's pipelines, on any device.
 
 python -m fusenorm_openood.main --config A.yml B.yml ... [--device cpu] [--key value ...]
 """
@@ -7,65 +7,23 @@ import argparse
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import nn
 
 from fusenorm_openood.data.images import truncated_images_read
 from fusenorm_openood.detectors.configuration import read_fusenorm
-from fusenorm_openood.errors import CheckpointError, ConfigError, FuseNormError, OpenOODError
-from fusenorm_openood.kernels.devices import device_of, find_device, on_device
+from fusenorm_openood.errors import CheckpointError, ConfigError, FuseNormError
+from fusenorm_openood.kernels.devices import find_device, on_device
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.network.states import aligned, load_state
 from fusenorm_openood.openood.adapter import adapted
 from fusenorm_openood.openood.bridge import file_errors, openood_module, replaced
 from fusenorm_openood.openood.register import names_known_to, register
 from fusenorm_openood.storage.configs import config_root, lookup
-
-
-def csid_of_evaluator(id_name: str) -> list[str]:
-    """Names of the covariate-shifted sets that OpenOOD's `Evaluator` has for an ID data set."""
-    info = openood_module("evaluation_api").evaluator.DATA_INFO.get(id_name, {})
-    return list(info.get("csid", {}).get("datasets", []))
-
-
-def evaluate_with_openood(
-    net: nn.Module,
-    postprocessor: Any,
-    id_name: str,
-    data_root: str | Path,
-    batch_size: int,
-    num_workers: int,
-    fsood: bool,
-    progress: bool,
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Table and scores of OpenOOD's `Evaluator`, on the network's device.
-
-    Raises:
-        OpenOODError: OpenOOD is absent or broken, or does not know the ID data set.
-        DataError: an image cannot be read.
-    """
-    api = openood_module("evaluation_api")
-    if id_name not in api.evaluator.DATA_INFO:
-        raise OpenOODError(
-            f"OpenOOD's evaluator has no ID data set {id_name!r}: choose --engine native"
-        )
-    with on_device(device_of(net)), truncated_images_read(), file_errors():
-        evaluator = api.Evaluator(
-            net,
-            id_name=id_name,
-            data_root=str(data_root),
-            postprocessor=postprocessor,
-            batch_size=batch_size,
-            num_workers=num_workers,
-        )
-        table: pd.DataFrame = evaluator.eval_ood(fsood=fsood, progress=progress)
-    return table, evaluator.scores
-
 
 # OpenOOD's function that resolves the name given in each section of the configuration.
 LOOKUPS = {
@@ -82,8 +40,8 @@ SECTIONS = {
     "test_ood": TESTING,
     "test_ood_aps": TESTING,
 }
-# OpenOOD networks whose checkpoints are not state dicts.
-NO_STATE_DICT = ("bit", "vit")
+NO_STATE_DICT = ("bit", "vit")  # OpenOOD networks with checkpoints of another kind
+HEADS = ("fc.weight", "fc.bias", "backbone.fc.weight", "backbone.fc.bias")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,12 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="OpenOOD's main.py with FuseNorm. --KEY VALUE overrides the configuration.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config",
-        nargs="+",
-        required=True,
-        help="YAML files, OpenOOD's or this package's; later files override earlier ones",
-    )
+    files = "YAML files, OpenOOD's or this package's; later files override earlier ones"
+    parser.add_argument("--config", nargs="+", required=True, help=files)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args, changes = parser.parse_known_args(argv)
     try:
@@ -125,9 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def find_config(path: str) -> str:
     """The given configuration file, or this package's file of that name under `configs/`."""
-    inside = Path(path).parts[:1] == ("configs",)
-    packaged = config_root().joinpath(*Path(path).parts[1:])
-    found = Path(path) if Path(path).is_file() or not inside else packaged
+    first, *rest = Path(path).parts
+    found = Path(path)
+    if first == "configs" and not found.is_file():
+        found = config_root().joinpath(*rest)
     if not found.is_file():
         siblings = ", ".join(sorted(p.name for p in found.parent.glob("*.yml")))
         raise ConfigError(
@@ -172,21 +127,20 @@ def check_config(config: Any, device: torch.device) -> None:
             known = names_known_to(getattr(openood_module(module), function))
             if name not in known:
                 raise ConfigError(f"unknown {section} {name!r}: choose from {', '.join(known)}")
-    if "postprocessor" in config and config.postprocessor.name in METHODS:
-        read_fusenorm(config)
-    searching = "postprocessor" in config and config.postprocessor.get("APS_mode")
-    if searching and "evaluator" in config and config.evaluator.name == "fsood":
-        raise ConfigError(
-            "OpenOOD's evaluator 'fsood' cannot search parameters: use the pipeline test_ood.yml "
-            "with --evaluator.ood_scheme fsood, or set APS_mode to False"
-        )
-    for key in ("num_gpus", "num_machines", "machine_rank"):
-        lookup(config, key)
-    processes = config.num_gpus * config.num_machines
-    if processes > 1 and (device.type != "cuda" or not pipeline.startswith("train")):
+    if "postprocessor" in config:
+        if config.postprocessor.name in METHODS:
+            read_fusenorm(config)
+        fsood = "evaluator" in config and config.evaluator.name == "fsood"
+        if fsood and config.postprocessor.get("APS_mode"):
+            raise ConfigError(
+                "OpenOOD's evaluator 'fsood' cannot search parameters: use the pipeline "
+                "test_ood.yml with --evaluator.ood_scheme fsood, or set APS_mode to False"
+            )
+    gpus, machines, _ = (lookup(config, k) for k in ("num_gpus", "num_machines", "machine_rank"))
+    if gpus * machines > 1 and (device.type != "cuda" or not pipeline.startswith("train")):
         raise ConfigError(
             f"num_gpus and num_machines must be 1, since pipeline {pipeline!r} on {device} runs "
-            f"in one process, got num_gpus={config.num_gpus}, num_machines={config.num_machines}"
+            f"in one process, got num_gpus={gpus}, num_machines={machines}"
         )
     prompts = config.save_output and config.merge_option == "default"
     if prompts and Path(config.output_dir).is_dir() and not (sys.stdin and sys.stdin.isatty()):
@@ -207,19 +161,16 @@ def run_pipeline(config: Any, device: str) -> None:
         return adapted(get_postprocessor(config), config.postprocessor.name)
 
     def get_loaded(network: Any) -> Any:
-        head_may_differ = not config.pipeline.name.startswith("test")
-        return load_checkpoint(get_network, network, head_may_differ)
+        return load_checkpoint(get_network, network, not config.pipeline.name.startswith("test"))
 
-    with ExitStack() as stack:
-        for context in (
-            on_device(device),
-            truncated_images_read(),
-            file_errors(),
-            process_restored(),
-            replaced(get_postprocessor, get_adapted),
-            replaced(get_network, get_loaded),
-        ):
-            stack.enter_context(context)
+    with (
+        on_device(device),
+        truncated_images_read(),
+        file_errors(),
+        process_restored(),
+        replaced(get_postprocessor, get_adapted),
+        replaced(get_network, get_loaded),
+    ):
         pipelines.get_pipeline(config).run()
 
 
@@ -250,8 +201,7 @@ def load_checkpoint(
     own = net.state_dict()
     state = aligned(load_state(path), own)
     wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
-    heads = ("fc.weight", "fc.bias", "backbone.fc.weight", "backbone.fc.bias")
-    lacking = [k for k in wrong if not (head_may_differ and k in heads)]
+    lacking = [k for k in wrong if not (head_may_differ and k in HEADS)]
     if lacking:
         trained = "a T2FNorm network" if "tau" in state else "a plain network"
         raise CheckpointError(

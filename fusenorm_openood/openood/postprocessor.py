@@ -14,7 +14,7 @@ from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
 from fusenorm_openood.detectors.search import UNUSABLE, choose, search
 from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
-from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
+from fusenorm_openood.method.settings import FUSION_SETTINGS
 from fusenorm_openood.network.fingerprint import is_network
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.openood.bridge import base_postprocessor
@@ -37,15 +37,13 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
         self.settings, self.args_dict, self.APS_mode = read_fusenorm(config)
-        self.hyperparam_search_done = False
-        self.setup_flag = False
+        self.hyperparam_search_done = self.setup_flag = False
         self.calibration: Calibration | None = None
-        self._unusable: FuseNormError | None = None
         self._fitted_on: tuple[nn.Module, Iterable[Any]] | None = None
-        self._bank: ScoreBank | None = None
-        self._recalibrate = False  # the fusion's settings have changed since the calibration
-        self._last: FuseNorm | None = None
         self._structure: Structure | None = None  # of the network in _fitted_on
+        self._last: FuseNorm | None = None
+        self._bank: ScoreBank | None = None
+        self._unusable: FuseNormError | None = None  # why the settings of a search are
 
     @atomic
     def setup(
@@ -54,9 +52,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         """Fit the ID statistics on the ID validation images.
 
         A second call has no effect with the same network; with another one, or with other weights,
-        the statistics are fitted again.
-
-        If it fails, the postprocessor stays as it was.
+        the statistics are fitted again. If it fails, the postprocessor stays as it was.
 
         With `APS_mode: pseudo`, the settings are searched here, on pseudo-OOD images made from the
         ID validation images. With `APS_mode: True`, the images of both validation loaders are
@@ -73,17 +69,18 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
                 "id_loader_dict must contain 'val', the loader that FuseNorm is fitted on, got "
                 f"{', '.join(id_loader_dict) or 'no loader'}"
             )
+        id_loader = id_loader_dict["val"]
         if self.setup_flag and not self._is_of(net):
             self.setup_flag, self.calibration, self._bank, self._last = False, None, None, None
         if not self.setup_flag or self._fitted_on is None or self._fitted_on[0] is not net:
             self._structure = None
-        self._fitted_on = net, id_loader_dict["val"]
+        self._fitted_on = net, id_loader
         if self.setup_flag:
             return
         if self.APS_mode == "pseudo":
-            found = search(net, self.settings, self.args_dict, id_loader_dict["val"])
+            found = search(net, self.settings, self.args_dict, id_loader)
             self.settings, self.calibration = found.settings, found.calibration
-            self.APS_mode, self.hyperparam_search_done, self.setup_flag = False, True, True
+            self.APS_mode, self.hyperparam_search_done = False, True
         elif self.APS_mode and not self.hyperparam_search_done:
             if not ood_loader_dict or "val" not in ood_loader_dict:
                 raise DataError(
@@ -91,19 +88,13 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
                     f"{', '.join(ood_loader_dict or ()) or 'no loader'}"
                 )
             self._bank = bank_for(net, self.settings, self.args_dict)
-            self._bank.fit(id_loader_dict["val"]).add(ood_loader_dict["val"])
+            self._bank.fit(id_loader).add(ood_loader_dict["val"])
             self._structure = self._bank.known_structure
             # Raise a clear error if no combination is usable: OpenOOD's loop raises a TypeError.
             choose(self._bank, self.settings, self.args_dict, [ood_loader_dict["val"]])
-            self.setup_flag = True
         else:
             self._fit()
-
-    def _is_of(self, net: nn.Module) -> bool:
-        """Whether the ID statistics, or the scores for a search, are those of a network."""
-        fitted: ScoreBank | Calibration | None = self._bank or self.calibration
-        network = None if fitted is None else fitted.network
-        return network is None or is_network(net, network)
+        self.setup_flag = True
 
     def postprocess(self, net: nn.Module, data: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions `[B]` and confidences `[B]`, larger = more in-distribution."""
@@ -114,16 +105,16 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
         """Predictions, confidences and labels `[N]` of a loader, on the network's device."""
         bank = self._bank
-        if bank is None or bank.net is not net or not bank.holds(data_loader):
-            scored = self._detector(net).infer(data_loader, progress)
-        elif self._unusable is None and bank.knows(self.settings):
-            scored = bank.scored(self.settings, data_loader)
-        elif self._unusable is None:
-            scored = self._detector(net).infer(data_loader, progress)
-        else:
+        if bank is not None and not (bank.net is net and bank.holds(data_loader)):
+            bank = None
+        if bank is not None and self._unusable is not None:
             # Let the search continue past these settings: an AUROC of 0 is never the best.
             warnings.warn(f"settings skipped: {self._unusable}", RuntimeWarning, stacklevel=2)
             scored = bank.worst(data_loader)
+        elif bank is not None and bank.knows(self.settings):
+            scored = bank.scored(self.settings, data_loader)
+        else:
+            scored = self._detector(net).infer(data_loader, progress)
         return scored.pred, scored.conf, scored.label
 
     @atomic
@@ -141,78 +132,76 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
                 f"({', '.join(self.args_dict) or 'no sweep'}), got {hyperparam}"
             )
         values = dict(zip(self.args_dict, hyperparam, strict=True))
-        before, self._unusable = self.settings, None
-        if self._bank is None:
-            self.settings = before.replace(**values)
-            self._refit(before)
-            return
-        self.calibration = None
+        self._unusable = None
         try:
-            self.settings = before.replace(**values)
-            if self._bank.knows(self.settings):
-                self.calibration = self._bank.calibration(self.settings)
+            self.settings = self.settings.replace(**values)
+            if self._bank is not None:
+                self.calibration = self._known_to_bank()
+            elif self.calibration is not None and self._fitted_on is not None:
+                self._detector(self._fitted_on[0])
         except UNUSABLE as error:
-            self._unusable = error
+            if self._bank is None:
+                raise
+            self.calibration, self._unusable = None, error
 
     def get_hyperparam(self) -> list[Any]:
         """The current value of each key of `args_dict`, in its order."""
         return [getattr(self.settings, name) for name in self.args_dict]
 
-    def _refit(self, before: Settings) -> None:
-        changed = {n for n, v in vars(self.settings).items() if v != getattr(before, n)}
-        if self.calibration is None or not changed:
-            return
-        self._recalibrate = changed <= FUSION_SETTINGS
-        if self._fitted_on is not None and self._recalibrate:
-            self._detector(self._fitted_on[0])
-        elif not self._recalibrate:
-            self.setup_flag, self.calibration = False, None
-            self._fit()
+    def _is_of(self, net: nn.Module) -> bool:
+        """Whether the ID statistics, or the scores for a search, are those of a network."""
+        fitted: ScoreBank | Calibration | None = self._bank or self.calibration
+        network = None if fitted is None else fitted.network
+        return network is None or is_network(net, network)
+
+    def _known_to_bank(self) -> Calibration | None:
+        bank = self._bank
+        return bank.calibration(self.settings) if bank and bank.knows(self.settings) else None
 
     def _fit(self) -> None:
-        if self._fitted_on is not None:
+        """The calibration under the current settings, from the images passed to `setup`."""
+        self.calibration, self.setup_flag = self._known_to_bank(), False
+        if self._fitted_on is None:
+            return
+        if self.calibration is None:
             net, id_loader = self._fitted_on
-            if self._bank is not None and self._bank.knows(self.settings):
-                self.calibration = self._bank.calibration(self.settings)
-            else:
-                detector = FuseNorm(net, self.settings, self._structure).fit(id_loader)
-                self.calibration = detector.calibration_
-                self._structure = detector.known_structure
-            self.setup_flag = True
+            detector = FuseNorm(net, self.settings, self._structure).fit(id_loader)
+            self.calibration, self._structure = detector.calibration_, detector.known_structure
+        self.setup_flag = True
 
     def _detector(self, net: nn.Module) -> FuseNorm:
+        """The detector under the current settings, which may differ from those of the last fit."""
         if self._unusable is not None:
             raise self._unusable
-        if self.calibration is None and self._bank is not None:
-            self._fit()  # images are scored before the search
-        known = self._last
-        if (
-            known
-            and known.net is net
-            and known.settings == self.settings
-            and (known.calibration_ is self.calibration and known.is_fitted)
-        ):
-            return known
-        same = self._fitted_on is not None and self._fitted_on[0] is net
-        detector = FuseNorm(net, self.settings, self._structure if same else None)
-        if self._recalibrate and self.calibration is not None:
-            self._recalibrate = False
-            c = self.calibration
-            detector._name_as(c)
-            if c.experts == detector.experts:
-                self.calibration = detector.learn(c.id_scores, c.fitted, c.network)
-            else:  # other strong experts
-                self.setup_flag, self.calibration = False, None
-                self._fit()
+        last = self._last
+        is_current = last is not None and last.net is net and last.calibration_ is self.calibration
+        if last is not None and is_current and last.settings == self.settings:
+            return last
+        is_fitted_on = self._fitted_on is not None and self._fitted_on[0] is net
+        detector = FuseNorm(net, self.settings, self._structure if is_fitted_on else None)
+        if self._needs_fit(detector):
+            self._fit()
         if self.calibration is None:
             raise NotFittedError("FuseNorm has no ID statistics: call setup(net, loaders) first")
-        use = detector.adopt if same else detector.with_calibration
-        self._last = use(self.calibration)
+        adopt = detector.adopt if is_fitted_on else detector.with_calibration
+        self._last = adopt(self.calibration)
+        self.calibration = self._last.calibration_
         return self._last
 
+    def _needs_fit(self, detector: FuseNorm) -> bool:
+        """Whether the ID statistics do not follow from the scores of the last fit."""
+        fitted = self.calibration
+        if fitted is None:
+            return self._bank is not None  # images are scored before the search
+        then = vars(fitted.settings)
+        changed = {name for name, value in vars(self.settings).items() if value != then[name]}
+        if changed and changed <= FUSION_SETTINGS:
+            detector._name_as(fitted)
+            return fitted.experts != detector.experts  # other strong experts
+        return bool(changed)
+
     def __getstate__(self) -> dict[str, Any]:
-        ready = (
-            self.setup_flag and self.calibration is not None
-        )  # else the bank, not pickled, has it
-        gone = {"_fitted_on": None, "_bank": None, "_last": None, "_structure": None}
+        # During a search the bank, which is not pickled, has the calibrations.
+        ready = self.setup_flag and self.calibration is not None
+        gone = dict.fromkeys(("_fitted_on", "_bank", "_last", "_structure"))
         return {**vars(self), **gone, "setup_flag": ready}

@@ -15,40 +15,38 @@ from fusenorm_openood.storage import configs
 
 
 def register() -> None:
-    """Register FuseNorm's methods by name wherever OpenOOD looks up a postprocessor.
+    """Register `fusenorm`, `fusenorm_published` and `fusenorm_joint` with OpenOOD.
 
-    The names are `fusenorm`, `fusenorm_published` and `fusenorm_joint`. OpenOOD looks them up in
-    its `Evaluator` (`postprocessor_name="fusenorm"`), `get_postprocessor` of its
-    evaluation API, and the pipelines in its YAML files. None of OpenOOD's files is changed, other
-    names keep their meaning, and a second call has no effect. If OpenOOD's configuration folder
-    has no file `postprocessors/NAME.yml`, this package's file is read.
+    OpenOOD looks them up in its `Evaluator` (`postprocessor_name="fusenorm"`), `get_postprocessor`
+    of its evaluation API, and the pipelines in its YAML files. None of OpenOOD's files is changed,
+    other names keep their meaning, and a second call has no effect. If OpenOOD's configuration
+    folder has no file `postprocessors/NAME.yml`, this package's file is read.
 
     Raises:
         OpenOODError: OpenOOD is absent or broken.
     """
     api = openood_module("evaluation_api.postprocessor")
     api.postprocessors.update(dict.fromkeys(METHODS, FuseNormPostprocessor))
-    by_name: Callable[..., Any] = api.get_postprocessor
-    by_config: Callable[..., Any] = openood_module("postprocessors.utils").get_postprocessor
+    by_name: Any = api.get_postprocessor
+    by_config: Any = openood_module("postprocessors.utils").get_postprocessor
 
     @functools.wraps(by_name)
     def get_by_name(config_root: str, postprocessor_name: str, id_data_name: str) -> Any:
-        if postprocessor_name in METHODS:
-            own = Path(config_root, "postprocessors", f"{postprocessor_name}.yml")
-            config_root = config_root if own.is_file() else str(configs.config_root())
+        own = Path(config_root, "postprocessors", f"{postprocessor_name}.yml")
+        if postprocessor_name in METHODS and not own.is_file():
+            config_root = str(configs.config_root())
         return by_name(config_root, postprocessor_name, id_data_name)
 
     @functools.wraps(by_config)
     def get_by_config(config: Any) -> Any:
-        if config.postprocessor.name in METHODS:
-            return FuseNormPostprocessor(config)
-        return by_config(config)
+        known = config.postprocessor.name in METHODS
+        return FuseNormPostprocessor(config) if known else by_config(config)
 
     pairs: list[tuple[Any, Any]] = [(by_name, get_by_name), (by_config, get_by_config)]
-    for original, knowing in pairs:
+    for original, wrapper in pairs:
         if not hasattr(original, "knows_fusenorm"):
-            knowing.knows_fusenorm = True
-            rebind(original, knowing)
+            wrapper.knows_fusenorm = True
+            rebind(original, wrapper)
 
 
 def names_known_to(function: Callable[..., Any]) -> list[str]:
@@ -56,9 +54,8 @@ def names_known_to(function: Callable[..., Any]) -> list[str]:
 
     Such a function looks the name up in a dict literal, or compares it with one name after another.
     """
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    nodes: list[ast.expr | None] = []
-    for node in ast.walk(tree):
+    nodes: list[Any] = []
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
         if isinstance(node, ast.Dict):
             nodes += node.keys
         elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq):

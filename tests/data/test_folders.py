@@ -13,7 +13,7 @@ import fsspec
 import pandas as pd
 import pytest
 
-from fusenorm_openood.cli.fit import _class_names
+from fusenorm_openood.cli.fit import class_names
 from fusenorm_openood.data.paths import image_paths, manifest_paths
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.storage.urls import Url
@@ -87,7 +87,7 @@ def test_hidden_names_that_are_typed_are_meant(tmp_path):
 
 def test_hidden_folders_are_no_classes(tmp_path):
     files(tmp_path, "cat/a.png", "dog/a.png", ".ipynb_checkpoints/a.png", "@eaDir/a.png")
-    assert _class_names("folders", [str(tmp_path)]) == ("cat", "dog")
+    assert class_names("folders", [str(tmp_path)]) == ("cat", "dog")
 
 
 def test_what_is_left_out_is_counted_by_ending_and_folder(tmp_path):

@@ -1,7 +1,6 @@
 """From files and PIL images to tensors: as OpenOOD's preprocessing, upright, and every error."""
 
 import json
-from argparse import ArgumentParser
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fusenorm_openood.cli import fit
+from fusenorm_openood.cli.fit import preprocessing_of
 from fusenorm_openood.data.images import TruncatedImageWarning
 from fusenorm_openood.data.paths import image_paths
 from fusenorm_openood.data.preprocessing import NORMALIZATIONS, Preprocessing, eval_transform
@@ -126,15 +125,9 @@ def test_the_very_pixels_of_timm(interpolation, mode, size, share):
 
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
-@pytest.mark.parametrize(
-    ("given", "resize", "crop"),
-    [([], 35, 32), (["--image-size", "32"], 35, 32), (["--image-size", "64"], 71, 64)],
-)
-def test_an_image_size_keeps_what_a_network_declares(mode, given, resize, crop):
-    parser = ArgumentParser()
-    fit.add_arguments(parser)
-    required = ["--id-dir", "x", "--output", "x", "--bits", "12"]
-    found = fit._preprocessing(declaring(mode), parser.parse_args([*required, *given]))
+@pytest.mark.parametrize(("size", "resize", "crop"), [(None, 35, 32), (32, 35, 32), (64, 71, 64)])
+def test_an_image_size_keeps_what_a_network_declares(mode, size, resize, crop):
+    found = preprocessing_of(declaring(mode), size, bits=12)
     assert (found.resize, found.crop, found.crop_mode) == (resize, (crop, crop), mode)
     assert found.bits == 12
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.cli.taps import _head
+from fusenorm_openood.cli.taps import describe_head
 from fusenorm_openood.errors import CheckpointError, DetectorFileError, TapError
 from fusenorm_openood.forward.panel import Panel
 from fusenorm_openood.forward.passes import forward_pass
@@ -259,7 +259,7 @@ def test_the_head_is_that_of_the_feature_live_and_as_text(kind):
     torch.testing.assert_close(weight, by_hand(net)[0].detach(), rtol=1e-5, atol=1e-5)
     done = forward_pass(net, IMAGES, structure)
     torch.testing.assert_close(done.feature @ weight.T + bias, done.logits, rtol=1e-4, atol=1e-4)
-    assert "linear function" in _head(structure)
+    assert "linear function" in describe_head(structure)
     assert Structure.from_json(structure.to_json()) == structure
 
 

@@ -24,7 +24,8 @@ from fusenorm_openood.evaluation.evaluation import evaluate
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.network import build_network
 from fusenorm_openood.openood.adapter import make_postprocessor
-from fusenorm_openood.openood.pipelines import evaluate_with_openood, main
+from fusenorm_openood.openood.bridge import evaluate_with_openood
+from fusenorm_openood.openood.pipelines import main
 from tests.conftest import assert_undisturbed, drawn_benchmark, state_of
 from tests.openood.conftest import first_images
 

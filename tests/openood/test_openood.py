@@ -13,7 +13,7 @@ from fusenorm_openood.errors import OpenOODError
 from fusenorm_openood.evaluation.evaluation import evaluate, summarise
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.network import ResNet18_32x32, T2FNormNet, WideResNet
-from fusenorm_openood.openood.pipelines import evaluate_with_openood
+from fusenorm_openood.openood.bridge import evaluate_with_openood
 from fusenorm_openood.storage.configs import config_root, read_config
 from tests.conftest import assert_undisturbed, make_net, state_of
 from tests.openood.conftest import RUNS
