@@ -46,7 +46,7 @@ def checking(image_sets: Sequence[ImageSet]) -> dict[str, float]:
     images, clock = [s.images() for s in image_sets], [time.process_time()]
     for one in images:
         one.first_missing()
-        records.images_digest(one)
+        records.list_digest(one)
     clock.append(time.process_time())
     for one in images:
         list(one.faults())

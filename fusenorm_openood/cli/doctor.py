@@ -25,7 +25,8 @@ OPENOOD = {  # module -> what it is for
     "openood.pipelines": "OpenOOD's YAML pipelines",
     "openood.trainers": "OpenOOD's trainers",
 }
-OPTIONAL = ("numba", "triton", "ray", "jinja2", "matplotlib", "onnx", "onnxscript", "onnxruntime")
+OPTIONAL = ("pyarrow", "fsspec", "numba", "triton", "ray", "jinja2", "matplotlib")
+OPTIONAL += ("onnx", "onnxscript", "onnxruntime")
 OPENOOD_COMMIT = "3c35632"  # the commit that this package is tested with
 TIMEOUT = 300  # seconds that a trial may take
 

@@ -49,7 +49,7 @@ def run(args: Namespace) -> int:
 
 
 def _list(store: Path) -> int:
-    import pandas as pd  # imports pyarrow, which the other actions may not need
+    import pandas as pd  # takes long to import, and the other actions do not need it
 
     entries = listing(store)
     if not entries:

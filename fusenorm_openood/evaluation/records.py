@@ -13,7 +13,7 @@ from torch import nn
 
 from fusenorm_openood.data.benchmarks import ImageSet, image_loader
 from fusenorm_openood.data.lists import ImageList
-from fusenorm_openood.errors import DataError, TapError
+from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward.batches import Pace
 from fusenorm_openood.forward.react import head_of
 from fusenorm_openood.forward.recorded import RecordedLoader
@@ -55,7 +55,11 @@ class Records:
     def loader(self, image_set: ImageSet) -> RecordedLoader:
         """A loader of an image set that keeps what is heard of its images."""
         images = image_set.images()
-        record = {**self.network, "images": images_digest(images), "transform": repr(images.transform)}
+        record = {
+            **self.network,
+            "images": list_digest(images),
+            "transform": repr(images.transform),
+        }
         name = image_set.imagelist.stem
         how = self.batch_size, self.num_workers, self.pace
         return RecordedLoader(images, self.store, record, name, *how)
@@ -118,7 +122,7 @@ def _code(module: str) -> str | None:
     return file_digest(found.origin) if Path(found.origin).is_file() else None
 
 
-def images_digest(images: ImageList) -> str:
+def list_digest(images: ImageList) -> str:
     """SHA-256 of an image list's paths, labels, and the sizes and times of its files."""
     names = (f"{entry.name} {entry.label}" for entry in images.entries)
     return manifest(images.paths(), names)
@@ -143,7 +147,7 @@ def find_faults(images: ImageList, store: Path | None = None) -> list[tuple[str,
     """
     if store is None:
         return _located(images, images.faults())
-    record = {"version": __version__, "images": images_digest(images), "heard": "faults"}
+    record = {"version": __version__, "images": list_digest(images), "heard": "faults"}
     found: dict[int, str] | None = None
 
     def columns() -> Columns | None:

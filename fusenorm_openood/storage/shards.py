@@ -206,8 +206,8 @@ class ShardSet:
                 "free disk space, or choose another store"
             ) from None
         if number in self._listed:  # damaged, and deleted only now: others would find it missing
-            for other, error in self.verify(number):
-                if error:
+            for other, fault in self.verify(number):
+                if fault:
                     delete(other)
         return path
 

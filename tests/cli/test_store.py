@@ -2,7 +2,7 @@ import pytest
 
 from fusenorm_openood import __version__
 from fusenorm_openood.cli.main import main
-from tests.storage.sets import full_set
+from tests.storage.sets import discard, full_set
 
 
 @pytest.fixture
@@ -11,7 +11,7 @@ def store(tmp_path):
     record = {"version": __version__, "checkpoint": "0123456789" * 5, "postprocessor": "fusenorm"}
     current = full_set(tmp_path, record=record)
     old = full_set(tmp_path, record={"version": "0.0.1"})
-    old.discard(2)
+    discard(old, 2)
     return tmp_path, current, old
 
 
@@ -66,7 +66,7 @@ def test_prune_prints_what_it_removes(store, capsys):
     assert run("prune", "--store", root) == 0
     assert capsys.readouterr().out == planned.replace("would remove", "removed")
     assert not old.folder.exists()
-    current.discard(0)
+    discard(current, 0)
     assert run("prune", "--store", root) == 0
     assert current.folder.exists()
     assert run("prune", "--store", root, "--incomplete") == 0

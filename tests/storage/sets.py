@@ -31,6 +31,13 @@ def full_set(root: Path, rows: int = 50, shard_rows: int = 8, record: dict = REC
     return shards
 
 
+def discard(shards: ShardSet, *numbers: int) -> None:
+    """Delete the files of shards."""
+    for number in numbers:
+        for path in shards.folder.glob(f"{number:06d}-*"):
+            path.unlink()
+
+
 def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
     assert sorted(one) == sorted(other)
     for name, values in one.items():
@@ -40,3 +47,8 @@ def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -
             assert values.tolist() == other[name].tolist()
         else:
             assert values.tobytes() == other[name].tobytes()
+
+
+def assert_intact(shards: ShardSet) -> None:
+    for number in range(shards.key.shard_count):
+        assert_same_bits(shards.read(number), columns_of(shards, number))

@@ -6,7 +6,7 @@ import pytest
 
 from fusenorm_openood.errors import DamagedShardError, StoreError
 from fusenorm_openood.storage.maintenance import listing, prune, verify
-from tests.storage.sets import RECORD, assert_same_bits, full_set
+from tests.storage.sets import RECORD, assert_intact, discard, full_set
 
 OTHER = {**RECORD, "version": "1"}
 
@@ -21,9 +21,9 @@ def store(tmp_path):
         "other version": full_set(root, record=OTHER),
         "no version": full_set(root, record={"seed": 2}),
     }
-    sets["incomplete"].discard(1)
+    discard(sets["incomplete"], 1)
     (root / "notes").mkdir()
-    (root / "notes" / "000000-0123456789abcdef.parquet").write_text("mine")
+    (root / "notes" / "000000-0123456789abcdef.safetensors").write_text("mine")
     (root / "keyed").mkdir()
     (root / "keyed" / "key.json").write_text('{"private": 1}')
     (root / "README").touch()
@@ -34,7 +34,7 @@ def store(tmp_path):
 
 
 def leave_temporary(folder, age):
-    path = folder / f"000001-0123456789abcdef.parquet.{'0123456789abcdef' * 2}.tmp"
+    path = folder / f"000001-0123456789abcdef.safetensors.{'0123456789abcdef' * 2}.tmp"
     path.write_text("half")
     os.utime(path, (time.time() - age,) * 2)
     return path
@@ -61,7 +61,7 @@ def test_verify_names_the_damaged_shards_also_those_that_are_not_read(store):
     shards = sets["complete"]
     cut = shards.present()[4]
     cut.write_bytes(cut.read_bytes()[:-1])
-    second = shards.folder / "000005-ffffffffffffffff.parquet"
+    second = shards.folder / "000005-ffffffffffffffff.safetensors"
     second.touch()
     damaged = {path: error for path, error in verify(root).items() if error}
     assert set(damaged) == {cut, second}
@@ -124,10 +124,24 @@ def test_prune_removes_temporary_files_of_killed_writers(store):
 
 
 def test_a_set_that_was_pruned_is_written_again(store):
-    root, sets = store
-    whole = sets["complete"].load()
+    root, _ = store
     prune(root, "0", everything=True)
-    assert_same_bits(full_set(root).load(), whole)
+    assert_intact(full_set(root))
+
+
+def test_parquet_shards_of_0_2_0_are_missing_and_go(store):
+    root, sets = store
+    folder = sets["complete"].folder
+    for path in folder.glob("*.safetensors"):
+        path.rename(path.with_suffix(".parquet"))
+    (entry,) = (entry for entry in listing(root) if entry.folder == folder)
+    assert (entry.present, entry.complete) == (0, False)
+    assert entry.size == sum(path.stat().st_size for path in folder.iterdir())
+    assert not any(path.parent == folder for path in verify(root))
+    removed = [removal for removal in prune(root, "0") if removal.path.parent == folder]
+    assert len(removed) == 7
+    assert all("0.2.0" in removal.reason for removal in removed)
+    assert [path.name for path in folder.iterdir()] == ["key.json"]
 
 
 @pytest.mark.parametrize("act", [listing, verify, lambda root: prune(root, "0")])
