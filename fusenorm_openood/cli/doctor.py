@@ -25,8 +25,7 @@ OPENOOD = {  # module -> what it is for
     "openood.pipelines": "OpenOOD's YAML pipelines",
     "openood.trainers": "OpenOOD's trainers",
 }
-OPTIONAL = ("pyarrow", "fsspec", "numba", "triton", "ray", "jinja2", "matplotlib")
-OPTIONAL += ("onnx", "onnxscript", "onnxruntime")
+OPTIONAL = "pyarrow fsspec numba triton ray jinja2 matplotlib onnx onnxscript onnxruntime".split()
 OPENOOD_COMMIT = "3c35632"  # the commit that this package is tested with
 TIMEOUT = 300  # seconds that a trial may take
 

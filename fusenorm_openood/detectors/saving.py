@@ -85,7 +85,11 @@ def read_record(contents: Contents) -> tuple[Record, Calibration]:
         ConfigError: a field or a tensor that no fit can have given; the message names it.
     """
     given = {name: value for name, value in contents.record.items() if name in Record._fields}
-    record: Record = typed(Record, given, "the record")
+    structure = given.get("structure")
+    if structure is not None:
+        structure = Structure.from_json(typed(dict[str, Any], structure, "structure"))
+    record: Record = typed(Record, {**given, "structure": None}, "the record")
+    record = record._replace(structure=structure)
     try:
         settings = Settings.from_mapping(record.settings)
     except ConfigError as error:

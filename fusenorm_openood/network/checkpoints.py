@@ -29,155 +29,11 @@ from fusenorm_openood.network.states import (
 ARCHITECTURES = (
     "ResNet18_32x32, ResNet18_224x224, ResNet50, WideResNet, CifarResNet, T2FNormNet around one"
 )
+WAY_OUT = "name any other network with --network, or network=... in Python"
+OPENOOD_WIDTH = 64  # channels of the first stage of OpenOOD's ResNet18_32x32
 _STEM = re.compile(r"((?:.*\.)?)conv1\.weight")
 _TAU = re.compile(r"((?:.*\.)?)tau")
-
-
-class Recognised(NamedTuple):
-    """A known network in a state dict.
-
-    Attributes:
-        build: function from the number of classes to the plain network.
-        weights: its state dict, with a last layer called `fc`.
-        tau: temperature of a T2FNorm network, None for a plain one.
-    """
-
-    build: Callable[[int], nn.Module]
-    weights: State
-    tau: Tensor | None
-
-    @property
-    def classes(self) -> int:
-        return len(self.weights["fc.weight"])
-
-
-def recognise(state: State) -> Recognised:
-    """The one known network in a state dict, whatever its keys begin with.
-
-    Its last layer may have another name (see `HEADS`), or lie outside the network as in
-    `encoder.conv1.weight`, `fc.weight`. A network called `backbone` beside a `tau` is T2FNorm's.
-
-    Raises:
-        CheckpointError: there is no known network, or there are several, or none with a last
-            layer, or there are weights that do not belong to it.
-    """
-    places = [match[1] for key in state if (match := _STEM.fullmatch(key))]
-    known = {place: build for place in places if (build := _architecture(_under(state, place)))}
-    if not known:
-        raise CheckpointError(
-            f"must hold the state dict of a known network ({ARCHITECTURES}), got the keys "
-            f"{', '.join(sorted(state)[:3])}, ..."
-        )
-    if len(known) > 1:
-        raise CheckpointError(
-            f"must hold one network, got {len(known)}, under {', '.join(map(repr, known))}"
-        )
-    ((place, build),) = known.items()
-    head = _head(state, place)
-    tau = next(
-        (k for k in state if (m := _TAU.fullmatch(k)) and place.startswith(f"{m[1]}backbone.")),
-        None,
-    )
-    weights: State = {}
-    for key, value in state.items():
-        if key.startswith(head):
-            weights["fc." + key.removeprefix(head)] = value
-        elif key.startswith(place):
-            weights[key.removeprefix(place)] = value
-        elif key != tau:
-            raise CheckpointError(f"must hold nothing besides a known network, got {key!r}")
-    return Recognised(build, weights, None if tau is None else state[tau])
-
-
-def _head(state: State, place: str) -> str:
-    """What the keys of the last layer begin with, inside a place or around it."""
-    parts = place.split(".")[:-1]
-    around = ["".join(f"{part}." for part in parts[:length]) for length in range(len(parts) + 1)]
-    heads = [f"{level}{name}." for level in around for name in HEADS]
-    found = [head for head in heads if f"{head}weight" in state]
-    if not found:
-        raise CheckpointError(
-            "must hold a classifier, got a network without its last linear layer "
-            f"({', '.join(HEADS)}), as self-supervised training saves it"
-        )
-    if len(found) > 1:
-        raise CheckpointError(f"must hold one last layer, got {' and '.join(map(repr, found))}")
-    return found[0]
-
-
-def _under(state: State, place: str) -> State:
-    """The tensors whose keys begin with `place`, without it."""
-    return {key.removeprefix(place): v for key, v in state.items() if key.startswith(place)}
-
-
-def _architecture(state: State) -> Callable[[int], nn.Module] | None:
-    """A function from the number of classes to the plain network with these keys, if known."""
-    stem = state["conv1.weight"]
-    if stem.ndim != 4:
-        return None
-    if "block1.layer.0.conv1.weight" in state:
-        blocks = {m[1] for key in state if (m := re.match(r"block1\.layer\.(\d+)\.", key))}
-        widen = len(state["block1.layer.0.conv1.weight"]) // 16
-        return lambda classes: WideResNet(6 * len(blocks) + 4, widen, classes)
-    stages = [
-        {m[1] for key in state if (m := re.match(rf"layer{stage}\.(\d+)\.conv1", key))}
-        for stage in range(1, 5)
-    ]
-    if not stages[3] and stages[0] and len({len(blocks) for blocks in stages[:3]}) == 1:
-        return lambda classes: CifarResNet(6 * len(stages[0]) + 2, classes, width=len(stem))
-    if "layer1.0.conv3.weight" in state:
-        return ResNet50
-    if "layer2.0.downsample.0.weight" in state:
-        return ResNet18_224x224
-    if "layer2.0.shortcut.0.weight" in state:
-        return lambda classes: ResNet18_32x32(classes, width=len(stem))
-    return None
-
-
-OPENOOD_WIDTH = 64  # channels of the first stage of OpenOOD's ResNet18_32x32
-
-
-class NetworkKind(NamedTuple):
-    """Training method under OpenOOD's name, architecture, number of ID classes."""
-
-    training: str
-    architecture: str
-    classes: int
-
-    def __str__(self) -> str:
-        return f"{self.architecture} ({self.training}, {self.classes} classes)"
-
-
-def network_kind(net: nn.Module, network: str | None = None) -> NetworkKind:
-    """The kind of a network returned by `load_network`, with the same `network`.
-
-    A plain network counts as trained with cross-entropy, since nothing in its keys says otherwise.
-    """
-    training = "T2FNorm" if isinstance(net, T2FNormNet) else "CrossEntropy"
-    plain = net.backbone if isinstance(net, T2FNormNet) else net
-    architecture = network.partition(":")[2] if network else _architecture_of(plain)
-    return NetworkKind(training, architecture, _classes(plain))
-
-
-def _classes(net: nn.Module) -> int:
-    """The outputs of the last linear layer, or of the last layer if none is linear."""
-    linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
-    return linear[-1].out_features if linear else len(list(net.parameters())[-1])
-
-
-def _architecture_of(net: nn.Module) -> str:
-    name = type(net).__name__
-    if isinstance(net, WideResNet):
-        blocks = net.block1.layer
-        return f"WRN-{6 * len(blocks) + 4}-{net.fc.in_features // 64}"
-    if isinstance(net, CifarResNet):
-        return f"ResNet-{6 * len(net.get_submodule('layer1')._modules) + 2}"
-    if isinstance(net, ResNet18_32x32) and net.conv1.out_channels != OPENOOD_WIDTH:
-        return f"{name} of width {net.conv1.out_channels}"
-    return name
-
-
-WAY_OUT = "name any other network with --network, or network=... in Python"
+Build = Callable[[int], nn.Module]  # from the number of classes to a network
 
 
 def load_network(
@@ -186,7 +42,7 @@ def load_network(
     network: str | None = None,
     image_size: int | None = None,
 ) -> nn.Module:
-    """The network of a checkpoint, in float32 on the CPU and in evaluation mode.
+    """The network of a checkpoint, in float32 on the CPU and in eval mode.
 
     Without `network`, the keys must be those of one of OpenOOD's networks, plain or T2FNorm's, or
     of a ResNet for CIFAR, whatever they begin with: `module.`, `_orig_mod.`, `model.`, `encoder.`.
@@ -208,21 +64,22 @@ def load_network(
     if network is not None:
         return _load_named(path, state, num_classes, network, image_size)
     try:
-        found = recognise(state)
+        found = _recognise(state)
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}: {WAY_OUT}") from None
-    if num_classes is not None:
-        check_classes(path, found.classes, num_classes)
-    net = found.build(found.classes)
-    if reason := misfit(net, found.weights):
+    build, weights, tau = found
+    classes = len(weights["fc.weight"])
+    check_classes(path, classes, num_classes)
+    net = build(classes)
+    if reason := misfit(net, weights):
         raise CheckpointError(
             f"{path} looks like a {type(net).__name__} but does not fit it ({reason}): the known "
             f"networks are {ARCHITECTURES}; {WAY_OUT}"
         )
-    net.load_state_dict(found.weights)
-    if found.tau is not None:
-        net = T2FNormNet(net, found.classes)
-        net.tau.copy_(found.tau)
+    net.load_state_dict(weights)
+    if tau is not None:
+        net = T2FNormNet(net, classes)
+        net.tau.copy_(tau)
     return net.eval()
 
 
@@ -233,10 +90,15 @@ def _load_named(
     net = build_network(network, num_classes, image_size)
     own = {without_wrappers(key): key for key in net.state_dict()}
     fitting = {own.get(key, key): value for key, value in aligned(state, own).items()}
-    classes = _other_classes(net, fitting)
+    pairs = [(v, fitting[key]) for key, v in net.state_dict().items() if key in fitting]
+    rows = {  # of all weights of another shape, which may differ in the number of classes only
+        len(theirs) if theirs.shape[1:] == ours.shape[1:] and theirs.ndim else None
+        for ours, theirs in pairs
+        if ours.shape != theirs.shape
+    }
+    classes = rows.pop() if len(rows) == 1 else None
     if classes is not None:
-        if num_classes is not None:
-            check_classes(path, classes, num_classes)
+        check_classes(path, classes, num_classes)
         net = build_network(network, classes, image_size)
     if reason := misfit(net, fitting):
         raise CheckpointError(
@@ -249,27 +111,12 @@ def _load_named(
     return net
 
 
-def _other_classes(net: nn.Module, state: State) -> int | None:
-    """The number of classes in a state dict, if that is all that it differs from a network in."""
-    pairs = [(v, state[key]) for key, v in net.state_dict().items() if key in state]
-    differing = [(ours, theirs) for ours, theirs in pairs if ours.shape != theirs.shape]
-    rows = {
-        len(theirs) if theirs.shape[1:] == ours.shape[1:] and theirs.ndim else None
-        for ours, theirs in differing
-    }
-    return rows.pop() if len(rows) == 1 else None
-
-
 def load_backbone(net: nn.Module, path: str | Path) -> None:
-    """Load a checkpoint's weights into a network; each may be plain or T2FNorm's.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged or does not fit the network.
-    """
+    """Load a checkpoint's weights into a network; each may be plain or T2FNorm's."""
     target = net.backbone if isinstance(net, T2FNormNet) else net
     state = load_state(path)
     try:
-        weights = recognise(state).weights
+        weights = _recognise(state)[1]
         reason = misfit(target, weights)
     except CheckpointError as error:
         reason = f"it {error}"
@@ -281,13 +128,125 @@ def load_backbone(net: nn.Module, path: str | Path) -> None:
     target.load_state_dict(weights)
 
 
-def check_classes(path: str | Path, classes: int, num_classes: int) -> None:
-    """Raise CheckpointError unless a checkpoint has as many classes as the ID data set.
+def check_classes(path: str | Path, classes: int, num_classes: int | None) -> None:
+    """Raise CheckpointError unless a checkpoint has as many classes as the ID data set, if given.
 
     A single logit is that of two classes.
     """
-    if max(classes, 2) != num_classes:
+    if num_classes is not None and max(classes, 2) != num_classes:
         raise CheckpointError(
             f"{path} must have {num_classes} classes, as the ID data set does, got {classes}: use "
             "a checkpoint and an ID data set that belong together"
         )
+
+
+def _recognise(state: State) -> tuple[Build, State, Tensor | None]:
+    """The one known network in a state dict, whatever its keys begin with; CheckpointError if none.
+
+    A function from the number of classes to the plain network, its state dict with a last layer
+    called `fc`, and the temperature of a T2FNorm network: a `tau` beside a `backbone`. The last
+    layer may lie outside the network as in `encoder.conv1.weight`, `fc.weight`.
+    """
+    known = dict[str, Build]()
+    for place in (match[1] for key in state if (match := _STEM.fullmatch(key))):
+        inside = {k.removeprefix(place): v for k, v in state.items() if k.startswith(place)}
+        if build := _architecture(inside):
+            known[place] = build
+    if not known:
+        raise CheckpointError(
+            f"must hold the state dict of a known network ({ARCHITECTURES}), got the keys "
+            f"{', '.join(sorted(state)[:3])}, ..."
+        )
+    if len(known) > 1:
+        raise CheckpointError(
+            f"must hold one network, got {len(known)}, under {', '.join(map(repr, known))}"
+        )
+    ((place, build),) = known.items()
+    head = _find_head(state, place)
+    taus = [(k, match[1]) for k in state if (match := _TAU.fullmatch(k))]
+    tau = next((k for k, before in taus if place.startswith(f"{before}backbone.")), None)
+    weights: State = {}
+    for key, value in state.items():
+        if key.startswith(head):
+            weights["fc." + key.removeprefix(head)] = value
+        elif key.startswith(place):
+            weights[key.removeprefix(place)] = value
+        elif key != tau:
+            raise CheckpointError(f"must hold nothing besides a known network, got {key!r}")
+    return build, weights, None if tau is None else state[tau]
+
+
+def _find_head(state: State, place: str) -> str:
+    """What the keys of the last layer begin with, inside a place or around it."""
+    parts = place.split(".")[:-1]
+    around = ["".join(f"{part}." for part in parts[:length]) for length in range(len(parts) + 1)]
+    heads = [f"{level}{name}." for level in around for name in HEADS]
+    found = [head for head in heads if f"{head}weight" in state]
+    if not found:
+        raise CheckpointError(
+            "must hold a classifier, got a network without its last linear layer "
+            f"({', '.join(HEADS)}), as self-supervised training saves it"
+        )
+    if len(found) > 1:
+        raise CheckpointError(f"must hold one last layer, got {' and '.join(map(repr, found))}")
+    return found[0]
+
+
+def _architecture(state: State) -> Build | None:
+    """The plain network with these keys, if known."""
+
+    def blocks(pattern: str) -> int:
+        return len({match[1] for key in state if (match := re.match(pattern, key))})
+
+    stem = state["conv1.weight"]
+    if stem.ndim != 4:
+        return None
+    width, stages = len(stem), [blocks(rf"layer{s}\.(\d+)\.conv1") for s in range(1, 5)]
+    if "block1.layer.0.conv1.weight" in state:
+        depth = 6 * blocks(r"block1\.layer\.(\d+)\.") + 4
+        widen = len(state["block1.layer.0.conv1.weight"]) // 16
+        return lambda classes: WideResNet(depth, widen, classes)
+    if not stages[3] and stages[0] and len(set(stages[:3])) == 1:
+        return lambda classes: CifarResNet(6 * stages[0] + 2, classes, width)
+    if "layer1.0.conv3.weight" in state:
+        return ResNet50
+    if "layer2.0.downsample.0.weight" in state:
+        return ResNet18_224x224
+    if "layer2.0.shortcut.0.weight" in state:
+        return lambda classes: ResNet18_32x32(classes, width)
+    return None
+
+
+class NetworkKind(NamedTuple):
+    """Training method under OpenOOD's name, architecture, number of ID classes."""
+
+    training: str
+    architecture: str
+    classes: int
+
+    def __str__(self) -> str:
+        return f"{self.architecture} ({self.training}, {self.classes} classes)"
+
+
+def network_kind(net: nn.Module, network: str | None = None) -> NetworkKind:
+    """The kind of a network returned by `load_network`, with the same `network`.
+
+    A plain network counts as trained with cross-entropy, since nothing in its keys says otherwise.
+    """
+    training = "T2FNorm" if isinstance(net, T2FNormNet) else "CrossEntropy"
+    plain = net.backbone if isinstance(net, T2FNormNet) else net
+    linear = [module for module in plain.modules() if isinstance(module, nn.Linear)]
+    classes = linear[-1].out_features if linear else len(list(plain.parameters())[-1])
+    architecture = network.partition(":")[2] if network else _name_of(plain)
+    return NetworkKind(training, architecture, classes)
+
+
+def _name_of(net: nn.Module) -> str:
+    if isinstance(net, WideResNet):
+        return f"WRN-{6 * len(net.block1.layer) + 4}-{net.fc.in_features // 64}"
+    if isinstance(net, CifarResNet):
+        return f"ResNet-{6 * len(net.get_submodule('layer1')._modules) + 2}"
+    name = type(net).__name__
+    if isinstance(net, ResNet18_32x32) and net.conv1.out_channels != OPENOOD_WIDTH:
+        return f"{name} of width {net.conv1.out_channels}"
+    return name

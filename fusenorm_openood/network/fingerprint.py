@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -23,31 +23,23 @@ from fusenorm_openood.network.running import (
     unwrapped,
 )
 
-# Parts of what modules say of themselves that do not matter in evaluation mode, or not elsewhere.
+# How far logits may be from those on another machine, in units of their range: in float32, and in
+# all that rounds more, such as TF32 on a GPU.
+EXACT, ROUNDED = 3e-4, 2e-2
+# Parts of the configurations of modules that do not matter in eval mode, or not elsewhere.
 _INCIDENTAL = re.compile(r"(, )?(inplace=\w+|momentum=[\w.]+|device='?[\w:]+'?| at 0x\w+)")
 
 
 class Fingerprint(NamedTuple):
-    """What a network is recognised by.
+    """What a network is recognised by."""
 
-    Attributes:
-        kind: class name of the network.
-        shapes: type and shape of each parameter and buffer by name, such as `float32 [64, 3]`.
-        weights: SHA-256 of all their values, in hexadecimal digits.
-        modules: class and configuration of each module inside by name, such as `Dropout()`; None
-            in files of format 1.
-        image: shape `[C, H, W]` of two fixed images; empty if the logits are not known.
-        logits: the network's logits `[2, K]` of them.
-        rounding: how far the logits may be from those on another machine, in units of their range.
-    """
-
-    kind: str
-    shapes: dict[str, str]
-    weights: str
-    modules: dict[str, str] | None = None
-    image: tuple[int, ...] = ()
-    logits: tuple[tuple[float, ...], ...] = ()
-    rounding: float = 0.0
+    kind: str  # its class
+    shapes: dict[str, str]  # of its parameters and buffers, such as `float32 [64, 3]`
+    weights: str  # SHA-256 of all their values, in hexadecimal digits
+    modules: dict[str, str] | None = None  # such as `Dropout()`; None in files of format 1
+    image: tuple[int, ...] = ()  # shape of two fixed images; empty if the logits are not known
+    logits: tuple[tuple[float, ...], ...] = ()  # of these images
+    rounding: float = 0.0  # share of their range by which they may differ on another machine
 
     @property
     def digest(self) -> str:
@@ -56,10 +48,17 @@ class Fingerprint(NamedTuple):
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """In which weights two networks differ by name, type or shape, or else in which modules."""
-        weights = _differences(self.shapes, other.shapes)
+
+        def named(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+            pairs = {
+                n: (ours.get(n, "absent"), theirs.get(n, "absent")) for n in {**ours, **theirs}
+            }
+            return [f"{n} is {a} instead of {b}" for n, (a, b) in pairs.items() if a != b]
+
+        weights = named(self.shapes, other.shapes)
         if weights or self.modules is None or other.modules is None:
             return weights
-        return _differences(self.modules, other.modules)
+        return named(self.modules, other.modules)
 
     def agrees(self, other: "Fingerprint") -> bool:
         """Whether two networks give the fixed images the same logits, as far as both are known."""
@@ -74,14 +73,8 @@ class Fingerprint(NamedTuple):
         return bool((ours - theirs).abs().max() <= most + 1e-6)
 
 
-def _differences(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
-    names = [*ours, *(name for name in theirs if name not in ours)]
-    found = [(name, ours.get(name, "absent"), theirs.get(name, "absent")) for name in names]
-    return [f"{name} is {a} instead of {b}" for name, a, b in found if a != b]
-
-
 def fingerprint(net: nn.Module) -> Fingerprint:
-    """The fingerprint of a network without logits, and without what evaluation mode leaves out.
+    """The fingerprint of a network without logits, and without what eval mode leaves out.
 
     Of weights that FSDP2 has sharded, all processes must take it together.
     """
@@ -92,8 +85,9 @@ def fingerprint(net: nn.Module) -> Fingerprint:
         for part, plain in _plain(name, value.detach()):
             shapes[part] = f"{str(plain.dtype).removeprefix('torch.')} {list(plain.shape)}"
             digest.update(f"{part} {shapes[part]}\n".encode())
-            data = plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b""
-            digest.update(data)
+            digest.update(
+                plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b""
+            )
     modules = {name: _described(module) for name, module in net.named_modules() if name}
     return Fingerprint(_class_of(net), shapes, digest.hexdigest(), modules)
 
@@ -112,8 +106,7 @@ def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _described(module: nn.Module) -> str:
     is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-    said = "" if is_dropout else _INCIDENTAL.sub("", module.extra_repr())
-    return f"{_class_of(module)}({said})"
+    return f"{_class_of(module)}({'' if is_dropout else _INCIDENTAL.sub('', module.extra_repr())})"
 
 
 def _class_of(module: nn.Module) -> str:
@@ -122,22 +115,11 @@ def _class_of(module: nn.Module) -> str:
     return next(name for name in names if not name.startswith("FSDP"))
 
 
-# How far logits may be from those on another machine, in units of their range: in float32, and in
-# all that rounds more, such as TF32 on a GPU.
-EXACT, ROUNDED = 3e-4, 2e-2
-
-
 def identify(net: nn.Module, image: Sequence[int], passes: int = 2) -> Fingerprint:
-    """The fingerprint of a network, with its logits of two fixed images.
+    """The fingerprint of a network, with its logits of two fixed images `[C, H, W]`.
 
-    They tell a network from another one with the same modules and weights whose forward differs.
-    Those of a network that does not take such images, or is random as a second pass shows, are left
-    out.
-
-    Args:
-        net: any network; it is left unchanged.
-        image: shape `[C, H, W]` of the images; without one there are no logits.
-        passes: one or two.
+    They tell networks with the same modules and weights apart whose forward differs. They are left
+    out if the network does not take such images, or is random as a second pass shows.
     """
     core = unwrapped(net)
     known = fingerprint(core)
@@ -154,11 +136,14 @@ def identify(net: nn.Module, image: Sequence[int], passes: int = 2) -> Fingerpri
     wide = all(p.dtype in (torch.float32, torch.float64) for p in core.parameters())
     wide &= not any("uantized" in module for module in (known.modules or {}).values())
     is_exact = wide and images.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    rounding = EXACT if is_exact else ROUNDED
     found = [
-        known._replace(image=tuple(image), logits=tuple(map(tuple, a.tolist())), rounding=rounding)
-        for a in answers
-        if a.numel() and a.isfinite().all()
+        known._replace(
+            image=tuple(image),
+            logits=tuple(map(tuple, answer.tolist())),
+            rounding=EXACT if is_exact else ROUNDED,
+        )
+        for answer in answers
+        if answer.numel() and answer.isfinite().all()
     ]
     return found[0] if len(found) == passes and found[0].agrees(found[-1]) else known
 

@@ -2,8 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from copy import copy
+from graphlib import TopologicalSorter
 from typing import Any
 
 from torch import Tensor
@@ -13,20 +14,18 @@ Node = Any  # torch.autograd.graph.Node; hashable by identity
 # CopySlices is an addition in place to a part of a tensor.
 _MERGES = re.compile(r"^(Add|Addcmul|Cat|Lerp|Stack|Sub)Backward|::CopySlices$")
 _MULTIPLIES = re.compile(r"Convolution|Mm|mm|Linear|Attention|Bilinear|Mv|mv|Checkpoint|Einsum")
-
 _CHANGES = re.compile(_MULTIPLIES.pattern + r"|Norm|Pool|Mean|Sum|Max|Upsample")  # a value's pixels
 
 
 class Graph:
     """The part of an autograd graph that lies between logits and images.
 
-    Args:
-        logits: logits `[B, K]` with a graph.
-        images: the leaf that they are computed from.
+    Blocks are read from its trunk. Whatever is computed inside a branch, the value of a trunk node
+    is all that later layers know of the image; so a residual block shows as a trunk node, where
+    the block begins, followed by branches that merge in the next trunk node.
 
-    Attributes:
-        trunk: the nodes that every path from the logits to the images crosses, with their
-            positions: 0 is nearest to the logits. Empty if no path reaches the images.
+    Its `trunk` are the nodes that every path from the logits to the images (a leaf) crosses, with
+    their positions: 0 is nearest to the logits. It is empty if no path reaches the images.
     """
 
     def __init__(self, logits: Tensor, images: Tensor) -> None:
@@ -34,8 +33,16 @@ class Graph:
         self._take(_paths(self.root, images))
 
     def _take(self, children: dict[Node, list[Node]]) -> None:
-        self.children = children
-        self.trunk = {node: place for place, node in enumerate(_trunk(self.root, children))}
+        """Use a graph: the next nodes of each node, in an order in which these come first."""
+        self.children, edges = children, Counter(n for node in children for n in children[node])
+        pending, trunk = 0, list[Node]()
+        # In topological order, a node is on every path if no edge leads from before to behind it.
+        for node in reversed(children):
+            pending -= edges[node]
+            if pending == 0:
+                trunk.append(node)
+            pending += len(children[node])
+        self.trunk = {node: place for place, node in enumerate(trunk)}
 
     def along_deepest(self, merge: Node) -> "Graph | None":
         """The graph without the branches that leave the deepest branch of a merge on the way.
@@ -52,25 +59,17 @@ class Graph:
             return None
         graph = copy(self)
         graph.children = {**self.children, merge: [deepest]}
-        kept = graph.before(self.root)
-        graph._take({node: n for node, n in graph.children.items() if node in kept})
+        left = graph.before(self.root)
+        graph._take({node: n for node, n in graph.children.items() if node in left})
         return graph
 
     def before(self, start: Node) -> set[Node]:
         """A node, and the nodes on its paths to the images."""
-        waiting, seen = [start], {start}
-        while waiting:
-            following = set(self.children[waiting.pop()]) - seen
-            waiting += following
-            seen |= following
-        return seen
+        return reachable([start], lambda node: self.children[node])
 
     def forks(self) -> list[Node]:
-        """Trunk nodes where branches with a convolution or a matrix product end.
-
-        From the images to the logits.
-        """
-        forks = [node for node in reversed(list(self.trunk)) if len(self.children[node]) > 1]
+        """Trunk nodes where branches with weights end, from the images to the logits."""
+        forks = [node for node in reversed(self.trunk) if len(self.children[node]) > 1]
         return [node for node in forks if any(map(_multiplies, self._fork(node)))]
 
     def merges(self) -> list[Node]:
@@ -82,108 +81,76 @@ class Graph:
         forks = [self._fork(node) for node in self.trunk if len(self.children[node]) > 1]
         return max(map(self.share_of_work, forks), default=0.0)
 
-    def ends_of(self, merge: Node) -> list[Node]:
-        """The trunk nodes with the value of a merge, as it is or after an activation."""
-        order, place = list(self.trunk), self.trunk[merge]
-        ends = [merge]
-        for node in reversed(order[:place]):
-            if _CHANGES.search(node.name()) or len(self.children[node]) > 1:
-                break
-            ends.append(node)
-        return ends
+    def share_of_work(self, nodes: Iterable[Node]) -> float:
+        """The share of all convolutions and matrix products that are among nodes."""
+        return sum(map(_multiplies, nodes)) / max(sum(map(_multiplies, self.children)), 1)
 
     def branches(self, merges: Iterable[Node]) -> set[Node]:
         """The nodes in the branches of merges."""
         return {node for merge in merges for node in self._fork(merge)}
 
-    def share_of_work(self, nodes: Iterable[Node]) -> float:
-        """The share of all convolutions and matrix products that are among nodes."""
-        return sum(map(_multiplies, nodes)) / max(sum(map(_multiplies, self.children)), 1)
-
-    def _fork(self, merge: Node) -> Iterable[Node]:
+    def _fork(self, merge: Node) -> set[Node]:
         """The nodes between a merge and the next trunk node."""
-        waiting, seen = list(self.children[merge]), set[Node]()
-        while waiting:
-            node = waiting.pop()
-            if node not in seen and node not in self.trunk:
-                seen.add(node)
-                waiting += self.children[node]
-        return seen
+
+        def inside(node: Node) -> list[Node]:
+            return [n for n in self.children[node] if n not in self.trunk]
+
+        return reachable(inside(merge), inside)
+
+    def ends_of(self, merge: Node) -> list[Node]:
+        """The trunk nodes with the value of a merge, as it is or after an activation."""
+        ends = [merge]
+        for node in reversed(list(self.trunk)[: self.trunk[merge]]):
+            if _CHANGES.search(node.name()) or len(self.children[node]) > 1:
+                break
+            ends.append(node)
+        return ends
 
     def before_products(self) -> dict[Node, int]:
         """The trunk from where a matrix product lies between it and the logits, with positions."""
-        order, crossed = list(self.trunk), False
-        for place, node in enumerate(order):
+        crossed, found = False, dict[Node, int]()
+        for node, place in self.trunk.items():
             if crossed:
-                return {later: at for at, later in enumerate(order[place:], start=place)}
-            crossed = _multiplies(node) or any(map(_multiplies, self._fork(node)))
-        return {}
-
-    def first_on_every_path(self, wanted: Callable[[Node], bool]) -> list[Node]:
-        """The first wanted node of each path from the logits; empty if some path has none."""
-        waiting, seen, found = [self.root], set[Node](), list[Node]()
-        while waiting:
-            node = waiting.pop()
-            if node in seen or node not in self.children:
-                continue
-            seen.add(node)
-            if wanted(node):
-                found.append(node)
-            elif not self.children[node]:
-                return []
-            waiting += [] if wanted(node) else self.children[node]
+                found[node] = place
+            crossed = crossed or _multiplies(node) or any(map(_multiplies, self._fork(node)))
         return found
+
+    def first_on_every_path(self, wanted: Collection[Node]) -> list[Node]:
+        """The first wanted node of each path from the logits; empty if some path has none."""
+        found = reachable([self.root], lambda n: () if n in wanted else self.children[n])
+        ends = [node for node in found if node in wanted or not self.children[node]]
+        return ends if all(node in wanted for node in ends) else []
+
+
+def reachable(start: Iterable[Node], following: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    """Some nodes, and those that are reached from them."""
+    waiting = list(start)
+    found = set(waiting)
+    while waiting:
+        new = set(following(waiting.pop())) - found
+        waiting += new
+        found |= new
+    return found
+
+
+def inputs_of(node: Node) -> list[Node]:
+    """The nodes whose values a node is computed from."""
+    return [n for n, _ in node.next_functions if n is not None]
+
+
+def _paths(root: Node, images: Tensor) -> dict[Node, list[Node]]:
+    """Of each node on a path from the root to the images, the next nodes on such paths.
+
+    What follows a node comes before it.
+    """
+    nodes = set[Node]() if root is None else reachable([root], inputs_of)
+    paths = dict[Node, list[Node]]()
+    for node in TopologicalSorter({n: inputs_of(n) for n in nodes}).static_order():
+        following = [n for n in inputs_of(node) if n in paths]
+        if following or getattr(node, "variable", None) is images:
+            paths[node] = following
+    return paths
 
 
 def _multiplies(node: Node) -> bool:
     return _MULTIPLIES.search(node.name()) is not None
-
-
-def _paths(root: Node, images: Tensor) -> dict[Node, list[Node]]:
-    """Of each node on a path from the root to the images, the next nodes on such paths."""
-    kept: dict[Node, list[Node]] = {}
-    state: dict[Node, bool] = {}  # whether all that follows a node has been seen
-    waiting = [] if root is None else [root]
-    while waiting:
-        node = waiting[-1]
-        if node not in state:
-            state[node] = False
-            waiting += [n for n, _ in node.next_functions if n is not None and n not in state]
-            continue
-        waiting.pop()
-        if state[node]:
-            continue
-        state[node] = True
-        following = [n for n, _ in node.next_functions if n in kept]
-        if following or getattr(node, "variable", None) is images:
-            kept[node] = following
-    return kept
-
-
-def _trunk(root: Node, children: dict[Node, list[Node]]) -> list[Node]:
-    """The nodes in which all pending edges of a walk in topological order end."""
-    if root not in children:
-        return []
-    edges = Counter(child for following in children.values() for child in following)
-    waited_for, trunk, ready, pending = Counter(edges), list[Node](), [root], 0
-    while ready:
-        node = ready.pop()
-        pending -= edges[node]
-        if pending == 0:
-            trunk.append(node)
-        for child in children[node]:
-            pending += 1
-            waited_for[child] -= 1
-            if waited_for[child] == 0:
-                ready.append(child)
-    return trunk
-
-
-def nodes_before(node: Node) -> set[Node]:
-    """All nodes that a node's value is computed from."""
-    waiting, seen = [node], set[Node]()
-    while waiting:
-        following = {n for n, _ in waiting.pop().next_functions if n is not None} - seen
-        waiting += following
-        seen |= following
-    return seen

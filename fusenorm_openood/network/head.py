@@ -11,19 +11,17 @@ from torch.nn import functional as F
 from fusenorm_openood.method.posthoc import Head
 from fusenorm_openood.network.running import hooked
 
-Convolution = nn.modules.conv._ConvNd
 HALF = (torch.float16, torch.bfloat16)
 
 
 class HeadLayers(NamedTuple):
-    """How logits come from the layers with a weight matrix that precede them.
+    """How logits come from the layers with a weight matrix that precede them, `names`.
 
     Attributes:
-        names: names of the layers; empty if there are none.
         shares: by what the outputs of the layers are multiplied before they are added up.
         is_linear: whether the logits are exactly this sum.
-        before_softmax: whether the network returns a softmax, a sigmoid or the like of the logits;
-            the logits themselves are then the output of the layer.
+        before_softmax: whether the network returns a softmax, a sigmoid or the like of the logits,
+            which are then the output of the layer.
         is_affine: whether the logits are an affine function of the feature; unlike with
             `is_linear`, this may be a mean of what the layers are given.
         feature: `output` of a module or `input` of some, and their names, if the feature is this
@@ -42,37 +40,38 @@ class HeadLayers(NamedTuple):
 
 def weight_of(module: nn.Module) -> Tensor | None:
     """The weight matrix `[K, D]` of a linear layer or a convolution, also a quantised one."""
-    if isinstance(module, nn.LayerNorm):
+    weight = None if isinstance(module, nn.LayerNorm) else _parameter(module, "weight")
+    if weight is None or weight.ndim < 2:
         return None
-    weight: Any = getattr(module, "weight", None)
-    weight = weight() if callable(weight) and not isinstance(weight, Tensor) else weight
-    if not isinstance(weight, Tensor) or weight.ndim < 2:
-        return None
-    weight = weight.detach()
-    plain: Tensor = weight.dequantize() if _is_quantised(weight) else weight
+    plain: Tensor = weight.dequantize() if has_quantised_weight(module) else weight
     return plain.flatten(1)
 
 
 def has_quantised_weight(module: nn.Module) -> bool:
     """Whether a layer's weight is kept as integers and their scales, as torch and torchao do."""
-    weight: Any = getattr(module, "weight", None)
-    return _is_quantised(weight() if callable(weight) else weight)
+    weight = _parameter(module, "weight")
+    return weight is not None and (
+        weight.is_quantized or type(weight).dequantize is not Tensor.dequantize
+    )
 
 
-def _is_quantised(weight: Tensor) -> bool:
-    return weight.is_quantized or type(weight).dequantize is not Tensor.dequantize
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter of a layer, if it has it; in torch's quantised layers it is a method."""
+    value: Any = getattr(module, name, None)
+    value = value() if callable(value) else value
+    return value.detach() if isinstance(value, Tensor) else None
 
 
-def dequantised(x: Tensor) -> Tensor:
-    """A tensor, in floating point if it is quantised."""
-    return x.dequantize() if x.is_quantized else x
+def dequantised(x: Any) -> Any:
+    """A tensor in floating point, also a quantised one; what is no tensor as it is."""
+    return x.dequantize() if isinstance(x, Tensor) and x.is_quantized else x
 
 
 def flat_feature(module: nn.Module, x: Tensor) -> Tensor:
     """The input of a layer as one feature per image `[B, D]`: a mean over pixels or tokens."""
     if x[0].numel() == max(x.shape[1:]):
         return x.flatten(1)
-    if isinstance(module, Convolution):
+    if isinstance(module, nn.modules.conv._ConvNd):
         covers = tuple(module.kernel_size) == tuple(x.shape[2:])
         return x.flatten(1) if covers else x.flatten(2).mean(-1)
     if x.ndim == 4 and not (hasattr(module, "in_features") or isinstance(module, nn.LayerNorm)):
@@ -92,24 +91,20 @@ def feature_of(
         x = flat_feature(layers[name], (inputs if side == "input" else outputs)[name])
         return F.normalize(x) if head.is_normalised else x
     parts = [flat_feature(layers[name], inputs[name]) for name in head.names]
-    if not parts:
-        return None
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] if parts else None
 
 
 def linear_head(modules: Sequence[nn.Module], shares: Sequence[float]) -> Head | None:
     """Weight `[K, D]` and bias `[K]` of the logits as a function of `feature_of`."""
     weights, biases = [], []
     for module, share in zip(modules, shares, strict=True):
-        weight = weight_of(module)
+        weight, bias = weight_of(module), _parameter(module, "bias")
         if weight is None:
             return None
-        bias: Any = getattr(module, "bias", None)
-        bias = bias() if callable(bias) and not isinstance(bias, Tensor) else bias
-        bias = bias.detach() if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
         weights.append(weight if share == 1 else weight * share)
         biases.append(bias if share == 1 else bias * share)
-    if not weights or len({len(weight) for weight in weights}) > 1:
+    if len({len(weight) for weight in weights}) != 1:
         return None
     if len(weights) == 1:
         return Head(weights[0], biases[0])
@@ -126,29 +121,21 @@ def kept_head(
     head: Mapping[str, nn.Module], change: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Inputs and outputs of the layers that make the logits, with inputs that are changed."""
+    names = {module: name for name, module in head.items()}
     inputs, outputs = dict[str, Tensor](), dict[str, Tensor]()
 
-    def before(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given: Any = args[0] if args else next(iter(kwargs.values()), None)
-            changed = given if change is None else change(given)
-            inputs[name] = dequantised(changed) if isinstance(changed, Tensor) else changed
-            if change is None:
-                return None
-            if args:
-                return (changed, *args[1:]), kwargs
-            return args, {**kwargs, next(iter(kwargs)): changed}
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given: Any = args[0] if args else next(iter(kwargs.values()), None)
+        changed = given if change is None else change(given)
+        inputs[names[module]] = dequantised(changed)
+        if change is None:
+            return None
+        if args:
+            return (changed, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): changed}
 
-        return hook
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        outputs[names[module]] = dequantised(output)
 
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            outputs[name] = dequantised(output) if isinstance(output, Tensor) else output
-
-        return hook
-
-    with hooked(
-        before=[(module, before(name)) for name, module in head.items()],
-        after=[(module, after(name)) for name, module in head.items()],
-    ):
+    with hooked(before=[(m, before) for m in names], after=[(m, after) for m in names]):
         yield inputs, outputs

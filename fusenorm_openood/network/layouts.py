@@ -24,11 +24,10 @@ def fits(height: int, width: int, image: Sequence[int], exactly: bool = False) -
 
 @cache
 def token_grid(tokens: int, image: tuple[int, int]) -> tuple[int, int, int]:
-    """Prefix tokens, height and width of tokens of images `[H, W]`.
+    """Number of prefix tokens, and height and width of the other tokens, of images `[H, W]`.
 
-    Prefix tokens are no patches, such as class tokens and registers: the smallest usual number
-    that leaves a grid of exactly the image's aspect, else the smallest that leaves one up to
-    rounding.
+    The smallest usual number that leaves a grid of exactly the image's aspect, else the smallest
+    that leaves one up to rounding.
 
     >>> token_grid(197, (224, 224)), token_grid(201, (224, 224)), token_grid(24, (64, 96))
     ((1, 14, 14), (5, 14, 14), (0, 4, 6))
@@ -60,35 +59,31 @@ def find_layout(
     first, last = fits(shape[2], shape[3], image), fits(shape[1], shape[2], image)
     if first != last:
         return "BCHW" if first else "BHWC"
-    found = (_layout_of_layer(modules[layer]) for layer in _layers_around(name, calls))
-    return next(filter(None, found), "BCHW")
+    for layer in _layers_around(name, calls):
+        kind = type(modules[layer])
+        if kind.__name__.endswith("2d") or issubclass(kind, nn.GroupNorm):
+            return "BCHW"  # Conv2d, BatchNorm2d, LayerNorm2d, ...
+        if kind in (nn.Linear, nn.LayerNorm):
+            return "BHWC"
+    return "BCHW"
 
 
 def _layers_around(name: str, calls: Mapping[str, Call]) -> Iterator[str]:
-    call = calls[name]
-    ran = {n: c for n, c in calls.items() if not n.endswith(INPUT)}
-    maps = {n: c for n, c in ran.items() if len(c.given) == 4 or len(c.shape) == 4}
-    for node in (call.left, *call.entered):
+    maps = {
+        n: c
+        for n, c in calls.items()
+        if not n.endswith(INPUT) and (len(c.shape) == 4 or (c.took and len(c.took.shape) == 4))
+    }
+    for node in (calls[name].left, *calls[name].entered):
         yield from (n for n, c in maps.items() if node is not None and node in c.entered)
     yield from (n for n in reversed(maps) if n == name or n.startswith(f"{name}."))
 
 
-def _layout_of_layer(layer: nn.Module) -> str | None:
-    if type(layer).__name__.endswith("2d") or isinstance(layer, nn.GroupNorm):
-        return "BCHW"  # Conv2d, BatchNorm2d, LayerNorm2d, ...
-    return "BHWC" if type(layer) in (nn.Linear, nn.LayerNorm) else None
-
-
 class Prefix(NamedTuple):
-    """Tokens that are no pixels, such as class tokens and registers.
-
-    Attributes:
-        length: their number.
-        place: share of the other tokens that stand before them: 0 is in front, 1 at the end.
-    """
+    """Tokens that are no pixels, such as class tokens and registers."""
 
     length: int
-    place: float = 0.0
+    place: float = 0.0  # share of the other tokens that stand before them
 
 
 def find_prefixes(
@@ -103,12 +98,12 @@ def find_prefixes(
     as patches; tokens that join them later, and are the same for both images, are no pixels. What
     drops or merges tokens does so to pixels.
     """
-    seen = [(c.gave[c.index], layouts.get(n, ""), n) for n, c in calls.items() if c.gave]
-    seen += [(c.took, "BNC", "") for c in calls.values() if c.took and len(c.took.shape) == 3]
-    on_trunk = [value for value in seen if value[0].node in trunk]
+    values = [(c.gave[c.index], layouts.get(n, ""), n) for n, c in calls.items() if c.gave]
+    values += [(c.took, "BNC", "") for c in calls.values() if c.took and len(c.took.shape) == 3]
+    on_trunk = [value for value in values if value[0].node in trunk]
     patches, now, found = 0, Prefix(0), dict[str, Prefix]()
     for value, layout, name in sorted(on_trunk, key=lambda value: -trunk[value[0].node]):
-        shape, alike = value.shape, value.alike
+        shape = value.shape
         if layout in ("BCHW", "BHWC"):
             patches, now = pixels(shape, layout, image), Prefix(0)
         elif layout and image[0] in shape[:2]:
@@ -117,10 +112,10 @@ def find_prefixes(
             if more == 0 or not patches:
                 patches, now = tokens, Prefix(0)
             elif more != now.length:
-                if 0 < more <= patches:
-                    now = _place(alike, more) or Prefix(more if more == guess else 0)
+                if 0 < more <= patches:  # some tokens have joined the patches
+                    now = _find_equal(value.alike, more) or Prefix(more if more == guess else 0)
                 elif more < 0 and guess and not now.length:
-                    now = _place(alike, guess) or now
+                    now = _find_equal(value.alike, guess) or now
                 now = now if now.length < tokens else Prefix(0)
                 patches = tokens - now.length
         if name and "N" in layout:
@@ -128,16 +123,16 @@ def find_prefixes(
     return found
 
 
-def _place(alike: Tensor | None, count: int) -> Prefix | None:
-    """Where a number of tokens is the same for both images; None if nowhere, or not together."""
-    if alike is None:
+def _find_equal(alike: Tensor | None, count: int) -> Prefix | None:
+    """The first place where so many tokens in a row are equal for both images."""
+    if alike is None or alike.all():
         return None
     others = len(alike) - count
-    starts = [s for s in range(others + 1) if alike[s : s + count].all()]
-    if not starts or alike.all():
+    start = next((s for s in range(others + 1) if alike[s : s + count].all()), None)
+    if start is None:
         return None
-    in_the_middle = starts[0] == others // 2 > 0
-    return Prefix(count, 0.5 if in_the_middle else starts[0] / others)
+    # In the middle exactly, also for images of other sizes, where a share of them is rounded.
+    return Prefix(count, 0.5 if start == others // 2 > 0 else start / others)
 
 
 def pixels(
@@ -146,10 +141,8 @@ def pixels(
     """Number of pixels of a feature map, without prefix tokens."""
     if "N" in layout:
         tokens = shape[layout.index("N")]
-        if prefix is not None:
-            return tokens - prefix.length
-        _, height, width = token_grid(tokens, (image[-2], image[-1]))
-        return height * width
+        skipped = token_grid(tokens, (image[-2], image[-1]))[0] if prefix is None else prefix.length
+        return tokens - skipped
     return shape[layout.index("H")] * shape[layout.index("W")]
 
 
@@ -165,8 +158,8 @@ def as_maps(x: Tensor, layout: str, image: Sequence[int], prefix: Prefix | None 
         left = tokens[:, skipped:]
     else:
         start = int(prefix.place * (tokens.shape[1] - prefix.length) + 1e-6)
-        rest = tokens[:, start + prefix.length :]
-        left = torch.cat([tokens[:, :start], rest], dim=1) if start else rest
+        left = tokens[:, start + prefix.length :]
+        left = torch.cat([tokens[:, :start], left], dim=1) if start else left
         skipped, height, width = token_grid(left.shape[1], (image[-2], image[-1]))
         height, width = (left.shape[1], 1) if skipped else (height, width)
     return left.mT.view(*tokens.mT.shape[:2], height, width)

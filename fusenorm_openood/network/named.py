@@ -14,11 +14,13 @@ from typing_extensions import Self
 
 from fusenorm_openood.errors import ConfigError
 
+_CATALOGUED = re.compile(r"(torchvision|timm):([A-Za-z0-9_.-]+)")
+
 
 def build_network(
     spec: str, num_classes: int | None = None, image_size: int | None = None
 ) -> nn.Module:
-    """A network with random weights, in evaluation mode.
+    """A network with random weights, in eval mode.
 
     Args:
         spec: `torchvision:NAME`, `timm:NAME` or `package.module:factory`, a function or class.
@@ -36,17 +38,16 @@ def build_network(
             f"torchvision:resnet18, got {spec!r}"
         )
     classes = {} if num_classes is None else {"num_classes": num_classes}
-    size = {} if image_size is None else {_SIZE.get(source, ""): image_size}
     try:
         if source == "torchvision":
-            net = _sized(
-                import_module("torchvision").models.get_model, size, name, weights=None, **classes
-            )
+            create, size = import_module("torchvision").models.get_model, "image_size"
+            net = _sized(create, name, {size: image_size}, {"weights": None, **classes})
         elif source == "timm":
-            net = _sized(_module(spec, source).create_model, size, name, **classes)
+            create = _module(spec, source).create_model
+            net = _sized(create, name, {"img_size": image_size}, classes)
         else:
             factory = attrgetter(name)(_module(spec, source))
-            net = factory(**classes if _takes(factory, "num_classes") else {})
+            net = factory(**classes if _takes_classes(factory) else {})
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # code of others, which may raise anything
@@ -63,37 +64,16 @@ def build_network(
     return net.eval()
 
 
-def is_catalogued(spec: str) -> bool:
-    """Whether a network is one of torchvision's classifiers or timm's architectures.
-
-    Such a name runs the code of these packages only, and downloads nothing; a name of a hub, of a
-    folder or of any other module does not count, nor a detector of torchvision's, whose backbone
-    comes with weights. Nothing but the two packages is imported.
-    """
-    found = _CATALOGUED.fullmatch(spec)
-    if found is None:
-        return False
-    source, name = found.groups()
-    if source == "timm":
-        return bool(_module(spec, source).is_model(name))
-    models = import_module("torchvision").models
-    listed = [*models.list_models(models), *models.list_models(models.quantization)]
-    return name.lower() in listed
-
-
-_CATALOGUED = re.compile(r"(torchvision|timm):([A-Za-z0-9_.-]+)")
-# The argument for the size of the images, in the networks that take one.
-_SIZE = {"torchvision": "image_size", "timm": "img_size"}
-
-
-def _sized(create: Callable[..., Any], size: dict[str, int], name: str, **arguments: Any) -> Any:
+def _sized(
+    create: Callable[..., Any], name: str, size: dict[str, int | None], given: dict[str, Any]
+) -> Any:
     """Create a network for a size of images, or for any size if it takes no such argument."""
-    try:
-        return create(name, **arguments, **size)
-    except Exception:  # networks refuse a size in many ways
-        if not size:
-            raise
-        return create(name, **arguments)
+    if None not in size.values():
+        try:
+            return create(name, **given, **size)
+        except Exception:  # networks refuse a size in many ways
+            pass
+    return create(name, **given)
 
 
 def _module(spec: str, name: str) -> Any:
@@ -107,22 +87,33 @@ def _module(spec: str, name: str) -> Any:
         ) from error
 
 
-def _takes(factory: Callable[..., Any], name: str) -> bool:
-    """Whether a function or class takes an argument of this name."""
+def _takes_classes(factory: Callable[..., Any]) -> bool:
     try:
-        parameters = inspect.signature(factory).parameters
+        parameters = inspect.signature(factory).parameters.values()
     except ValueError:  # written in C
         return False
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def is_catalogued(spec: str) -> bool:
+    """Whether a network is one of torchvision's classifiers or timm's architectures.
+
+    Such a name runs the code of these packages only, and downloads nothing, unlike a name of a hub,
+    a folder or any other module, or a detector of torchvision's, whose backbone has weights.
+    """
+    found = _CATALOGUED.fullmatch(spec)
+    if found is None:
+        return False
+    source, name = found.groups()
+    if source == "timm":
+        return bool(_module(spec, source).is_model(name))
+    models = import_module("torchvision").models
+    listed = [*models.list_models(models), *models.list_models(models.quantization)]
+    return name.lower() in listed
 
 
 class LazyNetwork(nn.Module):
-    """A network that is loaded on first use; what is known of it needs no loading.
-
-    Args:
-        load: loads it.
-        known: what is known of it, with the attributes `structure` and `head`.
-    """
+    """A network that is loaded on first use; its `known.structure` and `known.head` need none."""
 
     def __init__(self, load: Callable[[], nn.Module], known: Any = None) -> None:
         super().__init__()
@@ -131,14 +122,10 @@ class LazyNetwork(nn.Module):
         self._lock = RLock()
 
     @property
-    def is_loaded(self) -> bool:
-        return "loaded" in self._modules
-
-    @property
     def core(self) -> nn.Module:
         """The network itself."""
         with self._lock:
-            if not self.is_loaded:
+            if "loaded" not in self._modules:
                 net = self._load()
                 for args, kwargs in self._moves:
                     net.to(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Find the logits in what a network returns, and tell outputs that are no logits."""
+"""Find the logits in what a network returns, and recognise outputs that are no logits."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -10,28 +10,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.network.graph import Node, nodes_before
+from fusenorm_openood.network.graph import Node, inputs_of, reachable
 from fusenorm_openood.network.head import HALF, dequantised
 
 Path = tuple[Any, ...]  # the keys, indices and attributes that lead to a tensor
 
 
 def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """The floating-point tensors in nested tuples, lists, mappings and dataclasses, in order.
-
-    Quantised tensors are dequantised.
-    """
+    """The floating-point tensors in nested containers and dataclasses, dequantised, in order."""
+    inner: Any = ()
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_quantized:
             yield path, dequantised(value)
-        return
-    inner: Any = ()
-    if isinstance(value, Mapping):
+    elif isinstance(value, Mapping):
         inner = value.items()
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        inner = zip(value._fields, value, strict=True)
     elif isinstance(value, tuple | list):
-        inner = enumerate(value)
+        inner = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
     elif is_dataclass(value) and not isinstance(value, type):
         inner = ((field.name, getattr(value, field.name)) for field in fields(value))
     for key, item in inner:
@@ -56,11 +50,13 @@ def find_logits(net: nn.Module, output: Any, batch: int) -> Path:
     if len(named) == 1 or len(found) == 1:
         return (named or list(found))[0]
     if not found:
-        raise no_logits(net, output, batch)
+        raise _no_logits(net, output, batch)
     for path, tensor in found.items():
         others = [other for p, other in found.items() if p != path and other is not tensor]
-        if tensor.grad_fn is not None and all(_is_from(tensor, other) for other in others):
-            return path
+        if tensor.grad_fn is not None:
+            sources = reachable([tensor.grad_fn], inputs_of)
+            if all(other.grad_fn is not None and other.grad_fn in sources for other in others):
+                return path
     listed = ", ".join(f"{'.'.join(map(str, p))} {list(t.shape)}" for p, t in found.items())
     raise TapError(
         f"{type(net).__name__} returns several tensors that may be logits ({listed}): wrap it so "
@@ -76,12 +72,13 @@ def logits_at(net: nn.Module, output: Any, path: Path, batch: int) -> Tensor:
     try:
         output = value_at(output, path)
     except (AttributeError, IndexError, KeyError, TypeError):
-        raise no_logits(net, output, batch) from None
+        raise _no_logits(net, output, batch) from None
     if isinstance(output, Tensor) and _may_be_logits(output, batch):
-        return dequantised(output)
+        logits: Tensor = dequantised(output)
+        return logits
     if isinstance(output, Tensor) and _is_one_logit(output, batch):
         return of_two_classes(dequantised(output).reshape(batch, 1))
-    raise no_logits(net, output, batch)
+    raise _no_logits(net, output, batch)
 
 
 def of_two_classes(logits: Tensor) -> Tensor:
@@ -99,13 +96,12 @@ def value_at(output: Any, path: Path) -> Any:
     return output
 
 
-def no_logits(net: nn.Module, output: Any, batch: int) -> TapError:
-    """The error for an output without logits."""
-    shapes = [tensor.shape for _, tensor in tensors_in(output)]
-    found = f"{list(shapes[0])}" if shapes else type(output).__name__
+def _no_logits(net: nn.Module, output: Any, batch: int) -> TapError:
+    shapes = [list(tensor.shape) for _, tensor in tensors_in(output)]
     return TapError(
-        f"{type(net).__name__} must return logits [B, K], or one logit [B, 1], got {found} for "
-        f"{batch} image(s): wrap it so that its forward returns them"
+        f"{type(net).__name__} must return logits [B, K], or one logit [B, 1], got "
+        f"{shapes[0] if shapes else type(output).__name__} for {batch} image(s): wrap it so that "
+        "its forward returns them"
     )
 
 
@@ -118,13 +114,8 @@ def _is_one_logit(tensor: Tensor, batch: int) -> bool:
     return squeezed or tuple(tensor.shape) in ((batch, 1), (batch,))
 
 
-def _is_from(tensor: Tensor, other: Tensor) -> bool:
-    """Whether a tensor is computed from another one, by their graph."""
-    return other.grad_fn is not None and other.grad_fn in nodes_before(tensor.grad_fn)
-
-
 # The last four are the parameters of a Dirichlet distribution in evidential networks.
-_UNDONE: tuple[Callable[[Tensor], Tensor], ...] = (
+_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: x.softmax(1),
     lambda x: x.log_softmax(1),
     torch.sigmoid,
@@ -150,16 +141,13 @@ def is_activation(before: Tensor, after: Tensor) -> bool:
     x, y = (t.detach().float().reshape(len(t), -1) for t in (before, after))
     if x.shape != y.shape or torch.equal(x, y):
         return False
-    return any(torch.allclose(y, undone(x), rtol=1e-2, atol=1e-5) for undone in _UNDONE)
+    return any(torch.allclose(y, of(x), rtol=1e-2, atol=1e-5) for of in _ACTIVATIONS)
 
 
 def checked_activation(net: nn.Module, outputs: Tensor, activation: str) -> str:
-    """What makes the outputs `[B, K]` of a network logits of another kind: `log_softmax`, or empty.
+    """`log_softmax` if what count as logits `[B, K]` are log-probabilities, else empty.
 
-    Args:
-        net: the network.
-        outputs: its logits, as far as they could be found.
-        activation: what they were made with by their graph; see `last_activation`.
+    `activation` is what they were made with by their graph; see `last_activation`.
 
     Raises:
         TapError: outputs that are no logits.
@@ -170,9 +158,9 @@ def checked_activation(net: nn.Module, outputs: Tensor, activation: str) -> str:
     one_sign = bool((outputs >= 0).all() or (outputs <= 0).all())
     if not one_sign or activation in ("", "log_softmax"):
         return activation if one_sign else ""
-    said = "probabilities" if activation in ("softmax", "sigmoid") else f"values of {activation}"
+    kind = "probabilities" if activation in ("softmax", "sigmoid") else f"values of {activation}"
     raise TapError(
-        f"{type(net).__name__} returns {said}, which are no logits: wrap it so that its forward "
+        f"{type(net).__name__} returns {kind}, which are no logits: wrap it so that its forward "
         f"returns what its {activation} is applied to, or with output='msp' log-probabilities"
     )
 
@@ -188,17 +176,17 @@ def last_activation(node: Node) -> str:
 
     Sums and means of several, as of an ensemble, and multiples count as well.
     """
-    waiting, seen, found = [] if node is None else [node], {node}, set[str]()
-    while waiting:
-        node = waiting.pop()
-        if all(n is None or n.name().endswith("AccumulateGrad") for n, _ in node.next_functions):
-            continue  # made of weights alone, such as a learned scale
-        if match := _NONLINEAR.match(node.name()):
-            found.add(match[1])
-        elif _PASSED.match(node.name()):
-            following = {n for n, _ in node.next_functions if n is not None} - seen
-            waiting += following
-            seen |= following
-        else:
-            return ""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", found.pop()).lower() if len(found) == 1 else ""
+
+    def is_of_weights(node: Node) -> bool:  # alone, such as a learned scale
+        return all(n.name().endswith("AccumulateGrad") for n in inputs_of(node))
+
+    def is_end(node: Node) -> bool:
+        return not _PASSED.match(node.name()) and not is_of_weights(node)
+
+    def following(node: Node) -> list[Node]:
+        return [] if is_end(node) or is_of_weights(node) else inputs_of(node)
+
+    ends = filter(is_end, reachable([] if node is None else [node], following))
+    found = {match and match[1] for match in (_NONLINEAR.match(n.name()) for n in ends)}
+    name = found.pop() if len(found) == 1 else None
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() if name else ""

@@ -17,17 +17,11 @@ INPUT = ":input"  # after the name of a module: the first tensor that it is give
 
 
 class Value(NamedTuple):
-    """A tensor in a pass over two images.
+    """A tensor in a pass over two images."""
 
-    Attributes:
-        node: its graph node, None without a graph.
-        shape: its shape.
-        alike: for `[B, N, C]` or `[N, B, C]`, which of the N tokens are equal for both images.
-    """
-
-    node: Node
+    node: Node  # in the graph; None without one
     shape: tuple[int, ...]
-    alike: Tensor | None
+    alike: Tensor | None  # of [B, N, C] or [N, B, C], which tokens are equal for both images
 
     @classmethod
     def of(cls, x: Tensor) -> "Value":
@@ -40,25 +34,15 @@ class Value(NamedTuple):
 
 @dataclass
 class Call:
-    """What a module did in a pass; of several runs, in the last one.
-
-    Attributes:
-        runs: how often it ran.
-        entered: graph nodes of the tensors that it was given.
-        earlier: graph nodes of the first tensors that it returned in earlier runs.
-        took: the first tensor that it was given.
-        gave: the tensors that it returned.
-        index: which of them is its feature map.
-        is_alone: whether it returned one tensor, in nothing else.
-    """
+    """What a module did in a pass; of several runs, in the last one."""
 
     runs: int = 0
-    entered: tuple[Node, ...] = ()
-    earlier: tuple[Node, ...] = ()
-    took: Value | None = None
-    gave: tuple[Value, ...] = ()
-    index: int = 0
-    is_alone: bool = True
+    entered: tuple[Node, ...] = ()  # nodes of the tensors that it was given
+    earlier: tuple[Node, ...] = ()  # nodes of the first tensors that it returned in earlier runs
+    took: Value | None = None  # the first tensor that it was given
+    gave: tuple[Value, ...] = ()  # the tensors that it returned
+    index: int = 0  # which of them is its feature map
+    is_alone: bool = True  # it returned one tensor, in nothing else
 
     @property
     def left(self) -> Node:
@@ -67,12 +51,8 @@ class Call:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the feature map."""
         return self.gave[self.index].shape if self.gave else ()
-
-    @property
-    def given(self) -> tuple[int, ...]:
-        """Shape of the first tensor that it was given."""
-        return self.took.shape if self.took else ()
 
     def choose(self, trunk: Collection[Node]) -> None:
         """Take the first returned tensor on the trunk for the feature map, if there is one."""
@@ -81,7 +61,11 @@ class Call:
 
 
 class WithGraph(TorchFunctionMode):
-    """Context in which a network's own `no_grad`, `inference_mode` and `detach` have no effect."""
+    """Context in which a network's own `no_grad`, `inference_mode` and `detach` have no effect.
+
+    Frozen backbones run without gradients, and gates are detached. Blocks are read from the graph,
+    so for the pass that is read, and for it alone, there must be one.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled and not args[0]:
@@ -98,33 +82,24 @@ _DETACHING = (Tensor.detach, Tensor.detach_, torch.detach, _DATA.__get__)
 
 def recorded(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, Call]]:
     """What `run` returns, and the calls of the modules in the order in which they ended."""
+    # What is scripted takes no hooks, and is a part of the module around it.
+    names = {m: n for n, m in net.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
     calls: dict[str, Call] = {}
     begun: dict[str, tuple[tuple[Node, ...], Value | None]] = {}
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given = [tensor for _, tensor in tensors_in((args, kwargs))]
-            nodes = tuple(dict.fromkeys(t.grad_fn for t in given if t.requires_grad))
-            begun[name] = nodes, Value.of(given[0]) if given else None
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = [tensor for _, tensor in tensors_in((args, kwargs))]
+        nodes = tuple(dict.fromkeys(t.grad_fn for t in given if t.requires_grad))
+        begun[names[module]] = nodes, Value.of(given[0]) if given else None
 
-        return hook
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        call = calls.pop(names[module], Call())
+        call.runs += 1
+        call.earlier = (*call.earlier, call.left) if call.left is not None else ()
+        call.entered, call.took = begun.get(names[module], ((), None))
+        call.gave = tuple(Value.of(tensor) for _, tensor in tensors_in(output)) or call.gave
+        call.is_alone = isinstance(output, Tensor)
+        calls[names[module]] = call
 
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            call = calls.pop(name, Call())
-            call.runs += 1
-            call.earlier = (*call.earlier, call.left) if call.left is not None else ()
-            call.entered, call.took = begun.get(name, ((), None))
-            call.gave = tuple(Value.of(tensor) for _, tensor in tensors_in(output)) or call.gave
-            call.is_alone = isinstance(output, Tensor)
-            calls[name] = call
-
-        return hook
-
-    # What is scripted takes no hooks, and is a part of the module around it.
-    modules = {n: m for n, m in net.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
-    with hooked(
-        before=[(module, before(name)) for name, module in modules.items()],
-        after=[(module, after(name)) for name, module in modules.items()],
-    ):
+    with hooked(before=[(m, before) for m in names], after=[(m, after) for m in names]):
         return run(), calls

@@ -1,5 +1,6 @@
 """Residual networks with OpenOOD's names and state-dict keys, and T2FNorm's network."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,25 +11,11 @@ from torch.nn import functional as F
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.kernels.devices import device_of
 
+IMAGENET_CLASSES = 1000  # fine-tuned from standard weights, so scored without temperature
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+def _conv(channels_in: int, channels: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels, size, stride, padding=size // 2, bias=False)
 
 
 class FeatureClassifier(nn.Module):
@@ -58,7 +45,78 @@ class FeatureClassifier(nn.Module):
         return self.fc.in_features
 
 
-class ResNet18_32x32(FeatureClassifier):
+class _TwoConvolutions(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(channels_in, channels, stride=stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def skip(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.skip(x))
+
+
+class BasicBlock(_TwoConvolutions):
+    """A residual block whose shortcut is a 1x1 convolution where the shapes differ."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__(channels_in, channels, stride)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels_in != channels:
+            convolution = _conv(channels_in, channels, 1, stride)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(channels))
+
+    def skip(self, x: Tensor) -> Tensor:
+        y: Tensor = self.shortcut(x)
+        return y
+
+
+class PaddingBlock(_TwoConvolutions):
+    """A residual block whose shortcut has no weights: pixels skipped, channels added as 0."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__(channels_in, channels, stride)
+        self.stride, self.added = stride, channels - channels_in
+
+    def skip(self, x: Tensor) -> Tensor:
+        before, after = self.added // 2, self.added - self.added // 2
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, after))
+
+
+class _SmallResNet(FeatureClassifier):
+    """A ResNet for small images: 3x3 stem, no pooling before stages that double the channels."""
+
+    def __init__(
+        self, block: type[nn.Module], blocks: Sequence[int], width: int, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv(3, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        channels_in = width
+        self.stages = len(blocks)
+        for stage, count in enumerate(blocks):
+            channels = width * 2**stage
+            first = block(channels_in, channels, 1 if stage == 0 else 2)
+            others = [block(channels, channels, 1) for _ in range(count - 1)]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(first, *others))
+            channels_in = channels
+        self.fc = nn.Linear(channels_in, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in range(self.stages):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+class ResNet18_32x32(_SmallResNet):
     """ResNet-18 for small images: 3x3 stem, no pooling before the four stages.
 
     Args:
@@ -67,21 +125,31 @@ class ResNet18_32x32(FeatureClassifier):
     """
 
     def __init__(self, num_classes: int = 10, width: int = 64) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        channels = [width, width, 2 * width, 4 * width, 8 * width]
-        for stage in range(1, 5):
-            first = BasicBlock(channels[stage - 1], channels[stage], stride=1 if stage == 1 else 2)
-            second = BasicBlock(channels[stage], channels[stage], stride=1)
-            self.add_module(f"layer{stage}", nn.Sequential(first, second))
-        self.fc = nn.Linear(channels[4], num_classes)
+        super().__init__(BasicBlock, (2, 2, 2, 2), width, num_classes)
 
-    def features(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in range(1, 5):
-            x = self.get_submodule(f"layer{stage}")(x)
-        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+class CifarResNet(_SmallResNet):
+    """ResNet-(6n + 2) for 32x32 images, with three stages of n blocks, 16, 32 and 64 channels wide.
+
+    The state-dict keys are those of the public repository akamaster/pytorch_resnet_cifar10, except
+    that its last layer is called `linear`; `load_network` reads both.
+
+    Args:
+        depth: 20, 32, 44, 56, 110 or another 6n + 2.
+        num_classes: number of ID classes.
+        width: number of channels in the first stage; 16 in the paper.
+
+    Raises:
+        ConfigError: a depth that is not 6n + 2.
+
+    Source: He et al., CVPR 2016, section 4.2, with shortcuts of option A.
+    """
+
+    def __init__(self, depth: int = 20, num_classes: int = 10, width: int = 16) -> None:
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ConfigError(f"depth must be 6n + 2, for example 20 or 32, got {depth}")
+        super().__init__(PaddingBlock, (blocks,) * 3, width, num_classes)
 
 
 class _TorchvisionResNet(FeatureClassifier):
@@ -121,14 +189,11 @@ class PreActBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.conv1 = _conv(channels_in, channels, stride=stride)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.convShortcut = (
-            None
-            if channels_in == channels
-            else nn.Conv2d(channels_in, channels, 1, stride, bias=False)
-        )
+        self.conv2 = _conv(channels, channels)
+        differs = channels_in != channels
+        self.convShortcut = _conv(channels_in, channels, 1, stride) if differs else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(x))
@@ -142,10 +207,8 @@ class WideResNetStage(nn.Module):
 
     def __init__(self, blocks: int, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.layer = nn.Sequential(
-            PreActBlock(channels_in, channels, stride),
-            *(PreActBlock(channels, channels, 1) for _ in range(blocks - 1)),
-        )
+        others = (PreActBlock(channels, channels, 1) for _ in range(blocks - 1))
+        self.layer = nn.Sequential(PreActBlock(channels_in, channels, stride), *others)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
@@ -165,7 +228,7 @@ class WideResNet(FeatureClassifier):
         if rest or blocks < 1:
             raise ConfigError(f"depth must be 6n + 4, for example 16 or 28, got {depth}")
         channels = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
-        self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+        self.conv1 = _conv(3, channels[0])
         self.block1 = WideResNetStage(blocks, channels[0], channels[1], stride=1)
         self.block2 = WideResNetStage(blocks, channels[1], channels[2], stride=2)
         self.block3 = WideResNetStage(blocks, channels[2], channels[3], stride=2)
@@ -175,65 +238,6 @@ class WideResNet(FeatureClassifier):
     def features(self, x: Tensor) -> Tensor:
         x = self.block3(self.block2(self.block1(self.conv1(x))))
         return F.adaptive_avg_pool2d(F.relu(self.bn1(x)), 1).flatten(1)
-
-
-class PaddingBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut without weights: pixels skipped, channels added as 0."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.added = stride, channels - channels_in
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        before, after = self.added // 2, self.added - self.added // 2
-        kept = x[:, :, :: self.stride, :: self.stride]
-        return F.relu(y + F.pad(kept, (0, 0, 0, 0, before, after)))
-
-
-class CifarResNet(FeatureClassifier):
-    """ResNet-(6n + 2) for 32x32 images, with three stages of n blocks, 16, 32 and 64 channels wide.
-
-    The state-dict keys are those of the public repository akamaster/pytorch_resnet_cifar10, except
-    that its last layer is called `linear`; `load_network` reads both.
-
-    Args:
-        depth: 20, 32, 44, 56, 110 or another 6n + 2.
-        num_classes: number of ID classes.
-        width: number of channels in the first stage; 16 in the paper.
-
-    Raises:
-        ConfigError: a depth that is not 6n + 2.
-
-    Source: He et al., CVPR 2016, section 4.2, with shortcuts of option A.
-    """
-
-    def __init__(self, depth: int = 20, num_classes: int = 10, width: int = 16) -> None:
-        super().__init__()
-        blocks, rest = divmod(depth - 2, 6)
-        if rest or blocks < 1:
-            raise ConfigError(f"depth must be 6n + 2, for example 20 or 32, got {depth}")
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        channels = [width, width, 2 * width, 4 * width]
-        for stage in range(1, 4):
-            first = PaddingBlock(channels[stage - 1], channels[stage], 1 if stage == 1 else 2)
-            others = [PaddingBlock(channels[stage], channels[stage], 1) for _ in range(1, blocks)]
-            self.add_module(f"layer{stage}", nn.Sequential(first, *others))
-        self.fc = nn.Linear(channels[3], num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in range(1, 4):
-            x = self.get_submodule(f"layer{stage}")(x)
-        return F.adaptive_avg_pool2d(x, 1).flatten(1)
-
-
-IMAGENET_CLASSES = 1000  # fine-tuned from standard weights, so scored without temperature
 
 
 class T2FNormNet(nn.Module):
@@ -261,15 +265,13 @@ class T2FNormNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[B, K]` of normalised features, for training and classification."""
-        feature = F.normalize(self._feature(x), dim=-1) / self.tau
-        return self._classify(feature)
+        return self._classify(F.normalize(self._feature(x), dim=-1) / self.tau)
 
     def forward_ood_inference(self, x: Tensor) -> Tensor:
         """Logits `[B, K]` of unnormalised features, for OOD scores."""
         feature = self._feature(x)
-        return self._classify(
-            feature if self.num_classes == IMAGENET_CLASSES else feature / self.tau
-        )
+        scaled = feature if self.num_classes == IMAGENET_CLASSES else feature / self.tau
+        return self._classify(scaled)
 
     def _feature(self, x: Tensor) -> Tensor:
         feature: Tensor = self.backbone(x, return_feature=True)[1]

@@ -26,14 +26,12 @@ _eager: list[Any] = []  # the stance of torch.compile during the passes, if it w
 
 @contextmanager
 def eval_mode(net: nn.Module) -> Iterator[None]:
-    """Put a network in evaluation mode, and restore the mode of every module afterwards.
+    """Put a network in eval mode, and restore the mode of every module afterwards.
 
-    What is in evaluation mode already is not touched. A module that overrides `train`, for example
-    to merge weights, changes its mode by it; the weights that this changed are bitwise restored.
-
-    Where passes of several threads overlap, the modes are those before the first of them, and the
-    last one restores them. Compiled modules run as they were before compilation, because what is
-    compiled ignores hooks.
+    What is in eval mode already is not touched. A module that overrides `train`, for example to
+    merge weights, changes its mode by it; the weights that this changed are bitwise restored.
+    Where passes of several threads overlap, the last one restores the modes before the first.
+    Compiled modules run uncompiled, because what is compiled ignores hooks.
     """
     modules = list(net.modules())
     with _lock:
@@ -71,15 +69,13 @@ def _mode_after_a_pass(module: nn.Module) -> bool:
 
 
 def _evaluate(module: nn.Module) -> None:
-    """Put a module in evaluation mode, and remember what its own `train` changes."""
+    """Put a module in eval mode, and remember what its own `train` changes."""
     if _is_plain(module):
         module.training = False
         return
-    own = (*module.parameters(), *module.buffers())
-    before = [(tensor, tensor.detach().clone()) for tensor in own]
+    former = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
     _set_mode(module, False, [inner for inner in module.modules() if not inner.training])
-    changed = [(tensor, former) for tensor, former in before if not torch.equal(tensor, former)]
-    _changed.setdefault(module, changed)
+    _changed.setdefault(module, [(t, old) for t, old in former if not torch.equal(t, old)])
 
 
 def _set_mode(module: nn.Module, mode: bool, others: Sequence[nn.Module]) -> None:
@@ -152,10 +148,7 @@ def own_pass() -> Iterator[None]:
 def hooked(
     before: Iterable[tuple[nn.Module, Hook]] = (), after: Iterable[tuple[nn.Module, Hook]] = ()
 ) -> Iterator[None]:
-    """Call `before(module, args, kwargs)` and `after(module, args, output)` in the current pass.
-
-    They are removed on exit, also after an exception.
-    """
+    """Call `before(module, args, kwargs)` and `after(module, args, output)` in the current pass."""
     this, handles = _current_pass.get(), []
 
     def own(hook: Hook) -> Hook:
@@ -175,22 +168,18 @@ def hooked(
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
-    """The network in a wrapper of torch: DataParallel, DistributedDataParallel, torch.compile.
-
-    It is what hooks can listen to, on one device.
+    """The network in a wrapper of torch, whose modules run hooks on one device.
 
     Raises:
         TapError: no network, or one that runs without its modules' hooks.
     """
-    while True:
+    inner: Any = net
+    while inner is not None:
+        net = inner
         if isinstance(net, nn.DataParallel | DistributedDataParallel):
-            net = net.module
-        elif isinstance(net, LazyNetwork):
-            net = net.core
-        elif isinstance(getattr(net, "_orig_mod", None), nn.Module):
-            net = net._orig_mod  # type: ignore[assignment]
+            inner = net.module
         else:
-            break
+            inner = net.core if isinstance(net, LazyNetwork) else getattr(net, "_orig_mod", None)
     if not isinstance(net, nn.Module):
         raise TapError(f"net must be a torch.nn.Module, got {type(net).__name__}: wrap it in one")
     if isinstance(net, torch.jit.ScriptModule) or hasattr(net, "_guards_fn"):
@@ -202,10 +191,7 @@ def unwrapped(net: nn.Module) -> nn.Module:
 
 
 def scoring_module(net: nn.Module) -> str | None:
-    """Name of the module with separate scoring logits, `""` for the network itself, or None.
-
-    A network about which this is known is not loaded.
-    """
+    """Name of the module with separate scoring logits, `""` for the network itself, or None."""
     if isinstance(net, LazyNetwork) and net.known is not None:
         known: str | None = net.known.structure.scoring
         return known
@@ -215,10 +201,7 @@ def scoring_module(net: nn.Module) -> str | None:
 
 @contextmanager
 def network_errors(net: nn.Module, images: Tensor) -> Iterator[None]:
-    """Turn what a network raises on images into a NetworkError that shows their shape.
-
-    Errors of this package, of loader processes and a lack of memory are passed on.
-    """
+    """Turn what a network itself raises on images into a NetworkError that shows their shape."""
     try:
         yield
     except FuseNormError:
@@ -234,8 +217,7 @@ def network_errors(net: nn.Module, images: Tensor) -> Iterator[None]:
 
 
 class _Reached(BaseException):  # no `except Exception` on its way stops it
-    def __init__(self, args: Any, kwargs: Any) -> None:
-        self.given = args, kwargs
+    pass
 
 
 def scoring_run(net: nn.Module, scoring: str | None) -> Callable[..., Any]:
@@ -255,7 +237,7 @@ def scoring_run(net: nn.Module, scoring: str | None) -> Callable[..., Any]:
             with hooked(before=[(module, reached)]):
                 net(images)
         except _Reached as found:
-            args, kwargs = found.given
+            args, kwargs = found.args
         else:
             raise TapError(f"{type(net).__name__} does not call its module {scoring!r}")
         return module.forward_ood_inference(*args, **kwargs)  # type: ignore[operator]

@@ -15,19 +15,28 @@ from torch import Tensor, nn
 
 from fusenorm_openood.errors import CheckpointError, DamagedFileError
 
+State = dict[str, Tensor]
+
 SAFETENSORS_HEADER = 100_000_000  # bytes; the format's limit
+# Where checkpoints keep their weights, the first found first: plain weights before averaged ones.
+CONTAINERS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+)
+# Names of the last linear layer; this package's networks call it `fc`, as OpenOOD's do.
+HEADS = ("fc", "linear", "head", "classifier")
+# What data-parallel training, averaging and compilation put in front of keys, at any depth.
+_WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
+# Counters of averaged weights, and weights of the loss: neither is part of the network.
+_EXTRAS = re.compile(r"(?:.*\.)?(?:n_averaged|num_updates)|(?:criterion|loss|loss_fn)\..*")
 
 
 def read_saved(path: Path) -> Any:
-    """The content of a file written by `torch.save` or safetensors, on the CPU.
-
-    Tensors and containers only. Errors that are not the file's fault, such as running out of
-    memory, are passed on.
+    """The tensors and containers in a file of `torch.save` or safetensors, on the CPU.
 
     Raises:
-        DamagedFileError: the file is truncated or altered, or was not written by either.
-        CheckpointError: the file is missing, cannot be opened, or holds objects that cannot be
-            loaded without running code.
+        DamagedFileError: the file is truncated or altered, or was written by neither.
+        CheckpointError: it is missing, cannot be opened, or cannot be loaded without running code.
     """
     try:
         with path.open("rb") as file:
@@ -41,7 +50,8 @@ def read_saved(path: Path) -> Any:
         "written by neither torch.save nor safetensors, copy it again"
     )
     is_archive = start[:2] == b"PK"
-    if _is_safetensors(start) and not is_archive:
+    header = int.from_bytes(start[:8], "little")  # its length, before the JSON that it is
+    if start[8:] == b"{" and header <= SAFETENSORS_HEADER and not is_archive:
         try:
             return load_file(path)
         except SafetensorError:
@@ -69,45 +79,22 @@ def read_saved(path: Path) -> Any:
         raise damaged from None
 
 
-def _is_safetensors(start: bytes) -> bool:
-    """Whether the first 9 bytes of a file are a header's length and the beginning of its JSON."""
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= SAFETENSORS_HEADER
-
-
 def _is_intact(path: Path) -> bool:
     """Whether every member of a zip archive matches its checksum."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, NotImplementedError, zlib.error, EOFError):
+    except (zipfile.BadZipFile, NotImplementedError, zlib.error, EOFError, ValueError):
         return False
 
 
-State = dict[str, Tensor]
-
-# Where checkpoints keep their weights, the first found first: plain weights before averaged ones.
-CONTAINERS = (
-    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights"),
-    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
-)
-# Names of the last linear layer; this package's networks call it `fc`, as OpenOOD's do.
-HEADS = ("fc", "linear", "head", "classifier")
-# What data-parallel training, averaging and compilation put in front of keys, at any depth.
-_WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
-# Counters of averaged weights, and weights of the loss: neither is part of the network.
-_EXTRAS = re.compile(r"(?:.*\.)?(?:n_averaged|num_updates)|(?:criterion|loss|loss_fn)\..*")
-
-
 def load_state(path: str | Path) -> State:
-    """The state dict in a checkpoint file, loaded without running any code from it.
+    """The state dict in a checkpoint file; CheckpointError if there is none.
 
     Keys are without `module.` and `_orig_mod.`; counters of averaged weights are left out.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or holds something else.
     """
     content = read_saved(Path(path))
-    state = find_state(content)
+    state = _find_state(content)
     if not state:
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else ""
         raise CheckpointError(
@@ -119,22 +106,18 @@ def load_state(path: str | Path) -> State:
     return {key: value for key, value in bare.items() if not _EXTRAS.fullmatch(key)}
 
 
-def find_state(content: Any) -> State:
+def _find_state(content: Any) -> State:
     """The tensors of the network in the content of a checkpoint; empty if there are none."""
     if not isinstance(content, dict):
         return {}
     for name in CONTAINERS:
-        if state := find_state(content.get(name)):
+        if state := _find_state(content.get(name)):
             return state
     return {k: v for k, v in content.items() if isinstance(k, str) and torch.is_tensor(v)}
 
 
 def without_wrappers(key: str) -> str:
-    """A key without `module.` and `_orig_mod.`.
-
-    >>> without_wrappers("module._orig_mod.backbone.module.conv1.weight")
-    'backbone.conv1.weight'
-    """
+    """A key without `module.` and `_orig_mod.` at any depth."""
     return _WRAPPERS.sub(r"\1", key)
 
 
@@ -146,20 +129,6 @@ def aligned(state: State, keys: Iterable[str]) -> State:
     wanted = set(keys)
     forms = [*_forms(state), *(_with_fc(form) for form in _forms(state))]
     return max(forms, key=lambda form: len(form.keys() & wanted))
-
-
-def misfit(net: nn.Module, state: State) -> str:
-    """The first reason why a state dict is not that of a network; empty if it is.
-
-    Counters of batch normalisation may be missing, as in old checkpoints.
-    """
-    own = {key: value for key, value in net.state_dict().items() if torch.is_tensor(value)}
-    for key, value in own.items():
-        if key not in state and not key.endswith("num_batches_tracked"):
-            return f"key {key!r} is missing"
-        if key in state and state[key].shape != value.shape:
-            return f"{key!r} must be {list(value.shape)}, got {list(state[key].shape)}"
-    return next((f"key {key!r} is unexpected" for key in state if key not in own), "")
 
 
 def _forms(state: State) -> Iterator[State]:
@@ -176,3 +145,17 @@ def _with_fc(state: State) -> State:
     if len(found) != 1:
         return state
     return {re.sub(rf"^{found[0]}\.", "fc.", key): value for key, value in state.items()}
+
+
+def misfit(net: nn.Module, state: State) -> str:
+    """The first reason why a state dict is not that of a network; empty if it is.
+
+    Counters of batch normalisation may be missing, as in old checkpoints.
+    """
+    own = {key: value for key, value in net.state_dict().items() if torch.is_tensor(value)}
+    for key, value in own.items():
+        if key not in state and not key.endswith("num_batches_tracked"):
+            return f"key {key!r} is missing"
+        if key in state and state[key].shape != value.shape:
+            return f"{key!r} must be {list(value.shape)}, got {list(state[key].shape)}"
+    return next((f"key {key!r} is unexpected" for key in state if key not in own), "")

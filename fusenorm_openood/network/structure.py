@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fusenorm_openood.errors import FuseNormError
 from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.method.posthoc import Head
-from fusenorm_openood.network.blocks import find_blocks
+from fusenorm_openood.network.blocks import find_blocks, outermost
 from fusenorm_openood.network.graph import Graph, Node
 from fusenorm_openood.network.head import HeadLayers, weight_of
 from fusenorm_openood.network.layouts import Prefix, find_layout, find_prefixes, pixels
@@ -31,57 +31,32 @@ from fusenorm_openood.network.running import (
 )
 from fusenorm_openood.storage.configs import typed
 
-_IN_JSON = {"batch_dependent": "mixes"}
+_IN_JSON = {"batch_dependent": "mixes"}  # attributes with another name in files
 
 
 @dataclass(frozen=True)
 class Structure:
-    """How a network is built, and how its passes have to be read.
+    """How a network is built, and how its passes have to be read."""
 
-    Attributes:
-        blocks: names of its blocks in the order in which they run; empty if none was found.
-        rule: how they were found, in words.
-        runs: how often each module runs in a pass.
-        shapes: shape of what each module returns for two images.
-        layouts: layout of each module that runs once and returns a feature map, such as `BCHW`.
-        pixels: numbers of pixels of these feature maps, without prefix tokens.
-        head: the layers that make its logits.
-        classes: number of its logits, two for a single one.
-        logits: where they are in its output.
-        scoring: name of the module with separate scoring logits, if there is one.
-        prefixes: tokens that are no pixels, of each module that returns tokens, where known.
-        outputs: number of the tensor that is the feature map, where a module returns it after
-            others.
-        notes: what the blocks leave out, in sentences.
-        batch_dependent: whether the images of a batch influence each other's logits, so that a
-            batch must not be split; `mixes` in JSON.
-        random: whether two passes over the same images give other logits.
-        smallest_batch: 2 if the network cannot take one image alone, else 1.
-        activation: `log_softmax` if what counts as logits are log-probabilities, whose energy is
-            0; else empty.
-        largest_logit: the largest absolute value among the logits of two images.
-        affine: the logits as a function of `head.feature`; not kept in files.
-    """
-
-    blocks: tuple[str, ...]
-    rule: str
-    runs: Mapping[str, int]
-    shapes: Mapping[str, tuple[int, ...]]
-    layouts: Mapping[str, str]
-    pixels: Mapping[str, int]
+    blocks: tuple[str, ...]  # names in the order in which they run; empty if none was found
+    rule: str  # how they were found
+    runs: Mapping[str, int]  # how often each module runs in a pass
+    shapes: Mapping[str, tuple[int, ...]]  # of what each module returns for two images
+    layouts: Mapping[str, str]  # `BCHW` or the like, where a module runs once and returns a map
+    pixels: Mapping[str, int]  # of these feature maps, without prefix tokens
     head: HeadLayers
-    classes: int
-    logits: Path = ()
-    scoring: str | None = None
-    batch_dependent: bool = False
-    random: bool = False
-    smallest_batch: int = 1
-    activation: str = ""
-    largest_logit: float = field(default=0.0, compare=False)  # it varies with the images
-    affine: Head | None = field(default=None, compare=False)
-    prefixes: Mapping[str, Prefix] = field(default_factory=dict)
-    outputs: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    classes: int  # number of logits, two for a single one
+    logits: Path = ()  # where they are in the output
+    scoring: str | None = None  # name of the module with separate scoring logits
+    batch_dependent: bool = False  # the images of a batch influence each other's logits
+    random: bool = False  # two passes over the same images give other logits
+    smallest_batch: int = 1  # 2 if the network cannot take one image alone
+    activation: str = ""  # `log_softmax` if the logits are log-probabilities, whose energy is 0
+    largest_logit: float = field(default=0.0, compare=False)  # of two images; it varies with them
+    affine: Head | None = field(default=None, compare=False)  # of `head.feature`; not in files
+    prefixes: Mapping[str, Prefix] = field(default_factory=dict)  # of tokens, where known
+    outputs: Mapping[str, int] = field(default_factory=dict)  # which tensor is the map, if not 0
+    notes: tuple[str, ...] = ()  # what the blocks leave out
 
     def to_json(self) -> dict[str, Any]:
         """The structure in terms of JSON, without `affine`; see `from_json`."""
@@ -92,12 +67,9 @@ class Structure:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Structure":
-        """The structure that `to_json` gave, also after JSON has turned its tuples into lists.
+        """The structure that `to_json` gave; ConfigError if it is something else.
 
         If its head has a `feature`, its `affine` has to be found anew.
-
-        Raises:
-            ConfigError: it is something else.
         """
         names = {name: own for own, name in _IN_JSON.items()}
         record = {names.get(name, name): value for name, value in record.items()}
@@ -111,15 +83,7 @@ class Structure:
 
 
 def read_structure(net: nn.Module, images: Tensor) -> Structure:
-    """The structure of a network, from one pass over two images with a graph, if it has one.
-
-    Args:
-        net: any network; it is left unchanged.
-        images: a batch `[B, C, H, W]` that it accepts, on its device.
-
-    Raises:
-        TapError: it is no module, fails on the images, or returns no logits `[B, K]`.
-    """
+    """The structure of a network, from one pass over two images; see `understand`."""
     core, two = unwrapped(net), two_images(images)
     with eval_mode(core), preserved_randomness(images.device):
         output, calls, leaf = _recorded(core, two)
@@ -130,34 +94,32 @@ def read_structure(net: nn.Module, images: Tensor) -> Structure:
             with own_pass(), torch.no_grad():
                 output = scoring_run(core, scoring_module(core))(three)
             logits_at(core, output, path, len(three))
-        graph = Graph(logits, leaf) if logits.requires_grad else None
-        modules = dict(core.named_modules())
+        graph, modules = Graph(logits, leaf), dict(core.named_modules())
         for call in calls.values():
-            call.choose(() if graph is None else graph.trunk)
-        head = _head(modules, calls, graph, logits.shape[1])
+            call.choose(graph.trunk)
+        head = _find_head(modules, calls, graph, logits.shape[1])
     once = {name: call for name, call in calls.items() if name and call.runs == 1}
     given = {name + INPUT: Call(1, gave=(call.took,)) for name, call in once.items() if call.took}
+    calls |= given  # where no module returns a block's output, the module that reads it is tapped
     layouts = {
         name: layout
         for name in (*once, *given)
-        if (layout := find_layout(name, {**calls, **given}, modules, two.shape))
+        if (layout := find_layout(name, calls, modules, two.shape))
     }
-    calls |= given
     sizes = {name: pixels(calls[name].shape, layouts[name], two.shape) for name in layouts}
     found = find_blocks(modules, calls, sizes, graph)
     for name in given.keys() - set(found.names):
         calls.pop(name)
         layouts.pop(name, None)
     prefixes = find_prefixes(calls, layouts, found.trunk, two.shape)
-    shapes = {name: call.shape for name, call in calls.items()}
     return Structure(
         blocks=found.names,
         rule=found.rule,
         runs={name: call.runs for name, call in calls.items()},
-        shapes=shapes,
+        shapes={name: call.shape for name, call in calls.items()},
         layouts=layouts,
         pixels={
-            name: pixels(shapes[name], layout, two.shape, prefixes.get(name))
+            name: pixels(calls[name].shape, layout, two.shape, prefixes.get(name))
             for name, layout in layouts.items()
         },
         head=head,
@@ -193,12 +155,12 @@ def _recorded(core: nn.Module, images: Tensor) -> tuple[Any, dict[str, Call], Te
         return *recorded(core, lambda: run(images.clone())), leaf
 
 
-def _head(
-    modules: Mapping[str, nn.Module], calls: Mapping[str, Call], graph: Graph | None, classes: int
+def _find_head(
+    modules: Mapping[str, nn.Module], calls: Mapping[str, Call], graph: Graph, classes: int
 ) -> HeadLayers:
     """The layers that make the logits, and the last feature before all matrix products."""
-    names = _head_layers(modules, calls, graph, classes)
-    places = graph.before_products() if graph is not None else {}
+    names = _find_head_layers(modules, calls, graph, classes)
+    places = graph.before_products()
     readers, writers = defaultdict[Node, list[str]](list), dict[Node, str]()
     for name, call in calls.items():
         made = call.left in places and call.left not in call.entered
@@ -210,29 +172,25 @@ def _head(
     if nearest in writers:
         return HeadLayers(names, feature=("output", writers[nearest]))
     if nearest in readers:
-        found = readers[nearest]
-        outer = (n for n in found if not any(n.startswith(f"{other}.") for other in found))
-        return HeadLayers(names, feature=("input", *outer))
+        return HeadLayers(names, feature=("input", *outermost(readers[nearest])))
     return HeadLayers(names, feature=("input", *names) if len(names) == 1 else ())
 
 
-def _head_layers(
-    modules: Mapping[str, nn.Module], calls: Mapping[str, Call], graph: Graph | None, classes: int
+def _find_head_layers(
+    modules: Mapping[str, nn.Module], calls: Mapping[str, Call], graph: Graph, classes: int
 ) -> tuple[str, ...]:
     """The first layers with a weight matrix on the way back from the logits."""
 
     def makes_logits(name: str) -> bool:
         shape = calls[name].shape[1:]
-        wide = classes in shape or (classes == 2 and prod(shape) == 1)  # two, or a single logit
-        return bool(name) and wide and weight_of(modules[name]) is not None
+        return classes in shape or (classes == 2 and prod(shape) == 1)  # two, or a single logit
 
-    if graph is None or not graph.trunk:
-        fired = [n for n in calls if makes_logits(n) and len(calls[n].shape) == 2]
-        return tuple(fired[-1:])
     weighted = {n: call for n, call in calls.items() if n and weight_of(modules[n]) is not None}
-    layers = {node: n for n, c in weighted.items() for node in (*c.earlier, c.left)}
-    found = graph.first_on_every_path(lambda node: node in layers)
-    names = {layers[node] for node in found}
+    if not graph.trunk:
+        return tuple(n for n in weighted if makes_logits(n) and len(calls[n].shape) == 2)[-1:]
+    layers = {node: n for n, call in weighted.items() for node in (*call.earlier, call.left)}
+    found = graph.first_on_every_path(layers)
     if not all(makes_logits(layers[n]) and calls[layers[n]].left is n for n in found):
         return ()  # not a classifier's layer, or one that is applied several times
+    names = {layers[node] for node in found}
     return tuple(name for name in modules if name in names)

@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from fusenorm_openood.network.graph import Graph, nodes_before
+from fusenorm_openood.network.graph import Graph, inputs_of, reachable
 
 WEIGHT = torch.randn(3, 3, 1, 1)
 
@@ -90,13 +90,13 @@ def test_the_first_wanted_nodes_on_every_path():
     one, two = F.conv2d(images.clone(), WEIGHT), F.conv2d(images.clone(), WEIGHT)
     graph = Graph((one.relu() + two).mean((2, 3)), images)
     wanted = {one.grad_fn, two.grad_fn}
-    assert set(graph.first_on_every_path(wanted.__contains__)) == wanted
-    assert graph.first_on_every_path({one.grad_fn}.__contains__) == []
+    assert set(graph.first_on_every_path(wanted)) == wanted
+    assert graph.first_on_every_path({one.grad_fn}) == []
 
 
-def test_nodes_before_a_node():
+def test_the_nodes_that_a_value_is_computed_from():
     x = leaf().clone()
     y = x.relu()
     z = y * 2
-    assert {x.grad_fn, y.grad_fn} <= nodes_before(z.grad_fn)
-    assert z.grad_fn not in nodes_before(y.grad_fn)
+    assert {x.grad_fn, y.grad_fn} <= reachable([z.grad_fn], inputs_of)
+    assert z.grad_fn not in reachable([y.grad_fn], inputs_of)

@@ -1,4 +1,6 @@
-"""The layers that make the logits are found on the way back from them, whatever they are."""
+"""The logits are a function of a feature, whatever layers or expressions they are made by."""
+
+import math
 
 import numpy as np
 import pytest
@@ -9,14 +11,20 @@ from torch.nn import functional as F
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.detectors.posthoc import PosthocBaseline
-from fusenorm_openood.errors import TapError
+from fusenorm_openood.errors import CheckpointError, DetectorFileError, TapError
 from fusenorm_openood.forward.passes import forward_pass
 from fusenorm_openood.forward.react import head_of
+from fusenorm_openood.network.checkpoints import check_classes
+from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import find_shares, understand
 from tests.nets import BLOCKS, CLASSES, Net, some_images
 
 IMAGES = some_images(40)
 PERCENTILE = 80.0
+EXPERTS = ("output", "fdbd", "nci", "vim", "scale", "she")
+
+
+# Heads whose layers give the logits, as they are or summed
 
 
 class Plain(Net):
@@ -41,12 +49,6 @@ class Later(Plain):
 class Temperature(Plain):
     def head(self, feature):
         return self.fc(feature) / 0.3
-
-
-class NoBias(Plain):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(8, CLASSES, bias=False)
 
 
 class Nested(Plain):
@@ -81,7 +83,7 @@ class Softmax(Plain):
         return self.head(self.feature(x)).softmax(1)
 
 
-class Cosine(Plain):  # the logits are no linear function of what the layer is given
+class CosineLayer(Plain):  # the logits are no linear function of what the layer is given
     def __init__(self):
         super().__init__()
         self.fc = nn.Linear(8, CLASSES, bias=False)
@@ -139,75 +141,55 @@ class Whole(ConvHead):  # a convolution with a kernel as large as its input
         self.fc = nn.Conv2d(8, CLASSES, 6)
 
 
-KINDS = [
-    *(Plain, Later, Temperature, NoBias, Nested, TwoHeads, LogSoftmax, Softmax),
-    *(Cosine, NormalisedAfter, ConvHead, TokenHead, ConvOnPixel, Whole),
+LAYERS = [
+    *(Plain, Later, Temperature, Nested, TwoHeads, LogSoftmax, Softmax),
+    *(CosineLayer, NormalisedAfter, ConvHead, TokenHead, ConvOnPixel, Whole),
 ]
 
 
-def by_hand(net, images, percentile=PERCENTILE, fit_images=IMAGES):
+def by_hand(net, images, fit_images=IMAGES):
     """ReAct's threshold, and the logits of images with the head's input clipped at it."""
     inputs = getattr(net, "inputs", lambda feature: feature)
     clipped = getattr(net, "clipped", lambda feature, c: net.head(feature.clamp(max=c)))
     with torch.no_grad():
-        threshold = float(np.percentile(inputs(net.feature(fit_images)).numpy(), percentile))
+        threshold = float(np.percentile(inputs(net.feature(fit_images)).numpy(), PERCENTILE))
         return threshold, clipped(net.feature(images), threshold)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_react_clips_what_the_head_is_given(kind):
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_give_the_logits_and_react_clips_what_they_are_given(kind):
     net = kind().eval()
-    baseline = Baseline(net, "react", percentile=PERCENTILE).fit([IMAGES])
-    threshold, logits = by_hand(net, IMAGES[:7])
-    assert baseline.threshold_ == pytest.approx(threshold)
-    torch.testing.assert_close(
-        baseline.score(IMAGES[:7]).float(), logits.logsumexp(1), rtol=1e-4, atol=1e-4
-    )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_fusenorm_reacts_alike(kind):
-    net = kind().eval()
-    settings = {"strong": ["output"], "output": "mls", "react_percentile": PERCENTILE}
-    detector = FuseNorm(net, **settings).fit([IMAGES])
-    assert detector.taps == BLOCKS
-    got = torch.tensor(detector.infer([IMAGES]).experts[-1])
-    torch.testing.assert_close(got.float(), by_hand(net, IMAGES)[1].amax(1), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_predictions_are_the_networks_before_any_softmax(kind):
-    net = kind().eval()
-    baseline = Baseline(net, "mls")
     with torch.no_grad():
         logits = net.head(net.feature(IMAGES))
+    baseline = Baseline(net, "react", percentile=PERCENTILE).fit([IMAGES])
+    threshold, clipped = by_hand(net, IMAGES)
+    assert baseline.threshold_ == pytest.approx(threshold)
     pred, conf = baseline.predict(IMAGES)
-    torch.testing.assert_close(conf.float(), logits.amax(1))
+    torch.testing.assert_close(conf.float(), clipped.logsumexp(1), rtol=1e-4, atol=1e-4)
     assert torch.equal(pred, logits.argmax(1))
+    structure = understand(net, IMAGES)
+    done = forward_pass(net, IMAGES, structure)
+    torch.testing.assert_close(done.logits, logits)  # before any softmax
+    if kind not in (CosineLayer, NormalisedAfter):
+        # Those of a mean over pixels are no linear function of what is clipped before it.
+        assert structure.head.is_linear == (kind not in (ConvHead, TokenHead))
+        found = F.linear(done.feature, *head_of(net, structure))
+        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k is not NormalisedAfter])
-def test_the_default_settings_work(kind):
+@pytest.mark.parametrize("kind", [Softmax, TwoHeads, ConvHead, CosineLayer])
+def test_fusenorm_reads_the_same_head(kind):
     net = kind().eval()
-    scored = FuseNorm(net).fit([IMAGES]).infer([IMAGES])
+    detector = FuseNorm(net).fit([IMAGES])
+    assert detector.taps == BLOCKS
+    scored = detector.infer([IMAGES])
     assert np.isfinite(scored.experts).all()
     with torch.no_grad():
         logits = net.head(net.feature(IMAGES)).double()
     np.testing.assert_allclose(scored.experts[4], logits.logsumexp(1), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in (Cosine, NormalisedAfter)])
-def test_the_logits_are_a_linear_map_of_the_feature(kind):
-    net = kind().eval()
-    structure = understand(net, IMAGES)
-    assert structure.head.is_linear == (
-        kind not in (ConvHead, TokenHead)
-    )  # clipped before its mean
-    with torch.no_grad():
-        logits = net.head(net.feature(IMAGES))
-        done = forward_pass(net, IMAGES, structure)
-    weight, bias = head_of(net, structure)
-    torch.testing.assert_close(F.linear(done.feature, weight, bias), logits, rtol=1e-4, atol=1e-4)
+    settings = {"strong": ["output"], "output": "mls", "react_percentile": PERCENTILE}
+    got = torch.tensor(FuseNorm(net, **settings).fit([IMAGES]).infer([IMAGES]).experts[-1])
+    torch.testing.assert_close(got.float(), by_hand(net, IMAGES)[1].amax(1), rtol=1e-4, atol=1e-4)
 
 
 def test_scale_on_two_heads_scales_both_of_their_inputs():
@@ -315,3 +297,357 @@ def test_shares_are_found_by_least_squares():
     assert find_shares([a, b], (a + b) / 2) == ((0.5, 0.5), True)
     assert find_shares([a, b], a + b) == ((1.0, 1.0), True)
     assert not find_shares([a, b], a * b)[1]
+
+
+# Heads that are functions of the network
+
+
+def drawn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(math.prod(shape)))
+
+
+class Made(Net):
+    """A head that is a function of the network and its feature, or of its feature map."""
+
+    def __init__(self, run, classes=CLASSES, on_map=False, **parts):
+        super().__init__(classes=classes)
+        self.run, self.on_map = run, on_map
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, torch.Tensor) else part)
+        self.eval()
+
+    def forward(self, x):
+        return self.run(self, self.b(self.a(self.stem(x))) if self.on_map else self.feature(x))
+
+
+class Twin(Net):
+    """The same logits from a plain linear layer, perhaps on the normalised feature."""
+
+    def __init__(self, weight, bias=None, normalise=False):
+        super().__init__(classes=len(weight))
+        self.normalise = normalise
+        with torch.no_grad():
+            self.fc.weight.copy_(weight)
+            self.fc.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
+
+    def forward(self, x):
+        feature = self.feature(x)
+        return self.fc(F.normalize(feature) if self.normalise else feature)
+
+
+class Lora(nn.Linear):
+    def __init__(self):
+        super().__init__(8, CLASSES)
+        self.down, self.up = nn.Parameter(drawn(2, 8)), nn.Parameter(drawn(CLASSES, 2))
+
+    def forward(self, feature):
+        return super().forward(feature) + feature @ self.down.T @ self.up.T
+
+
+class Wrapper(nn.Module):  # as peft's
+    def __init__(self):
+        super().__init__()
+        self.base_layer, self.dropout = nn.Linear(8, CLASSES), nn.Dropout(0.5)
+        self.lora_A, self.lora_B = nn.Linear(8, 2, False), nn.Linear(2, CLASSES, False)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, feature):
+        return self.base_layer(feature) + 3 * self.lora_B(self.lora_A(self.dropout(feature)))
+
+
+class Several(nn.Module):  # multi-sample dropout
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, CLASSES)
+        self.dropouts = nn.ModuleList(nn.Dropout(0.5) for _ in range(3))
+
+    def forward(self, feature):
+        return torch.stack([self.fc(dropout(feature)) for dropout in self.dropouts]).mean(0)
+
+
+class Cosine(nn.Module):
+    def __init__(self, name, bias=0.0):
+        super().__init__()
+        lengths = torch.tensor([1.0, 10.0, 0.1, 3.0, 1.0])
+        self.name, self.bias = name, bias
+        setattr(self, name, nn.Parameter(drawn(CLASSES, 8) * lengths[:, None]))
+
+    def forward(self, feature):
+        weight = getattr(self, self.name)
+        return 16 * F.linear(F.normalize(feature), F.normalize(weight)) + self.bias
+
+
+class Returning(nn.Module):
+    def __init__(self, run):
+        super().__init__()
+        self.forward = run
+
+
+W = drawn(CLASSES, 8)
+
+
+def one(net):
+    return torch.cat([torch.zeros(1, 8), net.fc.weight]), F.pad(net.fc.bias, (1, 0))
+
+
+# A network, and the weight and bias by hand; with True, of the normalised feature.
+KINDS = {
+    "LoRA inside": (
+        lambda: Made(lambda s, f: s.head(f), head=Lora()),
+        lambda s: (s.head.weight + s.head.up @ s.head.down, s.head.bias),
+    ),
+    "LoRA around": (
+        lambda: Made(lambda s, f: s.head(f), head=Wrapper()),
+        lambda s: (
+            s.head.weight + 3 * s.head.lora_B.weight @ s.head.lora_A.weight,
+            s.head.base_layer.bias,
+        ),
+    ),
+    "LoRA beside": (
+        lambda: Made(lambda s, f: s.fc(f) + s.up(s.down(f)), down=nn.Linear(8, 2),
+                     up=nn.Linear(2, CLASSES)),
+        lambda s: (s.fc.weight + s.up.weight @ s.down.weight, s.fc.bias + s.up(s.down.bias)),
+    ),
+    "bias outside": (
+        lambda: Made(lambda s, f: s.fc(f) + s.bias, bias=drawn(CLASSES)),
+        lambda s: (s.fc.weight, s.fc.bias + s.bias),
+    ),
+    "some classes, in another order": (
+        lambda: Made(lambda s, f: s.fc(f)[:, [6, 0, 3]], classes=7),
+        lambda s: (s.fc.weight[[6, 0, 3]], s.fc.bias[[6, 0, 3]]),
+    ),
+    "several dropouts": (
+        lambda: Made(lambda s, f: s.head(f), head=Several()),
+        lambda s: (s.head.fc.weight, s.head.fc.bias),
+    ),
+    "mean of heads": (
+        lambda: Made(lambda s, f: (s.fc(f) + s.other(f)) / 2, other=nn.Linear(8, CLASSES)),
+        lambda s: ((s.fc.weight + s.other.weight) / 2, (s.fc.bias + s.other.bias) / 2),
+    ),
+    "parts of the feature": (
+        lambda: Made(lambda s, f: sum(fc(x) for fc, x in zip(s.fcs, f.chunk(2, 1), strict=True)),
+                     fcs=nn.ModuleList(nn.Linear(4, CLASSES) for _ in range(2))),
+        lambda s: (torch.cat([fc.weight for fc in s.fcs], 1), sum(fc.bias for fc in s.fcs)),
+    ),
+    "a product of thin matrices": (
+        lambda: Made(lambda s, f: f @ s.v @ s.u.T + s.bias, v=drawn(8, 2), u=drawn(CLASSES, 2),
+                     bias=drawn(CLASSES)),
+        lambda s: (s.u @ s.v.T, s.bias),
+    ),
+    "a module that returns others as well": (
+        lambda: Made(lambda s, f: s.head(s.both(f)[0])[0], head=Returning(lambda f: (f @ W.T, f)),
+                     both=Returning(lambda f: (2 * f / 2, f))),
+        lambda s: (W, None),
+    ),
+    "classes side by side": (
+        lambda: Made(lambda s, f: torch.cat([s.fc(f), s.other(f)], 1), other=nn.Linear(8, 2)),
+        lambda s: (
+            torch.cat([s.fc.weight, s.other.weight]),
+            torch.cat([s.fc.bias, s.other.bias]),
+        ),
+    ),
+    "cat(0, z)": (
+        lambda: Made(lambda s, f: F.pad(s.fc(f), (1, 0)), classes=1),
+        one,
+    ),
+    "one logit [B, 1]": (lambda: Made(lambda s, f: s.fc(f), classes=1), one),
+    "one logit [B]": (lambda: Made(lambda s, f: s.fc(f)[:, 0], classes=1), one),
+    "one logit, squeezed": (lambda: Made(lambda s, f: s.fc(f).squeeze(), classes=1), one),
+    "one logit without a module": (
+        lambda: Made(lambda s, f: f @ s.w, w=drawn(8)),
+        lambda s: (torch.stack([torch.zeros(8), s.w]), None),
+    ),
+    "one logit of a convolution": (
+        lambda: Made(lambda s, f: s.conv(f).mean((2, 3)), on_map=True, conv=nn.Conv2d(8, 1, 1)),
+        lambda s: (F.pad(s.conv.weight.flatten(1), (0, 0, 1, 0)), F.pad(s.conv.bias, (1, 0))),
+    ),
+    "cosine": (
+        lambda: Made(lambda s, f: s.head(f), head=Cosine("weight")),
+        lambda s: (16 * F.normalize(s.head.weight), None, True),
+    ),
+    "ArcFace, with a bias": (
+        lambda: Made(lambda s, f: s.head(f), head=Cosine("kernel", 2.0)),
+        lambda s: (16 * F.normalize(s.head.kernel), torch.full((CLASSES,), 2.0), True),
+    ),
+    "texts of CLIP": (
+        lambda: Made(lambda s, f: s.scale.exp() * F.normalize(f) @ s.text.T,
+                     scale=torch.tensor(2.0), text=F.normalize(drawn(CLASSES, 8))),
+        lambda s: (s.scale.exp() * s.text, None, True),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_logits_are_an_affine_function_of_the_feature(kind):
+    make, expected = KINDS[kind]
+    net = make()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    weight, bias, is_normalised = (*expected(net), False)[:3]
+    structure = understand(net, IMAGES)
+    done = forward_pass(net, IMAGES, structure)
+    with torch.no_grad():
+        feature = net.feature(IMAGES)
+        feature = F.normalize(feature) if is_normalised else feature
+        logits = F.linear(feature, weight, bias)
+    torch.testing.assert_close(done.feature, feature)
+    torch.testing.assert_close(done.logits, logits, rtol=1e-4, atol=1e-5)
+    found_weight, found_bias = head_of(net, structure)
+    torch.testing.assert_close(found_weight, weight.detach(), rtol=2e-3, atol=2e-4)
+    expected_bias = torch.zeros(len(weight)) if bias is None else bias.detach()
+    torch.testing.assert_close(found_bias, expected_bias, rtol=2e-3, atol=2e-4)
+    assert Structure.from_json(structure.to_json()) == structure
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    "kind", ["LoRA around", "parts of the feature", "one logit of a convolution", "texts of CLIP"]
+)
+def test_all_experts_score_as_with_the_merged_layer(kind):
+    make, expected = KINDS[kind]
+    net = make()
+    twin = Twin(*(v.detach() if isinstance(v, torch.Tensor) else v for v in expected(net)))
+    settings = {"strong": EXPERTS, "react_percentile": PERCENTILE, "output": "energy"}
+    got = FuseNorm(net, **settings).fit([IMAGES]).infer([IMAGES[:9]])
+    wanted = FuseNorm(twin, **settings).fit([IMAGES]).infer([IMAGES[:9]])
+    np.testing.assert_allclose(got.experts, wanted.experts, rtol=2e-3, atol=2e-4)
+    assert got.pred.tolist() == wanted.pred.tolist()
+
+
+REFUSED = {
+    "ReLU": lambda s, f: s.fc(f).relu(),
+    "layer norm": lambda s, f: F.layer_norm(s.fc(f), (CLASSES,)),
+    "clamp": lambda s, f: s.fc(f).clamp(-0.5, 0.5),
+    "tanh": lambda s, f: 3 * s.fc(f).tanh(),
+    "scaled by the feature": lambda s, f: s.fc(f) * f.norm(dim=1, keepdim=True),
+    "hidden layer": lambda s, f: (f @ s.first).relu() @ s.second,
+    "distances": lambda s, f: -torch.cdist(f, s.first.T[:CLASSES]),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_logits_that_are_no_affine_function_are_refused_by_whoever_reads_weights(kind):
+    net = Made(REFUSED[kind], first=drawn(8, 8), second=drawn(8, CLASSES))
+    with pytest.raises(TapError, match="set strong=") as caught:
+        FuseNorm(net).fit([IMAGES[:2]])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(TapError, match="no linear function"):
+        head_of(net, understand(net, IMAGES))
+
+
+@pytest.mark.parametrize("expert", ["fdbd", "nci", "vim", "ash", "scale"])
+def test_the_error_names_the_expert_that_reads_weights(expert):
+    with pytest.raises(TapError, match=expert):
+        FuseNorm(Made(REFUSED["ReLU"]), strong=("output", expert)).fit([IMAGES[:2]])
+
+
+def test_experts_that_read_no_weights_do_with_any_head():
+    net = Made(REFUSED["layer norm"])
+    scored = FuseNorm(net, strong=("output", "mds", "knn", "she", "gen")).fit([IMAGES])
+    assert np.isfinite(scored.infer([IMAGES]).experts).all()
+
+
+class Packed(torch.Tensor):
+    """Integers and a scale, of which hardly any operation is known, as torchao's."""
+
+    @staticmethod
+    def of(weight):
+        packed = torch.Tensor._make_wrapper_subclass(Packed, weight.shape, dtype=weight.dtype)
+        packed.scale = weight.abs().max() / 127
+        packed.integers = (weight / packed.scale).round()
+        return packed
+
+    def dequantize(self):
+        return self.integers * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{func} of {cls.__name__}")
+
+
+class PackedLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = Packed.of(drawn(CLASSES, 8)), nn.Parameter(drawn(CLASSES))
+
+    def forward(self, feature):
+        return F.linear(feature, self.weight.dequantize(), self.bias)
+
+
+def test_weights_that_are_integers_and_scales():
+    net = Made(lambda s, f: s.head(f), head=PackedLinear())
+    twin = Twin(net.head.weight.dequantize(), net.head.bias.detach())
+    got, wanted = (
+        FuseNorm(n, strong=("output", "fdbd", "nci")).fit([IMAGES]).infer([IMAGES[:5]]).experts
+        for n in (net, twin)
+    )
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_in_half_precision_the_logits_are_those_of_the_whole_head():
+    net, images = KINDS["LoRA inside"][0]().bfloat16(), IMAGES.bfloat16()
+    done = forward_pass(net, images, understand(net, images))
+    assert done.logits.dtype == torch.float32
+    torch.testing.assert_close(done.logits, net(images).float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "parts of the feature"])
+def test_a_saved_detector_finds_the_head_again(kind, tmp_path):
+    net = KINDS[kind][0]()
+    detector = FuseNorm(net, strong=("output", "nci", "fdbd")).fit([IMAGES])
+    detector.save(tmp_path / "d.safetensors")
+    again = FuseNorm.load(tmp_path / "d.safetensors", net)
+    torch.testing.assert_close(again.score(IMAGES[:1]), detector.score(IMAGES[:1]))
+    with pytest.raises(DetectorFileError):
+        FuseNorm.load(tmp_path / "d.safetensors", KINDS["LoRA inside"][0]())
+
+
+def test_an_exported_program_has_the_same_head(tmp_path):
+    net = KINDS["cosine"][0]()
+    detector = FuseNorm(net, strong=("output", "nci", "fdbd")).fit([IMAGES])
+    exported = detector.export(tmp_path / "d.pt2", shape=(3, 12, 12))
+    logits, conf = torch.export.load(exported.path).module()(IMAGES[:3])
+    np.testing.assert_allclose(conf.detach(), detector.score(IMAGES[:3]), rtol=1e-4, atol=1e-4)
+    assert logits.shape == (3, CLASSES)
+
+
+@pytest.mark.parametrize("shape", ["[B, 1]", "[B]"])
+def test_the_classes_of_one_logit_are_0_and_1(shape):
+    net = KINDS[f"one logit {shape}"][0]()
+    with torch.no_grad():
+        net.fc.bias -= net(IMAGES).median()
+        z = net(IMAGES).reshape(-1).double()
+    detector = FuseNorm(net, output="energy").fit([IMAGES])
+    for count in (1, 2, 3):
+        pred, _ = detector.predict(IMAGES[:count])
+        assert pred.tolist() == (z[:count] > 0).long().tolist()
+    energy = detector.infer([IMAGES]).experts[4]
+    np.testing.assert_allclose(energy, F.softplus(z), rtol=1e-5)
+
+    def run(s, f):
+        z = s.fc(f).reshape(net(IMAGES[: len(f)]).shape)
+        return {"probability": z.sigmoid(), "score": z}
+
+    beside = Made(run, classes=1)  # its probability
+    beside.load_state_dict(net.state_dict())
+    got = FuseNorm(beside, output="energy").fit([IMAGES]).infer([IMAGES]).experts
+    np.testing.assert_allclose(got, detector.infer([IMAGES]).experts, rtol=1e-5)
+
+
+def test_what_is_one_logit_and_what_is_not():
+    for run in (
+        lambda s, f: s.fc(f).mean(0)[:2],  # [2], whatever the batch
+        lambda s, f: s.fc(f).sum(),
+    ):
+        with pytest.raises(TapError, match="must return logits"):
+            understand(Made(run), IMAGES[:2])
+    net = Made(lambda s, f: (f[:, 0], s.fc(f), f[:, :1]))
+    assert understand(net, IMAGES[:2]).classes == CLASSES
+    check_classes("a.ckpt", 1, 2)
+    with pytest.raises(CheckpointError):
+        check_classes("a.ckpt", 1, 3)

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-import torchvision
 
 from fusenorm_openood import load_network
 from fusenorm_openood.errors import CheckpointError, ConfigError
@@ -16,10 +15,8 @@ from tests.network.factories import Own
 OWN = "tests.network.factories"
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SPECS = [
-    "torchvision:resnet18",
-    "torchvision:mobilenet_v3_small",
     "torchvision:squeezenet1_1",
-    "torchvision:mnasnet0_5",
+    "torchvision:mnasnet0_5",  # checks the versions of its modules
     "timm:resnet10t",
     "timm:vit_tiny_patch16_224",
     f"{OWN}:Own",
@@ -47,8 +44,8 @@ def test_a_checkpoint_loads_into_the_network_that_is_named(spec, tmp_path):
         assert loaded(IMAGES).shape == (2, 5)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.model.", "net.backbone."])
-@pytest.mark.parametrize("spec", ["torchvision:mobilenet_v3_small", f"{OWN}:Own"])
+@pytest.mark.parametrize("prefix", ["module.", "net.backbone."])
+@pytest.mark.parametrize("spec", ["torchvision:squeezenet1_1", f"{OWN}:Own"])
 def test_prefixes_of_a_checkpoint_are_removed_only_where_they_do_not_belong(prefix, spec, tmp_path):
     net = build_network(spec, 5)
     state = {prefix + key: value for key, value in net.state_dict().items()}
@@ -59,16 +56,16 @@ def test_prefixes_of_a_checkpoint_are_removed_only_where_they_do_not_belong(pref
 
 
 def test_the_number_of_classes_comes_from_the_checkpoint_unless_given(tmp_path):
-    net = torchvision.models.resnet18(num_classes=4)
+    net = Own(4)
     torch.save(net.state_dict(), tmp_path / "net.pt")
-    loaded = load_network(tmp_path / "net.pt", network="torchvision:resnet18")
-    assert torch.equal(loaded.fc.weight, net.fc.weight)
+    loaded = load_network(tmp_path / "net.pt", network=f"{OWN}:Own")
+    assert torch.equal(loaded.model.module["out"].weight, net.model.module["out"].weight)
     with pytest.raises(CheckpointError, match=r"net\.pt must have 10 classes, .* got 4"):
-        load_network(tmp_path / "net.pt", 10, network="torchvision:resnet18")
+        load_network(tmp_path / "net.pt", 10, network=f"{OWN}:Own")
 
 
 def test_a_network_is_built_with_the_default_number_of_classes_of_its_library():
-    assert network_kind(build_network("torchvision:resnet18")).classes == 1000
+    assert network_kind(build_network("torchvision:squeezenet1_1")).classes == 1000
     assert network_kind(build_network(f"{OWN}:Own")) == ("CrossEntropy", "Own", 10)
 
 
@@ -77,7 +74,8 @@ def test_a_factory_without_num_classes_is_called_without_it():
 
 
 def test_a_transformer_is_built_for_the_size_of_the_images():
-    assert build_network("torchvision:vit_b_32", 5, image_size=32).image_size == 32
+    with torch.device("meta"):  # without memory for its weights
+        assert build_network("torchvision:vit_b_32", 5, image_size=32).image_size == 32
 
 
 @pytest.mark.parametrize(

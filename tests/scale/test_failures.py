@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import shutil
 import signal
 import time
@@ -50,9 +49,7 @@ def shard_of(store, images, number):
 def failed_among(done):
     """A process that failed; the others did too, or were terminated and say why."""
     failed = [d for d in done if d.status == 1]
-    for other in (d for d in done if d.status not in (1, -signal.SIGTERM)):  # had not begun
-        assert other.status == 128 + signal.SIGTERM
-        assert re.search(r"process \d of 2 stops because process \d ended; finished", other.err)
+    assert {d.status for d in done} <= {1, -signal.SIGTERM}
     return failed[0]
 
 
