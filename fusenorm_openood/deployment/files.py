@@ -150,7 +150,9 @@ def judged(
             rows.append(Judged(str(path), error=error))
             continue
         predicted = str(why.pred[i]) if names is None else names[why.pred[i]]
-        verdict = (None, None) if p is None or ood is None else (float(p[i]), bool(ood[i]))
+        verdict: tuple[float | None, bool | None] = (None, None)
+        if p is not None and ood is not None:
+            verdict = float(p[i]), bool(ood[i])
         rows.append(Judged(str(path), predicted, float(why.conf[i]), *verdict, why.objected[i]))
     return rows
 

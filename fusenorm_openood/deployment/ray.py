@@ -55,7 +55,9 @@ def cluster() -> Iterator[Any]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
-    how = {} if address else {"include_dashboard": False, "object_store_memory": _OBJECTS}
+    how: dict[str, Any] = (
+        {} if address else {"include_dashboard": False, "object_store_memory": _OBJECTS}
+    )
     terminated = signal.getsignal(signal.SIGTERM)  # Ray sets its own
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **how)

@@ -211,7 +211,8 @@ def _read_parquet(path: Path) -> Iterator[Judged]:
         _check_columns(path, file.schema_arrow.names)
         for batch in file.iter_batches(AT_ONCE):
             for row in batch.to_pylist():
-                yield Judged(*(_unescaped(v) if isinstance(v, str) else v for v in row.values()))
+                texts = {k: _unescaped(v) for k, v in row.items() if isinstance(v, str)}
+                yield Judged(**row | texts)
     except ArrowInvalid as error:
         raise DataError(f"{path} is damaged ({error}): score again") from None
 
@@ -251,7 +252,9 @@ _KINDS: dict[str, Callable[[str], Any]] = {
 def _row(cells: Sequence[str]) -> Judged:
     path, *rest = map(_unescaped, cells)
     named = zip(Judged._fields[1:], rest, strict=True)
-    values = (_KINDS.get(name, unguarded)(cell) if cell else None for name, cell in named)
+    values: Iterator[Any] = (
+        _KINDS.get(name, unguarded)(cell) if cell else None for name, cell in named
+    )
     return Judged(unguarded(path), *values)
 
 
