@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
-# Runs the test suite, one process per core. Arguments go to pytest (-n 0 runs them in one process);
-# without any, coverage is measured, too.
+# Runs the test suite, one process per core, without the tests that are marked slow, or with `--slow` as
+# the first argument with them. Other arguments go to pytest (-n 0 runs them in one process); without
+# any, coverage is measured, too.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 environment test
 cd "$ROOT"
+select="not slow"
+if [ "${1:-}" = --slow ]; then
+    select=""
+    shift
+fi
 [ $# -gt 0 ] || set -- --cov --cov-report=term-missing:skip-covered --cov-fail-under=85
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # each process has a core
-exec python -m pytest -n auto --dist worksteal "$@"
+exec python -m pytest -n auto --dist worksteal -m "$select" "$@"

@@ -224,7 +224,8 @@ def pseudo_ood() -> str:
 
 def large_runs(name: str) -> str:
     """A table of benchmarks/extrapolate.py, about what large runs cost."""
-    sys.path.append(str(RESULTS.parent))
+    if str(RESULTS.parent) not in sys.path:
+        sys.path.append(str(RESULTS.parent))
     extrapolate = import_module("extrapolate")
     made: str = extrapolate.tables(extrapolate.read_measured(), extrapolate.Assumed())[name]
     return made

@@ -24,7 +24,7 @@ def workplace(digits, tmp_path, monkeypatch):
     """A folder as `fusenorm digits` leaves it, with few images on the lists."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(digits[1].parent, Path("results", RUN, "s0"))
-    shortened_digits(digits[0], Path("data").absolute(), train=64, others=40)
+    shortened_digits(digits[0], Path("data").absolute(), train=32, others=40)
 
 
 @pytest.mark.parametrize("page", [*filter(runs, PAGES)], ids=lambda page: page.stem)
