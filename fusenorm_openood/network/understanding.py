@@ -131,7 +131,7 @@ def _depends_on_batch(
     core: nn.Module, structure: Structure, two: Tensor, first: _Pass
 ) -> tuple[bool, int]:
     """Whether other images of a batch change the logits, and the smallest batch, 0 if unknown."""
-    for smallest, images in ((1, two[:1]), (2, two[[0, 1, 0]])):
+    for smallest, images in ((1, two[:1]), (2, torch.cat([two, two[:1]]))):
         try:
             found = _pass(core, structure, images)
             dimensions = [[x.ndim for x in one.values()] for one in (found, first)]
