@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusenorm_openood.data.images import truncated_images_read
+from fusenorm_openood.data.images import truncated_images
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.errors import CheckpointError, ConfigError, FuseNormError
 from fusenorm_openood.kernels.devices import find_device, on_device
@@ -165,7 +165,7 @@ def run_pipeline(config: Any, device: str) -> None:
 
     with (
         on_device(device),
-        truncated_images_read(),
+        truncated_images(read=True),
         file_errors(),
         process_restored(),
         replaced(get_postprocessor, get_adapted),
@@ -180,13 +180,8 @@ def load_checkpoint(
     """OpenOOD's network for a configuration, with its complete checkpoint loaded on any device.
 
     OpenOOD itself silently skips tensors that do not fit, even all of them, and can load a
-    checkpoint that was saved on CUDA only on CUDA.
-
-    Args:
-        get_network: OpenOOD's function of that name.
-        config: the section `network`.
-        head_may_differ: whether the last layer may keep its initial weights if the number of
-            classes differs.
+    checkpoint that was saved on CUDA only on CUDA. If the `head_may_differ`, it keeps its initial
+    weights where the number of classes differs.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or lacks parts of the network.
