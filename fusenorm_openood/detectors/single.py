@@ -93,6 +93,7 @@ class SingleScore(Detector):
 
     def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
         """The scores `[N]` in float32, unless they were computed in float64."""
+        conf: NDArray[Any] = experts[0]
         with np.errstate(over="ignore"):
-            conf: NDArray[Any] = experts[0].astype(np.float32)
-        return conf if np.array_equal(conf, experts[0]) else experts[0]
+            narrow: NDArray[Any] = conf.astype(np.float32)
+        return narrow if np.array_equal(narrow, conf) else conf
