@@ -349,7 +349,7 @@ def test_what_needs_a_head_is_an_error_without_one(loader):
     before = state_of(net)
     with pytest.raises(TapError, match=r"found in Headless: set react_percentile=None"):
         published(net).fit(loader)
-    with pytest.raises(TapError, match=r"fdbd .*linear function.*Headless .*strong=\['output'\]"):
+    with pytest.raises(TapError, match=r"fdbd.* linear function.*Headless .*strong=\['output'\]"):
         FuseNorm(net).fit(loader)
     assert_undisturbed(net, before)
     for output in OUTPUTS:
