@@ -66,7 +66,7 @@ def run(args: Namespace) -> int:
     _check_options(args, process.world)
     load = partial(load_detector, args.detector, args.network, args.weights, args.bits, args.device)
     detector = load()
-    n = None if detector.reference_ is None else len(detector.reference_)
+    n = None if detector.calibration_scores_ is None else len(detector.calibration_scores_)
     if n is None and args.fdr is not None:
         raise ConfigError(
             "--fdr judges all images together, for which it needs calibration images: fit with "
@@ -91,7 +91,7 @@ def run(args: Namespace) -> int:
         with cluster() as ray:
             actors = args.cores_per_actor, args.device != "cpu"
             with closing(score_with_actors(ray, files, load, *actors)) as done:
-                yield from files.judged_after(done, args.acceptance)
+                yield from files.judged(args.acceptance, done)
 
     if not process.leads:
         return sum(map(len, judged(given)))  # it is given no rows: 0

@@ -180,13 +180,8 @@ def load_checkpoint(
     """OpenOOD's network for a configuration, with its complete checkpoint loaded on any device.
 
     OpenOOD itself silently skips tensors that do not fit, even all of them, and can load a
-    checkpoint that was saved on CUDA only on CUDA.
-
-    Args:
-        get_network: OpenOOD's function of that name.
-        config: the section `network`.
-        head_may_differ: whether the last layer may keep its initial weights if the number of
-            classes differs.
+    checkpoint that was saved on CUDA only on CUDA. If the `head_may_differ`, it keeps its initial
+    weights where the number of classes differs.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or lacks parts of the network.

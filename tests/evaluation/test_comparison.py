@@ -5,12 +5,11 @@ import pytest
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import image_loader
-from fusenorm_openood.detectors.baselines import Baseline
-from fusenorm_openood.detectors.posthoc import PosthocBaseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.comparison import FUSENORM, compare, tables
 from fusenorm_openood.evaluation.evaluation import evaluate
 from fusenorm_openood.method.metrics import ood_metrics
-from fusenorm_openood.method.posthoc import POSTHOC
+from fusenorm_openood.method.scores import POSTHOC
 from fusenorm_openood.network import T2FNormNet
 from fusenorm_openood.storage.configs import config_root
 from tests.conftest import drawn_benchmark, make_net, shortened_digits
@@ -41,12 +40,12 @@ def test_every_row_equals_the_method_evaluated_alone(drawn, method):
     id_val = [batch["data"] for batch in image_loader(drawn.id["val"])]  # no labels
     posthoc = POSTHOC if method == "base" else ["knn", "gen"]
     alone = {
-        "MSP" if method == "base" else "MSP (T2FNorm)": Baseline(net, "msp"),
-        "Energy": Baseline(net, "ebo", temperature=1.0),
-        "ODIN": Baseline(net, "odin", std, temperature=1000.0, noise=0.0014),
-        "ReAct": Baseline(net, "react", percentile=90.0),
-        **{POSTHOC[n].title: PosthocBaseline(net, n).fit(id_val) for n in posthoc},
-        "KNN (K = 5)": PosthocBaseline(net, "knn", K=5).fit(id_val),
+        "MSP" if method == "base" else "MSP (T2FNorm)": SingleScore(net, "msp"),
+        "Energy": SingleScore(net, "ebo", temperature=1.0),
+        "ODIN": SingleScore(net, "odin", std, temperature=1000.0, noise=0.0014),
+        "ReAct": SingleScore(net, "react", percentile=90.0),
+        **{POSTHOC[n].title: SingleScore(net, n).fit(id_val) for n in posthoc},
+        "KNN (K = 5)": SingleScore(net, "knn", K=5).fit(id_val),
         "strong experts alone": FuseNorm(net, cap=0.0),
         # A weight so large that the strong experts do not count.
         "block norms alone": FuseNorm(net, Settings.joint(joint_weight=1e12)),

@@ -145,7 +145,7 @@ def test_openood_searches_strong_experts_penalty_and_base_as_the_native_engine(
         net, postprocessor, "cifar10", home / "data", 200, 0, False, False
     )
     assert postprocessor.settings == found.settings
-    detector = FuseNorm(net, found.settings).with_calibration(found.calibration)
+    detector = FuseNorm(net, found.settings).with_statistics(found.statistics)
     native = evaluate(detector, benchmark, progress=False).table
     assert printed(native) == printed(table)
     again = pickle.loads(pickle.dumps(postprocessor))

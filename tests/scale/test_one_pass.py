@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.detectors.baselines import Baseline
-from fusenorm_openood.detectors.posthoc import PosthocBaseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.storage.shards import Key
 from tests.conftest import make_net
@@ -20,13 +19,13 @@ MAKERS = {
     "stages": lambda net: FuseNorm(net, taps="stages", strong=["knn"], neighbours=3),
     "clipped": lambda net: FuseNorm(net, react_percentile=90.0),
     "published": lambda net: FuseNorm(net, Settings.published()),
-    "odin": lambda net: Baseline(net, "odin", temperature=1000.0, noise=0.0014),
-    "msp": lambda net: Baseline(net, "msp"),
-    "mls": lambda net: Baseline(net, "mls"),
-    "ebo": lambda net: Baseline(net, "ebo", temperature=2.0),
-    "react": lambda net: Baseline(net, "react", percentile=90.0),
-    "gen": lambda net: PosthocBaseline(net, "gen"),
-    "vim": lambda net: PosthocBaseline(net, "vim"),
+    "odin": lambda net: SingleScore(net, "odin", temperature=1000.0, noise=0.0014),
+    "msp": lambda net: SingleScore(net, "msp"),
+    "mls": lambda net: SingleScore(net, "mls"),
+    "ebo": lambda net: SingleScore(net, "ebo", temperature=2.0),
+    "react": lambda net: SingleScore(net, "react", percentile=90.0),
+    "gen": lambda net: SingleScore(net, "gen"),
+    "vim": lambda net: SingleScore(net, "vim"),
 }
 
 
