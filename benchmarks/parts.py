@@ -6,6 +6,7 @@ Seconds are those of a core, which other processes do not prolong, except for th
 import tempfile
 import time
 import tracemalloc
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,13 +16,13 @@ import torch
 from fusenorm_openood.cli.detector import load_detector
 from fusenorm_openood.data.benchmarks import ImageSet
 from fusenorm_openood.data.paths import manifest_paths
-from fusenorm_openood.deployment.files import SHARD, FileShards
+from fusenorm_openood.deployment.files import SHARD, FileShards, manifest
 from fusenorm_openood.deployment.rows import RowFile
 from fusenorm_openood.evaluation import records
 from fusenorm_openood.forward.samples import BlockSums
 from fusenorm_openood.method.posthoc import Posthoc, Seen
-from fusenorm_openood.storage.files import manifest
-from fusenorm_openood.storage.shards import Columns, Key, ShardSet, decode
+from fusenorm_openood.storage.keys import Key
+from fusenorm_openood.storage.shards import Columns, ShardSet, decode
 
 LOADED = 300  # images that are loaded to measure how fast that is
 
@@ -46,7 +47,7 @@ def checking(image_sets: Sequence[ImageSet]) -> dict[str, float]:
     images, clock = [s.images() for s in image_sets], [time.process_time()]
     for one in images:
         one.first_missing()
-        records.list_digest(one)
+        records.manifest(one)
     clock.append(time.process_time())
     for one in images:
         list(one.faults())
@@ -58,7 +59,7 @@ def checking(image_sets: Sequence[ImageSet]) -> dict[str, float]:
 def shards_in(store: Path) -> list[Path]:
     """The shards of images in a store, which also has networks and faults of lists."""
     others = ("network-*", "*_faults-*")
-    files = sorted(store.rglob("*.safetensors"))
+    files = sorted(store.rglob("*.parquet"))
     return [file for file in files if not any(map(file.parent.match, others))]
 
 
@@ -107,8 +108,9 @@ def driving(listed: Path, detector: Path, columns: Columns) -> dict[str, float]:
     clock = [time.process_time()]
     manifest(manifest_paths(str(listed)))
     clock.append(time.process_time())
+    given = Namespace(detector=str(detector), network=None, weights=None, bits=None, device="cpu")
     with tempfile.TemporaryDirectory() as folder, RowFile(Path(folder, "rows.csv")) as file:
-        files = FileShards(load_detector(str(detector), device="cpu"), paths, Path(folder))
+        files = FileShards(load_detector(given), paths, Path(folder))
         for number in range(files.shards.key.shard_count):
             rows = len(files.shards.span(number))
             whole = {name: np.resize(c, (rows, *c.shape[1:])) for name, c in columns.items()}

@@ -10,12 +10,11 @@ import torch
 
 from fusenorm_openood import FuseNorm, Settings, atf, fuse
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.detectors.baselines import Baseline
-from fusenorm_openood.detectors.sweep import candidates
+from fusenorm_openood.detectors.search import candidates
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import ConfigError, number, numbers, whole
 from fusenorm_openood.method.conformal import guarantee, needed_images, rejects, rejects_at_fdr
-from fusenorm_openood.method.fusion import penalty
-from fusenorm_openood.method.posthoc import Posthoc
+from fusenorm_openood.method.scores import make_score
 from fusenorm_openood.method.statistics import compute_id_statistics
 from fusenorm_openood.training.recipes import Recipe
 from tests.nets import Net, some_images
@@ -45,7 +44,7 @@ def test_a_number_of_any_kind_is_pythons(kind):
 def test_an_integer_of_any_kind_is_pythons(kind):
     assert (whole(kind(5)), type(whole(kind(5)))) == (5, int)
     assert Settings(neighbours=kind(5)) == Settings()
-    assert json.dumps(Posthoc.of("knn", {"K": kind(7)})) == json.dumps(Posthoc.of("knn", {"K": 7}))
+    assert json.dumps(make_score("knn", {"K": kind(7)}).to_json()) == '["knn", {"K": 7}]'
     assert repr(Settings(strong=(kind(1), "output"))) == repr(Settings(strong=(1, "output")))
 
 
@@ -86,7 +85,7 @@ def test_functions_refuse_what_is_no_finite_number(value):
     for call in (
         lambda: atf(x, alpha=value),
         lambda: atf(x, value, 1),
-        lambda: penalty(scores, cap=value),
+        lambda: fuse(scores, scores, cap=value),
         lambda: fuse(scores, scores, base=value),
         lambda: fuse(scores, scores, weights=(value, 1)),
         lambda: compute_id_statistics(scores, value),
@@ -95,9 +94,9 @@ def test_functions_refuse_what_is_no_finite_number(value):
         lambda: rejects_at_fdr(scores[0], value),
         lambda: needed_images(value),
         lambda: guarantee(100, 0.9, value),
-        lambda: Posthoc.of("gen", {"gamma": value}),
-        lambda: Posthoc.of("vim", {"dim": value}),
-        lambda: Baseline(torch.nn.Identity(), "ebo", temperature=value),
+        lambda: make_score("gen", {"gamma": value}),
+        lambda: make_score("vim", {"dim": value}),
+        lambda: SingleScore(torch.nn.Identity(), "ebo", temperature=value),
         lambda: Recipe(id_data="digits", lr=value),
         lambda: Recipe(id_data="digits", epochs=value),
         lambda: Preprocessing(value, (4, 4), "bilinear", (0, 0, 0), (1, 1, 1)),
@@ -117,8 +116,8 @@ def test_functions_compute_the_same_from_any_kind_of_number(kind):
     assert (rejects_at_fdr(p, kind(0.25)) == rejects_at_fdr(p, 0.25)).all()
     assert repr(guarantee(50, kind(0.75), kind(0.5))) == repr(guarantee(50, 0.75, 0.5))
     args = {"temperature": kind(2.0), "noise": kind(0.5)}
-    assert repr(Baseline(Net(), "odin", **args).output) == repr(
-        Baseline(Net(), "odin", temperature=2.0, noise=0.5).output
+    assert repr(make_score("odin", args)) == repr(
+        make_score("odin", {"temperature": 2.0, "noise": 0.5})
     )
     pre = Preprocessing(
         np.int64(4), np.array([4, 4]), "box", (kind(0.5),) * 3, [kind(0.5)] * 3, bits=np.uint8(12)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.cli.engines import Job, evaluate_run, read_postprocessor
 from fusenorm_openood.evaluation import comparison
-from fusenorm_openood.method.experts import odin_perturb
+from fusenorm_openood.method.scores.odin import odin_direction, odin_step
 from tests.conftest import drawn_benchmark, make_net
 from tests.preprocessing import PREPROCESSING
 
@@ -35,7 +35,8 @@ def images_of(image_set):
 def test_a_gradient_of_zero_counts_as_positive():
     images = torch.ones(1, 1, 1, 3, requires_grad=True)
     score = (images * torch.tensor([-1.0, 0.0, 2.0])).sum((1, 2, 3))  # 1, so class 0
-    moved = odin_perturb(images, torch.stack([score, -score], dim=1), noise=0.5)
+    direction = odin_direction(images, torch.stack([score, -score], dim=1), 1000)
+    moved = odin_step(images, direction, 0.5)
     assert moved.flatten().tolist() == [0.5, 0.5, 1.5]
 
 
@@ -60,10 +61,13 @@ def test_a_table_of_odin_counts_the_step_in_pixels_before_normalisation(tmp_path
 def test_a_comparison_counts_the_step_of_odin_alike(tmp_path, monkeypatch):
     benchmark, net = drawn_benchmark("cifar10", tmp_path, 10), make_net(classes=10)
     torch.nn.init.normal_(net.fc.weight)  # the range of a trained network's logits
-    defaults = comparison.default_args
-    large_step = {"odin": {"temperature": 1000.0, "noise": 0.5}}
+    large_step, make_score = {"odin": {"noise": 0.5}}, comparison.make_score
     monkeypatch.setattr(
-        comparison, "default_args", lambda name: large_step.get(name, defaults(name))
+        comparison,
+        "make_score",
+        lambda name, arguments=None, **fixed: make_score(
+            name, large_step.get(name, arguments), **fixed
+        ),
     )
     table = comparison.compare(net, benchmark, progress=False).auroc
 

@@ -13,12 +13,11 @@ from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, load_benchmark
 from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.configuration import NATIVE, detector_for, read_fusenorm
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.detectors.posthoc import UNFITTED
 from fusenorm_openood.detectors.search import search
 from fusenorm_openood.errors import ConfigError, OpenOODError
 from fusenorm_openood.evaluation.evaluation import Evaluation, evaluate, sets_of
 from fusenorm_openood.evaluation.records import Loader, Records, plain_loader
-from fusenorm_openood.method.posthoc import POSTHOC
+from fusenorm_openood.method.scores import POSTHOC
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.openood import INSTALL
 from fusenorm_openood.openood.bridge import (
@@ -43,8 +42,8 @@ def read_postprocessor(
 
     Args:
         name: the postprocessor's name; None = that in the file, or `fusenorm` without a file.
-        config: its file, or the name of one of this package's; None = this package's file of the
-            postprocessor's name, or else OpenOOD's.
+        config: its file, or the name of one of this package's; None = that of the postprocessor's
+            name, this package's or else OpenOOD's.
         changes, sweep: `KEY=VALUE` changes to its arguments, `KEY=LIST` changes to its sweep.
         aps_mode: the value of `APS_mode`; False = as in the file.
 
@@ -134,7 +133,7 @@ class Job:
         yield from self.benchmark.tested(self.fsood, self.validation)
         if self.aps_mode is True and not self.validation:  # validation reads it anyway
             yield self.benchmark.val_ood
-        if self.postprocessor in POSTHOC and self.postprocessor not in UNFITTED:
+        if self.postprocessor in POSTHOC and POSTHOC[self.postprocessor].needs_fit:
             yield self.benchmark.id["train"]
 
     @cached_property
@@ -251,4 +250,4 @@ def _searched(job: Job, net: nn.Module, run: str) -> FuseNorm:
     if job.trials is not None:
         path = job.trials / run / "aps" / f"{job.postprocessor}.csv"
         write_whole(path, lambda file: found.trials.to_csv(file, index=False))
-    return FuseNorm(net, found.settings).with_calibration(found.calibration)
+    return FuseNorm(net, found.settings).with_statistics(found.statistics)

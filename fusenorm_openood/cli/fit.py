@@ -16,8 +16,8 @@ from fusenorm_openood.data.paths import image_paths, is_hidden
 from fusenorm_openood.data.preprocessing import Normalization, Preprocessing
 from fusenorm_openood.deployment.files import ReadableFiles, network_record
 from fusenorm_openood.detectors.configuration import read_fusenorm
-from fusenorm_openood.detectors.decisions import check_apart
 from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.repeats import check_apart
 from fusenorm_openood.errors import CalibrationError, ConfigError
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.kernels.devices import own_device

@@ -66,7 +66,7 @@ def run(args: Namespace) -> int:
     _check_options(args, process.world)
     load = partial(load_detector, args.detector, args.network, args.weights, args.bits, args.device)
     detector = load()
-    n = None if detector.reference_ is None else len(detector.reference_)
+    n = None if detector.calibration_scores_ is None else len(detector.calibration_scores_)
     if n is None and args.fdr is not None:
         raise ConfigError(
             "--fdr judges all images together, for which it needs calibration images: fit with "

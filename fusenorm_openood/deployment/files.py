@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.detectors.calibration import packed
 from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.statistics import packed
 from fusenorm_openood.errors import DataError, NonFiniteError
 from fusenorm_openood.forward.batches import Pace
 from fusenorm_openood.method.conformal import rejects
@@ -255,7 +255,7 @@ def experts_record(detector: FuseNorm, store: Place) -> dict[str, Any]:
         **network_record(detector.net, preprocessing, store),
         "experts": detector.experts,
         "norm": detector.settings.feature_norm,
-        "output": detector.settings.output_expert,
+        "output": detector.settings.score("output").to_json(),
         "fitted": hashed.hexdigest(),
         "preprocessing": preprocessing.to_json(),
     }

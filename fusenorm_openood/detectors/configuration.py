@@ -6,16 +6,15 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from fusenorm_openood.detectors.base import Detector
-from fusenorm_openood.detectors.baselines import SINGLE, Baseline, checked_baseline
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.detectors.posthoc import PosthocBaseline
-from fusenorm_openood.detectors.sweep import candidates
+from fusenorm_openood.detectors.search import candidates
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.method.posthoc import POSTHOC, check_arguments
+from fusenorm_openood.method.scores import SCORES, make_score
 from fusenorm_openood.method.settings import METHODS, Settings, check_names
 from fusenorm_openood.storage.configs import lookup
 
-NATIVE = (*METHODS, *SINGLE)  # postprocessors that need no OpenOOD
+NATIVE = (*METHODS, *SCORES)  # postprocessors that need no OpenOOD
 
 
 class FuseNormConfig(NamedTuple):
@@ -96,9 +95,6 @@ def detector_for(
         return lambda net: FuseNorm(net, settings)
     args = dict(lookup(config, "postprocessor").get("postprocessor_args") or {})
     random = args.pop("random", "refuse")
-    if name in POSTHOC:
-        check_arguments(name, args)
-        return lambda net: PosthocBaseline(net, name, random, **args)
-    checked_baseline(name, args)
-    std = input_std if name == "odin" else None
-    return lambda net: Baseline(net, name, std, random, **args)
+    fixed = {"input_std": input_std} if name == "odin" else {}
+    score = make_score(name, args, **fixed)
+    return lambda net: SingleScore(net, score, random)

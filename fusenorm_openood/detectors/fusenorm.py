@@ -1,79 +1,55 @@
 """The FuseNorm detector, for any torch network; it does not need OpenOOD."""
 
 from collections.abc import Iterable, Sequence
-from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.detectors import saving
 from fusenorm_openood.detectors.atomic import atomic
-from fusenorm_openood.detectors.base import Images, check_energy, fit_panel
-from fusenorm_openood.detectors.calibration import Calibration as Calibration
-from fusenorm_openood.detectors.decisions import (
-    DecidingDetector,
-    check_apart,
-    data_of,
-    repeated_columns,
-)
-from fusenorm_openood.detectors.enough import enough_for
-from fusenorm_openood.detectors.explanation import Explanation, explanation
-from fusenorm_openood.detectors.saving import Kept, nonsense, read_kept, write_kept
-from fusenorm_openood.errors import (
-    ConfigError,
-    DataError,
-    FuseNormError,
-    NonFiniteError,
-    NotFittedError,
-    TapError,
-)
-from fusenorm_openood.export.fusion import Fusion, Roles
-from fusenorm_openood.export.judge import Dtype, Inputs, Judge, check_exportable, float32_copy
-from fusenorm_openood.export.program import Exported, export_judge
+from fusenorm_openood.detectors.base import Detector, Images, check_energy
+from fusenorm_openood.detectors.fitting import enough_for, fit_experts, leave_one_out
+from fusenorm_openood.detectors.repeats import check_apart, data_of, repeated_columns
+from fusenorm_openood.detectors.statistics import DetectorStatistics, Explanation, explanation
+from fusenorm_openood.errors import ConfigError, DataError, NotFittedError
+from fusenorm_openood.export.judge import Dtype
+from fusenorm_openood.export.program import Exported, export_detector
 from fusenorm_openood.forward.batches import checked_images
+from fusenorm_openood.forward.experts import Expert, Experts, Fitted, Scoring
 from fusenorm_openood.forward.hooks import (
     check_taps,
     first_of_last_stage,
     resolve_taps,
     warn_of_left_out,
 )
-from fusenorm_openood.forward.observed import Listener, Observed
-from fusenorm_openood.forward.panel import Fitted, Panel
 from fusenorm_openood.forward.passes import tapped_maps
-from fusenorm_openood.kernels.devices import find_device
+from fusenorm_openood.kernels.devices import find_device, moved
 from fusenorm_openood.method.atf import atf_map
-from fusenorm_openood.method.conformal import check_enough
-from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, OUTPUT_EXPERTS, Output
-from fusenorm_openood.method.fusion import fuse, mean_of_strong
-from fusenorm_openood.method.joint import far_off, joint_penalty, joint_statistics
-from fusenorm_openood.method.posthoc import POSTHOC, Posthoc
+from fusenorm_openood.method.joint import joint_statistics
+from fusenorm_openood.method.scores import OUTPUTS, POSTHOC
+from fusenorm_openood.method.scores.base import LogitScore, Score
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
-from fusenorm_openood.method.statistics import (
-    compute_id_statistics,
-    normalise,
-    standardise,
-)
-from fusenorm_openood.network.fingerprint import Fingerprint, fixed_images, is_network
+from fusenorm_openood.method.statistics import compute_id_statistics
+from fusenorm_openood.network.fingerprint import Fingerprint, is_network
 from fusenorm_openood.network.running import eval_mode, unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.understanding import understand
-from fusenorm_openood.version import __version__
 
-_NO_TAPS = ("output", *POSTHOC)
+NO_LAYERS = ("output", *POSTHOC)  # experts that are not feature norms of a layer
+F = TypeVar("F", bound="FuseNorm")
 
 
-class FuseNorm(DecidingDetector):
+class FuseNorm(Detector):
     """OOD detector that fuses the feature norms of all blocks with strong experts.
 
-    The network is understood from its own graph at the first images that it is fitted on; see
-    `fusenorm_openood.network.structure`. It may be wrapped in DataParallel or compiled: the
-    network inside is what runs, on one device and as it was before compilation.
+    The structure of the network is read from its own graph at the first images that it is fitted
+    on. It may be wrapped in DataParallel or compiled: the network inside is what runs, on one
+    device and as it was before compilation.
 
     Args:
         net: any network that returns logits `[B, K]`, also in a tuple, a mapping or a dataclass;
@@ -84,16 +60,29 @@ class FuseNorm(DecidingDetector):
         changes: individual settings by name; see `Settings`.
 
     Attributes:
-        experts: names of the experts: the taps in order, and the strong experts that are no taps.
-            Before `fit` there are none, unless the structure, or taps and strong experts are given.
-        strong: names of the strong experts; the other taps are weak.
-        calibration_: ID statistics, after `fit`.
+        experts: names of the experts: the tapped layers in order, and the strong experts that are
+            no layers. Before `fit` there are none, unless the structure, or layers and strong
+            experts are given.
+        strong: names of the strong experts; the other layers are weak.
+        id_statistics_: what `fit` finds, None before.
+        calibration_scores_: what `calibrate` keeps, None before.
         preprocessing: how image files become tensors, if it is set; it is saved with the detector.
         network_source: how the command line builds the network.
 
     Raises:
         ConfigError: settings that do not fit the network.
         TapError: taps that do not fit the network.
+
+    >>> from torchvision.models import resnet18
+    >>> net = resnet18(num_classes=4)
+    >>> detector = FuseNorm(net, base=5)
+    >>> detector
+    FuseNorm(ResNet, base=5; not fitted)
+    >>> images = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    >>> detector.fit([images[:20]]).calibrate([images[20:]])  # doctest: +ELLIPSIS
+    FuseNorm(ResNet, base=5; 8 layers, strong: output, fdbd, mds; fitted on 20 ID images, ...)
+    >>> detector.is_ood(images[:2], acceptance=0.9).shape
+    torch.Size([2])
     """
 
     def __init__(
@@ -103,31 +92,41 @@ class FuseNorm(DecidingDetector):
         structure: Structure | None = None,
         **changes: Any,
     ) -> None:
-        super().__init__(net)
         self.settings = (settings or Settings()).replace(**changes)
-        self._random = self.settings.random
-        core = unwrapped(net) if self._structure is None else net  # a known one need not be loaded
-        named = check_taps(net, self.settings.taps)
-        self.calibration_: Calibration | None = None
+        super().__init__(net, structure, self.settings.random)
+        named, strong = check_taps(net, self.settings.taps), self.settings.strong
+        self.id_statistics_: DetectorStatistics | None = None
         self.taps, self.strong, self.experts = named, (), ()
-        self._free: list[Output] = []
+        self.companions: tuple[LogitScore, ...] = ()
         self._fitted = Fitted()
         self.preprocessing: Preprocessing | None = None
         self._class_names: tuple[str, ...] | None = None
         self.network_source: dict[str, str] = {}
-        self._structure = structure or self._structure
         if self._structure is not None:
             self._resolve(self._structure)
-        elif named and not isinstance(self.settings.strong, str):
-            self._name(named, self._named_strong(self.settings.strong, named))
-        elif not isinstance(self.settings.strong, str):  # any module may turn out to be a tap
-            names = [name for name in self.settings.strong if isinstance(name, str)]
-            modules = dict(core.named_modules())
-            self._named_strong([name for name in names if name not in modules], ())
+        elif named and not isinstance(strong, str):
+            self._name(named, self._named_strong(strong, named))
+        elif not isinstance(strong, str):  # any module may turn out to be a layer to tap
+            modules = dict(unwrapped(net).named_modules())
+            names = [name for name in strong if isinstance(name, str) and name not in modules]
+            self._named_strong(names, ())
 
     taps: tuple[str, ...]
     strong: tuple[str, ...]
     experts: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        default, text = Settings(), [type(unwrapped(self.net)).__name__]
+        text += [f"{n}={v!r}" for n, v in vars(self.settings).items() if v != getattr(default, n)]
+        state, fitted = [], self.id_statistics_
+        if self.experts:
+            state.append(f"{len(self.taps)} layers, strong: {', '.join(self.strong)}")
+        images = None if fitted is None else fitted.id_scores.shape[1]
+        state.append("not fitted" if images is None else f"fitted on {images:,} ID images")
+        if images is not None:
+            n = 0 if self.calibration_scores_ is None else len(self.calibration_scores_)
+            state[-1] += f", calibrated on {n:,}" if n else ", not calibrated"
+        return f"{type(self).__name__}({', '.join(text)}; {'; '.join(state)})"
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -145,7 +144,7 @@ class FuseNorm(DecidingDetector):
             _check_names(names, self._structure)
         self._class_names = names
 
-    def to(self, device: str | torch.device) -> Self:
+    def to(self: F, device: str | torch.device) -> F:
         """Move the network, in place; what the detector has fitted follows it.
 
         Raises:
@@ -154,34 +153,37 @@ class FuseNorm(DecidingDetector):
         self.net.to(find_device(str(device)))
         return self
 
-    def structure(self, images: Tensor) -> Structure:
-        if self._structure is None and self.calibration_ is not None:
-            structure = understand(self.net, images)
-            _check_experts(self.calibration_, FuseNorm(self.net, self.settings, structure).experts)
-            self._structure = structure
-        return super().structure(images)
+    def scoring(self, images: Tensor | None = None) -> Scoring:
+        return Scoring(self.net, self._known(images), self._all_experts(), self._fitted)
 
-    def _resolve(self, structure: Structure) -> None:
-        """Name the experts of a network that is built like this."""
-        taps = resolve_taps(self.net, self.settings.taps, structure)
-        if isinstance(self.settings.strong, str):
-            self._name(taps, (first_of_last_stage(structure, taps), "output"))
-        else:
-            self._name(taps, self._named_strong(self.settings.strong, taps))
+    def rows(self) -> list[Expert]:
+        norm = self.settings.feature_norm
+        return [*((tap, norm) for tap in self.taps), *self._scores(), *self.companions]
 
-    def _name(self, taps: tuple[str, ...], strong: tuple[str, ...]) -> None:
-        others = [name for name in _NO_TAPS if name in strong]
-        self.taps, self.strong, self.experts = taps, strong, (*taps, *others)
-        self.panel = self._panel_with(self._free)
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        return (*self.experts, *(score.label for score in self.companions))
 
-    def _try(self, images: Tensor) -> None:
-        structure = self.structure(images)
-        _check_names(self._class_names, structure)
-        self._resolve(structure)
-        check_energy(self.net, structure, self._output)
-        warn_of_left_out(self.net, self.settings.taps, structure)
-        unclipped = Fitted({q: float("inf") for q in self.panel.percentiles})
-        self.panel.listen(self.net, structure, images, unclipped)
+    def _scores(self) -> tuple[Score, ...]:
+        """The experts that are not feature norms."""
+        return tuple(self.settings.score(name) for name in self.experts[len(self.taps) :])
+
+    def _all_experts(self) -> Experts:
+        scores = tuple(dict.fromkeys((*self._scores(), *self.companions)))
+        return Experts(self.taps, (self.settings.feature_norm,), scores)
+
+    def with_companions(self: F) -> F:
+        """Also score the output experts that need no extra forward pass, for comparison.
+
+        They do not take part in the fusion; their scores follow those of the experts in
+        `Scored.experts`.
+        """
+        percentiles = dict.fromkeys((None, self.settings.react_percentile))
+        names = ("msp", "mls", "energy")
+        self.companions = tuple(
+            OUTPUTS[name](react_percentile=q, fused=True) for q in percentiles for name in names
+        )
+        return self
 
     @atomic
     def fit(
@@ -189,12 +191,12 @@ class FuseNorm(DecidingDetector):
         loader: Iterable[Any],
         progress: bool = False,
         calibration: Iterable[Any] | None = None,
-    ) -> Self:
+    ) -> "FuseNorm":
         """Fit the ID statistics, preferably on ID images used neither for training nor for testing.
 
         The loader is read once, and once more if ReAct needs a threshold. If a strong expert keeps
         features, as `knn` does, an even sample of at most 10,000 images is used. If the fit or the
-        calibration fails, the detector stays as it was. Fewer images than the experts take are a
+        calibration fails, the detector stays as it was. Fewer images than the experts need are a
         warning.
 
         Args:
@@ -209,45 +211,45 @@ class FuseNorm(DecidingDetector):
         """
         if calibration is not None:
             check_apart(data_of(loader), data_of(calibration))
-        self.calibration_ = None
-        readings, low = self._begin(loader), self.settings.percentile_low
+        self.id_statistics_ = None
+        readings = self._begin(loader)
         network = self._identified(readings)  # what cannot be saved fails before the fit
-        is_joint = self.settings.penalty == "joint"
-        least = max(enough_for(low), len(self.taps) + 1 if is_joint else 0)
-        fitted = fit_panel(self, self.panel, readings, progress, "fit", least)
-        self._fitted, scores = fitted.fitted, fitted.experts
-        self.calibration_ = self.learn(scores[self._rows()], self._fitted, network)
+        layers = len(self.taps) + 1 if self.settings.penalty == "joint" else 0
+        least = max(enough_for(self.settings.percentile_low), layers)
+        self._fitted, batch = fit_experts(self, self.scoring(), readings, progress, least=least)
+        batch = leave_one_out(self.scoring(), batch)
+        id_scores = batch.matrix(self.rows()[: len(self.experts)]).numpy()
+        self.id_statistics_ = self.learn(id_scores, self._fitted, network)
         return self if calibration is None else self.calibrate(calibration, progress)
 
     def learn(
         self, id_scores: NDArray[np.float64], fitted: Fitted, network: Fingerprint | None = None
-    ) -> Calibration:
-        """The calibration from scores `[L, N]` of the experts on ID images; it is not kept.
+    ) -> DetectorStatistics:
+        """The ID statistics from scores `[L, N]` of the experts on ID images; they are not kept.
 
         Raises:
             ZeroRangeError, NonFiniteError: as in `fit`.
         """
-        low, high = self.settings.percentile_low, self.settings.percentile_high
-        joint, rows = None, list(range(len(self.experts)))
-        if self.settings.penalty == "joint":
-            rows = [self.experts.index(name) for name in self.strong]
-        normalised = [self.experts[row] for row in rows]
-        scale = [self._scale if name == "output" else 0.0 for name in normalised]
-        statistics = compute_id_statistics(id_scores[rows], low, high, normalised, scale)
-        if self.settings.penalty == "joint" or self.settings.clip:
+        s, joint, names = self.settings, None, self.experts
+        if s.penalty == "joint":
+            names = self.strong
+        rows = [self.experts.index(name) for name in names]
+        scale = [self._scale() if name == "output" else 0.0 for name in names]
+        low, high = s.percentile_low, s.percentile_high
+        statistics = compute_id_statistics(id_scores[rows], low, high, names, scale)
+        if s.penalty == "joint" or s.clip:
             joint = joint_statistics(id_scores[: len(self.taps)], self.taps)
-        return Calibration(
-            self.experts, fitted, id_scores, statistics, joint, self.settings, self.strong, network
+        return DetectorStatistics(
+            self.experts, fitted, id_scores, statistics, joint, s, self.strong, network
         )
 
-    @property
     def _scale(self) -> float:
         """The size of the values that the output expert's scores are computed from."""
-        output, structure = self.settings.output_expert, self._structure
-        largest = 0.0 if structure is None else structure.largest_logit
-        return largest / output.temperature if output.output in ("msp", "odin") else largest
+        largest = 0.0 if self._structure is None else self._structure.largest_logit
+        score: Any = self.settings.score("output")
+        return largest / score.temperature if score.output in ("msp", "odin") else largest
 
-    def with_calibration(self, calibration: Calibration) -> Self:
+    def with_statistics(self: F, statistics: DetectorStatistics) -> F:
         """Use the ID statistics of an earlier fit on the same network instead of fitting.
 
         Settings of the normalisation and of the fusion may differ from those of the fit: the
@@ -255,45 +257,50 @@ class FuseNorm(DecidingDetector):
 
         Raises:
             ConfigError: the fit had another network or other weights, other experts, or a setting
-                that changes their scores; of a network that is not understood yet, the experts are
-                compared at the first images.
+                that changes their scores; of a network whose structure is not known yet, the
+                experts are compared at the first images.
         """
-        return self.adopt(calibration, is_known=False)
-
-    def adopt(self, calibration: Calibration, is_known: bool = True) -> Self:
-        """As `with_calibration`, of a fit that is known to have had this network."""
-        then, now = vars(calibration.settings), vars(self.settings)
-        for name in (n for n in now if n not in FUSION_SETTINGS and now[n] != then[n]):
-            raise ConfigError(
-                f"calibration must have the detector's {name} = {now[name]!r}, got "
-                f"{then[name]!r}: fit again"
-            )
-        self._name_as(calibration)
-        _check_experts(calibration, self.experts)
-        network = None if is_known else calibration.network
+        network = statistics.network
         if network is not None and not is_network(self.net, network):
             raise ConfigError(
-                f"calibration must be of this network, got that of a {network.kind} with other "
-                "weights or another forward: fit again"
+                f"the ID statistics must be of this network, got those of a {network.kind} with "
+                "other weights or another forward: fit again"
             )
-        self._fitted, self.reference_ = calibration.fitted, None
+        return self.adopt(statistics)
+
+    def adopt(self: F, statistics: DetectorStatistics) -> F:
+        """As `with_statistics`, of a fit that is known to have had this network."""
+        then, now = vars(statistics.settings), vars(self.settings)
+        for name in (n for n in now if n not in FUSION_SETTINGS and now[n] != then[n]):
+            raise ConfigError(
+                f"the ID statistics must have the detector's {name} = {now[name]!r}, got "
+                f"{then[name]!r}: fit again"
+            )
+        self.name_as(statistics)
+        _check_experts(statistics, self.experts)
+        self._fitted, self.calibration_scores_ = statistics.fitted, None
         if then != now:
-            calibration = self.learn(calibration.id_scores, calibration.fitted, calibration.network)
-        self.calibration_ = calibration
+            statistics = self.learn(statistics.id_scores, statistics.fitted, statistics.network)
+        self.id_statistics_ = statistics
         return self
 
-    def _name_as(self, calibration: Calibration) -> None:
+    def name_as(self, statistics: DetectorStatistics) -> None:
         """Name the experts as those of an earlier fit, if they are not known yet."""
         if self.experts:
             return
-        taps = tuple(n for n in calibration.experts if n not in _NO_TAPS)
-        check_taps(self.net, taps)
-        if self.settings.strong == calibration.settings.strong:
-            self._name(taps, calibration.strong)
+        check_taps(self.net, statistics.layers)
+        if self.settings.strong == statistics.settings.strong:
+            self._name(statistics.layers, statistics.strong)
         elif isinstance(self.settings.strong, str):
             raise ConfigError("strong='auto' needs the network's stages: fit again")
         else:
-            self._name(taps, self._named_strong(self.settings.strong, taps))
+            strong = self._named_strong(self.settings.strong, statistics.layers)
+            self._name(statistics.layers, strong)
+
+    def confidence(self, experts: NDArray[Any]) -> NDArray[np.float64]:
+        statistics = self._check_fitted()
+        conf: NDArray[np.float64] = statistics.contributions(experts[: len(self.experts)]).sum(0)
+        return conf
 
     def known_preprocessing(self) -> Preprocessing:
         """The preprocessing; DataError if it is not set."""
@@ -318,26 +325,16 @@ class FuseNorm(DecidingDetector):
         experts, pred = self.expert_scores(batch)
         maps = dict[str, Tensor]()
         if with_maps:
-            norm, moved = self.settings.feature_norm, self._moved(batch)
+            norm, on_device = self.settings.feature_norm, moved(self.net, batch)
             with eval_mode(unwrapped(self.net)), torch.no_grad():
                 maps = tapped_maps(
                     self.net,
-                    moved,
-                    self.structure(moved),
+                    on_device,
+                    self.structure(on_device),
                     self.taps,
                     lambda feature_map: atf_map(feature_map, *norm).cpu(),
                 )
         return self.explain_scores(experts, pred, maps)
-
-    def expert_scores(self, images: Tensor) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Scores `[L, B]` of the experts and predicted classes `[B]` of images `[B, C, H, W]`.
-
-        Raises:
-            NotFittedError, NonFiniteError: as in `score`.
-        """
-        self._check_fitted()
-        experts, pred = self._heard(images)
-        return experts[: len(self.experts)], pred.cpu().numpy()
 
     def explain_scores(
         self,
@@ -346,8 +343,9 @@ class FuseNorm(DecidingDetector):
         maps: dict[str, Tensor] | None = None,
     ) -> Explanation:
         """As `explain`, of images with these scores `[L, B]` of the experts."""
-        calibration, conf = self._check_fitted(), self.confidence(experts)
-        return explanation(calibration, experts, conf, pred, maps or {}, self.reference_)
+        statistics, calibration = self._check_fitted(), self.calibration_scores_
+        scores = experts[: len(self.experts)]
+        return explanation(statistics, scores, pred, maps or {}, calibration)
 
     def _images(self, images: Images) -> Tensor:
         if isinstance(images, str | Path):
@@ -357,24 +355,16 @@ class FuseNorm(DecidingDetector):
         return super()._images(images)
 
     def save(self, path: str | Path) -> None:
-        """Keep the fitted detector in a file: safetensors and JSON, no pickle, not the network.
+        """Write the fitted detector to a file: safetensors and JSON, no pickle, not the network.
 
         Raises:
             NotFittedError: before `fit`.
             DetectorFileError: the file cannot be written.
         """
-        kept = Kept(
-            self._check_fitted(),
-            self.reference_,
-            self._structure,
-            self.preprocessing,
-            self.class_names,
-            self.network_source,
-        )
-        write_kept(Path(path), kept, self.net)
+        saving.save(self, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, net: nn.Module, strict: bool = True) -> Self:
+    def load(cls, path: str | Path, net: nn.Module, strict: bool = True) -> "FuseNorm":
         """The detector in a file, for the network that it was fitted with.
 
         Args:
@@ -386,33 +376,7 @@ class FuseNorm(DecidingDetector):
             DetectorFileError: the file is missing, damaged, of a newer format, or of another
                 network.
         """
-        kept = read_kept(Path(path), net, strict)
-        try:
-            detector = cls(net, kept.calibration.settings, kept.structure)
-            if detector.experts and detector.strong != kept.calibration.strong:
-                raise ConfigError(f"strong must be {', '.join(detector.strong)}")
-            if kept.structure is not None:
-                detector._check_structure(kept.structure)
-            detector.adopt(kept.calibration)
-            detector.class_names = kept.class_names
-        except (ConfigError, TapError) as error:
-            raise nonsense(Path(path), error) from None
-        detector.reference_, detector.preprocessing = kept.reference, kept.preprocessing
-        detector.network_source = kept.network_source
-        detector._check_scoring(Path(path))
-        return detector
-
-    def _check_scoring(self, path: Path) -> None:
-        """Raise DetectorFileError unless two images can be scored, of the size of the fit."""
-        known = self._check_fitted().network
-        if known is None or not known.image:
-            return
-        try:
-            self.expert_scores(fixed_images(known.image))
-        except NonFiniteError:  # of these images, which are no photographs
-            pass
-        except FuseNormError as error:
-            raise nonsense(path, error) from None
+        return saving.load(cls, Path(path), net, strict)
 
     def export(
         self,
@@ -449,109 +413,42 @@ class FuseNorm(DecidingDetector):
             ExportError: a network that cannot be traced, a package that is missing, other
                 confidences, or a file that cannot be written.
         """
-        calibration = self._check_fitted()
-        if self.reference_ is not None:
-            check_enough(len(self.reference_), acceptance)
-        check_exportable(self.settings, self.strong)
-        inputs = Inputs.of(self.preprocessing, dtype, shape)
-        twin = copy(self)
-        twin.net = float32_copy(self.net)
-        images = inputs.examples()
-        panel, roles = self._panel_with(()), Roles.of(self.experts, self.taps, self.strong)
-        judge = Judge(
-            twin.net,
-            twin.structure(inputs.normalised(images)),
-            panel,
-            self.rows_in(panel),
-            calibration.fitted,
-            Fusion(self.settings, roles, calibration.statistics, calibration.joint),
-            inputs,
-            self.reference_,
-        )
-        known = {
-            "version": __version__,
-            "class_names": self.class_names,
-            "experts": self.experts,
-            "strong": self.strong,
-            "preprocessing": self.preprocessing and self.preprocessing.to_json(),
-            "calibration_images": 0 if self.reference_ is None else len(self.reference_),
-        }
-        expected = twin.score(inputs.normalised(images))
-        return export_judge(judge, Path(path), images, expected, acceptance, known)
+        return export_detector(self, Path(path), dtype, acceptance, shape)
 
-    def with_companions(self) -> Self:
-        """Also score the output experts that need no extra forward pass, for comparison.
+    def _try(self, images: Tensor) -> None:
+        structure = self.structure(images)
+        _check_names(self._class_names, structure)
+        self._resolve(structure)
+        check_energy(self.net, structure, self._scores())
+        warn_of_left_out(self.net, self.settings.taps, structure)
+        super()._try(images)
 
-        They do not take part in the fusion; their scores follow those of the experts in
-        `Scored.experts`, under the names in `companions`.
-        """
-        percentile = self.settings.react_percentile
-        free = [
-            Output(name, DEFAULT_TEMPERATURE[name], react_percentile=q)
-            for q in dict.fromkeys((None, percentile))
-            for name in ("msp", "mls", "energy")
-        ]
-        self.companions, self._free = tuple(output.label for output in free), free
-        if self.experts:
-            self.panel = self._panel_with(free)
-        return self
+    def _check_structure(self, structure: Structure) -> None:
+        super()._check_structure(structure)
+        if self.id_statistics_ is not None:  # of a fit before the structure was read
+            experts = FuseNorm(self.net, self.settings, structure).experts
+            _check_experts(self.id_statistics_, experts)
 
-    @property
-    def _output(self) -> tuple[Output, ...]:
-        return (self.settings.output_expert,) if "output" in self.strong else ()
+    def _resolve(self, structure: Structure) -> None:
+        """Name the experts of a network that is built like this."""
+        taps = resolve_taps(self.net, self.settings.taps, structure)
+        if isinstance(self.settings.strong, str):
+            self._name(taps, (first_of_last_stage(structure, taps), "output"))
+        else:
+            self._name(taps, self._named_strong(self.settings.strong, taps))
 
-    @property
-    def _posthoc(self) -> tuple[Posthoc, ...]:
-        return tuple(self.settings.posthoc(n) for n in self.experts if n in POSTHOC)
-
-    def _panel_with(self, companions: Sequence[Output]) -> Panel:
-        outputs = tuple(dict.fromkeys((*self._output, *companions)))
-        return Panel(self.taps, (self.settings.feature_norm,), outputs, self._posthoc)
-
-    def _rows(self) -> list[int]:
-        """The panel's rows of the experts, in order."""
-        return self.rows_in(self.panel)
-
-    def rows_in(self, panel: Panel) -> list[int]:
-        """The rows of the experts, in order, among the scores of a panel that has them all."""
-        return [
-            *panel.norm_rows(self.taps, self.settings.feature_norm),
-            *(panel.output_row(output) for output in self._output),
-            *(panel.posthoc_row(expert) for expert in self._posthoc),
-        ]
-
-    def _listener(self, recorded: bool = False) -> Listener:
-        return self._listener_of(self.panel, self._fitted, recorded)
-
-    def _expert_scores(self, observed: Observed) -> Tensor:
-        assert self._structure is not None
-        scores = self.panel.completed(self.net, self._structure, observed, self._fitted)
-        if not self.companions:
-            return scores
-        return scores[[*self._rows(), *map(self.panel.output_row, self._free)]]
-
-    def confidence(self, experts: NDArray[Any]) -> NDArray[np.float64]:
-        calibration, s = self._check_fitted(), self.settings
-        strong = [self.experts.index(name) for name in self.strong]
-        weak = [i for i, tap in enumerate(self.taps) if tap not in self.strong]
-        joint, norms = calibration.joint, experts[: len(self.taps)]
-        if s.penalty == "joint":
-            assert joint is not None
-            z = standardise(experts[strong], calibration.statistics, s.clip)
-            return mean_of_strong(z, s.weights) - s.joint_weight * joint_penalty(norms, joint)
-        z = normalise(experts[: len(self.experts)], calibration.statistics)
-        clipped = np.minimum(z[strong], 1) if s.clip else z[strong]
-        conf = fuse(clipped, z[weak], s.weights, s.base, s.cap)
-        return conf if joint is None else conf - s.cap * far_off(norms, joint)
+    def _name(self, taps: tuple[str, ...], strong: tuple[str, ...]) -> None:
+        others = [name for name in NO_LAYERS if name in strong]
+        self.taps, self.strong, self.experts = taps, strong, (*taps, *others)
 
     def _repeated(self, experts: NDArray[Any]) -> int:
-        taps = len(self.taps)  # other experts may score the images of their fit in another way
-        return repeated_columns(self._check_fitted().id_scores[:taps], experts[:taps])
+        layers = len(self.taps)  # other experts may score the images of their fit in another way
+        return repeated_columns(self._check_fitted().id_scores[:layers], experts[:layers])
 
-    def _check_fitted(self) -> Calibration:
-        if self.calibration_ is None:
+    def _check_fitted(self) -> DetectorStatistics:
+        if self.id_statistics_ is None:
             raise NotFittedError("this FuseNorm has no ID statistics: call fit(loader) first")
-        return self.calibration_
+        return self.id_statistics_
 
     def _named_strong(self, experts: Sequence[str | int], taps: Sequence[str]) -> tuple[str, ...]:
         """Names of strong experts, of which some may be taps.
@@ -569,9 +466,9 @@ class FuseNorm(DecidingDetector):
                 )
             name = expert if isinstance(expert, str) else taps[expert]
             name = "output" if name == self.settings.output else name
-            if name not in (*taps, *_NO_TAPS):
-                way_out = f"choose from {', '.join((*(taps or ['the taps']), *_NO_TAPS))}"
-                way_out = f"set output={name!r}" if name in OUTPUT_EXPERTS else way_out
+            if name not in (*taps, *NO_LAYERS):
+                way_out = f"choose from {', '.join((*(taps or ['the taps']), *NO_LAYERS))}"
+                way_out = f"set output={name!r}" if name in OUTPUTS else way_out
                 raise ConfigError(
                     f"unknown strong expert {name!r} with output={self.settings.output!r}: "
                     f"{way_out}"
@@ -582,11 +479,11 @@ class FuseNorm(DecidingDetector):
         return tuple(strong)
 
 
-def _check_experts(calibration: Calibration, experts: tuple[str, ...]) -> None:
-    if calibration.experts != experts:
+def _check_experts(statistics: DetectorStatistics, experts: tuple[str, ...]) -> None:
+    if statistics.experts != experts:
         raise ConfigError(
-            f"calibration must have the detector's experts {', '.join(experts)}, got "
-            f"{', '.join(calibration.experts)}: fit again"
+            f"the ID statistics must have the detector's experts {', '.join(experts)}, got "
+            f"{', '.join(statistics.experts)}: fit again"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusenorm_openood.data.preprocessing import Preprocessing, as_pair
-from fusenorm_openood.detectors.calibration import Calibration, packed, unpacked
-from fusenorm_openood.errors import ConfigError, DetectorFileError, FuseNormError
+from fusenorm_openood.detectors.statistics import DetectorStatistics, packed, unpacked
+from fusenorm_openood.errors import (
+    ConfigError,
+    DetectorFileError,
+    FuseNormError,
+    NonFiniteError,
+    TapError,
+)
 from fusenorm_openood.method.joint import joint_statistics
-from fusenorm_openood.method.posthoc import POSTHOC, Posthoc
+from fusenorm_openood.method.scores import POSTHOC, make_score
+from fusenorm_openood.method.scores.base import Score
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.method.statistics import compute_id_statistics
-from fusenorm_openood.network.fingerprint import Fingerprint, identify
+from fusenorm_openood.network.fingerprint import Fingerprint, fixed_images, identify
 from fusenorm_openood.network.head import weight_of
 from fusenorm_openood.network.layouts import LAYOUTS
 from fusenorm_openood.network.recording import INPUT
@@ -29,6 +36,9 @@ from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.storage.configs import typed
 from fusenorm_openood.storage.detector_file import Contents, read_contents, write_contents
 from fusenorm_openood.version import __version__
+
+if TYPE_CHECKING:
+    from fusenorm_openood.detectors.fusenorm import FuseNorm
 
 
 class Source(NamedTuple):
@@ -40,7 +50,7 @@ class Source(NamedTuple):
 
 
 class Record(NamedTuple):
-    """All of a detector file that is no tensor; see `Calibration` and `Kept`."""
+    """All of a detector file that is no tensor; see `DetectorStatistics` and `Kept`."""
 
     version: str
     settings: dict[str, Any]
@@ -56,19 +66,7 @@ class Record(NamedTuple):
     source: Source = Source()
 
 
-# The state of each post-hoc expert: a letter stands for a size, D for the width of the feature, K
-# for the number of classes.
-STATES: dict[str, dict[str, str]] = {
-    "knn": {"features": "N D"},
-    "nci": {"mean": "D"},
-    "gen": {},
-    "fdbd": {"mean": "D", "inverse": "K K"},
-    "scale": {},
-    "ash": {},
-    "vim": {"origin": "D", "residual": "D R", "scale": ""},
-    "mds": {"centre": "D", "whitening": "D D", "means": "M D", "counts": "M", "classes": "M"},
-    "she": {"means": "K D", "overall": "D", "counts": "K"},
-}
+# The states of scores: see `Score.state`.
 WHOLE = ("counts", "classes")  # are int64, all else is float32
 LARGEST = 2**14  # pixels in a row of an image
 OVERFLOWS = 1e15  # what experts square in float32, and would blame the network for
@@ -78,7 +76,7 @@ JOINT = {"mean": "T", "scale": "T", "precision": "T T"} | dict.fromkeys(
 )
 
 
-def read_record(contents: Contents) -> tuple[Record, Calibration]:
+def read_record(contents: Contents) -> tuple[Record, DetectorStatistics]:
     """The record and the calibration in a detector file.
 
     Raises:
@@ -122,7 +120,7 @@ def _of_record(r: Record, settings: Settings) -> Iterator[Rule]:
     q, n = settings.react_percentile, r.network
     clips = q is not None and "output" in names
     yield "thresholds", not clips or q in dict(r.thresholds), f"for the percentile {q}"
-    needed = [settings.posthoc(name) for name in names if name in POSTHOC]
+    needed = [settings.score(name) for name in names if name in POSTHOC]
     yield "posthoc", [_posthoc(*p) for p in r.posthoc] == needed, "those of experts and settings"
     yield "network.weights", bool(re.fullmatch("[0-9a-f]{64}", n.weights)), "a SHA-256"
     yield "network.image", not n.image or (len(n.image) == 3 and min(n.image) > 0), "a shape"
@@ -160,9 +158,9 @@ def _of_structure(s: Structure) -> Iterator[Rule]:
         yield f"structure.pixels.{name}", is_right, f"those of {list(shape)}"
 
 
-def _posthoc(name: str, arguments: Mapping[str, Any]) -> Posthoc:
+def _posthoc(name: str, arguments: Mapping[str, Any]) -> Score:
     try:
-        return Posthoc.of(name, arguments)
+        return make_score(name, arguments)
     except ConfigError as error:
         raise ConfigError(f"posthoc: {error}") from None
 
@@ -177,7 +175,7 @@ def _check_tensors(record: Record, settings: Settings, tensors: Mapping[str, Ten
     needed = {"id_scores": "L I", **{f"statistics.{name}": "S" for name in STATISTICS}}
     needed |= {f"joint.{name}": shape for name, shape in JOINT.items() if record.joint}
     for number, (expert, _) in enumerate(record.posthoc):
-        needed |= {f"state.{number}.{name}": shape for name, shape in STATES[expert].items()}
+        needed |= {f"state.{number}.{name}": shape for name, shape in POSTHOC[expert].state.items()}
     infinite = ["joint.scale"]
     if record.network.modules is None:  # as in files of 0.2.0
         infinite.append("joint.limit")
@@ -212,7 +210,7 @@ def _check_tensors(record: Record, settings: Settings, tensors: Mapping[str, Ten
         raise ConfigError("reference must be sorted")
 
 
-def _check_statistics(c: Calibration) -> None:
+def _check_statistics(c: DetectorStatistics) -> None:
     """Require the ID statistics that the ID scores have, up to rounding."""
     s, taps = c.settings, [n for n in c.experts if n not in ("output", *POSTHOC)]
     rows = [c.experts.index(name) for name in (c.strong if s.penalty == "joint" else c.experts)]
@@ -236,35 +234,53 @@ def _check_statistics(c: Calibration) -> None:
                 raise ConfigError(f"{group}.{name} must be that of id_scores")
 
 
-class Kept(NamedTuple):
-    """Everything but the network; see the attributes of `FuseNorm`."""
-
-    calibration: Calibration
-    reference: NDArray[np.float64] | None
-    structure: Structure | None
-    preprocessing: Preprocessing | None
-    class_names: tuple[str, ...] | None
-    network_source: dict[str, str]
-
-
-def write_kept(path: Path, kept: Kept, net: nn.Module) -> None:
-    """Write a detector for a network to a file.
-
-    Raises:
-        DetectorFileError: the file cannot be written.
-    """
-    tensors, record = packed(kept.calibration)
-    if kept.reference is not None:
-        tensors["reference"] = torch.from_numpy(kept.reference)
+def save(detector: "FuseNorm", path: Path) -> None:
+    """Write a fitted detector; see `FuseNorm.save`."""
+    statistics, preprocessing = detector._check_fitted(), detector.preprocessing
+    structure = detector.known_structure
+    tensors, record = packed(statistics)
+    if detector.calibration_scores_ is not None:
+        tensors["reference"] = torch.from_numpy(detector.calibration_scores_)
     record |= {
         "version": __version__,
-        "structure": kept.structure and kept.structure.to_json(),
-        "network": (kept.calibration.network or identify(net, ()))._asdict(),
-        "source": kept.network_source,
-        "class_names": kept.class_names,
-        "preprocessing": kept.preprocessing and kept.preprocessing.to_json(),
+        "structure": structure and structure.to_json(),
+        "network": (statistics.network or identify(detector.net, ()))._asdict(),
+        "source": detector.network_source,
+        "class_names": detector.class_names,
+        "preprocessing": preprocessing and preprocessing.to_json(),
     }
     write_contents(path, Contents(tensors, record))
+
+
+def load(cls: "type[FuseNorm]", path: Path, net: nn.Module, strict: bool) -> "FuseNorm":
+    """The detector in a file; see `FuseNorm.load`."""
+    record, statistics, calibration = _read(path)
+    _check_network(path, record.network, identify(net, record.network.image, passes=1), strict)
+    _check_modules(path, record, statistics, unwrapped(net))
+    structure = record.structure
+    if structure is not None and structure.head.feature:  # read again, with its affine map
+        structure = None
+    try:
+        detector = cls(net, statistics.settings, structure)
+        if detector.experts and detector.strong != statistics.strong:
+            raise ConfigError(f"strong must be {', '.join(detector.strong)}")
+        if structure is not None:
+            detector._check_structure(structure)
+        detector.adopt(statistics)
+        detector.class_names = record.class_names
+    except (ConfigError, TapError) as error:
+        raise nonsense(path, error) from None
+    detector.calibration_scores_, detector.preprocessing = calibration, record.preprocessing
+    source = record.source._asdict()
+    detector.network_source = {name: value for name, value in source.items() if value is not None}
+    if record.network.image:  # whose scores an image of this size has to have
+        try:
+            detector.expert_scores(fixed_images(record.network.image))
+        except NonFiniteError:  # of these images, which are no photographs
+            pass
+        except FuseNormError as error:
+            raise nonsense(path, error) from None
+    return detector
 
 
 def read_source(path: Path) -> Source:
@@ -276,29 +292,6 @@ def read_source(path: Path) -> Source:
     return _read(path)[0].source
 
 
-def read_kept(path: Path, net: nn.Module, strict: bool) -> Kept:
-    """Read a detector for this network; other weights are an error, or if not `strict` a warning.
-
-    Raises:
-        DetectorFileError: the file is missing, damaged, of a newer format, nonsense, or of another
-            network.
-    """
-    record, calibration, reference = _read(path)
-    _check_network(path, record.network, identify(net, record.network.image, passes=1), strict)
-    _check_modules(path, record, calibration, unwrapped(net))
-    structure = record.structure
-    if structure is not None and structure.head.feature:  # found anew, with its affine map
-        structure = None
-    return Kept(
-        calibration,
-        reference,
-        structure,
-        record.preprocessing,
-        record.class_names,
-        {name: value for name, value in record.source._asdict().items() if value is not None},
-    )
-
-
 def nonsense(path: Path, error: Exception | str) -> DetectorFileError:
     """The error for a file whose parts do not fit each other."""
     return DetectorFileError(
@@ -306,7 +299,7 @@ def nonsense(path: Path, error: Exception | str) -> DetectorFileError:
     )
 
 
-def _read(path: Path) -> tuple[Record, Calibration, NDArray[np.float64] | None]:
+def _read(path: Path) -> tuple[Record, DetectorStatistics, NDArray[np.float64] | None]:
     contents = read_contents(path)
     try:
         record, calibration = read_record(contents)
@@ -336,7 +329,9 @@ def _check_network(path: Path, known: Fingerprint, given: Fingerprint, strict: b
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
-def _check_modules(path: Path, record: Record, calibration: Calibration, core: nn.Module) -> None:
+def _check_modules(
+    path: Path, record: Record, statistics: DetectorStatistics, core: nn.Module
+) -> None:
     """Require that what the file says of modules is true of the network."""
     structure, modules = record.structure, dict(core.named_modules())
     if structure is None:
@@ -351,8 +346,8 @@ def _check_modules(path: Path, record: Record, calibration: Calibration, core: n
     with eval_mode(layers):  # a spectral norm in training changes when read
         weights = list(map(weight_of, layers))
     widths = [weight.shape[1] for weight in weights if weight is not None]
-    for number, (expert, state) in enumerate(calibration.fitted.states.items()):
-        for name, letters in STATES[expert.name].items():
+    for number, (expert, state) in enumerate(statistics.fitted.states.items()):
+        for name, letters in expert.state.items():
             sizes = dict(zip(letters.split(), state[name].shape, strict=True))
             known = len(widths) == len(weights) > 0 and not structure.head.feature
             if known and sizes.get("D", sum(widths)) != sum(widths):

@@ -7,10 +7,9 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from fusenorm_openood.detectors.bank import ScoreBank, bank_for
-from fusenorm_openood.detectors.fusenorm import Calibration
+from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.pseudo import pseudo_ood
-from fusenorm_openood.detectors.sweep import candidates
+from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.errors import ConfigError, NonFiniteError, ZeroRangeError
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.settings import Settings
@@ -24,7 +23,7 @@ class Found(NamedTuple):
 
     Attributes:
         settings: the settings of the best combination.
-        calibration: the calibration under these settings.
+        statistics: the ID statistics under these settings.
         auroc: their AUROC on the validation pair, in [0, 1]; the mean over kinds of pseudo-OOD
             images, if these were used.
         trials: one row per combination in OpenOOD's order, with its values and its AUROC in
@@ -32,7 +31,7 @@ class Found(NamedTuple):
     """
 
     settings: Settings
-    calibration: Calibration
+    statistics: DetectorStatistics
     auroc: float
     trials: pd.DataFrame
 
@@ -62,7 +61,7 @@ def search(
         ConfigError: an empty sweep, or no usable combination in it.
     """
     ood_loaders = pseudo_ood(id_loader) if ood_loader is None else [ood_loader]
-    bank = bank_for(net, base, sweep).fit(id_loader, progress)
+    bank = ScoreBank(net, swept(base, sweep)).fit(id_loader, progress)
     for loader in ood_loaders:
         bank.add(loader, progress)
     return choose(bank, base, sweep, ood_loaders)
@@ -95,4 +94,47 @@ def choose(
     best = int(np.nanargmax(aurocs))  # not of the percentages, which may round to ties
     settings = combined[best].settings
     assert isinstance(settings, Settings)  # it has an AUROC
-    return Found(settings, bank.calibration(settings), aurocs[best], pd.DataFrame(rows))
+    return Found(settings, bank.statistics(settings), aurocs[best], pd.DataFrame(rows))
+
+
+class Candidate(NamedTuple):
+    """One combination of a sweep: its settings, or the error if they are incompatible."""
+
+    values: dict[str, Any]
+    settings: Settings | ConfigError
+
+
+def candidates(base: Settings, sweep: Mapping[str, Sequence[Any]]) -> list[Candidate]:
+    """Every combination of a sweep's values, in OpenOOD's order: the first key varies fastest.
+
+    Raises:
+        ConfigError: a value that is invalid in every combination.
+    """
+    combined: list[dict[str, Any]] = [{}]
+    for name, values in sweep.items():
+        combined = [{**before, name: value} for value in values for before in combined]
+    found = [Candidate(values, _try_settings(base, values)) for values in combined]
+    for name, values in sweep.items():
+        for value in values:
+            outcomes = [c.settings for c in found if c.values[name] is value]
+            if all(isinstance(outcome, ConfigError) for outcome in outcomes):
+                raise ConfigError(f"postprocessor_sweep.{name}: {outcomes[0]}")
+    return found
+
+
+def swept(base: Settings, sweep: Mapping[str, Sequence[Any]]) -> list[Settings]:
+    """The settings of all valid combinations; ConfigError for an empty sweep."""
+    if not sweep:
+        raise ConfigError(
+            "postprocessor_sweep is empty, so there is nothing to search: "
+            "give a list of values for at least one setting, or set APS_mode to False"
+        )
+    settings = (candidate.settings for candidate in candidates(base, sweep))
+    return [s for s in settings if isinstance(s, Settings)]
+
+
+def _try_settings(base: Settings, values: Mapping[str, Any]) -> Settings | ConfigError:
+    try:
+        return base.replace(**values)
+    except ConfigError as error:
+        return error

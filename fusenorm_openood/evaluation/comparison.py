@@ -13,17 +13,14 @@ from torch import Tensor, nn
 
 from fusenorm_openood.data.benchmarks import Benchmark
 from fusenorm_openood.detectors.bank import ScoreBank
-from fusenorm_openood.detectors.baselines import BASELINES, default_args, output_of
 from fusenorm_openood.detectors.pseudo import pseudo_ood
-from fusenorm_openood.detectors.search import Found, choose
-from fusenorm_openood.detectors.sweep import swept
+from fusenorm_openood.detectors.search import Found, choose, swept
 from fusenorm_openood.evaluation.bootstrap import Confidences, difference_interval
 from fusenorm_openood.evaluation.evaluation import with_means
 from fusenorm_openood.evaluation.records import Loader, plain_loader
-from fusenorm_openood.method.experts import Output
-from fusenorm_openood.method.joint import joint_penalty
 from fusenorm_openood.method.metrics import ood_metrics
-from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc, Seen
+from fusenorm_openood.method.scores import LOGIT_SCORES, SCORES, make_score
+from fusenorm_openood.method.scores.base import Features, Head, Score
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network.running import scoring_module
 from fusenorm_openood.network.structure import Structure
@@ -88,14 +85,14 @@ def compare(
         loader: see `evaluate`.
     """
     load = loader or plain_loader(batch_size, num_workers)
-    outputs, experts = _single_experts(net, benchmark)
+    singles = single_scores(net, benchmark)
     fused = {**FUSENORM, STRONG: Settings(cap=0.0)}
     id_val = load(benchmark.id["val"])
     tried = swept(Settings(), sweep) if sweep else []
     with_peers = find_spec("pytorch_ood") is not None
-    bank = ScoreBank(net, [*fused.values(), *tried], outputs.values(), experts.values(), with_peers)
+    bank = ScoreBank(net, [*fused.values(), *tried], singles.values(), with_peers)
     bank.fit(id_val, progress)
-    peers = _fitted_peers(bank.head(), bank.seen(id_val)) if with_peers else {}
+    peers = _fitted_peers(bank.head(), bank.features(id_val)) if with_peers else {}
     found = {}
     if sweep:
         on: dict[str, Sequence[Iterable[Any]]]
@@ -105,20 +102,16 @@ def compare(
                 bank.add(images, progress)
             found[f"FuseNorm (searched, {name})"] = choose(bank, Settings(), sweep, loaders)
         fused |= {name: result.settings for name, result in found.items()}
-        bank = bank.narrowed(fused.values(), outputs.values(), experts.values())
-    joint, structure = bank.calibration(fused["FuseNorm (joint)"]).joint, bank.known_structure
-    assert joint is not None  # its settings have the joint penalty
-    assert structure is not None  # the bank is fitted
+        bank = bank.narrowed(fused.values(), singles.values())
+    statistics = bank.statistics(fused["FuseNorm (joint)"])
 
     def score(images: Iterable[Any]) -> dict[str, NDArray[Any]]:
         bank.add(images, progress)
-        conf = {name: bank.output(output, images) for name, output in outputs.items()}
-        conf |= {name: bank.posthoc(expert, images) for name, expert in experts.items()}
-        conf |= {name: peer(bank.seen(images)) for name, peer in peers.items()}
+        conf = {name: bank.single(single, images) for name, single in singles.items()}
+        conf |= {name: peer(bank.features(images)) for name, peer in peers.items()}
         scored = {name: bank.scored(settings, images) for name, settings in fused.items()}
         conf[STRONG] = scored.pop(STRONG).conf
-        norms = scored["FuseNorm (joint)"].experts[: len(joint.mean)]
-        conf[BLOCKS] = -joint_penalty(norms, joint)
+        conf[BLOCKS] = -statistics.joint_penalty(scored["FuseNorm (joint)"].experts)
         bank.forget(images)
         return {**conf, **{name: s.conf for name, s in scored.items()}}
 
@@ -132,27 +125,27 @@ def compare(
         group: {name: score(next(tested)) for name in image_sets}
         for group, image_sets in groups.items()
     }
-    figures = tables(known, unknown, [*outputs, *experts, *peers])
-    return Comparison(*figures, found, known, unknown, structure)
+    figures = tables(known, unknown, [*singles, *peers])
+    return Comparison(*figures, found, known, unknown, bank.scoring().structure)
 
 
-def _single_experts(
-    net: nn.Module, benchmark: Benchmark
-) -> tuple[dict[str, Output], dict[str, Posthoc]]:
-    """The single experts to compare with, by title, with OpenOOD's arguments."""
-    outputs = {
-        kind.title: output_of(name, default_args(name), benchmark.norm[1])
-        for name, kind in BASELINES.items()
-        if name != "t2fnorm"
-    }
+def single_scores(net: nn.Module, benchmark: Benchmark) -> dict[str, Score]:
+    """The single scores to compare with, by title, with OpenOOD's arguments."""
+    singles = {}
+    for name, cls in SCORES.items():
+        fixed: dict[str, Any] = {"input_std": benchmark.norm[1]} if name == "odin" else {}
+        # MSP as in OpenOOD, with its ties; other scores of logits in float64.
+        if name in LOGIT_SCORES:
+            fixed["fused"] = name != "msp"
+        if not cls.needs_t2fnorm:
+            singles[cls.title] = make_score(name, **fixed)
     if scoring_module(net) is not None:  # T2FNorm's postprocessor is MSP of the scoring logits
-        outputs = {"MSP (T2FNorm)" if n == "MSP" else n: output for n, output in outputs.items()}
-    posthoc = {kind.title: Posthoc.of(name) for name, kind in POSTHOC.items()}
+        singles = {"MSP (T2FNorm)" if n == "MSP" else n: score for n, score in singles.items()}
     # K is OpenOOD's for 50,000 training images; a few ID validation images have fewer neighbours.
-    return outputs, {**posthoc, "KNN (K = 5)": Posthoc.of("knn", {"K": Settings().neighbours})}
+    return {**singles, "KNN (K = 5)": make_score("knn", {"K": Settings().neighbours})}
 
 
-def _fitted_peers(head: Head, seen: Seen) -> dict[str, Callable[[Seen], NDArray[Any]]]:
+def _fitted_peers(head: Head, ids: Features) -> dict[str, Callable[[Features], NDArray[Any]]]:
     """pytorch-ood's detectors that work on features, fitted on ID images: their scores by title.
 
     Its default arguments, but DICE keeps the tenth of the weights that contributes most.
@@ -162,16 +155,16 @@ def _fitted_peers(head: Head, seen: Seen) -> dict[str, Callable[[Seen], NDArray[
     weight, bias = (t.cpu().float() for t in head)
     linear = nn.Linear(weight.shape[1], len(weight))
     linear.load_state_dict({"weight": weight, "bias": bias})
-    labels = seen.logits.argmax(dim=1)
+    labels = ids.logits.argmax(dim=1)
     dice = detector.DICE(None, w=weight, b=bias, p=0.9)
     vra = detector.VRA(None, linear)
     guide = detector.NNGuide(None, linear, k=min(10, len(labels)))
-    dice.fit_features(seen.feature, labels)
-    vra.fit_feature_maps(seen.feature, labels)
-    guide.fit_features(seen.feature, labels)
+    dice.fit_features(ids.feature, labels)
+    vra.fit_feature_maps(ids.feature, labels)
+    guide.fit_features(ids.feature, labels)
 
-    def score(predict: Callable[[Tensor], Tensor], seen: Seen) -> NDArray[Any]:
-        scores = [-predict(part).detach() for part in torch.split(seen.feature, 200)]
+    def score(predict: Callable[[Tensor], Tensor], batch: Features) -> NDArray[Any]:
+        scores = [-predict(part).detach() for part in torch.split(batch.feature, 200)]
         joined: NDArray[Any] = torch.cat(scores).double().numpy()
         return joined
 

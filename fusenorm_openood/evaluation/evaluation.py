@@ -97,7 +97,7 @@ def evaluate(
         name: [f"{100 * auroc:.2f} / {100 * fpr95:.2f}" for fpr95, auroc, *_ in found]
         for name, found in metrics.items()
     }
-    compare = pd.DataFrame(cells, ["fused", *detector.rows])
+    compare = pd.DataFrame(cells, ["fused", *detector.row_names])
     return Evaluation(table, compare, _openood_scores(sets, benchmark.name), sets, detector)
 
 

@@ -16,9 +16,9 @@ from fusenorm_openood.data.benchmarks import ImageSet, image_loader
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward.batches import Pace
-from fusenorm_openood.forward.react import head_of
+from fusenorm_openood.forward.passes import head_of
 from fusenorm_openood.forward.recorded import RecordedLoader
-from fusenorm_openood.method.posthoc import Head
+from fusenorm_openood.method.scores.base import Head
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.storage.files import file_digest, manifest
 from fusenorm_openood.storage.shards import Columns

@@ -2,22 +2,19 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.errors import ConfigError, ExportError
-from fusenorm_openood.export.fusion import Fusion, p_values
-from fusenorm_openood.forward.observed import Observed
-from fusenorm_openood.forward.panel import Fitted, Panel
+from fusenorm_openood.forward.experts import Expert, Fitted, Scoring
 from fusenorm_openood.method.conformal import EQUAL
-from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.method.fusion import Fusion
 from fusenorm_openood.network.running import unwrapped
-from fusenorm_openood.network.structure import Structure
 
 Dtype = Literal["uint8", "float32"]
 EXAMPLES = 4
@@ -86,64 +83,49 @@ class Judge(nn.Module):
     """Logits, confidences, p-values and verdicts of a batch of images.
 
     Args:
-        net: a network in evaluation mode, on the CPU, in float32.
-        structure: how it is built.
-        panel: the experts.
-        rows: the panel's rows that take part in the fusion, in order.
-        fitted: what the experts have fitted.
-        fusion: from their scores to confidences.
+        scoring: the experts of a network in eval mode, on the CPU, in float32.
+        rows: the experts in the order of the fusion.
+        fusion: from their scores to contributions.
         inputs: what images it is given.
-        reference: confidences `[n]` of the calibration images, None without.
+        calibration: confidences `[n]` of the calibration images, None without.
     """
 
     def __init__(
         self,
-        net: nn.Module,
-        structure: Structure,
-        panel: Panel,
-        rows: Sequence[int],
-        fitted: Fitted,
+        scoring: Scoring,
+        rows: Sequence[Expert],
         fusion: Fusion,
         inputs: Inputs,
-        reference: NDArray[Any] | None,
+        calibration: NDArray[Any] | None,
     ) -> None:
         super().__init__()
-        self.net, self.fusion, self.inputs = net, fusion, inputs
-        self.structure, self.panel, self.rows = structure, panel, list(rows)
+        self.net, self.fusion, self.inputs, self.rows = scoring.net, fusion, inputs, rows
         copies = {  # a program is saved without a warning if no tensor is a view
-            expert: {n: v.clone(memory_format=torch.contiguous_format) for n, v in state.items()}
-            for expert, state in fitted.states.items()
+            score: {n: v.clone(memory_format=torch.contiguous_format) for n, v in state.items()}
+            for score, state in scoring.fitted.states.items()
         }
-        self.fitted = Fitted(fitted.thresholds, copies)
-        self.reference = None if reference is None else torch.tensor(reference, device="cpu")
+        self.scoring = replace(scoring, fitted=Fitted(scoring.fitted.thresholds, copies))
+        self.calibration = None if calibration is None else torch.tensor(calibration, device="cpu")
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of what `forward` returns."""
         names = ("logits", "confidence", "p_value", "ood")
-        return names[:2] if self.reference is None else names
+        return names[:2] if self.calibration is None else names
 
     def forward(self, image: Tensor, acceptance: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Logits `[N, K]`, confidences `[N]`, and if calibrated p-values and verdicts `[N]`."""
-        net, structure, images = self.net, self.structure, self.inputs.normalised(image)
-        scores, done = self.panel.listen_whole(net, structure, images, self.fitted)
-        seen = self.panel.seen(net, structure, done)
-        heard = Observed(scores, done.classified, np.empty(0, np.int64), seen)
-        scores = self.panel.completed(net, structure, heard, self.fitted)
-        conf = self.fusion(scores[torch.tensor(self.rows, device=scores.device)])
-        if self.reference is None or acceptance is None:
+        """Logits `[N, K]`, confidences `[N]`, and if calibrated p-values and verdicts `[N]`.
+
+        The confidence of an image with a score that is not finite is NaN, its p-value the smallest.
+        """
+        batch, done = self.scoring.run_part(self.inputs.normalised(image))
+        scores = self.scoring.complete(batch).matrix(self.rows)
+        conf = torch.where(scores.isfinite().all(0), self.fusion(scores).sum(0), torch.nan)
+        if self.calibration is None or acceptance is None:
             return done.classified, conf
-        p = p_values(conf, self.reference)
+        smaller = (self.calibration <= conf.unsqueeze(1)).sum(1)  # see `conformal_p_values`
+        p = (1 + smaller).double() / (1 + self.calibration.shape[0])
         return done.classified, conf, p, p <= 1 - acceptance + EQUAL
-
-
-def check_exportable(settings: Settings, strong: Sequence[str]) -> None:
-    """Raise ConfigError if the output expert needs a gradient, which no exported program has."""
-    if "output" in strong and settings.output_expert.needs_gradient:
-        raise ConfigError(
-            f"output='odin' with noise={settings.noise:g} needs a gradient, which an exported "
-            "program cannot compute: fit with noise=0, or with output='energy', 'msp' or 'mls'"
-        )
 
 
 def float32_copy(net: nn.Module) -> nn.Module:

@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
+from copy import copy
 from importlib.util import find_spec
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +16,15 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from fusenorm_openood.errors import ConfigError, ExportError
-from fusenorm_openood.export.judge import Judge
+from fusenorm_openood.export.judge import Dtype, Inputs, Judge, float32_copy
 from fusenorm_openood.kernels.devices import on_cpu
+from fusenorm_openood.method.conformal import check_enough
+from fusenorm_openood.method.scores.base import Score
 from fusenorm_openood.storage.files import write_whole
+from fusenorm_openood.version import __version__
+
+if TYPE_CHECKING:
+    from fusenorm_openood.detectors.fusenorm import FuseNorm
 
 TOLERANCE = 1e-4  # between confidences of PyTorch and of an exported program
 INSTALL = "pip install 'fusenorm-openood[export]'"
@@ -40,7 +47,43 @@ class Exported(NamedTuple):
     difference: float | None
 
 
-def export_judge(
+def export_detector(
+    detector: "FuseNorm",
+    path: Path,
+    dtype: Dtype,
+    acceptance: float,
+    shape: Sequence[int] | None,
+) -> Exported:
+    """Write a detector and its network as one program; see `FuseNorm.export`."""
+    statistics, calibration = detector._check_fitted(), detector.calibration_scores_
+    if calibration is not None:
+        check_enough(len(calibration), acceptance)
+    rows = detector.rows()[: len(detector.experts)]
+    if any(isinstance(expert, Score) and expert.needs_gradient for expert in rows):
+        raise ConfigError(
+            f"output='odin' with noise={detector.settings.noise:g} needs a gradient, which an "
+            "exported program cannot compute: fit with noise=0, or with output='energy', 'msp' or "
+            "'mls'"
+        )
+    inputs = Inputs.of(detector.preprocessing, dtype, shape)
+    images = inputs.examples()
+    twin = copy(detector)
+    twin.net, twin.companions = float32_copy(detector.net), ()
+    expected = twin.score(inputs.normalised(images))
+    judge = Judge(twin.scoring(), rows, statistics.fusion, inputs, calibration)
+    preprocessing = detector.preprocessing
+    metadata = {
+        "version": __version__,
+        "class_names": detector.class_names,
+        "experts": detector.experts,
+        "strong": detector.strong,
+        "preprocessing": preprocessing and preprocessing.to_json(),
+        "calibration_images": 0 if calibration is None else len(calibration),
+    }
+    return _export(judge, path, images, expected, acceptance, metadata)
+
+
+def _export(
     judge: Judge,
     path: Path,
     images: Tensor,
@@ -48,20 +91,7 @@ def export_judge(
     acceptance: float,
     metadata: Mapping[str, Any],
 ) -> Exported:
-    """Write a judge as the program that the suffix of `path` names.
-
-    Args:
-        judge: what to export.
-        path: a file that ends in `.onnx` or `.pt2`.
-        images: a few images to trace and to run it with.
-        expected: their confidences.
-        acceptance: default of that input.
-        metadata: what is kept with the program, in terms of JSON.
-
-    Raises:
-        ConfigError: another suffix.
-        ExportError: see `FuseNorm.export`.
-    """
+    """Trace a judge with a few images, run the program on them, and write it if it agrees."""
     if path.suffix not in _FORMATS:
         raise ConfigError(
             f"{path} must end in {' or '.join(_FORMATS)}, which says what the program is for"
@@ -77,7 +107,7 @@ def export_judge(
             raise ExportError(f"exporting {path} needs {package}, which is missing: {INSTALL}")
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     default = None
-    if judge.reference is not None:
+    if judge.calibration is not None:
         default = torch.tensor(acceptance, dtype=torch.float64, device="cpu")
     with on_cpu():  # where torch loads programs
         data, run = serialise(judge, traced(judge, images[:2], default), default, texts)

@@ -1,4 +1,4 @@
-"""Choose the modules of a network to tap, and tap them during a forward pass."""
+"""Choose the layers of a network that are tapped, and read their outputs in forward hooks."""
 
 import re
 import warnings
@@ -38,14 +38,14 @@ def check_taps(net: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
                 f"taps must be 'blocks', 'stages' or a list of module names, got {taps!r}"
             )
         return ()
-    known = {name for name, _ in unwrapped(net).named_modules() if name}
+    modules = {name for name, _ in unwrapped(net).named_modules() if name}
     names = tuple(map(_plain, taps))
     for name in (name.removesuffix(INPUT) for name in names):
-        if name not in known:
-            near = [n for n in sorted(known) if n.split(".")[0] == name.split(".")[0]]
+        if name not in modules:
+            near = [n for n in sorted(modules) if n.split(".")[0] == name.split(".")[0]]
             raise TapError(
                 f"{type(net).__name__} has no module {name!r}: "
-                f"choose from {', '.join(near or sorted(known))}"
+                f"choose from {', '.join(near or sorted(modules))}"
             )
     if len(set(names)) != len(names) or not names:
         raise TapError(f"taps must name at least one module, each once, got {list(taps)}")
@@ -127,7 +127,7 @@ def _plain(name: str) -> str:
 
 
 @contextmanager
-def listening(
+def hooked_layers(
     net: nn.Module,
     names: Sequence[str],
     structure: Structure,
@@ -151,33 +151,33 @@ def listening(
     Raises:
         TapError: a tap that returns no feature map, fires twice or never fires.
     """
-    heard = dict[str, Tensor]()
+    reduced = dict[str, Tensor]()
 
-    def listen(name: str, value: Any) -> None:
+    def take(name: str, value: Any) -> None:
         layout, number = structure.layouts.get(name), structure.outputs.get(name, 0)
         found = next((x for _, x in islice(tensors_in(value), number, None)), None)
-        if name in heard or found is None or layout is None or found.ndim != len(layout):
+        if name in reduced or found is None or layout is None or found.ndim != len(layout):
             shape = () if found is None else tuple(found.shape)
-            runs = max(structure.runs.get(name, 1), 1 + (name in heard))
+            runs = max(structure.runs.get(name, 1), 1 + (name in reduced))
             raise _unusable(net, name, runs, shape)
         with torch.no_grad():
             maps = as_maps(found.detach(), layout, image, structure.prefixes.get(name))
-            heard[name] = reduce(maps)
+            reduced[name] = reduce(maps)
 
     def before(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, kwargs: listen(name, (args, kwargs))
+        return lambda module, args, kwargs: take(name, (args, kwargs))
 
     def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, output: listen(name, output)
+        return lambda module, args, output: take(name, output)
 
-    taken = [name for name in names if name.endswith(INPUT)]
+    given = [name for name in names if name.endswith(INPUT)]
     returned = [name for name in names if not name.endswith(INPUT)]
     with hooked(
-        before=[(net.get_submodule(n.removesuffix(INPUT)), before(n)) for n in taken],
+        before=[(net.get_submodule(n.removesuffix(INPUT)), before(n)) for n in given],
         after=[(net.get_submodule(n), after(n)) for n in returned],
     ):
-        yield heard
-    for name in (name for name in names if name not in heard):
+        yield reduced
+    for name in (name for name in names if name not in reduced):
         raise _unusable(net, name, 0, ())
 
 

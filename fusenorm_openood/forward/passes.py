@@ -10,18 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.forward.hooks import listening
-from fusenorm_openood.kernels.devices import full_precision
-from fusenorm_openood.network.head import HALF, feature_of, head_layers, kept_head
+from fusenorm_openood.forward.hooks import hooked_layers
+from fusenorm_openood.kernels.devices import following, full_precision
+from fusenorm_openood.method.scores.base import Head
+from fusenorm_openood.network.head import HALF, feature_of, head_layers, kept_head, linear_head
+from fusenorm_openood.network.named import LazyNetwork
 from fusenorm_openood.network.outputs import logits_at, of_two_classes
 from fusenorm_openood.network.resnet import classification_feature
-from fusenorm_openood.network.running import own_pass, scoring_run, unwrapped
+from fusenorm_openood.network.running import eval_mode, own_pass, scoring_run, unwrapped
 from fusenorm_openood.network.structure import Structure
 
 PIXELS = 2**14  # image pixels that one CPU thread processes at a time
 
 
-class Pass(NamedTuple):
+class ForwardPass(NamedTuple):
     """Result of one forward pass over `B` images.
 
     Attributes:
@@ -44,12 +46,25 @@ class Pass(NamedTuple):
         """Predicted classes `[B]`."""
         return self.classified.argmax(dim=1)
 
-    def without_last(self) -> "Pass":
+    def without_last(self) -> "ForwardPass":
         """The pass over all images but the last."""
         both = self.feature, self.activations
         feature, activations = (None if t is None else t[:-1] for t in both)
-        return Pass(
+        return ForwardPass(
             self.norms[..., :-1], feature, self.logits[:-1], self.classified[:-1], activations
+        )
+
+    @classmethod
+    def joined(cls, passes: Sequence["ForwardPass"]) -> "ForwardPass":
+        """The passes over the parts of a batch as one, without their graphs and activations."""
+        norms, features, logits, classified, _ = zip(*passes, strict=True)
+        found = [feature.detach() for feature in features if feature is not None]
+        return cls(
+            torch.cat(norms, dim=-1),
+            torch.cat(found) if found else None,
+            torch.cat([part.detach() for part in logits]),
+            torch.cat(classified),
+            None,
         )
 
 
@@ -60,8 +75,8 @@ def forward_pass(
     taps: Sequence[str] = (),
     reduce: Callable[[Tensor], Tensor] = torch.clone,
     threshold: float | None = None,
-) -> Pass:
-    """Run a network once and record its taps, its penultimate feature and its logits.
+) -> ForwardPass:
+    """Run a network once: feature norms of its layers, penultimate feature, and logits.
 
     A network that uses different logits for scoring than for classification, such as T2FNorm's,
     returns them from a method `forward_ood_inference`; they are then the logits of the pass. The
@@ -77,7 +92,7 @@ def forward_pass(
         threshold: clips the input of the layers that make the logits, as ReAct does.
 
     Raises:
-        TapError: an unusable tap (see `listening`), or logits that are not `[B, K]`.
+        TapError: an unusable tap (see `hooked_layers`), or logits that are not `[B, K]`.
     """
     if _is_short(images, structure):
         structure = replace(structure, smallest_batch=1)
@@ -88,7 +103,7 @@ def forward_pass(
     clip = None if threshold is None else partial(torch.clamp, max=threshold)
     with (
         own_pass(),
-        listening(core, taps, structure, images.shape, reduce) as heard,
+        hooked_layers(core, taps, structure, images.shape, reduce) as norms_of,
         kept_head(layers, clip) as (inputs, outputs),
     ):
         output = scoring_run(core, structure.scoring)(images.clone())
@@ -98,11 +113,13 @@ def forward_pass(
     if structure.scoring is not None:
         with torch.no_grad():
             classified = _classified(core, structure, inputs, images)
-    norms = torch.stack([heard[n] for n in taps]) if taps else logits.new_empty(0, images.shape[0])
+    norms = (
+        torch.stack([norms_of[n] for n in taps]) if taps else logits.new_empty(0, images.shape[0])
+    )
     flat = [inputs[name].flatten(1) for name in structure.head.names]
     flat = [feature] if structure.head.feature and feature is not None else flat
     activations = None if not flat else flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
-    return Pass(norms, feature, logits, classified, activations)
+    return ForwardPass(norms, feature, logits, classified, activations)
 
 
 def tapped_maps(
@@ -115,9 +132,9 @@ def tapped_maps(
     """What `reduce` makes of the feature map `[B, C, H, W]` of each tap."""
     core, count = unwrapped(net), len(images)
     images = torch.cat([images, images[:1]]) if _is_short(images, structure) else images
-    with own_pass(), listening(core, taps, structure, images.shape, reduce) as heard:
+    with own_pass(), hooked_layers(core, taps, structure, images.shape, reduce) as norms_of:
         scoring_run(core, structure.scoring)(images.clone())
-    return {name: reduced[:count] for name, reduced in heard.items()}
+    return {name: reduced[:count] for name, reduced in norms_of.items()}
 
 
 def _is_short(images: Tensor, structure: Structure) -> bool:
@@ -126,19 +143,6 @@ def _is_short(images: Tensor, structure: Structure) -> bool:
     See `Structure.smallest_batch`.
     """
     return structure.smallest_batch > 1 and (torch.compiler.is_compiling() or len(images) == 1)
-
-
-def joined(passes: Sequence[Pass]) -> Pass:
-    """Join the passes over the parts of a batch, without their graphs and activations."""
-    norms, features, logits, classified, _ = zip(*passes, strict=True)
-    known = [feature.detach() for feature in features if feature is not None]
-    return Pass(
-        torch.cat(norms, dim=-1),
-        torch.cat(known) if known else None,
-        torch.cat([part.detach() for part in logits]),
-        torch.cat(classified),
-        None,
-    )
 
 
 def parts(images: Tensor, mixes: bool = False, with_graph: bool = False) -> tuple[Tensor, ...]:
@@ -197,13 +201,40 @@ def _classified(
         (name,) = structure.head.names
         normalised = classification_feature(scoring, inputs[name])
         if normalised is not None:
-            return apply_head(core.get_submodule(name), normalised)
+            head = core.get_submodule(name)
+            return _in_full(head, normalised, head(normalised))
     return logits_at(core, core(images.clone()), structure.logits, images.shape[0])
 
 
-def apply_head(head: nn.Module, feature: Tensor) -> Tensor:
-    """Logits `[B, K]` of features `[B, D]`, at least in float32; see `Pass`."""
-    return _in_full(head, feature, head(feature))
+def head_of(net: nn.Module, structure: Structure) -> Head:
+    """Weight and bias of the network's logits as an affine function of its feature.
+
+    Raises:
+        TapError: they are none.
+    """
+    if isinstance(net, LazyNetwork) and net.known is not None and net.known.head is not None:
+        head: Head = net.known.head
+        return head
+    if structure.affine is not None:
+        return structure.affine
+    layers, found = [unwrapped(net).get_submodule(name) for name in structure.head.names], None
+    if structure.head.is_affine:
+        with eval_mode(nn.ModuleList(layers)):  # a spectral norm in training changes when read
+            found = linear_head(layers, structure.head.shares)
+    if found is None:
+        raise TapError(
+            f"the logits of {type(net).__name__} are no linear function of a feature, whose "
+            "weights an expert needs: set strong=['output']"
+        )
+    return found
+
+
+def head_logits(net: nn.Module, structure: Structure, feature: Tensor) -> Tensor:
+    """Logits `[B, K]` of features `[B, D]`, on their device and at least in float32."""
+    feature = feature.float() if feature.dtype in HALF else feature
+    weight, bias = (following(t.to(feature.dtype), feature.device) for t in head_of(net, structure))
+    with full_precision(feature.device):
+        return F.linear(feature, weight, bias)
 
 
 def _in_full(head: nn.Module, feature: Tensor, logits: Tensor) -> Tensor:

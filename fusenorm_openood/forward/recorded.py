@@ -1,22 +1,26 @@
-"""A loader that keeps what is heard of its images in a store, shard by shard."""
+"""A loader that keeps the scores of its images in a store, shard by shard."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fusenorm_openood.data.lists import CpuLoader
-from fusenorm_openood.forward.batches import Pace
-from fusenorm_openood.forward.observed import Listener, Observed, Recorder, observed
-from fusenorm_openood.method.posthoc import Seen
+from fusenorm_openood.forward.batches import Pace, batches
+from fusenorm_openood.forward.experts import BatchScores, Expert, Scoring
+from fusenorm_openood.forward.loops import Recorder
+from fusenorm_openood.kernels.devices import moved
+from fusenorm_openood.method.scores.base import Features
+from fusenorm_openood.network.running import network_errors
 from fusenorm_openood.storage.shards import Columns, Key
 from fusenorm_openood.storage.stored import (
     Batches,
@@ -32,19 +36,20 @@ SHARD = 1000  # images
 
 @dataclass(frozen=True)
 class RecordedLoader(Recorder):
-    """Batches of a data set whose images are heard at most once per listener.
+    """Batches of a data set each of whose images is run through a network at most once.
 
-    What is heard of `SHARD` images is one file of a store. Shards that exist are read; the others
-    are dealt out by number among the processes of `torchrun`, and every process reads all of them.
+    What `Scoring.run` gives for `SHARD` images is one file of a store. Shards that exist are read;
+    the others are dealt out by number among the processes of `torchrun`, and every process reads
+    all of them.
 
     Attributes:
         dataset: images with labels, in OpenOOD's format.
         store: folder of the store.
-        record: what the scores depend on besides the listener: the network's weights, the images
-            and how they are read, in terms of JSON.
+        record: what the scores depend on besides `Scoring.record`: the network's weights, the
+            images and how they are read, in terms of JSON.
         name: a name of the images, for people.
         batch_size, num_workers: settings of the data loader.
-        pace: counts the images that are heard.
+        pace: counts the images that are scored.
         start: shards of other loaders that are dealt out before; see `dealt_out`.
     """
 
@@ -68,54 +73,44 @@ class RecordedLoader(Recorder):
         """The first two images `[2, 3, H, W]`, or the only one."""
         return torch.stack([self.dataset[number]["data"] for number in range(min(2, len(self)))])
 
-    def observed(
-        self, net: nn.Module, listener: Listener, progress: bool, desc: str
-    ) -> Iterator[Observed]:
-        """What a listener hears of the images, shard by shard.
+    def run(self, scoring: Scoring, progress: bool, desc: str) -> Iterator[BatchScores]:
+        """What `Scoring.run` gives for the images, shard by shard.
 
         Raises:
             StoreError: the store cannot be written.
             DataError: an image cannot be read.
             NetworkError: the network fails on images.
         """
-        yield from map(_observed, self._stored(net, listener, progress, desc))
+        stored = self._stored(scoring, progress, desc)
+        return map(partial(_from_columns, scoring.recorded), stored)
 
-    def prepare(self, net: nn.Module, listener: Listener, progress: bool) -> None:
-        """Hear and keep the images of this process's shards, as far as they are missing.
+    def prepare(self, scoring: Scoring, progress: bool) -> None:
+        """Score this process's shards, as far as they are missing; errors as in `run`."""
+        self._stored(scoring, progress, self.name).compute_share()
 
-        Raises:
-            StoreError, DataError, NetworkError: as in `observed`.
-        """
-        self._stored(net, listener, progress, self.name).compute_share()
-
-    def _stored(
-        self, net: nn.Module, listener: Listener, progress: bool, desc: str
-    ) -> StoredScores:
-        """What the store has of a pass over the images; the rest is heard."""
+    def _stored(self, scoring: Scoring, progress: bool, desc: str) -> StoredScores:
         progress = progress and this_process().leads
 
         def compute(numbers: Sequence[int]) -> Iterator[Columns]:
-            shards = stored.shards
-            total = sum(len(shards.span(number)) for number in numbers)
+            total = sum(len(stored.shards.span(number)) for number in numbers)
             hidden = not (progress and numbers)
             with tqdm(total=total, desc=desc, unit=" images", disable=hidden, leave=False) as bar:
-                for _, batches in shard_batches(shards, numbers, self._load, self.batch_size):
-                    heard = []
-                    timed = self.pace.timed(batches)
-                    for batch in observed(net, timed, listener._replace(restore=None)):
-                        heard.append(batch._replace(images=None))
-                        self.pace.images += len(batch.pred)
-                        bar.update(len(batch.pred))
-                    yield _columns(heard)
+                for _, loaded in shard_batches(stored.shards, numbers, self._load, self.batch_size):
+                    done = []
+                    for images, labels in batches(self.pace.timed(loaded)):
+                        with network_errors(scoring.net, images):
+                            batch = scoring.run(moved(scoring.net, images))
+                        label = np.full(len(images), -1) if labels is None else labels
+                        done.append(batch._replace(label=label))
+                        self.pace.images += len(images)
+                        bar.update(len(images))
+                    yield _to_columns(scoring.recorded, done)
 
-        def taken(what: Mapping[str, Any]) -> Take | None:
-            change = listener.taken(what)
-            return None if change is None else lambda kept: _columns([change(_observed(kept))])
-
-        record = {**self.record, "heard": listener.what}
-        if listener.what.get("mixes"):  # the images of a batch influence each other
+        record = {**self.record, "heard": scoring.record}
+        if scoring.structure.batch_dependent:
             record["batch_size"] = self.batch_size
         key = Key(record, self.name, len(self), SHARD)
+        taken = partial(_taken, json.loads(json.dumps(scoring.record)))
         stored = StoredScores(self.store, key, compute, start=self.start, taken=taken)
         return stored
 
@@ -146,32 +141,60 @@ def dealt_out(loaders: Iterable[Any]) -> list[Any]:
     return dealt
 
 
-def _columns(heard: list[Observed]) -> Columns:
-    """What was heard of the images of a shard, as columns."""
+def _to_columns(experts: Sequence[Expert], batches: Sequence[BatchScores]) -> Columns:
+    """The scores of the images of a shard as columns, without empty ones."""
 
-    def joined(tensors: list[Tensor]) -> NDArray[Any]:
+    def joined(tensors: Iterable[Tensor]) -> NDArray[Any]:
         whole = torch.cat([tensor.detach().cpu() for tensor in tensors])
         array: NDArray[Any] = (whole if whole.dtype == torch.float64 else whole.float()).numpy()
         return array
 
     columns = {
-        "pred": torch.cat([batch.pred.cpu() for batch in heard]).numpy().astype(np.int64),
-        "label": np.concatenate([batch.label for batch in heard]).astype(np.int64),
-        "scores": joined([batch.rows.T for batch in heard]),
+        "pred": torch.cat([batch.pred.cpu() for batch in batches]).numpy().astype(np.int64),
+        "label": np.concatenate([batch.label for batch in batches]).astype(np.int64),
     }
-    seen = [batch.seen for batch in heard if batch.seen is not None]
-    if seen:
-        columns |= {name: joined([getattr(s, name) for s in seen]) for name in Seen._fields}
+    if experts:
+        columns["scores"] = joined(batch.matrix(experts).T for batch in batches)
+    for name in Features._fields:
+        columns[name] = joined(getattr(batch.features, name) for batch in batches)
     return {name: array for name, array in columns.items() if array.size}
 
 
-def _observed(columns: Columns) -> Observed:
-    """What `_columns` was made of."""
-    count = len(columns["pred"])
-    rows = columns.get("scores", np.empty((count, 0), np.float32))
-    seen = None
-    if not {"feature", "logits"}.isdisjoint(columns):
-        none = np.empty((count, 0), np.float32)
-        seen = Seen(*(torch.from_numpy(columns.get(name, none)) for name in Seen._fields))
+def _from_columns(experts: Sequence[Expert], columns: Columns) -> BatchScores:
+    """What `_to_columns` was given."""
+    none = np.empty((len(columns["pred"]), 0), np.float32)
+    scores = torch.from_numpy(np.ascontiguousarray(columns.get("scores", none).T))
+    features = Features(*(torch.from_numpy(columns.get(n, none)) for n in Features._fields))
+    by_expert = dict(zip(experts, scores, strict=True))
     pred = torch.from_numpy(columns["pred"])
-    return Observed(torch.from_numpy(np.ascontiguousarray(rows.T)), pred, columns["label"], seen)
+    return BatchScores(by_expert, pred, features, columns["label"])
+
+
+def _taken(mine: Mapping[str, Any], other: Mapping[str, Any]) -> Take | None:
+    """How the columns of another pass contain those of one with the record `mine`; None = not.
+
+    Gradients make a pass split the images otherwise, which may round otherwise.
+    """
+    fits = (
+        mine.keys() == other.keys()
+        and mine["batch_dependent"] == other["batch_dependent"]
+        and mine["features"] in ("", other["features"])
+        and mine["feature"] == other["feature"]
+        and bool(mine["scores"]) == bool(other["scores"])
+        and mine["thresholds"].items() <= other["thresholds"].items()
+    )
+    ours, theirs = (
+        [*record.get("norms", ()), *record.get("scores", ())] for record in (mine, other)
+    )
+    if not fits or any(expert not in theirs for expert in ours):
+        return None
+    rows = [theirs.index(expert) for expert in ours]
+
+    def take(columns: Columns) -> Columns:
+        names = {*columns} - (set() if mine["features"] else {"feature"})
+        found = {name: columns[name] for name in columns if name in names}
+        if "scores" in found:
+            found["scores"] = found["scores"][:, rows]
+        return {name: array for name, array in found.items() if array.size}
+
+    return take

@@ -7,14 +7,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusenorm_openood.method.posthoc import POSTHOC, Posthoc, Seen, State
-from fusenorm_openood.method.seen import no_sums
+from fusenorm_openood.method.scores.base import Features, Head, Score, State
 
 LIMIT = 10_000  # images
 MEMORY = 2**30  # bytes
+BLOCK = 1000  # images
 
 
-class FeatureSample:
+class Sample:
     """Features and logits of a stream of images.
 
     All of them up to `limit` images and `memory` bytes; beyond that an even sample: every second,
@@ -23,28 +23,28 @@ class FeatureSample:
 
     def __init__(self, limit: float = LIMIT, memory: float = MEMORY) -> None:
         self.limit, self.memory = limit, memory
-        self._parts: list[Seen] = []
+        self._parts: list[Features] = []
         self._images = self._count = 0
         self._stride = 1
 
-    def add(self, seen: Seen) -> None:
+    def add(self, batch: Features) -> None:
         """Add the images of one batch."""
         first = -self._images % self._stride
-        part = Seen(*(t.detach()[first :: self._stride].float().cpu() for t in seen))
-        self._images += len(seen.logits)
+        part = Features(*(t.detach()[first :: self._stride].float().cpu() for t in batch))
+        self._images += len(batch.logits)
         self._parts.append(part)
         self._count += len(part.logits)
         row = 4 * sum(t.shape[1] for t in part)
         while self._count > max(1, min(self.limit, self.memory // max(row, 1))):
             self._stride *= 2
-            halved = Seen(*(t[::2].clone() for t in self.seen))
+            halved = Features(*(t[::2].clone() for t in self.features))
             self._parts, self._count = [halved], len(halved.logits)
 
     @property
-    def seen(self) -> Seen:
+    def features(self) -> Features:
         """Features `[N, D]` and logits `[N, K]` of the images in the sample, on the CPU."""
-        features, logits = zip(*self._parts, strict=True)
-        return Seen(torch.cat(features), torch.cat(logits))
+        feature, logits = zip(*self._parts, strict=True)
+        return Features(torch.cat(feature), torch.cat(logits))
 
     @property
     def indices(self) -> NDArray[np.int64]:
@@ -52,46 +52,46 @@ class FeatureSample:
         return np.arange(0, self._images, self._stride, dtype=np.int64)
 
 
-BLOCK = 1000  # images
-
-
 class BlockSums:
-    """What the fits of post-hoc experts sum over a stream of ID images, in bounded memory.
+    """What the fits of scores sum over a stream of ID images, in bounded memory.
 
     Images are summed in blocks of `BLOCK`, and these in their order, so that the last bit does not
-    depend on the batches, nor on which process has heard which images.
+    depend on the batches, nor on which process has scored which images.
     """
 
-    def __init__(self, experts: Iterable[Posthoc]) -> None:
-        self._sums: dict[Posthoc, State] = {e: {} for e in experts}
-        self._summing = [e for e in self._sums if POSTHOC[e.name].sums is not no_sums]
+    def __init__(self, scores: Iterable[Score]) -> None:
+        self._sums: dict[Score, State] = {score: {} for score in scores}
+        self._summing = [score for score in self._sums if type(score).sums is not Score.sums]
         self._block: list[tuple[Tensor, ...]] = []
         self._count = 0
 
-    def add(self, seen: Seen, labels: Tensor) -> None:
+    def add(self, batch: Features, labels: Tensor) -> None:
         """Add the images of one batch, and their classes `[B]`."""
         if not self._summing:
             return
-        batch = tuple(t.detach().cpu() for t in (*seen, labels))
+        tensors = tuple(t.detach().cpu() for t in (*batch, labels))
         start = 0
         while start < len(labels):
-            part = tuple(t[start : start + BLOCK - self._count].clone() for t in batch)
+            part = tuple(t[start : start + BLOCK - self._count].clone() for t in tensors)
             self._block.append(part)
             self._count += len(part[0])
             start += len(part[0])
             if self._count == BLOCK:
                 self._sum_up()
 
-    def of(self, expert: Posthoc) -> State:
-        """The sums of an expert over all images so far, after which there come no more."""
+    def fit(self, score: Score, sample: Sample, head: Head) -> State:
+        """The state of a score, after the last batch."""
         if self._block:
             self._sum_up()
-        return self._sums[expert]
+        on_cpu = Head(*(t.detach().cpu().float() for t in head))
+        state = score.fit(self._sums.get(score, {}), sample.features, on_cpu)
+        # Contiguous as in files, because the last bit of products depends on it.
+        return {name: value.contiguous() for name, value in state.items()}
 
     def _sum_up(self) -> None:
         feature, logits, labels = map(torch.cat, zip(*self._block, strict=True))
         self._block, self._count = [], 0
-        for expert in self._summing:
-            total = self._sums[expert]
-            for name, value in POSTHOC[expert.name].sums(Seen(feature, logits), labels).items():
+        for score in self._summing:
+            total = self._sums[score]
+            for name, value in score.sums(Features(feature, logits), labels).items():
                 total[name] = total[name].add_(value) if name in total else value

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood import kernels
-from fusenorm_openood.errors import ConfigError, TapError, numbers
+from fusenorm_openood.errors import TapError
 from fusenorm_openood.kernels.devices import with_double
+from fusenorm_openood.method.validation import FRACTION, POSITIVE, UNIT, check_order
 
 IN_CACHE = 2**18  # values that a CPU works on at a time
 
@@ -21,6 +22,17 @@ class FeatureNorm(NamedTuple):
     k_max: float = 0.25
     alpha: float = 0.0
     eps: float = 1e-8
+
+
+def _checked(k_min: float, k_max: float, alpha: float, eps: float) -> FeatureNorm:
+    setting = FeatureNorm(
+        FRACTION("k_min", k_min),
+        FRACTION("k_max", k_max),
+        UNIT("alpha", alpha),
+        POSITIVE("eps", eps),
+    )
+    check_order("k_min", setting.k_min, "k_max", setting.k_max)
+    return setting
 
 
 def atf(
@@ -54,15 +66,15 @@ def atf(
     Source: ``adaptive_topk_channel_weight`` in the FuseNorm repository. A map of one pixel has no
     spatial entropy: h = 0 there.
     """
-    return atf_each(x, [FeatureNorm(k_min, k_max, alpha, eps)])[0]
+    return atf_each(x, [_checked(k_min, k_max, alpha, eps)])[0]
 
 
 def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
     """The norms ``[S, B]`` of `atf` under several settings, for little more than one.
 
-    All settings share the energies, and all with the same ``eps`` the entropies, too.
+    All settings share the energies, and all with the same ``eps`` the entropies, too. They have
+    been checked, as `Settings` does.
     """
-    settings = [checked_atf_settings(*setting) for setting in settings]
     _check_maps(x)
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     return kernels.norms(x.flatten(2), settings, _by_torch).to(dtype).to(x.device)
@@ -86,7 +98,7 @@ def atf_map(
     Raises:
         ConfigError, TapError: see `atf`.
     """
-    setting = checked_atf_settings(k_min, k_max, alpha, eps)
+    setting = _checked(k_min, k_max, alpha, eps)
     _check_maps(x)
     a = with_double(x.detach().flatten(2).abs())
     h = _entropy(a, eps)
@@ -105,8 +117,8 @@ def atf_map(
 def adaptive_k(h: Tensor, k_min: float, k_max: float, pixels: int) -> Tensor:
     """How many pixels of a map are averaged at mean entropy h; h may have any shape.
 
-    The document's arithmetic, in the precision of h: in float32, k_min = k_max = 0.29 of 100
-    pixels are 29, in float64 they are 28.
+    The published implementation's arithmetic, in the precision of h: in float32,
+    k_min = k_max = 0.29 of 100 pixels are 29, in float64 they are 28.
     """
     k_ratio = k_min + (k_max - k_min) * h
     return (k_ratio * pixels).long().clamp(1, pixels)
@@ -170,23 +182,3 @@ def _entropy(a: Tensor, eps: float) -> Tensor:
     p = e.div_(e.sum(-1, keepdim=True) + eps)
     h = -torch.einsum("bcn,bcn->bc", p, (p + eps).log_())
     return h / math.log(N) if N > 1 else h * 0
-
-
-def checked_atf_settings(*values: float) -> FeatureNorm:
-    """k_min, k_max, alpha and eps as Python's numbers.
-
-    Raises:
-        ConfigError: unless 0 < k_min <= k_max <= 1, 0 <= alpha <= 1 and eps > 0.
-    """
-    found = numbers(values)
-    if found is None:
-        given = ", ".join(f"{n} = {v!r}" for n, v in zip(FeatureNorm._fields, values, strict=True))
-        raise ConfigError(f"the settings of a feature norm must be finite numbers, got {given}")
-    k_min, k_max, alpha, eps = found
-    if not 0 < k_min <= k_max <= 1:
-        raise ConfigError(f"0 < k_min <= k_max <= 1 is required, got {k_min = !s} and {k_max = !s}")
-    if not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha must be in [0, 1], got {alpha = !s}")
-    if not eps > 0:
-        raise ConfigError(f"eps must be > 0 and finite, got {eps = !s}")
-    return FeatureNorm(*found)

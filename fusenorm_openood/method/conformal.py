@@ -5,12 +5,12 @@ Source: Bates et al., "Testing for outliers with conformal p-values", Annals of 
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fusenorm_openood.errors import CalibrationError, ConfigError, NonFiniteError, number
+from fusenorm_openood.errors import CalibrationError, NonFiniteError
+from fusenorm_openood.method.validation import SHARE
 
 EQUAL = 1e-12  # 1 - 0.9 is 0.09999999999999998: what differs by less counts as equal
 
@@ -47,7 +47,7 @@ def rejects(p: ArrayLike, acceptance: float) -> NDArray[np.bool_]:
     Raises:
         ConfigError: an acceptance outside (0, 1).
     """
-    acceptance = checked_share("acceptance", acceptance)
+    acceptance = SHARE("acceptance", acceptance)
     rejected: NDArray[np.bool_] = np.asarray(p) <= 1 - acceptance + EQUAL
     return rejected
 
@@ -58,13 +58,13 @@ def needed_images(acceptance: float) -> int:
     >>> needed_images(0.95), needed_images(0.9), needed_images(0.999)
     (19, 9, 999)
     """
-    acceptance = checked_share("acceptance", acceptance)
+    acceptance = SHARE("acceptance", acceptance)
     return max(math.ceil(1 / (1 - acceptance + EQUAL) - 1e-6) - 1, 1)
 
 
 def check_enough(n: int, acceptance: float) -> None:
     """Raise CalibrationError unless n calibration images suffice for an acceptance."""
-    acceptance = checked_share("acceptance", acceptance)
+    acceptance = SHARE("acceptance", acceptance)
     needed = needed_images(acceptance)
     if n < needed:
         raise CalibrationError(
@@ -118,9 +118,9 @@ def guarantee(n: int, acceptance: float, confidence: float = 0.95) -> Guarantee:
         CalibrationError: too few images for the acceptance.
         ConfigError: an acceptance or a confidence outside (0, 1).
     """
-    confidence = checked_share("confidence", confidence)
+    confidence = SHARE("confidence", confidence)
     check_enough(n, acceptance)
-    acceptance = checked_share("acceptance", acceptance)
+    acceptance = SHARE("acceptance", acceptance)
     from scipy import stats  # takes longer to import than the rest of the package
 
     k = math.floor((1 - acceptance + EQUAL) * (n + 1))
@@ -145,7 +145,7 @@ def rejects_at_fdr(p: ArrayLike, rate: float = 0.1) -> NDArray[np.bool_]:
     Raises:
         ConfigError: a rate outside (0, 1).
     """
-    rate = checked_share("rate", rate)
+    rate = SHARE("rate", rate)
     p = np.asarray(p, np.float64)
     if p.size == 0:
         return np.zeros(0, np.bool_)
@@ -153,11 +153,3 @@ def rejects_at_fdr(p: ArrayLike, rate: float = 0.1) -> NDArray[np.bool_]:
 
     rejected: NDArray[np.bool_] = stats.false_discovery_control(p) <= rate + EQUAL
     return rejected
-
-
-def checked_share(name: str, value: Any) -> float:
-    """A number in (0, 1) as Python's; ConfigError for anything else."""
-    share = number(value)
-    if share is None or not 0 < share < 1:
-        raise ConfigError(f"{name} must be a number in (0, 1), got {value!r}: 0.95 for example")
-    return share

@@ -1,36 +1,40 @@
 """Fuse strong and weak experts into one confidence."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
 
-from fusenorm_openood.errors import ConfigError, DataError, number, numbers
+from fusenorm_openood.errors import DataError
+from fusenorm_openood.method.joint import JointDistance, JointStatistics
+from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.method.statistics import IDStatistics
+from fusenorm_openood.method.validation import BASE, NOT_NEGATIVE, scaled_weights
 
 
-def deviation(z: ArrayLike) -> NDArray[np.float64]:
+def deviation(z: Tensor) -> Tensor:
     """d = max(0, -z, z - 1): the distance of a normalised score from the unit interval."""
-    z = np.asarray(z, dtype=np.float64)
-    d: NDArray[np.float64] = np.maximum(0.0, np.maximum(-z, z - 1.0))
-    return d
+    return torch.maximum(-z, z - 1).clamp(min=0)
 
 
-def penalty(weak: ArrayLike, base: float = 20.0, cap: float = 1.0) -> NDArray[np.float64]:
-    """min(cap, base^D - 1) with D the largest deviation among the weak experts.
+def penalty(deviations: Tensor, base: float = 20.0, cap: float = 1.0) -> Tensor:
+    """min(cap, base^D - 1) of the largest deviations D of weak experts.
 
     Args:
-        weak: normalised scores of the weak experts `[W, N]`; W may be 0.
+        deviations: of any shape, >= 0.
         base: how steeply the penalty grows, >= 1.
         cap: the largest penalty, >= 0.
 
     Returns:
-        Penalties `[N]` in [0, cap], larger = less in-distribution.
+        Penalties of that shape in [0, cap], larger = less in-distribution.
     """
-    check_penalty(base, cap)
-    d = deviation(weak).max(axis=0, initial=0.0)
-    limit = np.log1p(cap) / np.log(base) if base > 1 else np.inf  # base^limit - 1 = cap
-    grown: NDArray[np.float64] = np.expm1(np.minimum(d, limit) * np.log(base))
-    return np.minimum(cap, grown)
+    if base == 1:
+        return deviations * 0
+    limit = math.log1p(cap) / math.log(base)  # base^limit - 1 = cap; beyond it powers overflow
+    return (deviations.clamp(max=limit) * math.log(base)).expm1().clamp(max=cap)
 
 
 def fuse(
@@ -57,40 +61,119 @@ def fuse(
         DataError: scores that are not `[experts, N]` with the same N.
 
     Source: `fuse_norm` in the FuseNorm repository (equal weights, base 20, cap 1).
+
+    >>> fuse([[0.5, 0.5]], [[0.5, 1.1]])  # the second one: 0.5 - (20^0.1 - 1)
+    array([0.5       , 0.15071715])
     """
-    strong, weak = (np.asarray(z, dtype=np.float64) for z in (strong, weak))
+    strong, weak = (np.array(z, dtype=np.float64) for z in (strong, weak))
     if strong.ndim != 2 or weak.ndim != 2 or len(strong) == 0 or strong.shape[1] != weak.shape[1]:
         raise DataError(
             "strong and weak scores must be [experts, images] for the same images, with at least "
             f"one strong expert, got shapes {strong.shape} and {weak.shape}"
         )
-    return mean_of_strong(strong, weights) - penalty(weak, base, cap)
+    base, cap = BASE("base", base), NOT_NEGATIVE("cap", cap)
+    scaled = torch.tensor(scaled_weights(weights, len(strong)), dtype=torch.float64, device="cpu")
+    fused = (scaled[:, None] * torch.from_numpy(strong)).sum(0)
+    if len(weak):
+        fused = fused - penalty(deviation(torch.from_numpy(weak)).amax(0), base, cap)
+    confidences: NDArray[np.float64] = fused.numpy()
+    return confidences
 
 
-def mean_of_strong(
-    strong: NDArray[np.float64], weights: Sequence[float] | None = None
-) -> NDArray[np.float64]:
-    """Weighted mean `[N]` of the scores `[S, N]` of the strong experts; None = equal weights."""
-    mean: NDArray[np.float64] = check_weights(weights, len(strong)) @ strong
-    return mean
+class Fusion(nn.Module):
+    """Contributions of the experts to the confidences, which are their sums.
+
+    Scores are `[L, N]` in float64: the feature norms of all tapped layers first, in their order,
+    then the other strong experts.
+
+    Args:
+        settings: of the detector.
+        strong: rows of the strong experts.
+        layers: number of tapped layers.
+        experts: number of experts.
+        statistics: ID statistics of all experts, or with the joint penalty of the strong ones.
+        joint: statistics of the joint distance, with the joint penalty or `clip`.
+    """
+
+    weights: Tensor
+    is_weak: Tensor
+    mean: Tensor
+    std: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def __init__(
+        self,
+        settings: Settings,
+        strong: Sequence[int],
+        layers: int,
+        experts: int,
+        statistics: IDStatistics,
+        joint: JointStatistics | None,
+    ) -> None:
+        super().__init__()
+        self.settings, self.layers = settings, layers
+        self.joint = None if joint is None else JointDistance(joint)
+        rows = list(strong)
+        weights, is_weak = np.zeros((experts, 1)), np.ones((experts, 1), dtype=bool)
+        weights[rows, 0] = scaled_weights(settings.weights, len(rows))
+        is_weak[rows] = False
+        self.has_weak = len(rows) < experts and settings.penalty == "deviation"
+        self.register_buffer("weights", torch.tensor(weights, device="cpu"))
+        self.register_buffer("is_weak", torch.tensor(is_weak, device="cpu"))
+        of = rows if settings.penalty == "joint" else slice(None)
+        for name, values in vars(statistics).items():
+            column = np.ones((experts, 1))
+            column[of, 0] = values
+            self.register_buffer(name, torch.tensor(column, device="cpu"))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """Contributions `[L, N]`, larger = more in-distribution."""
+        s = self.settings
+        z = self.normalised(scores)
+        if s.penalty == "joint":
+            given = self.weights * z
+            terms = self.joint_distance.terms(scores[: self.layers])
+            total = terms.sum(0)
+            parts = torch.where(total > 0, terms / total, 1 / self.layers)
+            return _added(given, -s.joint_weight * self.joint_distance.penalty(terms) * parts)
+        given = self.weights * (z.clamp(max=1) if s.clip else z)
+        if self.has_weak:
+            deviations = torch.where(self.is_weak, deviation(z), 0)
+            given = given - _by_largest(deviations, penalty(deviations.amax(0), s.base, s.cap))
+        if self.joint is None:
+            return given
+        terms = self.joint.terms(scores[: self.layers])
+        return _added(given, -s.cap * _by_largest(terms, self.joint.far_off(terms)))
+
+    def normalised(self, scores: Tensor) -> Tensor:
+        """Normalised scores `[L, N]`.
+
+        By percentiles, or with the joint penalty by mean and standard deviation, those of weak
+        experts by their logarithms'.
+        """
+        if self.settings.penalty != "joint":
+            return (scores - self.lower) / (self.upper - self.lower)
+        bounded = torch.minimum(scores, self.upper) if self.settings.clip else scores
+        z = (bounded - self.mean) / self.std
+        u = self.joint_distance.standardised(scores[: self.layers])
+        weak = self.is_weak[: self.layers]
+        return torch.cat([torch.where(weak, u, z[: self.layers]), z[self.layers :]])
+
+    @property
+    def joint_distance(self) -> JointDistance:
+        """The joint distance, with the joint penalty."""
+        assert self.joint is not None  # which the joint penalty implies
+        return self.joint
 
 
-def check_weights(weights: Sequence[float] | None, count: int) -> NDArray[np.float64]:
-    """The weights of `count` strong experts, scaled to sum to 1; ConfigError if invalid."""
-    given = (1.0,) * count if weights is None else numbers(weights)
-    w = np.array(() if given is None else given, dtype=np.float64)
-    if w.shape != (count,) or (w < 0).any() or not 0 < w.sum() < np.inf:
-        raise ConfigError(
-            f"weights must be one number >= 0 for each of the {count} strong experts, not all 0, "
-            f"got {weights}"
-        )
-    scaled: NDArray[np.float64] = w / w.sum()
-    return scaled
+def _by_largest(values: Tensor, amount: Tensor) -> Tensor:
+    """Amounts `[N]` in the rows of the largest values `[L, N]`, 0 in the others: `[L, N]`."""
+    rows = torch.arange(len(values), device=values.device)[:, None]
+    return torch.where(rows == values.argmax(0), amount, 0)
 
 
-def check_penalty(base: float, cap: float) -> None:
-    """Raise ConfigError unless base >= 1 and cap >= 0, both finite."""
-    if number(base) is None or number(cap) is None or base < 1 or cap < 0:
-        raise ConfigError(
-            f"base must be >= 1 and cap >= 0, both finite, got base={base} and cap={cap}"
-        )
+def _added(given: Tensor, of_layers: Tensor) -> Tensor:
+    """Contributions of all experts, with others of the layers added."""
+    layers = len(of_layers)
+    return torch.cat([given[:layers] + of_layers, given[layers:]])

@@ -3,17 +3,73 @@
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any
 
 from fusenorm_openood.errors import ConfigError, number, numbers, whole
-from fusenorm_openood.method.atf import FeatureNorm, checked_atf_settings
-from fusenorm_openood.method.experts import DEFAULT_TEMPERATURE, Output, check_output_expert
-from fusenorm_openood.method.fusion import check_penalty, check_weights
-from fusenorm_openood.method.posthoc import Posthoc
-from fusenorm_openood.method.statistics import check_percentiles
+from fusenorm_openood.method.atf import FeatureNorm
+from fusenorm_openood.method.scores import OUTPUTS, make_score
+from fusenorm_openood.method.scores.base import Score
+from fusenorm_openood.method.validation import (
+    BASE,
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    PERCENTILE,
+    POSITIVE,
+    SWITCH,
+    UNIT,
+    WITHIN_100,
+    Rule,
+    among,
+    check_fields,
+    check_order,
+    check_percentiles,
+    checked,
+    scaled_weights,
+)
 
-PENALTIES = ("deviation", "joint")
-RANDOM = ("refuse", "allow")
+
+def _read_text(rule: Rule) -> Rule:
+    """The rule of a number that a configuration may give as text: `1e-3`, `None`."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, str):
+            with suppress(ValueError):
+                return number(float(value))
+        return rule.read(value)
+
+    return replace(rule, read=read)
+
+
+def _list_of(*kinds: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A reader of a string, or a list of strings and of what other kinds can read."""
+
+    def read(values: Any) -> Any:
+        if isinstance(values, str):
+            return values
+        if not isinstance(values, tuple | list):
+            return None
+        items = tuple(
+            v if isinstance(v, str) else next((f for k in kinds if (f := k(v)) is not None), None)
+            for v in values
+        )
+        return None if None in items else items
+
+    return read
+
+
+def _names_each_once(value: Any) -> bool:
+    return value == "auto" or (isinstance(value, tuple) and 0 < len(value) == len(set(value)))
+
+
+NAMES = Rule("'blocks', 'stages' or a list of names", _list_of())
+EXPERTS = Rule(
+    "'auto' or a list of at least one expert, by name or number, each once",
+    _list_of(whole),
+    _names_each_once,
+)
+WEIGHTS = Rule("a list of numbers", numbers, optional=True)
+DEVIATIONS = Rule("a list of numbers > 0", numbers, lambda v: min(v, default=1) > 0, optional=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,27 +110,27 @@ class Settings:
         ConfigError: a value outside its range.
     """
 
-    taps: str | tuple[str, ...] = "blocks"
-    k_min: float = 0.1
-    k_max: float = 0.25
-    alpha: float = 0.0
-    eps: float = 1e-8
-    output: str = "energy"
-    temperature: float | None = None
-    noise: float = 0.01
-    input_std: tuple[float, ...] | None = None
-    react_percentile: float | None = None
-    neighbours: int = 5
-    strong: str | tuple[str | int, ...] = ("output", "fdbd", "mds")
-    weights: tuple[float, ...] | None = None
-    clip: bool = True
-    penalty: str = "deviation"
-    base: float = 2.0
-    cap: float = 1.0
-    joint_weight: float = 0.25
-    percentile_low: float = 5.0
-    percentile_high: float = 95.0
-    random: str = "refuse"
+    taps: str | tuple[str, ...] = checked("blocks", NAMES)
+    k_min: float = checked(0.1, _read_text(FRACTION))
+    k_max: float = checked(0.25, _read_text(FRACTION))
+    alpha: float = checked(0.0, _read_text(UNIT))
+    eps: float = checked(1e-8, _read_text(POSITIVE))
+    output: str = checked("energy", among(*OUTPUTS))
+    temperature: float | None = checked(None, _read_text(POSITIVE.or_none()))
+    noise: float = checked(0.01, _read_text(NOT_NEGATIVE))
+    input_std: tuple[float, ...] | None = checked(None, DEVIATIONS)
+    react_percentile: float | None = checked(None, _read_text(PERCENTILE.or_none()))
+    neighbours: int = checked(5, COUNT)
+    strong: str | tuple[str | int, ...] = checked(("output", "fdbd", "mds"), EXPERTS)
+    weights: tuple[float, ...] | None = checked(None, WEIGHTS)
+    clip: bool = checked(True, SWITCH)
+    penalty: str = checked("deviation", among("deviation", "joint"))
+    base: float = checked(2.0, _read_text(BASE))
+    cap: float = checked(1.0, _read_text(NOT_NEGATIVE))
+    joint_weight: float = checked(0.25, _read_text(NOT_NEGATIVE))
+    percentile_low: float = checked(5.0, _read_text(WITHIN_100))
+    percentile_high: float = checked(95.0, _read_text(WITHIN_100))
+    random: str = checked("refuse", among("refuse", "allow"))
 
     @classmethod
     def published(cls, **changes: Any) -> "Settings":
@@ -96,92 +152,33 @@ class Settings:
         return cls(penalty="joint").replace(**changes)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = self._checked(field.name, getattr(self, field.name), field.type)
-            object.__setattr__(self, field.name, value)
-        checked_atf_settings(self.k_min, self.k_max, self.alpha, self.eps)
-        check_output_expert(self.output)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.metadata["rule"].optional and isinstance(value, str) and value.lower() == "none":
+                object.__setattr__(self, f.name, None)
+        check_fields(self)
+        check_order("k_min", self.k_min, "k_max", self.k_max)
         check_percentiles(self.percentile_low, self.percentile_high)
-        check_penalty(self.base, self.cap)
-        if self.penalty not in PENALTIES:
-            raise ConfigError(
-                f"unknown penalty {self.penalty!r}: choose from {', '.join(PENALTIES)}"
-            )
-        if self.random not in RANDOM:
-            raise ConfigError(f"unknown random {self.random!r}: choose from {', '.join(RANDOM)}")
-        if not self.joint_weight >= 0:
-            raise ConfigError(f"joint_weight must be >= 0, got {self.joint_weight}")
-        if self.neighbours < 1:
-            raise ConfigError(f"neighbours must be >= 1, got {self.neighbours}")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ConfigError(f"temperature must be > 0, got {self.temperature}")
-        if not self.noise >= 0:
-            raise ConfigError(f"noise must be >= 0, got {self.noise}")
-        if self.input_std is not None and not all(std > 0 for std in self.input_std):
-            raise ConfigError(f"input_std must be > 0 in every channel, got {self.input_std}")
-        if self.react_percentile is not None and not 0 < self.react_percentile < 100:
-            raise ConfigError(
-                "react_percentile must be > 0 and < 100, for example 90, or None, got "
-                f"{self.react_percentile}"
-            )
-        if isinstance(self.strong, str):
-            if self.strong != "auto":
-                raise ConfigError(
-                    f"strong must be 'auto' or a list of experts, got {self.strong!r}"
-                )
-        elif not self.strong or len(set(self.strong)) != len(self.strong):
-            raise ConfigError(
-                f"strong must name at least one expert, each once, got {list(self.strong)}"
-            )
         if self.weights is not None:
-            check_weights(self.weights, 2 if isinstance(self.strong, str) else len(self.strong))
-
-    def _checked(self, name: str, value: Any, kind: Any) -> Any:
-        """The value of a setting, with Python's own numbers; ConfigError for another type."""
-        if isinstance(value, str):
-            value = _from_text(value, kind)
-        optional = name in ("temperature", "input_std", "react_percentile", "weights")
-        if optional and value is None:
-            return None
-        found: Any
-        if name in ("input_std", "weights"):
-            wanted, found = "a list of numbers", numbers(value)
-        elif name in ("taps", "strong"):
-            wanted = f"a string or a list of {'names' if name == 'taps' else 'names and numbers'}"
-            found = value if isinstance(value, str) else None
-            if isinstance(value, tuple | list):  # YAML gives lists
-                number_of = whole if name == "strong" else lambda v: None
-                items = tuple(v if isinstance(v, str) else number_of(v) for v in value)
-                found = None if None in items else items
-        elif name in ("output", "penalty", "random"):
-            wanted, found = "a string", value if isinstance(value, str) else None
-        elif name == "clip":
-            wanted, found = "true or false", value if isinstance(value, bool) else None
-        elif name == "neighbours":
-            wanted, found = "a whole number", whole(value)
-        else:
-            wanted, found = "a finite number", number(value)
-        if found is None:
-            raise ConfigError(f"{name} must be {wanted}{' or None' * optional}, got {value!r}")
-        return found
-
-    def posthoc(self, name: str) -> Posthoc:
-        """A post-hoc expert with its default arguments, but for the neighbours of `knn`."""
-        return Posthoc.of(name, {"K": self.neighbours} if name == "knn" else {})
+            scaled_weights(self.weights, 2 if isinstance(self.strong, str) else len(self.strong))
 
     @property
     def feature_norm(self) -> FeatureNorm:
         """The settings that determine the scores of the feature-norm experts."""
         return FeatureNorm(self.k_min, self.k_max, self.alpha, self.eps)
 
-    @property
-    def output_expert(self) -> Output:
-        """The settings that determine the output expert's score, with its default temperature."""
-        default = DEFAULT_TEMPERATURE[self.output]
-        temperature = default if self.temperature is None else self.temperature
-        steps = self.output == "odin" and self.noise > 0
-        noise, input_std = (self.noise, self.input_std) if steps else (0.0, None)
-        return Output(self.output, temperature, noise, input_std, self.react_percentile)
+    def score(self, expert: str) -> Score:
+        """The score of a strong expert that is no layer: `"output"`, or a name of `POSTHOC`."""
+        if expert == "knn":
+            return make_score("knn", {"K": self.neighbours})
+        if expert != "output":
+            return make_score(expert)
+        kind, more = OUTPUTS[self.output], dict[str, Any]()
+        if self.output == "odin":
+            more = {"noise": self.noise, "input_std": self.input_std if self.noise else None}
+        if self.temperature is not None:
+            more["temperature"] = self.temperature
+        return kind(react_percentile=self.react_percentile, fused=True, **more)
 
     def to_json(self) -> dict[str, Any]:
         """The settings in terms of JSON, without `random` where it has its default."""
@@ -216,29 +213,9 @@ METHODS: dict[str, Callable[[], Settings]] = {
 SETTINGS = tuple(field.name for field in fields(Settings))
 # Changing any other setting changes the expert scores, and so needs the network again.
 FUSION_SETTINGS = frozenset(
-    (
-        "strong",
-        "weights",
-        "clip",
-        "penalty",
-        "base",
-        "cap",
-        "joint_weight",
-        "percentile_low",
-        "percentile_high",
-        "random",
-    )
+    {"strong", "weights", "clip", "penalty", "base", "cap", "joint_weight", "random"}
+    | {"percentile_low", "percentile_high"}
 )
-
-
-def _from_text(text: str, kind: Any) -> Any:
-    """The value of a setting of this type that a configuration gives as text: `None`, `1e-3`."""
-    if type(None) in get_args(kind) and text.lower() == "none":
-        return None
-    if kind in (float, float | None):
-        with suppress(ValueError):
-            return float(text)
-    return text
 
 
 def check_names(names: Mapping[str, Any]) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError, number
+from fusenorm_openood.errors import DataError, NonFiniteError, ZeroRangeError
+from fusenorm_openood.method.validation import check_percentiles
 
 # Networks compute in float32: a range this small relative to the scores is rounding error.
 ROUNDING = 8 * float(np.finfo(np.float32).eps)
@@ -79,40 +80,12 @@ def normalise(scores: ArrayLike, statistics: IDStatistics) -> NDArray[np.float64
     Raises:
         DataError: scores that are not `[L, N]` with one row per expert of the statistics.
     """
-    s = _rows_of(scores, statistics)
-    lower, upper = statistics.lower[:, None], statistics.upper[:, None]
-    z: NDArray[np.float64] = (s - lower) / (upper - lower)
-    return z
-
-
-def standardise(
-    scores: ArrayLike, statistics: IDStatistics, clip: bool = False
-) -> NDArray[np.float64]:
-    """(s - mean) / std for scores `[L, N]`; with `clip`, s counts at most as its upper percentile.
-
-    Raises:
-        DataError: as in `normalise`.
-    """
-    s = _rows_of(scores, statistics)
-    s = np.minimum(s, statistics.upper[:, None]) if clip else s
-    standardised: NDArray[np.float64] = (s - statistics.mean[:, None]) / statistics.std[:, None]
-    return standardised
-
-
-def _rows_of(scores: ArrayLike, statistics: IDStatistics) -> NDArray[np.float64]:
     s = np.asarray(scores, dtype=np.float64)
     if s.ndim != 2 or len(s) != len(statistics.lower):
         raise DataError(
             f"scores must be [experts, images] with {len(statistics.lower)} experts, as in the "
             f"ID statistics, got shape {s.shape}"
         )
-    return s
-
-
-def check_percentiles(low: float, high: float) -> None:
-    """Raise ConfigError unless 0 <= low < high <= 100."""
-    if number(low) is None or number(high) is None or not 0 <= low < high <= 100:
-        raise ConfigError(
-            "percentile_low and percentile_high must satisfy 0 <= low < high <= 100, got "
-            f"percentile_low={low} and percentile_high={high}"
-        )
+    lower, upper = statistics.lower[:, None], statistics.upper[:, None]
+    z: NDArray[np.float64] = (s - lower) / (upper - lower)
+    return z

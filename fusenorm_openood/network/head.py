@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusenorm_openood.method.posthoc import Head
+from fusenorm_openood.method.scores.base import Head
 from fusenorm_openood.network.running import hooked
 
 HALF = (torch.float16, torch.bfloat16)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fusenorm_openood.errors import FuseNormError
 from fusenorm_openood.kernels.guards import is_out_of_memory
-from fusenorm_openood.method.posthoc import Head
+from fusenorm_openood.method.scores.base import Head
 from fusenorm_openood.network.blocks import find_blocks, outermost
 from fusenorm_openood.network.graph import Graph, Node
 from fusenorm_openood.network.head import HeadLayers, weight_of

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.kernels.devices import casts_down, full_precision
 from fusenorm_openood.kernels.guards import is_out_of_memory
-from fusenorm_openood.method.posthoc import Head
+from fusenorm_openood.method.scores.base import Head
 from fusenorm_openood.network.head import (
     HALF,
     HeadLayers,

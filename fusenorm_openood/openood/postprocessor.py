@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusenorm_openood.detectors.atomic import atomic
-from fusenorm_openood.detectors.bank import ScoreBank, bank_for
+from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.configuration import read_fusenorm
-from fusenorm_openood.detectors.fusenorm import Calibration, FuseNorm
-from fusenorm_openood.detectors.search import UNUSABLE, choose, search
+from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.search import UNUSABLE, choose, search, swept
+from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
 from fusenorm_openood.method.settings import FUSION_SETTINGS
 from fusenorm_openood.network.fingerprint import is_network
@@ -38,7 +39,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         super().__init__(config)
         self.settings, self.args_dict, self.APS_mode = read_fusenorm(config)
         self.hyperparam_search_done = self.setup_flag = False
-        self.calibration: Calibration | None = None
+        self.statistics: DetectorStatistics | None = None
         self._fitted_on: tuple[nn.Module, Iterable[Any]] | None = None
         self._structure: Structure | None = None  # of the network in _fitted_on
         self._last: FuseNorm | None = None
@@ -71,7 +72,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             )
         id_loader = id_loader_dict["val"]
         if self.setup_flag and not self._is_of(net):
-            self.setup_flag, self.calibration, self._bank, self._last = False, None, None, None
+            self.setup_flag, self.statistics, self._bank, self._last = False, None, None, None
         if not self.setup_flag or self._fitted_on is None or self._fitted_on[0] is not net:
             self._structure = None
         self._fitted_on = net, id_loader
@@ -79,7 +80,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             return
         if self.APS_mode == "pseudo":
             found = search(net, self.settings, self.args_dict, id_loader)
-            self.settings, self.calibration = found.settings, found.calibration
+            self.settings, self.statistics = found.settings, found.statistics
             self.APS_mode, self.hyperparam_search_done = False, True
         elif self.APS_mode and not self.hyperparam_search_done:
             if not ood_loader_dict or "val" not in ood_loader_dict:
@@ -87,7 +88,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
                     "ood_loader_dict must contain 'val' for a search (APS_mode: True), got "
                     f"{', '.join(ood_loader_dict or ()) or 'no loader'}"
                 )
-            self._bank = bank_for(net, self.settings, self.args_dict)
+            self._bank = ScoreBank(net, swept(self.settings, self.args_dict))
             self._bank.fit(id_loader).add(ood_loader_dict["val"])
             self._structure = self._bank.known_structure
             # Raise a clear error if no combination is usable: OpenOOD's loop raises a TypeError.
@@ -111,7 +112,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             # Let the search continue past these settings: an AUROC of 0 is never the best.
             warnings.warn(f"settings skipped: {self._unusable}", RuntimeWarning, stacklevel=2)
             scored = bank.worst(data_loader)
-        elif bank is not None and bank.knows(self.settings):
+        elif bank is not None and bank.has(self.settings):
             scored = bank.scored(self.settings, data_loader)
         else:
             scored = self._detector(net).infer(data_loader, progress)
@@ -136,13 +137,13 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         try:
             self.settings = self.settings.replace(**values)
             if self._bank is not None:
-                self.calibration = self._known_to_bank()
-            elif self.calibration is not None and self._fitted_on is not None:
+                self.statistics = self._known_to_bank()
+            elif self.statistics is not None and self._fitted_on is not None:
                 self._detector(self._fitted_on[0])
         except UNUSABLE as error:
             if self._bank is None:
                 raise
-            self.calibration, self._unusable = None, error
+            self.statistics, self._unusable = None, error
 
     def get_hyperparam(self) -> list[Any]:
         """The current value of each key of `args_dict`, in its order."""
@@ -150,23 +151,23 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
 
     def _is_of(self, net: nn.Module) -> bool:
         """Whether the ID statistics, or the scores for a search, are those of a network."""
-        fitted: ScoreBank | Calibration | None = self._bank or self.calibration
+        fitted: ScoreBank | DetectorStatistics | None = self._bank or self.statistics
         network = None if fitted is None else fitted.network
         return network is None or is_network(net, network)
 
-    def _known_to_bank(self) -> Calibration | None:
+    def _known_to_bank(self) -> DetectorStatistics | None:
         bank = self._bank
-        return bank.calibration(self.settings) if bank and bank.knows(self.settings) else None
+        return bank.statistics(self.settings) if bank and bank.has(self.settings) else None
 
     def _fit(self) -> None:
         """The calibration under the current settings, from the images passed to `setup`."""
-        self.calibration, self.setup_flag = self._known_to_bank(), False
+        self.statistics, self.setup_flag = self._known_to_bank(), False
         if self._fitted_on is None:
             return
-        if self.calibration is None:
+        if self.statistics is None:
             net, id_loader = self._fitted_on
             detector = FuseNorm(net, self.settings, self._structure).fit(id_loader)
-            self.calibration, self._structure = detector.calibration_, detector.known_structure
+            self.statistics, self._structure = detector.id_statistics_, detector.known_structure
         self.setup_flag = True
 
     def _detector(self, net: nn.Module) -> FuseNorm:
@@ -174,34 +175,34 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         if self._unusable is not None:
             raise self._unusable
         last = self._last
-        is_current = last is not None and last.net is net and last.calibration_ is self.calibration
+        is_current = last is not None and last.net is net and last.id_statistics_ is self.statistics
         if last is not None and is_current and last.settings == self.settings:
             return last
         is_fitted_on = self._fitted_on is not None and self._fitted_on[0] is net
         detector = FuseNorm(net, self.settings, self._structure if is_fitted_on else None)
         if self._needs_fit(detector):
             self._fit()
-        if self.calibration is None:
+        if self.statistics is None:
             raise NotFittedError("FuseNorm has no ID statistics: call setup(net, loaders) first")
-        adopt = detector.adopt if is_fitted_on else detector.with_calibration
-        self._last = adopt(self.calibration)
-        self.calibration = self._last.calibration_
+        adopt = detector.adopt if is_fitted_on else detector.with_statistics
+        self._last = adopt(self.statistics)
+        self.statistics = self._last.id_statistics_
         return self._last
 
     def _needs_fit(self, detector: FuseNorm) -> bool:
         """Whether the ID statistics do not follow from the scores of the last fit."""
-        fitted = self.calibration
+        fitted = self.statistics
         if fitted is None:
             return self._bank is not None  # images are scored before the search
         then = vars(fitted.settings)
         changed = {name for name, value in vars(self.settings).items() if value != then[name]}
         if changed and changed <= FUSION_SETTINGS:
-            detector._name_as(fitted)
+            detector.name_as(fitted)
             return fitted.experts != detector.experts  # other strong experts
         return bool(changed)
 
     def __getstate__(self) -> dict[str, Any]:
         # During a search the bank, which is not pickled, has the calibrations.
-        ready = self.setup_flag and self.calibration is not None
+        ready = self.setup_flag and self.statistics is not None
         gone = dict.fromkeys(("_fitted_on", "_bank", "_last", "_structure"))
         return {**vars(self), **gone, "setup_flag": ready}

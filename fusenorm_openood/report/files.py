@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from fusenorm_openood.deployment.files import Judged
-from fusenorm_openood.detectors.explanation import Explanation
 from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.statistics import Explanation
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.method.conformal import check_enough, conformal_p_values
 from fusenorm_openood.report import charts, gallery
@@ -45,7 +45,7 @@ def report_of_files(
         CalibrationError: too few calibration images for the acceptance.
         DataError: rows of another detector, or a detector without its preprocessing.
     """
-    reference, preprocessing = detector.reference_, detector.known_preprocessing()
+    reference, preprocessing = detector.calibration_scores_, detector.known_preprocessing()
     if reference is not None:
         check_enough(len(reference), acceptance)
     cut = parts.threshold(reference, acceptance)
@@ -154,9 +154,9 @@ def _counts(counts: list[tuple[str, int]], faulty: list[Judged]) -> Section:
 
 def _confidences(detector: FuseNorm, conf: Values, cut: float | None) -> Section:
     known = Series("ID", np.zeros(0))
-    if detector.reference_ is not None:
-        known = Series("ID (calibration)", detector.reference_)
-    elif (calibration := detector.calibration_) is not None:
+    if detector.calibration_scores_ is not None:
+        known = Series("ID (calibration)", detector.calibration_scores_)
+    elif (calibration := detector.id_statistics_) is not None:
         known = Series("ID (fit)", detector.confidence(calibration.id_scores))
     text = f"Larger = more in-distribution. {parts.ENDS}"
     if cut is not None:
@@ -168,7 +168,7 @@ def _confidences(detector: FuseNorm, conf: Values, cut: float | None) -> Section
 
 def _experts(detector: FuseNorm, explained: Mapping[str, Explanation]) -> list[Section]:
     """Every expert's scores on ID images, with the images of the gallery as marks."""
-    calibration = detector.calibration_
+    calibration = detector.id_statistics_
     if calibration is None or not explained:
         return []
     figures = []

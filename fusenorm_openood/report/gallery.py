@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fusenorm_openood.data.preprocessing import Normalization
 from fusenorm_openood.detectors.base import Detector
-from fusenorm_openood.detectors.explanation import Explanation
 from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.statistics import Explanation
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.report.page import Card, Facts
 
@@ -107,7 +107,7 @@ def _card(image: Shown, picture: Image.Image, why: Explanation | None, number: i
         return Card(image.name, pictures, facts)
     layer, remark = objected, f"Heat map: {objected}."
     if objected not in why.maps:
-        layer = why.experts[max(rows, key=lambda row: float(why.objections[row, number]))]
+        layer = why.experts[max(rows, key=lambda row: float(why.below_mean[row, number]))]
         remark = (
             f"{objected} has no heat map; this is {layer}, the layer with the lowest contribution."
         )

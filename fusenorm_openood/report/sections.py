@@ -135,10 +135,8 @@ def contributions_section(
 
 def lowest_contributions(detector: FuseNorm, scores: NDArray[Any]) -> list[str]:
     """The expert of the lowest contribution to each image, from the experts' scores `[L, N]`."""
-    calibration = detector._check_fitted()
-    _, shares = calibration.normalised_and_shares(scores[: len(calibration.experts)])
-    worst = (calibration.mean_shares - shares).argmax(axis=0)
-    return [calibration.experts[row] for row in worst]
+    pred = np.zeros(scores.shape[1], np.int64)
+    return list(detector.explain_scores(scores, pred).objected)
 
 
 def detector_facts(detector: Detector) -> Facts:
@@ -156,10 +154,12 @@ def detector_facts(detector: Detector) -> Facts:
             ("strong experts", ", ".join(detector.strong)),
             ("other blocks", ", ".join(weak) or "none"),
         ]
-        if detector.calibration_ is not None:
-            facts.append(("fitted on", f"{detector.calibration_.id_scores.shape[1]:,} ID images"))
-        if detector.reference_ is not None:
-            facts.append(("calibrated on", f"{len(detector.reference_):,} other ID images"))
+        if detector.id_statistics_ is not None:
+            facts.append(("fitted on", f"{detector.id_statistics_.id_scores.shape[1]:,} ID images"))
+        if detector.calibration_scores_ is not None:
+            facts.append(
+                ("calibrated on", f"{len(detector.calibration_scores_):,} other ID images")
+            )
     return tuple(facts)
 
 

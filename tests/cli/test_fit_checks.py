@@ -100,4 +100,4 @@ def test_copies_count_once_and_the_fit_is_kept(fit, tmp_path, capsys, distinct, 
     wanted = "calibration images, 96" if distinct == 30 else "needs at least 19 calibration images"
     assert wanted in out
     loaded = FuseNorm.load(tmp_path / "d.safetensors", small())
-    assert len(loaded.reference_) == distinct
+    assert len(loaded.calibration_scores_) == distinct

@@ -3,9 +3,9 @@ import re
 import numpy as np
 import pytest
 import torch
+from fusenorm_openood.detectors.baselines import BASELINES, Baseline
 from torch.nn import functional as F
 
-from fusenorm_openood.detectors.baselines import BASELINES, Baseline
 from fusenorm_openood.errors import CheckpointError, ConfigError, NotFittedError
 from fusenorm_openood.network import T2FNormNet
 from tests.conftest import CLASSES, assert_undisturbed, make_loader, make_net, state_of

@@ -5,10 +5,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from fusenorm_openood.detectors.baselines import Baseline
 from torch.utils.data import DataLoader, Subset
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.errors import CalibrationError, ConfigError, NotFittedError
 from tests.conftest import assert_undisturbed, make_loader, state_of
 

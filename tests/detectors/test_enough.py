@@ -6,10 +6,10 @@ from contextlib import suppress
 
 import pytest
 import torch
-
-from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.detectors.posthoc import PosthocBaseline
+
+from fusenorm_openood import FuseNorm
 from fusenorm_openood.errors import FuseNormError
 from fusenorm_openood.network import ResNet18_32x32
 from tests.conftest import make_loader, make_net

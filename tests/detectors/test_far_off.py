@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fusenorm_openood.forward.panel import Fitted
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fusenorm_openood import FuseNorm, Settings, load_network
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
-from fusenorm_openood.forward.panel import Fitted
 from fusenorm_openood.network.understanding import understand
 from tests.conftest import make_net
 

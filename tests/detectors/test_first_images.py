@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors.bank import ScoreBank
-from fusenorm_openood.detectors.baselines import Baseline
-from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from fusenorm_openood.errors import FuseNormError, TapError
 from fusenorm_openood.method.settings import Settings
 from tests.nets import BLOCKS, CLASSES, Net, energies, some_images

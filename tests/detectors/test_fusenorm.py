@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fusenorm_openood.forward.observed import Observed
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -19,7 +20,6 @@ from fusenorm_openood.errors import (
     ZeroRangeError,
 )
 from fusenorm_openood.forward.batches import batches
-from fusenorm_openood.forward.observed import Observed
 from fusenorm_openood.forward.passes import PIXELS, parts
 from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.network.structure import read_structure

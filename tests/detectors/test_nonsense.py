@@ -6,13 +6,13 @@ import types
 
 import pytest
 import torch
+from fusenorm_openood.method.posthoc import POSTHOC, Posthoc
 
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.saving import STATES
 from fusenorm_openood.errors import DetectorFileError
-from fusenorm_openood.method.posthoc import POSTHOC, Posthoc
 from fusenorm_openood.network.named import is_catalogued
 from fusenorm_openood.storage.detector_file import Contents, read_contents, write_contents
 from tests.nets import Net, some_images

@@ -3,13 +3,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from fusenorm_openood.detectors.posthoc import UNFITTED, PosthocBaseline
+from fusenorm_openood.method.posthoc import POSTHOC
 
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors import base, posthoc
-from fusenorm_openood.detectors.posthoc import UNFITTED, PosthocBaseline
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, NotFittedError
 from fusenorm_openood.forward.samples import FeatureSample
-from fusenorm_openood.method.posthoc import POSTHOC
 from tests.conftest import assert_undisturbed, make_loader, state_of
 
 IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(5))

@@ -3,9 +3,9 @@
 import re
 
 import pytest
+from fusenorm_openood.detectors.baselines import Baseline
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.detectors.search import search
 
 ENERGY = Settings.published(output="energy")

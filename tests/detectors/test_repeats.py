@@ -5,11 +5,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.detectors.baselines import Baseline
-from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.method.conformal import guarantee
 from tests.conftest import make_loader

@@ -4,13 +4,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from fusenorm_openood.detectors.sweep import candidates
 from torch import nn
 
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.data.pseudo import KINDS
 from fusenorm_openood.detectors.bank import ScoreBank, bank_for
 from fusenorm_openood.detectors.search import search
-from fusenorm_openood.detectors.sweep import candidates
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError, ZeroRangeError
 from fusenorm_openood.method.metrics import OODMetrics, ood_metrics
 from fusenorm_openood.method.settings import Settings

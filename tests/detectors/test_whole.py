@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from fusenorm_openood import FuseNorm, FuseNormPostprocessor
 from fusenorm_openood.detectors.bank import ScoreBank
-from fusenorm_openood.detectors.baselines import Baseline
-from fusenorm_openood.detectors.posthoc import PosthocBaseline
 from fusenorm_openood.errors import CalibrationError, FuseNormError
 from fusenorm_openood.method.settings import Settings
 from tests.conftest import make_loader

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from fusenorm_openood import FuseNorm, Settings, load_network
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import load_benchmark
-from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import CheckpointError, ConfigError
 from fusenorm_openood.evaluation.evaluation import COLUMNS, evaluate, sets_of, summarise
 from fusenorm_openood.evaluation.runs import (
@@ -33,7 +33,7 @@ def evaluated(digits):
         ]
     )
     fused = evaluate(FuseNorm(net, settings).with_companions(), benchmark, progress=False)
-    return fused, evaluate(Baseline(net, "msp"), benchmark, progress=False)
+    return fused, evaluate(SingleScore(net, "msp"), benchmark, progress=False)
 
 
 def test_fusenorm_reaches_its_results_on_digits(evaluated):
@@ -74,8 +74,8 @@ def test_the_sets_have_every_image_and_expert(evaluated):
     assert [*fused.sets["id"], *fused.sets["nearood"]] == ["digits", "digit8", "digit9"]
     assert fused.sets["csid"] == fused.sets["valood"] == {}
     near = fused.sets["nearood"]["digit9"]
-    assert near.experts.shape == (len(fused.detector.rows), len(near.conf))
-    known, row = fused.sets["id"]["digits"], fused.detector.rows.index("mds")
+    assert near.experts.shape == (len(fused.detector.row_names), len(near.conf))
+    known, row = fused.sets["id"]["digits"], fused.detector.row_names.index("mds")
     auroc = roc_auc_score(
         [1] * len(known.conf) + [0] * len(near.conf), [*known.experts[row], *near.experts[row]]
     )

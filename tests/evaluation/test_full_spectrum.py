@@ -12,7 +12,7 @@ from torch import nn
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
 from fusenorm_openood.data.preprocessing import EvalTransform
-from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.evaluation import COLUMNS, evaluate
 from tests.conftest import drawn_benchmark, make_net
 
@@ -58,7 +58,7 @@ def benchmark(tmp_path):
 
 
 def test_shifted_images_count_as_id_in_every_metric(benchmark):
-    table = evaluate(Baseline(Brightness(), "mls"), benchmark, fsood=True, progress=False).table
+    table = evaluate(SingleScore(Brightness(), "mls"), benchmark, fsood=True, progress=False).table
     assert list(table.columns) == COLUMNS == ["FPR@95", "AUROC", "AUPR_IN", "AUPR_OUT", "ACC"]
     # ID and shifted 200, 120, 100, 60; OOD 80, 40: only the pair of 60 and 80 is out of order.
     # Both OOD images are found where one ID image of four is, too.
@@ -71,7 +71,7 @@ def test_shifted_images_count_as_id_in_every_metric(benchmark):
 
 
 def test_without_full_spectrum_shifted_images_do_not_count(benchmark):
-    table = evaluate(Baseline(Brightness(), "mls"), benchmark, progress=False).table
+    table = evaluate(SingleScore(Brightness(), "mls"), benchmark, progress=False).table
     for name in ("near", "far"):
         assert table.loc[name].tolist() == pytest.approx([0, 100, 100, 100, 50])
 

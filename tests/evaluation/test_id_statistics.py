@@ -9,7 +9,7 @@ from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.cli.engines import Job, evaluate_run, read_postprocessor
 from fusenorm_openood.data.benchmarks import image_loader
 from fusenorm_openood.data.lists import ImageList
-from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.evaluation import evaluate
 from tests import document
 from tests.conftest import drawn_benchmark, make_net
@@ -47,14 +47,14 @@ def test_fusenorm_reads_the_validation_list_for_react_and_for_the_statistics(ben
     assert read[: 2 * IMAGES] == VAL + VAL
     assert Counter(read[2 * IMAGES :]) == each_tested_list_once(benchmark)
     known = detector.infer(image_loader(benchmark.id["val"])).experts
-    s = detector.calibration_.statistics
+    s = detector.id_statistics_.statistics
     expected = document.compute_id_statistics(known, 1, 99.9)
     np.testing.assert_allclose([s.mean, s.std, s.lower, s.upper], expected, rtol=1e-6)
 
 
 def test_react_reads_the_validation_list_for_its_threshold(benchmark, read):
     evaluate(
-        Baseline(make_net(classes=10), "react", percentile=90.0), benchmark, True, progress=False
+        SingleScore(make_net(classes=10), "react", percentile=90.0), benchmark, True, progress=False
     )
     assert read[:IMAGES] == VAL
     assert Counter(read[IMAGES:]) == each_tested_list_once(benchmark)

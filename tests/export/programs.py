@@ -80,10 +80,10 @@ def assert_agrees(detector: FuseNorm, run: Program, pixels: Tensor, atol: float 
     pred, conf = detector.predict(normalised(pixels))
     assert found["logits"].argmax(1).tolist() == pred.tolist()
     np.testing.assert_allclose(found["confidence"], conf, rtol=atol, atol=atol)
-    if detector.reference_ is None:
+    if detector.calibration_scores_ is None:
         assert list(found) == ["logits", "confidence"]
         return
-    reference = detector.reference_
+    reference = detector.calibration_scores_
     far = np.abs(conf.numpy()[:, None] - reference).min(1) > 2 * atol * (1 + conf.abs().numpy())
     p, ood = detector.p_values(normalised(pixels)), detector.is_ood(normalised(pixels))
     np.testing.assert_allclose(found["p_value"][far], p.numpy()[far], rtol=1e-12)

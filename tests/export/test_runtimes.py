@@ -98,8 +98,8 @@ def test_a_thousand_files_in_three_runtimes(detector, tmp_path):
     assert [one.error for one in judged if one.error] == []
     ours = [[int(one.predicted), one.confidence, one.p_value, one.ood] for one in judged]
     pred, conf, p, ood = map(np.array, zip(*ours, strict=True))
-    k = int(0.05 * (len(detector.reference_) + 1) + 1e-9)
-    threshold = detector.reference_[k - 1]  # an image below it is OOD at 0.95
+    k = int(0.05 * (len(detector.calibration_scores_) + 1) + 1e-9)
+    threshold = detector.calibration_scores_[k - 1]  # an image below it is OOD at 0.95
     assert ood.tolist() == (conf < threshold).tolist()
     assert 0.2 < ood.mean() < 1
     near = np.abs(conf - threshold) <= NEAR
@@ -118,7 +118,7 @@ def test_a_thousand_files_in_three_runtimes(detector, tmp_path):
         assert not (differing & ~near).any()
         assert differing.sum() <= 2
         assert pred_.tolist() == pred.tolist()
-        assert np.abs(p_ - p).max() <= 2 / (len(detector.reference_) + 1)
+        assert np.abs(p_ - p).max() <= 2 / (len(detector.calibration_scores_) + 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import TapError, ZeroRangeError
 from fusenorm_openood.method.statistics import compute_id_statistics
 from fusenorm_openood.network.understanding import understand
@@ -109,7 +109,7 @@ def test_outputs_whose_logits_are_unknown_are_one_error(kind):
 
 def test_detectors_and_baselines_raise_that_error():
     net = Ending(*NO_LOGITS["softmax"])
-    for use in (lambda: FuseNorm(net).fit([IMAGES]), lambda: Baseline(net, "msp").score(IMAGES)):
+    for use in (lambda: FuseNorm(net).fit([IMAGES]), lambda: SingleScore(net, "msp").score(IMAGES)):
         with pytest.raises(TapError, match="which are no logits"):
             use()
 
@@ -139,7 +139,7 @@ def test_the_energy_of_log_probabilities_is_an_error_and_their_msp_is_right(kind
     for use in (
         lambda: FuseNorm(net, taps=taps, strong=["output"]).fit([IMAGES]),
         lambda: FuseNorm(net, taps=taps, strong="auto", react_percentile=90.0).fit([IMAGES]),
-        lambda: Baseline(net, "ebo", temperature=1.0).score(IMAGES),
+        lambda: SingleScore(net, "ebo", temperature=1.0).score(IMAGES),
     ):
         with pytest.raises(ZeroRangeError, match=r"log-probabilities.*'msp'"):
             use()
@@ -153,7 +153,7 @@ def test_the_energy_of_log_probabilities_is_an_error_and_their_msp_is_right(kind
             torch.testing.assert_close(
                 torch.tensor(got), (top / (1 - top)).log(), rtol=1e-4, atol=1e-4
             )
-    torch.testing.assert_close(Baseline(net, "msp").score(IMAGES), p.amax(1).float())
+    torch.testing.assert_close(SingleScore(net, "msp").score(IMAGES), p.amax(1).float())
 
 
 LOGITS = {
@@ -174,7 +174,7 @@ def test_other_outputs_are_logits_as_before(kind):
     assert structure.activation == ""
     assert not structure.head.before_softmax
     with torch.no_grad():
-        torch.testing.assert_close(Baseline(net, "mls").score(IMAGES), net(IMAGES).amax(1))
+        torch.testing.assert_close(SingleScore(net, "mls").score(IMAGES), net(IMAGES).amax(1))
 
 
 @pytest.mark.parametrize("frozen", [True, False])

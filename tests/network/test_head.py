@@ -9,11 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.detectors.baselines import Baseline
-from fusenorm_openood.detectors.posthoc import PosthocBaseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import CheckpointError, DetectorFileError, TapError
-from fusenorm_openood.forward.passes import forward_pass
-from fusenorm_openood.forward.react import head_of
+from fusenorm_openood.forward.passes import forward_pass, head_of
 from fusenorm_openood.network.checkpoints import check_classes
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import find_shares, understand
@@ -109,7 +107,7 @@ def threshold_of(inputs):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_layers_give_the_logits_and_react_clips_what_they_are_given(kind):
     net = LAYERS[kind]()
-    baseline = Baseline(net, "react", percentile=PERCENTILE).fit([IMAGES])
+    baseline = SingleScore(net, "react", percentile=PERCENTILE).fit([IMAGES])
     with torch.no_grad():
         threshold, logits = threshold_of(net.inputs(IMAGES)), net.logits(IMAGES, torch.inf)
         clipped = net.logits(IMAGES, threshold)
@@ -150,14 +148,14 @@ def test_scale_on_two_heads_scales_both_of_their_inputs():
         cut = torch.sort(f, 1).values[:, int(f.shape[1] * 0.5)].unsqueeze(1)
         factor = (f.sum(1) / f.where(f >= cut, 0).sum(1)).exp().unsqueeze(1)
         logits = net.head(net, factor * f)
-    got = PosthocBaseline(net, "scale", percentile=50).score(IMAGES)
+    got = SingleScore(net, "scale", percentile=50).score(IMAGES)
     torch.testing.assert_close(got.float(), logits.logsumexp(1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch announces that it will be removed
 def test_a_dynamically_quantised_head():
     net = torch.ao.quantization.quantize_dynamic(Layered(), {nn.Linear}, torch.qint8)
-    baseline = Baseline(net, "react", percentile=PERCENTILE).fit([IMAGES])
+    baseline = SingleScore(net, "react", percentile=PERCENTILE).fit([IMAGES])
     with torch.no_grad():
         feature = net.feature(IMAGES)
         clipped = feature.clamp(max=threshold_of(feature))
@@ -184,7 +182,7 @@ def test_without_a_head_one_error_says_the_way_out(kind):
     with pytest.raises(TapError, match="set react_percentile=None"):
         FuseNorm(net, strong=["output"], react_percentile=90.0).fit([IMAGES])
     with pytest.raises(TapError, match="ReAct needs the layers"):
-        Baseline(net, "react", percentile=90.0).fit([IMAGES])
+        SingleScore(net, "react", percentile=90.0).fit([IMAGES])
     with torch.no_grad():
         expected = net(IMAGES).double().logsumexp(1)
     detector = FuseNorm(net, strong=["output"]).fit([IMAGES])

@@ -9,7 +9,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from fusenorm_openood import FuseNorm, FuseNormPostprocessor
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.deployment.files import network_record
-from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import ConfigError, DetectorFileError
 from fusenorm_openood.network.fingerprint import EXACT, fingerprint, identify, is_network
 from tests.nets import Net, some_images
@@ -54,8 +54,8 @@ def test_another_forward_is_another_network(act, tmp_path):
     with pytest.warns(UserWarning, match="computes other logits"):
         FuseNorm.load(tmp_path / "d", other, strict=False)
     with pytest.raises(ConfigError, match="another forward: fit again"):
-        FuseNorm(other).with_calibration(detector.calibration_)
-    assert FuseNorm(Stem()).with_calibration(detector.calibration_).is_fitted
+        FuseNorm(other).with_statistics(detector.id_statistics_)
+    assert FuseNorm(Stem()).with_statistics(detector.id_statistics_).is_fitted
     records = [network_record(n, SIZE, tmp_path / "store") for n in (net, other, Stem(), Stem(act))]
     assert records[0] == records[2] != records[1] == records[3]
 
@@ -199,6 +199,6 @@ def test_odin_of_a_network_that_mixes_images_is_kept_with_the_batch_size():
             return super().forward(x) + x.mean()
 
     for net, mixes in ((Net(), False), (Mixing(), True)):
-        detector = Baseline(net, "odin", temperature=1000.0, noise=0.001)
+        detector = SingleScore(net, "odin", temperature=1000.0, noise=0.001)
         detector.structure(NEW)
-        assert detector._listener(recorded=True).what["mixes"] is mixes
+        assert detector.scoring().record["batch_dependent"] is mixes

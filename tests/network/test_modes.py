@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from fusenorm_openood import FuseNorm, Settings, tap_candidates
-from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import FuseNormError, NetworkError
 from fusenorm_openood.network.running import eval_mode, preserved_randomness
 from tests.conftest import assert_undisturbed, state_of
@@ -32,7 +32,7 @@ def test_understanding_a_network_draws_no_random_numbers():
     tap_candidates(net, IMAGES)
     FuseNorm(net)
     FuseNorm(plain).fit([IMAGES]).score(IMAGES)
-    Baseline(plain, "odin", temperature=10.0, noise=0.01).score(IMAGES)
+    SingleScore(plain, "odin", temperature=10.0, noise=0.01).score(IMAGES)
     assert torch.equal(torch.get_rng_state(), expected)
 
 
@@ -45,7 +45,7 @@ def test_scores_of_a_random_network_depend_on_the_seed_alone():
     assert torch.equal(scores[0], scores[1])
     assert not torch.equal(scores[0], scores[2])
     torch.manual_seed(3)  # the first score of a baseline understands the network
-    first = Baseline(net, "mls").score(IMAGES)
+    first = SingleScore(net, "mls").score(IMAGES)
     torch.manual_seed(3)
     with torch.no_grad():
         torch.testing.assert_close(first, net(IMAGES).amax(1))
@@ -99,7 +99,7 @@ def test_errors_leave_everything_as_before():
     for use in (
         lambda: FuseNorm(net).fit([IMAGES]),
         lambda: tap_candidates(net, IMAGES),
-        lambda: Baseline(net, "msp").score(IMAGES),
+        lambda: SingleScore(net, "msp").score(IMAGES),
     ):
         with pytest.raises(FuseNormError, match="broken"):
             use()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.network.outputs import tensors_in
 from tests.nets import CLASSES, Net, some_images
@@ -84,8 +84,8 @@ def test_every_kind_of_output_scores_as_the_logits_alone(kind, expected):
 def test_odin_and_baselines_read_the_logits_alike(kind):
     net = Returning(KINDS[kind]).eval()
     for name, args in (("odin", {"temperature": 10.0, "noise": 0.01}), ("msp", {})):
-        expected = Baseline(Net(), name, **args).score(IMAGES)
-        torch.testing.assert_close(Baseline(net, name, **args).score(IMAGES), expected)
+        expected = SingleScore(Net(), name, **args).score(IMAGES)
+        torch.testing.assert_close(SingleScore(net, name, **args).score(IMAGES), expected)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_outputs_without_clear_logits_are_one_error(wrap, message):
     net = Returning(wrap).eval()
     for use in (
         lambda: FuseNorm(net, strong=["output"], output="odin").fit([IMAGES]),
-        lambda: Baseline(net, "msp").score(IMAGES[:2]),
+        lambda: SingleScore(net, "msp").score(IMAGES[:2]),
     ):
         with pytest.raises(TapError, match=message) as caught:
             use()

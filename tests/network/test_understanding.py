@@ -10,9 +10,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.detectors.baselines import Baseline
 from fusenorm_openood.detectors.configuration import detector_for
-from fusenorm_openood.detectors.posthoc import PosthocBaseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import NetworkError, TapError
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.network.understanding import understand
@@ -78,7 +77,7 @@ def test_baselines_score_a_mixed_batch_as_a_whole(name):
     args = {"temperature": 1000.0, "noise": 0.0} if name == "odin" else {}
     with torch.no_grad():
         logits = net(IMAGES)
-    pred, conf = Baseline(net, name, **args).predict(IMAGES)
+    pred, conf = SingleScore(net, name, **args).predict(IMAGES)
     assert torch.equal(pred, logits.argmax(1))
     if name == "mls":
         torch.testing.assert_close(conf, logits.amax(1))
@@ -111,7 +110,7 @@ def test_an_ensemble_beside_each_other_in_the_batch_is_one_error():
 
     for use in (
         lambda net: FuseNorm(net).fit([IMAGES]),
-        lambda net: Baseline(net, "msp").score(IMAGES),
+        lambda net: SingleScore(net, "msp").score(IMAGES),
     ):
         with pytest.raises(TapError, match=r"got \[8, 5\] for 2 image"):
             use(BatchEnsemble())
@@ -238,8 +237,8 @@ def test_a_random_network_is_one_error_that_says_so():
     net = changed("rare dropout")
     for use in (
         lambda: FuseNorm(net).fit([IMAGES]),
-        lambda: Baseline(net, "msp").score(IMAGES),
-        lambda: PosthocBaseline(net, "knn", K=5).fit([IMAGES]),
+        lambda: SingleScore(net, "msp").score(IMAGES),
+        lambda: SingleScore(net, "knn", K=5).fit([IMAGES]),
     ):
         with pytest.raises(TapError, match=r"other logits for the same images.*random='allow'"):
             use()
@@ -331,8 +330,8 @@ def test_a_last_batch_of_one_and_one_image_score_as_beside_others(kind):
     assert (structure.smallest_batch, structure.batch_dependent) == (2, False)
     assert understand(net, IMAGES[:1]) == structure
     detector = FuseNorm(net, settings).fit(list(IMAGES.split(32)))
-    whole = FuseNorm(net, settings).fit([IMAGES]).calibration_.id_scores
-    np.testing.assert_allclose(detector.calibration_.id_scores, whole, rtol=1e-4, atol=1e-5)
+    whole = FuseNorm(net, settings).fit([IMAGES]).id_statistics_.id_scores
+    np.testing.assert_allclose(detector.id_statistics_.id_scores, whole, rtol=1e-4, atol=1e-5)
     expected = detector.score(IMAGES)
     batches = list(IMAGES.split(8))
     torch.testing.assert_close(detector.score_loader(batches), expected, rtol=1e-4, atol=1e-5)
@@ -347,9 +346,9 @@ def test_a_last_batch_of_one_and_one_image_score_as_beside_others(kind):
 def test_single_experts_score_one_image(kind):
     net = squeezing(kind)
     for name, args in (("mls", {}), ("odin", {"temperature": 10.0, "noise": 0.01})):
-        baseline = Baseline(net, name, **args)
+        baseline = SingleScore(net, name, **args)
         torch.testing.assert_close(baseline.score(IMAGES[3]), baseline.score(IMAGES)[3])
-    react = Baseline(net, "react", percentile=80.0).fit(list(IMAGES.split(16)))
+    react = SingleScore(net, "react", percentile=80.0).fit(list(IMAGES.split(16)))
     torch.testing.assert_close(react.score(IMAGES[3]), react.score(IMAGES)[3])
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm, Settings, atf, tap_candidates
-from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import FuseNormError, TapError
 from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.network.running import scoring_module, unwrapped
@@ -97,7 +97,7 @@ def test_a_wrapped_t2fnorm_network_scores_by_its_scoring_logits(kind, inner):
     np.testing.assert_allclose(scored.experts, expected.experts, rtol=1e-4, atol=1e-6)
     assert scored.pred.tolist() == classes.tolist()
     assert (logits.argmax(1) != classes).any()
-    pred, conf = Baseline(wrap(inner), "t2fnorm").predict(IMAGES)
+    pred, conf = SingleScore(wrap(inner), "t2fnorm").predict(IMAGES)
     torch.testing.assert_close(conf.double(), logits.softmax(1).amax(1))
     assert torch.equal(pred, classes)
 
@@ -110,7 +110,7 @@ def test_odin_steps_on_the_images_before_any_preprocessing(inner):
     moved = IMAGES - 0.02 * torch.where(leaf.grad >= 0, 1.0, -1.0)
     with torch.no_grad():
         p = (inner.forward_ood_inference((moved - 0.1) / 0.5) / 10).softmax(1).amax(1)
-    got = Baseline(Preprocessing(inner), "odin", temperature=10.0, noise=0.02).score(IMAGES)
+    got = SingleScore(Preprocessing(inner), "odin", temperature=10.0, noise=0.02).score(IMAGES)
     torch.testing.assert_close(got, p)
 
 
@@ -151,8 +151,8 @@ def test_wrappers_of_torch_change_nothing(kind, request):
 
 
 def test_distributed_t2fnorm(gloo, inner):
-    expected = Baseline(inner, "t2fnorm").predict(IMAGES)
-    got = Baseline(nn.parallel.DistributedDataParallel(inner), "t2fnorm").predict(IMAGES)
+    expected = SingleScore(inner, "t2fnorm").predict(IMAGES)
+    got = SingleScore(nn.parallel.DistributedDataParallel(inner), "t2fnorm").predict(IMAGES)
     assert torch.equal(got[0], expected[0])
     torch.testing.assert_close(got[1], expected[1])
 
@@ -180,7 +180,7 @@ def test_networks_whose_modules_run_no_hooks_are_one_error(kind):
     for use in (
         lambda: FuseNorm(net),
         lambda: tap_candidates(net, IMAGES),
-        lambda: Baseline(net, "msp").score(IMAGES),
+        lambda: SingleScore(net, "msp").score(IMAGES),
     ):
         with pytest.raises(TapError, match="give the network that it was made from"):
             use()
@@ -263,7 +263,7 @@ def test_a_statically_quantised_network_has_logits_but_no_taps(output):
     with torch.no_grad():
         logits = net(IMAGES).double()
     torch.testing.assert_close(
-        Baseline(net, "mls").score(IMAGES).double(), logits.amax(1), rtol=1e-5, atol=1e-5
+        SingleScore(net, "mls").score(IMAGES).double(), logits.amax(1), rtol=1e-5, atol=1e-5
     )
     with pytest.raises(FuseNormError) as caught:
         FuseNorm(net, strong=["output"], output=output).fit([IMAGES])

@@ -1,5 +1,6 @@
 """Post-hoc experts against OpenOOD's own postprocessors, on the same network and images."""
 
+from dataclasses import asdict
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from fusenorm_openood.kernels.devices import on_device
-from fusenorm_openood.method.posthoc import POSTHOC, Head, Seen, check_arguments
+from fusenorm_openood.method.scores import POSTHOC, make_score
+from fusenorm_openood.method.scores.base import Features, Head
 from fusenorm_openood.storage.configs import config_root
 from tests.conftest import make_net
 
@@ -23,7 +25,7 @@ def images_of(n, seed):
 def sees(net, images):
     with torch.no_grad():
         logits, feature = net(images, return_feature=True)
-    return Seen(feature, logits)
+    return Features(feature, logits)
 
 
 def build(name, arguments):
@@ -69,7 +71,8 @@ def test_scores_equal_openoods(name, arguments):
     labels = fit.logits.argmax(1)
     labels[::7] = (labels[::7] + 1) % CLASSES  # images classified wrongly
     labels = torch.where(torch.bincount(labels, minlength=CLASSES)[labels] > 0, labels, 0)
-    arguments = check_arguments(name, arguments)
+    score = make_score(name, arguments)
+    arguments = asdict(score)
     theirs = build(name, arguments)
     wrapped = net
     if name in ("ash", "scale"):
@@ -80,8 +83,7 @@ def test_scores_equal_openoods(name, arguments):
         theirs.setup(wrapped, {"train": batches}, {})
         predicted, expected = theirs.postprocess(wrapped, test.clone())
     seen, head = sees(net, test), Head(net.fc.weight, net.fc.bias)
-    expert = POSTHOC[name]
-    got = expert.score(seen, head, expert.fit(fit, labels, head, arguments), arguments)
+    got = score(seen, head, score.fit(score.sums(fit, labels), fit, head))
     if name not in ("ash", "scale"):
         assert torch.equal(predicted, seen.logits.argmax(1))
     expected = expected.double()

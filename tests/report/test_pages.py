@@ -13,7 +13,7 @@ import pytest
 from fusenorm_openood import FuseNorm, load_network, ood_metrics
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import load_benchmark
-from fusenorm_openood.detectors.baselines import Baseline
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.evaluation import evaluate
 from fusenorm_openood.report import page
 from fusenorm_openood.report.evaluation import report_of_evaluation
@@ -226,7 +226,7 @@ def test_matplotlib_and_jinja_are_imported_when_a_page_is_made():
 
 def test_a_single_expert_has_pictures_without_heat_maps(digits, short_data):
     benchmark = load_benchmark("digits", short_data)
-    result = evaluate(Baseline(load_network(digits[1]), "msp"), benchmark, progress=False)
+    result = evaluate(SingleScore(load_network(digits[1]), "msp"), benchmark, progress=False)
     text = render(report_of_evaluation(result, benchmark, "digits"))
     assert "as the network sees it" in text
     assert "eat map" not in text

@@ -58,7 +58,7 @@ def test_a_file_that_is_missing(tmp_path):
 def test_thousands_of_rows_make_a_small_page(detector, folders):
     rng = np.random.default_rng(0)
     conf = rng.normal(0.3, 0.5, 25_000)
-    p = conformal_p_values(conf, detector.reference_)
+    p = conformal_p_values(conf, detector.calibration_scores_)
     image = str(next((folders / "test_digits").iterdir()))
     rows = (
         Judged(image if i % 2 else f"gone/{i}.png", "class", c, q, bool(q <= 0.05), "mds")
@@ -94,7 +94,7 @@ def test_without_readable_images_there_is_still_a_page(detector):
 
 def test_without_calibration_there_are_no_verdicts(folders, digits):
     detector = FuseNorm.load(folders / "detector.safetensors", load_network(digits[1]))
-    detector.reference_ = None
+    detector.calibration_scores_ = None
     path = next((folders / "test_digits").iterdir())
     report = report_of_files(detector, [Judged(str(path), "c", float(detector.score(path)))])
     assert dict(report.highlights) == {"images": "1", "unreadable": "0"}

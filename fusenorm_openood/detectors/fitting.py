@@ -1,0 +1,147 @@
+"""Fit experts on ID images, and tell how many images that takes."""
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fusenorm_openood.detectors.base import ExpertScorer
+from fusenorm_openood.forward.batches import Readings, batches
+from fusenorm_openood.forward.experts import BatchScores, Fitted, Scoring
+from fusenorm_openood.forward.react import check_features, react_thresholds
+from fusenorm_openood.forward.samples import LIMIT, BlockSums, Sample
+from fusenorm_openood.method.scores.base import Features, LogitScore
+
+LEAST = 20  # images, with which the 5th percentile lies among the scores
+SHORT = 0.9  # a fit on a tenth fewer images than are enough is nearly as good
+
+
+def fit_experts(
+    scorer: ExpertScorer,
+    scoring: Scoring,
+    loader: Iterable[Any],
+    progress: bool,
+    desc: str = "fit",
+    least: int = LEAST,
+    by_label: bool = False,
+) -> tuple[Fitted, BatchScores]:
+    """What experts fit on ID images, and the scores of these.
+
+    Fewer images than `least`, or than an expert needs, are a warning, before the fit if their
+    number is known. The loader is read once, and once more before if ReAct needs a threshold.
+
+    With post-hoc scores, only an even sample of at most `LIMIT` images is returned, with their
+    features: they are KNN's neighbours. Means and covariances are those of all images. For the
+    post-hoc scores themselves, see `leave_one_out`.
+
+    Args:
+        scorer: collects the scores.
+        scoring: the experts; what they have fitted is ignored.
+        loader: ID images.
+        progress, desc: the progress bar.
+        least: the number of images that the ID statistics need.
+        by_label: whether a class is that of the label, where there is one, instead of the predicted
+            one, and only memory limits the sample: OpenOOD's way for a single score.
+
+    Raises:
+        DataError: a loader that gives other batches when it is read again.
+        TapError: the network lacks what an expert needs.
+        NonFiniteError: a score or a feature is not finite.
+    """
+    scoring.check()
+    is_counted = warn_if_few(scoring, loader, least)
+    posthoc = [score for score in scoring.experts.scores if not isinstance(score, LogitScore)]
+    others = tuple(score for score in scoring.experts.scores if score not in posthoc)
+    fitted = Fitted(react_thresholds(scoring, loader, progress))
+    first = replace(
+        scoring,
+        experts=replace(scoring.experts, scores=others),
+        fitted=fitted,
+        features="all" if any(score.needs_feature for score in posthoc) else "",
+    )
+    sample, sums = Sample(math.inf if by_label else LIMIT), BlockSums(posthoc)
+
+    def add(batch: BatchScores) -> None:
+        labels = batch.pred.cpu()  # with true ones, the images of the fit would look too ID-like
+        if by_label:
+            check_features(batch)
+            given = torch.from_numpy(batch.label)
+            labels = torch.where(given < 0, labels, given)
+        sample.add(batch.features)
+        sums.add(batch.features, labels)
+
+    rows = list(first.experts)
+    scored = scorer.collect(
+        lambda images: first, loader, rows, progress, desc, add if posthoc else None
+    )
+    if not is_counted:
+        warn_if_few(scoring, loader, least, len(scored.pred))
+    experts, pred = torch.from_numpy(scored.experts), torch.from_numpy(scored.pred)
+    if not posthoc:
+        none = torch.empty(len(pred), 0)
+        scores = dict(zip(rows, experts, strict=True))
+        return fitted, BatchScores(scores, pred, Features(none, none), scored.label)
+    head = scoring.head()
+    fitted.states = {score: sums.fit(score, sample, head) for score in posthoc}
+    drawn = sample.indices
+    scores = dict(zip(rows, experts[:, drawn], strict=True))
+    return fitted, BatchScores(scores, pred[drawn], sample.features, scored.label[drawn])
+
+
+def leave_one_out(scoring: Scoring, batch: BatchScores) -> BatchScores:
+    """Images of the fit with their post-hoc scores; see `Score.score_fit`."""
+    head, states = scoring.head(), scoring.fitted.states
+    scores = dict(batch.scores)
+    for score, state in states.items():
+        scores[score] = score(batch.features, head, state, batch.pred)
+    return batch._replace(scores=scores)
+
+
+def enough_for(percentile: float) -> int:
+    """The number of images with which a percentile in [0, 100] lies among their scores.
+
+    >>> enough_for(5), enough_for(1), enough_for(0)
+    (20, 100, 20)
+    """
+    return max(LEAST, math.ceil(100 / percentile - 1e-6)) if percentile else LEAST
+
+
+def warn_if_few(
+    scoring: Scoring, loader: Iterable[Any], least: int = LEAST, images: int | None = None
+) -> bool:
+    """Warn if a loader has fewer images than a fit needs; whether their number is known.
+
+    It is `images`, or what the loader tells without being read.
+    """
+    images = _known_count(loader) if images is None else images
+    posthoc = [score for score in scoring.experts.scores if not isinstance(score, LogitScore)]
+    classes, features = scoring.structure.classes, scoring.width if posthoc else 0
+    needs = {"percentiles of the scores": least, f"{classes} classes": classes}
+    for score in posthoc:
+        count = score.images_needed(features, classes)
+        needs[f"{score.name} with {features} features"] = count
+    few = [what for what, count in needs.items() if images is not None and images < SHORT * count]
+    if few:
+        warnings.warn(
+            f"{images} ID images are too few for {', '.join(few)}: fit on at least "
+            f"{max(needs.values())}",
+            UserWarning,
+            stacklevel=5,
+        )
+    return images is not None
+
+
+def _known_count(loader: Iterable[Any]) -> int | None:
+    """The number of images of a loader, if it is known before they are read."""
+    given: Any = loader.loader if isinstance(loader, Readings) else loader
+    if isinstance(given, list | tuple):
+        return sum(len(images) for images, _ in batches(given))
+    if getattr(given, "batch_sampler", None) is not None and given.batch_size is None:
+        return None
+    try:
+        return len(getattr(given, "sampler", None) or given.dataset)
+    except (AttributeError, NotImplementedError, TypeError):
+        return None

@@ -1,0 +1,95 @@
+"""Single scores as detectors, with OpenOOD's names, arguments and conventions."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fusenorm_openood.detectors.atomic import atomic
+from fusenorm_openood.detectors.base import Detector, check_energy
+from fusenorm_openood.detectors.fitting import fit_experts, warn_if_few
+from fusenorm_openood.errors import CheckpointError, NotFittedError
+from fusenorm_openood.forward.experts import Expert, Experts, Fitted, Scoring
+from fusenorm_openood.forward.react import react_thresholds
+from fusenorm_openood.method.scores import LOGIT_SCORES, make_score
+from fusenorm_openood.method.scores.base import Score
+from fusenorm_openood.network.running import scoring_module, unwrapped
+from fusenorm_openood.network.structure import Structure
+
+
+class SingleScore(Detector):
+    """One score, computed as in OpenOOD, including ties.
+
+    It is fitted on all images that it is given, in bounded memory: KNN's neighbours and the scale
+    of ViM's virtual logit are those of all images if their features and logits take at most 1 GiB,
+    else those of an even sample.
+
+    Args:
+        net: any network; a T2FNorm network is scored by its scoring logits.
+        score: a score, or the name of one; see `fusenorm_openood.method.scores`.
+        random: whether the network may be random, `refuse` or `allow`; see `Settings`.
+        arguments: the score's arguments by OpenOOD's names; the others have their defaults.
+
+    Raises:
+        ConfigError: an unknown score, or invalid arguments.
+        CheckpointError: `t2fnorm` with a network that was not trained with T2FNorm.
+    """
+
+    def __init__(
+        self, net: nn.Module, score: str | Score, random: str = "refuse", **arguments: Any
+    ) -> None:
+        super().__init__(net, random=random)
+        chosen = make_score(score, arguments) if isinstance(score, str) else score
+        if chosen.needs_t2fnorm and scoring_module(net) is None:
+            raise CheckpointError(
+                f"postprocessor {chosen.name!r} needs a network trained with T2FNorm, got a "
+                f"{type(unwrapped(net)).__name__}: use such a checkpoint, or another postprocessor"
+            )
+        self._score, self.experts = chosen, (chosen.name,)
+        self.fitted_on = "val" if chosen.name in LOGIT_SCORES else "train"
+        self._fitted = Fitted()
+
+    def scoring(self, images: Tensor | None = None) -> Scoring:
+        experts = Experts(scores=(self._score,))
+        return Scoring(self.net, self._known(images), experts, self._fitted)
+
+    def rows(self) -> list[Expert]:
+        return [self._score]
+
+    @atomic
+    def fit(self, loader: Iterable[Any], progress: bool = False) -> "SingleScore":
+        """Fit the score on ID images, as OpenOOD does; some scores have nothing to fit.
+
+        Raises:
+            NonFiniteError: a feature is not finite.
+            DataError: the loader gives no images, or labels that are no class of the network.
+        """
+        if self._score.needs_fit:
+            readings = self._begin(loader)
+            scoring = self.scoring()
+            self._fitted, _ = fit_experts(self, scoring, readings, progress, by_label=True)
+        elif self._score.clip_percentile is not None:
+            readings = self._begin(loader)
+            scoring = self.scoring()
+            warn_if_few(scoring, readings)
+            self._fitted = Fitted(react_thresholds(scoring, readings, progress))
+        return self
+
+    @property
+    def threshold_(self) -> float | None:
+        """ReAct's clipping threshold, None before `fit`."""
+        return next(iter(self._fitted.thresholds.values()), None)
+
+    def _check_structure(self, structure: Structure) -> None:
+        super()._check_structure(structure)
+        check_energy(self.net, structure, [self._score])
+
+    def _check_fitted(self) -> None:
+        unfitted = self._score.needs_fit and self._score not in self._fitted.states
+        if unfitted or (self._score.clip_percentile is not None and self.threshold_ is None):
+            raise NotFittedError(f"this {self._score.name} is not fitted: call fit(loader) first")
+
+    def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
+        conf: NDArray[Any] = experts[0]
+        return conf

@@ -1,0 +1,187 @@
+"""What a detector finds on ID images, and what its confidences are made of."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fusenorm_openood.forward.experts import Fitted
+from fusenorm_openood.method.conformal import conformal_p_values
+from fusenorm_openood.method.fusion import Fusion
+from fusenorm_openood.method.joint import JointStatistics
+from fusenorm_openood.method.scores import POSTHOC, make_score
+from fusenorm_openood.method.settings import Settings
+from fusenorm_openood.method.statistics import IDStatistics
+from fusenorm_openood.network.fingerprint import Fingerprint
+
+
+@dataclass(frozen=True)
+class DetectorStatistics:
+    """The ID statistics of a FuseNorm; they can be pickled without the network.
+
+    Attributes:
+        experts: names of the experts: the layers, then others.
+        fitted: what the experts themselves have fitted.
+        id_scores: their scores on ID images `[L, N]`.
+        statistics: ID statistics of the experts, or with the joint penalty of the strong ones.
+        joint: statistics of the joint distance, with the joint penalty or the clip.
+        settings: all settings of the fit.
+        strong: names of the strong experts.
+        network: what the network of the fit is recognised by, if that is known.
+    """
+
+    experts: tuple[str, ...]
+    fitted: Fitted
+    id_scores: NDArray[np.float64]
+    statistics: IDStatistics
+    joint: JointStatistics | None
+    settings: Settings
+    strong: tuple[str, ...]
+    network: Fingerprint | None = None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the tapped layers."""
+        return tuple(name for name in self.experts if name not in ("output", *POSTHOC))
+
+    @cached_property
+    def fusion(self) -> Fusion:
+        """The fusion of scores into contributions."""
+        strong = [self.experts.index(name) for name in self.strong]
+        layers, experts = len(self.layers), len(self.experts)
+        return Fusion(self.settings, strong, layers, experts, self.statistics, self.joint)
+
+    def contributions(self, scores: NDArray[Any]) -> NDArray[np.float64]:
+        """Contributions `[L, N]` of the experts to the confidences, which are their sums."""
+        given: NDArray[np.float64] = self.fusion(_float64(scores)).numpy()
+        return given
+
+    @cached_property
+    def mean_contributions(self) -> NDArray[np.float64]:
+        """Mean contributions `[L, 1]` over the ID images."""
+        mean: NDArray[np.float64] = self.contributions(self.id_scores).mean(axis=1, keepdims=True)
+        return mean
+
+    def joint_penalty(self, scores: NDArray[Any]) -> NDArray[np.float64]:
+        """The joint penalties `[N]` of images with these scores, with the joint penalty."""
+        distance = self.fusion.joint_distance
+        terms = distance.terms(_float64(scores[: len(self.layers)]))
+        penalties: NDArray[np.float64] = distance.penalty(terms).numpy()
+        return penalties
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the confidences of `B` images are made of.
+
+    Attributes:
+        experts: names of the experts.
+        conf: confidences `[B]`, larger = more in-distribution.
+        pred: predicted classes `[B]`.
+        scores: scores `[L, B]` of the experts, larger = more in-distribution.
+        normalised: normalised scores `[L, B]`: the 5th and 95th percentile of ID images are 0 and
+            1; with the joint penalty in standard deviations from their mean.
+        contributions: contributions `[L, B]` of the experts to the confidences, their sums.
+        below_mean: by how much each contribution `[L, B]` is below its mean over the ID images.
+        objected: the expert whose contribution is farthest below its mean, for each image.
+        maps: by layer, heat maps `[B, H, W]` that add up to its norms; see `atf_map`.
+        p_values: conformal p-values `[B]`, None without calibration images.
+    """
+
+    experts: tuple[str, ...]
+    conf: NDArray[np.float64]
+    pred: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    normalised: NDArray[np.float64]
+    contributions: NDArray[np.float64]
+    below_mean: NDArray[np.float64]
+    objected: tuple[str, ...]
+    maps: dict[str, Tensor]
+    p_values: NDArray[np.float64] | None = None
+
+
+def explanation(
+    statistics: DetectorStatistics,
+    scores: NDArray[Any],
+    pred: NDArray[Any],
+    maps: dict[str, Tensor],
+    calibration: NDArray[np.float64] | None = None,
+) -> Explanation:
+    """The explanation of images with these expert scores `[L, B]`; see there."""
+    contributions = statistics.contributions(scores)
+    below = statistics.mean_contributions - contributions
+    conf = contributions.sum(axis=0)
+    return Explanation(
+        statistics.experts,
+        conf,
+        pred,
+        scores,
+        statistics.fusion.normalised(_float64(scores)).numpy(),
+        contributions,
+        below,
+        tuple(statistics.experts[row] for row in below.argmax(axis=0)),
+        maps,
+        None if calibration is None else conformal_p_values(conf, calibration),
+    )
+
+
+def packed(statistics: DetectorStatistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of ID statistics, and the rest of them in terms of JSON."""
+    s = statistics
+    arrays = {"id_scores": s.id_scores}
+    arrays |= {f"statistics.{name}": value for name, value in vars(s.statistics).items()}
+    if s.joint is not None:
+        arrays |= {f"joint.{n}": np.asarray(v) for n, v in s.joint._asdict().items()}
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    for number, state in enumerate(s.fitted.states.values()):
+        tensors |= {f"state.{number}.{name}": value.cpu() for name, value in state.items()}
+    return tensors, {
+        "settings": s.settings.to_json(),
+        "experts": s.experts,
+        "strong": s.strong,
+        "joint": s.joint is not None,
+        "thresholds": list(s.fitted.thresholds.items()),
+        "posthoc": [score.to_json() for score in s.fitted.states],
+    }
+
+
+def unpacked(tensors: dict[str, Tensor], record: dict[str, Any]) -> DetectorStatistics:
+    """The ID statistics that were `packed`, from parts that are known to be right."""
+
+    def named(group: str) -> dict[str, Tensor]:
+        prefix = f"{group}."
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    def arrays(group: str) -> dict[str, Any]:
+        return {name: tensor.numpy() for name, tensor in named(group).items()}
+
+    states = {
+        make_score(name, arguments): named(f"state.{number}")
+        for number, (name, arguments) in enumerate(record["posthoc"])
+    }
+    joint = None
+    if record["joint"]:
+        found = arrays("joint")  # files from before `limit` was kept are read as they were
+        scalars = {n: float(v) for n, v in found.items() if v.ndim == 0}
+        joint = JointStatistics(**{**found, **scalars})
+    return DetectorStatistics(
+        experts=tuple(record["experts"]),
+        fitted=Fitted(dict(map(tuple, record["thresholds"])), states),
+        id_scores=tensors["id_scores"].numpy(),
+        statistics=IDStatistics(**arrays("statistics")),
+        joint=joint,
+        settings=Settings.from_mapping(record["settings"]),
+        strong=tuple(record["strong"]),
+        network=record["network"],
+    )
+
+
+def _float64(scores: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(scores, dtype=np.float64))

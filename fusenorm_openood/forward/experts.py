@@ -1,0 +1,311 @@
+"""The experts of a detector, and all their scores from one forward pass over images."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fusenorm_openood.errors import TapError
+from fusenorm_openood.forward.gradient import gradients_of_images
+from fusenorm_openood.forward.passes import ForwardPass, forward_pass, head_logits, head_of, parts
+from fusenorm_openood.kernels.devices import with_double
+from fusenorm_openood.method.atf import FeatureNorm, atf_each
+from fusenorm_openood.method.scores.base import NO_HEAD, Features, Head, Score, State
+from fusenorm_openood.method.scores.odin import odin_direction, odin_step
+from fusenorm_openood.network.running import eval_mode, unwrapped
+from fusenorm_openood.network.structure import Structure
+
+Expert = tuple[str, FeatureNorm] | Score  # a feature norm of a layer, or another score
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Every feature norm of every layer, and other scores."""
+
+    layers: tuple[str, ...] = ()
+    norms: tuple[FeatureNorm, ...] = ()
+    scores: tuple[Score, ...] = ()
+
+    def __iter__(self) -> Iterator[Expert]:
+        yield from self.feature_norms
+        yield from self.scores
+
+    @property
+    def feature_norms(self) -> list[tuple[str, FeatureNorm]]:
+        """The experts that are feature norms."""
+        return [(layer, norm) for norm in self.norms for layer in self.layers]
+
+    @property
+    def percentiles(self) -> list[float]:
+        """Percentiles at which ReAct clips for at least one score."""
+        given = (score.clip_percentile for score in self.scores)
+        return list(dict.fromkeys(q for q in given if q is not None))
+
+    def __or__(self, other: "Experts") -> "Experts":
+        """These experts and others, each once."""
+        ours, theirs = vars(self).values(), vars(other).values()
+        both = (dict.fromkeys((*a, *b)) for a, b in zip(ours, theirs, strict=True))
+        return Experts(*map(tuple, both))
+
+
+@dataclass
+class Fitted:
+    """What experts have fitted on ID images.
+
+    Attributes:
+        thresholds: ReAct's clipping thresholds by percentile.
+        states: states of the scores, on the CPU.
+    """
+
+    thresholds: dict[float, float] = field(default_factory=dict)
+    states: dict[Score, State] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._moved: dict[tuple[Score, torch.device], State] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:  # what was moved to a device is not pickled
+        return Fitted, (self.thresholds, self.states)
+
+    def state(self, score: Score, device: torch.device) -> State:
+        """The state of a score on a device, to which it is moved once."""
+        if device.type == "cpu" or not score.needs_fit:
+            return self.states.get(score, {})
+        if (score, device) not in self._moved:
+            moved = {name: value.to(device) for name, value in self.states[score].items()}
+            self._moved[score, device] = moved
+        return self._moved[score, device]
+
+
+class BatchScores(NamedTuple):
+    """Scores of `B` images.
+
+    Attributes:
+        scores: scores `[B]` by expert, larger = more in-distribution.
+        pred: predicted classes `[B]`.
+        features: features and logits; features are `[B, 0]` where no expert needs them.
+        label: labels `[B]`, -1 for images without a label.
+        images: the images `[B, C, H, W]`; None if the pass was recorded.
+    """
+
+    scores: Mapping[Expert, Tensor]
+    pred: Tensor
+    features: Features
+    label: NDArray[np.int64] = np.empty(0, np.int64)
+    images: Tensor | None = None
+
+    def matrix(self, experts: Sequence[Expert]) -> Tensor:
+        """Scores `[L, B]` of some experts, in float64 where the device has it."""
+        if not experts:
+            return torch.empty(0, len(self.pred), dtype=torch.float64, device="cpu")
+        return torch.stack([with_double(self.scores[expert]).double() for expert in experts])
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How images are scored: a forward pass, and what follows from its features and logits.
+
+    Feature norms and ODIN need the network itself. All other scores are functions of the logits and
+    the penultimate feature, so that a recorded pass serves other scores, too.
+
+    Args:
+        net: a network; it is left unchanged.
+        structure: how it is built; see `understand`.
+        experts: the experts.
+        fitted: what they have fitted.
+        features: which features a pass gives: `""` = those that the experts need, `"all"`, or
+            `"activations"`, the inputs of the layers that make the logits before any mean.
+    """
+
+    net: nn.Module
+    structure: Structure
+    experts: Experts = Experts()
+    fitted: Fitted = field(default_factory=Fitted)
+    features: Literal["", "all", "activations"] = ""
+
+    def __call__(self, images: Tensor) -> BatchScores:
+        """Scores of images `[B, C, H, W]` on the network's device.
+
+        Raises:
+            TapError: the network lacks what an expert needs: a layer, a gradient with respect to
+                the images, or a final linear layer.
+        """
+        return self.complete(self.run(images))
+
+    def run(self, images: Tensor) -> BatchScores:
+        """As `__call__`, but only the scores that need the network."""
+        with eval_mode(unwrapped(self.net)):
+            split = parts(images, self.structure.batch_dependent)
+            batches = [self.run_part(part)[0] for part in split]
+        return batches[0] if len(batches) == 1 else _joined(batches)
+
+    def run_part(self, images: Tensor) -> tuple[BatchScores, ForwardPass]:
+        """As `run`, for a network in eval mode, without splitting the images; with the pass."""
+        self.check()
+        net, structure, by_network = self.net, self.structure, self.scores_by_network
+        moved = dict[Score, Tensor]()
+        if any(score.needs_gradient for score in by_network):
+            first, moved = self._with_gradients(images)
+        else:
+            with torch.no_grad():
+                first = forward_pass(net, images, structure, self.experts.layers, self._norms)
+        scores = dict[Expert, Tensor]()
+        if self.experts.layers:
+            scores = dict(
+                zip(
+                    self.experts.feature_norms,
+                    first.norms.transpose(0, 1).flatten(0, 1),
+                    strict=True,
+                )
+            )
+        with torch.no_grad():
+            for score in by_network:
+                given = moved.get(score, images)
+                done = forward_pass(net, given, structure) if score in moved else first
+                logits = self._logits(given, done, score)
+                scores[score] = score(Features(logits[:, :0], logits))
+        feature = first.activations if self.features == "activations" else first.feature
+        if feature is None or not (self.features or self.needs_feature):
+            feature = first.logits[:, :0]
+        features = Features(feature.detach(), first.logits.detach())
+        return BatchScores(scores, first.pred, features), first
+
+    def complete(self, batch: BatchScores) -> BatchScores:
+        """All scores of a batch, from those that need the network and from its features."""
+        missing = [score for score in self.experts.scores if score not in batch.scores]
+        if not missing:
+            return batch
+        feature, logits = batch.features
+        scores, head = dict(batch.scores), self.head()
+        for score in missing:
+            features = batch.features
+            if score.clip_percentile is not None:
+                clipped = feature.clamp(max=self.fitted.thresholds[score.clip_percentile])
+                features = Features(feature, head_logits(self.net, self.structure, clipped))
+            elif not score.needs_feature:
+                features = Features(logits, logits)
+            scores[score] = score(features, head, self.fitted.state(score, logits.device))
+        return batch._replace(scores=scores)
+
+    def head(self) -> Head:
+        """The network's final layer, empty if no score reads it."""
+        reads = any(score.needs_head for score in self.experts.scores)
+        return head_of(self.net, self.structure) if reads else NO_HEAD
+
+    @property
+    def width(self) -> int:
+        """Number of features, 0 where the logits are no affine function of them."""
+        try:
+            return head_of(self.net, self.structure).weight.shape[1]
+        except TapError:
+            return 0
+
+    @property
+    def scores_by_network(self) -> list[Score]:
+        """The scores that run the network, or its head on more than one feature per image."""
+        return [
+            score
+            for score in self.experts.scores
+            if score.needs_gradient
+            or (score.clip_percentile is not None and not self.structure.head.is_linear)
+        ]
+
+    @property
+    def needs_feature(self) -> bool:
+        """Whether a score is computed from features that a pass has given."""
+        by_network = self.scores_by_network
+        return any(
+            score.needs_feature or score.clip_percentile is not None
+            for score in self.experts.scores
+            if score not in by_network
+        )
+
+    @property
+    def recorded(self) -> list[Expert]:
+        """The experts whose scores `run` gives, in the order in which they are recorded."""
+        return [*self.experts.feature_norms, *self.scores_by_network]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All that `run` depends on besides the network and the images, in terms of JSON."""
+        head, by_network = self.structure.head, self.scores_by_network
+        thresholds = self.fitted.thresholds
+        clips = (score.clip_percentile for score in by_network)
+        return {
+            "norms": [[layer, list(norm)] for layer, norm in self.experts.feature_norms],
+            "scores": [score.to_json() for score in by_network],
+            "thresholds": {str(q): thresholds[q] for q in clips if q is not None},
+            "features": self.features or ("all" if self.needs_feature else ""),
+            "feature": [*head.feature, head.is_normalised] if head.feature else [],
+            "batch_dependent": self.structure.batch_dependent,
+        }
+
+    def _norms(self, feature_map: Tensor) -> Tensor:
+        return atf_each(feature_map, self.experts.norms)
+
+    def _logits(self, images: Tensor, done: ForwardPass, score: Score) -> Tensor:
+        """Logits `[B, K]` of a pass, after ReAct if the score asks for it."""
+        if score.clip_percentile is None:
+            return done.logits
+        threshold = self.fitted.thresholds[score.clip_percentile]
+        if not self.structure.head.is_linear:
+            return forward_pass(self.net, images, self.structure, threshold=threshold).logits
+        assert done.feature is not None  # as `check` has made sure
+        return head_logits(self.net, self.structure, done.feature.clamp(max=threshold))
+
+    def check(self) -> None:
+        """Raise TapError for a score that needs what the network does not have."""
+        name, head = type(self.net).__name__, self.structure.head
+        has_feature = bool(head.names or head.feature)
+        clips = bool(self.experts.percentiles) or self.features == "activations"
+        if clips and not has_feature:
+            raise TapError(
+                f"ReAct needs the layers that make the logits, and none was found in {name}: set "
+                "react_percentile=None"
+            )
+        has = {"": has_feature, "affine": head.is_affine, "linear": head.is_linear}
+        lacking = [s.name for s in self.experts.scores if s.needs_feature and not has[s.needs_head]]
+        if lacking:
+            raise TapError(
+                f"experts {', '.join(lacking)} need logits that are a linear function of one "
+                f"feature, as those of {name} are not: set strong=['output'], or to experts that "
+                "read no weights, such as ['output', 'mds']"
+            )
+
+    def _with_gradients(self, images: Tensor) -> tuple[ForwardPass, dict[Score, Tensor]]:
+        """One pass for the layers and the gradients; ODIN's perturbed images by score."""
+
+        def differentiate(leaf: Tensor) -> tuple[ForwardPass, dict[Score, Tensor]]:
+            layers = self.experts.layers
+            first = forward_pass(self.net, leaf, self.structure, layers, self._norms)
+            return first, self._perturbed(leaf, first)
+
+        split = parts(images, self.structure.batch_dependent, with_graph=True)
+        done = [gradients_of_images(self.net, part, differentiate) for part in split]
+        moved = {score: torch.cat([of[score] for _, of in done]) for score in done[0][1]}
+        return ForwardPass.joined([first for first, _ in done]), moved
+
+    def _perturbed(self, leaf: Tensor, first: ForwardPass) -> dict[Score, Tensor]:
+        """ODIN's images for each score that needs a gradient; equal gradients are shared."""
+        alike: dict[tuple[float, float | None], list[Any]] = {}
+        for score in (s for s in self.experts.scores if s.needs_gradient):
+            odin: Any = score
+            alike.setdefault((odin.temperature, odin.clip_percentile), []).append(odin)
+        moved = dict[Score, Tensor]()
+        for number, scores in enumerate(alike.values(), start=1):
+            logits, temperature = self._logits(leaf, first, scores[0]), scores[0].temperature
+            direction = odin_direction(leaf, logits, temperature, number < len(alike))
+            for score in scores:
+                moved[score] = odin_step(leaf, direction, score.noise, score.input_std)
+        return moved
+
+
+def _joined(batches: Sequence[BatchScores]) -> BatchScores:
+    """The scores of the parts of a batch as those of one."""
+    scores = {e: torch.cat([batch.scores[e] for batch in batches]) for e in batches[0].scores}
+    feature, logits = zip(*(batch.features for batch in batches), strict=True)
+    pred = torch.cat([batch.pred for batch in batches])
+    return BatchScores(scores, pred, Features(torch.cat(feature), torch.cat(logits)))
