@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fusenorm_openood.method.posthoc import Posthoc, Seen
 
 from fusenorm_openood.cli.detector import load_detector
 from fusenorm_openood.data.benchmarks import ImageSet
@@ -20,7 +19,9 @@ from fusenorm_openood.data.paths import manifest_paths
 from fusenorm_openood.deployment.files import SHARD, FileShards, manifest
 from fusenorm_openood.deployment.rows import RowFile
 from fusenorm_openood.evaluation import records
-from fusenorm_openood.forward.samples import BlockSums
+from fusenorm_openood.forward.samples import BlockSums, Sample
+from fusenorm_openood.method.scores import make_score
+from fusenorm_openood.method.scores.base import Features, Head
 from fusenorm_openood.storage.shards import Columns, Key, ShardSet, decode
 
 LOADED = 300  # images that are loaded to measure how fast that is
@@ -90,12 +91,14 @@ def storing(columns: Columns) -> dict[str, float]:
 
 def fitting(columns: Columns) -> dict[str, float]:
     """Seconds per image to sum up what mds is fitted on."""
-    seen = Seen(torch.from_numpy(columns["feature"]), torch.from_numpy(columns["logits"]))
-    mds, begun = Posthoc.of("mds", {}), time.process_time()
+    features = Features(*(torch.from_numpy(columns[name]) for name in ("feature", "logits")))
+    sample, none = Sample(), torch.empty(0)
+    sample.add(features)
+    mds, begun = make_score("mds"), time.process_time()
     sums = BlockSums([mds])
-    sums.add(seen, torch.from_numpy(columns["pred"]))
-    sums.of(mds)
-    return {"fit_seconds_per_image": (time.process_time() - begun) / len(seen.logits)}
+    sums.add(features, torch.from_numpy(columns["pred"]))
+    sums.fit(mds, sample, Head(none, none))
+    return {"fit_seconds_per_image": (time.process_time() - begun) / len(features.logits)}
 
 
 def driving(listed: Path, detector: Path, columns: Columns) -> dict[str, float]:

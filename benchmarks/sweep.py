@@ -13,8 +13,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusenorm_openood import FuseNorm
-from fusenorm_openood.detectors.search import search
-from fusenorm_openood.detectors.sweep import candidates
+from fusenorm_openood.detectors.search import candidates, search
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network import ResNet18_32x32
 
