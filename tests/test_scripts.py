@@ -15,12 +15,10 @@ PROJECT = Path(__file__).parent.parent
 
 
 def environment(folder: Path, works: bool = True) -> Path:
-    """An environment with the Python that runs the tests, or with one that imports nothing."""
+    """An environment whose Python can import everything, or nothing."""
     python = folder / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(
-        f'#!/bin/sh\nexec "{sys.executable}" "$@"\n' if works else "#!/bin/sh\nexit 1"
-    )
+    python.write_text(f"#!/bin/sh\nexit {0 if works else 1}\n")
     python.chmod(0o755)
     return folder
 
@@ -139,6 +137,22 @@ def called(project: Path, script: str) -> list[str]:
 
 
 ID_DATA = ["cifar10", "cifar100", "imagenet200", "imagenet", "digits"]
+
+
+def test_a_script_reports_missing_files(project, tmp_path):
+    """The script itself, in an environment that already exists."""
+    python = project / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    script = project / "scripts/ood/fusenorm/cifar10_test_fusenorm.sh"
+    done = subprocess.run(
+        ["bash", str(script), "--data-root", "elsewhere"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env=without_environment(PYTHONPATH=str(PROJECT)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "elsewhere/benchmark_imglist/cifar10/val_cifar10.txt" in done.stderr
+    assert "checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("method", ["fusenorm", "t2fnorm"])

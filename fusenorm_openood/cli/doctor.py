@@ -82,7 +82,8 @@ def _findings(data_root: str, results: str) -> Iterator[Finding]:
     commit = openood_commit(next(iter(spec.submodule_search_locations or ()), ""))
     tested = "" if commit.startswith(OPENOOD_COMMIT) else f" (tested with {OPENOOD_COMMIT})"
     yield "ok", "OpenOOD", f"commit {commit[:7] or 'unknown'}{tested}", ""
-    for state, name, detail, _ in run_trials({name: partial(_imported, name) for name in OPENOOD}):
+    imports = {module: partial(imported, module, use) for module, use in OPENOOD.items()}
+    for state, name, detail, _ in run_trials(imports):
         if state == "ok":
             yield state, name, detail, ""
         else:
@@ -134,9 +135,9 @@ def _reinstall(error: BaseException) -> str:
     return "python -m pip check"
 
 
-def _imported(module: str) -> list[Finding]:
+def imported(module: str, purpose: str) -> list[Finding]:
     import_module(module)
-    return [("ok", module, OPENOOD[module], "")]
+    return [("ok", module, purpose, "")]
 
 
 def _engine() -> list[Finding]:

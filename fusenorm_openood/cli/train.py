@@ -9,7 +9,7 @@ from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.kernels.devices import find_device
 from fusenorm_openood.storage.files import check_writable
-from fusenorm_openood.training.epoch import processes
+from fusenorm_openood.training.epoch import processes, wait
 from fusenorm_openood.training.loop import train
 from fusenorm_openood.training.recipes import find_recipe
 
@@ -42,7 +42,7 @@ def run(args: Namespace) -> int:
         if args.id_data == "digits":
             if process.leads:
                 write_digits(args.data_root)
-            process.wait()
+            wait(process)
         image_sets = [benchmark.id["train"], benchmark.id["val"]]
         check_files(benchmark, image_sets)
         if process.leads:

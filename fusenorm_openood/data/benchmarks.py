@@ -9,11 +9,10 @@ import torch
 
 from fusenorm_openood.data.lists import CpuLoader, ImageList
 from fusenorm_openood.data.preprocessing import (
+    EvalTransform,
     Normalization,
     Transform,
-    eval_transform,
     find_normalization,
-    plain_transform,
 )
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.storage.configs import config_root, lookup, read_config
@@ -161,13 +160,12 @@ def load_benchmark(
     pre_size, image_size = lookup(dataset, "pre_size"), lookup(dataset, "image_size")
 
     def image_set(split: Any, label: str) -> ImageSet:
-        transform = (
-            plain_transform(norm)
-            if label == "imagenet_c"
-            else eval_transform(pre_size, image_size, norm)
-        )
+        # Images of ImageNet-C already have their final size.
+        sizes = None if label == "imagenet_c" else (pre_size, image_size)
         imagelist, data_dir = lookup(split, "imglist_pth"), lookup(split, "data_dir")
-        return ImageSet(under(data_root, imagelist), under(data_root, data_dir), transform)
+        return ImageSet(
+            under(data_root, imagelist), under(data_root, data_dir), EvalTransform(norm, sizes)
+        )
 
     def image_sets(split: Any) -> dict[str, ImageSet]:
         return {key: image_set(split[key], key) for key in lookup(split, "datasets")}

@@ -28,7 +28,7 @@ UNREADABLE = (
 )
 # First and last bytes of files in the usual formats.
 _ENDS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xae\x42\x60\x82"))
-# What PIL knows of a file until it is decoded; kept in `info` for when it is judged again.
+# Keys of `info` for what PIL knows of a file until it is decoded, and what is asked again later.
 _DEEP, _SBIT = "16-bit colour", "sBIT"
 _flag = RLock()  # held by a thread while it changes PIL's flag
 
@@ -60,7 +60,16 @@ def read_image(path: Place, bits: int | None = None) -> Image.Image:
         DataError: pixels with 32 bits, with more than `bits`, or of low bits that PIL drops.
         RemoteError: a URL cannot be read now.
     """
-    return _read(lambda: Image.open(_opened(path), formats=_formats()), f"image {path}", bits)
+
+    def opened() -> Image.Image:
+        return Image.open(_Downloaded(path) if isinstance(path, Url) else path, formats=_formats())
+
+    return _read(opened, f"image {path}", bits)
+
+
+def read_picture(picture: Image.Image, bits: int | None = None) -> Image.Image:
+    """As `read_image`, of a PIL image, which may not be decoded yet; it stays as it is."""
+    return _read(lambda: nullcontext(picture), "the image", bits)
 
 
 @cache
@@ -70,21 +79,34 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.OPEN if name != "EPS")
 
 
-def read_picture(picture: Image.Image, bits: int | None = None) -> Image.Image:
-    """As `read_image`, of a PIL image, which may not be decoded yet; it stays as it is."""
-    return _read(lambda: nullcontext(picture), "the image", bits)
+class _Downloaded(BytesIO):
+    """The bytes of a URL, which PIL's messages call by it."""
+
+    def __init__(self, url: Url) -> None:
+        try:
+            super().__init__(url.read_bytes())
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # says nothing about the image
+            raise RemoteError(
+                f"{url} cannot be read now ({error.strerror}): check the network and credentials"
+            ) from None
+        self._url = url
+
+    def __repr__(self) -> str:
+        return repr(str(self._url))
 
 
 def _read(
     opened: Callable[[], AbstractContextManager[Image.Image]], name: str, bits: int | None
 ) -> Image.Image:
     try:
-        with _truncated_images(read=False), opened() as file:
+        with truncated_images(read=False), opened() as file:
             return _first_page(file, name, bits)
     except (FileNotFoundError, Image.DecompressionBombError, DataError, RemoteError):
         raise
     except UNREADABLE:
-        with _truncated_images(read=True), opened() as file:
+        with truncated_images(read=True), opened() as file:
             image = _first_page(file, name, bits)
         warnings.warn(
             f"{name} is truncated: its missing rows are filled with grey, as in OpenOOD",
@@ -109,29 +131,6 @@ def _first_page(file: Image.Image, name: str, bits: int | None) -> Image.Image:
     return image
 
 
-class _Downloaded(BytesIO):
-    """The bytes of a URL, which PIL's messages call by it."""
-
-    def __init__(self, url: Url) -> None:
-        try:
-            super().__init__(url.read_bytes())
-        except FileNotFoundError:
-            raise
-        except OSError as error:  # says nothing about the image
-            raise RemoteError(
-                f"{url} cannot be read now ({error.strerror}): check the network and credentials"
-            ) from None
-        self._url = url
-
-    def __repr__(self) -> str:
-        return repr(str(self._url))
-
-
-def _opened(path: Place) -> Path | BytesIO:
-    """What PIL opens."""
-    return path if isinstance(path, Path) else _Downloaded(path)
-
-
 def to_rgb(file: Image.Image, bits: int | None = None) -> Image.Image:
     """A PIL image in RGB with 8 bits per channel; see `read_image`."""
     # PNG and PPM hold at most 16 bits, which PIL may store in 32.
@@ -152,6 +151,7 @@ def to_rgb(file: Image.Image, bits: int | None = None) -> Image.Image:
     deep = _DEEP in file.info
     image = file.convert("RGB")
     if deep:
+        # PIL has already dropped the low bits, which are all that a 12-bit picture would have.
         values = np.asarray(image).astype(np.uint16) << 8
         if _used_bits(values, _stated_bits(file) if file.format == "TIFF" else None, bits) < 16:
             raise DataError("PIL drops the low bits of 16-bit colour: convert it to 8 bit")
@@ -159,13 +159,13 @@ def to_rgb(file: Image.Image, bits: int | None = None) -> Image.Image:
 
 
 def _used_bits(values: NDArray[Any], stated: int | None, bits: int | None) -> int:
-    """How many of 16 bits are used, which a file states or `bits` says."""
+    """How many of 16 bits are used: what the file states, else `bits`, else all."""
     largest = int(values.max())
-    if stated is not None and largest < 1 << stated:
+    if stated is not None and largest < 1 << stated:  # the file is wrong about a larger value
         return stated
     if bits is not None and largest >= 1 << bits:
         raise DataError(f"it has a value of {largest}, more than {bits} bits hold: check --bits")
-    if bits is None and 0 < largest < 1 << 14:
+    if bits is None and 0 < largest < 1 << 14:  # an ordinary dark picture may well have 15 bits
         warnings.warn(
             f"16-bit images have values that all fit in {largest.bit_length()} bits, and are dark "
             "if that is all they have: give their number of bits, 12 for example, as --bits or "
@@ -180,21 +180,24 @@ def _stated_bits(file: Image.Image) -> int | None:
     """How many bits of a 16-bit greyscale file are used, if it says so."""
     if file.format in ("PPM", "JPEG2000"):  # PIL scales them to 16
         return 16
-    if isinstance(file, TiffImagePlugin.TiffImageFile):
-        depth = [int(bits) for bits in np.ravel(file.tag_v2.get(258, ())) if bits < 16]
-        tops = [int(top) for tag in (281, 341) for top in np.ravel(file.tag_v2.get(tag, ()))]
-        # Any other maximum is that of this image.
-        depth += [top.bit_length() for top in tops if 255 <= top < 65536 and not top & (top + 1)]
-        return min(depth, default=None)
-    return _png_bits(file) if file.format == "PNG" else None
+    if file.format == "PNG":
+        return _png_bits(file)
+    if not isinstance(file, TiffImagePlugin.TiffImageFile):
+        return None
+    # Tag 258 is BitsPerSample; 281 and 341 are the largest value (MaxSampleValue, SMaxSampleValue).
+    depth = [int(bits) for bits in np.ravel(file.tag_v2.get(258, ())) if bits < 16]
+    tops = [int(top) for tag in (281, 341) for top in np.ravel(file.tag_v2.get(tag, ()))]
+    # A maximum of 2^n - 1 is that of the format, any other one that of this image.
+    depth += [top.bit_length() for top in tops if 255 <= top < 65536 and not top & (top + 1)]
+    return min(depth, default=None)
 
 
 def _png_bits(file: Image.Image) -> int | None:
     """The `sBIT` of a greyscale PNG whose values were not scaled to 16 bits, as they should be."""
     stream = getattr(file, "fp", None)
-    if stream is not None:  # not decoded yet
+    if stream is not None:  # not decoded yet: PIL skips the chunk
         at = stream.tell()
-        stream.seek(8)
+        stream.seek(8)  # behind the signature; a chunk is its length, name, data and checksum
         while (head := stream.read(8))[4:] not in (b"IDAT", b""):
             data = stream.read(int.from_bytes(head[:4], "big") + 4)
             if head[4:] == b"sBIT":
@@ -203,6 +206,7 @@ def _png_bits(file: Image.Image) -> int | None:
     bits = file.info.get(_SBIT, 0)
     if not 8 <= bits <= 16:
         return None
+    # The standard wants n bits scaled to 16: then low bits are empty, or values exceed n bits.
     values = np.asarray(file)
     scaled = values.max() >= 1 << bits or not (values & ((1 << (16 - bits)) - 1)).any()
     return 16 if scaled else bits
@@ -241,14 +245,12 @@ def explain(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def truncated_images_read() -> AbstractContextManager[None]:
-    """Let PIL fill the missing rows of truncated images with grey, as OpenOOD does."""
-    return _truncated_images(read=True)
-
-
 @contextmanager
-def _truncated_images(read: bool) -> Iterator[None]:
-    """Set whether PIL reads truncated images: a global flag, which importing OpenOOD turns on."""
+def truncated_images(read: bool) -> Iterator[None]:
+    """Set whether PIL reads truncated images, their missing rows in grey, as OpenOOD does.
+
+    It is a global flag, which importing OpenOOD turns on.
+    """
     if read == ImageFile.LOAD_TRUNCATED_IMAGES:
         yield
         return

@@ -20,11 +20,71 @@ from pathlib import Path, PurePath
 from PIL import Image
 
 from fusenorm_openood.errors import DataError
+from fusenorm_openood.storage.files import import_parquet
 from fusenorm_openood.storage.urls import Place, Places, Url, is_pattern, place
 
 # Names that network storage and operating systems use for copies of their own, in lower case.
 _SYSTEM = {"@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin"}
 _SYSTEM |= {"__macosx", "lost+found", "system volume information", "thumbs.db"}
+
+
+def image_paths(given: Iterable[str]) -> Places:
+    """The image files that command-line arguments name, in order, each once.
+
+    A folder, local or at a URL, stands for all image files in it and in its folders, a pattern such
+    as `*.png` for the files that it matches, a list (see `manifest_paths`) for the paths in it, and
+    `-` for the lines of standard input. A warning names what was left out of folders.
+
+    Raises:
+        DataError: an argument that names nothing, or a folder that cannot be read.
+    """
+    walk = Walk()
+    found = Places(path for argument in given for path in _paths(argument, walk))
+    if left_out := walk.summary():
+        warnings.warn(
+            f"left out: {left_out}; convert what is to be read, or name it by a pattern or a list",
+            UserWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def _paths(argument: str, walk: "Walk") -> Iterator[Place]:
+    if argument == "-":
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # any name that a system can have
+        yield from (place(line.strip()) for line in sys.stdin if line.strip())
+        return
+    path, before = place(argument), walk.repeats
+    try:
+        if is_pattern(path):
+            found, lacks = walk.matched(path), f"pattern {argument} matches no file: check it"
+        elif _kind(path)[0] in _READERS and (isinstance(path, Url) or path.is_file()):
+            found, lacks = list(_listed(path)), f"list {argument} is empty"
+        elif isinstance(path, Url) or path.is_dir():
+            found = _inside(path, walk)
+            lacks = f"folder {argument} has no image files: give one that has"
+            lacks += f"; left out: {left_out}" if (left_out := walk.summary()) else ""
+        elif path.is_file():
+            found = [path]
+        else:
+            raise DataError(f"{argument} is no file, folder or pattern: check the path")
+    except OSError as error:
+        raise DataError(f"{argument} cannot be read ({error.strerror})") from None
+    if not found and walk.repeats == before:
+        raise DataError(lacks)
+    yield from found
+
+
+def _inside(path: Place, walk: "Walk") -> list[Place]:
+    """The images in a folder; any other URL is taken for a file, whose row says more."""
+    if isinstance(path, Path):
+        return walk.images(path)
+    if is_image_name(path.name) or path.text.startswith("http") or "::" in path.text:
+        return [path]
+    with suppress(OSError):
+        return walk.images(path) or [path]
+    return [path]
 
 
 class Walk:
@@ -41,7 +101,7 @@ class Walk:
     def __init__(self) -> None:
         self.left_out = Counter[tuple[str, str]]()
         self.repeats = 0
-        self._seen = set[str]()
+        self._found = set[str]()
 
     def images(self, folder: Place) -> list[Place]:
         """The image files in a folder and in its folders, sorted; of a URL that is a file, this.
@@ -54,7 +114,7 @@ class Walk:
         found = list[Place](folder.find())
         if found == [folder]:
             return found
-        shown = self._shown(found, folder)
+        shown = _shown(found, folder)
         return [url for url in shown if self._is_image(url.name, str(url.parent))]
 
     def matched(self, pattern: Place) -> list[Place]:
@@ -66,22 +126,21 @@ class Walk:
             DataError: a folder that cannot be read.
         """
         if isinstance(pattern, Url):
-            return self._shown(pattern.glob(), pattern)
+            return _shown(pattern.glob(), pattern)
         top, parts = Path(), list(pattern.parts)
         while parts and (top / parts[0]).exists():
             top /= parts.pop(0)
         return sorted(list[Place](self._files(top, parts)), key=str) if top.is_dir() else []
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """What was left out, by kind and folder; empty if nothing was."""
         kinds, folders = Counter[str](), Counter[str]()
         for (kind, folder), count in self.left_out.items():
             kinds[kind] += count
             folders[folder] += count
-        if not kinds:
-            return ""
         counted = _first(f"{count} {kind}" for kind, count in kinds.most_common())
-        return f"{counted} (in {_first(f'{name}: {n}' for name, n in folders.most_common())})"
+        where = _first(f"{folder}: {count}" for folder, count in folders.most_common())
+        return f"{counted} (in {where})" if kinds else ""
 
     def _files(self, top: Path, parts: Sequence[str]) -> Iterator[Path]:
         """Files below a folder that match parts of a pattern; the images in folders that do."""
@@ -91,6 +150,7 @@ class Walk:
         while folders or links:  # links last, so that a folder keeps its own name
             folder, names = folders.pop() if folders else links.pop()
             real = os.path.realpath(folder)
+            # A folder may be reached at several depths, at which other parts apply to it.
             key = real, 0 if deep else min(len(names), len(parts))
             if key in walked:
                 continue
@@ -107,6 +167,7 @@ class Walk:
                 elif is_folder:
                     target = os.path.realpath(entry.path) if linked else ""
                     back = linked and f"{real}/".startswith(f"{target.rstrip('/')}/")
+                    # A link back may be part of a pattern, but is no folder to walk through.
                     if not (back and (deep or len(inner) >= len(parts))):
                         (links if linked else folders).append((entry.path, inner))
                 elif linked and not os.path.isfile(entry.path):
@@ -116,21 +177,15 @@ class Walk:
                     or (not deep and len(inner) > len(parts) and self._is_image(entry.name, folder))
                 ):
                     file = os.path.realpath(entry.path) if linked else f"{real}/{entry.name}"
-                    if file not in self._seen:
+                    if file not in self._found:
                         yield Path(entry.path)
-                    self.repeats += file in self._seen
-                    self._seen.add(file)
-
-    def _shown(self, found: Iterable[Place], given: Url) -> list[Place]:
-        """The files without those whose names, besides the given ones, are hidden."""
-        typed = set(given.text.split("/"))
-        return [url for url in found if not any(map(is_hidden, {*str(url).split("/")} - typed))]
+                    self.repeats += file in self._found
+                    self._found.add(file)
 
     def _is_image(self, name: str, folder: str) -> bool:
-        if is_image_name(name):
-            return True
-        self.left_out[PurePath(name).suffix.lower() or "without ending", folder] += 1
-        return False
+        if not is_image_name(name):
+            self.left_out[PurePath(name).suffix.lower() or "without ending", folder] += 1
+        return is_image_name(name)
 
 
 def is_hidden(name: str) -> bool:
@@ -141,6 +196,12 @@ def is_hidden(name: str) -> bool:
 def is_image_name(name: str) -> bool:
     """Whether a file's name has the ending of an image format that PIL can read."""
     return Image.registered_extensions().get(PurePath(name).suffix.lower()) in Image.OPEN
+
+
+def _shown(found: Iterable[Place], given: Url) -> list[Place]:
+    """The files without those whose names, besides the given ones, are hidden."""
+    typed = set(given.text.split("/"))
+    return [url for url in found if not any(map(is_hidden, {*str(url).split("/")} - typed))]
 
 
 def _entries(folder: str) -> list["os.DirEntry[str]"]:
@@ -174,7 +235,7 @@ def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
 
 
 def _first(texts: Iterable[str], most: int = 5) -> str:
-    (*texts,) = texts
+    texts = list(texts)
     more = [f"{len(texts) - most} more"] if len(texts) > most else []
     return ", ".join([*texts[:most], *more])
 
@@ -190,21 +251,31 @@ def manifest_paths(given: str) -> Places:
 
     Raises:
         DataError: a manifest that is missing, cannot be read, or lists nothing.
+        ConfigError: a Parquet file without pyarrow.
     """
-    manifests = _matches(place(given)) if is_pattern(place(given)) else [place(given)]
-    listed = Places(path for manifest in manifests for path in listed_in(manifest))
+    path, manifests = place(given), [place(given)]
+    if is_pattern(path):
+        try:
+            manifests = Walk().matched(path)
+        except OSError as error:
+            raise DataError(f"pattern {given} cannot be read ({error.strerror})") from None
+        if not manifests:
+            raise DataError(f"pattern {given} matches no file: check it")
+    listed = Places(path for manifest in manifests for path in _listed(manifest))
     if not listed:
         raise DataError(f"manifest {given} lists no files: give one that does")
     return listed
 
 
-def listed_in(manifest: Place) -> Iterator[Place]:
-    """The files that one manifest lists; see `manifest_paths`."""
+def _listed(manifest: Place) -> Iterator[Place]:
+    """The files that one manifest lists."""
     ending, unpacked = _kind(manifest)
     if ending in (".json", ".yaml", ".yml", ".xml"):
         raise DataError(
             f"list {manifest} must be text, CSV, TSV, JSON Lines or Parquet: convert it"
         )
+    if ending == ".parquet":
+        import_parquet()
     try:
         data = manifest.read_bytes()
         try:
@@ -212,6 +283,8 @@ def listed_in(manifest: Place) -> Iterator[Place]:
         except ValueError as error:  # bz2's for a file that is cut
             raise EOFError(str(error)) from None
         names = _READERS.get(ending, _text_names)(data)
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("some are not")
     except OSError as error:
         raise DataError(f"manifest {manifest} cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError:
@@ -228,29 +301,25 @@ def listed_in(manifest: Place) -> Iterator[Place]:
         yield place(name) if "://" in name else manifest.parent / name
 
 
-def _matches(pattern: Place) -> list[Place]:
-    try:
-        matched = Walk().matched(pattern)
-    except OSError as error:
-        raise DataError(f"pattern {pattern} cannot be read ({error.strerror})") from None
-    if not matched:
-        raise DataError(f"pattern {pattern} matches no file: check it")
-    return matched
+def _kind(path: Place) -> tuple[str, Callable[[bytes], bytes] | None]:
+    """The ending of a list's name without that of its compression, and what unpacks it."""
+    name = PurePath(path.name.lower())
+    unpacked = _UNPACKED.get(name.suffix)
+    return (PurePath(name.stem).suffix if unpacked else name.suffix), unpacked
 
 
 def _parquet_names(data: bytes) -> list[str]:
-    from pyarrow import ArrowException, parquet
+    parquet = import_parquet()
+    from pyarrow import ArrowException
 
     try:
         file = parquet.ParquetFile(BytesIO(data))
         if "path" not in file.schema_arrow.names:
             raise ValueError(f"found: {', '.join(file.schema_arrow.names)}")
-        names = file.read(["path"]).column("path").to_pylist()
+        names: list[str] = file.read(["path"]).column("path").to_pylist()
     except ArrowException as error:
         raise ValueError(str(error)) from None
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError("some are not")
-    return names  # type: ignore[no-any-return]
+    return names
 
 
 def _csv_names(data: bytes, delimiter: str = ",") -> list[str]:
@@ -271,11 +340,7 @@ def _text_names(data: bytes) -> list[str]:
 
 
 def _json_names(data: bytes) -> list[str]:
-    rows = [json.loads(line) for line in _lines(data)]
-    names = [row["path"] for row in rows]
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError("some are not")
-    return names
+    return [json.loads(line)["path"] for line in _lines(data)]
 
 
 def _lines(data: bytes) -> Iterator[str]:
@@ -296,75 +361,3 @@ _UNPACKED: dict[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.decompress,
     ".xz": lzma.decompress,
 }
-
-
-def is_list(path: Place) -> bool:
-    """Whether a file's name says that it is a list: .txt, .csv, .tsv, .jsonl, .ndjson, .parquet."""
-    return _kind(path)[0] in _READERS
-
-
-def _kind(path: Place) -> tuple[str, Callable[[bytes], bytes] | None]:
-    """The ending of a list's name without that of its compression, and what unpacks it."""
-    name = PurePath(path.name.lower())
-    unpacked = _UNPACKED.get(name.suffix)
-    return (PurePath(name.stem).suffix if unpacked else name.suffix), unpacked
-
-
-def image_paths(given: Iterable[str]) -> Places:
-    """The image files that command-line arguments name, in order, each once.
-
-    A folder, local or at a URL, stands for all image files in it and in its folders, a pattern such
-    as `*.png` for the files that it matches, a list (see `is_list`) for the paths in it, relative
-    to its folder and perhaps with labels, and `-` for the lines of standard input. A warning says
-    what was left out of folders.
-
-    Raises:
-        DataError: an argument that names nothing, or a folder that cannot be read.
-    """
-    walk = Walk()
-    found = Places(path for argument in given for path in _paths(argument, walk))
-    if said := walk.said():
-        warnings.warn(
-            f"left out: {said}; convert what is to be read, or name it by a pattern or a list",
-            UserWarning,
-            stacklevel=2,
-        )
-    return found
-
-
-def _paths(argument: str, walk: Walk) -> Iterator[Place]:
-    if argument == "-":
-        if isinstance(sys.stdin, TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # any name that a system can have
-        yield from (place(line.strip()) for line in sys.stdin if line.strip())
-        return
-    path, before = place(argument), walk.repeats
-    try:
-        if is_pattern(path):
-            found, lacks = walk.matched(path), f"pattern {argument} matches no file: check it"
-        elif is_list(path) and (isinstance(path, Url) or path.is_file()):
-            found, lacks = list(listed_in(path)), f"list {argument} is empty"
-        elif isinstance(path, Url) or path.is_dir():
-            found = _inside(path, walk)
-            lacks = f"folder {argument} has no image files: give one that has"
-            lacks += f"; left out: {said}" if (said := walk.said()) else ""
-        elif path.is_file():
-            found = [path]
-        else:
-            raise DataError(f"{argument} is no file, folder or pattern: check the path")
-    except OSError as error:
-        raise DataError(f"{argument} cannot be read ({error.strerror})") from None
-    if not found and walk.repeats == before:
-        raise DataError(lacks)
-    yield from found
-
-
-def _inside(path: Place, walk: Walk) -> list[Place]:
-    """The images in a folder; any other URL is taken for a file, whose row says more."""
-    if isinstance(path, Path):
-        return walk.images(path)
-    if is_image_name(path.name) or path.text.startswith("http") or "::" in path.text:
-        return [path]
-    with suppress(OSError):
-        return walk.images(path) or [path]
-    return [path]

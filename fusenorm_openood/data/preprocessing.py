@@ -6,7 +6,6 @@ torchvision, which takes a second to import, is imported for the first image onl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from math import floor, isfinite
 from typing import Any
 
@@ -78,11 +77,13 @@ class EvalTransform:
     sizes: tuple[int, int] | None = None
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self._steps(image)
+        from torchvision.transforms import functional as TF
 
-    @cached_property
-    def _steps(self) -> Transform:
-        return _compose(*(_resized(*self.sizes) if self.sizes else ()), *_normalised(self.norm))
+        if self.sizes:
+            bilinear = TF.InterpolationMode.BILINEAR
+            image = TF.center_crop(TF.resize(image, self.sizes[0], bilinear), self.sizes[1])
+        tensor: Tensor = TF.normalize(to_tensor(image), *self.norm)
+        return tensor
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -96,11 +97,6 @@ def eval_transform(pre_size: int, image_size: int, norm: Normalization) -> Trans
     return EvalTransform(norm, (pre_size, image_size))
 
 
-def plain_transform(norm: Normalization) -> Transform:
-    """Normalise only, for images that already have their final size, such as ImageNet-C's."""
-    return EvalTransform(norm)
-
-
 def train_transform(
     pre_size: int, image_size: int, norm: Normalization, flip: bool = True, zoom: bool = False
 ) -> Transform:
@@ -109,34 +105,16 @@ def train_transform(
     A random crop with a padding of one eighth (4 of 32 pixels), or with `zoom`, as for ImageNet, a
     crop of random scale and aspect ratio; with `flip`, also a random horizontal flip.
     """
-    from torchvision import transforms
+    from torchvision import transforms as T
 
-    mirror = [transforms.RandomHorizontalFlip()] if flip else []
+    bilinear = T.InterpolationMode.BILINEAR
+    mirror = [T.RandomHorizontalFlip()] if flip else []
     if zoom:
-        bilinear = transforms.InterpolationMode.BILINEAR
-        crop = transforms.RandomResizedCrop(image_size, interpolation=bilinear)
-        return _compose(crop, *mirror, *_normalised(norm))
-    crop = transforms.RandomCrop(image_size, padding=image_size // 8)
-    return _compose(*_resized(pre_size, image_size), *mirror, crop, *_normalised(norm))
-
-
-def _resized(pre_size: int, image_size: int) -> list[Any]:
-    from torchvision import transforms
-
-    resize = transforms.Resize(pre_size, transforms.InterpolationMode.BILINEAR)
-    return [resize, transforms.CenterCrop(image_size)]
-
-
-def _normalised(norm: Normalization) -> list[Any]:
-    from torchvision import transforms
-
-    return [to_tensor, transforms.Normalize(*norm)]
-
-
-def _compose(*steps: Any) -> Transform:
-    from torchvision import transforms
-
-    transform: Transform = transforms.Compose(steps)
+        steps = [T.RandomResizedCrop(image_size, interpolation=bilinear), *mirror]
+    else:
+        sizes = [T.Resize(pre_size, bilinear), T.CenterCrop(image_size)]
+        steps = [*sizes, *mirror, T.RandomCrop(image_size, padding=image_size // 8)]
+    transform: Transform = T.Compose([*steps, to_tensor, T.Normalize(*norm)])
     return transform
 
 
@@ -147,6 +125,10 @@ INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "ham
 @dataclass(frozen=True)
 class Preprocessing:
     """Resize, centre-crop and normalise, as `eval_transform` does for OpenOOD's benchmarks.
+
+    >>> preprocessing = Preprocessing(36, (32, 32), "bilinear", (0.5,) * 3, (0.5,) * 3)
+    >>> preprocessing(Image.new("RGB", (64, 48))).shape
+    torch.Size([3, 32, 32])
 
     Attributes:
         resize: size before cropping: height and width, or one length for both.
@@ -185,20 +167,14 @@ class Preprocessing:
             raise ConfigError(
                 f"sizes must be >= 1, of a crop two, got resize={self.resize}, crop={self.crop}"
             )
-        if self.crop_mode not in CROP_MODES:
-            raise ConfigError(
-                f"unknown crop_mode {self.crop_mode!r}: choose from {', '.join(CROP_MODES)}"
-            )
+        for name, choice in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
+            if (given := getattr(self, name)) not in choice:
+                raise ConfigError(f"unknown {name} {given!r}: choose from {', '.join(choice)}")
         if self.bits is not None:
             bits = whole(self.bits)
             if bits is None or not 8 <= bits <= 16:
                 raise ConfigError(f"bits must be from 8 to 16, got {self.bits!r}")
             object.__setattr__(self, "bits", bits)
-        if self.interpolation not in INTERPOLATIONS:
-            raise ConfigError(
-                f"unknown interpolation {self.interpolation!r}: choose from "
-                f"{', '.join(INTERPOLATIONS)}"
-            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ConfigError(
                 f"mean and std must be 3 numbers, each std > 0, got {self.mean} and {self.std}"

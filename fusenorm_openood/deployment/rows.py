@@ -11,7 +11,6 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Self
 
 from fusenorm_openood.deployment.files import Judged
 from fusenorm_openood.errors import ConfigError, DataError
@@ -125,7 +124,7 @@ class RowFile:
             if self._rows != self.path:
                 self._rows.unlink()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RowFile":
         return self
 
     def __exit__(self, *raised: object) -> None:

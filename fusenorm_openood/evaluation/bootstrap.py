@@ -8,16 +8,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from fusenorm_openood.errors import DataError
 
-VALUES = 2**23  # counts that are held at a time
+VALUES = 2**23  # counts in memory at a time
 
 
 class Confidences(NamedTuple):
-    """Confidences of one method, larger = more in-distribution.
-
-    Attributes:
-        known: of ID images `[N]`.
-        unknown: of the images of each OOD data set, `[M]` each.
-    """
+    """Confidences of one method: of ID images `[N]`, and of each OOD data set `[M]`."""
 
     known: ArrayLike
     unknown: Sequence[ArrayLike]
@@ -43,31 +38,27 @@ def difference_interval(
     Raises:
         DataError: no images, or different numbers of images.
     """
-    sizes = [_sizes(confidences) for confidences in (ours, other)]
-    if sizes[0] != sizes[1] or len(sizes[0]) < 2 or min(sizes[0]) == 0:
+    sizes, others = ([len(np.asarray(c)) for c in (m.known, *m.unknown)] for m in (ours, other))
+    if sizes != others or len(sizes) < 2 or min(sizes) == 0:
         raise DataError(
             "both methods need confidences of the same ID and OOD images, at least one of each, "
-            f"got {sizes[0]} and {sizes[1]} images"
+            f"got {sizes} and {others} images"
         )
     generator = np.random.default_rng(seed)
     differences = []
-    largest = sizes[0][0] + max(sizes[0][1:])
-    for start in range(0, draws, step := max(VALUES // largest, 1)):
+    step = max(VALUES // (sizes[0] + max(sizes[1:])), 1)
+    for start in range(0, draws, step):
         count = min(step, draws - start)
-        known = _counts(generator, count, sizes[0][0])
+        known = _counts(generator, count, sizes[0])
         gain = np.zeros(count)
-        for a, b in zip(ours.unknown, other.unknown, strict=True):
-            unknown = _counts(generator, count, len(np.asarray(a)))
+        for a, b, size in zip(ours.unknown, other.unknown, sizes[1:], strict=True):
+            unknown = _counts(generator, count, size)
             gain += _aurocs(ours.known, a, known, unknown)
             gain -= _aurocs(other.known, b, known, unknown)
         differences.append(gain / len(ours.unknown))
     tail = 50 * (1 - level)
     low, high = np.percentile(np.concatenate(differences), [tail, 100 - tail])
     return float(low), float(high)
-
-
-def _sizes(confidences: Confidences) -> list[int]:
-    return [len(np.asarray(c)) for c in (confidences.known, *confidences.unknown)]
 
 
 def _counts(generator: np.random.Generator, draws: int, images: int) -> NDArray[np.int64]:
@@ -80,19 +71,16 @@ def _aurocs(
     known: ArrayLike, unknown: ArrayLike, n: NDArray[np.int64], m: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """AUROC of every sample `[draws]`, given how often each image is in it; ties count one half."""
-    known, unknown = np.asarray(known), np.asarray(unknown)
-    values, level = np.unique(np.concatenate([known, unknown]), return_inverse=True)
-    if len(values) == len(level):  # no ties: the order of the images is that of the levels
-        order = np.argsort(np.concatenate([known, unknown]))
-        is_known = order < len(known)
-        below = np.cumsum(np.where(is_known, 0, m[:, np.maximum(order - len(known), 0)]), axis=1)
-        wins = (below * np.where(is_known, n[:, np.minimum(order, len(known) - 1)], 0)).sum(axis=1)
-    else:
-        at_known, at_unknown = level[: len(known)], level[len(known) :]
-        wins = np.empty(len(n))
-        for draw, (one, other) in enumerate(zip(n, m, strict=True)):
-            lost = np.bincount(at_unknown, other, len(values))
-            below = np.cumsum(lost) - lost / 2
-            wins[draw] = below[at_known] @ one
-    aurocs: NDArray[np.float64] = wins / (n.sum(axis=1) * m.sum(axis=1))
+    conf = np.concatenate([np.asarray(known), np.asarray(unknown)])
+    order = np.argsort(conf)
+    _, first = np.unique(conf[order], return_index=True)
+
+    def per_level(counts: NDArray[np.int64], before: int) -> NDArray[np.int64]:
+        """How many images of each sample have each value `[draws, V]`."""
+        padded = np.pad(counts, ((0, 0), (before, len(conf) - before - counts.shape[1])))
+        return np.add.reduceat(padded[:, order], first, axis=1)
+
+    ours, others = per_level(n, 0), per_level(m, n.shape[1])
+    below = np.cumsum(others, axis=1) - others / 2
+    aurocs: NDArray[np.float64] = (below * ours).sum(axis=1) / (n.sum(axis=1) * m.sum(axis=1))
     return aurocs

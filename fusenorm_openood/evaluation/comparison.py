@@ -1,6 +1,7 @@
 """One table of many methods on one network, each image scored once for all of them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.pseudo import pseudo_ood
 from fusenorm_openood.detectors.search import Found, choose, swept
 from fusenorm_openood.evaluation.bootstrap import Confidences, difference_interval
-from fusenorm_openood.evaluation.evaluation import mean_ranks, with_means
+from fusenorm_openood.evaluation.evaluation import with_means
 from fusenorm_openood.evaluation.records import Loader, plain_loader
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.scores import LOGIT_SCORES, SCORES, make_score
@@ -23,54 +24,6 @@ from fusenorm_openood.method.scores.base import Features, Head, Score
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network.running import scoring_module
 from fusenorm_openood.network.structure import Structure
-
-Scorer = Callable[[Features], NDArray[Any]]
-
-
-def peers_installed() -> bool:
-    """Whether pytorch-ood is installed."""
-    return find_spec("pytorch_ood") is not None
-
-
-def fitted_peers(head: Head, batch: Features) -> dict[str, Scorer]:
-    """DICE, VRA, NNGuide and GradNorm, fitted on ID images: functions to scores `[B]` by title.
-
-    Args:
-        head: the final linear layer.
-        batch: features and logits of ID images.
-
-    Returns:
-        Scorers with larger = more in-distribution, with pytorch-ood's default arguments; DICE keeps
-        the tenth of the weights that contributes most.
-    """
-    from pytorch_ood import detector  # heavy, and optional
-
-    labels = batch.logits.argmax(dim=1)
-    linear = nn.Linear(head.weight.shape[1], len(head.weight))
-    linear.load_state_dict({"weight": head.weight, "bias": head.bias})
-    dice = detector.DICE(None, w=head.weight, b=head.bias, p=0.9)
-    vra = detector.VRA(None, linear)
-    guide = detector.NNGuide(None, linear, k=min(10, len(labels)))
-    dice.fit_features(batch.feature, labels)
-    vra.fit_feature_maps(batch.feature, labels)
-    guide.fit_features(batch.feature, labels)
-    by_title = {
-        "DICE": dice.predict_features,
-        "VRA": vra.predict_feature_maps,
-        "NNGuide": guide.predict_features,
-        "GradNorm": detector.GradNorm(linear).predict,
-    }
-    return {title: _in_parts(predict) for title, predict in by_title.items()}
-
-
-def _in_parts(predict: Callable[[Tensor], Tensor], size: int = 200) -> Scorer:
-    def score(batch: Features) -> NDArray[Any]:
-        scores = [-predict(part).detach() for part in torch.split(batch.feature, size)]
-        joined: NDArray[Any] = torch.cat(scores).double().numpy()
-        return joined
-
-    return score
-
 
 GROUPS = ("nearood", "farood")
 # FuseNorm's rows, in order; each search adds one.
@@ -86,8 +39,7 @@ class Comparison(NamedTuple):
     """Results of a comparison on one network, in percent.
 
     Attributes:
-        auroc: AUROC, one row per method, one column per data set and mean.
-        fpr95: FPR@95, likewise.
+        auroc, fpr95: one row per method, one column per data set and mean.
         summary: near- and far-OOD AUROC and FPR@95, mean rank by AUROC over the data sets, and for
             FuseNorm's rows the 95 % bootstrap interval of the difference in AUROC to the best
             single expert.
@@ -118,9 +70,9 @@ def compare(
 ) -> Comparison:
     """Compare FuseNorm, its parts and single experts on one network.
 
-    Everything is fitted on the ID validation images alone, and comes from the same forward passes;
-    only ODIN and the published settings need gradients. With pytorch-ood installed, its DICE, VRA,
-    NNGuide and GradNorm are compared as well.
+    Everything is fitted on the ID validation images alone, in the same forward passes; only ODIN
+    and the published settings need gradients. With pytorch-ood installed, its DICE, VRA, NNGuide
+    and GradNorm are compared as well.
 
     Args:
         net: the network, plain or trained with T2FNorm.
@@ -135,19 +87,16 @@ def compare(
     load = loader or plain_loader(batch_size, num_workers)
     singles = single_scores(net, benchmark)
     fused = {**FUSENORM, STRONG: Settings(cap=0.0)}
-    id_val, ood_val = load(benchmark.id["val"]), load(benchmark.val_ood)
+    id_val = load(benchmark.id["val"])
     tried = swept(Settings(), sweep) if sweep else []
-    with_peers = peers_installed()
+    with_peers = find_spec("pytorch_ood") is not None
     bank = ScoreBank(net, [*fused.values(), *tried], singles.values(), with_peers)
     bank.fit(id_val, progress)
-    peers = {}
-    if with_peers:
-        head = Head(*(t.cpu().float() for t in bank.head()))
-        peers = fitted_peers(head, bank.features(id_val))
+    peers = _fitted_peers(bank.head(), bank.features(id_val)) if with_peers else {}
     found = {}
     if sweep:
         on: dict[str, Sequence[Iterable[Any]]]
-        on = {"validation pair": [ood_val], "pseudo-OOD": pseudo_ood(id_val)}
+        on = {"validation pair": [load(benchmark.val_ood)], "pseudo-OOD": pseudo_ood(id_val)}
         for name, loaders in on.items():
             for images in loaders:
                 bank.add(images, progress)
@@ -161,25 +110,23 @@ def compare(
         conf = {name: bank.single(single, images) for name, single in singles.items()}
         conf |= {name: peer(bank.features(images)) for name, peer in peers.items()}
         scored = {name: bank.scored(settings, images) for name, settings in fused.items()}
-        joint = scored["FuseNorm (joint)"].experts
-        parts = {STRONG: scored.pop(STRONG).conf, BLOCKS: -statistics.joint_penalty(joint)}
+        conf[STRONG] = scored.pop(STRONG).conf
+        conf[BLOCKS] = -statistics.joint_penalty(scored["FuseNorm (joint)"].experts)
         bank.forget(images)
-        return {**conf, **parts, **{name: s.conf for name, s in scored.items()}}
+        return {**conf, **{name: s.conf for name, s in scored.items()}}
 
-    groups = (benchmark.near, benchmark.far)
+    groups = dict(zip(GROUPS, (benchmark.near, benchmark.far), strict=True))
     id_sets = [benchmark.id["test"], *(benchmark.csid.values() if fsood else ())]
-    ood_sets = [image_set for image_sets in groups for image_set in image_sets.values()]
-    tested = iter(bank.prepare([load(image_set) for image_set in id_sets + ood_sets], progress))
+    every = [*id_sets, *benchmark.near.values(), *benchmark.far.values()]
+    tested = iter(bank.prepare([load(image_set) for image_set in every], progress))
     each = [score(next(tested)) for _ in id_sets]
     known = {method: np.concatenate([conf[method] for conf in each]) for method in each[0]}
     unknown = {
         group: {name: score(next(tested)) for name in image_sets}
-        for group, image_sets in zip(GROUPS, groups, strict=True)
+        for group, image_sets in groups.items()
     }
     figures = tables(known, unknown, [*singles, *peers])
-    structure = bank.known_structure
-    assert structure is not None  # the bank is fitted
-    return Comparison(*figures, found, known, unknown, structure)
+    return Comparison(*figures, found, known, unknown, bank.scoring().structure)
 
 
 def single_scores(net: nn.Module, benchmark: Benchmark) -> dict[str, Score]:
@@ -198,18 +145,43 @@ def single_scores(net: nn.Module, benchmark: Benchmark) -> dict[str, Score]:
     return {**singles, "KNN (K = 5)": make_score("knn", {"K": Settings().neighbours})}
 
 
+def _fitted_peers(head: Head, ids: Features) -> dict[str, Callable[[Features], NDArray[Any]]]:
+    """pytorch-ood's detectors that work on features, fitted on ID images: their scores by title.
+
+    Its default arguments, but DICE keeps the tenth of the weights that contributes most.
+    """
+    from pytorch_ood import detector  # heavy, and optional
+
+    weight, bias = (t.cpu().float() for t in head)
+    linear = nn.Linear(weight.shape[1], len(weight))
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    labels = ids.logits.argmax(dim=1)
+    dice = detector.DICE(None, w=weight, b=bias, p=0.9)
+    vra = detector.VRA(None, linear)
+    guide = detector.NNGuide(None, linear, k=min(10, len(labels)))
+    dice.fit_features(ids.feature, labels)
+    vra.fit_feature_maps(ids.feature, labels)
+    guide.fit_features(ids.feature, labels)
+
+    def score(predict: Callable[[Tensor], Tensor], batch: Features) -> NDArray[Any]:
+        scores = [-predict(part).detach() for part in torch.split(batch.feature, 200)]
+        joined: NDArray[Any] = torch.cat(scores).double().numpy()
+        return joined
+
+    return {
+        "DICE": partial(score, dice.predict_features),
+        "VRA": partial(score, vra.predict_feature_maps),
+        "NNGuide": partial(score, guide.predict_features),
+        "GradNorm": partial(score, detector.GradNorm(linear).predict),
+    }
+
+
 def tables(
     known: Mapping[str, NDArray[Any]],
     unknown: Mapping[str, Mapping[str, Mapping[str, NDArray[Any]]]],
-    single: list[str],
+    single: Sequence[str],
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """The three tables of a `Comparison`.
-
-    Args:
-        known: confidences of the ID test images, by method.
-        unknown: confidences of the OOD images, by group, data set and method.
-        single: the methods that are single experts.
-    """
+    """`auroc`, `fpr95` and `summary` of a `Comparison`; `single`: the rows of single experts."""
     metrics = {
         method: with_means(
             {
@@ -224,23 +196,19 @@ def tables(
         for i in (0, 1)
     )
     groups = [group for group in unknown if unknown[group]]
-    summary = pd.DataFrame(
-        {
-            f"{group} {name}": table[group]
-            for group in groups
-            for name, table in (("AUROC", auroc), ("FPR@95", fpr95))
-        }
-    )
-    summary["rank"] = mean_ranks(auroc.drop(columns=groups))
+    summary = pd.DataFrame(index=auroc.index)
     for group in groups:
-        best = str(auroc.loc[single, group].idxmax())
-
-        def confidences(method: str, group: str = group) -> Confidences:
-            return Confidences(known[method], [s[method] for s in unknown[group].values()])
-
-        gains = {}
+        summary[f"{group} AUROC"], summary[f"{group} FPR@95"] = auroc[group], fpr95[group]
+    summary["rank"] = auroc.drop(columns=groups).rank(ascending=False).mean(axis=1)
+    for group in groups:
+        confidences = {
+            method: Confidences(conf, [scored[method] for scored in unknown[group].values()])
+            for method, conf in known.items()
+        }
+        best = str(auroc.loc[list(single), group].idxmax())
+        gains = dict.fromkeys(auroc.index, "")
         for method in (m for m in auroc.index if m.startswith("FuseNorm")):
-            low, high = difference_interval(confidences(method), confidences(best))
+            low, high = difference_interval(confidences[method], confidences[best])
             gains[method] = f"{100 * low:+.2f} to {100 * high:+.2f}"
-        summary[f"{group} over {best}"] = pd.Series(gains).reindex(auroc.index).fillna("")
+        summary[f"{group} over {best}"] = pd.Series(gains)
     return auroc, fpr95, summary

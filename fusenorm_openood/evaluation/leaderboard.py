@@ -7,7 +7,7 @@ README of the branch named in `WHERE`.
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,57 +18,13 @@ from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
 from fusenorm_openood.data.lists import read_imagelist
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.evaluation.evaluation import COLUMNS
-from fusenorm_openood.evaluation.runs import RootName, parse_root_name, unfinished
+from fusenorm_openood.evaluation.runs import unfinished
 from fusenorm_openood.network.checkpoints import NetworkKind, network_kind
 from fusenorm_openood.network.resnet import T2FNormNet
+from fusenorm_openood.storage.configs import config_root, read_config
 from fusenorm_openood.storage.files import file_digest
 
-_LARGE = {
-    "test_ssb_hard": 49000,
-    "test_ninco": 5879,
-    "test_inaturalist": 10000,
-    "test_textures": 5160,
-    "test_openimage_o": 15869,
-}
-_SMALL = {"test_mnist": 70000, "test_svhn": 26032, "test_texture": 5640}
-# Number of images in each list of OpenOOD v1.5, counted in the copies in the public repositories
-# glhr/COOkeD, glhr/ood-labelnoise and moxime/ooddict; OpenOOD's issue 259 confirms test_tin. The
-# list of ImageNet-ES was not available.
-FULL_SIZES: dict[str, dict[str, int]] = {
-    "cifar10": {
-        **_SMALL,
-        "val_cifar10": 1000,
-        "test_cifar10": 9000,
-        "test_cifar100": 9000,
-        "test_tin": 7793,
-        "test_places365": 35195,
-        "test_cifar10c": 10000,
-    },
-    "cifar100": {
-        **_SMALL,
-        "val_cifar100": 1000,
-        "test_cifar100": 9000,
-        "test_cifar10": 10000,
-        "test_tin": 6526,
-        "test_places365": 33773,
-    },
-    "imagenet200": {
-        **_LARGE,
-        "val_imagenet200": 1000,
-        "test_imagenet200": 9000,
-        "test_imagenet200_c": 2000,
-        "test_imagenet200_r": 30000,
-        "test_imagenet200_v2": 2000,
-    },
-    "imagenet": {
-        **_LARGE,
-        "val_imagenet": 5000,
-        "test_imagenet": 45000,
-        "test_imagenet_c": 10000,
-        "test_imagenet_r": 30000,
-        "test_imagenet_v2": 10000,
-    },
-}
+FULL_SIZES: dict[str, dict[str, int]] = read_config(config_root() / "leaderboard.yml")
 WHERE = "the branch leaderboard of https://github.com/zjysteven/OpenOOD"
 FIELDS = ("Training", "Postprocessor", "Near-OOD_AUROC", "Far-OOD_AUROC", "ID_Accuracy",
           "Outlier_Data", "Arch", "Additional_Description")  # fmt: skip
@@ -81,17 +37,17 @@ _OURS = {
 }
 # Names in `utils/papers.csv` of the leaderboard; any other name is used as it is.
 _LISTED = {
-    "t2fnorm": "T2FNorm",
-    "ebo": "EBO",
-    "react": "ReAct",
-    "fdbd": "fDBD",
-    "mds": "MDS++",
-    **{n: n.upper() for n in ("msp", "mls", "odin", "knn", "nci", "gen", "scale", "ash", "vim")},
-    "she": "SHE",
+    **{n: n.upper() for n in ("msp", "mls", "ebo", "odin", "knn", "nci", "gen", "she")},
+    **{n: n.upper() for n in ("scale", "ash", "vim")},
+    **{"t2fnorm": "T2FNorm", "react": "ReAct", "fdbd": "fDBD", "mds": "MDS++"},
 }
 _UNKNOWN = "(to be filled in)"
 # OpenOOD's trainers that use only ID images, and their names on the leaderboard.
 _TRAININGS = {"base": "CrossEntropy", "t2fnorm": "T2FNorm"}
+# OpenOOD's scheme for the folder of training runs: data set, network, trainer and settings.
+_ROOT = re.compile(
+    r"[^_]+_.+_(?P<trainer>[^_]+)_e(?P<epochs>\d+)_lr(?P<lr>\d[\d.]*(?:e-?\d+)?)(?:_.*)?"
+)
 _CELL = re.compile(r"\d+\.\d+(?: \u00b1 (\d+\.\d+))?")
 
 
@@ -110,25 +66,24 @@ def read_results(path: Path, benchmark: Benchmark) -> pd.DataFrame:
     Raises:
         DataError: not a table of the benchmark, or a cell that is not a percentage.
     """
+    again = "evaluate again with --save-csv"
     try:
         table: pd.DataFrame = pd.read_csv(path, index_col=0, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"results {path} cannot be read ({error}): evaluate again with --save-csv"
-        ) from None
+        raise DataError(f"results {path} cannot be read ({error}): {again}") from None
     rows = [*benchmark.near, "nearood", *benchmark.far, "farood"]
     if list(table.columns) != COLUMNS or list(table.index) != rows:
         raise DataError(
             f"{path} must have the rows {', '.join(rows)} and the columns {', '.join(COLUMNS)}, as "
             f"results on {benchmark.name} do, got the rows {', '.join(map(str, table.index))} and "
-            f"the columns {', '.join(map(str, table.columns))}: evaluate again with --save-csv"
+            f"the columns {', '.join(map(str, table.columns))}: {again}"
         )
     for name, row in table.iterrows():
         for column, cell in row.items():
-            if not _CELL.fullmatch(str(cell)):
+            if not _CELL.fullmatch(cell):
                 raise DataError(
                     f"{column} of {name} in {path} must be a percentage or mean \u00b1 std, got "
-                    f"{cell!r}: evaluate again with --save-csv"
+                    f"{cell!r}: {again}"
                 )
     return table
 
@@ -136,7 +91,7 @@ def read_results(path: Path, benchmark: Benchmark) -> pd.DataFrame:
 def splits(benchmark: Benchmark, fsood: bool = False) -> list[Split]:
     """The image lists behind a table, with their sizes here and in OpenOOD."""
     full = FULL_SIZES.get(benchmark.name, {})
-    groups: dict[str, Iterable[ImageSet]] = {
+    roles: dict[str, Iterable[ImageSet]] = {
         "ID validation": [benchmark.id["val"]],
         "ID test": [benchmark.id["test"]],
         "near-OOD": benchmark.near.values(),
@@ -144,10 +99,17 @@ def splits(benchmark: Benchmark, fsood: bool = False) -> list[Split]:
         "covariate-shifted ID": benchmark.csid.values() if fsood else [],
     }
     return [
-        Split(role, path, _size(path), full.get(path.stem))
-        for role, image_sets in groups.items()
-        for path in (image_set.imagelist for image_set in image_sets)
+        Split(role, s.imagelist, _size(s.imagelist), full.get(s.imagelist.stem))
+        for role, image_sets in roles.items()
+        for s in image_sets
     ]
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return len(read_imagelist(path))
+    except DataError:
+        return None
 
 
 def leaderboard_entry(
@@ -172,8 +134,8 @@ def leaderboard_entry(
     """
     table, net = read_results(results, benchmark), next(iter(networks.values()))
     run, path = next(iter(checkpoints.items()))
-    name = parse_root_name(path.parents[1] if run else path.parent)
-    trainer = name.trainer if name and name.trainer not in _TRAININGS else None
+    name = _ROOT.fullmatch((path.parents[1] if run else path.parent).resolve().name)
+    trainer = name["trainer"] if name and name["trainer"] not in _TRAININGS else None
     kind, tested = network_kind(net), splits(benchmark, fsood)
     alias = {**_OURS, **_LISTED}.get(postprocessor, postprocessor)
     row = (
@@ -184,111 +146,93 @@ def leaderboard_entry(
         table.loc["nearood", "ACC"],
         _UNKNOWN if trainer else "No",
         re.sub(r"_\d+x\d+", "", kind.architecture),
-        f"{name.epochs} epochs" if name else _UNKNOWN,
+        f"{name['epochs']} epochs" if name else _UNKNOWN,
     )
     file = _FILES.get(benchmark.name, benchmark.name).format("fsood" if fsood else "ood")
-    rows = [f"Row for `results/{file}.csv`:", _csv(FIELDS, row)]
-    if postprocessor not in _LISTED:
-        link = _LINK if postprocessor in _OURS else _UNKNOWN
-        rows += ["Row for `utils/papers.csv`:", _csv(("Alias", "Link"), (alias, link))]
-    warnings = [
-        *_list_warnings(benchmark, tested, fsood),
-        *_run_warnings(table, results, checkpoints),
-        *_training_warnings(kind, name),
-    ]
-    runs = [(f"`{_short(p)}`", f"`{file_digest(p)}`") for p in checkpoints.values()]
-    lists = [(s.role, f"`{s.imagelist.name}`", _or(s.images), _or(s.full)) for s in tested]
     parts = [
         f"A pull request to {WHERE} adds these rows.",
-        *rows,
-        f"About them: {_description(net, name, benchmark, fsood, list(checkpoints))}.",
+        f"Row for `results/{file}.csv`:",
+        _csv(FIELDS, row),
+    ]
+    if postprocessor not in _LISTED:
+        link = _LINK if postprocessor in _OURS else _UNKNOWN
+        parts += ["Row for `utils/papers.csv`:", _csv(("Alias", "Link"), (alias, link))]
+    about = [f"{name['epochs']} epochs", f"learning rate {name['lr']}"] if name else []
+    about += [f"tau {net.tau.item():.3g}"] if isinstance(net, T2FNormNet) else []
+    count = f"mean \u00b1 std over {len(checkpoints)} training runs ({', '.join(checkpoints)})"
+    about += [count if len(checkpoints) > 1 else "1 training run", f"{benchmark.name} benchmark"]
+    about.append("full-spectrum: covariate-shifted ID images count as ID" if fsood else "OOD")
+    warnings = [
+        *_list_warnings(benchmark, tested, fsood),
+        *_run_warnings(table, results, checkpoints, kind, name and name["trainer"]),
+    ]
+    runs = [(f"`{_short(p)}`", f"`{file_digest(p)}`") for p in checkpoints.values()]
+    lists = [
+        (s.role, f"`{s.imagelist.name}`", *("unknown" if n is None else n for n in s[2:]))
+        for s in tested
+    ]
+    parts += [
+        f"About them: {', '.join(about)}.",
         *(f"**Warning:** {warning}" for warning in warnings),
         f"Results, from `{_short(results)}`:",
-        _markdown(["data set", *COLUMNS], [(str(i), *row) for i, row in table.iterrows()]),
+        _markdown(["data set", *COLUMNS], table.itertuples(name=None)),
         _markdown(["checkpoint", "SHA-256"], runs),
         _markdown(["split", "list", "images", "images in OpenOOD v1.5"], lists),
     ]
     return "\n\n".join(parts)
 
 
-def _description(
-    net: nn.Module, name: RootName | None, benchmark: Benchmark, fsood: bool, runs: Sequence[str]
-) -> str:
-    trained = [f"{name.epochs} epochs", f"learning rate {name.lr}"] if name else []
-    tau = [f"tau {net.tau.item():.3g}"] if isinstance(net, T2FNormNet) else []
-    count = "1 training run"
-    if len(runs) > 1:
-        count = f"mean \u00b1 std over {len(runs)} training runs ({', '.join(runs)})"
-    regime = "full-spectrum: covariate-shifted ID images count as ID" if fsood else "OOD"
-    return ", ".join([*trained, *tau, count, f"{benchmark.name} benchmark", regime])
-
-
-def _list_warnings(benchmark: Benchmark, tested: Sequence[Split], fsood: bool) -> list[str]:
+def _list_warnings(benchmark: Benchmark, tested: Sequence[Split], fsood: bool) -> Iterator[str]:
     if benchmark.name not in FULL_SIZES:
-        return [f"{benchmark.name} is not an OpenOOD benchmark and has no leaderboard."]
-    missing = [s.imagelist.name for s in tested if s.images is None]
-    other = [
-        f"{s.imagelist.stem} {s.images} of {s.full}"
-        for s in tested
-        if None not in (s.images, s.full) and s.images != s.full
-    ]
-    warnings = []
+        yield f"{benchmark.name} is not an OpenOOD benchmark and has no leaderboard."
+        return
     if fsood and benchmark.name not in _FILES:
-        warnings.append(f"OpenOOD has no full-spectrum leaderboard for {benchmark.name}.")
-    if other:
-        warnings.append(
+        yield f"OpenOOD has no full-spectrum leaderboard for {benchmark.name}."
+    sized = [(s.imagelist.stem, s.images, s.full) for s in tested if s.images and s.full]
+    if other := [f"{name} {here} of {full}" for name, here, full in sized if here != full]:
+        yield (
             "results on subsets do not belong on the leaderboard, and these image lists differ in "
             f"length from OpenOOD's: {', '.join(other)} images."
         )
-    if missing:
-        warnings.append(
+    if missing := [s.imagelist.name for s in tested if s.images is None]:
+        yield (
             f"the image lists {', '.join(missing)} cannot be read under the data root, so it is "
             "unknown whether the results are on OpenOOD's full lists."
         )
-    return warnings
 
 
-def _run_warnings(table: pd.DataFrame, results: Path, checkpoints: Mapping[str, Path]) -> list[str]:
-    written = results.stat().st_mtime
-    newer = [_short(path) for path in checkpoints.values() if path.stat().st_mtime > written]
-    stds = [m[1] for row in table.to_numpy() for c in row if (m := _CELL.fullmatch(c))]
+def _run_warnings(
+    table: pd.DataFrame,
+    results: Path,
+    checkpoints: Mapping[str, Path],
+    kind: NetworkKind,
+    trainer: str | None,
+) -> Iterator[str]:
+    for path in filter(unfinished, checkpoints.values()):
+        yield f"training run {_short(path)} is not finished."
+    written, csv_file, runs = results.stat().st_mtime, _short(results), len(checkpoints)
+    if newer := [_short(path) for path in checkpoints.values() if path.stat().st_mtime > written]:
+        yield (
+            f"{', '.join(newer)} {'are' if len(newer) > 1 else 'is'} newer than {csv_file}, whose "
+            "results may belong to an earlier checkpoint: evaluate again."
+        )
+    stds = [match[1] for cell in table.to_numpy().flat if (match := _CELL.fullmatch(cell))]
     varies = any(std is not None and float(std) > 0 for std in stds)
-    warnings = [
-        f"training run {_short(p)} is not finished." for p in checkpoints.values() if unfinished(p)
-    ]
-    if newer:
-        warnings.append(
-            f"{', '.join(newer)} {'are' if len(newer) > 1 else 'is'} newer than {_short(results)}, "
-            "whose results may belong to an earlier checkpoint: evaluate again."
+    if varies != (runs > 1):
+        yield (
+            f"{csv_file} holds results of {'several runs' if varies else 'a single run'}, but the "
+            f"root has {runs} training run{'s' if runs > 1 else ''}: evaluate again."
         )
-    if varies != (len(checkpoints) > 1):
-        found = "several runs" if varies else "a single run"
-        warnings.append(
-            f"{_short(results)} holds results of {found}, but the root has {len(checkpoints)} "
-            f"training run{'s' if len(checkpoints) > 1 else ''}: evaluate again."
+    if trainer not in (None, *_TRAININGS):
+        yield (
+            f"the trainer {trainer} is unknown to this package: fill in by hand whether it uses "
+            "outlier data."
         )
-    return warnings
-
-
-def _training_warnings(kind: NetworkKind, name: RootName | None) -> list[str]:
-    if name is None or _TRAININGS.get(name.trainer) == kind.training:
-        return []
-    if name.trainer in _TRAININGS:
-        return [
-            f"the folder is named after {_TRAININGS[name.trainer]} training, but the keys of its "
+    elif trainer and _TRAININGS[trainer] != kind.training:
+        yield (
+            f"the folder is named after {_TRAININGS[trainer]} training, but the keys of its "
             f"checkpoints are those of {kind.training} training."
-        ]
-    return [
-        f"the trainer {name.trainer} is unknown to this package: fill in by hand whether it uses "
-        "outlier data."
-    ]
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return len(read_imagelist(path))
-    except DataError:
-        return None
+        )
 
 
 def _short(path: Path) -> str:
@@ -296,17 +240,13 @@ def _short(path: Path) -> str:
     return "/".join(path.resolve().parts[-3:])
 
 
-def _or(size: int | None) -> str:
-    return "unknown" if size is None else str(size)
-
-
-def _csv(header: Sequence[str], row: Sequence[object]) -> str:
-    """A header and a row as a Markdown block of CSV."""
+def _csv(*rows: Sequence[object]) -> str:
+    """Rows as a Markdown block of CSV."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, row])
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return f"```csv\n{text.getvalue()}```"
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -1,8 +1,9 @@
-"""What is kept of a run's network and images, so that no image is scored twice."""
+"""What the store has of a run's network and images, so that no image is scored twice."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,13 @@ from fusenorm_openood.version import __version__
 Loader = Callable[[ImageSet], Iterable[Any]]
 
 
+def plain_loader(batch_size: int, num_workers: int) -> Loader:
+    """Loaders of images that store nothing."""
+    return partial(image_loader, batch_size=batch_size, num_workers=num_workers)
+
+
 class Known(NamedTuple):
-    """What is known of a network without loading it."""
+    """What is needed of a network to use its stored scores without loading it."""
 
     structure: Structure
     head: Head | None
@@ -53,7 +59,7 @@ class Records:
     pace: Pace = field(default_factory=Pace, compare=False)
 
     def loader(self, image_set: ImageSet) -> RecordedLoader:
-        """A loader of an image set that keeps what is heard of its images."""
+        """A loader of an image set that stores its scores."""
         images = image_set.images()
         record = {
             **self.network,
@@ -65,30 +71,30 @@ class Records:
         return RecordedLoader(images, self.store, record, name, *how)
 
     def known(self) -> Known | None:
-        """What `keep` kept of the network."""
-        kept = self._stored(lambda: None)
-        if kept is None:
+        """What `keep` stored of the network, if it did."""
+        row = self._row(lambda: None)
+        if row is None:
             return None
-        structure = Structure.from_json(json.loads(kept["structure"][0]))
-        if "weight" not in kept:
+        structure = Structure.from_json(json.loads(row["structure"][0]))
+        if "weight" not in row:
             return Known(structure, None)
-        bias = torch.from_numpy(kept["bias"][0])
-        return Known(structure, Head(torch.from_numpy(kept["weight"]).view(len(bias), -1), bias))
+        bias = torch.from_numpy(row["bias"][0])
+        return Known(structure, Head(torch.from_numpy(row["weight"]).view(len(bias), -1), bias))
 
     def keep(self, net: nn.Module, structure: Structure) -> None:
-        """Keep how the network is built, and its head."""
+        """Store how the network is built, and its head."""
 
         def columns() -> Columns:
             found = {"structure": np.array([json.dumps(structure.to_json())], dtype=object)}
             try:
-                weight, bias = (t.detach().cpu().float() for t in head_of(net, structure))
+                weight, bias = (t.detach().cpu().float().numpy() for t in head_of(net, structure))
             except TapError:  # no linear head
                 return found
-            return {**found, "weight": weight.reshape(1, -1).numpy(), "bias": bias[None].numpy()}
+            return {**found, "weight": weight.reshape(1, -1), "bias": bias[None]}
 
-        self._stored(columns)
+        self._row(columns)
 
-    def _stored(self, compute: Callable[[], Columns | None]) -> Columns | None:
+    def _row(self, compute: Callable[[], Columns | None]) -> Columns | None:
         return stored_row(self.store, {**self.network, "heard": "structure"}, "network", compute)
 
 
@@ -115,7 +121,7 @@ def _code(module: str) -> str | None:
     """Digest of the file of a module, None of a package or without one."""
     try:
         found = find_spec(module)
-    except (ImportError, ValueError):  # as its import will say
+    except (ImportError, ValueError):  # the import of the network raises it as well
         return None
     if found is None or found.origin is None or found.submodule_search_locations is not None:
         return None
@@ -128,26 +134,18 @@ def list_digest(images: ImageList) -> str:
     return manifest(images.paths(), names)
 
 
-def plain_loader(batch_size: int, num_workers: int) -> Loader:
-    """Loaders of images that keep nothing."""
-    return lambda image_set: image_loader(image_set, batch_size, num_workers)
-
-
 def find_faults(images: ImageList, store: Path | None = None) -> list[tuple[str, str]]:
     """The position and the fault of each faulty image; see `find_fault`.
 
     Args:
         images: the images.
-        store: where it is kept that no file is unreadable, and which ones are truncated, until the
-            list, or the size or time of a file, changes; None = every file is opened.
+        store: where the faults are stored if all files can be read, some of them truncated, until
+            the list, or the size or time of a file, changes; None = every file is opened.
 
     Raises:
         DataError: with a store, a file is missing.
         StoreError: the store cannot be written.
     """
-    if store is None:
-        return _located(images, images.faults())
-    record = {"version": __version__, "images": list_digest(images), "heard": "faults"}
     found: dict[int, str] | None = None
 
     def columns() -> Columns | None:
@@ -157,11 +155,11 @@ def find_faults(images: ImageList, store: Path | None = None) -> list[tuple[str,
             return None
         return {"faults": np.array([json.dumps(found)], dtype=object)}
 
-    kept = stored_row(store, record, f"{images.path.stem}_faults", columns)
-    if found is None and kept is not None:
-        found = {int(n): fault for n, fault in json.loads(kept["faults"][0]).items()}
-    return _located(images, found or {})
-
-
-def _located(images: ImageList, faults: dict[int, str]) -> list[tuple[str, str]]:
-    return [(images.where(number), fault) for number, fault in faults.items()]
+    if store is None:
+        columns()
+    else:
+        record = {"version": __version__, "images": list_digest(images), "heard": "faults"}
+        row = stored_row(store, record, f"{images.path.stem}_faults", columns)
+        if found is None and row is not None:
+            found = {int(n): fault for n, fault in json.loads(row["faults"][0]).items()}
+    return [(images.where(number), fault) for number, fault in (found or {}).items()]

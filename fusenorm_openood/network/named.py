@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 from torch.nn import Parameter
-from typing_extensions import Self
 
 from fusenorm_openood.errors import ConfigError
 
@@ -138,10 +137,10 @@ class LazyNetwork(nn.Module):
     def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
         return self.core.parameters(recurse)
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
+    def to(self, *args: Any, **kwargs: Any) -> "LazyNetwork":
         """Move the network, at once or when it is loaded."""
         self._moves.append((args, kwargs))
         return super().to(*args, **kwargs)
 
-    def cpu(self) -> Self:
+    def cpu(self) -> "LazyNetwork":
         return self.to("cpu")

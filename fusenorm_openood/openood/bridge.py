@@ -13,7 +13,7 @@ import pandas as pd
 from PIL import ImageFile
 from torch import nn
 
-from fusenorm_openood.data.images import truncated_images_read
+from fusenorm_openood.data.images import truncated_images
 from fusenorm_openood.errors import DataError, OpenOODError
 from fusenorm_openood.kernels.devices import device_of, on_device
 from fusenorm_openood.openood import INSTALL
@@ -101,7 +101,7 @@ def evaluate_with_openood(
         raise OpenOODError(
             f"OpenOOD's evaluator has no ID data set {id_name!r}: choose --engine native"
         )
-    with on_device(device_of(net)), truncated_images_read(), file_errors():
+    with on_device(device_of(net)), truncated_images(read=True), file_errors():
         evaluator = api.Evaluator(
             net,
             id_name=id_name,

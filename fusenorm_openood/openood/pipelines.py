@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusenorm_openood.data.images import truncated_images_read
+from fusenorm_openood.data.images import truncated_images
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.errors import CheckpointError, ConfigError, FuseNormError
 from fusenorm_openood.kernels.devices import find_device, on_device
@@ -165,7 +165,7 @@ def run_pipeline(config: Any, device: str) -> None:
 
     with (
         on_device(device),
-        truncated_images_read(),
+        truncated_images(read=True),
         file_errors(),
         process_restored(),
         replaced(get_postprocessor, get_adapted),

@@ -1,127 +1,22 @@
 """The report of an evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from torch import Tensor
 
 from fusenorm_openood.data.benchmarks import Benchmark
 from fusenorm_openood.detectors.base import Scored
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.evaluation.evaluation import Evaluation
 from fusenorm_openood.method.conformal import conformal_p_values
-from fusenorm_openood.method.metrics import ood_metrics
-from fusenorm_openood.report.charts import Series, histogram, mean_roc, roc
-from fusenorm_openood.report.gallery import gallery
+from fusenorm_openood.report import sections as parts
+from fusenorm_openood.report.charts import Series
+from fusenorm_openood.report.gallery import REJECTED, TRUSTED, Shown, choose, gallery
 from fusenorm_openood.report.page import Facts, Report, Section
-from fusenorm_openood.report.picks import picks
-from fusenorm_openood.report.sections import (
-    ENDS,
-    GROUPS,
-    HEAT,
-    acceptance_section,
-    detector_facts,
-    objected,
-    objections_section,
-    table_of,
-    threshold,
-)
-
-Values = NDArray[np.float64]
-
-
-class Score(NamedTuple):
-    """One score of all tested images, larger = more in-distribution.
-
-    Attributes:
-        name: `confidence`, an expert or a method.
-        known: its values on ID images `[N]`.
-        unknown: its values on OOD images, by group and data set.
-    """
-
-    name: str
-    known: Values
-    unknown: Mapping[str, Mapping[str, Values]]
-
-    def pooled(self, group: str) -> Values:
-        """Its values on all OOD images of a group."""
-        return np.concatenate(list(self.unknown[group].values()))
-
-    def figures(self, group: str) -> tuple[float, float]:
-        """AUROC and FPR@95 in percent, the means over the data sets of a group."""
-        each = [ood_metrics(self.known, values) for values in self.unknown[group].values()]
-        return tuple(100 * np.mean([(m.auroc, m.fpr95) for m in each], axis=0))
-
-
-def known_sets(result: Evaluation) -> list[Scored]:
-    """What the detector gave for the ID images, covariate-shifted ones last."""
-    return [s for group in ("id", "csid") for s in result.sets[group].values()]
-
-
-def scores_of(result: Evaluation) -> list[Score]:
-    """The confidence of an evaluation, and the scores of FuseNorm's experts."""
-    known = known_sets(result)
-    unknown = {group: result.sets[group] for group in GROUPS if result.sets.get(group)}
-    conf = Score(
-        "confidence",
-        np.concatenate([s.conf for s in known]),
-        {g: {n: s.conf for n, s in sets.items()} for g, sets in unknown.items()},
-    )
-    if not isinstance(result.detector, FuseNorm):
-        return [conf]
-    return [
-        conf,
-        *(
-            Score(
-                expert,
-                np.concatenate([s.experts[row] for s in known]),
-                {g: {n: s.experts[row] for n, s in sets.items()} for g, sets in unknown.items()},
-            )
-            for row, expert in enumerate(result.detector.experts)
-        ),
-    ]
-
-
-def histograms_section(scores: list[Score], cut: float | None = None) -> Section:
-    """The distribution of every score, ID against OOD; `cut` is the threshold of the first."""
-    figures = []
-    for number, score in enumerate(scores):
-        merits = tuple(
-            "{} AUROC {:.2f}, FPR@95 {:.2f}".format(GROUPS[group], *score.figures(group))
-            for group in score.unknown
-        )
-        others = [Series(GROUPS[group], score.pooled(group)) for group in score.unknown]
-        known, line = Series("ID", score.known), cut if number == 0 else None
-        figures.append(histogram(score.name, known, others, "score", line, lines=merits))
-    text = (
-        f"Larger = more in-distribution. {ENDS} AUROC and FPR@95 in percent are means over the "
-        "data sets, as in the table."
-    )
-    return Section("Scores of ID and OOD images", (text,), figures=tuple(figures))
-
-
-def roc_section(scores: list[Score], shown: int = 4) -> Section:
-    """ROC curves of the first score and of the others, the best of which are named."""
-    figures = []
-    for group in scores[0].unknown:
-        merit = {score.name: score.figures(group)[0] for score in scores}
-        first, *rest = scores
-        rest.sort(key=lambda score: -merit[score.name])
-        curves = {
-            f"{score.name} ({merit[score.name]:.2f})": mean_roc(
-                score.known, list(score.unknown[group].values())
-            )
-            for score in (first, *rest)
-        }
-        figures.append(roc(f"{GROUPS[group]} (AUROC in percent)", curves, shown))
-    text = (
-        "OOD is the positive class; curves are means over the data sets, so the area below one is "
-        "the AUROC of the table."
-    )
-    return Section("ROC curves", (text,), figures=tuple(figures))
-
+from fusenorm_openood.report.sections import GROUPS, Score, Values
 
 ACCEPTANCE = 0.95
 
@@ -138,63 +33,83 @@ def report_of_evaluation(
     """The report about an evaluation; a few images are read and scored again for its gallery.
 
     Args:
-        result: what `evaluate` or OpenOOD found on one training run.
+        result: results of `evaluate` or of OpenOOD on one training run.
         benchmark: where the images come from.
         title: what was evaluated.
-        facts: more to say in the header.
+        facts: more facts for the header.
         table: the table to show, over several runs for example (default: that of `result`).
         validation: whether it was an evaluation on the validation pair, whose ID images the
             detector was fitted on.
         note: a remark above the table.
     """
-    scores, detector = scores_of(result), result.detector
+    scores, detector = _scores(result), result.detector
     conf = scores[0]
     # Every other ID image calibrates, the rest is tested.
-    halves = [conf for s in known_sets(result) for conf in (s.conf[::2], s.conf[1::2])]
-    reference = None if validation else np.sort(np.concatenate(halves[::2]))
-    cut = threshold(reference, ACCEPTANCE)
-    promised = cut is not None
+    known = [s.conf for group in ("id", "csid") for s in result.sets[group].values()]
+    reference = None if validation else np.sort(np.concatenate([c[::2] for c in known]))
+    promised = cut = parts.threshold(reference, ACCEPTANCE)
     if cut is None:
         cut = float(np.quantile(conf.known, 1 - ACCEPTANCE))
-    sections = [
-        _results(result, table, note),
-        histograms_section(scores, cut),
-        roc_section(scores),
+    tables = [
+        parts.table_of(
+            result.table if table is None else table,
+            "Metrics in percent; in bold the means of the groups",
+            "data set",
+        )
     ]
-    if reference is not None and promised:
-        sections.append(_acceptance(conf, reference, np.concatenate(halves[1::2])))
+    if len(result.compare) > 1:
+        caption = "AUROC / FPR@95 in percent of the fused confidence and of every expert"
+        tables.append(parts.table_of(result.compare, caption, "expert"))
+    sections = [
+        Section("Results", (note,) if note else (), tuple(tables)),
+        parts.histograms_section(scores, cut),
+        parts.roc_section(scores),
+    ]
+    if reference is not None and promised is not None:
+        tested = np.concatenate([c[1::2] for c in known])
+        sections.append(_acceptance(conf, reference, tested))
     if isinstance(detector, FuseNorm):
         counts = {}
         for group in conf.unknown:
             experts = np.concatenate([s.experts for s in result.sets[group].values()], axis=1)
-            names = objected(detector, experts[:, conf.pooled(group) < cut])
+            names = parts.lowest_contributions(detector, experts[:, conf.pooled(group) < cut])
             counts[GROUPS[group]] = {name: names.count(name) for name in detector.experts}
-        sections += objections_section(detector.experts, counts)
+        sections += parts.contributions_section(detector.experts, counts)
     if detector is not None:
-        chosen = picks(result.sets, benchmark, cut, reference, "val" if validation else "test")
-        cards = gallery(chosen, detector, benchmark.norm).cards
-        heat = f", and {HEAT}" if isinstance(detector, FuseNorm) else ""
+        images = _images(result, benchmark, cut, reference, "val" if validation else "test")
+        galleries, _ = gallery(images, detector, benchmark.norm)
+        heat = f", and {parts.HEAT}" if isinstance(detector, FuseNorm) else ""
         text = (
             f"Each image as the network sees it{heat}. Doubtful images are closest to the "
             f"threshold {cut:.3g}, which {ACCEPTANCE:.0%} of ID images exceed."
         )
-        sections.append(Section("Images", (text,), galleries=cards))
-    about = (*facts, *(() if detector is None else detector_facts(detector)))
-    highlights = [
+        sections.append(Section("Images", (text,), galleries=galleries))
+        facts = (*facts, *parts.detector_facts(detector))
+    highlights = tuple(
         (f"{GROUPS[group]} {name}", f"{value:.2f}%")
         for group in conf.unknown
         for name, value in zip(("AUROC", "FPR@95"), conf.figures(group), strict=True)
+    )
+    return Report(title, (*facts, *conf.counts()), highlights, tuple(sections))
+
+
+def _scores(result: Evaluation) -> list[Score]:
+    """The confidence of an evaluation, and the scores of FuseNorm's experts."""
+    known = [s for group in ("id", "csid") for s in result.sets[group].values()]
+    unknown = {group: result.sets[group] for group in GROUPS if result.sets.get(group)}
+
+    def score(name: str, values: Callable[[Scored], Values]) -> Score:
+        return Score(
+            name,
+            np.concatenate([values(s) for s in known]),
+            {group: {n: values(s) for n, s in sets.items()} for group, sets in unknown.items()},
+        )
+
+    experts = result.detector.experts if isinstance(result.detector, FuseNorm) else ()
+    return [
+        score("confidence", lambda s: s.conf),
+        *(score(name, lambda s, row=row: s.experts[row]) for row, name in enumerate(experts)),  # type: ignore[misc]
     ]
-    return Report(title, (*about, *_numbers(conf)), tuple(highlights), tuple(sections))
-
-
-def _results(result: Evaluation, table: pd.DataFrame | None, note: str) -> Section:
-    shown = result.table if table is None else table
-    tables = [table_of(shown, "Metrics in percent; in bold the means of the groups", "data set")]
-    if len(result.compare) > 1:
-        caption = "AUROC / FPR@95 in percent of the fused confidence and of every expert"
-        tables.append(table_of(result.compare, caption, "expert"))
-    return Section("Results", (note,) if note else (), tuple(tables))
 
 
 def _acceptance(conf: Score, reference: Values, tested: Values) -> Section:
@@ -205,12 +120,64 @@ def _acceptance(conf: Score, reference: Values, tested: Values) -> Section:
     ]
     about = (
         f"Every other ID image calibrates ({len(reference):,}), the others are tested "
-        f"({len(known.values):,}), whose share scatters a little more."
+        f"({len(tested):,}), whose share scatters a little more."
     )
-    return acceptance_section(len(reference), known, others, ACCEPTANCE, about)
+    return parts.acceptance_section(len(reference), known, others, ACCEPTANCE, about)
 
 
-def _numbers(conf: Score) -> Facts:
-    counts = [("ID images", len(conf.known))]
-    counts += [(f"{GROUPS[g]} images", len(conf.pooled(g))) for g in conf.unknown]
-    return tuple((name, f"{number:,}") for name, number in counts)
+class _Tested(NamedTuple):
+    """A tested image."""
+
+    group: str
+    name: str
+    position: int
+    confidence: float
+    predicted: int
+    label: int
+
+
+def _images(
+    result: Evaluation, benchmark: Benchmark, cut: float, reference: Values | None, split: str
+) -> dict[str, list[Shown]]:
+    """The images to show, by group: extreme and doubtful ones, and the worst mistakes."""
+    image_sets = {
+        "id": {benchmark.name: benchmark.id[split]},
+        "csid": benchmark.csid,
+        "valood": {"val": benchmark.val_ood},
+        "nearood": benchmark.near,
+        "farood": benchmark.far,
+    }
+
+    def tested(group: str) -> Iterator[_Tested]:
+        calibrating = reference is not None and group not in GROUPS
+        for name, s in result.sets.get(group, {}).items():
+            rows = zip(s.conf.tolist(), s.pred.tolist(), s.label.tolist(), strict=True)
+            for position, row in enumerate(rows):
+                if position % 2 or not calibrating:
+                    yield _Tested(group, name, position, *row)
+
+    def shown(image: _Tested) -> Shown:
+        images = image_sets[image.group][image.name].images()
+        if image.group in GROUPS:
+            truth = f"{GROUPS[image.group]}, {image.name}"
+        else:
+            kind = "ID" if image.group == "id" else "covariate-shifted ID"
+            truth = f"{kind}, class {image.label}"
+        facts = [("truth", truth), ("predicted", f"class {image.predicted}")]
+        facts.append(("confidence", f"{image.confidence:.3f}"))
+        if reference is not None:
+            p_value = float(conformal_p_values(image.confidence, reference))
+            facts.append(("p-value", f"{p_value:.3g}"))
+
+        def read() -> Tensor:
+            tensor: Tensor = images[image.position]["data"]
+            return tensor
+
+        return Shown(images.entries[image.position].name, tuple(facts), read)
+
+    known = [image for group in ("id", "csid") for image in tested(group)]
+    ood = [image for group in GROUPS for image in tested(group)]
+    chosen = choose([*known, *ood], cut)
+    chosen["OOD images that are trusted most"] = choose(ood, cut)[TRUSTED]
+    chosen["ID images that are rejected most"] = choose(known, cut)[REJECTED]
+    return {title: [shown(image) for image in images] for title, images in chosen.items()}

@@ -1,9 +1,10 @@
 """Galleries of images, with what each expert contributes."""
 
 import base64
+import heapq
 import io
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +16,104 @@ from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.statistics import Explanation
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.report.page import Card, Cards, Facts, Picture
+from fusenorm_openood.report.page import Card, Facts
 
 SIDE = 128  # pixels of the longer side, at most
 FEW = 64  # pixels of the longer side up to which nothing is lost
+PER_GROUP = 4
+REJECTED, DOUBTFUL, TRUSTED = "Most rejected", "Most doubtful", "Most trusted"
+
+
+class Scored(Protocol):
+    """An image with a confidence."""
+
+    @property
+    def confidence(self) -> Any: ...
+
+
+S = TypeVar("S", bound=Scored)
+
+
+def choose(
+    images: Iterable[S],
+    cut: float | None,
+    most: int = PER_GROUP,
+    chosen: Mapping[str, Sequence[S]] | None = None,
+) -> dict[str, list[S]]:
+    """Images with the smallest confidences, those closest to the threshold, and the largest ones.
+
+    `most` of each, also from those that were `chosen` from earlier images.
+    """
+    images, chosen = list(images), chosen or {}
+    order: dict[str, Callable[[S], float]] = {REJECTED: lambda image: image.confidence}
+    if cut is not None:
+        order[DOUBTFUL] = lambda image: abs(image.confidence - cut)
+    order[TRUSTED] = lambda image: -image.confidence
+    return {
+        name: heapq.nsmallest(most, [*chosen.get(name, ()), *images], key)
+        for name, key in order.items()
+    }
+
+
+class Shown(NamedTuple):
+    """An image to show: its file, facts such as its confidence, and how it is read.
+
+    `read` gives its tensor `[3, H, W]`, or raises DataError if its file has gone.
+    """
+
+    name: str
+    facts: Facts
+    read: Callable[[], Tensor]
+
+
+def gallery(
+    groups: Mapping[str, Sequence[Shown]], detector: Detector, norm: Normalization
+) -> tuple[tuple[tuple[str, tuple[Card, ...]], ...], dict[str, Explanation]]:
+    """Cards by title, and the explanations of images that can be read; FuseNorm has heat maps."""
+    galleries, explained = [], {}
+    for title, images in groups.items():
+        read = [_read(image) for image in images]
+        tensors = [tensor for tensor in read if tensor is not None]
+        why = None
+        if tensors and isinstance(detector, FuseNorm):
+            why = explained[title] = detector.explain(torch.stack(tensors))
+        number = iter(range(len(tensors)))
+        cards = [
+            Card(image.name, (), image.facts, "Its file can no longer be read.")
+            if tensor is None
+            else _card(image, thumbnail(tensor, norm), why, next(number))
+            for image, tensor in zip(images, read, strict=True)
+        ]
+        if cards:
+            galleries.append((title, tuple(cards)))
+    return tuple(galleries), explained
+
+
+def _read(image: Shown) -> Tensor | None:
+    try:
+        return image.read()
+    except DataError:
+        return None
+
+
+def _card(image: Shown, picture: Image.Image, why: Explanation | None, number: int) -> Card:
+    pictures = ((data_uri(picture), f"{image.name} as the network sees it"),)
+    if why is None:
+        return Card(image.name, pictures, image.facts)
+    objected = why.objected[number]
+    facts = (*image.facts, ("lowest contribution", objected))
+    rows = [row for row, name in enumerate(why.experts) if name in why.maps]
+    if not rows:
+        return Card(image.name, pictures, facts)
+    layer, remark = objected, f"Heat map: {objected}."
+    if objected not in why.maps:
+        layer = why.experts[max(rows, key=lambda row: float(why.below_mean[row, number]))]
+        remark = (
+            f"{objected} has no heat map; this is {layer}, the layer with the lowest contribution."
+        )
+    heat = why.maps[layer][number]
+    alt = f"heat map of {layer} on {image.name}: most energy in the {where(heat)}"
+    return Card(image.name, (*pictures, (data_uri(overlaid(picture, heat)), alt)), facts, remark)
 
 
 def thumbnail(image: Tensor, norm: Normalization) -> Image.Image:
@@ -46,15 +141,10 @@ def overlaid(picture: Image.Image, heat: Tensor) -> Image.Image:
 
 def where(heat: Tensor) -> str:
     """In which part of an image a heat map `[H, W]` is largest."""
-    height, width = heat.shape
-    row, column = divmod(int(heat.argmax()), width)
-    up = ("upper", "middle", "lower")[_third(row, height)]
-    side = ("left", "centre", "right")[_third(column, width)]
+    row, column = np.unravel_index(int(heat.argmax()), heat.shape)
+    up = ("upper", "middle", "lower")[int(3 * (row + 0.5) / heat.shape[0])]
+    side = ("left", "centre", "right")[int(3 * (column + 0.5) / heat.shape[1])]
     return "centre" if (up, side) == ("middle", "centre") else f"{up} {side}"
-
-
-def _third(place: int, length: int) -> int:
-    return int(3 * (place + 0.5) / length)
 
 
 def data_uri(picture: Image.Image) -> str:
@@ -66,94 +156,3 @@ def data_uri(picture: Image.Image) -> str:
         picture.save(file, "JPEG", quality=82)
     kind = "png" if few else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-PER_GROUP = 4
-
-
-class Chosen(NamedTuple):
-    """An image to show.
-
-    Attributes:
-        name: its file.
-        facts: what is known of it, its confidence for example.
-        read: gives its tensor `[3, H, W]`; raises DataError if its file has gone.
-    """
-
-    name: str
-    facts: Facts
-    read: Callable[[], Tensor]
-
-
-class Gallery(NamedTuple):
-    """Cards of images, and by group the explanation of those that could be read."""
-
-    cards: tuple[Cards, ...]
-    explained: dict[str, Explanation]
-
-
-def gallery(
-    groups: Mapping[str, Sequence[Chosen]], detector: Detector, norm: Normalization
-) -> Gallery:
-    """The cards of groups of images; FuseNorm's have heat maps.
-
-    Args:
-        groups: images by the title of their group.
-        detector: the detector that judged them.
-        norm: how the tensors were normalised.
-    """
-    cards, explained = [], {}
-    for title, images in groups.items():
-        read = [_read(image) for image in images]
-        tensors = [tensor for tensor in read if tensor is not None]
-        why = None
-        if tensors and isinstance(detector, FuseNorm):
-            why = explained[title] = detector.explain(torch.stack(tensors))
-        number, made = 0, []
-        for image, tensor in zip(images, read, strict=True):
-            made.append(_card(image, tensor, why, number, norm))
-            number += tensor is not None
-        if made:
-            cards.append(Cards(title, tuple(made)))
-    return Gallery(tuple(cards), explained)
-
-
-def _read(image: Chosen) -> Tensor | None:
-    try:
-        return image.read()
-    except DataError:
-        return None
-
-
-def _card(
-    image: Chosen,
-    tensor: Tensor | None,
-    why: Explanation | None,
-    number: int,
-    norm: Normalization,
-) -> Card:
-    if tensor is None:
-        return Card(image.name, (), image.facts, "Its file can no longer be read.")
-    seen = thumbnail(tensor, norm)
-    pictures = [Picture(data_uri(seen), f"{image.name} as the network sees it")]
-    if why is None:
-        return Card(image.name, tuple(pictures), image.facts)
-    objected = why.objected[number]
-    facts = (*image.facts, ("objected", objected))
-    rows = [row for row, name in enumerate(why.experts) if name in why.maps]
-    if not rows:
-        return Card(image.name, tuple(pictures), facts)
-    tap = objected
-    if objected not in why.maps:
-        tap = why.experts[max(rows, key=lambda row: float(why.below_mean[row, number]))]
-    heat = why.maps[tap][number]
-    pictures.append(
-        Picture(
-            data_uri(overlaid(seen, heat)),
-            f"heat map of {tap} on {image.name}: most energy in the {where(heat)}",
-        )
-    )
-    remark = f"Heat map: {tap}."
-    if objected not in why.maps:
-        remark = f"{objected} has no heat map; this is {tap}, the block that objected most."
-    return Card(image.name, tuple(pictures), facts, remark)

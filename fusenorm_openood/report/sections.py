@@ -1,9 +1,9 @@
-"""Sections that several reports share, and what they say about a detector."""
+"""Sections that several reports share, and the facts about a detector."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,14 +12,131 @@ from numpy.typing import NDArray
 from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.method.conformal import EQUAL, guarantee, needed_images
+from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network.running import unwrapped
-from fusenorm_openood.report.charts import Series, acceptance_curves, bars
+from fusenorm_openood.report import charts
+from fusenorm_openood.report.charts import Series
 from fusenorm_openood.report.page import Facts, Section, Table
+
+Values = NDArray[np.float64]
 
 GROUPS = {"nearood": "near-OOD", "farood": "far-OOD", "valood": "validation OOD"}
 HEAT = "a heat map of the energy that a block's norm comes from (dark blue = none, yellow = most)"
 ENDS = "The outermost bins also hold all images beyond them."
+
+
+class Score(NamedTuple):
+    """The values of a confidence, an expert or a method: of ID images `[N]`, and of OOD images."""
+
+    name: str
+    known: Values
+    unknown: Mapping[str, Mapping[str, Values]]  # by group and data set
+
+    def pooled(self, group: str) -> Values:
+        """Its values on all OOD images of a group."""
+        return np.concatenate(list(self.unknown[group].values()))
+
+    def figures(self, group: str) -> tuple[float, float]:
+        """AUROC and FPR@95 in percent, the means over the data sets of a group."""
+        each = [ood_metrics(self.known, values) for values in self.unknown[group].values()]
+        return tuple(100 * np.mean([(m.auroc, m.fpr95) for m in each], axis=0))
+
+    def counts(self) -> Facts:
+        """The numbers of images."""
+        groups = ((f"{GROUPS[g]} images", f"{len(self.pooled(g)):,}") for g in self.unknown)
+        return (("ID images", f"{len(self.known):,}"), *groups)
+
+
+def histograms_section(scores: Sequence[Score], cut: float | None = None) -> Section:
+    """The distribution of every score, ID against OOD; `cut` is the threshold of the first."""
+    figures = []
+    for score in scores:
+        metrics = tuple(
+            "{} AUROC {:.2f}, FPR@95 {:.2f}".format(GROUPS[group], *score.figures(group))
+            for group in score.unknown
+        )
+        others = [Series(GROUPS[group], score.pooled(group)) for group in score.unknown]
+        line = cut if score is scores[0] else None
+        known = Series("ID", score.known)
+        figures.append(charts.histogram(score.name, known, others, "score", line, lines=metrics))
+    text = (
+        f"Larger = more in-distribution. {ENDS} AUROC and FPR@95 in percent are means over the "
+        "data sets, as in the table."
+    )
+    return Section("Scores of ID and OOD images", (text,), figures=tuple(figures))
+
+
+def roc_section(scores: Sequence[Score]) -> Section:
+    """ROC curves of the first score and of the others, the best of which are named."""
+    figures = []
+    for group in scores[0].unknown:
+        auroc = {score.name: score.figures(group)[0] for score in scores}
+        rest = sorted(scores[1:], key=lambda score: -auroc[score.name])
+        curves = {
+            f"{score.name} ({auroc[score.name]:.2f})": charts.mean_roc(
+                score.known, list(score.unknown[group].values())
+            )
+            for score in (scores[0], *rest)
+        }
+        figures.append(charts.roc(f"{GROUPS[group]} (AUROC in percent)", curves))
+    text = (
+        "OOD is the positive class; curves are means over the data sets, so the area below one is "
+        "the AUROC of the table."
+    )
+    return Section("ROC curves", (text,), figures=tuple(figures))
+
+
+def acceptance_section(
+    images: int, known: Series | None, others: Sequence[Series], asked: float, about: str
+) -> Section:
+    """Acceptance against rejection, with the guarantee; the series are p-values."""
+    text = f"{about} At an acceptance of {asked:.0%}, {guarantee(images, asked)}."
+    title = "Share of the images by the acceptance asked for"
+    return Section(
+        "Acceptance and rejection",
+        (
+            text[0].upper() + text[1:],
+            "The band is where the accepted share of ID images lies with a probability of 95% "
+            "(Beta distribution); between the dotted lines it lies at all acceptances at once "
+            "(Dvoretzky, Kiefer, Wolfowitz). Both hold for ID images like the calibration images.",
+        ),
+        figures=(charts.acceptance_curves(title, images, known, others, asked),),
+    )
+
+
+def threshold(reference: Values | None, share: float) -> float | None:
+    """The smallest confidence that is accepted at an acceptance, None without enough images."""
+    if reference is None or len(reference) < needed_images(share):
+        return None
+    k = math.floor((1 - share + EQUAL) * (len(reference) + 1))
+    return float(np.sort(reference)[k - 1])
+
+
+def contributions_section(
+    experts: Sequence[str], counts: Mapping[str, Mapping[str, int]]
+) -> list[Section]:
+    """How often each expert contributes least to rejected images; none without such images."""
+    totals = {group: n for group, count in counts.items() if (n := sum(count.values()))}
+    if not totals:
+        return []
+    percent = {
+        group: {name: 100 * counts[group].get(name, 0) / n for name in experts}
+        for group, n in totals.items()
+    }
+    numbers = ", ".join(f"{n:,} {group}" for group, n in totals.items())
+    text = (
+        f"For each rejected image ({numbers}), the expert whose contribution to the confidence is "
+        "furthest below its mean over ID images. Layers are in the network's order."
+    )
+    figure = charts.bars("Expert with the lowest contribution", percent, "% of the rejected images")
+    return [Section("Contributions of layers", (text,), figures=(figure,))]
+
+
+def lowest_contributions(detector: FuseNorm, scores: NDArray[Any]) -> list[str]:
+    """The expert of the lowest contribution to each image, from the experts' scores `[L, N]`."""
+    pred = np.zeros(scores.shape[1], np.int64)
+    return list(detector.explain_scores(scores, pred).objected)
 
 
 def detector_facts(detector: Detector) -> Facts:
@@ -29,11 +146,14 @@ def detector_facts(detector: Detector) -> Facts:
         ("network", type(unwrapped(detector.net)).__name__),
     ]
     if isinstance(detector, FuseNorm):
-        changed = {k: v for k, v in asdict(detector.settings).items() if v != _DEFAULTS[k]}
-        said = ", ".join(f"{key} = {value}" for key, value in changed.items())
-        facts += [("settings", said or "default"), ("strong experts", ", ".join(detector.strong))]
+        default = asdict(Settings())
+        changed = {k: v for k, v in asdict(detector.settings).items() if v != default[k]}
         weak = [name for name in detector.experts if name not in detector.strong]
-        facts.append(("other blocks", ", ".join(weak) or "none"))
+        facts += [
+            ("settings", ", ".join(f"{k} = {v}" for k, v in changed.items()) or "default"),
+            ("strong experts", ", ".join(detector.strong)),
+            ("other blocks", ", ".join(weak) or "none"),
+        ]
         if detector.id_statistics_ is not None:
             facts.append(("fitted on", f"{detector.id_statistics_.id_scores.shape[1]:,} ID images"))
         if detector.calibration_scores_ is not None:
@@ -43,71 +163,14 @@ def detector_facts(detector: Detector) -> Facts:
     return tuple(facts)
 
 
-_DEFAULTS = asdict(Settings())
-
-
-def threshold(reference: NDArray[Any] | None, share: float) -> float | None:
-    """The smallest confidence that is accepted at an acceptance, None without enough images."""
-    if reference is None or len(reference) < needed_images(share):
-        return None
-    k = math.floor((1 - share + EQUAL) * (len(reference) + 1))
-    return float(np.sort(reference)[k - 1])
-
-
-def acceptance_section(
-    images: int, known: Series | None, others: Sequence[Series], asked: float, where_from: str
-) -> Section:
-    """Acceptance against rejection, with what is guaranteed; the series are p-values."""
-    promised = guarantee(images, asked)
-    text = f"{where_from} At an acceptance of {asked:.0%}, {promised}."
-    title = "Share of the images by the acceptance asked for"
-    figure = acceptance_curves(title, images, known, others, asked)
-    return Section(
-        "Acceptance and rejection",
-        (
-            text[0].upper() + text[1:],
-            "The band is where the accepted share of ID images lies with a probability of 95% "
-            "(Beta distribution); between the dotted lines it lies at all acceptances at once "
-            "(Dvoretzky, Kiefer, Wolfowitz). Both hold for ID images like the calibration images.",
-        ),
-        figures=(figure,),
-    )
-
-
-def objections_section(
-    experts: Sequence[str], counts: Mapping[str, Mapping[str, int]]
-) -> list[Section]:
-    """Which expert objected most to rejected images, by group; none without such images."""
-    shares = {
-        group: {name: 100 * count.get(name, 0) / sum(count.values()) for name in experts}
-        for group, count in counts.items()
-        if sum(count.values())
-    }
-    if not shares:
-        return []
-    numbers = ", ".join(f"{sum(counts[group].values()):,} {group}" for group in shares)
-    text = (
-        f"For each rejected image ({numbers}), the expert whose share in the confidence is "
-        "furthest below its mean over ID images. Blocks are in the network's order."
-    )
-    figure = bars("Expert that objected most", shares, "% of the rejected images")
-    return [Section("Objections by layer", (text,), figures=(figure,))]
-
-
-def objected(detector: FuseNorm, scores: NDArray[Any]) -> list[str]:
-    """The expert that objects most to each image, from the experts' scores `[L, N]`."""
-    pred = np.zeros(scores.shape[1], np.int64)
-    return list(detector.explain_scores(scores, pred).objected)
-
-
 def table_of(
     frame: pd.DataFrame, caption: str, corner: str, best: Mapping[Any, bool] = {}
 ) -> Table:
-    """A table of a data frame; `best` has the columns of numbers whose largest cell is marked."""
-    rows = [
-        (_name(name), *map(_cell, row))
+    """A table of a data frame; `best`: columns of numbers whose best cell is marked, True = max."""
+    rows = tuple(
+        (_name(name), *(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row))
         for name, row in zip(frame.index, frame.to_numpy(), strict=True)
-    ]
+    )
     marked = set()
     for number, column in enumerate(frame.columns, start=1):
         if column in best:
@@ -115,16 +178,12 @@ def table_of(
             top = values.max() if best[column] else values.min()
             marked |= {(int(row), number) for row in np.flatnonzero(values == top)}
     columns = (corner, *map(_name, frame.columns))
-    return Table(caption, columns, tuple(rows), frozenset(map(_name, GROUPS)), frozenset(marked))
+    return Table(caption, columns, rows, frozenset(map(_name, GROUPS)), frozenset(marked))
 
 
 def _name(name: Any) -> str:
-    """How a row or a column is called; a group's has its mean."""
+    """The title of a row or a column; a group's has its mean."""
     if name in GROUPS:
         return f"{GROUPS[name]} mean"
     first, *rest = str(name).split(" ")
     return " ".join((GROUPS.get(first, first), *rest))
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)

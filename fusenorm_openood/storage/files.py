@@ -39,11 +39,7 @@ def manifest(places: Iterable[Place | str], names: Iterable[str] | None = None) 
 
 
 def import_parquet() -> Any:
-    """The module `pyarrow.parquet`, which takes longer to import than the rest of the package.
-
-    Raises:
-        ConfigError: pyarrow is not installed.
-    """
+    """The module `pyarrow.parquet`, which takes long to import; ConfigError without pyarrow."""
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -141,8 +137,7 @@ if sys.platform != "win32":  # a loader process that outlives its parent must no
 def alone_in(folder: Path) -> Iterator[None]:
     """Context that processes of one machine enter one after another, if their system has locks.
 
-    The lock is the folder's own, which is created if it does not exist; whatever ends a process
-    releases it.
+    The lock is the folder's own, which is created; whatever ends a process releases it.
     """
     opened = None
     with suppress(OSError):  # a folder or a file system that does not allow it

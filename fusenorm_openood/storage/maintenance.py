@@ -4,9 +4,8 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fusenorm_openood.errors import DamagedShardError, StoreError
 from fusenorm_openood.storage.shards import (
@@ -22,30 +21,22 @@ _TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{32}\.tmp")
 _DAY = 24 * 60 * 60
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One set of a store.
-
-    Attributes:
-        record: what its rows were computed from and how.
-        present: how many of its shards exist.
-        size: bytes of its files.
-    """
+class Entry(NamedTuple):
+    """One set of a store."""
 
     folder: Path
-    record: dict[str, Any]
+    record: dict[str, Any]  # what its rows were computed from and how
     rows: int
-    present: int
+    present: int  # shards that exist, of `shards`
     shards: int
-    size: int
+    size: int  # bytes of its files
 
     @property
     def complete(self) -> bool:
         return self.present == self.shards
 
 
-@dataclass(frozen=True)
-class Removal:
+class Removal(NamedTuple):
     """A set or a file of it that `prune` removes; `size` in bytes."""
 
     path: Path
@@ -54,11 +45,7 @@ class Removal:
 
 
 def listing(root: Path) -> list[Entry]:
-    """The sets of a store, sorted by folder.
-
-    Raises:
-        StoreError: the store does not exist or cannot be read.
-    """
+    """The sets of a store, sorted by folder; StoreError if it cannot be read."""
     return [
         Entry(
             folder,
@@ -73,16 +60,9 @@ def listing(root: Path) -> list[Entry]:
 
 
 def verify(root: Path) -> dict[Path, DamagedShardError | None]:
-    """Every shard of a store, all of whose bytes are read, and what is wrong with it.
-
-    Raises:
-        StoreError: the store does not exist or cannot be read.
-    """
-    return {
-        folder / path.name: error
-        for folder, shards in _sets(root)
-        for path, error in shards.verify()
-    }
+    """Every shard of a store, all of whose bytes are read, and its fault; StoreError as above."""
+    found = ((folder, one) for folder, shards in _sets(root) for one in shards.verify())
+    return {folder / path.name: fault for folder, (path, fault) in found}
 
 
 def prune(
@@ -111,23 +91,27 @@ def prune(
     removals = []
     for entry in listing(root):
         other = entry.record.get("version", version)
-        reason = ""
         if everything:
-            reason = "all sets"
+            removals.append(Removal(entry.folder, entry.size, "all sets"))
         elif other != version:
-            reason = f"of version {other}"
+            removals.append(Removal(entry.folder, entry.size, f"of version {other}"))
         elif incomplete and not entry.complete:
             reason = f"{entry.shards - entry.present} of {entry.shards} shards missing"
-        if reason:
             removals.append(Removal(entry.folder, entry.size, reason))
-            continue
-        for path in _own_files(entry.folder):
-            if is_parquet_shard(path.name):
-                removals.append(Removal(path, _size(path), "Parquet shard of version 0.2.0"))
-            elif _is_leftover(path):
-                removals.append(Removal(path, _size(path), "temporary file"))
+        else:
+            for path in _own_files(entry.folder):
+                if is_parquet_shard(path.name):
+                    removals.append(Removal(path, _size(path), "Parquet shard of version 0.2.0"))
+                elif _is_leftover(path):
+                    removals.append(Removal(path, _size(path), "temporary file"))
     for removal in [] if dry_run else removals:
-        _remove(removal.path)
+        # A set keeps its key, and so is a set, until its shards are gone.
+        is_set = removal.path.is_dir()
+        for file in _own_files(removal.path) if is_set else [removal.path]:
+            delete(file)
+        if is_set:
+            with suppress(OSError):  # somebody else's files may be in it
+                removal.path.rmdir()
     return removals
 
 
@@ -142,10 +126,8 @@ def _sets(root: Path) -> Iterator[tuple[Path, ShardSet]]:
     for folder in folders:
         with suppress(FileNotFoundError, StoreError):
             key = Key.read(folder)
-            if folder.name != key.folder_name:
-                continue
-            shards = ShardSet(root, key)
-            yield folder, shards
+            if folder.name == key.folder_name:
+                yield folder, ShardSet(root, key)
 
 
 def _own_files(folder: Path) -> list[Path]:
@@ -168,14 +150,6 @@ def _is_leftover(path: Path) -> bool:
     with suppress(FileNotFoundError):
         return _is_temporary(path) and time.time() - path.stat().st_mtime > _DAY
     return False
-
-
-def _remove(path: Path) -> None:
-    """Delete a set or one file; a set keeps its key, and so is a set, until its shards are gone."""
-    for file in _own_files(path) if path.is_dir() else [path]:
-        delete(file)
-    with suppress(OSError):  # somebody else's files may be in it
-        path.rmdir()
 
 
 def _size(path: Path) -> int:

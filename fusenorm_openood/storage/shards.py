@@ -35,10 +35,8 @@ _NAME = re.compile(r"([0-9]{6,})-([0-9a-f]{16})\.(safetensors|parquet)")
 def digest(record: Mapping[str, Any]) -> str:
     """The first `DIGITS` hex digits of the SHA-256 of a record as canonical JSON.
 
-    Keys are sorted, tuples are lists, and floats have the digits of their `repr`: 1 and 1.0 differ.
-
-    Raises:
-        TypeError: JSON has no such value (NaN, bytes, sets, arrays, keys that are not strings).
+    Tuples are lists, and 1 and 1.0 differ. TypeError for what JSON does not have: NaN, arrays, keys
+    that are not strings.
     """
     text = json.dumps(_plain(record), sort_keys=True, separators=(",", ":"))
     return sha256(text.encode()).hexdigest()[:DIGITS]
@@ -215,7 +213,7 @@ class ShardSet:
         """The columns of a shard, after a check of all its bytes; the arrays own their memory.
 
         Raises:
-            DamagedShardError: its file is damaged: `write` the shard again.
+            DamagedShardError: its file is damaged: `write` it again.
             StoreError: no file has this shard.
         """
         label = self._label(number)

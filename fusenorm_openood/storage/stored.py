@@ -183,11 +183,7 @@ def shard_batches(
 ) -> Iterator[tuple[int, Iterator[Any]]]:
     """Each shard's number, and the batches of its rows, none of which has rows of two shards.
 
-    Args:
-        shards: the set.
-        numbers: shards, in the order in which they are loaded; each must be read to its end.
-        load: loads batches of rows, given by their numbers, in order.
-        batch_size: most rows in a batch.
+    The batches of a shard must be read to their end; `load` loads rows, given by their numbers.
     """
     if not numbers:  # no worker processes for nothing
         return
@@ -209,10 +205,7 @@ def stored_row(
 ) -> Columns | None:
     """The columns of a set of one row: those in the store, or else what `compute` gives.
 
-    What is computed is stored, unless it is None.
-
-    Raises:
-        StoreError: the store cannot be written.
+    That is stored, unless it is None. StoreError if the store cannot be written.
     """
     shards = ShardSet(store, Key(record, name, rows=1))
     try:
@@ -237,26 +230,19 @@ def forward_digest(
 
     Args:
         store: folder or URL of the store.
-        record: all that the logits depend on but the forward: modules, weights, images.
+        record: all that the logits depend on but the forward pass: modules, weights, images.
         logits: the logits `[2, K]`.
         agrees: whether other logits are the same up to rounding.
-
-    Raises:
-        StoreError: the store cannot be written.
     """
     for number in count():
         key = {**record, "heard": "forward", "number": number}
         row = partial(stored_row, store, key, "network")
-        columns = None if this_process().leads else wait_until(partial(row, _nothing), OWNER_TIME)
-        if columns is None:  # all processes must find the same
-            columns = row(lambda: {"logits": logits.reshape(1, -1)})
-            columns = row(_nothing) or columns  # of two that are written at once, one is read
+        if not this_process().leads:  # all processes must find the same
+            wait_until(partial(row, lambda: None), OWNER_TIME)
+        row(lambda: {"logits": logits.reshape(1, -1)})
+        columns = row(lambda: {"logits": logits.reshape(1, -1)})  # of two that came at once, one
         assert columns is not None
         known = columns["logits"][0]
         if known.size == logits.size and agrees(known.reshape(logits.shape)):
             return sha256(known.tobytes()).hexdigest()
     raise AssertionError
-
-
-def _nothing() -> None:
-    return None

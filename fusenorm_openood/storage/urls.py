@@ -119,7 +119,7 @@ class Url:
 
 
 def _without_slash(url: str) -> str:
-    """A URL without slashes at its end, but for those of its protocol: `memory://`."""
+    """A URL without slashes at its end but those of its protocol: `memory://`."""
     protocol, mark, path = url.partition("://")
     return f"{protocol}{mark}{path.rstrip('/')}"
 

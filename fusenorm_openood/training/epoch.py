@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
@@ -17,17 +17,10 @@ from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError
 from fusenorm_openood.forward.batches import Labels, batches
 from fusenorm_openood.kernels.devices import device_of
 from fusenorm_openood.method.metrics import accuracy
-from fusenorm_openood.storage import torchrun
+from fusenorm_openood.storage.torchrun import Process, this_process
 from fusenorm_openood.training.recipes import Recipe
 
-
-class Process(torchrun.Process):
-    """This process among those that train together."""
-
-    def wait(self) -> None:
-        """Wait until all processes have reached this point."""
-        if self.world > 1:
-            distributed.barrier()
+CHECK_EVERY = 50  # steps between checks of the loss, each of which waits for the device
 
 
 @contextmanager
@@ -37,7 +30,7 @@ def processes(device: torch.device) -> Iterator[Process]:
     Raises:
         ConfigError: a device on which several processes cannot train.
     """
-    process = Process(*torchrun.this_process())
+    process = this_process()
     if process.world == 1:
         yield process
         return
@@ -60,6 +53,12 @@ def processes(device: torch.device) -> Iterator[Process]:
         distributed.destroy_process_group()
 
 
+def wait(process: Process) -> None:
+    """Wait until all processes have reached this point."""
+    if process.world > 1:
+        distributed.barrier()
+
+
 def data_parallel(net: nn.Module, process: Process, device: torch.device) -> nn.Module:
     """The network, wrapped so that all processes train it together."""
     if process.world == 1:
@@ -68,20 +67,6 @@ def data_parallel(net: nn.Module, process: Process, device: torch.device) -> nn.
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
         return DistributedDataParallel(net, [process.local_rank])
     return DistributedDataParallel(net)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Limit torch to `count` threads, and restore the previous number afterwards."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(min(count, before))
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-CHECK_EVERY = 50  # steps between checks of the loss, each of which waits for the device
 
 
 def train_epoch(
@@ -106,7 +91,7 @@ def train_epoch(
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate(step, recipe.epochs * steps)
         images = images.to(device, non_blocking=True, memory_format=memory_format)
-        target = torch.from_numpy(required(labels)).to(device, non_blocking=True)
+        target = torch.from_numpy(_required(labels)).to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16) if recipe.amp else nullcontext():
             loss = F.cross_entropy(model(images), target)
         optimiser.zero_grad()
@@ -114,7 +99,13 @@ def train_epoch(
         optimiser.step()
         losses.append(loss.detach())
         if len(losses) % CHECK_EVERY == 0 or index + 1 == steps:
-            check_losses(losses, epoch * steps)
+            finite = torch.stack(losses).isfinite()
+            if not finite.all():
+                first = int((~finite).nonzero()[0, 0])
+                raise NonFiniteError(
+                    f"the loss is {losses[first].item()} at step {epoch * steps + first + 1}: the "
+                    "last good checkpoint is kept; lower the learning rate"
+                )
             if bar is not None:
                 bar.set_postfix(epoch=epoch + 1, loss=f"{losses[-1].item():.3f}", refresh=False)
         if bar is not None:
@@ -124,30 +115,18 @@ def train_epoch(
 
 @torch.no_grad()
 def validation_accuracy(net: nn.Module, loader: Iterable[Any]) -> float:
-    """Accuracy over a loader; leaves the network in evaluation mode."""
+    """Accuracy over a loader; leaves the network in eval mode."""
     net.eval()
     device = device_of(net)
     rows = [
-        (net(images.to(device)).argmax(1).cpu().numpy(), required(labels))
+        (net(images.to(device)).argmax(1).cpu().numpy(), _required(labels))
         for images, labels in batches(loader)
     ]
     pred, label = (np.concatenate(column) for column in zip(*rows, strict=True))
     return accuracy(pred, label)
 
 
-def required(labels: Labels | None) -> Labels:
-    """The class labels of a batch; DataError if it has none."""
+def _required(labels: Labels | None) -> Labels:
     if labels is None:
         raise DataError("training needs one integer label per image, got a batch without labels")
     return labels
-
-
-def check_losses(losses: list[Tensor], before: int) -> None:
-    """Raise NonFiniteError if a loss is not finite, naming the first such step."""
-    finite = torch.stack(losses).isfinite()
-    if not finite.all():
-        step = int((~finite).nonzero()[0, 0])
-        raise NonFiniteError(
-            f"the loss is {losses[step].item()} at step {before + step + 1}: the last good "
-            "checkpoint is kept; lower the learning rate"
-        )

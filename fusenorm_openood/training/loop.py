@@ -1,6 +1,7 @@
-"""Train a network, and go on after an interruption."""
+"""Train a network, and resume after an interruption."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,16 +20,11 @@ from fusenorm_openood.data.preprocessing import train_transform
 from fusenorm_openood.errors import CheckpointError, ConfigError, DamagedFileError
 from fusenorm_openood.kernels.devices import on_cpu
 from fusenorm_openood.network.checkpoints import load_backbone
-from fusenorm_openood.network.states import State, read_saved
+from fusenorm_openood.network.states import read_saved
 from fusenorm_openood.storage.configs import read_config
 from fusenorm_openood.storage.files import write_whole
-from fusenorm_openood.training.epoch import (
-    Process,
-    data_parallel,
-    threads,
-    train_epoch,
-    validation_accuracy,
-)
+from fusenorm_openood.storage.torchrun import Process
+from fusenorm_openood.training.epoch import data_parallel, train_epoch, validation_accuracy, wait
 from fusenorm_openood.training.recipes import Recipe, find_recipe
 
 
@@ -37,61 +33,6 @@ class Progress(NamedTuple):
 
     epochs: int
     best_accuracy: float
-
-
-def keep(path: Path, net: nn.Module, optimiser: SGD, done: Progress) -> None:
-    """Save everything that the next epoch needs."""
-    content = {
-        "net": net.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "progress": tuple(done),
-    }
-    write_whole(path, partial(torch.save, content))
-
-
-def resume(path: Path, net: nn.Module, optimiser: SGD) -> Progress:
-    """Restore network and optimiser from an interrupted run, if there is one.
-
-    Raises:
-        DamagedFileError: the file is damaged.
-        CheckpointError: the file cannot be opened, or holds no run of this network. Other errors,
-            such as running out of memory, are passed on, since the file is intact.
-    """
-    if not path.is_file():
-        return Progress(0, -1.0)
-    try:
-        content = read_saved(path)
-    except DamagedFileError as error:
-        raise DamagedFileError(f"{error}, or remove it to start the run again") from None
-    keys = {"net", "optimiser", "progress"}
-    if not isinstance(content, dict) or set(content) != keys or not _fits(content["net"], net):
-        raise CheckpointError(
-            f"{path} holds no interrupted run of a {type(net).__name__}: remove it to start again"
-        )
-    net.load_state_dict(content["net"])
-    optimiser.load_state_dict(content["optimiser"])
-    return Progress(*content["progress"])
-
-
-def _fits(state: Any, net: nn.Module) -> bool:
-    """Whether a state dict has the names and shapes of the network's."""
-    own = {name: value.shape for name, value in net.state_dict().items()}
-    return isinstance(state, dict) and own == {
-        n: getattr(v, "shape", None) for n, v in state.items()
-    }
-
-
-def check_recipe(path: Path, recipe: Recipe) -> None:
-    """Raise CheckpointError if a folder holds a run of another recipe, finished or not."""
-    if not path.is_file():  # no run, or one that was trained elsewhere
-        return
-    begun, requested = read_config(path), recipe.as_dict()
-    other = [name for name in requested if begun.get(name) != requested[name]]
-    if other:
-        raise CheckpointError(
-            f"{other[0]} must be {begun.get(other[0])}, as in the run in {path.parent}, got "
-            f"{requested[other[0]]}: use the same recipe or another folder"
-        )
 
 
 def train(
@@ -133,10 +74,15 @@ def train(
     """
     folder, device, process = Path(folder), torch.device(device), process or Process()
     best, unfinished = folder / "best.ckpt", folder / "unfinished.ckpt"
-    check_recipe(folder / "recipe.yml", recipe)
+    _check_recipe(folder / "recipe.yml", recipe)
     if best.is_file() and not unfinished.is_file():
         return best
-    check_memory_format(recipe, device, channels_last)
+    if channels_last and device.type == "cpu" and recipe.width < 8:
+        # https://github.com/uxlfoundation/oneDNN/issues/6035
+        raise ConfigError(
+            "width must be >= 8 for channels_last on a CPU, below which oneDNN computes wrong "
+            f"gradients, got {recipe.width}: train without channels_last"
+        )
     batch_size = recipe.batch_per_process(process.world)
     benchmark.check_labels([benchmark.id["train"], benchmark.id["val"]])
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -158,7 +104,7 @@ def train(
             # From here on, best.ckpt without unfinished.ckpt means that the run is finished.
             keep(unfinished, net, optimiser, done)
         if process.leads and done.epochs and not best.is_file():  # deleted by the user
-            write_whole(best, partial(torch.save, state_on_cpu(net)))
+            _save(best, net)
             done = done._replace(best_accuracy=-1.0)
         loader = make_loader(benchmark, batch_size, recipe.seed, process, num_workers, device)
         val_loader = image_loader(benchmark.id["val"], num_workers=num_workers)
@@ -172,7 +118,7 @@ def train(
         ) as bar:
             for epoch in range(done.epochs, recipe.epochs):
                 # Every epoch has its own random state, so only its number has to be saved.
-                torch.manual_seed(epoch_seed(recipe.seed, epoch, process.rank))
+                torch.manual_seed((recipe.seed * 10_000 + epoch) * 1_000 + process.rank)
                 if isinstance(loader.sampler, DistributedSampler):
                     loader.sampler.set_epoch(epoch)
                 loss = train_epoch(model, optimiser, loader, recipe, epoch, memory_format, bar)
@@ -180,25 +126,44 @@ def train(
                     reached = validation_accuracy(net, val_loader)
                     bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", val=f"{100 * reached:.2f}")
                     if reached >= done.best_accuracy:
-                        write_whole(best, partial(torch.save, state_on_cpu(net)))
+                        _save(best, net)
                     log(folder / "log.csv", epoch, loss, reached)
                     done = Progress(epoch + 1, max(reached, done.best_accuracy))
                     keep(unfinished, net, optimiser, done)
-                process.wait()
+                wait(process)
         if process.leads:
             unfinished.unlink()
     return best
 
 
+def _check_recipe(path: Path, recipe: Recipe) -> None:
+    """Raise CheckpointError if a folder holds a run of another recipe, finished or not."""
+    if not path.is_file():  # no run, or one that was trained elsewhere
+        return
+    begun = read_config(path)
+    for name, value in recipe.as_dict().items():
+        if begun.get(name) != value:
+            raise CheckpointError(
+                f"{name} must be {begun.get(name)}, as in the run in {path.parent}, got {value}: "
+                "use the same recipe or another folder"
+            )
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Limit torch to `count` threads, and restore the previous number afterwards."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(min(count, before))
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def make_optimiser(recipe: Recipe, net: nn.Module) -> SGD:
     """SGD with Nesterov momentum and weight decay, as in OpenOOD."""
-    return SGD(
-        net.parameters(),
-        recipe.lr,
-        recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=True,
-    )
+    decay = recipe.weight_decay
+    return SGD(net.parameters(), recipe.lr, recipe.momentum, weight_decay=decay, nesterov=True)
 
 
 def make_loader(
@@ -231,19 +196,48 @@ def make_loader(
     )
 
 
-def epoch_seed(seed: int, epoch: int, rank: int) -> int:
-    """The seed of one process's order and augmentation in one epoch, different for each."""
-    return (seed * 10_000 + epoch) * 1_000 + rank
+def _save(path: Path, net: nn.Module) -> None:
+    """Save a network's weights on the CPU."""
+    state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    write_whole(path, partial(torch.save, state))
 
 
-def check_memory_format(recipe: Recipe, device: torch.device, channels_last: bool) -> None:
-    """Raise ConfigError for channels_last on a CPU with a network that is too narrow for it."""
-    if channels_last and device.type == "cpu" and recipe.width < 8:
-        # https://github.com/uxlfoundation/oneDNN/issues/6035
-        raise ConfigError(
-            "width must be >= 8 for channels_last on a CPU, below which oneDNN computes wrong "
-            f"gradients, got {recipe.width}: train without channels_last"
+def keep(path: Path, net: nn.Module, optimiser: SGD, done: Progress) -> None:
+    """Save everything that the next epoch needs."""
+    states = {"net": net.state_dict(), "optimiser": optimiser.state_dict()}
+    write_whole(path, partial(torch.save, {**states, "progress": tuple(done)}))
+
+
+def resume(path: Path, net: nn.Module, optimiser: SGD) -> Progress:
+    """Restore network and optimiser from an interrupted run, if there is one.
+
+    Raises:
+        DamagedFileError: the file is damaged.
+        CheckpointError: the file cannot be opened, or holds no run of this network. Other errors,
+            such as running out of memory, are passed on, since the file is intact.
+    """
+    if not path.is_file():
+        return Progress(0, -1.0)
+    try:
+        content = read_saved(path)
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}, or remove it to start the run again") from None
+    keys = {"net", "optimiser", "progress"}
+    if not isinstance(content, dict) or set(content) != keys or not _fits(content["net"], net):
+        raise CheckpointError(
+            f"{path} holds no interrupted run of a {type(net).__name__}: remove it to start again"
         )
+    net.load_state_dict(content["net"])
+    optimiser.load_state_dict(content["optimiser"])
+    return Progress(*content["progress"])
+
+
+def _fits(state: Any, net: nn.Module) -> bool:
+    """Whether a state dict has the names and shapes of the network's."""
+    shapes = {name: value.shape for name, value in net.state_dict().items()}
+    return isinstance(state, dict) and shapes == {
+        name: getattr(value, "shape", None) for name, value in state.items()
+    }
 
 
 def log(path: Path, epoch: int, loss: float, reached: float) -> None:
@@ -252,11 +246,6 @@ def log(path: Path, epoch: int, loss: float, reached: float) -> None:
     lines = lines[: epoch + 1] or ["epoch,loss,val_acc"]
     lines.append(f"{epoch + 1},{loss:.4f},{100 * reached:.2f}")
     write_whole(path, lambda file: file.write_text("\n".join(lines) + "\n", encoding="utf-8"))
-
-
-def state_on_cpu(net: nn.Module) -> State:
-    """A network's weights, as saved in a checkpoint."""
-    return {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
 
 
 def train_digits(
@@ -268,14 +257,8 @@ def train_digits(
 ) -> Path:
     """Write the digits benchmark and train a network on it, unless they already exist.
 
-    Args:
-        data_root: folder for the images and lists.
-        root: folder of the training runs; this run is saved in its subfolder `s<seed>`.
-        seed, method: settings of the recipe.
-        progress: whether to show a progress bar.
-
-    Returns:
-        The path of the checkpoint.
+    The run is saved in `root/s<seed>`, where `root` is the folder of the training runs; returns
+    the path of the checkpoint.
     """
     recipe = find_recipe("digits", seed=seed, method=method)
     write_digits(data_root)

@@ -7,12 +7,7 @@ from typing import Any
 from torch import nn
 
 from fusenorm_openood.errors import ConfigError, number, whole
-from fusenorm_openood.network import (
-    ResNet18_32x32,
-    ResNet18_224x224,
-    ResNet50,
-    T2FNormNet,
-)
+from fusenorm_openood.network import ResNet18_32x32, ResNet18_224x224, ResNet50, T2FNormNet
 from fusenorm_openood.storage.configs import config_root, lookup, read_config
 
 METHODS = {"base": "baseline", "t2fnorm": "train_t2fnorm"}  # method -> configs/pipelines/train
@@ -25,7 +20,7 @@ NETWORKS: dict[str, type[nn.Module]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that determines a network's weights, apart from the images and the machine.
+    """What determines a network's weights, apart from images and machine (T2FNorm, OpenOOD v1.5).
 
     Attributes:
         id_data: name of the ID data set.
@@ -41,8 +36,6 @@ class Recipe:
 
     Raises:
         ConfigError: an invalid value.
-
-    Source: the scripts of T2FNorm and OpenOOD v1.5.
     """
 
     id_data: str
@@ -71,22 +64,21 @@ class Recipe:
 
     def batch_per_process(self, processes: int) -> int:
         """Images per step and process; ConfigError if the batch cannot be divided evenly."""
-        share, rest = divmod(self.batch_size, processes)
-        if rest:
+        if self.batch_size % processes:
             raise ConfigError(
                 f"batch_size must be a multiple of the number of processes, got batch_size="
                 f"{self.batch_size} for {processes} processes"
             )
-        return share
+        return self.batch_size // processes
 
     @property
     def run_name(self) -> str:
         """Folder of the training run in OpenOOD's naming scheme, ending in `s<seed>`."""
-        base = self.method == "base"
-        net = self.network if base else "t2fnorm_net"
-        alpha = "" if base else f"_alpha{self.tau:g}"
-        epochs = f"e{self.epochs}_lr{self.lr:g}"
-        return f"{self.id_data}_{net}_{self.method}_{epochs}{alpha}_default/s{self.seed}"
+        net, alpha = self.network, ""
+        if self.method != "base":
+            net, alpha = "t2fnorm_net", f"_alpha{self.tau:g}"
+        method = f"{self.method}_e{self.epochs}_lr{self.lr:g}{alpha}"
+        return f"{self.id_data}_{net}_{method}_default/s{self.seed}"
 
     def build(self, num_classes: int) -> nn.Module:
         """The untrained network, with weights drawn from torch's current random state."""
@@ -110,8 +102,8 @@ class Recipe:
 def find_recipe(id_data: str, **changes: Any) -> Recipe:
     """The published recipe of an ID data set, with some values changed.
 
-    It is read from `configs/pipelines/train`, `configs/datasets` (the batch size) and
-    `configs/recipes` (the differences of the data set), which OpenOOD's pipelines read as well.
+    Read from `configs/pipelines/train`, `configs/datasets` (the batch size) and `configs/recipes`
+    (the differences of the data set), which OpenOOD's pipelines read as well.
 
     Raises:
         ConfigError: a data set without a recipe, an invalid value, or a recipe that fine-tunes

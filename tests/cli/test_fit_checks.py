@@ -86,8 +86,7 @@ def test_an_output_that_is_no_file_is_refused_before_the_fit(
     assert f"--output must be a file, got '{given}'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("store", [False, True])
-@pytest.mark.parametrize("distinct", [10, 30])
+@pytest.mark.parametrize(("distinct", "store"), [(10, False), (30, True)])
 def test_copies_count_once_and_the_fit_is_kept(fit, tmp_path, capsys, distinct, store):
     for number, path in enumerate(sorted((tmp_path / "other").iterdir())):
         if number >= distinct:

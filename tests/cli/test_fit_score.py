@@ -2,12 +2,9 @@
 
 import csv
 import os
+import re
 import shutil
-import subprocess
-import sys
-from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +13,10 @@ from PIL import Image
 from fusenorm_openood import FuseNorm, load_network
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.lists import read_imagelist
+from fusenorm_openood.deployment.files import judge_files
 from fusenorm_openood.deployment.rows import read_rows
-from fusenorm_openood.report import page as page_module
+
+FIT, CALIBRATION, NOISE = 100, 60, 40  # images
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +24,16 @@ def folders(digits, tmp_path_factory):
     """Folders of images, and a detector that `fusenorm fit` has saved."""
     data_root, checkpoint = digits
     home = tmp_path_factory.mktemp("folders")
-    for split in ("val_digits", "test_digits", "test_noise"):
+    splits = {"val_digits": FIT, "test_digits": CALIBRATION, "test_noise": NOISE}
+    for split, count in splits.items():
         (home / split).mkdir()
-        for name, *_ in read_imagelist(data_root / "benchmark_imglist" / "digits" / f"{split}.txt"):
+        listed = read_imagelist(data_root / "benchmark_imglist" / "digits" / f"{split}.txt")
+        for name, *_ in listed[:count]:
             source = data_root / "images_digits" / name
             shutil.copy(source, home / split / source.name)
     arguments = ["fit", "--weights", str(checkpoint), "--id-dir", str(home / "val_digits")]
     arguments += ["--calibration-dir", str(home / "test_digits"), "--no-progress"]
-    arguments += ["--image-size", "24", "--normalization", "digits"]
+    arguments += ["--num-workers", "0", "--image-size", "24", "--normalization", "digits"]
     assert main([*arguments, "--output", str(home / "detector.safetensors")]) == 0
     return home
 
@@ -81,7 +82,7 @@ def test_an_unreadable_image_is_a_row_with_the_reason(folders, tmp_path, capsys)
     assert "cannot be read" in broken[0]["error"]
     assert broken[0]["confidence"] == broken[0]["ood"] == ""
     accepted = np.mean([row["ood"] == "False" for row in rows if not row["error"]])
-    assert accepted == pytest.approx(0.95, abs=0.01)  # of the very images of the calibration
+    assert accepted == pytest.approx(0.95, abs=0.02)  # of the very images of the calibration
     assert "1 unreadable" in out.err
 
 
@@ -100,27 +101,18 @@ def test_a_run_that_was_cut_goes_on(folders, tmp_path, capsys):
     assert len(rows_of(cut)) == len(rows_of(whole))
 
 
-def test_rows_are_written_as_they_come(folders, tmp_path):
-    """A process that is killed has written the rows of all finished batches."""
-    out = tmp_path / "out.csv"
-    program = """if True:
-        import os, signal, sys
-        import fusenorm_openood.cli.score as score
-        from fusenorm_openood.cli.main import main
-        judge = score.judge_files
-        def killed(*args):
-            for number, rows in enumerate(judge(*args)):
-                if number == 3:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                yield rows
-        score.judge_files = killed
-        main(sys.argv[1:])
-    """
-    arguments = ["score", "--detector", folders / "detector.safetensors", folders / "test_noise"]
-    arguments += ["--csv", out, "--batch-size", "8", "--num-workers", "0", "--no-progress"]
-    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], check=False)
-    assert done.returncode == -9
-    assert len(rows_of(out)) == 24
+def test_rows_are_written_as_they_come(folders, tmp_path, monkeypatch):
+    """While a batch is judged, the rows of all before it are in the file."""
+    out, written = tmp_path / "out.csv", []
+
+    def watched(*args):
+        for rows in judge_files(*args):
+            written.append(len(rows_of(out)))
+            yield rows
+
+    monkeypatch.setattr("fusenorm_openood.cli.score.judge_files", watched)
+    assert score(folders, folders / "test_noise", "--csv", out, "--batch-size", 8) == 0
+    assert written == [0, 8, 16, 24, 32]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +184,7 @@ def test_the_false_discovery_rate_is_that_of_all_rows(folders, tmp_path, capsys)
     ranks = np.arange(1, len(p) + 1)
     largest = np.flatnonzero(np.sort(p) <= 0.1 * ranks / len(p)).max()
     assert [row.ood for row in rows] == (p <= np.sort(p)[largest]).tolist()
-    assert sum(row.ood for row in rows) > 100
+    assert sum(row.ood for row in rows) > 0.9 * NOISE
     assert score(folders, together[1], "--csv", out, "--fdr", "0.0001") == 0
     assert not any(row.ood for row in read_rows(out))
     assert "calibration images give no p-value below" in capsys.readouterr().err
@@ -239,9 +231,6 @@ def test_class_names_from_folders(folders, digits, tmp_path, capsys):
     assert main([*given, str(sorted_into)]) == 0
     net = load_network(checkpoint)
     assert FuseNorm.load(tmp_path / "d", net).class_names == tuple(f"digit {n}" for n in range(7))
-    (sorted_into / "digit 7").mkdir()
-    assert main([*given, str(sorted_into)]) == 1
-    assert "class_names must be the names of 7 classes, got 8" in capsys.readouterr().err
     assert main([*given, str(folders / "val_digits")]) == 1
     assert "needs one folder per class in --id-dir" in capsys.readouterr().err
 
@@ -251,14 +240,17 @@ def test_rows_on_a_device_are_not_read_back(folders, capsys):
     assert " images: " in capsys.readouterr().err
 
 
-def test_a_report_about_the_rows(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(page_module, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 2)))
+def test_a_report_about_the_rows(folders, tmp_path):
     table, page = tmp_path / "out.parquet", tmp_path / "out.html"
     assert score(folders, folders / "test_noise", "--csv", table, "--report", page) == 0
-    text = page.read_text(encoding="utf-8")
+    text = undated(page)
     rejected = sum(row.ood for row in read_rows(table))
     assert f"{rejected:,}" in text
     again = tmp_path / "again.html"
     arguments = ["report", "--detector", folders / "detector.safetensors", "--csv", table]
     assert main([*map(str, arguments), "--output", str(again)]) == 0
-    assert again.read_text(encoding="utf-8") == text
+    assert undated(again) == text
+
+
+def undated(page: Path) -> str:
+    return re.sub(r"\d\d \w+ 20\d\d, \d\d:\d\d", "", page.read_text(encoding="utf-8"))

@@ -43,7 +43,7 @@ def no_warnings():
         yield
 
 
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("bits", [8, 10, 16])
 @pytest.mark.parametrize("ending", ["png", "tif"])
 @pytest.mark.parametrize("stated", [True, False])
 def test_the_bits_that_are_used_become_8(tmp_path, bits, ending, stated):
@@ -72,7 +72,7 @@ def test_other_maxima_of_a_tiff_are_those_of_the_image(tmp_path):
     assert np.asarray(read_image(path)).max() == 255
 
 
-@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+@pytest.mark.parametrize("bits", [8, 14])
 @pytest.mark.parametrize("ending", ["png", "tif"])
 def test_without_a_number_of_bits_a_warning_says_how_many_are_used(tmp_path, bits, ending):
     path = written(tmp_path / f"x.{ending}", grey(bits))
@@ -126,7 +126,7 @@ def test_a_colour_picture_that_is_refused_is_refused_again(tmp_path):
                 read_picture(file, 12)
 
 
-@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("bits", [12, 16])
 def test_white_is_zero_in_some_tiffs(tmp_path, bits):
     values, top = grey(bits), 2**bits - 1
     dark, light = (tmp_path / name for name in ("dark.tif", "light.tif"))
@@ -141,7 +141,7 @@ PAGED = {"tif": {}, "gif": {}, "png": {}, "webp": {"lossless": True}}
 
 
 @pytest.mark.parametrize("ending", PAGED)
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 3])
 def test_the_first_of_several_pages_is_read_with_a_word(tmp_path, ending, count):
     draw = np.random.default_rng(0).integers
     pages = [Image.fromarray(draw(0, 256, (8, 8, 3), np.uint8)) for _ in range(count)]

@@ -16,9 +16,9 @@ from fusenorm_openood.data.benchmarks import (
 from fusenorm_openood.data.digits import ID_CLASSES, digits_image_sets, write_digits
 from fusenorm_openood.data.lists import ImageList, read_imagelist
 from fusenorm_openood.data.preprocessing import (
+    EvalTransform,
     find_normalization,
     parse_normalization,
-    plain_transform,
 )
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.forward.batches import batches
@@ -26,7 +26,7 @@ from fusenorm_openood.storage.configs import lookup, parse_yaml, read_config
 from tests.conftest import drawn_benchmark
 
 HALF = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-TRANSFORM = plain_transform(HALF)
+TRANSFORM = EvalTransform(HALF)
 
 
 @pytest.fixture

@@ -55,10 +55,6 @@ def test_images_are_turned_upright_by_their_exif_orientation(tmp_path, suffix, d
         assert dict(file.getexif()) == before[1]
 
 
-def test_json_and_back():
-    assert Preprocessing.from_json(PREPROCESSING.to_json()) == PREPROCESSING
-
-
 def test_what_timm_declares():
     net = nn.Identity()
     assert Preprocessing.of(net) is None
@@ -142,8 +138,8 @@ def test_files_of_earlier_versions_and_json_without_what_is_usual():
         assert Preprocessing.from_json(json.loads(json.dumps(other.to_json()))) == other
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "TIFF"])
-@pytest.mark.parametrize("kept", [0.5, 0.9])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("kept", [0.9])
 def test_a_truncated_upload_is_read_as_the_file(tmp_path, kind, kept):
     data = BytesIO()
     photograph().save(data, kind)
@@ -225,15 +221,15 @@ def test_folders_patterns_lists_and_files_name_images(folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("absent", "no file, folder"), ("*.tif", "matches no file"), ("inner2", "has no image files")],
+    [
+        ("absent", "no file, folder"),
+        ("*.tif", "matches no file"),
+        ("inner2", "has no image files"),
+        ("latin1.txt", "must be in UTF-8"),
+    ],
 )
 def test_arguments_that_name_nothing(folder, argument, message):
     (folder / "inner2").mkdir()
+    (folder / "latin1.txt").write_bytes("é.png".encode("latin-1"))
     with pytest.raises(DataError, match=message):
         image_paths([str(Path(folder / argument))])
-
-
-def test_a_list_in_another_encoding(folder):
-    (folder / "list.txt").write_bytes("é.png".encode("latin-1"))
-    with pytest.raises(DataError, match="must be in UTF-8"):
-        image_paths([str(folder / "list.txt")])

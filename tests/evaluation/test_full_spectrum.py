@@ -11,7 +11,7 @@ from torch import nn
 
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
-from fusenorm_openood.data.preprocessing import plain_transform
+from fusenorm_openood.data.preprocessing import EvalTransform
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.evaluation import COLUMNS, evaluate
 from tests.conftest import drawn_benchmark, make_net
@@ -37,7 +37,7 @@ def benchmark(tmp_path):
             Image.new("L", (4, 4), level).save(tmp_path / f"{level}.png")
             lines.append(f"{level}.png {label}\n")
         (tmp_path / f"{name}.txt").write_text("".join(lines))
-        return ImageSet(tmp_path / f"{name}.txt", tmp_path, plain_transform(NORM))
+        return ImageSet(tmp_path / f"{name}.txt", tmp_path, EvalTransform(NORM))
 
     return Benchmark(
         name="grey",

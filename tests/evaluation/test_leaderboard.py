@@ -151,16 +151,11 @@ def test_checkpoints_newer_than_the_results_give_a_warning(root, lists, capsys):
 def test_results_of_another_number_of_runs_give_a_warning(root, lists, capsys):
     save_results(root / "ood" / "fusenorm.csv", CIFAR10_ROWS, "90.00 ± 0.00")
     assert entry(root, lists) == 0
-    assert (
-        "holds results of a single run, but the root has 2 training runs:"
-        in capsys.readouterr().out
-    )
+    assert "a single run, but the root has 2 training runs:" in capsys.readouterr().out
     save_results(root / "ood" / "fusenorm.csv", CIFAR10_ROWS)
     shutil.rmtree(root / "s1")
     assert entry(root, lists) == 0
-    assert (
-        "holds results of several runs, but the root has 1 training run:" in capsys.readouterr().out
-    )
+    assert "several runs, but the root has 1 training run:" in capsys.readouterr().out
 
 
 def test_plain_percentages_as_in_openoods_script_for_imagenet_are_accepted(root, lists, capsys):
@@ -184,49 +179,42 @@ def test_full_spectrum_results_are_marked_as_such(root, lists, capsys):
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "fsood", "file"),
+    ("benchmark", "fsood", "file", "postprocessor", "alias", "paper"),
     [
-        ("cifar100", False, "cifar100"),
-        ("imagenet200", False, "imagenet200_ood"),
-        ("imagenet200", True, "imagenet200_fsood"),
-        ("imagenet", False, "imagenet1k_ood"),
-        ("imagenet", True, "imagenet1k_fsood"),
+        ("cifar100", False, "cifar100", "mds", "MDS++", None),
+        ("imagenet200", False, "imagenet200_ood", "vim", "VIM", None),
+        ("imagenet200", True, "imagenet200_fsood", "fdbd", "fDBD", None),
+        ("imagenet", False, "imagenet1k_ood", "rmds", "rmds", "(to be filled in)"),
+        ("imagenet", True, "imagenet1k_fsood", "fusenorm_joint", "FuseNorm (joint)",
+         "https://github.com/sunshine8641/FuseNorm"),
     ],
-)
-@pytest.mark.parametrize(
-    ("postprocessor", "alias", "paper"),
-    [
-        ("mds", "MDS++", None),
-        ("vim", "VIM", None),
-        ("fdbd", "fDBD", None),
-        ("odin", "ODIN", None),
-        ("fusenorm_joint", "FuseNorm (joint)", "https://github.com/sunshine8641/FuseNorm"),
-        ("rmds", "rmds", "(to be filled in)"),
-    ],
-)
+)  # fmt: skip
 def test_files_and_names_of_the_leaderboard(
     tmp_path, benchmark, fsood, file, postprocessor, alias, paper
 ):
     known = load_benchmark(benchmark, tmp_path)
-    path = save_run(tmp_path / "some", "s0", ResNet18_32x32(known.num_classes, width=4))
-    table = [*known.near, "nearood", *known.far, "farood"]
-    save_results(tmp_path / "x.csv", table, "90.00")
-    net = {"s0": ResNet18_32x32(known.num_classes)}
-    text = leaderboard_entry(postprocessor, known, fsood, {"s0": path}, net, tmp_path / "x.csv")
+    path = save_run(tmp_path / "some", "s0", torch.nn.Linear(1, 1))
+    save_results(tmp_path / "x.csv", [*known.near, "nearood", *known.far, "farood"], "90.00")
+    with torch.device("meta"):
+        net = ResNet18_32x32(known.num_classes)
+    text = leaderboard_entry(
+        postprocessor, known, fsood, {"s0": path}, {"s0": net}, tmp_path / "x.csv"
+    )
     found = rows(text)
     row = found.pop(f"results/{file}.csv")
-    assert (row["Training"], row["Postprocessor"], row["Arch"]) == (
-        "CrossEntropy", alias, "ResNet18",
+    assert (row["Training"], row["Postprocessor"], row["Arch"], row["Additional_Description"]) == (
+        "CrossEntropy", alias, "ResNet18", "(to be filled in)",
     )  # fmt: skip
     expected = {} if paper is None else {"utils/papers.csv": {"Alias": alias, "Link": paper}}
     assert found == expected
 
 
 def test_an_unknown_trainer_is_left_to_the_user(root, lists, capsys):
-    other = root.rename(root.with_name("cifar10_resnet18_32x32_oe_e100_lr0.1_lam0.5_default"))
+    other = root.rename(root.with_name("cifar10_resnet18_32x32_oe_e30_lr1e-05"))
     assert entry(other, lists) == 0
     text = capsys.readouterr().out
     assert fields(text)["Training"] == "oe"
+    assert "30 epochs, learning rate 1e-05, tau" in text
     assert fields(text)["Outlier_Data"] == "(to be filled in)"
     assert "fill in by hand whether it uses outlier data" in text
 

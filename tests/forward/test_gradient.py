@@ -1,15 +1,20 @@
+"""Gradients with respect to the images, through networks that are left unchanged."""
+
 import pytest
 import torch
-from fusenorm_openood.detectors.baselines import Baseline
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fusenorm_openood import FuseNorm, Settings
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward.gradient import ConstantBatchNorm
-from tests.conftest import make_loader, make_net
+from tests.conftest import make_net
 from tests.nets import BLOCKS, Foo, Net, energies, some_images
+
+IMAGES = some_images()
+LAYERS = {"taps": ["b.0"], "strong": ["output"]}  # no graph is read, and odin is the only score
 
 
 def backward(net: nn.Module, images: torch.Tensor, constant: bool):
@@ -31,12 +36,17 @@ def backward(net: nn.Module, images: torch.Tensor, constant: bool):
     return logits.detach(), gradient, sum(kept.values())
 
 
-def test_outputs_and_gradients_are_the_same_and_the_graph_is_smaller():
-    net, images = make_net().requires_grad_(False), torch.randn(5, 3, 16, 16)
+def assert_same(net, images):
+    """Bytes of the graph without and with constant batch norm, whose gradients are the same."""
     logits, gradient, kept = backward(net, images, constant=False)
     same, close, fewer = backward(net, images, constant=True)
     assert torch.equal(same, logits)
     torch.testing.assert_close(close, gradient)
+    return kept, fewer
+
+
+def test_gradients_are_the_same_and_the_graph_is_smaller():
+    kept, fewer = assert_same(make_net().requires_grad_(False), torch.randn(5, 3, 16, 16))
     assert fewer < 0.7 * kept
 
 
@@ -46,36 +56,28 @@ def test_outputs_and_gradients_are_the_same_and_the_graph_is_smaller():
         nn.BatchNorm2d(3, affine=False),
         nn.BatchNorm2d(3, track_running_stats=False),
         nn.BatchNorm2d(3).bfloat16(),
+        nn.BatchNorm2d(3).train(),
         nn.GroupNorm(1, 3),
     ],
+    ids=str,
 )
 def test_every_normalisation_layer_keeps_its_gradient(norm):
     images = torch.randn(4, 3, 8, 8).to(next(norm.parameters(), torch.empty(0)).dtype)
-    net = nn.Sequential(norm, nn.Flatten()).eval().requires_grad_(False)
-    logits, gradient, _ = backward(net, images, constant=False)
-    same, close, _ = backward(net, images, constant=True)
-    assert torch.equal(same, logits)
-    torch.testing.assert_close(close, gradient)
-
-
-def test_training_mode_is_unaffected():
-    net, images = make_net().train(), torch.randn(5, 3, 16, 16)
-    _, gradient, _ = backward(net, images, constant=False)
-    torch.testing.assert_close(backward(net, images, constant=True)[1], gradient)
+    norm.training = norm.training and norm.affine and norm.weight.dtype == torch.float32
+    assert_same(nn.Sequential(norm, nn.Flatten()).requires_grad_(False), images)
 
 
 def test_odin_computes_no_weight_gradients():
-    net, modes, built = make_net().requires_grad_(True), [], []
-    detector = FuseNorm(net, output="odin").fit(make_loader())
-    net.layer1.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    net, modes, built = Net(), [], []
+    detector = FuseNorm(net, **LAYERS, output="odin").fit([IMAGES])
+    net.a.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
     for p in net.parameters():
         p.register_hook(built.append)
-    images = torch.randn(2, 3, 16, 16)
-    detector.score(images)
+    detector.score(IMAGES)
     assert modes == [True, False]  # first the images' gradient, then none
     assert not built
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
-    net(images).sum().backward()
+    net(IMAGES).sum().backward()
     assert len(built) == len(list(net.parameters()))  # the hooks do work
 
 
@@ -129,47 +131,45 @@ class Rounded(Net):  # images of eight bits
         return super().forward((x * 255).to(torch.uint8) / 255.0)
 
 
-def odin_by_hand(net, images, noise=0.02, temperature=10.0):
+def odin_by_hand(net, noise=0.02, temperature=10.0):
     """Probability of the predicted class after ODIN's step, in plain torch."""
-    leaf = images.clone().requires_grad_()
+    leaf = IMAGES.clone().requires_grad_()
     with torch.enable_grad():
         logits = net(leaf.clone())
         F.cross_entropy(logits / temperature, logits.argmax(1), reduction="sum").backward()
-    moved = images - noise * torch.where(leaf.grad >= 0, 1.0, -1.0).to(images.dtype)
+    moved = IMAGES - noise * torch.where(leaf.grad >= 0, 1.0, -1.0).to(IMAGES.dtype)
     with torch.no_grad():
-        return (net(moved) / temperature).softmax(1).amax(1)
+        return (net(moved) / temperature).softmax(1).amax(1).double()
 
 
 def odin(net):
-    return Baseline(net, "odin", temperature=10.0, noise=0.02)
+    return SingleScore(net, "odin", temperature=10.0, noise=0.02)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, None])
-def test_gradients_through_recomputed_layers(use_reentrant):
-    net, images = Recomputing(use_reentrant), some_images()
-    expected = odin_by_hand(Recomputing(None), images)
-    for _ in range(2):  # the second time, the network is known to recompute
-        torch.testing.assert_close(odin(net).score(images), expected)
+def test_gradients_through_recomputed_layers():
+    net, expected = Recomputing(use_reentrant=False), odin_by_hand(Recomputing(None))
+    for _ in range(2):  # the second time, it is known that the network recomputes
+        torch.testing.assert_close(odin(net).score(IMAGES), expected)
     settings = Settings.published(strong=["output", "b.1"])
-    detector = FuseNorm(net, settings).fit([images])
+    detector = FuseNorm(net, settings).fit([IMAGES])
     assert detector.taps == BLOCKS
-    plain = FuseNorm(Recomputing(None), settings).fit([images])
-    torch.testing.assert_close(detector.score(images), plain.score(images))
+    plain = FuseNorm(Recomputing(None), settings).fit([IMAGES])
+    torch.testing.assert_close(detector.score(IMAGES), plain.score(IMAGES))
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_reentrant_recomputation_is_one_error():
-    net, images = Recomputing(use_reentrant=True), some_images()
+    net = Recomputing(use_reentrant=True)
     with pytest.raises(TapError, match=r"use_reentrant=False.*choose output='energy'") as caught:
-        odin(net).score(images)
+        odin(net).score(IMAGES)
     assert "\n" not in str(caught.value)
     with pytest.raises(TapError, match="choose output='energy'"):
-        FuseNorm(net, taps=list(BLOCKS), output="odin", strong=["output"]).fit([images])
-    detector = FuseNorm(net, taps=list(BLOCKS), strong=["output"]).fit([images])
-    plain = FuseNorm(Recomputing(None), strong=["output"]).fit([images])
-    torch.testing.assert_close(detector.score(images), plain.score(images))
+        FuseNorm(net, **LAYERS, output="odin").fit([IMAGES])
+    detector = FuseNorm(net, taps=list(BLOCKS), strong=["output"]).fit([IMAGES])
+    plain = FuseNorm(Recomputing(None), strong=["output"]).fit([IMAGES])
+    torch.testing.assert_close(detector.score(IMAGES), plain.score(IMAGES))
     with pytest.raises(TapError, match="name the modules to tap"):  # Foo is no name of a block
-        FuseNorm(net).fit([images])
+        FuseNorm(net).fit([IMAGES])
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -179,7 +179,7 @@ def test_blocks_inside_reentrant_recomputation_are_found_by_the_names_of_their_c
 
     net = Recomputing(use_reentrant=True)
     net.a = nn.Sequential(BasicBlock(8), BasicBlock(8))
-    assert FuseNorm(net, strong=["output"]).fit([some_images()]).taps == ("a.0", "a.1")
+    assert FuseNorm(net, strong=["output"]).fit([IMAGES]).taps == ("a.0", "a.1")
 
 
 def test_a_branch_of_reentrant_recomputation_is_a_branch():
@@ -189,78 +189,61 @@ def test_a_branch_of_reentrant_recomputation_is_a_branch():
 
     net = Net()
     net.a = nn.Sequential(Branch(8), Branch(8))
-    assert FuseNorm(net, strong=["output"]).fit([some_images()]).taps == BLOCKS
-
-
-def test_gradients_with_frozen_weights_are_the_same():
-    images = some_images()
-    expected = odin_by_hand(Net(), images)
-    net = Net().requires_grad_(False)
-    torch.testing.assert_close(odin(net).score(images), expected)
-    assert not any(p.requires_grad for p in net.parameters())
+    assert FuseNorm(net, strong=["output"]).fit([IMAGES]).taps == BLOCKS
 
 
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_gradients_inside_any_grad_mode(grad):
-    images = some_images()
-    net, expected = Net(), odin_by_hand(Net(), images)
-    with grad():
-        torch.testing.assert_close(odin(net).score(images.clone()), expected)
+def test_gradients_in_any_grad_mode_and_with_frozen_weights(grad):
+    expected = odin_by_hand(Net())
+    for net in (Net(), Net().requires_grad_(False)):
+        required = [p.requires_grad for p in net.parameters()]
+        with grad():
+            torch.testing.assert_close(odin(net).score(IMAGES.clone()), expected)
+        assert [p.requires_grad for p in net.parameters()] == required
 
 
-@pytest.mark.parametrize("kind", [Frozen, Detached, Inference, Rounded])
-def test_without_a_gradient_one_error_says_the_way_out(kind):
-    net, images = kind().eval(), some_images().abs()
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return Net()
+
+
+@pytest.mark.parametrize(
+    "make", [Frozen, Detached, Inference, Rounded, made_in_inference_mode], ids=lambda m: m.__name__
+)
+def test_without_a_gradient_one_error_says_the_way_out(make):
+    net, images = make().eval(), IMAGES.abs()
     for use in (
         lambda: odin(net).score(images),
-        lambda: FuseNorm(net, taps=list(BLOCKS), output="odin", strong=["output"]).fit([images]),
+        lambda: FuseNorm(net, **LAYERS, output="odin").fit([images]),
     ):
         with pytest.raises(TapError, match="choose output='energy'") as caught:
             use()
         assert "\n" not in str(caught.value)
-    detector = FuseNorm(net, taps=list(BLOCKS), strong=["output"]).fit([images])
-    torch.testing.assert_close(
-        torch.tensor(detector.infer([images]).experts[-1]), energies(net, images)
-    )
+    found = FuseNorm(net, **LAYERS).fit([images]).infer([images]).experts[-1]
+    right = energies(Net() if make is made_in_inference_mode else net, images)
+    torch.testing.assert_close(torch.from_numpy(found), right)
 
 
-def test_a_network_that_was_made_in_inference_mode():
-    images = some_images()
-    with torch.inference_mode():
-        net = Net()
-    right = energies(Net(), images)
-    detector = FuseNorm(net, taps=list(BLOCKS), strong=["output"]).fit([images])
-    torch.testing.assert_close(torch.tensor(detector.infer([images]).experts[-1]), right)
+def test_the_blocks_of_a_network_made_in_inference_mode_have_to_be_named():
     with pytest.raises(TapError, match="name the modules to tap"):  # Foo is no name of a block
-        FuseNorm(net).fit([some_images()])
-    with pytest.raises(TapError, match="choose output='energy'"):
-        odin(net).score(images)
+        FuseNorm(made_in_inference_mode()).fit([IMAGES])
 
 
-@pytest.mark.parametrize("name", ["msp", "mls", "ebo", "odin", "react"])
-def test_a_network_that_changes_its_input_in_place(name):
-    args = {"ebo": {"temperature": 1.0}, "react": {"percentile": 90.0}}
-    args["odin"] = {"temperature": 10.0, "noise": 0.02}
-    images = some_images()
-    before = images.clone()
-    expected = Baseline(Normalisation().eval(), name, **args.get(name, {}))
-    expected = expected.fit([images]).score(images)
-    detector = Baseline(InPlaceNormalisation().eval(), name, **args.get(name, {}))
-    torch.testing.assert_close(detector.fit([images]).score(images), expected)
-    assert torch.equal(images, before)
+def detectors_of(net):
+    """A detector for each way in which images are given to a network."""
+    yield from (SingleScore(net, name) for name in ("msp", "react"))
+    yield odin(net)
+    yield from (FuseNorm(net, Settings.published(output=name)) for name in ("energy", "odin"))
 
 
-@pytest.mark.parametrize("output", ["energy", "odin"])
-def test_the_callers_images_are_never_changed(output):
-    images = some_images()
-    before = images.clone()
-    settings = Settings.published(output=output)
-    expected = FuseNorm(Normalisation().eval(), settings).fit([images])
-    detector = FuseNorm(InPlaceNormalisation().eval(), settings).fit([images])
-    torch.testing.assert_close(detector.score(images), expected.score(images))
-    torch.testing.assert_close(detector.score_loader([images]), expected.score(images))
-    assert torch.equal(images, before)
+def test_a_network_that_changes_its_input_in_place_changes_no_images():
+    before, images = IMAGES.clone(), IMAGES.clone()
+    every = zip(detectors_of(InPlaceNormalisation()), detectors_of(Normalisation()), strict=True)
+    for detector, expected in every:
+        right = expected.fit([images]).score(images)
+        torch.testing.assert_close(detector.fit([images]).score(images), right)
+        torch.testing.assert_close(detector.score_loader([images]), right)
+        assert torch.equal(images, before)
     torch.testing.assert_close(
-        odin(InPlaceNormalisation().eval()).score(images),
-        odin_by_hand(Normalisation().eval(), images),
+        odin(InPlaceNormalisation()).score(images), odin_by_hand(Normalisation())
     )

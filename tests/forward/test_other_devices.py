@@ -6,34 +6,25 @@ Tensors of two devices never meet, and on Apple's MPS there is no float64; see `
 import pickle
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
-from fusenorm_openood.detectors.baselines import Baseline
-from fusenorm_openood.detectors.posthoc import PosthocBaseline
-from fusenorm_openood.forward.panel import Fitted
-from fusenorm_openood.method.posthoc import POSTHOC, Head, Posthoc, Seen
-from torch.utils.data import Dataset
 
 from fusenorm_openood import FuseNorm, Settings, atf
 from fusenorm_openood.detectors.bank import ScoreBank
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.records import Known
-from fusenorm_openood.forward.react import head_of
+from fusenorm_openood.forward.experts import Fitted
+from fusenorm_openood.forward.passes import head_of
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.method.atf import atf_map
+from fusenorm_openood.method.scores import POSTHOC, make_score
+from fusenorm_openood.method.scores.base import Features, Head
 from fusenorm_openood.network.named import LazyNetwork
 from fusenorm_openood.network.understanding import understand
 from tests.nets import CLASSES, Net, some_images
 from tests.standin import StandIn
 
 DEVICES = {"mps": False, "xpu": True}
-SINGLE = {
-    "msp": {},
-    "mls": {},
-    "ebo": {"temperature": 2},
-    "odin": {"temperature": 1000, "noise": 0.01},
-    "react": {"percentile": 90},
-}
 FUSED = {
     "default": Settings(),
     "published": Settings.published(),
@@ -44,15 +35,16 @@ FUSED = {
     "gen alone": Settings(strong=("gen",)),
     "all": Settings(output="msp", strong=("output", *POSTHOC)),
 }
+SINGLE = ["msp", "ebo", "odin", "react", *POSTHOC]
 MAKE = {
     **{name: partial(FuseNorm, settings=settings) for name, settings in FUSED.items()},
-    **{f"single {name}": partial(Baseline, name=name, **args) for name, args in SINGLE.items()},
-    **{f"single {name}": partial(PosthocBaseline, name=name) for name in POSTHOC},
+    **{f"single {name}": partial(SingleScore, score=name) for name in SINGLE},
 }
-CASES = [("mps", name) for name in MAKE]  # of which another device with float64 has no more
-CASES += [("xpu", name) for name in ("default", "published", "norms alone", "single nci")]
+# Another device with float64 has no more than some of the cases.
+CASES = [("mps", name) for name in MAKE] + [("xpu", name) for name in ("default", "published")]
+FIT, IMAGES = some_images(40, seed=2), some_images(9)
+LABELLED = [(part, torch.arange(len(part)) % CLASSES) for part in FIT.split(20)]
 everywhere = pytest.mark.parametrize("device", DEVICES, indirect=True)
-of_each = pytest.mark.parametrize(("device", "name"), CASES, indirect=["device"])
 
 
 @pytest.fixture
@@ -67,19 +59,9 @@ def _no_kernel(monkeypatch):
     monkeypatch.setenv("FUSENORM_KERNEL", "torch")
 
 
-class Images(Dataset):
-    def __init__(self, images) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, number: int) -> dict:
-        return {"data": self.images[number], "label": number % CLASSES}
-
-
-def labelled(images):
-    return [(part, torch.arange(len(part)) % CLASSES) for part in images.split(10)]
+def recorded(images, folder, name):
+    dataset = [{"data": image, "label": i % 20 % CLASSES} for i, image in enumerate(images)]
+    return RecordedLoader(dataset, folder, {}, name, 20)
 
 
 def close(found, expected):
@@ -87,34 +69,24 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
-@of_each
-def test_scores_are_those_of_the_cpu(name, device):
-    images, fit = some_images(9), labelled(some_images(40, seed=2))
-    expected = MAKE[name](Net()).fit(fit)
-    found = MAKE[name](Net().to(device)).fit(fit)
-    there = images.to(device)
+@pytest.mark.parametrize(("device", "name"), CASES, indirect=["device"])
+def test_scores_are_those_of_the_cpu(name, device, tmp_path):
+    expected = MAKE[name](Net()).fit(LABELLED).score(IMAGES)
+    net, there = Net().to(device), IMAGES.to(device)
+    found = MAKE[name](net).fit(LABELLED)
     conf = found.score(there)
     assert conf.device == found.predict(there)[0].device == device
-    for given in (conf, found.score(images), found.score_loader([there]), found.score(there[0])):
-        close(given, expected.score(images)[: given.numel()].view(given.shape))
-
-
-@of_each
-def test_recorded_scores_are_those_of_the_cpu(name, device, tmp_path):
-    images = some_images(9)
-    fit = RecordedLoader(Images(some_images(40, seed=2)), tmp_path, {}, "fit", 10)
-    test = RecordedLoader(Images(images), tmp_path, {}, "test", 10)
-    net = Net().to(device)
+    for given in (conf, found.score(IMAGES), found.score_loader([there]), found.score(there[0])):
+        close(given, expected[: given.numel()].view(given.shape))
+    fit, test = recorded(FIT, tmp_path, "fit"), recorded(IMAGES, tmp_path, "test")
     found = MAKE[name](net).fit(fit)
-    expected = MAKE[name](Net()).fit(labelled(some_images(40, seed=2))).score(images)
     close(found.infer(test).conf, expected)
     # A head that was kept in a store is on the CPU; images that are new are not.
-    structure = understand(net, images.to(device))
+    structure = understand(net, there)
     known = Known(structure, Head(*map(torch.Tensor.cpu, head_of(net, structure))))
-    lazy = LazyNetwork(lambda: Net().to(device), known)
-    again = MAKE[name](lazy).fit(fit)
+    again = MAKE[name](LazyNetwork(lambda: Net().to(device), known)).fit(fit)
     close(again.infer(test).conf, expected)
-    close(again.score(images), expected)
+    close(again.score(IMAGES), expected)
 
 
 REAL = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
@@ -123,26 +95,26 @@ REAL = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_av
 @pytest.mark.skipif(not REAL, reason="no GPU")
 @pytest.mark.parametrize("name", MAKE)
 def test_scores_of_a_real_device_are_those_of_the_cpu(name):
-    images, fit = some_images(9), labelled(some_images(40, seed=2))
-    expected = MAKE[name](Net()).fit(fit).score(images)
-    found = MAKE[name](Net().to(REAL[0])).fit(fit).score(images).double()
+    expected = MAKE[name](Net()).fit(LABELLED).score(IMAGES)
+    found = MAKE[name](Net().to(REAL[0])).fit(LABELLED).score(IMAGES).double()
     torch.testing.assert_close(found, expected.double(), rtol=1e-3, atol=1e-3)
 
 
 @everywhere
 def test_a_bank_scores_everything(device, tmp_path):
-    images, fit = some_images(9), labelled(some_images(40, seed=2))
-    experts = [Posthoc.of(name) for name in POSTHOC]
+    scores = [make_score(name) for name in POSTHOC]
     bank, plain = (
-        ScoreBank(net, FUSED.values(), (), experts, True).fit(fit)
+        ScoreBank(net, FUSED.values(), (), scores, True).fit(LABELLED)
         for net in (Net().to(device), Net())
     )
-    found = [images, RecordedLoader(Images(images), tmp_path, {}, "images", 10)]
-    for loader in ([images], found[1]):
-        bank.add(loader)
-        plain.add([images]) if loader is not found[1] else plain.add(loader := [images])
+    live, loader = [IMAGES], recorded(IMAGES, tmp_path, "images")
+    for given in (live, loader):
+        bank.add(given)
+    plain.add(live)
     for settings in FUSED.values():
-        close(bank.scored(settings, found[1]).conf, plain.scored(settings, loader).conf)
+        expected = plain.scored(settings, live).conf
+        close(bank.scored(settings, live).conf, expected)
+        close(bank.scored(settings, loader).conf, expected)
 
 
 @everywhere
@@ -154,9 +126,10 @@ def test_a_detector_moves_between_devices(device, tmp_path):
     close(found.p_values(there), plain.p_values(images))
     assert found.is_ood(there).device == device
     assert torch.equal(found.is_ood(there).cpu(), plain.is_ood(images))
-    close(found.explain(there).shares, plain.explain(images).shares)
-    for tap, heat in found.explain(there[0]).maps.items():
-        close(heat, plain.explain(images[0]).maps[tap])
+    explained, expected = found.explain(there), plain.explain(images)
+    close(explained.contributions, expected.contributions)
+    for layer, heat in explained.maps.items():
+        close(heat, expected.maps[layer])
     found.save(tmp_path / "it")
     loaded = FuseNorm.load(tmp_path / "it", Net())
     close(loaded.score(images), plain.score(images))
@@ -166,7 +139,7 @@ def test_a_detector_moves_between_devices(device, tmp_path):
 
 def test_a_detector_is_exported_from_any_device(tmp_path):
     with StandIn("mps"):
-        detector = FuseNorm(Net().to("mps")).fit([some_images(40)])
+        detector = FuseNorm(Net().to("mps")).fit([FIT])
         detector.export(tmp_path / "it.pt2", shape=(3, 12, 12))
 
 
@@ -180,47 +153,41 @@ def test_norms_and_heat_maps(device):
 
 
 @pytest.mark.parametrize("name", POSTHOC)
-@pytest.mark.parametrize("of_a_fit", [False, True])
-def test_an_expert_is_computed_where_the_feature_is(name, of_a_fit):
+def test_a_score_is_computed_where_the_feature_is(name):
     generator = torch.Generator().manual_seed(0)
     feature, weight = (torch.randn(n, 6, generator=generator) for n in (40, 3))
     head, labels = Head(weight, weight[:, 0]), torch.arange(40) % 3
-    seen, expert = Seen(feature, head(feature)), Posthoc.of(name)
-    state = expert.fitted(POSTHOC[name].sums(seen, labels), seen, head)
-    there = Seen(*(t.to("meta") for t in seen))
-    arguments = dict(expert.arguments)
-    if not of_a_fit:
-        scores = POSTHOC[name].score(there, head, state, arguments)
-    elif name == "mds":
-        pytest.skip("counts images")
-    else:
-        scores = POSTHOC[name].score_fit(there, head, state, arguments, labels.to("meta"))
-    assert (scores.device.type, scores.dtype, scores.shape) == ("meta", torch.float32, (40,))
-    assert scores.shape == POSTHOC[name].score(seen, head, state, arguments).shape
+    batch, score = Features(feature, head(feature)), make_score(name)
+    state = score.fit(score.sums(batch, labels), batch, head)
+    there = Features(*(t.to("meta") for t in batch))
+    of_fit = [] if name == "mds" else [labels.to("meta")]  # which counts images
+    for given in (None, *of_fit):
+        scores = score(there, head, state, given)
+        assert (scores.device.type, scores.dtype, scores.shape) == ("meta", torch.float32, (40,))
 
 
 @everywhere
 def test_what_was_moved_to_a_device_is_not_pickled(device):
-    expert = Posthoc.of("nci")
-    fitted = Fitted({90.0: 1.0}, {expert: {"mean": torch.ones(2)}})
-    assert fitted.state(expert, device) is fitted.state(expert, device)
-    assert fitted.state(expert, device)["mean"].device == device
+    score = make_score("nci")
+    fitted = Fitted({90.0: 1.0}, {score: {"mean": torch.ones(2)}})
+    assert fitted.state(score, device) is fitted.state(score, device)
+    assert fitted.state(score, device)["mean"].device == device
     copy = pickle.loads(pickle.dumps(fitted))
-    assert (copy.thresholds, list(copy.states), copy._moved) == (fitted.thresholds, [expert], {})
+    assert (copy.thresholds, list(copy.states)) == (fitted.thresholds, [score])
+    assert copy.states[score]["mean"].device.type == "cpu"
 
 
 def test_the_stand_in_is_as_strict_as_a_device():
     with StandIn("mps"):
-        there = torch.ones(2, device="mps")
+        there, double = torch.ones(2, device="mps"), torch.ones(2, dtype=torch.float64)
         for call in (
             lambda: there + torch.ones(2),
             lambda: there.double(),
             lambda: there.to("cpu", torch.float64),
             lambda: there.numpy(),
             lambda: torch.zeros(2, dtype=torch.float64, device="mps"),
-            lambda: torch.ones(2, dtype=torch.float64).to("mps"),
+            lambda: double.to("mps"),
         ):
             with pytest.raises((RuntimeError, TypeError)):
                 call()
-        assert torch.equal((there + torch.tensor(1.0)).cpu(), torch.full((2,), 2.0))
-        assert np.array_equal(there.cpu().double().numpy(), np.ones(2))
+        assert (there + torch.tensor(1.0)).cpu().double().tolist() == [2.0, 2.0]

@@ -1,22 +1,25 @@
-"""Recorded loaders: what was heard once is not heard again, unless it would be something else."""
+"""Recorded loaders: no image is scored twice, unless its scores would be others."""
+
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from fusenorm_openood import FuseNorm
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.forward import recorded
 from fusenorm_openood.forward.recorded import RecordedLoader
-from tests.conftest import make_net
+from tests.nets import Net, some_images
+
+FIT = some_images(30, seed=2)
 
 
 class Images(Dataset):
-    """Images of one seed, which count how often they are read."""
+    """Images that count how often they are read."""
 
     def __init__(self, count: int = 10) -> None:
-        self.images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-        self.read = 0
+        self.images, self.read = some_images(count, seed=3), 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -26,39 +29,59 @@ class Images(Dataset):
         return {"data": self.images[number], "label": number % 4}
 
 
-class Mixing(nn.Module):
+class Mixing(Net):
     """A network whose images influence each other's logits."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = make_net()
-
     def forward(self, images):
-        return self.net(images - images.mean(dim=0))
+        return super().forward(images - images.mean(dim=0))
 
 
-@pytest.mark.parametrize(("make", "again"), [(make_net, False), (Mixing, True)])
-def test_another_batch_size_is_scored_anew_if_images_mix(make, again, tmp_path):
-    net, images = make(), Images()
-    fitted = FuseNorm(net).fit([Images(40).images])
-
-    def score(batch_size):
-        images.read = 0
-        return fitted.infer(RecordedLoader(images, tmp_path, {}, "images", batch_size)).conf
-
-    score(5)
-    assert images.read == len(images)
-    score(5)
-    assert images.read == 0
-    conf = score(2)
-    assert (images.read > 0) == again
-    live = fitted.infer(list(images.images.split(2))).conf
+def reads_of(detector, loader) -> int:
+    """How many images a recorded loader reads to be scored, equal to live scores."""
+    images = loader.dataset
+    images.read = 0
+    conf = detector.infer(loader).conf
+    read = images.read
+    live = detector.infer(list(images.images.split(loader.batch_size))).conf
     torch.testing.assert_close(torch.from_numpy(conf), torch.from_numpy(live))
+    return read
+
+
+@pytest.mark.parametrize(("make", "again"), [(Net, 0), (Mixing, 10)])
+def test_another_batch_size_is_scored_anew_if_images_mix(make, again, tmp_path):
+    fitted = FuseNorm(make(), strong=["output"]).fit([FIT])
+    loader = RecordedLoader(Images(), tmp_path, {}, "images", 5)
+    assert reads_of(fitted, loader) == 10
+    assert reads_of(fitted, loader) == 0
+    assert reads_of(fitted, replace(loader, batch_size=2)) == again
+
+
+def test_a_pass_serves_others_whose_scores_it_has(tmp_path):
+    net, loader = Net(), RecordedLoader(Images(), tmp_path, {}, "images")
+    chosen = {"strong": ["output", "mds"], "taps": ["a.0", "b.0"]}
+    assert reads_of(FuseNorm(net, **chosen).fit([FIT]), loader) == 10
+    assert reads_of(FuseNorm(net, **chosen, output="msp").fit([FIT]), loader) == 0
+    assert reads_of(FuseNorm(net, strong=["gen"], taps=["b.0"]).fit([FIT]), loader) == 0
+    assert reads_of(SingleScore(net, "knn").fit([FIT]), loader) == 0
+    assert reads_of(FuseNorm(net, **chosen, k_max=0.5).fit([FIT]), loader) == 10
+    assert reads_of(FuseNorm(net, strong=["gen"], taps=["a.1"]).fit([FIT]), loader) == 10
+
+
+def test_a_pass_with_gradients_serves_none_without(tmp_path):
+    """Gradients split a batch in another way, in which a network may round otherwise."""
+    net, loader = Net(), RecordedLoader(Images(), tmp_path, {}, "images")
+    chosen = {"strong": ["output"], "taps": ["b.0"]}
+    with_gradient = FuseNorm(net, **chosen, output="odin", noise=0.01).fit([FIT])
+    assert reads_of(with_gradient, loader) == 10
+    assert reads_of(with_gradient, loader) == 0
+    assert reads_of(FuseNorm(net, **chosen).fit([FIT]), loader) == 10
+    without_step = FuseNorm(net, **chosen, output="odin", noise=0).fit([FIT])
+    assert reads_of(without_step, loader) == 0
 
 
 def test_short_sets_are_dealt_out_as_if_they_were_one(tmp_path, monkeypatch):
     monkeypatch.setattr(recorded, "SHARD", 4)
-    fitted = FuseNorm(make_net()).fit([Images(40).images])
+    fitted = FuseNorm(Net(), strong=["output"]).fit([FIT])
     sizes = [3, 4, 2, 9, 1, 8]  # 1, 1, 1, 3, 1 and 2 shards
     read = []
     for rank in range(3):
@@ -73,12 +96,10 @@ def test_short_sets_are_dealt_out_as_if_they_were_one(tmp_path, monkeypatch):
     assert read == [[3, 0, 0, 4, 1, 0], [0, 4, 0, 4, 0, 4], [0, 0, 2, 1, 0, 4]]
 
 
-def test_what_was_prepared_is_not_heard_again(tmp_path):
-    fitted, images = FuseNorm(make_net()).fit([Images(40).images]), Images(9)
+def test_what_was_prepared_is_not_scored_again(tmp_path):
+    fitted, images = FuseNorm(Net(), strong=["output"]).fit([FIT]), Images(9)
     loose = [images.images]
-    prepared, same = fitted.prepare([RecordedLoader(images, tmp_path, {}, "set"), loose])
+    loader, same = fitted.prepare([RecordedLoader(images, tmp_path, {}, "set"), loose])
     assert same is loose
     assert images.read == 9
-    live = fitted.infer(loose)
-    assert (fitted.infer(prepared).conf == live.conf).all()
-    assert images.read == 9
+    assert reads_of(fitted, loader) == 0

@@ -2,11 +2,10 @@ import inspect
 
 import pytest
 import yaml
-from fusenorm_openood.detectors.sweep import candidates
-from fusenorm_openood.method.experts import odin_perturb
 
 from fusenorm_openood import Settings, atf, compute_id_statistics, fuse
 from fusenorm_openood.detectors.configuration import read_fusenorm
+from fusenorm_openood.detectors.search import candidates
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.fusion import penalty
 from fusenorm_openood.method.settings import METHODS, SETTINGS
@@ -17,18 +16,16 @@ ARGS = YAML["postprocessor"]["postprocessor_args"]
 
 
 def test_defaults_of_the_functions_are_the_published_settings():
-    for function in (atf, fuse, penalty, compute_id_statistics, odin_perturb):
+    for function in (atf, fuse, penalty, compute_id_statistics):
         for name, parameter in inspect.signature(function).parameters.items():
             if name in SETTINGS and parameter.default is not inspect.Parameter.empty:
-                settings = Settings.published()
-                settings = settings if name != "temperature" else settings.output_expert
-                assert getattr(settings, name) == parameter.default
+                assert getattr(Settings.published(), name) == parameter.default
 
 
 def test_the_temperature_defaults_to_that_of_the_expert():
-    assert Settings.published().output_expert.temperature == 1000
-    assert Settings(output="energy").output_expert.temperature == 1
-    assert Settings(output="energy", temperature=5).output_expert.temperature == 5
+    assert Settings.published().score("output").temperature == 1000
+    assert Settings(output="energy").score("output").temperature == 1
+    assert Settings(output="energy", temperature=5).score("output").temperature == 5
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -49,70 +46,68 @@ def test_the_published_settings_are_those_of_the_published_experiments():
     assert Settings.joint() == Settings(penalty="joint")
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "random"])
-def test_errors_for_missing_and_misspelt_settings_list_the_valid_ones(name):
-    missing = {key: value for key, value in ARGS.items() if key != name}
-    with pytest.raises(
-        ConfigError, match=f"setting '{name}' is missing: the settings are taps, k_min"
-    ):
-        Settings.from_mapping(missing)
-    with pytest.raises(
-        ConfigError, match=f"unknown setting '{name}x': the settings are taps, k_min"
-    ):
-        Settings.from_mapping({**ARGS, f"{name}x": 1})
+def test_errors_for_missing_and_misspelt_settings_list_the_valid_ones():
+    for name in (name for name in SETTINGS if name != "random"):
+        missing = {key: value for key, value in ARGS.items() if key != name}
+        with pytest.raises(ConfigError, match=f"'{name}' is missing: .* taps, k_min"):
+            Settings.from_mapping(missing)
+        with pytest.raises(ConfigError, match=f"unknown setting '{name}x': .* taps, k_min"):
+            Settings.from_mapping({**ARGS, f"{name}x": 1})
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        ({"k_min": 0.3}, "k_min = 0.3 and k_max = 0.25"),
-        ({"k_max": 0}, "k_max = 0"),
-        ({"alpha": 2}, "alpha = 2"),
-        ({"alpha": "much"}, "alpha must be a finite number, got 'much'"),
-        ({"k_min": True}, "k_min must be a finite number, got True"),
-        ({"output": "softmax"}, "unknown output expert 'softmax'"),
-        ({"output": 3}, "output must be a string, got 3"),
-        ({"temperature": 0}, "temperature must be > 0, got 0"),
-        ({"temperature": float("inf")}, "temperature must be a finite number or None, got inf"),
-        ({"noise": -1}, "noise must be >= 0, got -1"),
-        ({"input_std": [0.0, 1.0]}, "input_std must be > 0 in every channel"),
-        ({"input_std": 1}, "input_std must be a list of numbers or None, got 1"),
-        ({"react_percentile": 100}, "react_percentile must be > 0 and < 100.* got 100"),
-        ({"strong": "all"}, "strong must be 'auto' or a list of experts, got 'all'"),
-        ({"strong": []}, "strong must name at least one expert"),
+        ({"k_min": 0.3}, "k_min must be <= k_max, got 0.3 > 0.25"),
+        ({"k_max": 0}, r"k_max must be .* in \(0, 1\], got 0"),
+        ({"alpha": 2}, r"alpha must be .* in \[0, 1\], got 2"),
+        ({"alpha": "much"}, "alpha must be .* got 'much'"),
+        ({"k_min": True}, "k_min must be .* got True"),
+        ({"output": "softmax"}, "output must be one of .*energy.* got 'softmax'"),
+        ({"output": 3}, "output must be .* got 3"),
+        ({"temperature": 0}, "temperature must be .* > 0 or None, got 0"),
+        ({"temperature": float("inf")}, "temperature must be .* or None, got inf"),
+        ({"noise": -1}, "noise must be .* >= 0, got -1"),
+        ({"input_std": [0.0, 1.0]}, "input_std must be .* > 0"),
+        ({"input_std": 1}, "input_std must be a list of numbers .* or None, got 1"),
+        ({"react_percentile": 100}, "react_percentile must be .* > 0 and < 100.* got 100"),
+        ({"strong": "all"}, "strong must be 'auto' or a list .* got 'all'"),
+        ({"strong": []}, "strong must be .* at least one expert"),
         ({"strong": [6, 6]}, "each once"),
-        ({"strong": [0.5]}, "strong must be a string or a list of names and numbers"),
+        ({"strong": [0.5]}, "strong must be .* list .* got"),
         ({"weights": [1, 2]}, "each of the 3 strong experts"),
         ({"strong": "auto", "weights": [1, 2, 3]}, "each of the 2 strong experts"),
-        ({"clip": 1}, "clip must be true or false, got 1"),
-        ({"penalty": "soft"}, "unknown penalty 'soft': choose from deviation, joint"),
-        ({"penalty": None}, "penalty must be a string, got None"),
-        ({"joint_weight": -1}, "joint_weight must be >= 0, got -1"),
-        ({"neighbours": 0}, "neighbours must be >= 1, got 0"),
-        ({"neighbours": 2.5}, "neighbours must be a whole number, got 2.5"),
         ({"strong": ["output"], "weights": [1, 2]}, "each of the 1 strong experts"),
-        ({"base": 0.5}, "base must be >= 1.* got base=0.5"),
-        ({"cap": -1}, "cap >= 0.* cap=-1"),
-        ({"percentile_low": 99.95}, "percentile_low=99.95"),
-        ({"taps": 4}, "taps must be a string or a list of names, got 4"),
+        ({"clip": 1}, "clip must be true or false, got 1"),
+        ({"penalty": "soft"}, "penalty must be one of deviation, joint, got 'soft'"),
+        ({"penalty": None}, "penalty must be .* got None"),
+        ({"joint_weight": -1}, "joint_weight must be .* >= 0, got -1"),
+        ({"neighbours": 0}, "neighbours must be .* >= 1, got 0"),
+        ({"neighbours": 2.5}, "neighbours must be a whole number .* got 2.5"),
+        ({"base": 0.5}, "base must be .* >= 1, got 0.5"),
+        ({"cap": -1}, "cap must be .* >= 0, got -1"),
+        ({"percentile_low": 99.95}, "percentile_low must be < percentile_high, got 99.95"),
+        ({"percentile_high": 101}, "percentile_high must be .* got 101"),
+        ({"random": "perhaps"}, "random must be one of refuse, allow, got 'perhaps'"),
+        ({"taps": 4}, "taps must be .* list of names, got 4"),
         ({"nothing": 4}, "unknown setting 'nothing'"),
     ],
+    ids=str,
 )
-def test_invalid_values_are_rejected(change, message):
-    with pytest.raises(ConfigError, match=message):
+def test_invalid_values_are_refused(change, named):
+    with pytest.raises(ConfigError, match=named):
         Settings().replace(**change)
 
 
 def test_lists_in_a_configuration_become_tuples():
-    s = Settings.from_mapping(
-        {**ARGS, "strong": [6, "output"], "weights": [1, 2], "taps": ["layer1"]}
-    )
+    given = {**ARGS, "strong": [6, "output"], "weights": [1, 2], "taps": ["layer1"]}
+    s = Settings.from_mapping(given)
     assert (s.strong, s.weights, s.taps) == ((6, "output"), (1, 2), ("layer1",))
     assert hash(s) == hash(s.replace())
 
 
 @pytest.mark.parametrize("key", ["postprocessor_args", "postprocessor_sweep"])
-def test_sections_that_are_not_mappings_are_rejected(key):
+def test_sections_that_are_not_mappings_are_refused(key):
     section = {"name": "fusenorm", "APS_mode": False, "postprocessor_args": None}
     config = {"postprocessor": {**section, "postprocessor_sweep": None, key: ["base"]}}
     with pytest.raises(ConfigError, match=rf"{key} must be a mapping .* got \['base'\]"):
@@ -120,10 +115,8 @@ def test_sections_that_are_not_mappings_are_rejected(key):
 
 
 def test_text_from_a_configuration_is_read_as_what_it_means():
-    read = Settings(
-        eps="1e-3", base="20", temperature="None", react_percentile="none", weights="none"
-    )
-    assert read == Settings(eps=1e-3, base=20.0)
+    given = {"temperature": "None", "react_percentile": "none", "weights": "none"}
+    assert Settings(eps="1e-3", base="20", **given) == Settings(eps=1e-3, base=20.0)
     assert Settings(temperature="1e3").temperature == 1000.0
     for change in ({"eps": "none"}, {"eps": "small"}, {"temperature": "hot"}, {"clip": "none"}):
         with pytest.raises(ConfigError, match=f"{next(iter(change))} must be"):

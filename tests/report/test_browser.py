@@ -6,6 +6,7 @@ import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra test)")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+pytestmark = pytest.mark.slow  # starts a browser
 PAGES = ("eval_page", "compare_page", "score_page")
 
 
@@ -29,14 +30,14 @@ def report(request):
 def test_a_page_is_whole_silent_and_not_too_wide(browser, report, width, tmp_path):
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.set_default_timeout(0)  # the machine may be busy
-    heard, requested = [], []
-    page.on("console", lambda message: heard.append(message.text))
-    page.on("pageerror", lambda error: heard.append(str(error)))
-    page.on("dialog", lambda dialog: heard.append(dialog.message))
+    messages, requested = [], []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("dialog", lambda dialog: messages.append(dialog.message))
     page.on("request", lambda request: requested.append(request.url))
     page.goto(report.as_uri())
     page.screenshot(path=tmp_path / "page.png", full_page=True)
-    assert heard == []
+    assert messages == []
     assert [url for url in requested if not url.startswith("data:")] == [report.as_uri()]
     boxes = page.evaluate(
         "[...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect())"

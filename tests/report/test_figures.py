@@ -19,7 +19,7 @@ from fusenorm_openood.report.charts import (
     mean_roc,
 )
 from fusenorm_openood.report.gallery import SIDE, data_uri, overlaid, thumbnail, where
-from fusenorm_openood.report.page import Report, Section, Table, embedded, render
+from fusenorm_openood.report.page import Report, Section, Table, render, svg
 
 NORM = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
@@ -55,30 +55,30 @@ def test_equal_values_can_be_drawn(values):
 
 def test_a_drawing_does_not_grow_with_the_number_of_images(rng):
     sizes = []
-    for count in (1_000, 200_000):
+    for count in (1_000, 20_000):
         series = Series("ID", rng.normal(size=count))
         drawing = histogram("score", series, [Series("OOD", series.values - 1)], "score")
         p = Series("ID", rng.uniform(size=count))
-        sizes.append(len(drawing.svg) + len(acceptance_curves("curves", 500, p, [p]).svg))
+        curves = acceptance_curves("curves", 500, p, [p], 0.95)
+        sizes.append(sum(len(svg(figure, "one")) for figure in (drawing, curves)))
     assert sizes[1] < 1.2 * sizes[0]
 
 
 def test_labels_are_escaped_and_are_no_formulas(rng):
     values = rng.normal(size=20)
     drawing = histogram("<b>$x$", Series("<script>$\\alpha$", values), [Series("b", values)], "c")
-    svg = embedded(drawing, "one")
-    assert "<script>" not in svg
-    assert "&lt;script&gt;$\\alpha$" in svg
-    assert "&lt;b&gt;$x$" in svg
+    text = svg(drawing, "one")
+    assert "<script>" not in text
+    assert "&lt;script&gt;$\\alpha$" in text
+    assert "&lt;b&gt;$x$" in text
 
 
 def test_two_copies_of_a_drawing_share_no_id(rng):
     values = rng.normal(size=20)
     drawing = histogram("a", Series("b", values), [Series("c", values)], "d", 0.0)
-    ids = [re.findall(r' id="([^"]+)"', embedded(drawing, prefix)) for prefix in ("s1f1", "s1f11")]
+    ids = [re.findall(r' id="([^"]+)"', svg(drawing, name)) for name in ("s1f1", "s1f11")]
     assert ids[0]
     assert not set(ids[0]) & set(ids[1])
-    assert all(name.startswith("s1f1-") for name in ids[0])
 
 
 def test_a_cell_is_text():

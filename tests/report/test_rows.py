@@ -55,9 +55,9 @@ def test_a_file_that_is_missing(tmp_path):
         list(read_rows(tmp_path / "absent.csv"))
 
 
-def test_a_hundred_thousand_rows_make_a_small_page(detector, folders):
+def test_thousands_of_rows_make_a_small_page(detector, folders):
     rng = np.random.default_rng(0)
-    conf = rng.normal(0.3, 0.5, 100_000)
+    conf = rng.normal(0.3, 0.5, 25_000)
     p = conformal_p_values(conf, detector.calibration_scores_)
     image = str(next((folders / "test_digits").iterdir()))
     rows = (
@@ -65,7 +65,7 @@ def test_a_hundred_thousand_rows_make_a_small_page(detector, folders):
         for i, (c, q) in enumerate(zip(conf, p, strict=True))
     )
     report = report_of_files(detector, rows)
-    assert dict(report.highlights)["images"] == "100,000"
+    assert dict(report.highlights)["images"] == "25,000"
     assert dict(report.highlights)["rejected as OOD"] == f"{rejects(p, 0.95).sum():,}"
     page = render(report)
     assert len(page.encode()) < 5 * 2**20
@@ -77,7 +77,7 @@ def test_an_image_is_shown_once(detector, folders):
     scores = [float(detector.score(path)) for path in paths]
     rows = [Judged(str(path), "c", score) for path, score in zip(paths, scores, strict=True)]
     galleries = next(s for s in report_of_files(detector, rows).sections if s.galleries).galleries
-    names = [card.name for cards in galleries for card in cards.cards]
+    names = [card.name for _, cards in galleries for card in cards]
     assert len(names) == len(set(names)) == 5
 
 

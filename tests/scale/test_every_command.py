@@ -40,7 +40,9 @@ class Command(NamedTuple):
         return self.result(done[0])
 
 
-@pytest.fixture(params=["eval", "fit", "score"])
+@pytest.fixture(
+    params=["score", *(pytest.param(c, marks=pytest.mark.slow) for c in ("eval", "fit"))]
+)
 def command(request, short, detector, tmp_path) -> Command:
     images = tmp_path / "data" / "images_digits"
     shutil.copytree(short.data / "benchmark_imglist", tmp_path / "data" / "benchmark_imglist")
@@ -117,7 +119,7 @@ def full_disk(size: int = 1200):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_full_disk_is_one_sentence(command, expected, tmp_path, world):
     home, store = tmp_path / "home", whole_store(expected, tmp_path)
     remove_shard(store, 1)
@@ -255,7 +257,7 @@ def clock_of_one(days: int):
         Path.replace = replaced
 
 
-@pytest.mark.parametrize("days", [-400, 400])
+@pytest.mark.parametrize("days", [-400, pytest.param(400, marks=pytest.mark.slow)])
 def test_a_clock_that_is_wrong_changes_nothing(command, expected, tmp_path, days):
     home, store = tmp_path / "home", tmp_path / "store"
     assert command.runs(home, store, 2, first=partial(clock_of_one, days)) == expected
@@ -274,6 +276,7 @@ def clock_that_jumps(days: int):
     time.time = lambda: clock() + (next(asked) % 2) * days * DAY
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(command, expected, tmp_path):
     home = tmp_path / "home"
     jumps = partial(clock_that_jumps, 1)

@@ -6,14 +6,11 @@ import shutil
 import signal
 import time
 from contextlib import suppress
-from functools import partial
 
 import pytest
 
-from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.storage import stored as loading
 from fusenorm_openood.storage.maintenance import verify
-from fusenorm_openood.storage.torchrun import wait_until
 from tests.scale.commands import ended, log_of, run, scored_twice, start
 from tests.scale.test_reuse import without_network_and_images
 
@@ -78,6 +75,7 @@ def kill_at_random_moments(short, home, world, moments, chance):
     return ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_processes_killed_at_any_moment_lose_no_shard(short, table, tmp_path, world):
     ends = kill_at_random_moments(short, tmp_path, world, 3, random.Random(world))
@@ -107,8 +105,7 @@ def misname(path, store):
     path.rename(path.with_name(f"{path.name[:7]}{0:016x}.safetensors"))
 
 
-@pytest.mark.parametrize("damage", [cut, flip, swap, misname])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("damage", "world"), [(cut, 1), (flip, 2), (swap, 1), (misname, 2)])
 def test_a_damaged_shard_is_reported_and_computed_again(
     short, table, store, tmp_path, damage, world
 ):
@@ -146,47 +143,7 @@ def test_a_damaged_shard_of_a_process_that_is_past_it_is_computed_by_another(
     assert running.done().status == 0
 
 
-def vanishing(image, name, home, world):
-    """Let an image vanish while another one of its set, or of an earlier set, is read.
-
-    It vanishes as soon as all processes read that set: all have found it there when they began, and
-    none has read it.
-    """
-    read, begun = ImageList.__getitem__, set()
-
-    def reading(self, index):
-        if self.path.stem == name and not begun:
-            begun.add(name)
-            (home / f"reads-{os.environ['RANK']}").touch()
-            wait_until(lambda: len([*home.glob("reads-*")]) == world)
-            image.unlink(missing_ok=True)
-        return read(self, index)
-
-    ImageList.__getitem__ = reading
-
-
-@pytest.mark.parametrize("name", ["test_digits", "test_flower"])
-def test_an_image_that_vanishes_is_one_sentence(short, table, tmp_path, name):
-    images = tmp_path / "data" / "images_digits"
-    shutil.copytree(short.data / "benchmark_imglist", tmp_path / "data" / "benchmark_imglist")
-    shutil.copytree(short.data / "images_digits" / "test_flower", images / "test_flower")
-    for other in (short.data / "images_digits").iterdir():
-        if other.name != "test_flower":
-            (images / other.name).symlink_to(other)
-    image = images / "test_flower" / "0012.png"  # of shard 1
-    shutil.copy2(image, tmp_path)
-    argv = short._replace(data=tmp_path / "data").argv("eval", tmp_path / "store")
-    vanish = partial(vanishing, image, name, tmp_path, 2)
-    done = run(tmp_path, argv, 2, shard=8, first=vanish)
-    assert_one_sentence(failed_among(done), "0012.png", "cannot be read", "restore or replace")
-    shutil.copy2(tmp_path / "0012.png", image)
-    done = run(tmp_path, argv, 2, shard=8)
-    assert [d.status for d in done] == [0, 0]
-    assert done[0].out == table
-    assert scored_twice(log_of(tmp_path)) == []
-
-
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_whose_peers_are_done_waits_for_none(short, whole, store, tmp_path, rank):
     loaded = [words for kind, *words in log_of(whole) if kind == "loaded"]
     fit = [words for words in loaded if words[0].startswith("val_")]
@@ -209,6 +166,7 @@ def test_a_process_goes_on_when_another_run_has_computed_more(short, store, tmp_
     assert waiting.done().status == 0
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_digits_once(short, tmp_path):
     argv = short._replace(data=tmp_path / "data").argv("eval", tmp_path / "store", "--validation")
     done = run(tmp_path, argv, 3)

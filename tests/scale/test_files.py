@@ -33,7 +33,7 @@ def shard_of(tmp_path, number):
     return path
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_damaged_scores_of_files_are_reported_and_computed_again(argv, tmp_path, world):
     (first,) = run(tmp_path / "first", argv, shard=8)
     flip(shard_of(tmp_path, 1), None)

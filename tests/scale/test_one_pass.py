@@ -105,7 +105,7 @@ def store(short, tmp_path_factory):
     return home / "store"
 
 
-@pytest.mark.parametrize("postprocessor", ["msp", "react", "gen", "ash", "fusenorm_joint"])
+@pytest.mark.parametrize("postprocessor", ["react", "ash"])
 def test_a_command_takes_its_scores_from_the_pass_of_another(short, store, tmp_path, postprocessor):
     live, again = (
         short.argv("eval", kept, "--postprocessor", postprocessor) for kept in ("none", store)

@@ -20,6 +20,9 @@ EVAL = {
 }
 
 
+QUICK = ("published", "half precision")
+
+
 def shards_of(store):
     return {p.relative_to(store): p.read_bytes() for p in store.rglob("*.safetensors")}
 
@@ -49,7 +52,13 @@ def evaluated(short, home, store, options, world=1, **how):
     return done[0].out, arrays(pickle.loads(path.read_bytes()))
 
 
-@pytest.mark.parametrize("options", EVAL.values(), ids=EVAL)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, options in EVAL.items()
+    ],
+)
 def test_recording_in_two_processes_changes_no_bit(short, tmp_path, options):
     two = evaluated(short, tmp_path / "two", tmp_path / "store", options, 2, shard=8)
     if "--amp" in options:  # in half precision the size of a batch changes what it rounds to

@@ -76,14 +76,10 @@ def written(home):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--set", "weights=[3, 1, 1]"],
-        ["--set", "base=5", "--set", "cap=0.5", "--set", "clip=False"],
-        ["--set", "percentile_low=1", "--set", "percentile_high=99"],
+        ["--set", "base=5", "--set", "clip=False", "--set", "percentile_low=1"],
         ["--set", "strong=[output, knn, vim, nci, gen, she, scale, ash]", "--set", "neighbours=3"],
-        ["--set", "strong=auto"],
-        ["--set", "taps=stages"],
-        ["--set", "output=msp", "--set", "temperature=2"],
-        ["--postprocessor", "fusenorm_joint"],
+        pytest.param(["--set", "strong=auto"], marks=pytest.mark.slow),
+        ["--set", "taps=stages", "--set", "output=msp", "--set", "temperature=2"],
         ["--compare", "--batch-size", "7"],
     ],
     ids=" ".join,
@@ -109,7 +105,13 @@ def trained(request, own, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [["compare"], ["compare", "--search"], ["eval", "--aps", "pseudo"]], ids=" ".join
+    "command",
+    [
+        ["compare", "--search"],
+        pytest.param(["compare"], marks=pytest.mark.slow),
+        pytest.param(["eval", "--aps", "pseudo"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
 )
 def test_a_second_comparison_or_search_needs_neither_network_nor_images(trained, tmp_path, command):
     if len(command) > 1:
@@ -147,11 +149,10 @@ def test_anything_else_is_computed(own, full, tmp_path):
     "options",
     [
         ["--set", "k_min=0.2"],
-        ["--set", "alpha=0.5"],
-        ["--set", "taps=[conv1, layer2.0]"],
         ["--normalization", "cifar10"],
-        ["--channels-last"],
-        ["--amp", "bf16"],
+        pytest.param(["--set", "taps=[conv1, layer2.0]"], marks=pytest.mark.slow),
+        pytest.param(["--channels-last"], marks=pytest.mark.slow),
+        pytest.param(["--amp", "bf16"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -175,6 +176,10 @@ def test_another_checkpoint_computes_anew(own, full, tmp_path):
     (done,) = run(tmp_path, other.argv("eval", full))
     assert done.status == 0, done.err
     assert written(tmp_path) == {*SETS, "network"}
+
+
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def rewritten(image, path):
@@ -205,7 +210,7 @@ def relabelled(image, path):
 
 
 @pytest.mark.parametrize(
-    "change", [rewritten, of_the_same_size, touched, shortened, reordered, relabelled]
+    "change", [of_the_same_size, reordered, *map(slow, (rewritten, touched, shortened, relabelled))]
 )
 def test_a_changed_image_set_is_computed_anew_and_no_other(own, full, tmp_path, change):
     path = own.data / "benchmark_imglist" / "digits" / "test_flower.txt"

@@ -1,10 +1,12 @@
-import subprocess
+import os
 import sys
+import time
 
 import pytest
 
-from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.storage.files import alone_in, check_writable, write_whole
+from fusenorm_openood.data.paths import manifest_paths
+from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.storage.files import alone_in, check_writable, manifest, write_whole
 
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path):
@@ -39,25 +41,21 @@ def test_the_error_for_a_folder_that_is_not_writable_names_the_option(tmp_path):
         check_writable(tmp_path / "file", "--root")
 
 
-COUNTER = """
-import sys, time
-from pathlib import Path
-from fusenorm_openood.storage.files import alone_in
-
-folder = Path(sys.argv[1])
-with alone_in(folder):
-    count = folder.with_suffix(".txt")
-    before = int(count.read_text()) if count.exists() else 0
-    time.sleep(0.1)
-    count.write_text(str(before + 1))
-"""
-
-
 def test_processes_enter_a_folder_one_after_another(tmp_path):
-    command = [sys.executable, "-c", COUNTER, str(tmp_path / "new")]
-    running = [subprocess.Popen(command) for _ in range(3)]
-    assert [process.wait() for process in running] == [0, 0, 0]
-    assert (tmp_path / "new.txt").read_text() == "3"
+    count = tmp_path / "count"
+    count.write_text("0")
+    children = []
+    for _ in range(3):
+        children.append(os.fork())
+        if children[-1] == 0:
+            with alone_in(tmp_path / "new"):
+                before = int(count.read_text())
+                time.sleep(0.05)
+                count.write_text(str(before + 1))
+            os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    assert count.read_text() == "3"
 
 
 def test_a_folder_that_cannot_be_locked_is_entered(tmp_path):
@@ -67,3 +65,24 @@ def test_a_folder_that_cannot_be_locked_is_entered(tmp_path):
         with alone_in(folder):
             entered.append(folder)
     assert len(entered) == 2
+
+
+def test_without_its_package_a_file_names_the_extra(tmp_path, monkeypatch):
+    for name in ("pyarrow", "fsspec", "fsspec.core"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=r"pyarrow.*pip install 'fusenorm-openood\[parquet\]'"):
+        manifest_paths(str(tmp_path / "m.parquet"))
+    with pytest.raises(DataError, match=r"fsspec: pip install 'fusenorm-openood\[remote\]'"):
+        manifest_paths("s3://bucket/m.txt")
+
+
+def test_a_manifest_depends_on_names_and_versions(tmp_path):
+    paths = [tmp_path / name for name in "ab"]
+    for path in paths:
+        path.write_text("1")
+    found = [manifest(paths), manifest(iter(paths), ["a 0", "b 1"])]
+    paths[1].write_text("12")
+    found += [manifest(paths), manifest(map(str, paths), ["a 0", "b 1"]), manifest(paths[::-1])]
+    paths[1].unlink()
+    found += [manifest(paths)]
+    assert len(set(found)) == len(found)

@@ -77,7 +77,7 @@ def test_keys_that_are_not_strings_do_not_collide_with_strings():
         digest({1: 2, "1": 3})
 
 
-@pytest.mark.parametrize("size", [0, 1, 2**20, 2**20 + 1])
+@pytest.mark.parametrize("size", [0, 2**20 + 1])
 def test_file_digest_is_the_sha256_of_the_content(tmp_path, size):
     content = np.random.default_rng(size).bytes(size)
     (tmp_path / "file").write_bytes(content)

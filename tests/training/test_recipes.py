@@ -7,7 +7,7 @@ from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.storage.configs import config_root, lookup, read_config
-from fusenorm_openood.training.epoch import Process
+from fusenorm_openood.storage.torchrun import Process
 from fusenorm_openood.training.loop import make_loader
 from fusenorm_openood.training.recipes import Recipe, find_recipe
 

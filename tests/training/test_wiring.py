@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from fusenorm_openood.training.epoch import Process
+from fusenorm_openood.storage.torchrun import Process
 from fusenorm_openood.training.loop import train
 from fusenorm_openood.training.recipes import Recipe
 from tests.conftest import drawn_benchmark
@@ -62,7 +62,7 @@ def mirrored(images):
     return [*images, *(image[:, ::-1] for image in images)]
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "digits"])
+@pytest.mark.parametrize("name", ["cifar10", "digits"])
 def test_images_are_cropped_with_a_margin_of_an_eighth_and_mirrored(name, tmp_path, epochs):
     size = PREPROCESSING[name].size
     margin = size // 8
@@ -72,11 +72,11 @@ def test_images_are_cropped_with_a_margin_of_an_eighth_and_mirrored(name, tmp_pa
     places = [(y, x) for y in range(2 * margin + 1) for x in range(2 * margin + 1)]
     crops = [padded[y : y + size, x : x + size] for y, x in places]
     expected = crops if name == "digits" else mirrored(crops)  # mirrored digits are no digits
-    seen = views(name, tmp_path, epochs, count=2000)
+    seen = views(name, tmp_path, epochs, count=12 * len(expected))
     assert seen == {image.tobytes() for image in expected}
 
 
-@pytest.mark.parametrize("name", ["imagenet200", "imagenet"])
+@pytest.mark.parametrize("name", ["imagenet"])
 def test_images_of_imagenet_are_regions_of_random_scale_and_shape(
     name, tmp_path, epochs, monkeypatch
 ):
