@@ -15,6 +15,7 @@ from tests.conftest import shortened_digits
 RUN = Path(__file__).parent.parent / "benchmarks" / "run.py"
 
 
+@pytest.mark.slow
 def test_ratios_are_written_after_each_section(tmp_path):
     command = [sys.executable, str(RUN), "--quick", "--rounds", "1", "--only", "atf", "growth",
                "--json", "found.json"]  # fmt: skip
@@ -28,6 +29,7 @@ def test_ratios_are_written_after_each_section(tmp_path):
     assert {"atf/resnet18-32x32/eager_vs_loop", "growth/images/exponent"} <= set(ratios)
 
 
+@pytest.mark.slow
 def test_the_protocol_compares_candidates_on_validation_images(digits, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(RUN.parent)
     protocol = importlib.import_module("protocol")
@@ -39,6 +41,7 @@ def test_the_protocol_compares_candidates_on_validation_images(digits, tmp_path,
     assert table.notna().all(axis=None)
 
 
+@pytest.mark.slow
 def test_imagenet_is_the_same_in_one_process_and_in_two(tmp_path):
     command = [sys.executable, str(RUN.with_name("imagenet.py")), "--benchmarks", "imagenet200"]
     command += ["--kinds", "base", "--share", "0.0001", "--fitted", "--skip-ray"]
@@ -59,6 +62,12 @@ def test_imagenet_is_the_same_in_one_process_and_in_two(tmp_path):
         ("FS-OOD", "two"): (5, True),
         ("score", "one"): (26, ""),
     }
+
+
+@pytest.mark.parametrize("name", ["run", "protocol", "imagenet", "interruptions", "parts", "scale"])
+def test_scripts_find_what_they_import(name, monkeypatch):
+    monkeypatch.syspath_prepend(RUN.parent)
+    importlib.import_module(name)
 
 
 STORED = {"write_seconds_per_image": 1e-5, "read_seconds_per_image": 5e-5}

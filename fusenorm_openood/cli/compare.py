@@ -53,34 +53,24 @@ def run(args: Namespace) -> int:
     image_sets = [*benchmark.tested(args.fsood), *([benchmark.val_ood] if sweep else [])]
     checkpoints = check_files(benchmark, image_sets, args.root)
     store, size = store_of(args.store), benchmark.image_size
+    loading = args.batch_size, args.num_workers
     if leads:
         check_readable(image_sets, store)
-    how = args.network, size, args.batch_size, args.num_workers
-    records = {
-        root: records_of(store, found, *how, amp=False, channels_last=False)
-        for root, found in checkpoints.items()
-    }
-    networks = {
-        root: load_runs(found, benchmark.num_classes, args.network, size, records[root])
-        for root, found in checkpoints.items()
-    }
+    records, networks = {}, {}
+    for root, found in checkpoints.items():
+        run_as = {"amp": False, "channels_last": False}
+        records[root] = records_of(store, found, args.network, size, *loading, **run_as)
+        networks[root] = load_runs(found, benchmark.num_classes, args.network, size, records[root])
     labels = _labels(args.root)
     figures: dict[str, pd.DataFrame] = {}
     compared: dict[str, list[Comparison]] = {}
     for root, runs in networks.items():
-        results = compared[labels[root]] = []
+        results = []
         for run_name, net in runs.items():
             kept = records[root].get(run_name)
-            result = compare(
-                net.to(device),
-                benchmark,
-                sweep,
-                args.fsood,
-                args.batch_size,
-                args.num_workers,
-                not args.no_progress,
-                kept.loader if kept else None,
-            )
+            loader, progress = kept.loader if kept else None, not args.no_progress
+            net.to(device)
+            result = compare(net, benchmark, sweep, args.fsood, *loading, progress, loader)
             results.append(result)
             net.cpu()
             if kept and leads:
@@ -92,10 +82,14 @@ def run(args: Namespace) -> int:
             table = pd.concat(figures, names=["root", "method"]).round(2)
             write_whole(Path(args.csv), lambda f, t=table: t.to_csv(f, float_format="%.2f"))  # type: ignore[misc]
         _print_root(labels[root], args.id_data, results)
+        if args.report:
+            compared[labels[root]] = results
     if len(figures) > 1:
         print(f"\nmean ± std over {len(figures)} roots, AUROC in percent:")
-        shared = [table[["nearood", "farood"]] for table in _shared_rows([*figures.values()])]
-        print(summarise(shared).to_string(justify="right"))
+        tables = [table[["nearood", "farood"]] for table in figures.values()]
+        # T2FNorm's networks have another MSP.
+        common = [row for row in tables[0].index if all(row in table.index for table in tables)]
+        print(summarise([table.loc[common] for table in tables]).to_string(justify="right"))
     if args.report and leads:
         from fusenorm_openood.report.comparison import report_of_comparison
 
@@ -132,12 +126,6 @@ def _print_root(label: str, id_data: str, results: Sequence[Comparison]) -> None
 def _mean(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     mean: pd.DataFrame = sum(tables[1:], start=tables[0]) / len(tables)
     return mean
-
-
-def _shared_rows(tables: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
-    """The tables' common rows; T2FNorm's networks have another MSP."""
-    common = [row for row in tables[0].index if all(row in table.index for table in tables)]
-    return [table.loc[common] for table in tables]
 
 
 def _labels(roots: Sequence[str]) -> dict[str, str]:

@@ -28,10 +28,6 @@ def load_detector(
     A file may come from others, so that it names no code: of the network in it only the name of an
     architecture of torchvision or timm is followed, and a path of weights on this machine.
 
-    Args:
-        file: what `fusenorm fit` has saved.
-        network, weights, bits, device: the options of these names.
-
     Raises:
         DetectorFileError: a file that cannot be read, or another network.
         CheckpointError, ConfigError: a network that cannot be loaded, or that must be given.

@@ -25,18 +25,7 @@ OPENOOD = {  # module -> what it is for
     "openood.pipelines": "OpenOOD's YAML pipelines",
     "openood.trainers": "OpenOOD's trainers",
 }
-OPTIONAL = [
-    "pyarrow",
-    "fsspec",
-    "numba",
-    "triton",
-    "ray",
-    "jinja2",
-    "matplotlib",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-]
+EXTRAS = ("parquet", "remote", "fast", "ray", "report", "export")
 OPENOOD_COMMIT = "3c35632"  # the commit that this package is tested with
 TIMEOUT = 300  # seconds that a trial may take
 
@@ -63,13 +52,14 @@ def run(args: Namespace) -> int:
 
 def _findings(data_root: str, results: str) -> Iterator[Finding]:
     yield "ok", "python", f"{platform.python_version()}, {sys.executable}", ""
-    requirements = [r for r in metadata.requires("fusenorm-openood") or () if "extra ==" not in r]
-    required = [re.split(r"[^\w.-]", requirement)[0] for requirement in requirements]
-    for package in (*required, *OPTIONAL):
+    for requirement in metadata.requires("fusenorm-openood") or ():
+        package, *rest = re.findall(r"[\w.-]+", requirement)
+        needed = "extra" not in rest
         try:
-            yield "ok", package, metadata.version(package), ""
+            if needed or rest[-1] in EXTRAS:
+                yield "ok", package, metadata.version(package), ""
         except metadata.PackageNotFoundError:
-            if package in required:
+            if needed:
                 fix = f"python -m pip install {package}"
                 yield "missing", package, "needed by the native engine", fix
     data = partial(_data, data_root, results)

@@ -42,8 +42,8 @@ def read_postprocessor(
 
     Args:
         name: the postprocessor's name; None = that in the file, or `fusenorm` without a file.
-        config: its file, or the name of one of this package's; None = this package's file of the
-            postprocessor's name, or else OpenOOD's.
+        config: its file, or the name of one of this package's; None = that of the postprocessor's
+            name, this package's or else OpenOOD's.
         changes, sweep: `KEY=VALUE` changes to its arguments, `KEY=LIST` changes to its sweep.
         aps_mode: the value of `APS_mode`; False = as in the file.
 

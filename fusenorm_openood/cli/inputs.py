@@ -43,9 +43,7 @@ def check_files(
 def check_readable(image_sets: Iterable[ImageSet], store: Path | None = None) -> None:
     """Warn about truncated images, which are read as in OpenOOD, with missing rows in grey.
 
-    Args:
-        image_sets: the images.
-        store: see `find_faults`.
+    With a store, files are not opened again until they change.
 
     Raises:
         DataError: images that cannot be read; the message lists all of them.
@@ -86,11 +84,7 @@ def records_of(
 ) -> dict[str, Records]:
     """The stored scores of each run; empty without a store.
 
-    Args:
-        store: its folder.
-        checkpoints: file by run.
-        network, image_size, how: see `network_record`.
-        batch_size, num_workers: see `Records`.
+    For `network`, `image_size` and `how` see `network_record`.
 
     Raises:
         ConfigError: several processes without a store.

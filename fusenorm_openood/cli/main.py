@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
@@ -77,10 +77,7 @@ def _parser(chosen: Sequence[str]) -> argparse.ArgumentParser:
 
 @contextmanager
 def own_warnings() -> Iterator[None]:
-    """Show this package's warnings in one sentence each, unless Python's options say otherwise.
-
-    Other code may have turned off all warnings.
-    """
+    """Show this package's warnings in one sentence each, unless Python's options say otherwise."""
     usual = warnings.formatwarning
 
     def formatted(message: Any, category: Any, filename: str, *where: Any, **more: Any) -> str:
@@ -89,7 +86,7 @@ def own_warnings() -> Iterator[None]:
         return usual(message, category, filename, *where, **more)
 
     with warnings.catch_warnings():
-        if not sys.warnoptions:
+        if not sys.warnoptions:  # other code may have turned off all warnings
             warnings.filterwarnings("default", category=UserWarning, module="fusenorm_openood")
         warnings.formatwarning = formatted
         try:
@@ -117,36 +114,31 @@ def tolerant_output() -> Iterator[None]:
 class _Tolerant:
     """A stream that writes `?` for what its encoding lacks, and nothing into a closed pipe.
 
-    Args:
-        stream: the stream.
-        name: what an UnwritableError calls it if its disk is full; None = raise none.
+    If its disk is full, it raises an UnwritableError with its name, if it has one.
     """
 
     def __init__(self, stream: TextIO, name: str | None = None) -> None:
         self._stream, self._name = stream, name
 
     def write(self, text: str) -> int:
-        with self._may_fail():
-            try:
-                return self._stream.write(text)
-            except UnicodeEncodeError:
-                encoding = self._stream.encoding
-                return self._stream.write(text.encode(encoding, "replace").decode(encoding))
+        try:
+            self._try(self._stream.write, text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            self._try(self._stream.write, text.encode(encoding, "replace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        with self._may_fail():
-            self._stream.flush()
+        self._try(self._stream.flush)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    @contextmanager
-    def _may_fail(self) -> Iterator[None]:
+    def _try(self, call: Callable[..., object], *args: str) -> None:
         try:
-            yield
+            call(*args)
         except OSError as error:  # from now on, and at the exit of Python, nothing is written
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             if self._name and not isinstance(error, BrokenPipeError):
                 raise UnwritableError(error.errno, error.strerror, self._name) from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -39,83 +39,63 @@ def normalization(text: str) -> Any:
         raise ArgumentTypeError(str(error)) from None
 
 
-FLAG: dict[str, Any] = {"action": "store_true"}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--root": {
-        "required": True,
-        "help": "folder of training runs s0, s1, ... with best.ckpt, or one checkpoint file",
-    },
-    "--postprocessor": {
-        "help": "fusenorm (default), fusenorm_published, fusenorm_joint, t2fnorm, msp, mls, ebo, "
-        "odin, react, knn, nci, gen, fdbd, scale, ash, vim, mds, she; with OpenOOD, also any of "
-        "OpenOOD's"
-    },
-    "--fsood": {**FLAG, "help": "full-spectrum: covariate-shifted images count as ID"},
-    "--output-dir": {
-        "help": "folder for results (default: the root, or a checkpoint file's name without suffix)"
-    },
-    "--config": {
-        "metavar": "NAME",
-        "help": "YAML file of the postprocessor, or this package's name",
-    },
-    "--set": {
-        "action": "append",
-        "default": [],
-        "metavar": "KEY=VALUE",
-        "help": "set one of its arguments",
-    },
-    "--network": {
-        "metavar": "SPEC",
-        "help": "architecture of the checkpoints: torchvision:NAME, timm:NAME or "
-        "package.module:factory (default: recognised by their keys)",
-    },
-    "--weights": {"metavar": "FILE", "help": "checkpoint (default: where `fit` found it)"},
-    "--detector": {"required": True, "metavar": "FILE", "help": "what `fusenorm fit` has saved"},
-    "--acceptance": {
-        "type": fraction,
-        "default": 0.95,
-        "help": "share of ID images to accept (0.95)",
-    },
-    "--id-data": {
-        "default": "cifar10",
-        "help": "cifar10, cifar100, imagenet200, imagenet, digits (default: cifar10)",
-    },
-    "--data-root": {
-        "default": "data",
-        "help": "images and lists in OpenOOD's layout (default: data)",
-    },
-    "--normalization": {
-        "type": normalization,
-        "help": "channel statistics that the networks were trained with: cifar10, cifar100, "
-        "imagenet, digits, or mean and standard deviation as M,M,M,S,S,S (default: OpenOOD's for "
-        "the data)",
-    },
-    "--bits": {
-        "type": whole,
-        "help": "bits per pixel of 16-bit images that do not say it themselves, 12 for example",
-    },
-    "--batch-size": {
-        "type": positive,
-        "default": 200,
-        "help": "images per batch (default: 200)",
-    },
-    "--amp": {"choices": ["bf16"], "help": "run the network in bfloat16 where that is safe"},
-    "--channels-last": {**FLAG, "help": "use the channels-last memory format"},
-    "--device": {"default": "auto", "help": "auto, cpu, cuda, cuda:1, mps (default: auto)"},
-    "--num-workers": {
-        "type": whole,
-        "default": 2,
-        "help": "processes that load images (default: 2)",
-    },
-    "--no-progress": {**FLAG, "help": "show no progress bars"},
-    "--seed": {"type": whole, "default": 0, "help": "random seed (default: 0)"},
-    "--store": {
-        "default": "results/store",
-        "metavar": "DIR",
-        "help": "keep what the network says of each image in this folder, so that it is never "
-        "asked twice; none = keep nothing (default: results/store)",
-    },
-    "--report": {"metavar": "FILE", "help": "also write an HTML page with figures and images"},
+FLAG = {"action": "store_true"}
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "--root": (
+        {"required": True},
+        "folder of training runs s0, s1, ... with best.ckpt, or one checkpoint file",
+    ),
+    "--postprocessor": (
+        {},
+        "fusenorm (default), fusenorm_published, fusenorm_joint, t2fnorm, msp, mls, ebo, odin, "
+        "react, knn, nci, gen, fdbd, scale, ash, vim, mds, she; with OpenOOD, also any of "
+        "OpenOOD's",
+    ),
+    "--fsood": (FLAG, "full-spectrum: covariate-shifted images count as ID"),
+    "--output-dir": (
+        {},
+        "folder for results (default: the root, or a checkpoint file's name without suffix)",
+    ),
+    "--config": ({"metavar": "NAME"}, "YAML file of the postprocessor, or this package's name"),
+    "--set": (
+        {"action": "append", "default": [], "metavar": "KEY=VALUE"},
+        "set one of its arguments",
+    ),
+    "--network": (
+        {"metavar": "SPEC"},
+        "architecture of the checkpoints: torchvision:NAME, timm:NAME or package.module:factory "
+        "(default: recognised by their keys)",
+    ),
+    "--weights": ({"metavar": "FILE"}, "checkpoint (default: where `fit` found it)"),
+    "--detector": ({"required": True, "metavar": "FILE"}, "what `fusenorm fit` has saved"),
+    "--acceptance": ({"type": fraction, "default": 0.95}, "share of ID images to accept (0.95)"),
+    "--id-data": (
+        {"default": "cifar10"},
+        "cifar10, cifar100, imagenet200, imagenet, digits (default: cifar10)",
+    ),
+    "--data-root": ({"default": "data"}, "images and lists in OpenOOD's layout (default: data)"),
+    "--normalization": (
+        {"type": normalization},
+        "channel statistics that the networks were trained with: cifar10, cifar100, imagenet, "
+        "digits, or mean and standard deviation as M,M,M,S,S,S (default: OpenOOD's for the data)",
+    ),
+    "--bits": (
+        {"type": whole},
+        "bits per pixel of 16-bit images that do not say it themselves, 12 for example",
+    ),
+    "--batch-size": ({"type": positive, "default": 200}, "images per batch (default: 200)"),
+    "--amp": ({"choices": ["bf16"]}, "run the network in bfloat16 where that is safe"),
+    "--channels-last": (FLAG, "use the channels-last memory format"),
+    "--device": ({"default": "auto"}, "auto, cpu, cuda, cuda:1, mps (default: auto)"),
+    "--num-workers": ({"type": whole, "default": 2}, "processes that load images (default: 2)"),
+    "--no-progress": (FLAG, "show no progress bars"),
+    "--seed": ({"type": whole, "default": 0}, "random seed (default: 0)"),
+    "--store": (
+        {"default": "results/store", "metavar": "DIR"},
+        "keep what the network says of each image in this folder, so that it is never asked "
+        "twice; none = keep nothing (default: results/store)",
+    ),
+    "--report": ({"metavar": "FILE"}, "also write an HTML page with figures and images"),
 }
 COMPUTING = ("--device", "--num-workers", "--no-progress")
 DETECTOR = ("--detector", "--network", "--bits", "--weights")  # what `load_detector` takes
@@ -124,4 +104,5 @@ DETECTOR = ("--detector", "--network", "--bits", "--weights")  # what `load_dete
 def add(parser: _ActionsContainer, *names: str, **changes: Any) -> None:
     """Add options by name; `changes` of their declaration are for this command."""
     for name in names:
-        parser.add_argument(name, **{**OPTIONS[name], **changes})
+        declared, text = OPTIONS[name]
+        parser.add_argument(name, **{**declared, "help": text, **changes})

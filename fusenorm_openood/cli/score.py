@@ -91,7 +91,7 @@ def run(args: Namespace) -> int:
         with cluster() as ray:
             actors = args.cores_per_actor, args.device != "cpu"
             with closing(score_with_actors(ray, files, load, *actors)) as done:
-                yield from files.judged_after(done, args.acceptance)
+                yield from files.judged(args.acceptance, done)
 
     if not process.leads:
         return sum(map(len, judged(given)))  # it is given no rows: 0

@@ -26,9 +26,11 @@ from fusenorm_openood.storage.torchrun import this_process
 from fusenorm_openood.storage.urls import Place
 from fusenorm_openood.version import __version__
 
+SHARD = 1000  # images
+
 
 class Judged(NamedTuple):
-    """What is said of one image file; all but `path` and `error` are None if it is unreadable.
+    """The row of one image file; all but `path` and `error` are None if it is unreadable.
 
     Attributes:
         path: the file.
@@ -36,7 +38,7 @@ class Judged(NamedTuple):
         confidence: larger = more in-distribution.
         p_value: conformal p-value, None without calibration images.
         ood: the verdict, None without calibration images.
-        objected: the expert that objected most; see `Explanation`.
+        objected: the expert that lowered the confidence most; see `Explanation`.
         error: why the file could not be judged.
     """
 
@@ -49,8 +51,8 @@ class Judged(NamedTuple):
     error: str | None = None
 
 
-class ImageFiles(Dataset[tuple[int, Tensor | str]]):
-    """Tensors `[3, H, W]` of image files, or why a file cannot be read, with their numbers."""
+class ImageFiles(Dataset[Any]):
+    """Tensors `[3, H, W]` of image files, or a string: why a file cannot be read."""
 
     def __init__(self, paths: Sequence[Place], preprocessing: Preprocessing) -> None:
         self.paths, self.preprocessing = paths, preprocessing
@@ -58,26 +60,16 @@ class ImageFiles(Dataset[tuple[int, Tensor | str]]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, number: int) -> Any:
         try:
-            return number, self.preprocessing.read(self.paths[number])
+            return self.preprocessing.read(self.paths[number])
         except DataError as error:
-            # Of a name that is not UTF-8, stores keep no byte.
-            return number, str(error).encode("utf-8", "backslashreplace").decode()
+            # Stores hold no bytes that are not UTF-8, as in some names.
+            return str(error).encode("utf-8", "backslashreplace").decode()
 
 
-class ReadableFiles(Dataset[dict[str, Any]]):
-    """Image files that all have to be readable, without labels: `{"data": [3, H, W], "label": -1}`.
-
-    Raises:
-        DataError: on access to an image, a file that cannot be read.
-    """
-
-    def __init__(self, paths: Sequence[Place], preprocessing: Preprocessing) -> None:
-        self.paths, self.preprocessing = paths, preprocessing
-
-    def __len__(self) -> int:
-        return len(self.paths)
+class ReadableFiles(ImageFiles):
+    """Image files without labels, `{"data": [3, H, W], "label": -1}`; DataError if unreadable."""
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return {"data": self.preprocessing.read(self.paths[number]), "label": -1}
@@ -91,107 +83,91 @@ def judge_files(
     num_workers: int = 0,
     pace: Pace | None = None,
 ) -> Iterator[list[Judged]]:
-    """The judgements of image files, in order, batch by batch.
+    """The rows of image files, in order, batch by batch.
 
     Args:
-        detector: a fitted detector that knows its preprocessing; without calibration images it
-            gives confidences alone.
+        detector: a fitted detector with its preprocessing; without calibration images it gives
+            confidences alone.
         paths: image files.
-        acceptance: share of ID images to accept; see `DecidingDetector.is_ood`.
+        acceptance: fraction of ID images to accept; see `FuseNorm.is_ood`.
         batch_size, num_workers: settings of the data loader.
         pace: counts the images that are scored.
 
     Raises:
-        DataError: the detector does not know its preprocessing.
+        DataError: the detector has no preprocessing.
     """
-    pace = pace or Pace()
+    pace, first = pace or Pace(), 0
     files = ImageFiles(paths, detector.known_preprocessing())
     loader = CpuLoader(files, batch_size, num_workers=num_workers, collate_fn=list)
     for batch in pace.timed(loader):
         pace.images += len(batch)
-        names = [str(paths[number]) for number, _ in batch]
-        yield judged(detector, names, score_batch(detector, batch), acceptance)
+        yield judged(
+            detector, paths[first : first + len(batch)], score(detector, batch), acceptance
+        )
+        first += len(batch)
 
 
-class FileScores(NamedTuple):
-    """What the experts say of `B` image files.
+def score(detector: FuseNorm, batch: Sequence[Tensor | str]) -> Columns:
+    """What a store has of `B` items of `ImageFiles`.
 
-    Attributes:
-        experts: their scores `[L, B]`, NaN for files that could not be scored.
-        pred: predicted classes `[B]`, -1 for such files.
-        error: why a file could not be scored `[B]`, empty if it was.
+    Returns:
+        `scores` of the experts `[B, L]`, NaN for images that cannot be scored; `pred`, the
+        predicted classes `[B]`, -1 for these; `error`, why they cannot be scored `[B]`, else empty.
     """
+    scores = np.full((len(batch), len(detector.experts)), np.nan)
+    pred = np.full(len(batch), -1, np.int64)
+    error = np.array([item if isinstance(item, str) else "" for item in batch], dtype=object)
 
-    experts: NDArray[np.float64]
-    pred: NDArray[np.int64]
-    error: NDArray[Any]
+    def fill(rows: Sequence[int]) -> None:
+        images = torch.stack([batch[row] for row in rows])  # type: ignore[misc]
+        experts, pred[rows] = detector.expert_scores(images)
+        scores[rows] = experts.T
 
-
-def score_batch(detector: FuseNorm, batch: Sequence[tuple[int, Tensor | str]]) -> FileScores:
-    """The scores of the items of `ImageFiles`; an image with non-finite scores has an error."""
-    scores = FileScores(
-        np.full((len(detector.experts), len(batch)), np.nan),
-        np.full(len(batch), -1, np.int64),
-        np.array([item if isinstance(item, str) else "" for _, item in batch], dtype=object),
-    )
-    images = [(at, item) for at, (_, item) in enumerate(batch) if isinstance(item, Tensor)]
-    if not images:
-        return scores
-    places = [at for at, _ in images]
+    rows = [row for row, item in enumerate(batch) if isinstance(item, Tensor)]
     try:
-        found = detector.expert_scores(torch.stack([image for _, image in images]))
-        scores.experts[:, places], scores.pred[places] = found
-    except NonFiniteError:
-        for at, image in images:
+        if rows:
+            fill(rows)
+    except NonFiniteError:  # find the images that it is about
+        for row in rows:
             try:
-                scores.experts[:, [at]], scores.pred[[at]] = detector.expert_scores(image[None])
-            except NonFiniteError as error:
-                scores.error[at] = str(error)
-    return scores
+                fill([row])
+            except NonFiniteError as failure:
+                error[row] = str(failure)
+    return {"scores": scores, "pred": pred, "error": error}
 
 
 def judged(
-    detector: FuseNorm, paths: Sequence[str], scores: FileScores, acceptance: float
+    detector: FuseNorm, paths: Sequence[Place], columns: Columns, acceptance: float
 ) -> list[Judged]:
-    """What a detector says of files with these scores."""
-    fine = scores.error == ""
-    why = detector.explain_scores(scores.experts[:, fine], scores.pred[fine])
-    names, p_values = detector.class_names, why.p_values
-    said: list[dict[str, Any]] = [
-        {
-            "predicted": str(c) if names is None else names[c],
-            "confidence": float(conf),
-            "objected": expert,
-        }
-        for c, conf, expert in zip(why.pred, why.conf, why.objected, strict=True)
-    ]
-    if p_values is not None:
-        for one, p, ood in zip(said, p_values, rejects(p_values, acceptance), strict=True):
-            one |= {"p_value": float(p), "ood": bool(ood)}
-    about = iter(said)
-    return [
-        Judged(path, **next(about)) if not error else Judged(path, error=error)
-        for path, error in zip(paths, scores.error, strict=True)
-    ]
-
-
-SHARD = 1000  # images
+    """The rows of files with these columns; see `score`."""
+    fine = columns["error"] == ""
+    why = detector.explain_scores(columns["scores"][fine].T, columns["pred"][fine])
+    names, p = detector.class_names, why.p_values
+    ood = None if p is None else rejects(p, acceptance)
+    rows = []
+    for path, error, i in zip(paths, columns["error"], np.cumsum(fine) - 1, strict=True):
+        if error:
+            rows.append(Judged(str(path), error=error))
+            continue
+        predicted = str(why.pred[i]) if names is None else names[why.pred[i]]
+        verdict: tuple[float | None, bool | None] = (None, None)
+        if p is not None and ood is not None:
+            verdict = float(p[i]), bool(ood[i])
+        rows.append(Judged(str(path), predicted, float(why.conf[i]), *verdict, why.objected[i]))
+    return rows
 
 
 class FileShards:
-    """Image files whose expert scores are kept in a store.
+    """Image files whose expert scores are in a store.
 
     Each shard is `SHARD` files, scored whole by one process, whichever that is.
 
     Args:
-        detector: a fitted detector that knows its preprocessing.
-        paths: image files.
+        detector, paths, batch_size, num_workers, pace: see `judge_files`.
         store: folder or URL of the store.
-        batch_size, num_workers: settings of the data loader.
-        pace: counts the images that are scored.
 
     Raises:
-        DataError: the detector does not know its preprocessing.
+        DataError: the detector has no preprocessing.
         StoreError: the store cannot be written.
     """
 
@@ -218,69 +194,54 @@ class FileShards:
     def shards(self) -> ShardSet:
         return self.stored.shards
 
-    def judged(self, acceptance: float) -> Iterator[list[Judged]]:
+    def judged(
+        self, acceptance: float, written: Iterator[int] | None = None
+    ) -> Iterator[list[Judged]]:
         """Score this process's share of the missing shards, then judge all, in order.
 
         A process that does not lead judges none. A damaged shard is scored again.
-        """
-        if this_process().leads:
-            yield from self._judged(iter(self.stored), acceptance)
-        else:
-            self.stored.compute_share()
-
-    def judged_after(self, written: Iterator[int], acceptance: float) -> Iterator[list[Judged]]:
-        """Judge all shards, in order, while others write the missing ones.
 
         Args:
-            written: the missing shards, in the order in which they are written.
             acceptance: see `judge_files`.
+            written: the missing shards, in the order in which others write them; None = none do.
         """
-        return self._judged(self.stored.after(written), acceptance)
+        if written is None and not this_process().leads:
+            self.stored.compute_share()
+            return
+        stored = iter(self.stored) if written is None else self.stored.after(written)
+        for number, columns in enumerate(stored):
+            span = self.shards.span(number)
+            for at in np.flatnonzero(columns["error"] != ""):  # unreadable, perhaps for a moment
+                for name, value in score(self.detector, [self._files[span[at]]]).items():
+                    columns[name][[at]] = value
+            yield judged(self.detector, self.paths_of(number), columns, acceptance)
 
     def paths_of(self, number: int) -> Sequence[Place]:
         """The files of a shard."""
         span = self.shards.span(number)
         return self.paths[span.start : span.stop]
 
-    def _judged(self, stored: Iterable[Columns], acceptance: float) -> Iterator[list[Judged]]:
-        for number, columns in enumerate(stored):
-            span = self.shards.span(number)
-            names = [str(path) for path in self.paths_of(number)]
-            experts = np.ascontiguousarray(columns["scores"].T)
-            scores = FileScores(experts, columns["pred"], columns["error"])
-            for at in np.flatnonzero(scores.error != ""):  # unreadable, perhaps for a moment
-                again = score_batch(self.detector, [self._files[span[at]]])
-                for values, value in zip(scores, again, strict=True):
-                    values[..., [at]] = value
-            yield judged(self.detector, names, scores, acceptance)
-
     def _compute(self, numbers: Sequence[int]) -> Iterator[Columns]:
         for _, batches in shard_batches(self.shards, numbers, self._load, self.batch_size):
             yield scored(self.detector, batches, self.pace)
 
     def _load(self, batches: Batches) -> Iterator[Any]:
-        loader = CpuLoader(
-            self._files, batch_sampler=batches, num_workers=self.num_workers, collate_fn=list
+        return iter(
+            CpuLoader(
+                self._files, batch_sampler=batches, num_workers=self.num_workers, collate_fn=list
+            )
         )
-        return iter(loader)
 
 
 def scored(
-    detector: FuseNorm,
-    batches: Iterable[Sequence[tuple[int, Tensor | str]]],
-    pace: Pace | None = None,
+    detector: FuseNorm, batches: Iterable[Sequence[Tensor | str]], pace: Pace | None = None
 ) -> Columns:
     """The columns of a shard, from the items of `ImageFiles`; `pace` counts the images."""
     parts, pace = [], pace or Pace()
     for batch in pace.timed(batches):
-        parts.append(score_batch(detector, batch))
+        parts.append(score(detector, batch))
         pace.images += len(batch)
-    experts, pred, error = zip(*parts, strict=True)
-    return {
-        "scores": np.ascontiguousarray(np.concatenate(experts, axis=1).T),
-        "pred": np.concatenate(pred),
-        "error": np.concatenate(error),
-    }
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def experts_record(detector: FuseNorm, store: Place) -> dict[str, Any]:

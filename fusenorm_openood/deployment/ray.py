@@ -1,6 +1,6 @@
 """Score the shards of image files with the actors of a Ray cluster.
 
-An actor that ends, for whatever reason, is replaced, and its unit goes to whichever actor is idle
+An actor that ends, for whatever reason, is replaced, and its shard goes to whichever actor is idle
 first. Ray's own restarts would leave it with the restarted actor, which waits for ever if the
 cluster no longer has room for it.
 """
@@ -28,7 +28,7 @@ from fusenorm_openood.storage.shards import ShardSet
 from fusenorm_openood.storage.stored import Batches, row_batches
 from fusenorm_openood.storage.urls import Place
 
-TRIES = 3  # actors that may end at one unit, or in a row before any unit
+TRIES = 3  # actors that may end at one shard, or in a row before any shard
 _OBJECTS = 100_000_000  # bytes of the object store of a local cluster; results do not go through it
 
 
@@ -55,8 +55,9 @@ def cluster() -> Iterator[Any]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
-    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECTS}
-    how = {} if address else local
+    how: dict[str, Any] = (
+        {} if address else {"include_dashboard": False, "object_store_memory": _OBJECTS}
+    )
     terminated = signal.getsignal(signal.SIGTERM)  # Ray sets its own
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **how)
@@ -97,81 +98,9 @@ def shape(ray: Any, cores: int, gpus: bool) -> tuple[int, dict[str, int]]:
     return min(room, devices or room), {"num_cpus": cores, "num_gpus": min(devices, 1)}
 
 
-def deal(
-    ray: Any,
-    create: Callable[[], Any],
-    count: int,
-    units: Sequence[int],
-    do: Callable[[Any, int], Any],
-    is_done: Callable[[int], bool],
-) -> Generator[int, None, None]:
-    """Let actors do units of work, one at a time each.
-
-    Args:
-        ray: the module; see `cluster`.
-        create: creates an actor with a method `prepare`, which is called first.
-        count: most actors at a time.
-        units: the units.
-        do: calls an actor to do a unit.
-        is_done: whether an actor that then ended has done a unit.
-
-    Yields:
-        Units that are done.
-
-    Raises:
-        ClusterError: actors end again and again.
-        FuseNormError: what an actor raises.
-    """
-    waiting, idle, ended = list(reversed(units)), list[Any](), Counter[int | None]()
-    running: dict[Any, tuple[Any, int | None]] = {}  # call -> its actor and unit; None = prepares
-    try:
-        left = len(units)
-        while left:
-            while waiting and idle:
-                actor, unit = idle.pop(), waiting.pop()
-                running[do(actor, unit)] = actor, unit
-            while len(running) < min(count, left):
-                actor = create()
-                running[actor.prepare.remote()] = actor, None
-            (call,), _ = ray.wait(list(running), num_returns=1)
-            actor, done = running.pop(call)
-            try:
-                ray.get(call)
-                ended[None] = 0
-                idle.append(actor)
-            except ray.exceptions.RayTaskError as error:
-                told = isinstance(error.cause, FuseNormError) or is_lost_loader(error.cause)
-                raise (error.cause if told else error) from None
-            except ray.exceptions.RayError as error:
-                ray.kill(actor)
-                _count(ended, done, error)
-                if done is not None and not is_done(done):
-                    waiting.append(done)
-                    continue
-            if done is not None:
-                left -= 1
-                yield done
-    finally:
-        for actor in [*idle, *(actor for actor, _ in running.values())]:
-            ray.kill(actor)
-
-
-def _count(ended: Counter[int | None], unit: int | None, error: Exception) -> None:
-    """Count that an actor has ended; raise ClusterError if it is one too many."""
-    ended[unit] += 1
-    doing = "loading the detector" if unit is None else f"scoring shard {unit}"
-    reason = str(error).strip().splitlines()[0].rstrip(".")
-    if ended[unit] >= TRIES:
-        raise ClusterError(
-            f"{TRIES} actors ended while {doing} ({reason}): see Ray's logs; memory is the usual "
-            "reason, which a smaller --batch-size or more --cores-per-actor saves"
-        )
-    tqdm.write(f"fusenorm: an actor ended while {doing} ({reason}): replaced", file=sys.stderr)
-
-
 @dataclass(repr=False)  # Ray asks for one before there is a detector
 class Scorer:
-    """What an actor does; it loads the detector once.
+    """What an actor does; it loads the detector once, and then scores shards.
 
     Args:
         load: loads the detector.
@@ -190,12 +119,7 @@ class Scorer:
     _detector: FuseNorm = field(init=False)
 
     def prepare(self) -> None:
-        """Load the detector.
-
-        Raises:
-            FuseNormError: it cannot be loaded.
-            ClusterError: it is not the one whose scores the set has.
-        """
+        """Load the detector; ClusterError if it is not the one whose scores the set has."""
         with suppress(OSError):  # a node without shared folders
             os.chdir(self.folder)
         torch.set_num_threads(self.threads)
@@ -222,7 +146,7 @@ def score_with_actors(
 ) -> Generator[int, None, None]:
     """Score the missing shards, one actor per GPU or, without any, per `cores` CPU cores.
 
-    An actor has as many threads as `OMP_NUM_THREADS` says, or one.
+    An actor scores one shard at a time, with as many threads as `OMP_NUM_THREADS` says, or one.
 
     Args:
         ray: the module; see `cluster`.
@@ -238,14 +162,51 @@ def score_with_actors(
         FuseNormError: what an actor raises.
     """
     count, resources = shape(ray, cores, gpus)
-    actor = ray.remote(Scorer).options(**resources)
+    create = ray.remote(Scorer).options(**resources).remote
     threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
     how = load, files.shards, files.batch_size, files.num_workers, threads, os.getcwd()
-    yield from deal(
-        ray,
-        lambda: actor.remote(*how),
-        count,
-        files.shards.missing(),
-        lambda one, number: one.score.remote(number, files.paths_of(number)),
-        lambda number: number in files.shards.present(),
-    )
+    waiting, idle, ended = files.shards.missing()[::-1], list[Any](), Counter[int | None]()
+    running: dict[Any, tuple[Any, int | None]] = {}  # call -> actor and shard; None = prepares
+    left = len(waiting)
+    try:
+        while left:
+            while waiting and idle:
+                actor, number = idle.pop(), waiting.pop()
+                running[actor.score.remote(number, files.paths_of(number))] = actor, number
+            while len(running) < min(count, left):
+                actor = create(*how)
+                running[actor.prepare.remote()] = actor, None
+            (call,), _ = ray.wait(list(running), num_returns=1)
+            actor, done = running.pop(call)
+            try:
+                ray.get(call)
+                ended[None] = 0
+                idle.append(actor)
+            except ray.exceptions.RayTaskError as error:
+                is_clear = isinstance(error.cause, FuseNormError) or is_lost_loader(error.cause)
+                raise (error.cause if is_clear else error) from None
+            except ray.exceptions.RayError as error:
+                ray.kill(actor)
+                _count(ended, done, error)
+                if done is not None and done not in files.shards.present():
+                    waiting.append(done)
+                    continue
+            if done is not None:
+                left -= 1
+                yield done
+    finally:
+        for actor in [*idle, *(actor for actor, _ in running.values())]:
+            ray.kill(actor)
+
+
+def _count(ended: Counter[int | None], shard: int | None, error: Exception) -> None:
+    """Count that an actor has ended; raise ClusterError if it is one too many."""
+    ended[shard] += 1
+    doing = "loading the detector" if shard is None else f"scoring shard {shard}"
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    if ended[shard] >= TRIES:
+        raise ClusterError(
+            f"{TRIES} actors ended while {doing} ({reason}): see Ray's logs; memory is the usual "
+            "reason, which a smaller --batch-size or more --cores-per-actor saves"
+        )
+    tqdm.write(f"fusenorm: an actor ended while {doing} ({reason}): replaced", file=sys.stderr)

@@ -3,7 +3,7 @@
 import csv
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -17,20 +17,14 @@ from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.storage.files import import_parquet, lock, unlock, write_whole
 
 AT_ONCE = 10_000  # rows in memory
-KINDS: dict[str, Callable[[str], Any]] = {
-    "confidence": float,
-    "p_value": float,
-    "ood": {"True": True, "False": False}.__getitem__,
-}
 _HEADER = ",".join(Judged._fields).encode()
-_FORMULA = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20'"  # begin a formula, or a cell that is guarded
 
 
 class RowFile:
     """Rows of `Judged` in a file, written as they come; for use in a `with` block.
 
-    A Parquet file can only be written whole, so that its rows are kept in a CSV file beside it,
-    with `.part` at the end of its name, until `finish`. Bytes of file names that are not UTF-8 are
+    A Parquet file can only be written whole, so that its rows wait in a CSV file beside it, with
+    `.part` at the end of its name, until `finish`. Bytes of file names that are not UTF-8 are
     written as `\\xe9`, for example, and read back as they were.
 
     Args:
@@ -42,7 +36,8 @@ class RowFile:
         readable: the last of these rows whose image could be judged.
 
     Raises:
-        ConfigError: `resume` without a file; the file cannot be written, or is being written.
+        ConfigError: `resume` without a file; the file cannot be written, or is being written; a
+            Parquet file without pyarrow.
         DataError: `resume` for a file that is something else.
     """
 
@@ -51,35 +46,27 @@ class RowFile:
         self.readable: Judged | None = None
         self._lock: int | None = None
         self._undecided = False  # whether rows wait for their verdicts
-        if path is None:
-            if resume:
-                raise ConfigError("--resume goes on with a file: give --csv FILE")
-            self._file: IO[str] = sys.stdout
-        else:
-            self._rows = path
-            if is_parquet(path):
-                import_parquet()
-                self._rows = path.with_name(f"{path.name}.part")
-            try:
-                self._lock = lock(self._rows)
-                if resume:
-                    self._begun()
-                self._file = self._rows.open(
-                    "a" if self.judged else "w", encoding="utf-8", newline=""
-                )
-            except BlockingIOError:
-                raise ConfigError(
-                    f"{path} is being written by another run: wait for it, or give another file to "
-                    "--csv"
-                ) from None
-            except DataError:
-                unlock(self._lock)
-                raise
-            except OSError as error:
-                unlock(self._lock)
-                raise ConfigError(
-                    f"{path} cannot be written ({error.strerror}): give another file to --csv"
-                ) from None
+        if path is None and resume:
+            raise ConfigError("--resume goes on with a file: give --csv FILE")
+        self._rows = path
+        if path is not None and is_parquet(path):
+            import_parquet()
+            self._rows = path.with_name(f"{path.name}.part")
+        try:
+            self._file = sys.stdout if self._rows is None else self._opened(self._rows, resume)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{path} is being written by another run: wait for it, or give another file to "
+                "--csv"
+            ) from None
+        except OSError as error:
+            unlock(self._lock)
+            raise ConfigError(
+                f"{path} cannot be written ({error.strerror}): give another file to --csv"
+            ) from None
+        except DataError:
+            unlock(self._lock)
+            raise
         self._writer = csv.writer(self._file)
         if not self.judged:
             with self._writing():
@@ -93,7 +80,7 @@ class RowFile:
             UnwritableError: likewise, that of standard output.
         """
         with self._writing():
-            self._writer.writerows(map(_texts, rows))
+            self._writer.writerows(map(_cells, rows))
             self._file.flush()
         self._undecided |= any(r.ood is None and r.p_value is not None for r in rows)
 
@@ -106,7 +93,7 @@ class RowFile:
         Raises:
             DataError: the disk is full; the rows are kept.
         """
-        if self.path is None:
+        if self.path is None or self._rows is None:
             return
         with self._writing():
             self._file.close()
@@ -133,26 +120,17 @@ class RowFile:
                 self._file.close()
         unlock(self._lock)
 
-    def _begun(self) -> None:
-        """Read which paths were judged before, and remove a row that was cut short."""
-        begun = self._rows == self.path or self._rows.stat().st_size
-        if self.path and not begun and self.path.exists():
-            _write_csv(self._rows, read_rows(self.path))
-        with self._rows.open("rb+") as file:
-            end, at, quotes, first = 0, 0, 0, file.readline()
-            if first.rstrip(b"\r\n") != _HEADER and not _HEADER.startswith(first):
-                raise _other_columns(self._rows)  # and so it is left as it is
-            file.seek(0)
-            for line in file:
-                at, quotes = at + len(line), quotes + line.count(b'"')
-                if line.endswith(b"\n") and quotes % 2 == 0:  # not one inside a quoted cell
-                    end = at
-            file.truncate(end)
-        if not end:
-            return
-        for row in read_rows(self._rows):
-            self.judged.add(row.path)
-            self.readable = row if row.error is None else self.readable
+    def _opened(self, rows: Path, resume: bool) -> IO[str]:
+        """The file of rows, locked; with `resume`, with those that it has."""
+        self._lock = lock(rows)
+        if resume:
+            if rows != self.path and not rows.stat().st_size and self.path and self.path.exists():
+                _write_csv(rows, read_rows(self.path))
+            _cut_to_whole_rows(rows)
+            for row in read_rows(rows) if rows.stat().st_size else ():
+                self.judged.add(row.path)
+                self.readable = row if row.error is None else self.readable
+        return rows.open("a" if self.judged else "w", encoding="utf-8", newline="")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -176,6 +154,7 @@ def read_rows(path: Path) -> Iterator[Judged]:
     """The rows of a file that `RowFile` wrote, one after another.
 
     Raises:
+        ConfigError: a Parquet file, and pyarrow is not installed.
         DataError: the file cannot be read, has other columns, or a malformed row.
     """
     try:
@@ -187,18 +166,39 @@ def read_rows(path: Path) -> Iterator[Judged]:
         ) from None
 
 
+def _cut_to_whole_rows(path: Path) -> None:
+    """Remove a row at the end that was cut short; DataError, and no change, of another file."""
+    with path.open("rb+") as file:
+        end, at, quotes, first = 0, 0, 0, file.readline()
+        if first.rstrip(b"\r\n") != _HEADER and not _HEADER.startswith(first):
+            _check_columns(path, ())
+        file.seek(0)
+        for line in file:
+            at, quotes = at + len(line), quotes + line.count(b'"')
+            if line.endswith(b"\n") and quotes % 2 == 0:  # not one inside a quoted cell
+                end = at
+        file.truncate(end)
+
+
 def _read_csv(path: Path) -> Iterator[Judged]:
     with path.open(encoding="utf-8", newline="") as file:
         lines = csv.reader(file)
         _check_columns(path, next(lines, []))
-        for row in lines:
+        for cells in lines:
             try:
-                yield _row(row)
+                yield _row(cells)
             except (KeyError, ValueError):
                 raise DataError(
                     f"{path}, line {lines.line_num} is not a row of fusenorm score: "
-                    f"{','.join(row)[:80]!r}; score again, or remove the line"
+                    f"{','.join(cells)[:80]!r}; score again, or remove the line"
                 ) from None
+
+
+def _write_csv(path: Path, rows: Iterable[Judged]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Judged._fields)
+        writer.writerows(map(_cells, rows))
 
 
 def _read_parquet(path: Path) -> Iterator[Judged]:
@@ -216,29 +216,48 @@ def _read_parquet(path: Path) -> Iterator[Judged]:
         raise DataError(f"{path} is damaged ({error}): score again") from None
 
 
+def _write_parquet(path: Path, rows: Iterator[Judged]) -> None:
+    parquet = import_parquet()
+    import pyarrow as pa
+
+    kinds = {"confidence": pa.float64(), "p_value": pa.float64(), "ood": pa.bool_()}
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in Judged._fields])
+    with parquet.ParquetWriter(path, schema) as writer:
+        while group := list(islice(rows, AT_ONCE)):
+            values = ((_escaped(v) if isinstance(v, str) else v for v in row) for row in group)
+            table = [dict(zip(Judged._fields, row, strict=True)) for row in values]
+            writer.write_table(pa.Table.from_pylist(table, schema))
+
+
 def _check_columns(path: Path, names: Sequence[str]) -> None:
     if tuple(names) != Judged._fields:
-        raise _other_columns(path)
+        raise DataError(
+            f"{path} was not written by this version of fusenorm score: its columns must be "
+            f"{', '.join(Judged._fields)}"
+        )
 
 
-def _other_columns(path: Path) -> DataError:
-    return DataError(
-        f"{path} was not written by this version of fusenorm score: its columns must be "
-        f"{', '.join(Judged._fields)}"
-    )
-
-
-def _texts(row: Judged) -> list[object]:
+def _cells(row: Judged) -> list[object]:
     return ["" if v is None else guarded(_escaped(v)) if isinstance(v, str) else v for v in row]
 
 
-def _row(texts: Sequence[str]) -> Judged:
-    path, *rest = map(_unescaped, texts)
+_KINDS: dict[str, Callable[[str], Any]] = {
+    "confidence": float,
+    "p_value": float,
+    "ood": {"True": True, "False": False}.__getitem__,
+}
+
+
+def _row(cells: Sequence[str]) -> Judged:
+    path, *rest = map(_unescaped, cells)
     named = zip(Judged._fields[1:], rest, strict=True)
     values: Iterator[Any] = (
-        KINDS.get(name, unguarded)(text) if text else None for name, text in named
+        _KINDS.get(name, unguarded)(cell) if cell else None for name, cell in named
     )
     return Judged(unguarded(path), *values)
+
+
+_FORMULA = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20'"  # begin a formula, or a cell that is guarded
 
 
 def guarded(text: str) -> str:
@@ -256,12 +275,10 @@ _ESCAPED = re.compile(r"[\udc80-\udcff]|\\(?=\\*(?:[\udc80-\udcff]|x[89a-f][0-9a
 _ESCAPE = re.compile(r"(\\+)x([89a-f][0-9a-f])")
 
 
-def _escaped(value: Any) -> Any:
-    """A text in valid Unicode, from which `_unescaped` gets it back; other values as they are."""
-    if not isinstance(value, str):
-        return value
+def _escaped(text: str) -> str:
+    """A text in valid Unicode, from which `_unescaped` gets it back."""
     escaped = _ESCAPED.sub(
-        lambda m: "\\\\" if m[0] == "\\" else f"\\x{ord(m[0]) - 0xDC00:02x}", value
+        lambda m: "\\\\" if m[0] == "\\" else f"\\x{ord(m[0]) - 0xDC00:02x}", text
     )
     return escaped.encode("utf-8", "backslashreplace").decode()  # other surrogates name no file
 
@@ -272,23 +289,4 @@ def _unescaped(text: str) -> str:
         odd = len(backslashes) % 2
         return "\\" * (len(backslashes) // 2) + (chr(0xDC00 + int(byte, 16)) if odd else f"x{byte}")
 
-    return _ESCAPE.sub(original, text) if "\\" in text else text
-
-
-def _write_csv(path: Path, rows: Iterator[Judged]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Judged._fields)
-        writer.writerows(map(_texts, rows))
-
-
-def _write_parquet(path: Path, rows: Iterator[Judged]) -> None:
-    parquet = import_parquet()
-    import pyarrow as pa
-
-    kinds = {"confidence": pa.float64(), "p_value": pa.float64(), "ood": pa.bool_()}
-    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in Judged._fields])
-    with parquet.ParquetWriter(path, schema) as writer:
-        while group := list(islice(rows, AT_ONCE)):
-            table = [{k: _escaped(v) for k, v in row._asdict().items()} for row in group]
-            writer.write_table(pa.Table.from_pylist(table, schema))
+    return _ESCAPE.sub(original, text)

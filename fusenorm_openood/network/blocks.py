@@ -44,7 +44,7 @@ def find_blocks(modules: Modules, calls: Calls, pixels: Mapping[str, int], graph
     if why:
         named = [n for n in pixels if n in modules and _BLOCK.search(type(modules[n]).__name__)]
         innermost = [n for n in named if not any(other.startswith(f"{n}.") for other in named)]
-        note = f"its graph cannot be read, since {why}: blocks were told by the names of classes"
+        note = f"its graph cannot be read, since {why}: blocks were found by the names of classes"
         return Found(tuple(innermost), f"names of classes, since {why}", (note,))
     names, rule, left = _on_trunk(modules, calls, pixels, graph)
     # A head that reads several depths hides the trunk above the first of them: where a merge comes

@@ -122,9 +122,9 @@ def identify(net: nn.Module, image: Sequence[int], passes: int = 2) -> Fingerpri
     out if the network does not take such images, or is random as a second pass shows.
     """
     core = unwrapped(net)
-    known = fingerprint(core)
+    own = fingerprint(core)
     if not image:
-        return known
+        return own
     images = moved(core, fixed_images(image))
     try:
         with eval_mode(core), preserved_randomness(images.device), torch.no_grad(), own_pass():
@@ -132,12 +132,12 @@ def identify(net: nn.Module, image: Sequence[int], passes: int = 2) -> Fingerpri
     except Exception as error:  # its own, which whoever scores images will meet, too
         if is_out_of_memory(error):
             raise
-        return known
+        return own
     wide = all(p.dtype in (torch.float32, torch.float64) for p in core.parameters())
-    wide &= not any("uantized" in module for module in (known.modules or {}).values())
+    wide &= not any("uantized" in module for module in (own.modules or {}).values())
     is_exact = wide and images.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     found = [
-        known._replace(
+        own._replace(
             image=tuple(image),
             logits=tuple(map(tuple, answer.tolist())),
             rounding=EXACT if is_exact else ROUNDED,
@@ -145,14 +145,14 @@ def identify(net: nn.Module, image: Sequence[int], passes: int = 2) -> Fingerpri
         for answer in answers
         if answer.numel() and answer.isfinite().all()
     ]
-    return found[0] if len(found) == passes and found[0].agrees(found[-1]) else known
+    return found[0] if len(found) == passes and found[0].agrees(found[-1]) else own
 
 
-def is_network(net: nn.Module, known: Fingerprint) -> bool:
-    """Whether a network is the one that is known, as far as that is known."""
-    given = identify(net, known.image, passes=1)
-    same = given.weights == known.weights and not given.differences(known)
-    return same and given.agrees(known)
+def is_network(net: nn.Module, expected: Fingerprint) -> bool:
+    """Whether a network has this fingerprint, as far as both are complete."""
+    given = identify(net, expected.image, passes=1)
+    same = given.weights == expected.weights and not given.differences(expected)
+    return same and given.agrees(expected)
 
 
 def fixed_images(image: Sequence[int]) -> Tensor:

@@ -265,19 +265,18 @@ class T2FNormNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[B, K]` of normalised features, for training and classification."""
-        return self._classify(F.normalize(self._feature(x), dim=-1) / self.tau)
+        return self._logits(F.normalize(self._feature(x), dim=-1) / self.tau)
 
     def forward_ood_inference(self, x: Tensor) -> Tensor:
         """Logits `[B, K]` of unnormalised features, for OOD scores."""
         feature = self._feature(x)
-        scaled = feature if self.num_classes == IMAGENET_CLASSES else feature / self.tau
-        return self._classify(scaled)
+        return self._logits(feature if self.num_classes == IMAGENET_CLASSES else feature / self.tau)
 
     def _feature(self, x: Tensor) -> Tensor:
         feature: Tensor = self.backbone(x, return_feature=True)[1]
         return feature
 
-    def _classify(self, feature: Tensor) -> Tensor:
+    def _logits(self, feature: Tensor) -> Tensor:
         logits: Tensor = self.backbone.fc(feature)  # type: ignore[operator]
         return logits
 

@@ -164,29 +164,29 @@ def _is_close(found: Tensor, expected: Tensor) -> bool:
 def _head_by_weights(layers: Mapping[str, nn.Module], first: _Pass) -> HeadLayers:
     """How the logits come from the last layers, as far as the weights of these give them."""
     (inputs, outputs, logits), names = first, tuple(layers)
-    known = HeadLayers(names, (1 / len(names),) * len(names) if names else ())
+    found = HeadLayers(names, (1 / len(names),) * len(names) if names else ())
     if any(len(inputs[name]) != len(logits) for name in names):
         return HeadLayers()  # several features for an image, such as those of its crops
     if not torch.isfinite(logits).all():
-        return known._replace(is_affine=bool(names))  # the error will be that of their scores
+        return found._replace(is_affine=bool(names))  # the error will be that of their scores
     single = outputs[names[0]].flatten(1) if len(names) == 1 else None
     if single is not None and is_activation(single, logits[:, -single.shape[1] :]):
-        known, logits = HeadLayers(names, (1.0,), before_softmax=True), of_two_classes(single)
+        found, logits = HeadLayers(names, (1.0,), before_softmax=True), of_two_classes(single)
     sums = list[Tensor]()  # of each layer, the logits that its weights give of its feature
     for name, layer in layers.items():
         head, feature = linear_head([layer], [1.0]), flat_feature(layer, inputs[name]).float()
         if head is None or head.weight.shape != (logits.shape[1], feature.shape[1]):
-            return known
+            return found
         sums.append(F.linear(feature, head.weight.float(), head.bias.float()))
     if not sums:
-        return known
+        return found
     rounded = logits.dtype in HALF or any(map(has_quantised_weight, layers.values()))
     shares, exact = find_shares(sums, logits, ROUNDED if rounded else EXACT)
     is_mean = any(
         inputs[n][0].numel() != flat_feature(layer, inputs[n])[0].numel()
         for n, layer in layers.items()
     )
-    return known._replace(shares=shares, is_linear=exact and not is_mean, is_affine=exact)
+    return found._replace(shares=shares, is_linear=exact and not is_mean, is_affine=exact)
 
 
 def find_shares(

@@ -33,12 +33,7 @@ PERTURBING = ("odin", "iodin")
 
 
 class ScoringView(nn.Module):
-    """A network with the interface of OpenOOD's plain classifiers; a T2FNorm network's logits are
-    its scoring logits.
-
-    Args:
-        net: network with a final linear layer.
-    """
+    """A network with the interface of OpenOOD's plain classifiers, by its scoring logits."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -92,13 +87,8 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
     """One of OpenOOD's postprocessors, adapted to score T2FNorm networks by their scoring logits.
 
     The inner postprocessor gets a T2FNorm network as a `ScoringView`, which for ReAct, ASH and
-    SCALE is wrapped in OpenOOD's class of that name. The predicted classes are still the
-    network's. All other attributes, such as the parameters to search, are those of the inner
-    postprocessor.
-
-    Args:
-        inner: OpenOOD's postprocessor.
-        name: its name in OpenOOD.
+    SCALE is wrapped in OpenOOD's class of that name. The predicted classes are the network's, all
+    other attributes, such as the parameters to search, the inner postprocessor's.
     """
 
     def __init__(self, inner: Any, name: str) -> None:
@@ -107,11 +97,7 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
         self._network: Fingerprint | None = None  # that it was set up with
 
     def setup(self, net: Any, id_loader_dict: Any, ood_loader_dict: Any) -> None:
-        """Set up the inner postprocessor, again if this is another network, or has other weights.
-
-        Raises:
-            CheckpointError: `t2fnorm` with a network that was not trained with T2FNorm.
-        """
+        """Set up the inner postprocessor, again for another network or other weights."""
         core = self._core(net)
         found = fingerprint(core)
         if self._network is not None and self._network.digest != found.digest:
@@ -170,12 +156,7 @@ def adapted(postprocessor: Any, name: str) -> Any:
 
 
 def make_postprocessor(name: str, config: Mapping[str, Any], id_name: str) -> Any:
-    """FuseNorm's or one of OpenOOD's postprocessors, for OpenOOD's evaluator.
-
-    Args:
-        name: any name that OpenOOD's evaluation API knows, or `fusenorm`.
-        config: configuration with the section `postprocessor`.
-        id_name: name of the ID data set.
+    """FuseNorm's or one of OpenOOD's postprocessors, for OpenOOD's evaluator on an ID data set.
 
     Raises:
         ConfigError: an unknown name, or an incomplete configuration.

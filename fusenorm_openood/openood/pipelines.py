@@ -79,10 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def find_config(path: str) -> str:
     """The given configuration file, or this package's file of that name under `configs/`."""
-    first, *rest = Path(path).parts
     found = Path(path)
-    if first == "configs" and not found.is_file():
-        found = config_root().joinpath(*rest)
+    if found.parts[:1] == ("configs",) and not found.is_file():
+        found = config_root().joinpath(*found.parts[1:])
     if not found.is_file():
         siblings = ", ".join(sorted(p.name for p in found.parent.glob("*.yml")))
         raise ConfigError(
@@ -180,13 +179,8 @@ def load_checkpoint(
     """OpenOOD's network for a configuration, with its complete checkpoint loaded on any device.
 
     OpenOOD itself silently skips tensors that do not fit, even all of them, and can load a
-    checkpoint that was saved on CUDA only on CUDA.
-
-    Args:
-        get_network: OpenOOD's function of that name.
-        config: the section `network`.
-        head_may_differ: whether the last layer may keep its initial weights if the number of
-            classes differs.
+    checkpoint that was saved on CUDA only on CUDA. If the `head_may_differ`, it keeps its initial
+    weights where the number of classes differs.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or lacks parts of the network.

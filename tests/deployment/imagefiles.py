@@ -16,6 +16,7 @@ from fusenorm_openood.deployment.files import ImageFiles
 from fusenorm_openood.errors import CheckpointError
 from fusenorm_openood.storage.shards import ShardSet
 from tests.conftest import make_loader, make_net
+from tests.deployment.actors import Ended
 
 NETWORK = "tests.deployment.imagefiles:network"
 
@@ -45,6 +46,16 @@ def write_images(folder: Path, count: int) -> list[Path]:
     return paths
 
 
+IN_THIS_PROCESS = False  # whether actors are, as those of `tests.deployment.actors`
+
+
+def end() -> None:
+    """End the actor that calls it."""
+    if IN_THIS_PROCESS:
+        raise Ended
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @dataclass
 class Loading:
     """Loads a detector in an actor, which logs the shards that it begins and writes.
@@ -52,8 +63,7 @@ class Loading:
     Args:
         file: the detector's file.
         log: a line `begins N` or `written N` for each shard.
-        killed: the line after which the actor is killed, if no actor was killed before;
-            `""` = never.
+        killed: the line after which the actor ends, if none has ended before; `""` = never.
     """
 
     file: Path
@@ -61,7 +71,7 @@ class Loading:
     killed: str = ""
 
     def __call__(self) -> FuseNorm:
-        write = ShardSet.write
+        write = getattr(ShardSet.write, "plain", ShardSet.write)
 
         def logged(shards, number, columns):
             self.say(f"begins {number}")
@@ -69,6 +79,7 @@ class Loading:
             self.say(f"written {number}")
             return found
 
+        logged.plain = write
         ShardSet.write = logged
         return FuseNorm.load(self.file, network())
 
@@ -78,14 +89,14 @@ class Loading:
         mark = self.log.with_suffix(".killed")
         if line == self.killed and not mark.exists():
             mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            end()
 
-    def said(self) -> list[str]:
-        return self.log.read_text().splitlines()
+    def lines(self, kind: str) -> list[str]:
+        return sorted(line for line in self.log.read_text().splitlines() if line.startswith(kind))
 
 
 def ends() -> FuseNorm:
-    os.kill(os.getpid(), signal.SIGKILL)
+    end()
     raise AssertionError
 
 

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +14,12 @@ from fusenorm_openood import FuseNorm
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.deployment import files as sharded
 from fusenorm_openood.deployment.files import FileShards
-from fusenorm_openood.deployment.ray import TRIES, cluster, score_with_actors, shape
+from fusenorm_openood.deployment.ray import TRIES, score_with_actors, shape
 from fusenorm_openood.errors import CheckpointError, ClusterError, StoreError, is_lost_loader
+from fusenorm_openood.storage.shards import ShardSet
 from fusenorm_openood.storage.torchrun import wait_until
+from tests.deployment import imagefiles
+from tests.deployment.actors import Ray
 from tests.deployment.imagefiles import (
     NETWORK,
     Loading,
@@ -29,18 +32,27 @@ from tests.deployment.imagefiles import (
     write_images,
 )
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_cores():
     """Ray with two cores and little memory."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False
     )
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(params=["stand-in", pytest.param("ray", marks=pytest.mark.slow)])
+def ray(request, monkeypatch):
+    """Two cores of the stand-in, or of Ray itself."""
+    if request.param == "ray":
+        return request.getfixturevalue("two_cores")
+    monkeypatch.setattr(imagefiles, "IN_THIS_PROCESS", True)
+    monkeypatch.setattr(ShardSet, "write", ShardSet.write)  # which `Loading` changes
+    return Ray()
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +86,10 @@ def shards_in(store: Path) -> dict[Path, bytes]:
     return {p.relative_to(store): p.read_bytes() for p in store.rglob("files-*/*.safetensors")}
 
 
-def test_actors_change_no_bit_of_shards_and_rows(two_cores, home, tmp_path, monkeypatch):
+def test_actors_change_no_bit_of_shards_and_rows(ray, home, tmp_path, monkeypatch):
     monkeypatch.setattr(sharded, "SHARD", 10)
+    if isinstance(ray, Ray):
+        monkeypatch.setattr("fusenorm_openood.cli.score.cluster", lambda: nullcontext(ray))
     out = tmp_path / "ray"
     assert score(home, out, "--engine", "ray", "--cores-per-actor", 1) == 3
     assert len(shards_in(tmp_path / "ray.store")) == 5
@@ -84,45 +98,37 @@ def test_actors_change_no_bit_of_shards_and_rows(two_cores, home, tmp_path, monk
 
 
 @pytest.mark.parametrize("line", ["begins 2", "written 2"])
-def test_a_killed_actor_loses_no_shard_and_repeats_none_that_is_written(
-    two_cores, home, files, tmp_path, line, capsys
+def test_an_actor_that_ends_loses_no_shard_and_repeats_none_that_is_written(
+    ray, home, files, tmp_path, line, capsys
 ):
     load = Loading(home / "d.st", tmp_path / "log", killed=line)
-    with cluster():
-        done = list(score_with_actors(ray, files, load, cores=1))
-    assert sorted(done) == list(range(5))
+    assert sorted(score_with_actors(ray, files, load, cores=1)) == list(range(5))
     assert load.log.with_suffix(".killed").exists()
-    assert sorted(s for s in load.said() if s.startswith("written")) == [
-        f"written {number}" for number in range(5)
-    ]
-    assert load.said().count("begins 2") == (2 if line == "begins 2" else 1)
+    assert load.lines("written") == [f"written {number}" for number in range(5)]
+    assert load.lines("begins 2") == ["begins 2"] * (2 if line == "begins 2" else 1)
     assert shards_in(tmp_path / "store") == shards_in(home / "one.store")
-    captured = capsys.readouterr()
-    assert "an actor ended while scoring shard 2" in captured.err
-    assert captured.out == ""
+    assert "an actor ended while scoring shard 2" in capsys.readouterr().err
 
 
-def test_only_missing_shards_are_dealt_out(two_cores, home, files, tmp_path):
+def test_only_missing_shards_are_dealt_out(ray, home, files, tmp_path):
     list(files.stored.computed([0, 3]))
     load = Loading(home / "d.st", tmp_path / "log")
     assert sorted(score_with_actors(ray, files, load, cores=1)) == [1, 2, 4]
-    assert sorted(s for s in load.said() if s.startswith("begins")) == [
-        "begins 1", "begins 2", "begins 4"
-    ]  # fmt: skip
+    assert load.lines("begins") == ["begins 1", "begins 2", "begins 4"]
     assert shards_in(tmp_path / "store") == shards_in(home / "one.store")
 
 
-def test_actors_that_end_again_and_again_are_one_sentence(two_cores, files):
+def test_actors_that_end_again_and_again_are_one_sentence(ray, files):
     with pytest.raises(ClusterError, match=f"^{TRIES} actors ended while loading the detector"):
         list(score_with_actors(ray, files, ends, cores=2))
 
 
-def test_an_actor_says_why_it_cannot_load_the_detector(two_cores, files):
+def test_an_actor_says_why_it_cannot_load_the_detector(ray, files):
     with pytest.raises(CheckpointError, match=r"^checkpoint a\.ckpt is damaged: download it"):
         list(score_with_actors(ray, files, fails, cores=1))
 
 
-def test_an_actor_with_another_detector_writes_nothing(two_cores, files, tmp_path):
+def test_an_actor_with_another_detector_writes_nothing(ray, files, tmp_path):
     write_detector(tmp_path / "other.st", seed=3)
     load = Loading(tmp_path / "other.st", tmp_path / "log")
     with pytest.raises(ClusterError, match="has another detector"):
@@ -130,22 +136,7 @@ def test_an_actor_with_another_detector_writes_nothing(two_cores, files, tmp_pat
     assert shards_in(tmp_path / "store") == {}
 
 
-def test_a_full_disk_is_one_sentence(two_cores, home, files, tmp_path):
-    list(files.stored.computed([0, 3]))
-    with pytest.raises(StoreError, match=r"^shard \d cannot be written to .*: free disk space"):
-        list(score_with_actors(ray, files, partial(on_a_full_disk, home / "d.st"), cores=1))
-    assert sorted(files.shards.present()) == [0, 3]
-    assert list((tmp_path / "store").rglob("*.tmp")) == []
-
-
-def test_a_loader_process_that_ends_is_said(two_cores, home, files):
-    files.num_workers = 1
-    with pytest.raises(RuntimeError, match=r"^DataLoader worker") as raised:
-        list(score_with_actors(ray, files, partial(loader_ends, home / "d.st"), cores=1))
-    assert is_lost_loader(raised.value)
-
-
-def test_another_run_at_once_changes_no_shard(two_cores, home, files, tmp_path):
+def test_another_run_at_once_changes_no_shard(ray, home, files, tmp_path):
     load = Loading(home / "d.st", tmp_path / "log")
     done = score_with_actors(ray, files, load, cores=1)
     first = next(done)
@@ -154,20 +145,33 @@ def test_another_run_at_once_changes_no_shard(two_cores, home, files, tmp_path):
     assert shards_in(tmp_path / "store") == shards_in(home / "one.store")
 
 
-def test_too_few_cores_are_one_sentence(two_cores, files):
+def test_too_few_cores_are_one_sentence(files):
     with pytest.raises(ClusterError, match=r"has 2 CPU cores, and an actor takes 3: choose fewer"):
-        list(score_with_actors(ray, files, partial(fails), cores=3))
+        list(score_with_actors(Ray(), files, fails, cores=3))
 
 
 def test_gpus_and_cores_say_how_many_actors_there_are():
-    class Cluster:
-        def __init__(self, **resources):
-            self.cluster_resources = lambda: resources
+    assert shape(Ray(CPU=7.0), 2, gpus=True) == (3, {"num_cpus": 2, "num_gpus": 0})
+    assert shape(Ray(CPU=8.0, GPU=2.0), 2, gpus=True) == (2, {"num_cpus": 2, "num_gpus": 1})
+    assert shape(Ray(CPU=2.0, GPU=2.0), 2, gpus=True) == (1, {"num_cpus": 2, "num_gpus": 1})
+    assert shape(Ray(CPU=8.0, GPU=2.0), 2, gpus=False) == (4, {"num_cpus": 2, "num_gpus": 0})
 
-    assert shape(Cluster(CPU=7.0), 2, gpus=True) == (3, {"num_cpus": 2, "num_gpus": 0})
-    assert shape(Cluster(CPU=8.0, GPU=2.0), 2, gpus=True) == (2, {"num_cpus": 2, "num_gpus": 1})
-    assert shape(Cluster(CPU=2.0, GPU=2.0), 2, gpus=True) == (1, {"num_cpus": 2, "num_gpus": 1})
-    assert shape(Cluster(CPU=8.0, GPU=2.0), 2, gpus=False) == (4, {"num_cpus": 2, "num_gpus": 0})
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_sentence(two_cores, home, files, tmp_path):
+    list(files.stored.computed([0, 3]))
+    with pytest.raises(StoreError, match=r"^shard \d cannot be written to .*: free disk space"):
+        list(score_with_actors(two_cores, files, partial(on_a_full_disk, home / "d.st"), cores=1))
+    assert sorted(files.shards.present()) == [0, 3]
+    assert list((tmp_path / "store").rglob("*.tmp")) == []
+
+
+@pytest.mark.slow
+def test_a_loader_process_that_ends_is_said(two_cores, home, files):
+    files.num_workers = 1
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker") as raised:
+        list(score_with_actors(two_cores, files, partial(loader_ends, home / "d.st"), cores=1))
+    assert is_lost_loader(raised.value)
 
 
 COMMAND = """
@@ -183,7 +187,9 @@ print(status, ray.is_initialized())
 """
 
 
+@pytest.mark.slow
 def test_a_command_starts_ray_and_shuts_it_down(home, tmp_path):
+    pytest.importorskip("ray")
     done = subprocess.run(command(home, tmp_path), capture_output=True, text=True)
     assert done.stdout == "3 False\n", done.stderr
     assert (tmp_path / "ray.csv").read_bytes() == (home / "one.csv").read_bytes()
@@ -218,8 +224,10 @@ def computes(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_a_killed_driver_leaves_no_actor_and_no_half_shard(home, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
     monkeypatch.setattr(sharded, "SHARD", 10)
     store = tmp_path / "store"
     program, *argv = command(home, tmp_path)[2:]

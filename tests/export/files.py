@@ -1,35 +1,25 @@
-"""A thousand image files of many kinds, from scikit-learn's digits and its two photographs."""
+"""Image files of many kinds, from scikit-learn's digits and its two photographs."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-COUNT = 1000
 ORIENTATION = 0x0112  # tag of EXIF
+Save = Callable[[Image.Image, Path, int], Path]  # of an image, under a path without suffix
 
 
-def _turned(image: Image.Image, number: int) -> dict[str, Image.Exif]:
-    exif = Image.Exif()
-    exif[ORIENTATION] = 1 + number % 8
-    return {"exif": exif}
+def _turned(suffix: str, **how: Any) -> Save:
+    def save(image: Image.Image, path: Path, number: int) -> Path:
+        exif = Image.Exif()
+        exif[ORIENTATION] = 1 + number % 8
+        image.save(path.with_suffix(suffix), exif=exif, **how)
+        return path.with_suffix(suffix)
 
-
-def _jpeg(image: Image.Image, path: Path, number: int) -> Path:
-    image.save(path.with_suffix(".jpg"), quality=80, **_turned(image, number))
-    return path.with_suffix(".jpg")
-
-
-def _webp(image: Image.Image, path: Path, number: int) -> Path:
-    image.save(path.with_suffix(".webp"), **_turned(image, number))
-    return path.with_suffix(".webp")
-
-
-def _turned_png(image: Image.Image, path: Path, number: int) -> Path:
-    image.save(path.with_suffix(".png"), **_turned(image, number))
-    return path.with_suffix(".png")
+    return save
 
 
 def _deep(image: Image.Image, path: Path, number: int) -> Path:
@@ -38,7 +28,7 @@ def _deep(image: Image.Image, path: Path, number: int) -> Path:
     return path.with_suffix((".png", ".tif")[number % 2])
 
 
-def _in_mode(mode: str, suffix: str) -> Callable[[Image.Image, Path, int], Path]:
+def _in_mode(mode: str, suffix: str) -> Save:
     def save(image: Image.Image, path: Path, number: int) -> Path:
         converted = image.convert(mode)
         if "A" in mode:
@@ -49,10 +39,10 @@ def _in_mode(mode: str, suffix: str) -> Callable[[Image.Image, Path, int], Path]
     return save
 
 
-KINDS: dict[str, Callable[[Image.Image, Path, int], Path]] = {
-    "JPEG, turned": _jpeg,
-    "WebP, turned": _webp,
-    "PNG, turned": _turned_png,
+KINDS: dict[str, Save] = {
+    "JPEG, turned": _turned(".jpg", quality=80),
+    "WebP, turned": _turned(".webp"),
+    "PNG, turned": _turned(".png"),
     "16 bit": _deep,
     "CMYK JPEG": _in_mode("CMYK", ".jpg"),
     "CMYK TIFF": _in_mode("CMYK", ".tif"),
@@ -67,12 +57,12 @@ KINDS: dict[str, Callable[[Image.Image, Path, int], Path]] = {
 }
 
 
-def write_files(folder: Path) -> list[Path]:
-    """Write `COUNT` files of odd sizes, digits and photographs in turn."""
+def write_files(folder: Path, count: int) -> list[Path]:
+    """Write files of odd sizes, digits and photographs in turn."""
     rng, digits, photographs = np.random.default_rng(0), load_digits().images, load_sample_images()
     folder.mkdir()
     kinds, paths = list(KINDS.values()), []
-    for number in range(COUNT):
+    for number in range(count):
         width, height = (int(side) for side in rng.integers(9, 120, 2))
         if number % 2:
             pixels = photographs.images[number // 2 % 2]

@@ -19,6 +19,7 @@ from fusenorm_openood.export import program
 from fusenorm_openood.network.resnet import T2FNormNet
 from tests.conftest import assert_undisturbed, make_net, state_of
 from tests.export.programs import (
+    NAMES,
     PREPROCESSING,
     SIZE,
     assert_agrees,
@@ -45,9 +46,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
-def test_every_setting_for_onnx(settings, tmp_path):
-    detector = fitted(Net(), settings)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_for_onnx(name, tmp_path):
+    detector = fitted(Net(), METHODS[name])
     exported = detector.export(tmp_path / "detector.onnx")
     assert exported.difference < 1e-5
     run = loaded(exported.path)
@@ -55,11 +57,37 @@ def test_every_setting_for_onnx(settings, tmp_path):
         assert_agrees(detector, run, drawn_pixels(count, count))
 
 
+class Stopped(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_before_it_is_traced(name, monkeypatch, tmp_path):
+    """The arithmetic of all programs, in a module that is not made a program of."""
+
+    def stop(judge, *given):
+        raise Stopped(judge)
+
+    monkeypatch.setattr(program, "traced", stop)
+    detector = fitted(Net(), METHODS[name])
+    with pytest.raises(Stopped) as stopped:
+        detector.export(tmp_path / "detector.pt2")
+    (judge,) = stopped.value.args
+
+    def run(image):
+        with torch.no_grad():
+            outputs = judge(image, torch.tensor(0.95, dtype=torch.float64))
+        return {n: o.numpy() for n, o in zip(NAMES, outputs, strict=True)}
+
+    for count in (1, 8):
+        assert_agrees(detector, run, drawn_pixels(count, count))
+
+
 @pytest.fixture(scope="module", params=FORMATS)
 def exported(request, tmp_path_factory):
-    """A detector for a ResNet, its file, and the program in it."""
-    detector = fitted(make_net())
-    detector.class_names = ("ant", "bee", "cat", "dog")
+    """A detector, its file, and the program in it."""
+    detector = fitted(Net())
+    detector.class_names = ("ant", "bee", "cat", "dog", "eel")
     path = tmp_path_factory.mktemp("exported") / f"detector{request.param}"
     assert detector.export(path, acceptance=0.9).difference < 1e-5
     return detector, path, loaded(path)
@@ -104,14 +132,14 @@ def test_the_file_says_what_is_in_it(exported):
     assert Preprocessing.from_json(known["preprocessing"]) == PREPROCESSING
 
 
-def test_pixels_in_float32(exported, tmp_path):
-    detector, path, run = exported
+def test_pixels_in_float32(tmp_path):
+    detector = fitted(Net())
     pixels = drawn_pixels(5, 4)
-    other = detector.export(tmp_path / path.name, dtype="float32", acceptance=0.9).path
-    found, expected = loaded(other)(pixels.float(), 0.9), run(pixels, 0.9)
-    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    run = loaded(detector.export(tmp_path / "detector.pt2", dtype="float32").path)
+    assert_agrees(detector, lambda image: run(image.float()), pixels)
 
 
+@pytest.mark.slow
 def test_dead_channels(tmp_path):
     net = Net()
     with torch.no_grad():
@@ -123,7 +151,7 @@ def test_dead_channels(tmp_path):
     assert_agrees(detector, run, drawn_pixels(8, 3))
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
 def test_without_calibration_images_there_are_confidences_alone(suffix, tmp_path):
     detector = fitted(Net(), calibrated=False)
     exported = detector.export(tmp_path / f"detector{suffix}")
@@ -135,7 +163,7 @@ def test_without_calibration_images_there_are_confidences_alone(suffix, tmp_path
     np.testing.assert_allclose(found["confidence"], conf, rtol=1e-5)
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
 def test_without_preprocessing_it_takes_what_the_network_takes(suffix, tmp_path):
     detector = fitted(Net())
     detector.preprocessing = None
@@ -156,14 +184,16 @@ def test_logits_of_t2fnorm_are_those_of_its_classification(tmp_path):
     net = T2FNormNet(make_net(), 4)
     net.set_tau(0.1)
     detector = fitted(net.eval())
-    run = loaded(detector.export(tmp_path / "detector.onnx").path)
+    run = loaded(detector.export(tmp_path / "detector.pt2").path)
     pixels = drawn_pixels(8, 4)
     assert_agrees(detector, run, pixels)
     with torch.no_grad():
         np.testing.assert_allclose(run(pixels)["logits"], net(normalised(pixels)), atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
 def test_a_network_in_another_precision_is_exported_in_float32(dtype, tmp_path):
     net = Net().to(dtype)
     pixels = normalised(drawn_pixels(60, 1)).to(dtype)
@@ -186,7 +216,7 @@ class Branching(Net):
 
 
 def test_a_network_is_left_as_it_came(tmp_path):
-    for net in (Net().train(), Branching().train()):
+    for net in (Net().train(), Branching().train()):  # exported, and not
         net.fc.weight.grad = torch.ones_like(net.fc.weight)
         net.stem.requires_grad_(False)
         net.fc.register_forward_hook(lambda *given: None)
@@ -202,7 +232,7 @@ def test_a_network_is_left_as_it_came(tmp_path):
 
 def test_errors_leave_no_file(tmp_path, monkeypatch):
     net = Net()
-    path = tmp_path / "folder" / "detector.onnx"
+    path = tmp_path / "folder" / "detector.pt2"
     with pytest.raises(NotFittedError):
         FuseNorm(net).export(path)
     stepping = fitted(net, Settings.published())
@@ -239,6 +269,7 @@ def test_a_missing_package_is_one_sentence(package, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_without_onnxruntime_it_is_not_compared(tmp_path, monkeypatch):
     real = program.find_spec
     monkeypatch.setattr(program, "find_spec", lambda n: None if n == "onnxruntime" else real(n))
@@ -254,6 +285,7 @@ class Bessel(Net):
         return super().forward(x) + torch.special.bessel_j0(x).mean()
 
 
+@pytest.mark.slow
 def test_an_operation_that_onnx_lacks_is_a_typed_error(tmp_path):
     with pytest.raises(ExportError, match=r"Bessel cannot be .*bessel_j0.*: export it to .*\.pt2$"):
         fitted(Bessel()).export(tmp_path / "detector.onnx")
@@ -268,6 +300,7 @@ def test_a_network_that_cannot_be_copied_is_a_typed_error(tmp_path):
         detector.export(tmp_path / "detector.onnx")
 
 
+@pytest.mark.slow
 def test_tokens(tmp_path):
     class Tokens(nn.Module):
         def __init__(self):
@@ -300,6 +333,7 @@ class Squeezing(Net):
         return self.fc(self.feature(x)[..., None].squeeze())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_program_takes_one_image_where_the_network_does_not(suffix, tmp_path):
     detector = fitted(Squeezing())

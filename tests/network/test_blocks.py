@@ -12,7 +12,7 @@ from fusenorm_openood.errors import TapError
 from fusenorm_openood.network.structure import read_structure
 from tests.nets import BLOCKS, Foo, Net, energy_detector, norms_of, some_images
 
-IMAGES = some_images()
+IMAGES, SMALL = some_images(), some_images(2, (8, 8))
 
 
 class FakeBlock(nn.Sequential):
@@ -218,3 +218,93 @@ def test_names_of_classes_decide_only_where_no_gradient_can_reach_the_images():
     assert "no gradient" in structure.rule
     with pytest.warns(UserWarning, match=r"no gradient reaches .* taps="):
         FuseNorm(net).fit([IMAGES])
+
+
+class ListBlock(nn.Module):
+    """A residual block that takes and returns a list, and may use the second tensor in it."""
+
+    def __init__(self, uses_second):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.uses_second = uses_second
+
+    def forward(self, given):
+        x, second = given
+        out = x + self.conv(x)
+        return [out + second if self.uses_second else out, x]
+
+
+class ListNet(nn.Module):
+    def __init__(self, uses_second):
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2)
+        self.blocks = nn.ModuleList(ListBlock(uses_second) for _ in range(3))
+        self.second = nn.Parameter(torch.ones(4, 8, 8))
+
+    def forward(self, x):
+        x = self.stem(x)
+        x, earlier = self.blocks[0]([x, self.second])
+        x, earlier = self.blocks[1]([x, earlier])
+        x, _ = self.blocks[2]([x, 2 * self.second])
+        return self.fc(x.mean((2, 3)))
+
+
+def test_blocks_may_be_given_earlier_tensors_and_what_comes_from_weights_only():
+    structure = read_structure(ListNet(uses_second=False), SMALL)
+    assert structure.blocks == ("blocks.0", "blocks.1", "blocks.2")
+
+
+def test_a_block_that_another_one_bypasses_is_not_on_the_trunk():
+    structure = read_structure(ListNet(uses_second=True), SMALL)
+    assert structure.blocks == ("blocks.2",)
+
+
+class Concatenation(nn.Module):
+    def __init__(self, stride):
+        super().__init__()
+        self.left, self.right = (nn.Conv2d(4, 2, 2, stride) for _ in range(2))
+
+    def forward(self, x):
+        return torch.cat([self.left(x), self.right(x)], dim=1)
+
+
+class Mixed(nn.Module):
+    """A residual block, or two concatenations at different resolutions without a shortcut."""
+
+    def __init__(self, stride):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+        if stride > 1:
+            self.conv = nn.Sequential(Concatenation(1), Concatenation(stride))
+        self.has_shortcut = stride == 1
+
+    def forward(self, x):
+        return x + self.conv(x) if self.has_shortcut else self.conv(x)
+
+
+def test_a_block_may_merge_at_several_resolutions_if_others_of_its_class_do_not():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), Mixed(1), Mixed(2), nn.Flatten(), nn.Linear(36, 2))
+    assert read_structure(net, SMALL).blocks == ("1", "2")
+
+
+class Parallel(nn.Module):
+    """Two trunks that meet in the logits, between a stem and a last module."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.trunks = nn.ModuleList(
+            nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(3))) for _ in range(2)
+        )
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.trunks[0](x) * self.trunks[1](x)
+        return self.fc(self.norm(x).mean((2, 3)))
+
+
+def test_the_ends_of_parallel_trunks_are_no_taps():
+    structure = read_structure(Parallel(), SMALL)
+    assert structure.blocks == ()
+    assert structure.rule.endswith("parallel trunks")

@@ -15,289 +15,11 @@ from fusenorm_openood.forward.passes import forward_pass, head_of
 from fusenorm_openood.network.checkpoints import check_classes
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import find_shares, understand
-from tests.nets import BLOCKS, CLASSES, Net, some_images
+from tests.nets import CLASSES, Net, some_images
 
 IMAGES = some_images(40)
 PERCENTILE = 80.0
 EXPERTS = ("output", "fdbd", "nci", "vim", "scale", "she")
-
-
-# Heads whose layers give the logits, as they are or summed
-
-
-class Plain(Net):
-    def head(self, feature):
-        return self.fc(feature)
-
-    def forward(self, x):
-        return self.head(self.feature(x))
-
-
-class Later(Plain):
-    def __init__(self):
-        super().__init__()
-        self.projection = nn.Linear(CLASSES, CLASSES)  # registered last, runs first
-        self.unused = nn.Linear(8, CLASSES)
-        self.before = nn.Linear(8, 8)
-
-    def feature(self, x):
-        return self.before(super().feature(x))
-
-
-class Temperature(Plain):
-    def head(self, feature):
-        return self.fc(feature) / 0.3
-
-
-class Nested(Plain):
-    def __init__(self):
-        super().__init__()
-        inner = nn.Sequential(nn.Linear(8, CLASSES), nn.Identity())
-        self.fc = nn.Sequential(nn.Dropout(0.5), inner)
-
-
-class TwoHeads(Plain):  # as DeiT, averaged
-    def __init__(self):
-        super().__init__()
-        self.other = nn.Linear(8, CLASSES)
-
-    def head(self, feature):
-        return (self.fc(feature) + self.other(feature.tanh())) / 2
-
-    def clipped(self, feature, c):
-        return (self.fc(feature.clamp(max=c)) + self.other(feature.tanh().clamp(max=c))) / 2
-
-    def inputs(self, feature):
-        return torch.cat([feature, feature.tanh()], 1)
-
-
-class LogSoftmax(Plain):
-    def forward(self, x):
-        return self.head(self.feature(x)).log_softmax(1)
-
-
-class Softmax(Plain):
-    def forward(self, x):
-        return self.head(self.feature(x)).softmax(1)
-
-
-class CosineLayer(Plain):  # the logits are no linear function of what the layer is given
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(8, CLASSES, bias=False)
-
-    def head(self, feature):
-        return self.fc(F.normalize(feature)) / 0.1
-
-    def clipped(self, feature, c):
-        return self.fc(F.normalize(feature).clamp(max=c)) / 0.1
-
-    def inputs(self, feature):
-        return F.normalize(feature)
-
-
-class NormalisedAfter(Plain):  # the logits are no linear function of the layer's output
-    def head(self, feature):
-        return F.layer_norm(self.fc(feature), (CLASSES,))
-
-
-class ConvHead(Plain):  # as SqueezeNet: a convolution, then pooling
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Conv2d(8, CLASSES, 1)
-
-    def feature(self, x):
-        return self.b(self.a(self.stem(x)))
-
-    def head(self, feature):
-        return self.fc(feature).mean((2, 3))
-
-
-class TokenHead(ConvHead):  # a linear layer on tokens, then their mean
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(8, CLASSES)
-
-    def feature(self, x):
-        return super().feature(x).flatten(2).mT
-
-    def head(self, feature):
-        return self.fc(feature).mean(1)
-
-
-class ConvOnPixel(ConvHead):  # as EfficientFormer and timm's ConvNets: pooling, then a convolution
-    def feature(self, x):
-        return super().feature(x).mean((2, 3), keepdim=True)
-
-    def head(self, feature):
-        return self.fc(feature).flatten(1)
-
-
-class Whole(ConvHead):  # a convolution with a kernel as large as its input
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Conv2d(8, CLASSES, 6)
-
-
-LAYERS = [
-    *(Plain, Later, Temperature, Nested, TwoHeads, LogSoftmax, Softmax),
-    *(CosineLayer, NormalisedAfter, ConvHead, TokenHead, ConvOnPixel, Whole),
-]
-
-
-def by_hand(net, images, fit_images=IMAGES):
-    """ReAct's threshold, and the logits of images with the head's input clipped at it."""
-    inputs = getattr(net, "inputs", lambda feature: feature)
-    clipped = getattr(net, "clipped", lambda feature, c: net.head(feature.clamp(max=c)))
-    with torch.no_grad():
-        threshold = float(np.percentile(inputs(net.feature(fit_images)).numpy(), PERCENTILE))
-        return threshold, clipped(net.feature(images), threshold)
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-def test_layers_give_the_logits_and_react_clips_what_they_are_given(kind):
-    net = kind().eval()
-    with torch.no_grad():
-        logits = net.head(net.feature(IMAGES))
-    baseline = SingleScore(net, "react", percentile=PERCENTILE).fit([IMAGES])
-    threshold, clipped = by_hand(net, IMAGES)
-    assert baseline.threshold_ == pytest.approx(threshold)
-    pred, conf = baseline.predict(IMAGES)
-    torch.testing.assert_close(conf.float(), clipped.logsumexp(1), rtol=1e-4, atol=1e-4)
-    assert torch.equal(pred, logits.argmax(1))
-    structure = understand(net, IMAGES)
-    done = forward_pass(net, IMAGES, structure)
-    torch.testing.assert_close(done.logits, logits)  # before any softmax
-    if kind not in (CosineLayer, NormalisedAfter):
-        # Those of a mean over pixels are no linear function of what is clipped before it.
-        assert structure.head.is_linear == (kind not in (ConvHead, TokenHead))
-        found = F.linear(done.feature, *head_of(net, structure))
-        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", [Softmax, TwoHeads, ConvHead, CosineLayer])
-def test_fusenorm_reads_the_same_head(kind):
-    net = kind().eval()
-    detector = FuseNorm(net).fit([IMAGES])
-    assert detector.taps == BLOCKS
-    scored = detector.infer([IMAGES])
-    assert np.isfinite(scored.experts).all()
-    with torch.no_grad():
-        logits = net.head(net.feature(IMAGES)).double()
-    np.testing.assert_allclose(scored.experts[4], logits.logsumexp(1), rtol=1e-5, atol=1e-5)
-    settings = {"strong": ["output"], "output": "mls", "react_percentile": PERCENTILE}
-    got = torch.tensor(FuseNorm(net, **settings).fit([IMAGES]).infer([IMAGES]).experts[-1])
-    torch.testing.assert_close(got.float(), by_hand(net, IMAGES)[1].amax(1), rtol=1e-4, atol=1e-4)
-
-
-def test_scale_on_two_heads_scales_both_of_their_inputs():
-    class Positive(TwoHeads):  # SCALE's factor is finite on features that are not negative
-        def feature(self, x):
-            return super().feature(x).abs()
-
-    net = Positive().eval()
-    with torch.no_grad():
-        feature = net.feature(IMAGES)
-        f = torch.cat([feature, feature.tanh()], 1)
-        cut = torch.sort(f, 1).values[:, int(f.shape[1] * 0.5)].unsqueeze(1)
-        factor = (f.sum(1) / f.where(f >= cut, 0).sum(1)).exp().unsqueeze(1)
-        logits = (net.fc(factor * feature) + net.other(factor * feature.tanh())) / 2
-    got = SingleScore(net, "scale", percentile=50).score(IMAGES)
-    torch.testing.assert_close(got.float(), logits.logsumexp(1), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore")  # torch announces that it will be removed
-def test_a_dynamically_quantised_head():
-    net = Plain()
-    quantised = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, torch.qint8)
-    baseline = SingleScore(quantised, "react", percentile=PERCENTILE).fit([IMAGES])
-    with torch.no_grad():
-        feature = quantised.feature(IMAGES)
-        threshold = float(np.percentile(feature.numpy(), PERCENTILE))
-        exact = F.linear(
-            feature.clamp(max=threshold),
-            quantised.fc.weight().dequantize(),
-            quantised.fc.bias(),
-        )
-    assert baseline.threshold_ == pytest.approx(threshold)
-    torch.testing.assert_close(
-        baseline.score(IMAGES).float(), exact.logsumexp(1), rtol=0.02, atol=0.02
-    )
-    assert torch.isfinite(FuseNorm(quantised).fit([IMAGES]).score(IMAGES)).all()
-
-
-class Headless(Net):
-    """Logits that come from no layer with a weight matrix: distances to prototypes."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Identity()
-        self.prototypes = nn.Parameter(torch.randn(CLASSES, 8))
-
-    def forward(self, x):
-        return -torch.cdist(self.feature(x), self.prototypes)
-
-
-class Channels(Net):  # the last layer with a weight makes channels, not classes
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Identity()
-
-    def forward(self, x):
-        return self.feature(x)[:, :CLASSES] + 0
-
-
-@pytest.mark.parametrize("kind", [Headless, Channels])
-def test_without_a_head_one_error_says_the_way_out(kind):
-    net = kind().eval()
-    with pytest.raises(TapError, match=r"set strong=\['output'\]"):
-        FuseNorm(net).fit([IMAGES])
-    with pytest.raises(TapError, match="set react_percentile=None"):
-        FuseNorm(net, strong=["output"], react_percentile=90.0).fit([IMAGES])
-    with pytest.raises(TapError, match="ReAct needs the layers"):
-        SingleScore(net, "react", percentile=90.0).fit([IMAGES])
-    with torch.no_grad():
-        expected = net(IMAGES).double().logsumexp(1)
-    detector = FuseNorm(net, strong=["output"]).fit([IMAGES])
-    torch.testing.assert_close(torch.tensor(detector.infer([IMAGES]).experts[-1]), expected)
-
-
-def test_probabilities_whose_logits_are_unknown_are_one_error():
-    class Probabilities(Headless):
-        def forward(self, x):
-            return super().forward(x).softmax(1)
-
-    for strong in ("auto", ["output"]):
-        with pytest.raises(TapError, match="returns probabilities"):
-            FuseNorm(Probabilities().eval(), strong=strong).fit([IMAGES])
-
-
-def test_a_head_that_is_applied_twice_is_none():
-    class Twice(Plain):
-        def head(self, feature):
-            return self.fc(feature) + self.fc(feature.flip(1))
-
-    assert understand(Twice(), IMAGES).head.names == ()
-
-
-def test_a_head_that_is_initialised_to_zero():
-    net = Plain()
-    nn.init.zeros_(net.fc.weight)
-    nn.init.zeros_(net.fc.bias)
-    structure = understand(net, IMAGES)
-    assert structure.head.names == ("fc",)
-    assert structure.head.shares == (1.0,)
-
-
-def test_shares_are_found_by_least_squares():
-    a, b = torch.randn(2, 4, 6)
-    assert find_shares([a], a / 0.3)[0] == pytest.approx((1 / 0.3,))
-    assert find_shares([a, b], (a + b) / 2) == ((0.5, 0.5), True)
-    assert find_shares([a, b], a + b) == ((1.0, 1.0), True)
-    assert not find_shares([a, b], a * b)[1]
-
-
-# Heads that are functions of the network
 
 
 def drawn(*shape):
@@ -316,6 +38,180 @@ class Made(Net):
 
     def forward(self, x):
         return self.run(self, self.b(self.a(self.stem(x))) if self.on_map else self.feature(x))
+
+
+# Heads whose layers give the logits, as they are or summed
+
+
+class Layered(Made):
+    """Layers that are given `read(net, feature)`, and make the logits by `head`; then `end`."""
+
+    def __init__(
+        self,
+        head=lambda s, x: s.fc(x),
+        read=lambda s, f: f,
+        end=lambda z: z,
+        on_map=False,
+        **parts,
+    ):
+        super().__init__(lambda s, f: end(head(s, read(s, f))), on_map=on_map, **parts)
+        self.head, self.read = head, read
+
+    def inputs(self, x):
+        return self.read(self, self.b(self.a(self.stem(x))) if self.on_map else self.feature(x))
+
+    def logits(self, x, c=None):
+        return self.head(self, self.inputs(x).clamp(max=c))
+
+
+LAYERS = {
+    "plain": lambda: Layered(),
+    "later": lambda: Layered(  # another order of registration
+        read=lambda s, f: s.before(f), projection=nn.Linear(CLASSES, CLASSES),
+        unused=nn.Linear(8, CLASSES), before=nn.Linear(8, 8),
+    ),
+    "temperature": lambda: Layered(lambda s, x: s.fc(x) / 0.3),
+    "nested": lambda: Layered(
+        fc=nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Linear(8, CLASSES), nn.Identity()))
+    ),
+    "two heads": lambda: Layered(  # as DeiT, averaged
+        lambda s, x: (s.fc(x[:, :8]) + s.other(x[:, 8:])) / 2,
+        lambda s, f: torch.cat([f, f.tanh()], 1), other=nn.Linear(8, CLASSES),
+    ),
+    "log_softmax": lambda: Layered(end=lambda z: z.log_softmax(1)),
+    "softmax": lambda: Layered(end=lambda z: z.softmax(1)),
+    "cosine": lambda: Layered(  # no linear function of what the layer is given
+        lambda s, x: s.fc(x) / 0.1, lambda s, f: F.normalize(f), fc=nn.Linear(8, CLASSES, False)
+    ),
+    "normalised after": lambda: Layered(lambda s, x: F.layer_norm(s.fc(x), (CLASSES,))),
+    "convolution": lambda: Layered(  # as SqueezeNet: a convolution, then pooling
+        lambda s, x: s.fc(x).mean((2, 3)), on_map=True, fc=nn.Conv2d(8, CLASSES, 1)
+    ),
+    "tokens": lambda: Layered(
+        lambda s, x: s.fc(x).mean(1), lambda s, f: f.flatten(2).mT, on_map=True
+    ),
+    "convolution on one pixel": lambda: Layered(  # as EfficientFormer and timm's ConvNets
+        lambda s, x: s.fc(x).flatten(1), lambda s, f: f.mean((2, 3), keepdim=True), on_map=True,
+        fc=nn.Conv2d(8, CLASSES, 1),
+    ),
+    "convolution with a kernel as large as its input": lambda: Layered(
+        lambda s, x: s.fc(x).mean((2, 3)), on_map=True, fc=nn.Conv2d(8, CLASSES, 6)
+    ),
+}  # fmt: skip
+
+
+def threshold_of(inputs):
+    return float(np.percentile(inputs.detach().numpy(), PERCENTILE))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_give_the_logits_and_react_clips_what_they_are_given(kind):
+    net = LAYERS[kind]()
+    baseline = SingleScore(net, "react", percentile=PERCENTILE).fit([IMAGES])
+    with torch.no_grad():
+        threshold, logits = threshold_of(net.inputs(IMAGES)), net.logits(IMAGES, torch.inf)
+        clipped = net.logits(IMAGES, threshold)
+    assert baseline.threshold_ == pytest.approx(threshold)
+    pred, conf = baseline.predict(IMAGES)
+    torch.testing.assert_close(conf.float(), clipped.logsumexp(1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(pred, logits.argmax(1))
+    structure = understand(net, IMAGES)
+    done = forward_pass(net, IMAGES, structure)
+    torch.testing.assert_close(done.logits, logits)  # before any softmax
+    if kind not in ("cosine", "normalised after"):
+        # Those of a mean over pixels are no linear function of what is clipped before it.
+        assert structure.head.is_linear == (kind not in ("convolution", "tokens"))
+        found = F.linear(done.feature, *head_of(net, structure))
+        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "two heads", "convolution", "cosine"])
+def test_fusenorm_reads_the_same_head(kind):
+    net = LAYERS[kind]()
+    scored = FuseNorm(net).fit([IMAGES]).infer([IMAGES])
+    assert np.isfinite(scored.experts).all()
+    with torch.no_grad():
+        logits = net.logits(IMAGES, torch.inf).double()
+        clipped = net.logits(IMAGES, threshold_of(net.inputs(IMAGES)))
+    np.testing.assert_allclose(scored.experts[4], logits.logsumexp(1), rtol=1e-5, atol=1e-5)
+    settings = {"strong": ["output"], "output": "mls", "react_percentile": PERCENTILE}
+    got = torch.tensor(FuseNorm(net, **settings).fit([IMAGES]).infer([IMAGES]).experts[-1])
+    torch.testing.assert_close(got.float(), clipped.amax(1), rtol=1e-4, atol=1e-4)
+
+
+def test_scale_on_two_heads_scales_both_of_their_inputs():
+    net = LAYERS["two heads"]()
+    net.read = lambda s, f: torch.cat([f.abs(), f.tanh().abs()], 1)  # SCALE's factor is finite
+    net.run = lambda s, f: s.head(s, s.read(s, f))
+    with torch.no_grad():
+        f = net.inputs(IMAGES)
+        cut = torch.sort(f, 1).values[:, int(f.shape[1] * 0.5)].unsqueeze(1)
+        factor = (f.sum(1) / f.where(f >= cut, 0).sum(1)).exp().unsqueeze(1)
+        logits = net.head(net, factor * f)
+    got = SingleScore(net, "scale", percentile=50).score(IMAGES)
+    torch.testing.assert_close(got.float(), logits.logsumexp(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch announces that it will be removed
+def test_a_dynamically_quantised_head():
+    net = torch.ao.quantization.quantize_dynamic(Layered(), {nn.Linear}, torch.qint8)
+    baseline = SingleScore(net, "react", percentile=PERCENTILE).fit([IMAGES])
+    with torch.no_grad():
+        feature = net.feature(IMAGES)
+        clipped = feature.clamp(max=threshold_of(feature))
+        exact = F.linear(clipped, net.fc.weight().dequantize(), net.fc.bias())
+    assert baseline.threshold_ == pytest.approx(threshold_of(feature))
+    conf = baseline.score(IMAGES).float()
+    torch.testing.assert_close(conf, exact.logsumexp(1), rtol=0.02, atol=0.02)
+    assert torch.isfinite(FuseNorm(net).fit([IMAGES]).score(IMAGES)).all()
+
+
+HEADLESS = {
+    "prototypes": lambda: Made(
+        lambda s, f: -torch.cdist(f, s.points), fc=nn.Identity(), points=drawn(CLASSES, 8)
+    ),
+    "channels": lambda: Made(lambda s, f: f[:, :CLASSES] + 0, fc=nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("kind", HEADLESS)
+def test_without_a_head_one_error_says_the_way_out(kind):
+    net = HEADLESS[kind]()
+    with pytest.raises(TapError, match=r"set strong=\['output'\]"):
+        FuseNorm(net).fit([IMAGES])
+    with pytest.raises(TapError, match="set react_percentile=None"):
+        FuseNorm(net, strong=["output"], react_percentile=90.0).fit([IMAGES])
+    with pytest.raises(TapError, match="ReAct needs the layers"):
+        SingleScore(net, "react", percentile=90.0).fit([IMAGES])
+    with torch.no_grad():
+        expected = net(IMAGES).double().logsumexp(1)
+    detector = FuseNorm(net, strong=["output"]).fit([IMAGES])
+    torch.testing.assert_close(torch.tensor(detector.infer([IMAGES]).experts[-1]), expected)
+
+
+def test_a_head_that_is_applied_twice_is_none():
+    net = Made(lambda s, f: s.fc(f) + s.fc(f.flip(1)))
+    assert understand(net, IMAGES).head.names == ()
+
+
+def test_a_head_that_is_initialised_to_zero():
+    net = Net()
+    nn.init.zeros_(net.fc.weight)
+    nn.init.zeros_(net.fc.bias)
+    structure = understand(net, IMAGES)
+    assert structure.head.names == ("fc",)
+    assert structure.head.shares == (1.0,)
+
+
+def test_shares_are_found_by_least_squares():
+    a, b = torch.randn(2, 4, 6)
+    assert find_shares([a], a / 0.3)[0] == pytest.approx((1 / 0.3,))
+    assert find_shares([a, b], (a + b) / 2) == ((0.5, 0.5), True)
+    assert find_shares([a, b], a + b) == ((1.0, 1.0), True)
+    assert not find_shares([a, b], a * b)[1]
+
+
+# Heads whose logits no layer's weights give
 
 
 class Twin(Net):
@@ -605,6 +501,7 @@ def test_a_saved_detector_finds_the_head_again(kind, tmp_path):
         FuseNorm.load(tmp_path / "d.safetensors", KINDS["LoRA inside"][0]())
 
 
+@pytest.mark.slow  # the fast test of the same head is that of the affine function
 def test_an_exported_program_has_the_same_head(tmp_path):
     net = KINDS["cosine"][0]()
     detector = FuseNorm(net, strong=("output", "nci", "fdbd")).fit([IMAGES])

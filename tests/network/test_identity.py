@@ -41,7 +41,7 @@ def test_what_only_bright_images_show_is_another_forward():
     assert not is_network(Clamped(), identify(Net(), (3, 12, 12)))
 
 
-FORWARDS = [F.gelu, F.silu, F.leaky_relu, torch.tanh, torch.abs, lambda x: x]
+FORWARDS = [F.gelu, F.leaky_relu, torch.abs]
 
 
 @pytest.mark.parametrize("act", FORWARDS)
@@ -73,7 +73,7 @@ def test_rounding_of_another_machine_is_the_same_network(tmp_path, monkeypatch):
     assert network_record(net, SIZE, tmp_path / "other") != record
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_network_in_another_precision_is_its_own(dtype):
     net = Net().to(dtype)
     known = identify(net, (3, 12, 12))
@@ -201,4 +201,4 @@ def test_odin_of_a_network_that_mixes_images_is_kept_with_the_batch_size():
     for net, mixes in ((Net(), False), (Mixing(), True)):
         detector = SingleScore(net, "odin", temperature=1000.0, noise=0.001)
         detector.structure(NEW)
-        assert detector._listener(recorded=True).what["mixes"] is mixes
+        assert detector.scoring().record["batch_dependent"] is mixes

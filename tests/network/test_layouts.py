@@ -100,7 +100,7 @@ CHANNELS_LAST = ("blocks.0", "blocks.1", "last.0", "last.1")
 
 
 # Cubes of 8 x 8 x 8, and maps whose height and width are the channels' number and the width.
-@pytest.mark.parametrize("size", [(16, 16), (32, 32), (16, 24), (24, 16), (8, 64)])
+@pytest.mark.parametrize("size", [(16, 16), (16, 24), (8, 64)])
 def test_channels_last(size):
     net, images = ChannelsLast(), some_images(16, size)
     detector = FuseNorm(net, strong=["output"]).fit([images])
@@ -110,7 +110,7 @@ def test_channels_last(size):
     torch.testing.assert_close(got, torch.stack(expected).double())
 
 
-@pytest.mark.parametrize("size", [(8, 8), (16, 16), (8, 4)])
+@pytest.mark.parametrize("size", [(8, 8), (8, 4)])
 def test_channels_first_where_channels_height_and_width_are_alike(size):
     net, images = Net(), some_images(16, size)
     expected = torch.stack([atf(x) for x in outputs_of(net, ("a.0", "a.1", "b.0", "b.1"), images)])
@@ -149,9 +149,10 @@ class Tokens(nn.Module):
         return self.head(x.mean(1))
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("size", [(24, 24), (16, 40)])
+@pytest.mark.parametrize(
+    ("prefix", "batch_first", "size"),
+    [(0, True, (24, 24)), (1, False, (16, 40)), (2, True, (16, 40)), (5, False, (24, 24))],
+)
 def test_tokens_without_their_prefix(prefix, batch_first, size):
     net, images = Tokens(prefix, batch_first), some_images(16, size)
     names = ("blocks.0", "blocks.1", "blocks.2")
@@ -192,17 +193,14 @@ class Odd(Tokens):
     ("options", "size"),
     [
         ({"start": 1.0}, (24, 24)),
-        ({"start": 0.5}, (24, 24)),
         ({"start": 0.5, "prefix": 2}, (20, 20)),
         ({"start": 0.25, "prefix": 3}, (16, 40)),
         ({"size": (24, 24)}, (16, 40)),
         ({"size": (20, 12), "start": 1.0}, (32, 32)),
         ({"drop": 5}, (56, 56)),
         ({"drop": 5, "prefix": 0}, (56, 56)),
-        ({"merge": 4}, (40, 40)),
         ({"merge": 7, "prefix": 2}, (24, 40)),
         ({"patch": (16, 10), "prefix": 2}, (128, 98)),  # overlapping, as in AST
-        ({"patch": (16, 10), "prefix": 1}, (64, 128)),
     ],
 )
 def test_prefix_tokens_are_those_that_are_no_patches(options, size):
@@ -214,7 +212,7 @@ def test_prefix_tokens_are_those_that_are_no_patches(options, size):
     torch.testing.assert_close(torch.tensor(detector.infer([images]).experts[:3]), right)
 
 
-@pytest.mark.parametrize("start", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("start", [0.0, 0.5])
 def test_a_class_token_anywhere_in_images_of_another_size(start):
     net, images = Odd(start=start), some_images(16, (20, 20))
     detector = energy_detector(net, images)
@@ -241,9 +239,10 @@ class Rows(nn.Module):
         return self.fc(x[:, -1] if self.batch_first else x[-1])
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("size", [28, 32])
+@pytest.mark.parametrize(
+    ("kind", "batch_first", "size"),
+    [(nn.LSTM, True, 28), (nn.LSTM, False, 32), (nn.GRU, False, 28), (nn.RNN, True, 32)],
+)
 def test_every_row_of_a_recurrent_network_is_a_pixel(kind, batch_first, size):
     net, images = Rows(kind, batch_first, size).eval(), torch.randn(16, 1, size, size)
     detector = energy_detector(net, images)
@@ -256,12 +255,12 @@ def test_every_row_of_a_recurrent_network_is_a_pixel(kind, batch_first, size):
     assert detector.known_structure.pixels["rnn"] == size
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 9, 16])
-def test_the_batch_size_does_not_decide_the_layout_of_tokens(batch):
+def test_the_batch_size_does_not_decide_the_layout_of_tokens():
     net, images = Tokens(0), some_images(20, (12, 12))  # 9 tokens
     detector = energy_detector(net, images)
-    alone = torch.cat([detector.score(part) for part in images.split(batch)])
-    torch.testing.assert_close(alone, detector.score(images), rtol=1e-4, atol=1e-4)
+    for batch in (1, 2, 9):
+        alone = torch.cat([detector.score(part) for part in images.split(batch)])
+        torch.testing.assert_close(alone, detector.score(images), rtol=1e-4, atol=1e-4)
 
 
 class Wrapping(nn.Module):

@@ -1,7 +1,5 @@
 """What networks come wrapped in, T2FNorm networks inside others, and networks without hooks."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -80,37 +78,31 @@ WRAPPERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def inner():
+    return t2fnorm()
+
+
 @pytest.mark.parametrize("kind", WRAPPERS)
-@pytest.mark.parametrize("output", ["energy", "odin"])
-def test_a_wrapped_t2fnorm_network_scores_by_its_scoring_logits(kind, output):
+def test_a_wrapped_t2fnorm_network_scores_by_its_scoring_logits(kind, inner):
     wrap, before = WRAPPERS[kind]
-    inner, images = t2fnorm(), before(IMAGES)
-    settings = {"strong": ["output", "fdbd"], "output": output, "noise": 0.0}
+    images = before(IMAGES)
+    settings = {"strong": ["output", "fdbd"], "output": "energy", "taps": "stages"}
     expected = FuseNorm(inner, **settings).fit([images]).infer([images])
     scored = FuseNorm(wrap(inner), **settings).fit([IMAGES]).infer([IMAGES])
     with torch.no_grad():
         logits = inner.forward_ood_inference(images).double()
         classes = inner(images).argmax(1)
-    if output == "energy":
-        np.testing.assert_allclose(scored.experts[-2], logits.logsumexp(1), rtol=1e-5)
+    np.testing.assert_allclose(scored.experts[-2], logits.logsumexp(1), rtol=1e-5)
     np.testing.assert_allclose(scored.experts, expected.experts, rtol=1e-4, atol=1e-6)
     assert scored.pred.tolist() == classes.tolist()
     assert (logits.argmax(1) != classes).any()
-
-
-@pytest.mark.parametrize("kind", WRAPPERS)
-def test_the_baseline_t2fnorm_of_a_wrapped_network(kind):
-    wrap, before = WRAPPERS[kind]
-    inner = t2fnorm()
     pred, conf = SingleScore(wrap(inner), "t2fnorm").predict(IMAGES)
-    with torch.no_grad():
-        expected = inner.forward_ood_inference(before(IMAGES)).softmax(1).amax(1)
-        assert torch.equal(pred, inner(before(IMAGES)).argmax(1))
-    torch.testing.assert_close(conf, expected)
+    torch.testing.assert_close(conf.double(), logits.softmax(1).amax(1))
+    assert torch.equal(pred, classes)
 
 
-def test_odin_steps_on_the_images_before_any_preprocessing():
-    inner = t2fnorm()
+def test_odin_steps_on_the_images_before_any_preprocessing(inner):
     leaf = IMAGES.clone().requires_grad_()
     with torch.enable_grad():
         logits = inner.forward_ood_inference((leaf - 0.1) / 0.5)
@@ -142,14 +134,14 @@ def test_the_module_with_scoring_logits():
     assert scoring_module(net.backbone) is None
 
 
-@pytest.mark.parametrize("kind", ["DataParallel", "DistributedDataParallel", "nested"])
+@pytest.mark.parametrize("kind", ["DistributedDataParallel", "nested"])
 def test_wrappers_of_torch_change_nothing(kind, request):
     net = Net()
     if kind == "DistributedDataParallel":
         request.getfixturevalue("gloo")
         wrapped = nn.parallel.DistributedDataParallel(net)
     else:
-        wrapped = WRAPPERS[kind][0](net) if kind == "nested" else nn.DataParallel(net)
+        wrapped = WRAPPERS[kind][0](net)
     settings = Settings.published(strong=["output", 2])
     expected = FuseNorm(net, settings).fit([IMAGES])
     detector = FuseNorm(wrapped, settings).fit([IMAGES])
@@ -158,8 +150,7 @@ def test_wrappers_of_torch_change_nothing(kind, request):
     torch.testing.assert_close(detector.score(IMAGES), expected.score(IMAGES))
 
 
-def test_distributed_t2fnorm(gloo):
-    inner = t2fnorm()
+def test_distributed_t2fnorm(gloo, inner):
     expected = SingleScore(inner, "t2fnorm").predict(IMAGES)
     got = SingleScore(nn.parallel.DistributedDataParallel(inner), "t2fnorm").predict(IMAGES)
     assert torch.equal(got[0], expected[0])
@@ -177,7 +168,6 @@ def exported(net):
 NO_HOOKS = {
     "scripted": lambda: torch.jit.script(Net()),
     "traced": lambda: traced(Net()),
-    "frozen": lambda: torch.jit.freeze(torch.jit.script(Net())),
     "exported": lambda: exported(Net()),
     "inside": lambda: nn.DataParallel(torch.jit.script(Net())),
 }
@@ -187,25 +177,19 @@ NO_HOOKS = {
 @pytest.mark.parametrize("kind", NO_HOOKS)
 def test_networks_whose_modules_run_no_hooks_are_one_error(kind):
     net = NO_HOOKS[kind]()
-    for use in (lambda: FuseNorm(net), lambda: tap_candidates(net, IMAGES)):
+    for use in (
+        lambda: FuseNorm(net),
+        lambda: tap_candidates(net, IMAGES),
+        lambda: SingleScore(net, "msp").score(IMAGES),
+    ):
         with pytest.raises(TapError, match="give the network that it was made from"):
             use()
-    with pytest.raises(FuseNormError, match="give the network that it was made from"):
-        SingleScore(net, "msp").score(IMAGES)
 
 
-@pytest.mark.parametrize(
-    "net", [lambda x: x.mean((2, 3)), math.sqrt, None, "resnet18", {"model": Net()}], ids=type
-)
+@pytest.mark.parametrize("net", [lambda x: x.mean((2, 3)), None, {"model": Net()}], ids=type)
 def test_what_is_no_module_is_one_error(net):
     with pytest.raises(TapError, match=rf"must be a torch.nn.Module, got {type(net).__name__}"):
         FuseNorm(net)
-
-
-def test_an_exported_program_is_one_error():
-    program = torch.export.export(Net(), (IMAGES,))
-    with pytest.raises(TapError, match="got ExportedProgram"):
-        FuseNorm(program)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -302,8 +286,7 @@ def test_unwrapping():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("output", ["energy", "odin"])
-def test_a_quantised_network_of_torchvision_is_tapped(output):
+def test_a_quantised_network_of_torchvision_is_tapped():
     engines = torch.backends.quantized.supported_engines
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = next(e for e in reversed(engines) if e != "none")
@@ -311,12 +294,10 @@ def test_a_quantised_network_of_torchvision_is_tapped(output):
         torch.manual_seed(0)
         net = torchvision.models.quantization.resnet18(quantize=True, num_classes=5).eval()
         blocks = tuple(f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1))
-        detector = FuseNorm(net, strong=["output"], output=output)
-        if output == "odin":
-            with pytest.raises(FuseNormError, match="gradient"):
-                detector.fit([IMAGES])
-            return
-        assert detector.fit([IMAGES]).taps == blocks
+        with pytest.raises(FuseNormError, match="gradient"):
+            FuseNorm(net, strong=["output"], output="odin").fit([IMAGES[:4]])
+        detector = FuseNorm(net, strong=["output"], output="energy").fit([IMAGES])
+        assert detector.taps == blocks
         maps = [x.dequantize() for x in outputs_of(net, blocks, IMAGES)]
         right = torch.stack([atf(x) for x in maps]).double()
         torch.testing.assert_close(torch.tensor(detector.infer([IMAGES]).experts[:8]), right)
