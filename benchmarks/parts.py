@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fusenorm_openood.method.posthoc import Posthoc, Seen
 
 from fusenorm_openood.cli.detector import load_detector
 from fusenorm_openood.data.benchmarks import ImageSet
@@ -20,9 +21,7 @@ from fusenorm_openood.deployment.files import SHARD, FileShards, manifest
 from fusenorm_openood.deployment.rows import RowFile
 from fusenorm_openood.evaluation import records
 from fusenorm_openood.forward.samples import BlockSums
-from fusenorm_openood.method.posthoc import Posthoc, Seen
-from fusenorm_openood.storage.keys import Key
-from fusenorm_openood.storage.shards import Columns, ShardSet, decode
+from fusenorm_openood.storage.shards import Columns, Key, ShardSet, decode
 
 LOADED = 300  # images that are loaded to measure how fast that is
 

@@ -29,8 +29,7 @@ from fusenorm_openood.data.preprocessing import NORMALIZATIONS, Preprocessing
 from fusenorm_openood.deployment.files import ReadableFiles
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.network import ResNet18_32x32, ResNet18_224x224
-from fusenorm_openood.storage.keys import Key
-from fusenorm_openood.storage.shards import ShardSet
+from fusenorm_openood.storage.shards import Key, ShardSet
 from fusenorm_openood.storage.torchrun import this_process, wait_until
 
 PARTS = ("loading", "processes", "table", "memory")
