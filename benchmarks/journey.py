@@ -6,6 +6,7 @@ scores one batch of 8 images with torchvision's ResNet-18.
 
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,7 +20,7 @@ from fusenorm_openood import FuseNorm
 PACKAGE = str(Path(fusenorm_openood.__file__).parent)
 
 
-def journey(run: Any) -> dict[str, int]:
+def journey(run: Any) -> tuple[dict[str, int], Counter[str]]:
     """Figures of the package's functions that a call runs through."""
     calls: list[tuple[str, str]] = []
     depth = deepest = 0
@@ -46,7 +47,7 @@ def journey(run: Any) -> dict[str, int]:
         "calls": len(calls),
         "functions": len(set(calls)),
         "modules": len(set(files)),
-        "moves between modules": sum(a != b for a, b in zip(files, files[1:], strict=False)),
+        "moves between modules": sum(a != b for a, b in pairwise(files)),
         "frames": deepest,
     }, Counter(name for _, name in calls)
 

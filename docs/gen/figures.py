@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood import atf
-from fusenorm_openood.method.fusion import penalty
+from fusenorm_openood.method.fusion import deviation, penalty
 from fusenorm_openood.method.settings import Settings
 
 INK, SOFT, GRID = "#212121", "#607d8b", "#cfd8dc"
@@ -17,7 +17,7 @@ LINES = ("#1565c0", "#ef6c00", "#2e7d32")
 def penalty_figure() -> str:
     """Penalty against the normalised score of one weak expert, for three bases."""
     left, top, width, height = 60, 30, 480, 220
-    z = np.linspace(-1, 2, 301)
+    z = torch.from_numpy(np.linspace(-1, 2, 301))
 
     def x(value: float) -> float:
         return left + (value + 1) / 3 * width
@@ -36,7 +36,7 @@ def penalty_figure() -> str:
     for tick in (-1, -0.5, 0, 0.5, 1, 1.5, 2):
         parts += [text(x(tick), top + height + 18, f"{tick:g}", INK, "middle")]
     for base, colour in zip((20, 5, 2), LINES, strict=True):
-        curve = zip(z, penalty([z], base=base), strict=True)
+        curve = zip(z.tolist(), penalty(deviation(z), base=base).tolist(), strict=True)
         parts += [polyline([(x(a), y(b)) for a, b in curve], colour)]
     for number, (base, colour) in enumerate(zip((20, 5, 2), LINES, strict=True)):
         at = top + 20 + 22 * number

@@ -50,24 +50,8 @@ def benchmark_names() -> list[str]:
 
 def list_paths(name: str, data_root: str | Path) -> list[Path]:
     """All image lists of a benchmark, whether or not they exist."""
-    paths = [
-        under(data_root, value)
-        for file in sorted((config_root() / "datasets" / name).glob("*.yml"))
-        for value in _values(read_config(file), "imglist_pth")
-    ]
-    return list(dict.fromkeys(paths))
-
-
-def under(data_root: str | Path, path: str) -> Path:
-    """A path from the configurations, which starts with ./data, under another data root."""
-    return Path(data_root) / Path(path).relative_to("data")
-
-
-def _values(config: Any, key: str) -> Iterator[str]:
-    for name, value in config.items() if isinstance(config, dict) else ():
-        if name == key:
-            yield value
-        yield from _values(value, key)
+    benchmark = load_benchmark(name, data_root)
+    return list(dict.fromkeys(image_set.imagelist for image_set in benchmark.every()))
 
 
 @dataclass(frozen=True)
@@ -125,12 +109,10 @@ class Benchmark:
         problems = []
         for image_set in image_sets:
             try:
-                problem = image_set.images().first_missing()
+                problems.append(image_set.images().first_missing())
             except DataError as error:
-                problem = str(error)
-            if problem is not None:
-                problems.append(problem)
-        return problems
+                problems.append(str(error))
+        return [problem for problem in problems if problem]
 
 
 def load_benchmark(
@@ -138,14 +120,8 @@ def load_benchmark(
 ) -> Benchmark:
     """The benchmark of an ID data set, with images under a data root in OpenOOD's layout.
 
-    Args:
-        name: name of the ID data set.
-        data_root: folder of images and lists.
-        normalization: channel mean and standard deviation of the images that the network was
-            trained on; None = OpenOOD's for this data set.
-
-    Raises:
-        ConfigError: an unknown name, or an incomplete configuration.
+    `normalization` is the channel mean and standard deviation of the images that the network was
+    trained on; None = OpenOOD's for this data set. ConfigError for an unknown name.
     """
     folder = config_root() / "datasets" / name
     if name not in benchmark_names():
@@ -162,10 +138,12 @@ def load_benchmark(
     def image_set(split: Any, label: str) -> ImageSet:
         # Images of ImageNet-C already have their final size.
         sizes = None if label == "imagenet_c" else (pre_size, image_size)
-        imagelist, data_dir = lookup(split, "imglist_pth"), lookup(split, "data_dir")
-        return ImageSet(
-            under(data_root, imagelist), under(data_root, data_dir), EvalTransform(norm, sizes)
+        # The configurations' paths start with ./data.
+        imagelist, data_dir = (
+            Path(data_root) / Path(lookup(split, key)).relative_to("data")
+            for key in ("imglist_pth", "data_dir")
         )
+        return ImageSet(imagelist, data_dir, EvalTransform(norm, sizes))
 
     def image_sets(split: Any) -> dict[str, ImageSet]:
         return {key: image_set(split[key], key) for key in lookup(split, "datasets")}

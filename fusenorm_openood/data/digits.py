@@ -58,13 +58,13 @@ def write_digits(data_root: str | Path, seed: int = 0) -> None:
     if not benchmark.missing(benchmark.every()):
         return
     root = Path(data_root)
-    lists, images = root / "benchmark_imglist" / "digits", root / "images_digits"
+    homes = {"images": root / "images_digits", "lists": root / "benchmark_imglist" / "digits"}
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".digits-") as unfinished:
             for name, (grey, labels) in digits_image_sets(seed).items():
                 _write(Path(unfinished), name, grey, labels)
-            for folder, made in ((images, "images"), (lists, "lists")):
+            for made, folder in homes.items():
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 (Path(unfinished) / made).rename(folder)

@@ -22,13 +22,10 @@ class Entry(NamedTuple):
 
 
 def read_imagelist(path: Path) -> list[Entry]:
-    """The entries of a list in UTF-8; a label is the last field of its line.
-
-    Blank lines are skipped.
+    """The entries of a list in UTF-8; a label is the last field of a line that is not blank.
 
     Raises:
-        DataError: the list is missing, empty or not in UTF-8, or has a line that is not
-            `path label`.
+        DataError: the list is missing, empty or not in UTF-8, or has another line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

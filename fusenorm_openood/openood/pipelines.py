@@ -79,10 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def find_config(path: str) -> str:
     """The given configuration file, or this package's file of that name under `configs/`."""
-    first, *rest = Path(path).parts
     found = Path(path)
-    if first == "configs" and not found.is_file():
-        found = config_root().joinpath(*rest)
+    if found.parts[:1] == ("configs",) and not found.is_file():
+        found = config_root().joinpath(*found.parts[1:])
     if not found.is_file():
         siblings = ", ".join(sorted(p.name for p in found.parent.glob("*.yml")))
         raise ConfigError(

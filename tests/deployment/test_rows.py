@@ -191,3 +191,12 @@ def test_texts_come_back_and_begin_no_formula(tmp_path, kind):
         assert not [c for c in cells if c[:1] in tuple("=+-@\t\r＝") and c != "-1.5"]
     with RowFile(path, resume=True) as file:
         assert file.judged == {row.path for row in rows}
+
+
+def test_without_pyarrow_a_parquet_file_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for use in (RowFile, lambda path: list(read_rows(path))):
+        with pytest.raises(ConfigError, match=r"pyarrow.*fusenorm-openood\[parquet\]"):
+            use(tmp_path / "o.parquet")
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / "o.csv", ["a"])

@@ -69,8 +69,8 @@ def command(request, short, detector, tmp_path) -> Command:
 
 @pytest.fixture
 def expected(command, tmp_path):
-    """What an undisturbed run makes."""
-    return command.runs(tmp_path / "undisturbed", tmp_path / "undisturbed" / "store")
+    """What an uninterrupted run makes."""
+    return command.runs(tmp_path / "uninterrupted", tmp_path / "uninterrupted" / "store")
 
 
 def remove_shard(store: Path, number: int) -> None:
@@ -84,8 +84,8 @@ def remove_shard(store: Path, number: int) -> None:
 
 
 def whole_store(expected, tmp_path: Path) -> Path:
-    """A copy of the store of the undisturbed run."""
-    return shutil.copytree(tmp_path / "undisturbed" / "store", tmp_path / "store")
+    """A copy of the store of the uninterrupted run."""
+    return shutil.copytree(tmp_path / "uninterrupted" / "store", tmp_path / "store")
 
 
 def loader_ends():

@@ -17,7 +17,7 @@ from tests.scale.test_reuse import without_network_and_images
 
 @pytest.fixture(scope="module")
 def table(short, tmp_path_factory):
-    """What an undisturbed evaluation prints, without a store."""
+    """What an uninterrupted evaluation prints, without a store."""
     (done,) = run(tmp_path_factory.mktemp("live"), short.argv("eval", "none"))
     assert done.status == 0, done.err
     return done.out

@@ -29,7 +29,7 @@ MAKERS = {
 }
 
 
-def heard(store, make, batch_size=4):
+def recorded(store, make, batch_size=4):
     """A detector's scores from recorded passes, and how many images were read for them."""
     ID.read = IMAGES.read = 0
     known, unknown = (
@@ -49,9 +49,9 @@ def heard(store, make, batch_size=4):
     ],
 )
 def test_a_pass_serves_whatever_it_contains(before, names, tmp_path):
-    heard(tmp_path, MAKERS[before])
+    recorded(tmp_path, MAKERS[before])
     for name in names:
-        scored, read = heard(tmp_path, MAKERS[name])
+        scored, read = recorded(tmp_path, MAKERS[name])
         live = MAKERS[name](make_net()).fit(list(ID.images.split(40))).infer([IMAGES.images])
         assert read == 0, name
         torch.testing.assert_close(*(torch.from_numpy(s.conf) for s in (scored, live)))
@@ -70,29 +70,29 @@ def test_a_pass_serves_whatever_it_contains(before, names, tmp_path):
         ("default", "odin"),
     ],
 )
-def test_what_a_pass_does_not_contain_is_heard(before, name, tmp_path):
-    heard(tmp_path, MAKERS[before])
-    scored, read = heard(tmp_path, MAKERS[name])
-    alone, all_of_it = heard(tmp_path / "alone", MAKERS[name])
+def test_what_a_pass_does_not_contain_is_computed(before, name, tmp_path):
+    recorded(tmp_path, MAKERS[before])
+    scored, read = recorded(tmp_path, MAKERS[name])
+    alone, all_of_it = recorded(tmp_path / "alone", MAKERS[name])
     assert 0 < read <= all_of_it
     assert (scored.conf == alone.conf).all()
 
 
 def test_a_pass_serves_only_when_it_is_complete_and_undamaged(tmp_path):
-    expected, _ = heard(tmp_path, MAKERS["default"])
-    msp, _ = heard(tmp_path / "alone", MAKERS["msp"])
+    expected, _ = recorded(tmp_path, MAKERS["default"])
+    msp, _ = recorded(tmp_path / "alone", MAKERS["msp"])
     (folder,) = (f for f in tmp_path.glob("images-*") if Key.read(f).record["heard"]["taps"])
     (shard,) = folder.glob("*.safetensors")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100] + bytes(100))
-    scored, read = heard(tmp_path, MAKERS["msp"])
+    scored, read = recorded(tmp_path, MAKERS["msp"])
     assert read >= len(IMAGES)
     assert (scored.conf == msp.conf).all()
-    assert (heard(tmp_path, MAKERS["default"])[0].conf == expected.conf).all()
+    assert (recorded(tmp_path, MAKERS["default"])[0].conf == expected.conf).all()
 
 
 def test_features_are_recorded_once_for_the_threshold_and_the_scores(tmp_path):
-    _, read = heard(tmp_path, MAKERS["clipped"])
+    _, read = recorded(tmp_path, MAKERS["clipped"])
     assert read == len(ID) + len(IMAGES)
 
 
