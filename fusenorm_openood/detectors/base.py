@@ -23,7 +23,7 @@ from fusenorm_openood.errors import (
     ZeroRangeError,
 )
 from fusenorm_openood.forward.batches import Readings, checked_images, not_finite
-from fusenorm_openood.forward.experts import BatchScores, Expert, Fitted, Scoring
+from fusenorm_openood.forward.experts import BatchScores, Expert, Experts, Fitted, Scoring
 from fusenorm_openood.forward.loops import Recorder, batch_scores
 from fusenorm_openood.forward.recorded import dealt_out
 from fusenorm_openood.kernels.devices import moved
@@ -79,6 +79,7 @@ class ExpertScorer(ABC):
         if structure is None and isinstance(net, LazyNetwork) and net.known is not None:
             structure = net.known.structure
         self._structure = structure
+        self._last: Scoring | None = None
 
     @property
     def known_structure(self) -> Structure | None:
@@ -99,6 +100,14 @@ class ExpertScorer(ABC):
 
         They tell how the network is built; None once that is known.
         """
+
+    def _scoring(self, experts: Experts, fitted: Fitted, images: Tensor | None) -> Scoring:
+        """How these experts score images; the same object as long as nothing has changed."""
+        structure, last = self._known(images), self._last
+        same = last is not None and last.net is self.net and last.structure is structure
+        if last is None or not (same and last.experts is experts and last.fitted is fitted):
+            last = self._last = Scoring(self.net, structure, experts, fitted)
+        return last
 
     def _known(self, images: Tensor | None) -> Structure:
         """The structure, read at images if it is not known yet."""

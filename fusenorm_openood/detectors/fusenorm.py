@@ -33,7 +33,7 @@ from fusenorm_openood.kernels.devices import find_device, moved
 from fusenorm_openood.method.atf import atf_map
 from fusenorm_openood.method.joint import joint_statistics
 from fusenorm_openood.method.scores import OUTPUTS, POSTHOC
-from fusenorm_openood.method.scores.base import LogitScore, Score
+from fusenorm_openood.method.scores.base import LogitScore
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
 from fusenorm_openood.method.statistics import compute_id_statistics
 from fusenorm_openood.network.fingerprint import Fingerprint, is_network
@@ -96,9 +96,10 @@ class FuseNorm(Detector):
         super().__init__(net, structure, self.settings.random)
         named, strong = check_taps(net, self.settings.taps), self.settings.strong
         self.id_statistics_: DetectorStatistics | None = None
-        self.taps, self.strong, self.experts = named, (), ()
         self.companions: tuple[LogitScore, ...] = ()
         self._fitted = Fitted()
+        self._name(named, ())
+        self.experts = ()
         self.preprocessing: Preprocessing | None = None
         self._class_names: tuple[str, ...] | None = None
         self.network_source: dict[str, str] = {}
@@ -154,23 +155,14 @@ class FuseNorm(Detector):
         return self
 
     def scoring(self, images: Tensor | None = None) -> Scoring:
-        return Scoring(self.net, self._known(images), self._all_experts(), self._fitted)
+        return self._scoring(self._all, self._fitted, images)
 
     def rows(self) -> list[Expert]:
-        norm = self.settings.feature_norm
-        return [*((tap, norm) for tap in self.taps), *self._scores(), *self.companions]
+        return self._rows
 
     @property
     def row_names(self) -> tuple[str, ...]:
         return (*self.experts, *(score.label for score in self.companions))
-
-    def _scores(self) -> tuple[Score, ...]:
-        """The experts that are not feature norms."""
-        return tuple(self.settings.score(name) for name in self.experts[len(self.taps) :])
-
-    def _all_experts(self) -> Experts:
-        scores = tuple(dict.fromkeys((*self._scores(), *self.companions)))
-        return Experts(self.taps, (self.settings.feature_norm,), scores)
 
     def with_companions(self: F) -> F:
         """Also score the output experts that need no extra forward pass, for comparison.
@@ -183,6 +175,8 @@ class FuseNorm(Detector):
         self.companions = tuple(
             OUTPUTS[name](react_percentile=q, fused=True) for q in percentiles for name in names
         )
+        if self.experts:
+            self._name(self.taps, self.strong)
         return self
 
     @atomic
@@ -278,6 +272,7 @@ class FuseNorm(Detector):
             )
         self.name_as(statistics)
         _check_experts(statistics, self.experts)
+        self._name(self.taps, self.strong, statistics.experts)  # perhaps in an older order
         self._fitted, self.calibration_scores_ = statistics.fitted, None
         if then != now:
             statistics = self.learn(statistics.id_scores, statistics.fitted, statistics.network)
@@ -419,7 +414,7 @@ class FuseNorm(Detector):
         structure = self.structure(images)
         _check_names(self._class_names, structure)
         self._resolve(structure)
-        check_energy(self.net, structure, self._scores())
+        check_energy(self.net, structure, self._all.scores)
         warn_of_left_out(self.net, self.settings.taps, structure)
         super()._try(images)
 
@@ -437,9 +432,14 @@ class FuseNorm(Detector):
         else:
             self._name(taps, self._named_strong(self.settings.strong, taps))
 
-    def _name(self, taps: tuple[str, ...], strong: tuple[str, ...]) -> None:
-        others = [name for name in NO_LAYERS if name in strong]
+    def _name(
+        self, taps: tuple[str, ...], strong: tuple[str, ...], order: Sequence[str] = NO_LAYERS
+    ) -> None:
+        others = [name for name in order if name in strong and name in NO_LAYERS]
         self.taps, self.strong, self.experts = taps, strong, (*taps, *others)
+        norm, scores = self.settings.feature_norm, tuple(map(self.settings.score, others))
+        self._rows: list[Expert] = [*((tap, norm) for tap in taps), *scores, *self.companions]
+        self._all = Experts(taps, (norm,), tuple(dict.fromkeys((*scores, *self.companions))))
 
     def _repeated(self, experts: NDArray[Any]) -> int:
         layers = len(self.taps)  # other experts may score the images of their fit in another way
@@ -480,7 +480,7 @@ class FuseNorm(Detector):
 
 
 def _check_experts(statistics: DetectorStatistics, experts: tuple[str, ...]) -> None:
-    if statistics.experts != experts:
+    if set(statistics.experts) != set(experts):
         raise ConfigError(
             f"the ID statistics must have the detector's experts {', '.join(experts)}, got "
             f"{', '.join(statistics.experts)}: fit again"

@@ -1,7 +1,8 @@
 """The experts of a detector, and all their scores from one forward pass over images."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward.gradient import gradients_of_images
 from fusenorm_openood.forward.passes import ForwardPass, forward_pass, head_logits, head_of, parts
-from fusenorm_openood.kernels.devices import with_double
 from fusenorm_openood.method.atf import FeatureNorm, atf_each
 from fusenorm_openood.method.scores.base import NO_HEAD, Features, Head, Score, State
 from fusenorm_openood.method.scores.odin import odin_direction, odin_step
@@ -101,7 +101,8 @@ class BatchScores(NamedTuple):
         """Scores `[L, B]` of some experts, in float64 where the device has it."""
         if not experts:
             return torch.empty(0, len(self.pred), dtype=torch.float64, device="cpu")
-        return torch.stack([with_double(self.scores[expert]).double() for expert in experts])
+        rows = [self.scores[expert] for expert in experts]
+        return torch.stack([(t.cpu() if t.device.type == "mps" else t).double() for t in rows])
 
 
 @dataclass(frozen=True)
@@ -144,14 +145,14 @@ class Scoring:
 
     def run_part(self, images: Tensor) -> tuple[BatchScores, ForwardPass]:
         """As `run`, for a network in eval mode, without splitting the images; with the pass."""
-        self.check()
+        self._checked  # noqa: B018
         net, structure, by_network = self.net, self.structure, self.scores_by_network
         moved = dict[Score, Tensor]()
         if any(score.needs_gradient for score in by_network):
             first, moved = self._with_gradients(images)
         else:
             with torch.no_grad():
-                first = forward_pass(net, images, structure, self.experts.layers, self._norms)
+                first = forward_pass(net, images, structure, self.experts.layers, self._reduce)
         scores = dict[Expert, Tensor]()
         if self.experts.layers:
             scores = dict(
@@ -203,7 +204,7 @@ class Scoring:
         except TapError:
             return 0
 
-    @property
+    @cached_property
     def scores_by_network(self) -> list[Score]:
         """The scores that run the network, or its head on more than one feature per image."""
         return [
@@ -213,7 +214,7 @@ class Scoring:
             or (score.clip_percentile is not None and not self.structure.head.is_linear)
         ]
 
-    @property
+    @cached_property
     def needs_feature(self) -> bool:
         """Whether a score is computed from features that a pass has given."""
         by_network = self.scores_by_network
@@ -223,7 +224,7 @@ class Scoring:
             if score not in by_network
         )
 
-    @property
+    @cached_property
     def recorded(self) -> list[Expert]:
         """The experts whose scores `run` gives, in the order in which they are recorded."""
         return [*self.experts.feature_norms, *self.scores_by_network]
@@ -243,8 +244,9 @@ class Scoring:
             "batch_dependent": self.structure.batch_dependent,
         }
 
-    def _norms(self, feature_map: Tensor) -> Tensor:
-        return atf_each(feature_map, self.experts.norms)
+    @cached_property
+    def _reduce(self) -> Callable[[Tensor], Tensor]:
+        return partial(atf_each, settings=self.experts.norms)
 
     def _logits(self, images: Tensor, done: ForwardPass, score: Score) -> Tensor:
         """Logits `[B, K]` of a pass, after ReAct if the score asks for it."""
@@ -255,6 +257,14 @@ class Scoring:
             return forward_pass(self.net, images, self.structure, threshold=threshold).logits
         assert done.feature is not None  # as `check` has made sure
         return head_logits(self.net, self.structure, done.feature.clamp(max=threshold))
+
+    @cached_property
+    def _feature_norms(self) -> list[tuple[str, FeatureNorm]]:
+        return self.experts.feature_norms
+
+    @cached_property
+    def _checked(self) -> None:
+        self.check()
 
     def check(self) -> None:
         """Raise TapError for a score that needs what the network does not have."""
@@ -280,7 +290,7 @@ class Scoring:
 
         def differentiate(leaf: Tensor) -> tuple[ForwardPass, dict[Score, Tensor]]:
             layers = self.experts.layers
-            first = forward_pass(self.net, leaf, self.structure, layers, self._norms)
+            first = forward_pass(self.net, leaf, self.structure, layers, self._reduce)
             return first, self._perturbed(leaf, first)
 
         split = parts(images, self.structure.batch_dependent, with_graph=True)

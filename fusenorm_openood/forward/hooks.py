@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -153,31 +154,34 @@ def hooked_layers(
     """
     reduced = dict[str, Tensor]()
 
-    def take(name: str, value: Any) -> None:
+    def take(name: str, module: nn.Module, args: Any, value: Any) -> None:
         layout, number = structure.layouts.get(name), structure.outputs.get(name, 0)
-        found = next((x for _, x in islice(tensors_in(value), number, None)), None)
+        if type(value) is Tensor and not value.is_quantized:
+            found: Tensor | None = value  # the usual case, without a search
+        else:
+            found = next((x for _, x in islice(tensors_in(value), number, None)), None)
         if name in reduced or found is None or layout is None or found.ndim != len(layout):
             shape = () if found is None else tuple(found.shape)
             runs = max(structure.runs.get(name, 1), 1 + (name in reduced))
             raise _unusable(net, name, runs, shape)
         with torch.no_grad():
-            maps = as_maps(found.detach(), layout, image, structure.prefixes.get(name))
-            reduced[name] = reduce(maps)
+            found = found.detach()
+            if layout != "BCHW":
+                found = as_maps(found, layout, image, structure.prefixes.get(name))
+            reduced[name] = reduce(found)
 
-    def before(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, kwargs: take(name, (args, kwargs))
+    def take_input(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        take(name, module, (), (args, kwargs))
 
-    def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, output: take(name, output)
-
-    given = [name for name in names if name.endswith(INPUT)]
-    returned = [name for name in names if not name.endswith(INPUT)]
-    with hooked(
-        before=[(net.get_submodule(n.removesuffix(INPUT)), before(n)) for n in given],
-        after=[(net.get_submodule(n), after(n)) for n in returned],
-    ):
+    before, after = [], []
+    for name in names:
+        if name.endswith(INPUT):
+            before.append((net.get_submodule(name.removesuffix(INPUT)), partial(take_input, name)))
+        else:
+            after.append((net.get_submodule(name), partial(take, name)))
+    with hooked(before, after):
         yield reduced
-    for name in (name for name in names if name not in reduced):
+    for name in set(names) - reduced.keys():
         raise _unusable(net, name, 0, ())
 
 

@@ -218,7 +218,9 @@ def head_of(net: nn.Module, structure: Structure) -> Head:
     if structure.affine is not None:
         return structure.affine
     layers, found = [unwrapped(net).get_submodule(name) for name in structure.head.names], None
-    if structure.head.is_affine:
+    if structure.head.is_affine and not any(layer.training for layer in layers):
+        found = linear_head(layers, structure.head.shares)
+    elif structure.head.is_affine:
         with eval_mode(nn.ModuleList(layers)):  # a spectral norm in training changes when read
             found = linear_head(layers, structure.head.shares)
     if found is None:

@@ -42,6 +42,7 @@ _COMPILED = {  # by the name of their package
     "numba": _Compiled("cpu", "cpu", 2**24, "pip install 'fusenorm-openood[fast]'"),  # float32
     "triton": _Compiled("cuda", "cuda", 2**14, "install torch's CUDA build, which includes it"),
 }
+_BY_DEVICE = {compiled.device: name for name, compiled in _COMPILED.items()}
 _failed: dict[str, str] = {}
 _found = cache(find_spec)
 
@@ -65,7 +66,7 @@ def backend(device: torch.device | str = "cpu") -> Backend:
         raise ConfigError(
             f"{VARIABLE}={forced} is unknown: set it to torch, {', '.join(_COMPILED)}, or unset it"
         )
-    name = forced or next((name for name, c in _COMPILED.items() if c.device == kind), "")
+    name = forced or _BY_DEVICE.get(kind, "")
     interpreted = forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if not name or not (_COMPILED[name].device == kind or interpreted):
         why_not = f"there is no {f'{name} ' if name else ''}kernel for {kind}"
@@ -91,7 +92,14 @@ def norms(x: Tensor, settings: Settings, by_torch: Norms) -> Tensor:
     if torch.compiler.is_compiling():
         return by_torch(x, settings)
     name = backend(x.device).name
-    if name == "torch" or not (_supports(name, x, settings) and may_read(x)):
+    is_supported = name != "torch" and (
+        x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and x.shape[0] > 0
+        and 1 < x.shape[-1] <= _COMPILED[name].most_pixels
+    )
+    for *_, eps in settings:  # to the last digits that float32 has
+        is_supported = is_supported and 1e-30 <= eps <= 1e30
+    if not (is_supported and may_read(x)):
         return by_torch(x, settings)
     try:
         kernel = _kernel(name, x.device, by_torch)
@@ -125,16 +133,6 @@ def _untraced(kernel: Norms) -> Norms:
     """A kernel that torch.compile never traces: it would be given tensors without memory."""
     disabled: Norms = torch.compiler.disable(kernel)  # type: ignore[no-untyped-call]
     return disabled
-
-
-def _supports(name: str, x: Tensor, settings: Settings) -> bool:
-    """Whether a kernel computes these maps to the last digits that float32 has."""
-    return (
-        x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and x.shape[0] > 0
-        and 1 < x.shape[-1] <= _COMPILED[name].most_pixels
-        and all(1e-30 <= eps <= 1e30 for *_, eps in settings)
-    )
 
 
 def _not_available(forced: str, why: str) -> ConfigError:

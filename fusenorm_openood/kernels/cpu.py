@@ -54,7 +54,6 @@ import numpy as np
 import torch
 from numba import carray, cfunc, from_dtype, njit, types  # type: ignore[attr-defined]
 from numba.extending import overload
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fusenorm_openood.kernels import LOG1P
@@ -159,35 +158,23 @@ def norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> T
     threads = 1 if os.getpid() != _process else min(torch.get_num_threads(), B)
     given, taken = np.array(settings, np.float64), np.zeros(2, np.int64)
     out = np.empty((len(settings), B))
-    places = (array.ctypes.data for array in (given, out, taken, _scratch(threads * scratch)))
+    # Memory that is kept for later calls: fresh memory costs a page fault per page. Compiled code
+    # works with it alone: it allocates nothing and cannot fail.
+    memory = getattr(_local, "scratch", None)
+    if memory is None or memory.size < threads * scratch:
+        memory = _local.scratch = np.empty(threads * scratch, np.uint8)
+    places = given.ctypes.data, out.ctypes.data, taken.ctypes.data, memory.ctypes.data
     job = np.array([(x.data_ptr(), *places, *maps, len(settings))], JOB)
-    _on_threads(threads, job.ctypes.data)
-    return torch.from_numpy(out)
-
-
-def _scratch(size: int) -> NDArray[np.uint8]:
-    """Memory that is kept for later calls, for fresh memory costs a page fault per page.
-
-    Compiled code works with this alone: it allocates nothing and cannot fail.
-    """
-    kept = getattr(_local, "scratch", None)
-    if kept is None or kept.size < size:
-        kept = _local.scratch = np.empty(size, np.uint8)
-    return kept
-
-
-def _on_threads(threads: int, job: int) -> None:
-    """Have threads do a job together: each takes one sample after another.
-
-    They are torch's own, which wait actively for the next layer: others would compete with them.
-    """
+    # Threads do the job together: each takes one sample after another. They are torch's own, which
+    # wait actively for the next layer: others would compete with them.
     in_torch_threads = _openmp()
     if threads == 1:
-        _call(job)
+        _call(job.ctypes.data)
     elif in_torch_threads:
-        in_torch_threads(_work.address, job, threads, 0)
+        in_torch_threads(_work.address, job.ctypes.data, threads, 0)
     else:
-        list(_pool(threads).map(_call, [job] * threads))
+        list(_pool(threads).map(_call, [job.ctypes.data] * threads))
+    return torch.from_numpy(out)
 
 
 @cache

@@ -34,7 +34,9 @@ def may_read(x: Tensor) -> bool:
         storage = x.untyped_storage()
     except RuntimeError:  # wrapped by torch.func
         return False
-    last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    last = x.storage_offset()
+    for count, stride in zip(x.shape, x.stride(), strict=True):
+        last += (count - 1) * stride
     return x.data_ptr() != 0 and bool((last + 1) * x.element_size() <= storage.nbytes())
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from threading import Lock, RLock
 from typing import Any
 
@@ -48,24 +49,20 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
         yield
     finally:
         with _lock:
-            wanted = {module: _mode_after_a_pass(module) for module in modules}
-            evaluated = [module for module, mode in wanted.items() if not mode]
+            wanted = dict[nn.Module, bool]()
+            for module in modules:
+                mode, passes = _modes.pop(module)
+                if passes > 1:
+                    _modes[module] = mode, passes - 1
+                wanted[module] = mode and passes == 1
             for module, mode in wanted.items():
                 if module.training != mode:
-                    _set_mode(module, mode, evaluated)
+                    _set_mode(module, mode, [other for other in modules if not wanted[other]])
             for module in modules:
                 for tensor, former in () if module in _modes else _changed.pop(module, ()):
                     tensor.data.copy_(former)
             if not _modes and _eager:
                 _eager.pop().__exit__(None, None, None)
-
-
-def _mode_after_a_pass(module: nn.Module) -> bool:
-    """Count out one pass; the mode that the module is to have from now on."""
-    mode, passes = _modes.pop(module)
-    if passes > 1:
-        _modes[module] = mode, passes - 1
-    return mode and passes == 1
 
 
 def _evaluate(module: nn.Module) -> None:
@@ -144,23 +141,25 @@ def own_pass() -> Iterator[None]:
         _current_pass.reset(token)
 
 
+def _in_pass(this: object, hook: Hook, *given: Any) -> Any:
+    # Another thread may call a hook without `kwargs` while this one registers or removes it.
+    return hook(*given) if _current_pass.get() is this else None
+
+
 @contextmanager
 def hooked(
     before: Iterable[tuple[nn.Module, Hook]] = (), after: Iterable[tuple[nn.Module, Hook]] = ()
 ) -> Iterator[None]:
     """Call `before(module, args, kwargs)` and `after(module, args, output)` in the current pass."""
-    this, handles = _current_pass.get(), []
-
-    def own(hook: Hook) -> Hook:
-        # Another thread may call a hook without `kwargs` while this one registers or removes it.
-        return lambda *given: hook(*given) if _current_pass.get() is this else None
-
+    own, handles = partial(_in_pass, _current_pass.get()), []
     try:
         with _numbering:
             for module, hook in before:
-                handles.append(module.register_forward_pre_hook(own(hook), with_kwargs=True))
+                handles.append(
+                    module.register_forward_pre_hook(partial(own, hook), with_kwargs=True)
+                )
             for module, hook in after:
-                handles.append(module.register_forward_hook(own(hook)))
+                handles.append(module.register_forward_hook(partial(own, hook)))
         yield
     finally:
         for handle in handles:

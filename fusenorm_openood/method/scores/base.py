@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.kernels.devices import following, full_precision, with_double
+from fusenorm_openood.kernels.devices import full_precision, with_double
 from fusenorm_openood.method.validation import PERCENTILE, POSITIVE, SWITCH, check_fields, checked
 
 State = dict[str, Tensor]  # what a score fits, on the CPU
@@ -33,6 +33,13 @@ class Head(NamedTuple):
     def __call__(self, feature: Tensor) -> Tensor:
         """Logits `[B, K]` of features `[B, D]`."""
         return feature @ self.weight.T + self.bias
+
+    def on(self, device: torch.device) -> "Head":
+        """The layer on a device, in float32."""
+        weight, bias = self.weight.float(), self.bias.float()
+        if weight.device == device:  # a trace does not see what is there already
+            return Head(weight, bias)
+        return Head(weight.to(device), bias.to(device))
 
 
 NO_HEAD = Head(*(torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((0, 1), (0,))))
@@ -125,11 +132,12 @@ class Score:
             state: what `fit` has returned.
             labels: labels `[B]` of images of the fit; see `score_fit`.
         """
-        device = batch.feature.device
+        device, moved = batch.feature.device, dict(state or {})
+        for name, value in moved.items():
+            if value.device != device:
+                moved[name] = value.to(device)
         with torch.no_grad(), full_precision(device):
-            batch = Features(*(t.float() for t in batch))
-            head = Head(*(following(t.float(), device) for t in head))
-            moved = {name: following(t, device) for name, t in (state or {}).items()}
+            batch, head = Features(batch[0].float(), batch[1].float()), head.on(device)
             if labels is None:
                 return self.score(batch, head, moved)
             return self.score_fit(batch, head, moved, labels)
