@@ -44,7 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     options.add(parser, "--config", help="YAML file of FuseNorm, or this package's name")
     options.add(parser, "--set")
     options.add(parser, "--batch-size", default=64, help="images per batch (default: 64)")
-    stored = "keep what the network says of images; torchrun needs it"
+    stored = "keep the scores of images in this folder; torchrun needs it"
     options.add(parser, "--store", default=None, help=stored)
     options.add(parser, *options.COMPUTING)
 

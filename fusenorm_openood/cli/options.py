@@ -92,7 +92,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "--seed": ({"type": whole, "default": 0}, "random seed (default: 0)"),
     "--store": (
         {"default": "results/store", "metavar": "DIR"},
-        "keep what the network says of each image in this folder, so that it is never asked "
+        "keep the scores of each image in this folder, so that no image is scored "
         "twice; none = keep nothing (default: results/store)",
     ),
     "--report": ({"metavar": "FILE"}, "also write an HTML page with figures and images"),

@@ -89,15 +89,15 @@ class Settings:
         react_percentile: percentile of the penultimate ID activations at which ReAct clips them
             for the output expert; None = no ReAct.
         neighbours: number K of the nearest ID images for `knn`.
-        strong: strong experts, each a tap's name, a tap's number (from 0), `"output"` or the
-            output expert's name, or one of `knn`, `fdbd`, `gen`, `nci`, `mds`, `vim`, `she`,
-            `scale`, `ash`; `"auto"` = the first tap of the last stage and the output expert. The
-            other taps are weak.
+        strong: strong experts, each a layer's name, its number (from 0), `"output"` or the output
+            expert's name, or one of `knn`, `fdbd`, `gen`, `nci`, `mds`, `vim`, `she`,
+            `scale`, `ash`; `"auto"` = the first layer of the last stage and the output expert.
+            The other layers are weak.
         weights: one weight per strong expert; None = equal weights.
         clip: whether a strong score above the percentile `percentile_high` of the ID scores
             counts as that percentile, and images that are far off are penalised beyond `cap`.
         penalty: `"deviation"`, from the largest deviation of a weak expert (see `penalty`), or
-            `"joint"`, from the joint distance of the norms of all taps (see `joint_penalty`).
+            `"joint"`, from the joint distance of the norms of all layers (see `JointDistance`).
         base: how steeply the penalty `"deviation"` grows.
         cap: largest penalty of `"deviation"`, of images that are not far off.
         joint_weight: weight of the penalty `"joint"`.
