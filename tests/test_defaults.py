@@ -17,13 +17,18 @@ from fusenorm_openood.kernels.devices import find_device
 from fusenorm_openood.method.atf import atf_map
 from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.training.recipes import Recipe
-from tests.forward.test_other_devices import FUSED, SINGLE, Images, labelled
-from tests.nets import Net, some_images
+from tests.forward.test_other_devices import FUSED
+from tests.nets import CLASSES, Net, some_images
 
 DEFAULTS = {"float64": torch.float64, "meta": "meta"}
 PRE = Preprocessing(12, (12, 12), "bilinear", (0.5,) * 3, (0.25,) * 3)
 PIXELS = np.random.default_rng(0).integers(0, 256, (14, 16, 3), np.uint8)
 NORM = ((0.5,) * 3, (0.25,) * 3)
+
+
+def listed(images):
+    """A data set of images in OpenOOD's format."""
+    return [{"data": image, "label": n % CLASSES} for n, image in enumerate(images)]
 
 
 @pytest.fixture(params=DEFAULTS)
@@ -63,13 +68,14 @@ def same(found, expected):
     "name", ["published", "joint", "react", "odin in units of pixels", "all", "odin", "ebo"]
 )
 def test_fit_and_score(name, under, tmp_path):
-    net, images, fit = Net(), some_images(9), labelled(some_images(40, seed=2))
+    net, images, fit = (
+        Net(),
+        some_images(9),
+        [(some_images(40, seed=2), torch.arange(40) % CLASSES)],
+    )
 
     def compute():
-        if name in FUSED:
-            detector = FuseNorm(net, FUSED[name])
-        else:
-            detector = SingleScore(net, name, **SINGLE[name])
+        detector = FuseNorm(net, FUSED[name]) if name in FUSED else SingleScore(net, name)
         return detector.fit(fit).score(images), detector.infer(fit).conf
 
     under(compute)
@@ -105,7 +111,7 @@ def test_export(under, tmp_path):
 
 
 def test_recorded_and_searched(under, tmp_path):
-    net, stores, images = Net(), iter("ab"), [Images(some_images(20, seed=s)) for s in range(2)]
+    net, stores, images = Net(), iter("ab"), [listed(some_images(20, seed=s)) for s in range(2)]
 
     def compute():
         store = tmp_path / next(stores)
@@ -118,7 +124,7 @@ def test_recorded_and_searched(under, tmp_path):
 
 
 def test_images_and_loaders(under):
-    image, images, few = Image.fromarray(PIXELS), Images(some_images(9)), some_images(3)
+    image, images, few = Image.fromarray(PIXELS), listed(some_images(9)), some_images(3)
 
     def compute():
         torch.manual_seed(0)

@@ -294,8 +294,7 @@ class FuseNorm(Detector):
 
     def confidence(self, experts: NDArray[Any]) -> NDArray[np.float64]:
         statistics = self._check_fitted()
-        conf: NDArray[np.float64] = statistics.contributions(experts[: len(self.experts)]).sum(0)
-        return conf
+        return statistics.confidence(experts[: len(self.experts)])
 
     def known_preprocessing(self) -> Preprocessing:
         """The preprocessing; DataError if it is not set."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from fusenorm_openood.forward.experts import Fitted
 from fusenorm_openood.method.conformal import conformal_p_values
 from fusenorm_openood.method.fusion import Fusion
-from fusenorm_openood.method.joint import JointStatistics
+from fusenorm_openood.method.joint import JointStatistics, sum_of_rows
 from fusenorm_openood.method.scores import POSTHOC, make_score
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.method.statistics import IDStatistics
@@ -59,6 +59,11 @@ class DetectorStatistics:
         """Contributions `[L, N]` of the experts to the confidences, which are their sums."""
         given: NDArray[np.float64] = self.fusion(_float64(scores)).numpy()
         return given
+
+    def confidence(self, scores: NDArray[Any]) -> NDArray[np.float64]:
+        """Confidences `[N]` of images with these scores `[L, N]`, the sums of the contributions."""
+        conf: NDArray[np.float64] = sum_of_rows(self.fusion(_float64(scores))).numpy()
+        return conf
 
     @cached_property
     def mean_contributions(self) -> NDArray[np.float64]:
@@ -117,7 +122,7 @@ def explanation(
     """The explanation of images with these expert scores `[L, B]`; see there."""
     contributions = statistics.contributions(scores)
     below = statistics.mean_contributions - contributions
-    conf = contributions.sum(axis=0)
+    conf = statistics.confidence(scores)
     return Explanation(
         statistics.experts,
         conf,

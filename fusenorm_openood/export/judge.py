@@ -14,6 +14,7 @@ from fusenorm_openood.errors import ConfigError, ExportError
 from fusenorm_openood.forward.experts import Expert, Fitted, Scoring
 from fusenorm_openood.method.conformal import EQUAL
 from fusenorm_openood.method.fusion import Fusion
+from fusenorm_openood.method.joint import sum_of_rows
 from fusenorm_openood.network.running import unwrapped
 
 Dtype = Literal["uint8", "float32"]
@@ -120,7 +121,7 @@ class Judge(nn.Module):
         """
         batch, done = self.scoring.run_part(self.inputs.normalised(image))
         scores = self.scoring.complete(batch).matrix(self.rows)
-        conf = torch.where(scores.isfinite().all(0), self.fusion(scores).sum(0), torch.nan)
+        conf = torch.where(scores.isfinite().all(0), sum_of_rows(self.fusion(scores)), torch.nan)
         if self.calibration is None or acceptance is None:
             return done.classified, conf
         smaller = (self.calibration <= conf.unsqueeze(1)).sum(1)  # see `conformal_p_values`

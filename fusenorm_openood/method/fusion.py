@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.method.joint import JointDistance, JointStatistics
+from fusenorm_openood.method.joint import JointDistance, JointStatistics, sum_of_rows
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.method.statistics import IDStatistics
 from fusenorm_openood.method.validation import BASE, NOT_NEGATIVE, scaled_weights
@@ -73,7 +73,7 @@ def fuse(
         )
     base, cap = BASE("base", base), NOT_NEGATIVE("cap", cap)
     scaled = torch.tensor(scaled_weights(weights, len(strong)), dtype=torch.float64, device="cpu")
-    fused = (scaled[:, None] * torch.from_numpy(strong)).sum(0)
+    fused = sum_of_rows(scaled[:, None] * torch.from_numpy(strong))
     if len(weak):
         fused = fused - penalty(deviation(torch.from_numpy(weak)).amax(0), base, cap)
     confidences: NDArray[np.float64] = fused.numpy()
@@ -134,7 +134,7 @@ class Fusion(nn.Module):
         if s.penalty == "joint":
             given = self.weights * z
             terms = self.joint_distance.terms(scores[: self.layers])
-            total = terms.sum(0)
+            total = sum_of_rows(terms)
             parts = torch.where(total > 0, terms / total, 1 / self.layers)
             return _added(given, -s.joint_weight * self.joint_distance.penalty(terms) * parts)
         given = self.weights * (z.clamp(max=1) if s.clip else z)

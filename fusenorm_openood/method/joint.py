@@ -18,7 +18,6 @@ SMALLEST = float(np.finfo(np.float32).tiny)  # the norm of a dead feature map co
 LEAST = 1e-6  # the smallest distance, so that its logarithm is finite
 FAR = 2.5  # deviations of the log distance above its ID mean from where on an image is far off,
 RARE = 99.9  # unless this percentile of the ID images is farther
-AT_ONCE = 2**22  # products of norms held at once
 STEEP = 16.0  # growth of `JointDistance.far_off` per deviation
 
 
@@ -40,6 +39,20 @@ class JointStatistics(NamedTuple):
     log_mean: float
     log_std: float
     limit: float = math.inf
+
+
+def sum_of_rows(rows: Tensor) -> Tensor:
+    """The sum over the first axis, one row after another.
+
+    Unlike the last bit of a reduction or a matrix product, that of this sum does not depend on the
+    number of images, so that an image has one confidence in every batch.
+    """
+    if torch.compiler.is_compiling():
+        return rows.sum(0)
+    total = rows[0]
+    for row in rows[1:]:
+        total = total + row
+    return total
 
 
 class JointDistance(nn.Module):
@@ -72,13 +85,14 @@ class JointDistance(nn.Module):
         u = self.standardised(norms)
         if torch.compiler.is_compiling():
             return u * (self.precision @ u)
-        # The last bit of a matrix product depends on the number of images, that of sums does not.
-        parts = torch.split(u, max(1, AT_ONCE // len(u) ** 2), dim=1)
-        return torch.cat([p * (self.precision[:, :, None] * p).sum(1) for p in parts], dim=1)
+        product = torch.zeros_like(u)
+        for weights, row in zip(self.precision.T, u, strict=True):  # see `sum_of_rows`
+            product = product + weights[:, None] * row
+        return u * product
 
     def log_distance(self, terms: Tensor) -> Tensor:
         """log M `[N]` from its terms, larger = less in-distribution."""
-        squared = terms.sum(0) / self.varying
+        squared = sum_of_rows(terms) / self.varying
         return squared.clamp(min=0).sqrt().clamp(min=LEAST).log()
 
     def far_off(self, terms: Tensor) -> Tensor:

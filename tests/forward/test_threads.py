@@ -102,7 +102,7 @@ def test_threads_that_share_a_t2fnorm_network():
     net[1].set_tau(0.1)
     detector = SingleScore(net, "t2fnorm")
     with torch.no_grad():
-        right = net[1].forward_ood_inference(IMAGES).softmax(1).amax(1).double()
+        right = net[1].forward_ood_inference(IMAGES).softmax(1).amax(1)
         classes = net(IMAGES).argmax(1)
     for pred, conf in in_threads(detector.predict, [IMAGES] * 30):
         torch.testing.assert_close(conf, right)

@@ -113,7 +113,7 @@ def test_a_loader_process_that_is_killed_is_one_sentence(command, expected, tmp_
     assert scored_twice(log_of(home)) == []
 
 
-def full_disk(size: int = 1200):
+def full_disk(size: int = 500):
     """Let no file be larger than so many bytes, and print nothing: that is a file as well."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))

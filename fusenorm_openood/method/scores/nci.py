@@ -22,6 +22,7 @@ from fusenorm_openood.method.validation import NOT_NEGATIVE, checked
 class NCI(Score):
     """Centred feature's length along its class's weights, plus `alpha` times its L1 norm.
 
+    >>> import torch
     >>> head, feature = Head(torch.eye(2), torch.zeros(2)), torch.tensor([[3.0, 4.0]])
     >>> NCI(alpha=0)(Features(feature, head(feature)), head, {"mean": torch.zeros(2)})
     tensor([0.8000])
