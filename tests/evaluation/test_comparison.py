@@ -9,7 +9,7 @@ from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.comparison import FUSENORM, compare, tables
 from fusenorm_openood.evaluation.evaluation import evaluate
 from fusenorm_openood.method.metrics import ood_metrics
-from fusenorm_openood.method.scores import POSTHOC
+from fusenorm_openood.method.scores import POSTHOC, make_score
 from fusenorm_openood.storage.configs import config_root
 from fusenorm_openood.training.loop import train_digits
 from tests.conftest import shortened_digits
@@ -36,7 +36,7 @@ def test_every_row_equals_the_method_evaluated_alone(digits, few, method, tmp_pa
     alone = {
         "MSP" if method == "base" else "MSP (T2FNorm)": SingleScore(net, "msp"),
         "Energy": SingleScore(net, "ebo", temperature=1.0),
-        "ODIN": SingleScore(net, "odin", std, temperature=1000.0, noise=0.0014),
+        "ODIN": SingleScore(net, make_score("odin", input_std=std)),
         "ReAct": SingleScore(net, "react", percentile=90.0),
         **{POSTHOC[n].title: SingleScore(net, n).fit(id_val) for n in posthoc},
         "KNN (K = 5)": SingleScore(net, "knn", K=5).fit(id_val),
