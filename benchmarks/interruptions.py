@@ -94,11 +94,11 @@ class Loading:
     def __init__(self, log: Log) -> None:
         self.log, self.load = log, score.load_detector
 
-    def __call__(self, args: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
         if "ray" in sys.modules and sys.modules["ray"].get_runtime_context().get_actor_id():
             self.log.follow()
             self.log.say("loaded")
-        return self.load(args)
+        return self.load(*args)
 
 
 class Home(NamedTuple):

@@ -6,7 +6,6 @@ Seconds are those of a core, which other processes do not prolong, except for th
 import tempfile
 import time
 import tracemalloc
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def checking(image_sets: Sequence[ImageSet]) -> dict[str, float]:
     images, clock = [s.images() for s in image_sets], [time.process_time()]
     for one in images:
         one.first_missing()
-        records.manifest(one)
+        records.list_digest(one)
     clock.append(time.process_time())
     for one in images:
         list(one.faults())
@@ -59,7 +58,7 @@ def checking(image_sets: Sequence[ImageSet]) -> dict[str, float]:
 def shards_in(store: Path) -> list[Path]:
     """The shards of images in a store, which also has networks and faults of lists."""
     others = ("network-*", "*_faults-*")
-    files = sorted(store.rglob("*.parquet"))
+    files = sorted(store.rglob("*.safetensors"))
     return [file for file in files if not any(map(file.parent.match, others))]
 
 
@@ -110,9 +109,10 @@ def driving(listed: Path, detector: Path, columns: Columns) -> dict[str, float]:
     clock = [time.process_time()]
     manifest(manifest_paths(str(listed)))
     clock.append(time.process_time())
-    given = Namespace(detector=str(detector), network=None, weights=None, bits=None, device="cpu")
     with tempfile.TemporaryDirectory() as folder, RowFile(Path(folder, "rows.csv")) as file:
-        files = FileShards(load_detector(given), paths, Path(folder))
+        files = FileShards(
+            load_detector(str(detector), None, None, None, "cpu"), paths, Path(folder)
+        )
         for number in range(files.shards.key.shard_count):
             rows = len(files.shards.span(number))
             whole = {name: np.resize(c, (rows, *c.shape[1:])) for name, c in columns.items()}
