@@ -65,7 +65,7 @@ def fit_experts(
     sample, sums = Sample(math.inf if by_label else LIMIT), BlockSums(posthoc)
 
     def add(batch: BatchScores) -> None:
-        labels = batch.pred.cpu()  # with true ones, the images of the fit would look too ID-like
+        labels = batch.pred.cpu()  # with true ones, the images of the fit would score too high
         if by_label:
             check_features(batch)
             given = torch.from_numpy(batch.label)

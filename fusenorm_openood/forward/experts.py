@@ -145,7 +145,7 @@ class Scoring:
 
     def run_part(self, images: Tensor) -> tuple[BatchScores, ForwardPass]:
         """As `run`, for a network in eval mode, without splitting the images; with the pass."""
-        self._checked  # noqa: B018
+        self.check()
         net, structure, by_network = self.net, self.structure, self.scores_by_network
         moved = dict[Score, Tensor]()
         if any(score.needs_gradient for score in by_network):
@@ -155,13 +155,8 @@ class Scoring:
                 first = forward_pass(net, images, structure, self.experts.layers, self._reduce)
         scores = dict[Expert, Tensor]()
         if self.experts.layers:
-            scores = dict(
-                zip(
-                    self.experts.feature_norms,
-                    first.norms.transpose(0, 1).flatten(0, 1),
-                    strict=True,
-                )
-            )
+            norms = first.norms.transpose(0, 1).flatten(0, 1)  # [L, S, B] -> [S L, B]
+            scores = dict(zip(self.experts.feature_norms, norms, strict=True))
         with torch.no_grad():
             for score in by_network:
                 given = moved.get(score, images)
@@ -257,14 +252,6 @@ class Scoring:
             return forward_pass(self.net, images, self.structure, threshold=threshold).logits
         assert done.feature is not None  # as `check` has made sure
         return head_logits(self.net, self.structure, done.feature.clamp(max=threshold))
-
-    @cached_property
-    def _feature_norms(self) -> list[tuple[str, FeatureNorm]]:
-        return self.experts.feature_norms
-
-    @cached_property
-    def _checked(self) -> None:
-        self.check()
 
     def check(self) -> None:
         """Raise TapError for a score that needs what the network does not have."""

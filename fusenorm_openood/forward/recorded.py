@@ -191,8 +191,7 @@ def _taken(mine: Mapping[str, Any], other: Mapping[str, Any]) -> Take | None:
     rows = [theirs.index(expert) for expert in ours]
 
     def take(columns: Columns) -> Columns:
-        names = {*columns} - (set() if mine["features"] else {"feature"})
-        found = {name: columns[name] for name in columns if name in names}
+        found = {n: c for n, c in columns.items() if n != "feature" or mine["features"]}
         if "scores" in found:
             found["scores"] = found["scores"][:, rows]
         return {name: array for name, array in found.items() if array.size}

@@ -89,7 +89,7 @@ def _is_intact(path: Path) -> bool:
 
 
 def load_state(path: str | Path) -> State:
-    """The state dict in a checkpoint file; CheckpointError if there is none.
+    """The state dict in a checkpoint file; CheckpointError if it has no state dict.
 
     Keys are without `module.` and `_orig_mod.`; counters of averaged weights are left out.
     """

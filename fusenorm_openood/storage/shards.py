@@ -290,7 +290,7 @@ def encode(columns: Mapping[str, NDArray[Any]], label: str, rows: int) -> bytes:
 
 
 def decode(data: bytes) -> tuple[str, Columns]:
-    """The label and the columns of a file of `encode`; DamagedShardError if it is none."""
+    """Label and columns of the bytes that `encode` returned; DamagedShardError for other bytes."""
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         label = header["__metadata__"]["fusenorm"]

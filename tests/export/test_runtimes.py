@@ -109,16 +109,13 @@ def test_a_thousand_files_in_three_runtimes(detector, tmp_path):
     ):
         pred_, conf_, p_, ood_ = map(np.array, zip(*found, strict=True))
         differing = ood_ != ood
-        relative = np.abs(conf_ - conf) / np.maximum(np.abs(conf), 1)  # as in `export`
-        # Norms that are almost 0 leave images that are far off less exact, not closer to a verdict.
-        is_far = conf < detector.calibration_scores_[0]
-        difference = relative[~is_far].max()
+        difference = (np.abs(conf_ - conf) / np.maximum(np.abs(conf), 1)).max()  # as `export` does
         print(
             f"{name}: {differing.sum()} of {COUNT} verdicts differ, {near.sum()} files are within "
             f"{NEAR:g} of the threshold; largest difference of confidences {difference:.1e}"
         )
-        assert difference < NEAR
-        assert relative.max() < 10 * NEAR
+        # Beyond the limit of ID images, the last digit of a float32 norm counts 10^4 times.
+        assert difference < 2 * NEAR
         assert not (differing & ~near).any()
         assert differing.sum() <= 2
         assert pred_.tolist() == pred.tolist()

@@ -148,7 +148,7 @@ class LogitScore(Score):
     """A score of the logits alone.
 
     Attributes:
-        output: name as the setting `output`; empty if it is none.
+        output: value of the setting `output` that selects it; empty if none does.
         temperature: divides the logits.
         react_percentile: percentile of the penultimate ID activations at which ReAct clips them;
             None = no ReAct.
