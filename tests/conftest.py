@@ -1,6 +1,7 @@
 """Networks, images and benchmarks that many tests share."""
 
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +23,23 @@ from fusenorm_openood.training.loop import train_digits
 
 CLASSES = 4
 
+# Where OpenOOD is installed, tests/openood runs, the postprocessor has OpenOOD's base class,
+# commands choose among two engines, and numpy, pandas and scikit-learn are those OpenOOD needs.
+OPENOOD = re.compile(
+    r"tests/(openood/|without_openood/|cli/test_(doctor|eval)|docs/test_generated"
+    r"|evaluation/test_leaderboard|method/test_(conformal|metrics|statistics)|test_numbers)"
+)
+
 # No example fails because the machine is busy.
 settings.register_profile("any load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any load")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the tests with a marker are selected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if OPENOOD.search(item.path.as_posix()):
+            item.add_marker(pytest.mark.openood)
 
 
 def make_net(seed: int = 0, classes: int = CLASSES) -> nn.Module:
