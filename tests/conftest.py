@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fusenorm_openood import atf
 from fusenorm_openood.data.benchmarks import Benchmark, load_benchmark
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.network import ResNet18_32x32
@@ -134,6 +135,13 @@ def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of this session, the same in every process of pytest-xdist."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernel_compiled_once(session_folder: Path) -> None:
+    """One of pytest-xdist's processes compiles the CPU kernel; the others find it."""
+    with FileLock(session_folder / "kernel.lock"):
+        atf(torch.ones(1, 1, 2, 2))
 
 
 @pytest.fixture(scope="session")

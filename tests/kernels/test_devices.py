@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fusenorm_openood import on_device
+from fusenorm_openood.kernels.devices import moved
 
 
 def test_cuda_means_the_device_within_the_context():
@@ -48,3 +49,10 @@ def test_nothing_remains_after_the_context():
 def test_cuda_itself_is_unaffected():
     with on_device("cuda"), pytest.raises((RuntimeError, AssertionError)):
         torch.ones(1).cuda("cuda:99")
+
+
+def test_images_take_the_precision_of_the_weights():
+    images = torch.ones(3, 2)
+    assert moved(nn.Linear(2, 2).double(), images).dtype == torch.float64
+    assert moved(nn.Linear(2, 2).bfloat16(), images).dtype == torch.bfloat16
+    assert moved(nn.ReLU(), images.half()).dtype == torch.float16

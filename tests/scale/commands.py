@@ -19,7 +19,9 @@ from fusenorm_openood.storage.shards import ShardSet
 from fusenorm_openood.storage.torchrun import PATIENCE
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__, "fusenorm_openood.cli.eval"])
+# What commands import late: each process would take seconds for it.
+LATE = ["torchvision.transforms", "fusenorm_openood.kernels.cpu"]
+CONTEXT.set_forkserver_preload([__name__, "fusenorm_openood.cli.eval", *LATE])
 LOST = 300 * PATIENCE  # seconds after which a process counts as waiting for ever
 
 

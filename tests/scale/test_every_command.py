@@ -41,11 +41,13 @@ class Command(NamedTuple):
 
 
 @pytest.fixture(
-    params=["score", *(pytest.param(c, marks=pytest.mark.slow) for c in ("eval", "fit"))]
+    scope="module",
+    params=["score", *(pytest.param(c, marks=pytest.mark.slow) for c in ("eval", "fit"))],
 )
-def command(request, short, detector, tmp_path) -> Command:
-    images = tmp_path / "data" / "images_digits"
-    shutil.copytree(short.data / "benchmark_imglist", tmp_path / "data" / "benchmark_imglist")
+def command(request, short, detector, tmp_path_factory) -> Command:
+    home = tmp_path_factory.mktemp("command")
+    images = home / "data" / "images_digits"
+    shutil.copytree(short.data / "benchmark_imglist", home / "data" / "benchmark_imglist")
     images.mkdir()
     for folder in (short.data / "images_digits").iterdir():
         (images / folder.name).symlink_to(folder)
@@ -56,21 +58,33 @@ def command(request, short, detector, tmp_path) -> Command:
         shutil.copy2(path, own)
     quick = ["--num-workers", 0, "--no-progress", "--device", "cpu"]
     if request.param == "eval":
-        known = short._replace(data=tmp_path / "data")
+        known = short._replace(data=home / "data")
         return Command(lambda store: known.argv("eval", store), lambda done: done.out, own)
     if request.param == "score":
         argv = ["score", "--detector", detector, own, *quick, "--store"]
         return Command(lambda store: [*argv, store], lambda done: done.out, own)
-    out = tmp_path / "out" / "d.st"
+    out = home / "out" / "d.st"
     argv = ["fit", "--weights", short.checkpoint, "--id-dir", own, "--image-size", 24]
     argv += ["--normalization", "digits", *quick, "--output", out, "--store"]
     return Command(lambda store: [*argv, store], lambda done: out.read_bytes(), own)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(command, tmp_path_factory) -> tuple[object, Path]:
+    """What an uninterrupted run makes, and its store."""
+    home = tmp_path_factory.mktemp("uninterrupted")
+    return command.runs(home, home / "store"), home / "store"
+
+
 @pytest.fixture
-def expected(command, tmp_path):
-    """What an uninterrupted run makes."""
-    return command.runs(tmp_path / "uninterrupted", tmp_path / "uninterrupted" / "store")
+def expected(uninterrupted) -> object:
+    return uninterrupted[0]
+
+
+@pytest.fixture
+def whole_store(uninterrupted, tmp_path) -> Path:
+    """A copy of the store of the uninterrupted run."""
+    return shutil.copytree(uninterrupted[1], tmp_path / "store")
 
 
 def remove_shard(store: Path, number: int) -> None:
@@ -81,11 +95,6 @@ def remove_shard(store: Path, number: int) -> None:
         for path in store.glob(f"{name}-*/{number:06d}-*.safetensors")
     ]
     path.unlink()
-
-
-def whole_store(expected, tmp_path: Path) -> Path:
-    """A copy of the store of the uninterrupted run."""
-    return shutil.copytree(tmp_path / "uninterrupted" / "store", tmp_path / "store")
 
 
 def loader_ends():
@@ -120,8 +129,8 @@ def full_disk(size: int = 500):
 
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_full_disk_is_one_sentence(command, expected, tmp_path, world):
-    home, store = tmp_path / "home", whole_store(expected, tmp_path)
+def test_a_full_disk_is_one_sentence(command, expected, whole_store, tmp_path, world):
+    home, store = tmp_path / "home", whole_store
     remove_shard(store, 1)
     done = run(home, command.argv(store), world, shard=8, first=full_disk)
     assert_one_sentence(failed_among(done), "shard 1 cannot be written", "free disk space")
@@ -159,8 +168,10 @@ def read_only(folder: Path):
         subprocess.run(["umount", folder], check=True)
 
 
-def test_a_complete_store_may_be_read_only_and_another_is_one_sentence(command, expected, tmp_path):
-    home, store = tmp_path / "home", whole_store(expected, tmp_path)
+def test_a_complete_store_may_be_read_only_and_another_is_one_sentence(
+    command, expected, whole_store, tmp_path
+):
+    home, store = tmp_path / "home", whole_store
     with read_only(store):
         assert command.runs(home, store) == expected
     remove_shard(store, 1)

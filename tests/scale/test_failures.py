@@ -105,7 +105,13 @@ def misname(path, store):
     path.rename(path.with_name(f"{path.name[:7]}{0:016x}.safetensors"))
 
 
-@pytest.mark.parametrize(("damage", "world"), [(cut, 1), (flip, 2), (swap, 1), (misname, 2)])
+OTHER_DAMAGE = [(cut, 1), (swap, 1), (misname, 2)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "world"),
+    [(flip, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHER_DAMAGE)],
+)
 def test_a_damaged_shard_is_reported_and_computed_again(
     short, table, store, tmp_path, damage, world
 ):

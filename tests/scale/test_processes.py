@@ -20,7 +20,7 @@ EVAL = {
 }
 
 
-QUICK = ("published", "half precision")
+QUICK = ("published",)
 
 
 def shards_of(store):

@@ -9,6 +9,7 @@ from fusenorm_openood import FuseNorm, FuseNormPostprocessor
 from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
 from fusenorm_openood.storage.configs import config_root
 from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
+from tests.nets import Net
 
 IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 SWEEP = {"base": [2, 20], "strong": ["auto", ["output"]], "k_max": [0.25, 0.5]}
@@ -164,6 +165,13 @@ def test_misuse_raises_typed_errors(net):
     with pytest.raises(FuseNormError):
         p.setup(net, {"val": []})
     assert not p.setup_flag
+
+
+def test_a_second_setup_reads_the_structure_of_another_network(ready, as_dicts):
+    other, fresh = Net(), FuseNormPostprocessor(config())
+    for p in (ready, fresh):
+        p.setup(other, {"val": as_dicts})
+    assert torch.equal(*(p.postprocess(other, IMAGES)[1] for p in (ready, fresh)))
 
 
 def test_another_network_is_not_scored_with_the_statistics_of_the_first(ready):
