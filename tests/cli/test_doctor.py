@@ -63,7 +63,10 @@ def test_a_broken_package_is_reported_with_its_fix(package, tmp_path, capsys):
     assert out.splitlines()[-1] == "the native engine does not work"
 
 
-def test_a_broken_torch_and_a_crashing_openood_do_not_stop_the_report(package, tmp_path, capsys):
+def test_a_broken_torch_and_a_crashing_openood_do_not_stop_the_report(
+    package, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delitem(sys.modules, "openood", raising=False)  # another test may have imported it
     package("torch", "raise ModuleNotFoundError('gone', name='torch')")
     package("openood", "import os; print('hello'); os.abort()")
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
