@@ -86,6 +86,14 @@ class ExportError(FuseNormError, RuntimeError):
     """A detector that cannot be exported, or whose exported program gives other confidences."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory could not be allocated, on any device."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch's
+        return True
+    texts = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(t in str(error).lower() for t in texts)
+
+
 def is_lost_loader(error: BaseException | None) -> bool:
     """Whether an error says that a process of a data loader ended.
 

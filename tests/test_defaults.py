@@ -7,7 +7,7 @@ from PIL import Image
 
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.data.lists import CpuLoader
-from fusenorm_openood.data.preprocessing import Preprocessing, eval_transform, train_transform
+from fusenorm_openood.data.preprocessing import EvalTransform, Preprocessing, train_transform
 from fusenorm_openood.data.pseudo import KINDS
 from fusenorm_openood.detectors.search import search
 from fusenorm_openood.detectors.single import SingleScore
@@ -130,7 +130,7 @@ def test_images_and_loaders(under):
         torch.manual_seed(0)
         order = [b["label"] for b in CpuLoader(images, 2, shuffle=True)]
         made = [KINDS[kind](few, torch.Generator().manual_seed(1)) for kind in KINDS]
-        return [*order, *made, PRE(image), eval_transform(12, 8, NORM)(image), atf_map(made[0])]
+        return [*order, *made, PRE(image), EvalTransform(NORM, (12, 8))(image), atf_map(made[0])]
 
     under(compute)
 

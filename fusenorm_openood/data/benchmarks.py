@@ -12,7 +12,7 @@ from fusenorm_openood.data.preprocessing import (
     EvalTransform,
     Normalization,
     Transform,
-    find_normalization,
+    parse_normalization,
 )
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.storage.configs import config_root, lookup, read_config
@@ -99,9 +99,9 @@ class Benchmark:
 
     def check_labels(self, image_sets: Iterable[ImageSet]) -> None:
         """Raise DataError if an ID image, covariate-shifted or not, is of none of the classes."""
-        known = (*self.id.values(), *self.csid.values())
+        labelled = (*self.id.values(), *self.csid.values())
         for image_set in image_sets:
-            if image_set in known:
+            if image_set in labelled:
                 image_set.images().check_labels(self.num_classes)
 
     def missing(self, image_sets: Iterable[ImageSet]) -> list[str]:
@@ -132,7 +132,7 @@ def load_benchmark(
     ood = lookup(read_config(folder / f"{name}_ood.yml"), "ood_dataset")
     shifted = folder / f"{name}_fsood.yml"
     csid = lookup(read_config(shifted), "ood_dataset", "csid") if shifted.is_file() else None
-    norm = normalization or find_normalization(lookup(dataset, "normalization_type"))
+    norm = normalization or parse_normalization(lookup(dataset, "normalization_type"))
     pre_size, image_size = lookup(dataset, "pre_size"), lookup(dataset, "image_size")
 
     def image_set(split: Any, label: str) -> ImageSet:

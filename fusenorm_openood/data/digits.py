@@ -33,9 +33,9 @@ def digits_image_sets(seed: int = 0) -> dict[str, Labelled]:
     images, labels = _enlarged(digits.images), digits.target.astype(np.int64)
 
     sets: dict[str, Labelled] = {}
-    known = rng.permutation(np.flatnonzero(labels < ID_CLASSES))
-    train, val = int(0.7 * len(known)), int(0.8 * len(known))
-    for split, chosen in zip(("train", "val", "test"), np.split(known, [train, val]), strict=True):
+    order = rng.permutation(np.flatnonzero(labels < ID_CLASSES))
+    parts = np.split(order, [int(0.7 * len(order)), int(0.8 * len(order))])
+    for split, chosen in zip(("train", "val", "test"), parts, strict=True):
         sets[f"{split}_digits"] = images[chosen], labels[chosen]
     for name, digit in (("val_digit7", 7), ("test_digit8", 8), ("test_digit9", 9)):
         sets[name] = _ood(images[labels == digit])
@@ -51,8 +51,7 @@ def digits_image_sets(seed: int = 0) -> dict[str, Labelled]:
 def write_digits(data_root: str | Path, seed: int = 0) -> None:
     """Write the benchmark's images and lists under a data root, unless they all exist.
 
-    Raises:
-        DataError: the data root is not writable.
+    DataError if the data root is not writable.
     """
     benchmark = load_benchmark("digits", data_root)
     if not benchmark.missing(benchmark.every()):

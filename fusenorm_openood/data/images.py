@@ -11,21 +11,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from fusenorm_openood.errors import DataError, RemoteError
 from fusenorm_openood.storage.urls import Place, Url
 
-# What PIL raises for a file that it cannot decode.
-UNREADABLE = (
-    OSError,
-    UnidentifiedImageError,
-    SyntaxError,
-    ValueError,
-    RuntimeError,
-    EOFError,
-    Image.DecompressionBombError,
-)
+# What PIL raises for a file that it cannot decode; UnidentifiedImageError is an OSError.
+_BOMB = Image.DecompressionBombError
+UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, _BOMB)
 # First and last bytes of files in the usual formats.
 _ENDS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xae\x42\x60\x82"))
 # Keys of `info` for what PIL knows of a file until it is decoded, and what is asked again later.
@@ -50,10 +43,6 @@ def read_image(path: Place, bits: int | None = None) -> Image.Image:
     `bits`; without either, values that all fit in fewer bits issue an `ImageWarning`, as does a
     file of several pages, the first of which is read. A truncated file is read as in OpenOOD, with
     its missing rows filled with grey, and a `TruncatedImageWarning` is issued.
-
-    Args:
-        path: the file.
-        bits: bits per pixel of 16-bit images that do not say it themselves.
 
     Raises:
         FileNotFoundError, or another of `UNREADABLE`: the file cannot be read as an image.
@@ -100,10 +89,11 @@ class _Downloaded(BytesIO):
 def _read(
     opened: Callable[[], AbstractContextManager[Image.Image]], name: str, bits: int | None
 ) -> Image.Image:
+    """The first page of what is opened, which is opened again if it is truncated."""
     try:
         with truncated_images(read=False), opened() as file:
             return _first_page(file, name, bits)
-    except (FileNotFoundError, Image.DecompressionBombError, DataError, RemoteError):
+    except (FileNotFoundError, _BOMB, DataError, RemoteError):
         raise
     except UNREADABLE:
         with truncated_images(read=True), opened() as file:
@@ -239,7 +229,7 @@ def explain(error: Exception) -> str:
     """Why an image cannot be read, from one of `UNREADABLE`."""
     if isinstance(error, FileNotFoundError):
         return "missing"
-    if isinstance(error, Image.DecompressionBombError):
+    if isinstance(error, _BOMB):
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         return f"it has more than the {limit} pixels that PIL reads: make it smaller"
     return str(getattr(error, "strerror", None) or error)

@@ -24,17 +24,20 @@ class Entry(NamedTuple):
 def read_imagelist(path: Path) -> list[Entry]:
     """The entries of a list in UTF-8; a label is the last field of a line that is not blank.
 
-    Raises:
-        DataError: the list is missing, empty or not in UTF-8, or has another line.
+    DataError if the list is missing, empty or not in UTF-8, or has another line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
+        wrong = "\0" if "\0" in text else ""  # UTF-16 without a byte-order mark
     except OSError as error:
         raise DataError(f"image list {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, f"byte 0x{error.object[error.start]:02x}") from None
-    if "\0" in text:  # UTF-16 without a byte-order mark
-        raise _not_utf8(path, "byte 0x00")
+        wrong = chr(error.object[error.start])
+    if wrong:
+        raise DataError(
+            f"image list {path} must be in UTF-8, got byte 0x{ord(wrong):02x}: convert it, for "
+            "example with 'iconv -f LATIN1 -t UTF-8' or 'iconv -f UTF-16 -t UTF-8'"
+        )
     entries = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -49,13 +52,6 @@ def read_imagelist(path: Path) -> list[Entry]:
     if not entries:
         raise DataError(f"image list {path} is empty: it must have one line 'path label' per image")
     return entries
-
-
-def _not_utf8(path: Path, found: str) -> DataError:
-    return DataError(
-        f"image list {path} must be in UTF-8, got {found}: convert it, for example with "
-        "'iconv -f LATIN1 -t UTF-8' or 'iconv -f UTF-16 -t UTF-8'"
-    )
 
 
 class ImageList(Dataset[dict[str, Any]]):

@@ -33,10 +33,8 @@ def image_paths(given: Iterable[str]) -> Places:
 
     A folder, local or at a URL, stands for all image files in it and in its folders, a pattern such
     as `*.png` for the files that it matches, a list (see `manifest_paths`) for the paths in it, and
-    `-` for the lines of standard input. A warning names what was left out of folders.
-
-    Raises:
-        DataError: an argument that names nothing, or a folder that cannot be read.
+    `-` for the lines of standard input. A warning names what was left out of folders. DataError for
+    an argument that names nothing, or a folder that cannot be read.
     """
     walk = Walk()
     found = Places(path for argument in given for path in _paths(argument, walk))
@@ -104,11 +102,7 @@ class Walk:
         self._found = set[str]()
 
     def images(self, folder: Place) -> list[Place]:
-        """The image files in a folder and in its folders, sorted; of a URL that is a file, this.
-
-        Raises:
-            DataError: a folder that cannot be read.
-        """
+        """The image files in a folder and in its folders, sorted; of a URL that is a file, this."""
         if isinstance(folder, Path):
             return sorted(list[Place](self._files(folder, [])))
         found = list[Place](folder.find())
@@ -121,9 +115,6 @@ class Walk:
         """The files that match a pattern, and the images in folders that do, sorted.
 
         Parts of the pattern that exist as they are, with brackets for example, are no patterns.
-
-        Raises:
-            DataError: a folder that cannot be read.
         """
         if isinstance(pattern, Url):
             return _shown(pattern.glob(), pattern)
@@ -241,26 +232,23 @@ def _first(texts: Iterable[str], most: int = 5) -> str:
 
 
 def manifest_paths(given: str) -> Places:
-    """The files that manifests list, in order, each once.
+    """The files that a manifest, or each that a pattern matches, lists, in order, each once.
 
-    Args:
-        given: a manifest, or a pattern that matches some: a path or a URL. A Parquet, CSV, TSV or
-            JSON Lines file lists files in its column `path`, any other one in its lines, perhaps
-            with labels; all may be compressed (.gz, .bz2, .xz). Relative paths start at the
-            manifest's folder.
+    Both are paths or URLs. A Parquet, CSV, TSV or JSON Lines file lists files in its column `path`,
+    any other one in its lines, perhaps with labels; all may be compressed (.gz, .bz2, .xz).
+    Relative paths start at the manifest's folder.
 
     Raises:
         DataError: a manifest that is missing, cannot be read, or lists nothing.
         ConfigError: a Parquet file without pyarrow.
     """
-    path, manifests = place(given), [place(given)]
-    if is_pattern(path):
-        try:
-            manifests = Walk().matched(path)
-        except OSError as error:
-            raise DataError(f"pattern {given} cannot be read ({error.strerror})") from None
-        if not manifests:
-            raise DataError(f"pattern {given} matches no file: check it")
+    path = place(given)
+    try:
+        manifests = Walk().matched(path) if is_pattern(path) else [path]
+    except OSError as error:
+        raise DataError(f"pattern {given} cannot be read ({error.strerror})") from None
+    if not manifests:
+        raise DataError(f"pattern {given} matches no file: check it")
     listed = Places(path for manifest in manifests for path in _listed(manifest))
     if not listed:
         raise DataError(f"manifest {given} lists no files: give one that does")

@@ -5,7 +5,7 @@ torchvision, which takes a second to import, is imported for the first image onl
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, dataclass, fields
 from math import floor, isfinite
 from typing import Any
 
@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from fusenorm_openood.data.images import UNREADABLE, read_image, read_picture
-from fusenorm_openood.errors import ConfigError, DataError, RemoteError, number, numbers, whole
+from fusenorm_openood.errors import ConfigError, DataError, RemoteError, numbers, whole
+from fusenorm_openood.method.validation import Rule, among, check_fields, checked
 from fusenorm_openood.storage.configs import typed
 from fusenorm_openood.storage.urls import Place, place
 
@@ -29,15 +30,6 @@ NORMALIZATIONS: dict[str, Normalization] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "digits": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-
-
-def find_normalization(name: str) -> Normalization:
-    """Mean and standard deviation for a `normalization_type`; ConfigError if it is unknown."""
-    if name not in NORMALIZATIONS:
-        raise ConfigError(
-            f"unknown normalization_type {name!r}: choose from {', '.join(NORMALIZATIONS)}"
-        )
-    return NORMALIZATIONS[name]
 
 
 def parse_normalization(text: str) -> Normalization:
@@ -65,12 +57,12 @@ def parse_normalization(text: str) -> Normalization:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize the shorter side (bilinear), centre-crop and normalise to `[3, size, size]`.
+    """OpenOOD's transform of test images: resize, centre-crop and normalise to `[3, size, size]`.
 
     Attributes:
         norm: mean and standard deviation of the RGB channels.
-        sizes: length of the shorter side after resizing, and of the sides of the centre crop;
-            None = neither resized nor cropped.
+        sizes: length of the shorter side after bilinear resizing, and of the sides of the centre
+            crop; None = neither resized nor cropped.
     """
 
     norm: Normalization
@@ -90,11 +82,6 @@ def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as `[3, H, W]` in [0, 1]: torchvision's, in float32 whatever torch's default."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     return pixels.float().div(255)
-
-
-def eval_transform(pre_size: int, image_size: int, norm: Normalization) -> Transform:
-    """OpenOOD's transform of test images; see `EvalTransform`."""
-    return EvalTransform(norm, (pre_size, image_size))
 
 
 def train_transform(
@@ -118,13 +105,26 @@ def train_transform(
     return transform
 
 
-CROP_MODES = ("center", "squash", "border")
+def _pixels(value: Any) -> tuple[int, ...] | None:
+    found = numbers(value) or ()
+    return tuple(n for n in found if isinstance(n, int)) if None not in map(whole, found) else None
+
+
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+_SIDES = Rule("two whole numbers >= 1", _pixels, lambda v: len(v) == 2 and min(v) >= 1)
+_SIZE = Rule(
+    "one or two whole numbers >= 1",
+    lambda v: _pixels(v) if whole(v) is None else whole(v),
+    lambda v: len(as_pair(v)) == 2 and min(as_pair(v)) >= 1,
+)
+_MEAN = Rule("3 numbers", numbers, lambda v: len(v) == 3)
+_STD = Rule("3 numbers > 0", numbers, lambda v: len(v) == 3 and min(v) > 0)
+_BITS = Rule("a whole number from 8 to 16", whole, lambda v: 8 <= v <= 16)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize, centre-crop and normalise, as `eval_transform` does for OpenOOD's benchmarks.
+    """Resize, centre-crop and normalise, as `EvalTransform` does for OpenOOD's benchmarks.
 
     >>> preprocessing = Preprocessing(36, (32, 32), "bilinear", (0.5,) * 3, (0.5,) * 3)
     >>> preprocessing(Image.new("RGB", (64, 48))).shape
@@ -145,56 +145,27 @@ class Preprocessing:
         ConfigError: a size, a name, a standard deviation or a number of bits that cannot be.
     """
 
-    resize: int | tuple[int, int]
-    crop: tuple[int, int]
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_mode: str = "center"
-    bits: int | None = None
+    resize: int | tuple[int, int] = checked(MISSING, _SIZE)
+    crop: tuple[int, int] = checked(MISSING, _SIDES)
+    interpolation: str = checked(MISSING, among(*INTERPOLATIONS))
+    mean: tuple[float, ...] = checked(MISSING, _MEAN)
+    std: tuple[float, ...] = checked(MISSING, _STD)
+    crop_mode: str = checked("center", among("center", "squash", "border"))
+    bits: int | None = checked(None, _BITS.or_none())
 
     def __post_init__(self) -> None:
-        for name in ("resize", "crop", "mean", "std"):
-            given = getattr(self, name)
-            one = number(given) if name == "resize" else None
-            found = numbers(given) if one is None else (one,)
-            in_pixels = name in ("resize", "crop")
-            if found is None or (in_pixels and None in map(whole, found)):
-                raise ConfigError(f"{name} must be finite numbers, of pixels whole, got {given!r}")
-            object.__setattr__(self, name, found if one is None else one)
-        sides = (*as_pair(self.resize), *self.crop)
-        if len(sides) != 4 or len(self.crop) != 2 or min(sides) < 1:
-            raise ConfigError(
-                f"sizes must be >= 1, of a crop two, got resize={self.resize}, crop={self.crop}"
-            )
-        for name, choice in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
-            if (given := getattr(self, name)) not in choice:
-                raise ConfigError(f"unknown {name} {given!r}: choose from {', '.join(choice)}")
-        if self.bits is not None:
-            bits = whole(self.bits)
-            if bits is None or not 8 <= bits <= 16:
-                raise ConfigError(f"bits must be from 8 to 16, got {self.bits!r}")
-            object.__setattr__(self, "bits", bits)
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ConfigError(
-                f"mean and std must be 3 numbers, each std > 0, got {self.mean} and {self.std}"
-            )
+        check_fields(self)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """The tensor `[3, H, W]` of a PIL image, upright by its EXIF orientation.
 
-        Raises:
-            DataError: it cannot be decoded, or the range of its pixels is unknown.
+        DataError if it cannot be decoded, or the range of its pixels is unknown.
         """
         with _reading("the image"):
             return self._prepared(read_picture(image, self.bits))  # a copy
 
     def read(self, path: str | Place) -> Tensor:
-        """The tensor `[3, H, W]` of an image file, local or at a URL.
-
-        Raises:
-            DataError: the file is missing or cannot be read as an image.
-        """
+        """The tensor `[3, H, W]` of an image file or URL; DataError if it cannot be read."""
         with _reading(f"image {path}"):
             return self._prepared(read_image(place(path), self.bits))
 
@@ -226,9 +197,8 @@ class Preprocessing:
         return [round(height / ratio), round(width / ratio)]
 
     def to_json(self) -> dict[str, Any]:
-        """The preprocessing in terms of JSON, without what is as by default; see `from_json`."""
-        unchanged = {"crop_mode": "center", "bits": None}
-        return {k: v for k, v in asdict(self).items() if k not in unchanged or v != unchanged[k]}
+        """The preprocessing in terms of JSON, without what is as by default."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Preprocessing":
@@ -240,17 +210,14 @@ class Preprocessing:
     def of(cls, net: nn.Module, size: int | None = None) -> "Preprocessing | None":
         """The preprocessing that a network of timm or Hugging Face declares, None without.
 
-        Args:
-            net: the network.
-            size: of both sides of the crop, as in timm with the declared share of the image; None =
-                as declared.
+        `size` is that of both sides of the crop, in the declared proportion to the resized image.
         """
         declared: Any = getattr(net, "pretrained_cfg", None) or getattr(net, "default_cfg", None)
         if not declared or not declared.get("mean"):
             return None
         crop = (size, size) if size else (declared.get("input_size") or (3, 224, 224))[1:]
-        share, mode = declared.get("crop_pct") or 0.875, declared.get("crop_mode") or "center"
-        sides = [floor(side / share) for side in crop]
+        part, mode = declared.get("crop_pct") or 0.875, declared.get("crop_mode") or "center"
+        sides = [floor(side / part) for side in crop]
         resize = sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
         interpolation = declared.get("interpolation") or "bicubic"
         return cls(resize, crop, interpolation, declared["mean"], declared["std"], mode)

@@ -37,8 +37,7 @@ from fusenorm_openood.method.conformal import (
 from fusenorm_openood.method.scores.base import Score
 from fusenorm_openood.method.scores.energy import Energy
 from fusenorm_openood.network.fingerprint import Fingerprint, identify
-from fusenorm_openood.network.named import LazyNetwork
-from fusenorm_openood.network.running import network_errors, unwrapped
+from fusenorm_openood.network.running import LazyNetwork, network_errors, unwrapped
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import understand
 
@@ -76,8 +75,8 @@ class ExpertScorer(ABC):
         self, net: nn.Module, structure: Structure | None = None, random: str = "refuse"
     ) -> None:
         self.net, self._random = net, random
-        if structure is None and isinstance(net, LazyNetwork) and net.known is not None:
-            structure = net.known.structure
+        if structure is None and isinstance(net, LazyNetwork) and net.stored is not None:
+            structure = net.stored.structure
         self._structure = structure
         self._last: Scoring | None = None
 

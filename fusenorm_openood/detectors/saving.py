@@ -28,9 +28,9 @@ from fusenorm_openood.method.scores.base import Score
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.method.statistics import compute_id_statistics
 from fusenorm_openood.network.fingerprint import Fingerprint, fixed_images, identify
+from fusenorm_openood.network.graph import INPUT
 from fusenorm_openood.network.head import weight_of
 from fusenorm_openood.network.layouts import LAYOUTS
-from fusenorm_openood.network.recording import INPUT
 from fusenorm_openood.network.running import eval_mode, scoring_module, unwrapped
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.storage.configs import typed

@@ -95,7 +95,7 @@ class Records:
         self._row(columns)
 
     def _row(self, compute: Callable[[], Columns | None]) -> Columns | None:
-        return stored_row(self.store, {**self.network, "heard": "structure"}, "network", compute)
+        return stored_row(self.store, {**self.network, "content": "structure"}, "network", compute)
 
 
 def network_record(checkpoint: Path, network: str | None, image_size: int, **run: Any) -> Any:
@@ -158,7 +158,7 @@ def find_faults(images: ImageList, store: Path | None = None) -> list[tuple[str,
     if store is None:
         columns()
     else:
-        record = {"version": __version__, "images": list_digest(images), "heard": "faults"}
+        record = {"version": __version__, "images": list_digest(images), "content": "faults"}
         row = stored_row(store, record, f"{images.path.stem}_faults", columns)
         if found is None and row is not None:
             found = {int(n): fault for n, fault in json.loads(row["faults"][0]).items()}

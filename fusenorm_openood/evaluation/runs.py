@@ -10,7 +10,7 @@ from torch import nn
 from fusenorm_openood.errors import CheckpointError
 from fusenorm_openood.evaluation.records import Records
 from fusenorm_openood.network.checkpoints import check_classes, load_network, network_kind
-from fusenorm_openood.network.named import LazyNetwork
+from fusenorm_openood.network.running import LazyNetwork
 
 
 def find_checkpoints(root: str | Path) -> dict[str, Path]:

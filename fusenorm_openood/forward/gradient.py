@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from fusenorm_openood.errors import TapError
-from fusenorm_openood.kernels.guards import is_out_of_memory
+from fusenorm_openood.errors import TapError, is_out_of_memory
 
 T = TypeVar("T")
 # Networks that compute parts of their graph anew in the backward pass, which no mode reaches.

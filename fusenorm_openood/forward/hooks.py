@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
+from fusenorm_openood.network.graph import INPUT
 from fusenorm_openood.network.layouts import as_maps
-from fusenorm_openood.network.outputs import tensors_in
-from fusenorm_openood.network.recording import INPUT
-from fusenorm_openood.network.running import hooked, unwrapped
+from fusenorm_openood.network.running import hooked, tensors_in, unwrapped
 from fusenorm_openood.network.structure import Structure, read_structure
 
 

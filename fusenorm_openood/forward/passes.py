@@ -13,11 +13,16 @@ from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward.hooks import hooked_layers
 from fusenorm_openood.kernels.devices import following, full_precision
 from fusenorm_openood.method.scores.base import Head
-from fusenorm_openood.network.head import HALF, feature_of, head_layers, kept_head, linear_head
-from fusenorm_openood.network.named import LazyNetwork
+from fusenorm_openood.network.head import HALF, feature_of, head_layers, hooked_head, linear_head
 from fusenorm_openood.network.outputs import logits_at, of_two_classes
 from fusenorm_openood.network.resnet import classification_feature
-from fusenorm_openood.network.running import eval_mode, own_pass, scoring_run, unwrapped
+from fusenorm_openood.network.running import (
+    LazyNetwork,
+    eval_mode,
+    own_pass,
+    scoring_run,
+    unwrapped,
+)
 from fusenorm_openood.network.structure import Structure
 
 PIXELS = 2**14  # image pixels that one CPU thread processes at a time
@@ -104,7 +109,7 @@ def forward_pass(
     with (
         own_pass(),
         hooked_layers(core, taps, structure, images.shape, reduce) as norms_of,
-        kept_head(layers, clip) as (inputs, outputs),
+        hooked_head(layers, clip) as (inputs, outputs),
     ):
         output = scoring_run(core, structure.scoring)(images.clone())
     feature = feature_of(structure.head, layers, inputs, outputs)
@@ -212,8 +217,8 @@ def head_of(net: nn.Module, structure: Structure) -> Head:
     Raises:
         TapError: they are none.
     """
-    if isinstance(net, LazyNetwork) and net.known is not None and net.known.head is not None:
-        head: Head = net.known.head
+    if isinstance(net, LazyNetwork) and net.stored is not None and net.stored.head is not None:
+        head: Head = net.stored.head
         return head
     if structure.affine is not None:
         return structure.affine

@@ -106,7 +106,7 @@ class RecordedLoader(Recorder):
                         bar.update(len(images))
                     yield _to_columns(scoring.recorded, done)
 
-        record = {**self.record, "heard": scoring.record}
+        record = {**self.record, "content": scoring.record}
         if scoring.structure.batch_dependent:
             record["batch_size"] = self.batch_size
         key = Key(record, self.name, len(self), SHARD)

@@ -17,11 +17,10 @@ channels, each a sequence of whole vectors with one of two layouts:
            vector 0    pixel 0   pixel 1     pixel 15  channel c  channel c+1 ...  channel c+15
            vector 1    pixel 16  pixel 17    pixel 31  the same channels, pixel 1
 
-A row would waste most of its lanes on a map of 4x4 = 16 pixels; a tile fills them with as many
-channels, and a channels_last map already lies in memory this way. Both run through the same code:
-it adds up vectors and so has one sum per lane, which is the sum of one channel in a tile; in a row
-the lanes are added up at the end (``_per_channel``). From there on whatever belongs to a channel is
-a vector: in a row the same value in every lane, in a tile one value per channel.
+A row would waste lanes on small maps; a tile fills them with channels, and a channels_last map lies
+in memory this way. Both run through the same code: it adds up vectors and so has one sum per lane,
+that of a channel in a tile; in a row the lanes are added up at the end (``_per_channel``). From
+there on whatever belongs to a channel is a vector: in a row the same value in every lane.
 
 **Phases**, of one sample under one setting. k depends on the entropies of all channels, so that
 every group is visited twice:
@@ -43,7 +42,6 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -56,7 +54,7 @@ from numba import carray, cfunc, from_dtype, njit, types  # type: ignore[attr-de
 from numba.extending import overload
 from torch import Tensor
 
-from fusenorm_openood.kernels import LOG1P
+from fusenorm_openood.kernels import LOG1P, Settings
 from fusenorm_openood.kernels.simd import (
     BLOCK,
     LANES,
@@ -138,12 +136,11 @@ CHANNEL_BYTES = 3 * 8 + 3 * 4
 _local = local()
 
 
-def norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> Tensor:
+def norms(x: Tensor, settings: Settings) -> Tensor:
     """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]``.
 
     The maps are float32, float16 or bfloat16, with N > 1, contiguous as they are or as
-    ``[B, N, C]``; others are copied first. ``settings`` are ``(k_min, k_max, alpha, eps)``; those
-    with equal eps should follow each other.
+    ``[B, N, C]``; others are copied first. Settings with equal eps should follow each other.
     """
     B, C, N = x.shape
     channels_last = not x.is_contiguous() and x.mT.is_contiguous()
@@ -364,7 +361,7 @@ def _fill_from(x, group, maps, c, done):
     C, N = maps.C, maps.N
     count = min(LANES, C - c)
     if maps.by_row:
-        row = x[c * N : (c + 1) * N]  # a slice: its indices are known to be >= 0, which is faster
+        row = x[c * N : (c + 1) * N]  # a slice: its indices cannot be negative, which is faster
         for i in range(N):
             group[i] = _magnitude(row[i])
     elif maps.channels_last:
@@ -478,12 +475,11 @@ def _divergence(group, size, scale, floor):
     """Sums of q log(q + floor) - q + 1, q = (a scale)^2, to a few units in the last place.
 
     Of ``size`` numbers, the padding of a row left out: each number of it would add 1.
-
-    The sum of q is known, so that this gives the sum of q log(q + floor). Where the energy is
-    spread almost evenly, that one is a small difference of large terms; here (floor = 0) every
-    term is at least 0 and vanishes to second order at q = 1, and no digits cancel. The deviation
-    d = q - 1 comes from the exact product; q itself is never rounded.
     """
+    # The sum of q follows from the energy, so that this gives the sum of q log(q + floor). Where
+    # the energy is spread almost evenly, that one is a small difference of large terms; here
+    # (floor = 0) every term is at least 0 and vanishes to second order at q = 1, and no digits
+    # cancel. The deviation d = q - 1 comes from the exact product; q itself is never rounded.
     sums = every(0.0)
     for start in range(0, group.size, PART):
         part = every(F_ZERO)
@@ -515,12 +511,10 @@ def _divergence(group, size, scale, floor):
 
 @_jit
 def _top_k_rms(group, by_row, k, unit, high, nonzero, guess, following, vector_bytes):
-    """Roots of the mean of the k largest energies; the k-th largest magnitudes, in units of rms.
-
-    Per channel a threshold is searched for above which k magnitudes lie, between ``low`` (k or more
-    lie above it) and ``high`` (k or fewer do). It may end with k - 1 or k + 1 above it: then one
-    energy is added or taken away. With ties it ends where no number is left between low and high.
-    """
+    """Roots of the mean of the k largest energies; the k-th largest magnitudes, in units of rms."""
+    # Per channel a threshold is searched for above which k magnitudes lie, between low (k or more
+    # lie above it) and high (k or fewer do). It may end with k - 1 or k + 1 above it: then one
+    # energy is added or taken away. With ties it ends where no number is left between low and high.
     wanted, one = every(k), every(ONE)
     low, above_low = every(ZERO), nonzero
     few = nonzero <= wanted

@@ -12,7 +12,6 @@ that runs. Nothing waits for the device: k stays on it. The mathematics is that 
 which documents it; what differs are sums of products, which not every device rounds only once.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -20,7 +19,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from fusenorm_openood.kernels import LOG1P
+from fusenorm_openood.kernels import LOG1P, Settings
 
 C0, C1, C2, C3, C4, C5, C6 = (tl.constexpr(c) for c in LOG1P)
 SQRT_HALF = tl.constexpr(0x3F3504F3)  # the bits of sqrt(1/2)
@@ -32,11 +31,10 @@ TILE = 4096  # magnitudes in a tile
 TRIALS = ((5, 100),)
 
 
-def norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> Tensor:
+def norms(x: Tensor, settings: Settings) -> Tensor:
     """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]``.
 
-    The maps are float32, float16 or bfloat16, of any strides, with 1 < N <= 2^14; ``settings`` are
-    ``(k_min, k_max, alpha, eps)``. Nothing waits for the device.
+    The maps are float32, float16 or bfloat16, of any strides, with 1 < N <= 2^14.
     """
     B, C, N = x.shape
     pixels = triton.next_power_of_2(N)
@@ -98,11 +96,9 @@ def _norm(
 
 @triton.jit
 def _adaptive_k(h, k_min, k_max, N):
-    """How many of N pixels are averaged at mean entropy h: the published float32 arithmetic.
-
-    As h <= 1, the minimum changes no value; it keeps the compiler from fusing the product with the
-    sum, which would round only once.
-    """
+    """How many of N pixels are averaged at mean entropy h: the published float32 arithmetic."""
+    # As h <= 1, the minimum changes no value; it keeps the compiler from fusing the product with
+    # the sum, which would round only once.
     k_range = tl.cast(k_max - k_min, tl.float32)
     k_ratio = tl.cast(k_min, tl.float32) + tl.minimum(k_range * h.to(tl.float32), k_range)
     k = tl.floor(k_ratio * N.to(tl.float32))
@@ -159,11 +155,9 @@ def _upper(a):
 
 @triton.jit
 def _top_k_sum(magnitudes, k):
-    """The sum of the k largest squares of each channel.
-
-    The k-th largest is found by bisection of bit patterns, which sort as the magnitudes do; ``low``
-    has k or more above it, ``high`` k or fewer.
-    """
+    """The sum of the k largest squares of each channel."""
+    # The k-th largest is found by bisection of bit patterns, which sort as the magnitudes do; low
+    # has k or more above it, high k or fewer.
     bits = magnitudes.to(tl.int32, bitcast=True)
     high = tl.max(bits, 1)
     low = tl.zeros_like(high) - 1

@@ -29,11 +29,9 @@ class _RedirectCuda(TorchFunctionMode):
 
 @contextmanager
 def on_device(device: str | torch.device) -> Iterator[None]:
-    """Context in which `.cuda()` moves any tensor or module to `device`.
+    """Context in which `.cuda()` moves any tensor or module to `device`, in this thread alone.
 
-    OpenOOD moves everything to CUDA; in this context its evaluators, pipelines and trainers run on
-    a CPU or on MPS as well. Nothing is patched: other threads are unaffected, and nothing remains
-    afterwards.
+    OpenOOD moves everything to CUDA; so its evaluators, pipelines and trainers run elsewhere, too.
 
     >>> with on_device("cpu"):
     ...     torch.ones(2).cuda().device

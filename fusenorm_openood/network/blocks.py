@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fusenorm_openood.network.graph import Graph, Node
-from fusenorm_openood.network.recording import Call
+from fusenorm_openood.network.graph import Call, Graph, Node
 
 # BasicBlock, Bottleneck, PreActBlock, InvertedResidual, ...
 _BLOCK = re.compile(r"(Block|Bottleneck|Residual)$")
@@ -95,7 +94,7 @@ def _on_trunk(
     free = [node for node in left if node in merges]
     parallel = graph.share_of_largest_fork() > 0.5
     if 2 * len(free) > len(merges) and not parallel:
-        # Most sums are in the forward of a module around the blocks: tap what holds their values.
+        # Most sums are in the forward of a module around the blocks: take what holds their values.
         # Names of inputs come last, and are taken where no module returns the tensor.
         holders = {calls[name].left: name for name in reversed(list(pixels))}
         sums = {

@@ -64,10 +64,9 @@ def load_network(
     if network is not None:
         return _load_named(path, state, num_classes, network, image_size)
     try:
-        found = _recognise(state)
+        build, weights, tau = _recognise(state)
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}: {WAY_OUT}") from None
-    build, weights, tau = found
     classes = len(weights["fc.weight"])
     check_classes(path, classes, num_classes)
     net = build(classes)
@@ -96,8 +95,7 @@ def _load_named(
         for ours, theirs in pairs
         if ours.shape != theirs.shape
     }
-    classes = rows.pop() if len(rows) == 1 else None
-    if classes is not None:
+    if len(rows) == 1 and (classes := rows.pop()) is not None:
         check_classes(path, classes, num_classes)
         net = build_network(network, classes, image_size)
     if reason := misfit(net, fitting):
@@ -141,55 +139,50 @@ def check_classes(path: str | Path, classes: int, num_classes: int | None) -> No
 
 
 def _recognise(state: State) -> tuple[Build, State, Tensor | None]:
-    """The one known network in a state dict, whatever its keys begin with; CheckpointError if none.
+    """The one known network in a state dict, whatever its keys begin with.
 
     A function from the number of classes to the plain network, its state dict with a last layer
-    called `fc`, and the temperature of a T2FNorm network: a `tau` beside a `backbone`. The last
-    layer may lie outside the network as in `encoder.conv1.weight`, `fc.weight`.
+    called `fc`, and the temperature of a T2FNorm network: a `tau` beside a `backbone`.
+    CheckpointError if there is none, or several.
     """
-    known = dict[str, Build]()
+    found = dict[str, Build]()
     for place in (match[1] for key in state if (match := _STEM.fullmatch(key))):
         inside = {k.removeprefix(place): v for k, v in state.items() if k.startswith(place)}
         if build := _architecture(inside):
-            known[place] = build
-    if not known:
+            found[place] = build
+    if not found:
         raise CheckpointError(
             f"must hold the state dict of a known network ({ARCHITECTURES}), got the keys "
             f"{', '.join(sorted(state)[:3])}, ..."
         )
-    if len(known) > 1:
+    if len(found) > 1:
         raise CheckpointError(
-            f"must hold one network, got {len(known)}, under {', '.join(map(repr, known))}"
+            f"must hold one network, got {len(found)}, under {', '.join(map(repr, found))}"
         )
-    ((place, build),) = known.items()
-    head = _find_head(state, place)
+    ((place, build),) = found.items()
+    # The last layer may lie outside the network, as in encoder.conv1.weight and fc.weight.
+    parts = place.split(".")[:-1]
+    around = ["".join(f"{part}." for part in parts[:length]) for length in range(len(parts) + 1)]
+    heads = [f"{level}{name}." for level in around for name in HEADS]
+    heads = [head for head in heads if f"{head}weight" in state]
+    if not heads:
+        raise CheckpointError(
+            "must hold a classifier, got a network without its last linear layer "
+            f"({', '.join(HEADS)}), as self-supervised training saves it"
+        )
+    if len(heads) > 1:
+        raise CheckpointError(f"must hold one last layer, got {' and '.join(map(repr, heads))}")
     taus = [(k, match[1]) for k in state if (match := _TAU.fullmatch(k))]
     tau = next((k for k, before in taus if place.startswith(f"{before}backbone.")), None)
     weights: State = {}
     for key, value in state.items():
-        if key.startswith(head):
-            weights["fc." + key.removeprefix(head)] = value
+        if key.startswith(heads[0]):
+            weights["fc." + key.removeprefix(heads[0])] = value
         elif key.startswith(place):
             weights[key.removeprefix(place)] = value
         elif key != tau:
             raise CheckpointError(f"must hold nothing besides a known network, got {key!r}")
     return build, weights, None if tau is None else state[tau]
-
-
-def _find_head(state: State, place: str) -> str:
-    """What the keys of the last layer begin with, inside a place or around it."""
-    parts = place.split(".")[:-1]
-    around = ["".join(f"{part}." for part in parts[:length]) for length in range(len(parts) + 1)]
-    heads = [f"{level}{name}." for level in around for name in HEADS]
-    found = [head for head in heads if f"{head}weight" in state]
-    if not found:
-        raise CheckpointError(
-            "must hold a classifier, got a network without its last linear layer "
-            f"({', '.join(HEADS)}), as self-supervised training saves it"
-        )
-    if len(found) > 1:
-        raise CheckpointError(f"must hold one last layer, got {' and '.join(map(repr, found))}")
-    return found[0]
 
 
 def _architecture(state: State) -> Build | None:

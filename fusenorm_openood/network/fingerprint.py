@@ -7,19 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fusenorm_openood.errors import is_out_of_memory
 from fusenorm_openood.kernels.devices import moved
-from fusenorm_openood.kernels.guards import is_out_of_memory
-from fusenorm_openood.network.outputs import tensors_in
 from fusenorm_openood.network.running import (
     eval_mode,
     own_pass,
     preserved_randomness,
     scoring_module,
     scoring_run,
+    tensors_in,
     unwrapped,
 )
 
@@ -37,7 +38,7 @@ class Fingerprint(NamedTuple):
     shapes: dict[str, str]  # of its parameters and buffers, such as `float32 [64, 3]`
     weights: str  # SHA-256 of all their values, in hexadecimal digits
     modules: dict[str, str] | None = None  # such as `Dropout()`; None in files of format 1
-    image: tuple[int, ...] = ()  # shape of two fixed images; empty if the logits are not known
+    image: tuple[int, ...] = ()  # shape of two fixed images; empty without logits
     logits: tuple[tuple[float, ...], ...] = ()  # of these images
     rounding: float = 0.0  # share of their range by which they may differ on another machine
 
@@ -49,28 +50,23 @@ class Fingerprint(NamedTuple):
     def differences(self, other: "Fingerprint") -> list[str]:
         """In which weights two networks differ by name, type or shape, or else in which modules."""
 
-        def named(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
-            pairs = {
-                n: (ours.get(n, "absent"), theirs.get(n, "absent")) for n in {**ours, **theirs}
-            }
-            return [f"{n} is {a} instead of {b}" for n, (a, b) in pairs.items() if a != b]
+        def named(ours: Mapping[str, str] | None, theirs: Mapping[str, str] | None) -> list[str]:
+            if ours is None or theirs is None:
+                return []
+            pairs = [
+                (n, ours.get(n, "absent"), theirs.get(n, "absent")) for n in {**ours, **theirs}
+            ]
+            return [f"{name} is {a} instead of {b}" for name, a, b in pairs if a != b]
 
-        weights = named(self.shapes, other.shapes)
-        if weights or self.modules is None or other.modules is None:
-            return weights
-        return named(self.modules, other.modules)
+        return named(self.shapes, other.shapes) or named(self.modules, other.modules)
 
     def agrees(self, other: "Fingerprint") -> bool:
-        """Whether two networks give the fixed images the same logits, as far as both are known."""
+        """Whether two networks give the fixed images the same logits, as far as both have them."""
         if not (self.logits and other.logits) or self.image != other.image:
             return True
-        ours, theirs = (
-            torch.tensor(f.logits, dtype=torch.float64, device="cpu") for f in (self, other)
-        )
-        if ours.shape != theirs.shape:
-            return False
-        most = max(self.rounding, other.rounding) * float(theirs.max() - theirs.min())
-        return bool((ours - theirs).abs().max() <= most + 1e-6)
+        ours, theirs = np.array(self.logits), np.array(other.logits)
+        most = max(self.rounding, other.rounding) * np.ptp(theirs) + 1e-6
+        return ours.shape == theirs.shape and bool(np.abs(ours - theirs).max() <= most)
 
 
 def fingerprint(net: nn.Module) -> Fingerprint:
@@ -85,9 +81,8 @@ def fingerprint(net: nn.Module) -> Fingerprint:
         for part, plain in _plain(name, value.detach()):
             shapes[part] = f"{str(plain.dtype).removeprefix('torch.')} {list(plain.shape)}"
             digest.update(f"{part} {shapes[part]}\n".encode())
-            digest.update(
-                plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b""
-            )
+            if plain.numel():
+                digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     modules = {name: _described(module) for name, module in net.named_modules() if name}
     return Fingerprint(_class_of(net), shapes, digest.hexdigest(), modules)
 
@@ -118,8 +113,8 @@ def _class_of(module: nn.Module) -> str:
 def identify(net: nn.Module, image: Sequence[int], passes: int = 2) -> Fingerprint:
     """The fingerprint of a network, with its logits of two fixed images `[C, H, W]`.
 
-    They tell networks with the same modules and weights apart whose forward differs. They are left
-    out if the network does not take such images, or is random as a second pass shows.
+    Networks may have the same modules and weights, and another forward. The logits are left out if
+    the network does not take such images, or is random as a second pass shows.
     """
     core = unwrapped(net)
     own = fingerprint(core)

@@ -1,14 +1,21 @@
-"""The autograd graph of one forward pass: its trunk, its merges, what its logits come from."""
+"""One recorded forward pass: the calls of its modules, and the autograd graph of its logits."""
 
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from contextlib import nullcontext
 from copy import copy
+from dataclasses import dataclass
 from graphlib import TopologicalSorter
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from fusenorm_openood.network.running import hooked, tensors_in
+
+INPUT = ":input"  # after the name of a module: the first tensor that it is given
 Node = Any  # torch.autograd.graph.Node; hashable by identity
 
 # CopySlices is an addition in place to a part of a tensor.
@@ -20,12 +27,10 @@ _CHANGES = re.compile(_MULTIPLIES.pattern + r"|Norm|Pool|Mean|Sum|Max|Upsample")
 class Graph:
     """The part of an autograd graph that lies between logits and images.
 
-    Blocks are read from its trunk. Whatever is computed inside a branch, the value of a trunk node
-    is all that later layers know of the image; so a residual block shows as a trunk node, where
-    the block begins, followed by branches that merge in the next trunk node.
-
     Its `trunk` are the nodes that every path from the logits to the images (a leaf) crosses, with
-    their positions: 0 is nearest to the logits. It is empty if no path reaches the images.
+    their positions: 0 is nearest to the logits. It is empty if no path reaches the images. The
+    value of a trunk node is all that later layers see of the image, so a residual block shows as a
+    trunk node, where it begins, followed by branches that merge in the next trunk node.
     """
 
     def __init__(self, logits: Tensor, images: Tensor) -> None:
@@ -69,8 +74,7 @@ class Graph:
 
     def forks(self) -> list[Node]:
         """Trunk nodes where branches with weights end, from the images to the logits."""
-        forks = [node for node in reversed(self.trunk) if len(self.children[node]) > 1]
-        return [node for node in forks if any(map(_multiplies, self._fork(node)))]
+        return [node for node in reversed(self.trunk) if any(map(_multiplies, self._fork(node)))]
 
     def merges(self) -> list[Node]:
         """The forks that add or concatenate their branches."""
@@ -78,8 +82,7 @@ class Graph:
 
     def share_of_largest_fork(self) -> float:
         """The largest share of all convolutions and matrix products between two trunk nodes."""
-        forks = [self._fork(node) for node in self.trunk if len(self.children[node]) > 1]
-        return max(map(self.share_of_work, forks), default=0.0)
+        return max((self.share_of_work(self._fork(node)) for node in self.trunk), default=0.0)
 
     def share_of_work(self, nodes: Iterable[Node]) -> float:
         """The share of all convolutions and matrix products that are among nodes."""
@@ -108,12 +111,10 @@ class Graph:
 
     def before_products(self) -> dict[Node, int]:
         """The trunk from where a matrix product lies between it and the logits, with positions."""
-        crossed, found = False, dict[Node, int]()
-        for node, place in self.trunk.items():
-            if crossed:
-                found[node] = place
-            crossed = crossed or _multiplies(node) or any(map(_multiplies, self._fork(node)))
-        return found
+        for node, first in self.trunk.items():
+            if _multiplies(node) or any(map(_multiplies, self._fork(node))):
+                return {node: place for node, place in self.trunk.items() if place > first}
+        return {}
 
     def first_on_every_path(self, wanted: Collection[Node]) -> list[Node]:
         """The first wanted node of each path from the logits; empty if some path has none."""
@@ -154,3 +155,92 @@ def _paths(root: Node, images: Tensor) -> dict[Node, list[Node]]:
 
 def _multiplies(node: Node) -> bool:
     return _MULTIPLIES.search(node.name()) is not None
+
+
+class Value(NamedTuple):
+    """A tensor in a pass over two images."""
+
+    node: Node  # in the graph; None without one
+    shape: tuple[int, ...]
+    alike: Tensor | None  # of [B, N, C] or [N, B, C], which tokens are equal for both images
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Value":
+        alike = None
+        if x.ndim == 3 and 2 in x.shape[:2]:
+            one, other = x.unbind(0) if x.shape[0] == 2 else x.unbind(1)
+            alike = (one == other).all(-1)
+        return cls(x.grad_fn, tuple(x.shape), alike)
+
+
+@dataclass
+class Call:
+    """What a module did in a pass; of several runs, in the last one."""
+
+    runs: int = 0
+    entered: tuple[Node, ...] = ()  # nodes of the tensors that it was given
+    earlier: tuple[Node, ...] = ()  # nodes of the first tensors that it returned in earlier runs
+    took: Value | None = None  # the first tensor that it was given
+    gave: tuple[Value, ...] = ()  # the tensors that it returned
+    index: int = 0  # which of them is its feature map
+    is_alone: bool = True  # it returned one tensor, in nothing else
+
+    @property
+    def left(self) -> Node:
+        """Graph node of the feature map, None without a graph."""
+        return self.gave[self.index].node if self.gave else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the feature map."""
+        return self.gave[self.index].shape if self.gave else ()
+
+    def choose(self, trunk: Collection[Node]) -> None:
+        """Take the first returned tensor on the trunk for the feature map, if there is one."""
+        new = (i for i, v in enumerate(self.gave) if v.node in trunk and v.node not in self.entered)
+        self.index = next(new, 0)
+
+
+class WithGraph(TorchFunctionMode):
+    """Context in which a network's own `no_grad`, `inference_mode` and `detach` have no effect.
+
+    Frozen backbones run without gradients, and gates are detached. Blocks are read from the graph,
+    so for the pass that is read, and for it alone, there must be one.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled and not args[0]:
+            return None
+        if func in _DETACHING and args[0].grad_fn is not None:
+            return args[0]
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            return func(*args, **(kwargs or {}))
+
+
+_DATA: Any = Tensor.data
+_DETACHING = (Tensor.detach, Tensor.detach_, torch.detach, _DATA.__get__)
+
+
+def recorded(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, dict[str, Call]]:
+    """What `run` returns, and the calls of the modules in the order in which they ended."""
+    # What is scripted takes no hooks, and is a part of the module around it.
+    names = {m: n for n, m in net.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+    calls: dict[str, Call] = {}
+    begun: dict[str, tuple[tuple[Node, ...], Value | None]] = {}
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = [tensor for _, tensor in tensors_in((args, kwargs))]
+        nodes = tuple(dict.fromkeys(t.grad_fn for t in given if t.requires_grad))
+        begun[names[module]] = nodes, Value.of(given[0]) if given else None
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        call = calls.pop(names[module], Call())
+        call.runs += 1
+        call.earlier = (*call.earlier, call.left) if call.left is not None else ()
+        call.entered, call.took = begun.get(names[module], ((), None))
+        call.gave = tuple(Value.of(tensor) for _, tensor in tensors_in(output)) or call.gave
+        call.is_alone = isinstance(output, Tensor)
+        calls[names[module]] = call
+
+    with hooked(before=[(m, before) for m in names], after=[(m, after) for m in names]):
+        return run(), calls

@@ -9,33 +9,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusenorm_openood.method.scores.base import Head
-from fusenorm_openood.network.running import hooked
+from fusenorm_openood.network.running import dequantised, hooked
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 class HeadLayers(NamedTuple):
-    """How logits come from the layers with a weight matrix that precede them, `names`.
+    """How logits come from the last layers with a weight matrix.
 
-    Attributes:
-        shares: by what the outputs of the layers are multiplied before they are added up.
-        is_linear: whether the logits are exactly this sum.
-        before_softmax: whether the network returns a softmax, a sigmoid or the like of the logits,
-            which are then the output of the layer.
-        is_affine: whether the logits are an affine function of the feature; unlike with
-            `is_linear`, this may be a mean of what the layers are given.
-        feature: `output` of a module or `input` of some, and their names, if the feature is this
-            and no layer's weights are the function: `Structure.affine` is.
-        is_normalised: whether this feature is divided by its length.
+    Their feature is the input of these layers, or, if their weights do not give the logits, another
+    tensor, of which `Structure.affine` does.
     """
 
-    names: tuple[str, ...] = ()
-    shares: tuple[float, ...] = ()
-    is_linear: bool = False
-    before_softmax: bool = False
-    is_affine: bool = False
-    feature: tuple[str, ...] = ()
-    is_normalised: bool = False
+    names: tuple[str, ...] = ()  # of the layers
+    shares: tuple[float, ...] = ()  # factors of their outputs before these are added up
+    is_linear: bool = False  # the logits are exactly this sum
+    before_softmax: bool = False  # they are the layer's output; the network returns its softmax
+    is_affine: bool = False  # of the feature, which may be a mean of what the layers are given
+    feature: tuple[str, ...] = ()  # another feature: `output` or `input` of modules, their names
+    is_normalised: bool = False  # this feature is divided by its length
 
 
 def weight_of(module: nn.Module) -> Tensor | None:
@@ -60,11 +52,6 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
     value: Any = getattr(module, name, None)
     value = value() if callable(value) else value
     return value.detach() if isinstance(value, Tensor) else None
-
-
-def dequantised(x: Any) -> Any:
-    """A tensor in floating point, also a quantised one; what is no tensor as it is."""
-    return x.dequantize() if isinstance(x, Tensor) and x.is_quantized else x
 
 
 def flat_feature(module: nn.Module, x: Tensor) -> Tensor:
@@ -96,19 +83,17 @@ def feature_of(
 
 def linear_head(modules: Sequence[nn.Module], shares: Sequence[float]) -> Head | None:
     """Weight `[K, D]` and bias `[K]` of the logits as a function of `feature_of`."""
-    weights, biases = [], []
+    weights, biases = list[Tensor](), list[Tensor]()
     for module, share in zip(modules, shares, strict=True):
         weight, bias = weight_of(module), _parameter(module, "bias")
-        if weight is None:
+        if weight is None or (weights and len(weight) != len(weights[0])):
             return None
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         weights.append(weight if share == 1 else weight * share)
         biases.append(bias if share == 1 else bias * share)
-    if len({len(weight) for weight in weights}) != 1:
-        return None
     if len(weights) == 1:
         return Head(weights[0], biases[0])
-    return Head(torch.cat(weights, dim=1), torch.stack(biases).sum(0))
+    return Head(torch.cat(weights, dim=1), torch.stack(biases).sum(0)) if weights else None
 
 
 def head_layers(core: nn.Module, head: HeadLayers) -> dict[str, nn.Module]:
@@ -117,7 +102,7 @@ def head_layers(core: nn.Module, head: HeadLayers) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def kept_head(
+def hooked_head(
     head: Mapping[str, nn.Module], change: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Inputs and outputs of the layers that make the logits, with inputs that are changed."""
@@ -130,9 +115,11 @@ def kept_head(
         inputs[names[module]] = dequantised(changed)
         if change is None:
             return None
-        if args:
-            return (changed, *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): changed}
+        return (
+            ((changed, *args[1:]), kwargs)
+            if args
+            else (args, {**kwargs, next(iter(kwargs)): changed})
+        )
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         outputs[names[module]] = dequantised(output)

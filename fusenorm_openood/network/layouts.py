@@ -1,14 +1,13 @@
 """The axes of feature maps: channels first, channels last, or tokens."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fusenorm_openood.network.graph import Node
-from fusenorm_openood.network.recording import INPUT, Call
+from fusenorm_openood.network.graph import INPUT, Call, Node
 
 # A letter for each dimension: batch, channels, height, width, tokens.
 LAYOUTS = ("BCHW", "BHWC", "BNC", "NBC")
@@ -44,11 +43,7 @@ def token_grid(tokens: int, image: tuple[int, int]) -> tuple[int, int, int]:
 def find_layout(
     name: str, calls: Mapping[str, Call], modules: Mapping[str, nn.Module], image: Sequence[int]
 ) -> str:
-    """The layout of a module's output for a batch of images of a shape; `""` if it is no map.
-
-    Where the image's aspect does not decide between height and width first or last, the layers do
-    that read the module's output, its input, or work inside it.
-    """
+    """The layout of a module's output for a batch of images of a shape; `""` if it is no map."""
     shape, batch = calls[name].shape, image[0]
     if 0 in shape or len(shape) not in (3, 4):
         return ""
@@ -59,8 +54,17 @@ def find_layout(
     first, last = fits(shape[2], shape[3], image), fits(shape[1], shape[2], image)
     if first != last:
         return "BCHW" if first else "BHWC"
-    for layer in _layers_around(name, calls):
-        kind = type(modules[layer])
+    # The image's aspect does not decide: the layers do that read the output, its input, or work
+    # inside the module.
+    maps = {
+        n: c
+        for n, c in calls.items()
+        if not n.endswith(INPUT) and (len(c.shape) == 4 or (c.took and len(c.took.shape) == 4))
+    }
+    nodes = [node for node in (calls[name].left, *calls[name].entered) if node is not None]
+    around = [n for node in nodes for n, c in maps.items() if node in c.entered]
+    around += [n for n in reversed(maps) if n == name or n.startswith(f"{name}.")]
+    for kind in (type(modules[layer]) for layer in around):
         if kind.__name__.endswith("2d") or issubclass(kind, nn.GroupNorm):
             return "BCHW"  # Conv2d, BatchNorm2d, LayerNorm2d, ...
         if kind in (nn.Linear, nn.LayerNorm):
@@ -68,22 +72,11 @@ def find_layout(
     return "BCHW"
 
 
-def _layers_around(name: str, calls: Mapping[str, Call]) -> Iterator[str]:
-    maps = {
-        n: c
-        for n, c in calls.items()
-        if not n.endswith(INPUT) and (len(c.shape) == 4 or (c.took and len(c.took.shape) == 4))
-    }
-    for node in (calls[name].left, *calls[name].entered):
-        yield from (n for n, c in maps.items() if node is not None and node in c.entered)
-    yield from (n for n in reversed(maps) if n == name or n.startswith(f"{name}."))
-
-
 class Prefix(NamedTuple):
     """Tokens that are no pixels, such as class tokens and registers."""
 
     length: int
-    place: float = 0.0  # share of the other tokens that stand before them
+    place: float = 0.0  # part of the other tokens that stand before them
 
 
 def find_prefixes(
@@ -92,12 +85,10 @@ def find_prefixes(
     trunk: Mapping[Node, int],
     image: Sequence[int],
 ) -> dict[str, Prefix]:
-    """The prefix tokens of the modules that return tokens, as far as the graph shows them.
-
-    On the way from the images to the logits, a feature map or the first tokens have as many pixels
-    as patches; tokens that join them later, and are the same for both images, are no pixels. What
-    drops or merges tokens does so to pixels.
-    """
+    """The prefix tokens of the modules that return tokens, as far as the graph shows them."""
+    # On the way from the images to the logits, a feature map or the first tokens have as many
+    # pixels as patches; tokens that join them later, and are the same for both images, are no
+    # pixels. What drops or merges tokens does so to pixels.
     values = [(c.gave[c.index], layouts.get(n, ""), n) for n, c in calls.items() if c.gave]
     values += [(c.took, "BNC", "") for c in calls.values() if c.took and len(c.took.shape) == 3]
     on_trunk = [value for value in values if value[0].node in trunk]

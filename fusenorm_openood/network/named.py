@@ -2,14 +2,12 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from operator import attrgetter
-from threading import RLock
 from typing import Any
 
 from torch import nn
-from torch.nn import Parameter
 
 from fusenorm_openood.errors import ConfigError
 
@@ -109,38 +107,3 @@ def is_catalogued(spec: str) -> bool:
     models = import_module("torchvision").models
     listed = [*models.list_models(models), *models.list_models(models.quantization)]
     return name.lower() in listed
-
-
-class LazyNetwork(nn.Module):
-    """A network that is loaded on first use; its `known.structure` and `known.head` need none."""
-
-    def __init__(self, load: Callable[[], nn.Module], known: Any = None) -> None:
-        super().__init__()
-        self._load, self.known = load, known
-        self._moves: list[tuple[Any, Any]] = []
-        self._lock = RLock()
-
-    @property
-    def core(self) -> nn.Module:
-        """The network itself."""
-        with self._lock:
-            if "loaded" not in self._modules:
-                net = self._load()
-                for args, kwargs in self._moves:
-                    net.to(*args, **kwargs)
-                self.loaded = net
-        return self.loaded
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.core(*args, **kwargs)
-
-    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
-        return self.core.parameters(recurse)
-
-    def to(self, *args: Any, **kwargs: Any) -> "LazyNetwork":
-        """Move the network, at once or when it is loaded."""
-        self._moves.append((args, kwargs))
-        return super().to(*args, **kwargs)
-
-    def cpu(self) -> "LazyNetwork":
-        return self.to("cpu")

@@ -1,8 +1,7 @@
 """Find the logits in what a network returns, and recognise outputs that are no logits."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,25 +10,8 @@ from torch.nn import functional as F
 
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.network.graph import Node, inputs_of, reachable
-from fusenorm_openood.network.head import HALF, dequantised
-
-Path = tuple[Any, ...]  # the keys, indices and attributes that lead to a tensor
-
-
-def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """The floating-point tensors in nested containers and dataclasses, dequantised, in order."""
-    inner: Any = ()
-    if isinstance(value, Tensor):
-        if value.is_floating_point() or value.is_quantized:
-            yield path, dequantised(value)
-    elif isinstance(value, Mapping):
-        inner = value.items()
-    elif isinstance(value, tuple | list):
-        inner = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
-    elif is_dataclass(value) and not isinstance(value, type):
-        inner = ((field.name, getattr(value, field.name)) for field in fields(value))
-    for key, item in inner:
-        yield from tensors_in(item, (*path, key))
+from fusenorm_openood.network.head import HALF
+from fusenorm_openood.network.running import Path, dequantised, tensors_in
 
 
 def find_logits(net: nn.Module, output: Any, batch: int) -> Path:
@@ -70,15 +52,14 @@ def logits_at(net: nn.Module, output: Any, path: Path, batch: int) -> Tensor:
     A single logit z is that of two classes, with the logits 0 and z.
     """
     try:
-        output = value_at(output, path)
+        found = dequantised(value_at(output, path))
     except (AttributeError, IndexError, KeyError, TypeError):
-        raise _no_logits(net, output, batch) from None
-    if isinstance(output, Tensor) and _may_be_logits(output, batch):
-        logits: Tensor = dequantised(output)
-        return logits
-    if isinstance(output, Tensor) and _is_one_logit(output, batch):
-        return of_two_classes(dequantised(output).reshape(batch, 1))
-    raise _no_logits(net, output, batch)
+        found = None
+    if isinstance(found, Tensor) and _may_be_logits(found, batch):
+        return found
+    if isinstance(found, Tensor) and _is_one_logit(found, batch):
+        return of_two_classes(found.reshape(batch, 1))
+    raise _no_logits(net, output if found is None else found, batch)
 
 
 def of_two_classes(logits: Tensor) -> Tensor:
@@ -110,8 +91,8 @@ def _may_be_logits(tensor: Tensor, batch: int) -> bool:
 
 
 def _is_one_logit(tensor: Tensor, batch: int) -> bool:
-    squeezed = tensor.ndim == 0 and batch == 1
-    return squeezed or tuple(tensor.shape) in ((batch, 1), (batch,))
+    shapes = ((batch, 1), (batch,), ()) if batch == 1 else ((batch, 1), (batch,))
+    return tuple(tensor.shape) in shapes
 
 
 # The last four are the parameters of a Dirichlet distribution in evidential networks.
@@ -180,13 +161,11 @@ def last_activation(node: Node) -> str:
     def is_of_weights(node: Node) -> bool:  # alone, such as a learned scale
         return all(n.name().endswith("AccumulateGrad") for n in inputs_of(node))
 
-    def is_end(node: Node) -> bool:
-        return not _PASSED.match(node.name()) and not is_of_weights(node)
-
     def following(node: Node) -> list[Node]:
-        return [] if is_end(node) or is_of_weights(node) else inputs_of(node)
+        return inputs_of(node) if _PASSED.match(node.name()) and not is_of_weights(node) else []
 
-    ends = filter(is_end, reachable([] if node is None else [node], following))
-    found = {match and match[1] for match in (_NONLINEAR.match(n.name()) for n in ends)}
+    nodes = reachable([] if node is None else [node], following)
+    ends = [n.name() for n in nodes if not _PASSED.match(n.name()) and not is_of_weights(n)]
+    found = {match and match[1] for match in map(_NONLINEAR.match, ends)}
     name = found.pop() if len(found) == 1 else None
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() if name else ""

@@ -81,13 +81,9 @@ class BasicBlock(_TwoConvolutions):
 class PaddingBlock(_TwoConvolutions):
     """A residual block whose shortcut has no weights: pixels skipped, channels added as 0."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__(channels_in, channels, stride)
-        self.stride, self.added = stride, channels - channels_in
-
     def skip(self, x: Tensor) -> Tensor:
-        before, after = self.added // 2, self.added - self.added // 2
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, after))
+        stride, added = self.conv1.stride[0], self.conv1.out_channels - x.shape[1]
+        return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, added // 2, added - added // 2))
 
 
 class _SmallResNet(FeatureClassifier):
@@ -99,15 +95,13 @@ class _SmallResNet(FeatureClassifier):
         super().__init__()
         self.conv1 = _conv(3, width)
         self.bn1 = nn.BatchNorm2d(width)
-        channels_in = width
-        self.stages = len(blocks)
-        for stage, count in enumerate(blocks):
-            channels = width * 2**stage
-            first = block(channels_in, channels, 1 if stage == 0 else 2)
-            others = [block(channels, channels, 1) for _ in range(count - 1)]
-            self.add_module(f"layer{stage + 1}", nn.Sequential(first, *others))
-            channels_in = channels
-        self.fc = nn.Linear(channels_in, num_classes)
+        channels, self.stages = width, len(blocks)
+        for stage, count in enumerate(blocks, start=1):
+            first = block(channels, width * 2 ** (stage - 1), 1 if stage == 1 else 2)
+            channels = width * 2 ** (stage - 1)
+            others = (block(channels, channels, 1) for _ in range(count - 1))
+            self.add_module(f"layer{stage}", nn.Sequential(first, *others))
+        self.fc = nn.Linear(channels, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -207,8 +201,10 @@ class WideResNetStage(nn.Module):
 
     def __init__(self, blocks: int, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
-        others = (PreActBlock(channels, channels, 1) for _ in range(blocks - 1))
-        self.layer = nn.Sequential(PreActBlock(channels_in, channels, stride), *others)
+        first = PreActBlock(channels_in, channels, stride)
+        self.layer = nn.Sequential(
+            first, *(PreActBlock(channels, channels, 1) for _ in range(blocks - 1))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
@@ -227,13 +223,13 @@ class WideResNet(FeatureClassifier):
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
             raise ConfigError(f"depth must be 6n + 4, for example 16 or 28, got {depth}")
-        channels = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
-        self.conv1 = _conv(3, channels[0])
-        self.block1 = WideResNetStage(blocks, channels[0], channels[1], stride=1)
-        self.block2 = WideResNetStage(blocks, channels[1], channels[2], stride=2)
-        self.block3 = WideResNetStage(blocks, channels[2], channels[3], stride=2)
-        self.bn1 = nn.BatchNorm2d(channels[3])
-        self.fc = nn.Linear(channels[3], num_classes)
+        one, two, three = (16 * widen_factor * 2**stage for stage in range(3))  # channels
+        self.conv1 = _conv(3, 16)
+        self.block1 = WideResNetStage(blocks, 16, one, stride=1)
+        self.block2 = WideResNetStage(blocks, one, two, stride=2)
+        self.block3 = WideResNetStage(blocks, two, three, stride=2)
+        self.bn1 = nn.BatchNorm2d(three)
+        self.fc = nn.Linear(three, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
         x = self.block3(self.block2(self.block1(self.conv1(x))))

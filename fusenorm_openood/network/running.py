@@ -2,9 +2,10 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
 from functools import partial
 from threading import Lock, RLock
 from typing import Any
@@ -12,12 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from fusenorm_openood.errors import FuseNormError, NetworkError, TapError, is_lost_loader
-from fusenorm_openood.kernels.guards import is_out_of_memory
-from fusenorm_openood.network.named import LazyNetwork
+from fusenorm_openood.errors import (
+    FuseNormError,
+    NetworkError,
+    TapError,
+    is_lost_loader,
+    is_out_of_memory,
+)
 from fusenorm_openood.network.resnet import has_scoring_logits
+
+Path = tuple[Any, ...]  # the keys, indices and attributes that lead to a tensor
+Hook = Callable[..., Any]
 
 _lock = RLock()
 _modes: dict[nn.Module, tuple[bool, int]] = {}  # mode before the first of the passes; how many
@@ -29,10 +38,10 @@ _eager: list[Any] = []  # the stance of torch.compile during the passes, if it w
 def eval_mode(net: nn.Module) -> Iterator[None]:
     """Put a network in eval mode, and restore the mode of every module afterwards.
 
-    What is in eval mode already is not touched. A module that overrides `train`, for example to
-    merge weights, changes its mode by it; the weights that this changed are bitwise restored.
-    Where passes of several threads overlap, the last one restores the modes before the first.
-    Compiled modules run uncompiled, because what is compiled ignores hooks.
+    A module that overrides `train`, for example to merge weights, changes its mode by it; the
+    weights that this changed are bitwise restored. Where passes of several threads overlap, the
+    last one restores the modes before the first. Compiled modules run uncompiled, since compiled
+    ones ignore hooks.
     """
     modules = list(net.modules())
     with _lock:
@@ -128,8 +137,6 @@ def without_weight_gradients(net: nn.Module) -> Iterator[None]:
 _current_pass: ContextVar[object] = ContextVar("current_pass", default=None)
 _numbering = Lock()  # torch numbers hooks without one, and one might replace another
 
-Hook = Callable[..., Any]
-
 
 @contextmanager
 def own_pass() -> Iterator[None]:
@@ -155,9 +162,8 @@ def hooked(
     try:
         with _numbering:
             for module, hook in before:
-                handles.append(
-                    module.register_forward_pre_hook(partial(own, hook), with_kwargs=True)
-                )
+                given = partial(own, hook)
+                handles.append(module.register_forward_pre_hook(given, with_kwargs=True))
             for module, hook in after:
                 handles.append(module.register_forward_hook(partial(own, hook)))
         yield
@@ -166,12 +172,43 @@ def hooked(
             handle.remove()
 
 
-def unwrapped(net: nn.Module) -> nn.Module:
-    """The network in a wrapper of torch, whose modules run hooks on one device.
+class LazyNetwork(nn.Module):
+    """A network that is loaded on first use; `stored` has its structure and head without that."""
 
-    Raises:
-        TapError: no network, or one that runs without its modules' hooks.
-    """
+    def __init__(self, load: Callable[[], nn.Module], stored: Any = None) -> None:
+        super().__init__()
+        self._load, self.stored = load, stored
+        self._moves: list[tuple[Any, Any]] = []
+        self._lock = RLock()
+
+    @property
+    def core(self) -> nn.Module:
+        """The network itself."""
+        with self._lock:
+            if "loaded" not in self._modules:
+                net = self._load()
+                for args, kwargs in self._moves:
+                    net.to(*args, **kwargs)
+                self.loaded = net
+        return self.loaded
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.core(*args, **kwargs)
+
+    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
+        return self.core.parameters(recurse)
+
+    def to(self, *args: Any, **kwargs: Any) -> "LazyNetwork":
+        """Move the network, at once or when it is loaded."""
+        self._moves.append((args, kwargs))
+        return super().to(*args, **kwargs)
+
+    def cpu(self) -> "LazyNetwork":
+        return self.to("cpu")
+
+
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The network in a wrapper of torch; TapError if its modules would run no hooks."""
     inner: Any = net
     while inner is not None:
         net = inner
@@ -191,9 +228,9 @@ def unwrapped(net: nn.Module) -> nn.Module:
 
 def scoring_module(net: nn.Module) -> str | None:
     """Name of the module with separate scoring logits, `""` for the network itself, or None."""
-    if isinstance(net, LazyNetwork) and net.known is not None:
-        known: str | None = net.known.structure.scoring
-        return known
+    if isinstance(net, LazyNetwork) and net.stored is not None:
+        scoring: str | None = net.stored.structure.scoring
+        return scoring
     modules = unwrapped(net).named_modules()
     return next((name for name, module in modules if has_scoring_logits(module)), None)
 
@@ -242,3 +279,24 @@ def scoring_run(net: nn.Module, scoring: str | None) -> Callable[..., Any]:
         return module.forward_ood_inference(*args, **kwargs)  # type: ignore[operator]
 
     return run
+
+
+def dequantised(x: Any) -> Any:
+    """A tensor in floating point, also a quantised one; what is no tensor as it is."""
+    return x.dequantize() if isinstance(x, Tensor) and x.is_quantized else x
+
+
+def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """The floating-point tensors in nested containers and dataclasses, dequantised, in order."""
+    inner: Any = ()
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_quantized:
+            yield path, dequantised(value)
+    elif isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, tuple | list):
+        inner = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
+    elif is_dataclass(value) and not isinstance(value, type):
+        inner = ((field.name, getattr(value, field.name)) for field in fields(value))
+    for key, item in inner:
+        yield from tensors_in(item, (*path, key))

@@ -34,9 +34,8 @@ _EXTRAS = re.compile(r"(?:.*\.)?(?:n_averaged|num_updates)|(?:criterion|loss|los
 def read_saved(path: Path) -> Any:
     """The tensors and containers in a file of `torch.save` or safetensors, on the CPU.
 
-    Raises:
-        DamagedFileError: the file is truncated or altered, or was written by neither.
-        CheckpointError: it is missing, cannot be opened, or cannot be loaded without running code.
+    DamagedFileError if it is truncated or altered, or was written by neither; CheckpointError if it
+    is missing, cannot be opened, or cannot be loaded without running code.
     """
     try:
         with path.open("rb") as file:

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusenorm_openood.errors import FuseNormError
-from fusenorm_openood.kernels.guards import is_out_of_memory
+from fusenorm_openood.errors import FuseNormError, is_out_of_memory
 from fusenorm_openood.method.scores.base import Head
 from fusenorm_openood.network.blocks import find_blocks, outermost
-from fusenorm_openood.network.graph import Graph, Node
+from fusenorm_openood.network.graph import INPUT, Call, Graph, Node, WithGraph, recorded
 from fusenorm_openood.network.head import HeadLayers, weight_of
 from fusenorm_openood.network.layouts import Prefix, find_layout, find_prefixes, pixels
-from fusenorm_openood.network.outputs import Path, find_logits, last_activation, logits_at, value_at
-from fusenorm_openood.network.recording import INPUT, Call, WithGraph, recorded
+from fusenorm_openood.network.outputs import find_logits, last_activation, logits_at, value_at
 from fusenorm_openood.network.running import (
+    Path,
     eval_mode,
     network_errors,
     own_pass,
@@ -54,7 +53,7 @@ class Structure:
     activation: str = ""  # `log_softmax` if the logits are log-probabilities, whose energy is 0
     largest_logit: float = field(default=0.0, compare=False)  # of two images; it varies with them
     affine: Head | None = field(default=None, compare=False)  # of `head.feature`; not in files
-    prefixes: Mapping[str, Prefix] = field(default_factory=dict)  # of tokens, where known
+    prefixes: Mapping[str, Prefix] = field(default_factory=dict)  # of tokens, where found
     outputs: Mapping[str, int] = field(default_factory=dict)  # which tensor is the map, if not 0
     notes: tuple[str, ...] = ()  # what the blocks leave out
 
@@ -78,7 +77,7 @@ class Structure:
         return replace(structure, head=head._replace(is_affine=head.is_affine or head.is_linear))
 
     def stages(self, taps: Sequence[str]) -> list[list[str]]:
-        """Taps by stage: those of a stage follow each other and have equally many pixels."""
+        """Layers by stage: those of a stage follow each other and have equally many pixels."""
         return [list(stage) for _, stage in groupby(taps, key=lambda tap: self.pixels.get(tap))]
 
 
@@ -100,7 +99,7 @@ def read_structure(net: nn.Module, images: Tensor) -> Structure:
         head = _find_head(modules, calls, graph, logits.shape[1])
     once = {name: call for name, call in calls.items() if name and call.runs == 1}
     given = {name + INPUT: Call(1, gave=(call.took,)) for name, call in once.items() if call.took}
-    calls |= given  # where no module returns a block's output, the module that reads it is tapped
+    calls |= given  # where no module returns a block's output, it is read at another one's input
     layouts = {
         name: layout
         for name in (*once, *given)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusenorm_openood.errors import TapError
+from fusenorm_openood.errors import TapError, is_out_of_memory
 from fusenorm_openood.kernels.devices import casts_down, full_precision
-from fusenorm_openood.kernels.guards import is_out_of_memory
 from fusenorm_openood.method.scores.base import Head
+from fusenorm_openood.network.graph import recorded
 from fusenorm_openood.network.head import (
     HALF,
     HeadLayers,
@@ -21,7 +21,7 @@ from fusenorm_openood.network.head import (
     flat_feature,
     has_quantised_weight,
     head_layers,
-    kept_head,
+    hooked_head,
     linear_head,
 )
 from fusenorm_openood.network.outputs import (
@@ -30,7 +30,6 @@ from fusenorm_openood.network.outputs import (
     logits_at,
     of_two_classes,
 )
-from fusenorm_openood.network.recording import recorded
 from fusenorm_openood.network.running import (
     eval_mode,
     hooked,
@@ -43,7 +42,8 @@ from fusenorm_openood.network.running import (
 from fusenorm_openood.network.structure import Structure, read_structure, two_images
 
 PASSES = 16  # over two images, of a network that draws random numbers: it may draw the same ones
-# Logits and what gives them agree up to this share of the largest, in half precision or not.
+# Logits and what gives them agree up to this part of the largest, in half precision or not: half
+# has 3 digits, of which a sum over features loses some; float32 as on a GPU (TF32) has 4.
 ROUNDED, EXACT = 3e-2, 1e-3
 
 
@@ -66,18 +66,16 @@ def understand(net: nn.Module, images: Tensor) -> Structure:
         with network_errors(net, two):
             before = _generators(images.device)
             first = _pass(core, structure, two)
-            draws = _generators(images.device) != before
-            again = (_pass(core, structure, two) for _ in range(PASSES if draws else 1))
+            passes = PASSES if _generators(images.device) != before else 1
+            again = (_pass(core, structure, two) for _ in range(passes))
             is_random = any(not _is_alike(other, first) for other in again)
             depends, smallest = _depends_on_batch(core, structure, two, first)
-        depends = depends and (not is_random or not smallest)
+        depends = depends and not (is_random and smallest)
         layers = {name: core.get_submodule(name) for name in structure.head.names}
         head, affine = _head_by_weights(layers, first), None
         if not (head.is_affine and len(head.names) == 1):
             tried = replace(structure, head=head._replace(feature=structure.head.feature))
-            found = _head_by_gradients(core, tried, two)
-            if found is not None and _holds(core, *found, first):
-                head, affine = found
+            head, affine = _head_by_gradients(core, tried, two, first) or (head, None)
     logits, activation = first.logits, ""
     if head.before_softmax:
         logits = first.outputs[head.names[0]]
@@ -110,7 +108,7 @@ class _Pass(NamedTuple):
 
 
 def _pass(core: nn.Module, structure: Structure, images: Tensor) -> _Pass:
-    with own_pass(), kept_head(head_layers(core, structure.head)) as (inputs, outputs):
+    with own_pass(), hooked_head(head_layers(core, structure.head)) as (inputs, outputs):
         run = scoring_run(core, structure.scoring)
         output, calls = recorded(core, lambda: run(images.clone()))
     for name, layout in structure.layouts.items():
@@ -182,11 +180,10 @@ def _head_by_weights(layers: Mapping[str, nn.Module], first: _Pass) -> HeadLayer
         return found
     rounded = logits.dtype in HALF or any(map(has_quantised_weight, layers.values()))
     shares, exact = find_shares(sums, logits, ROUNDED if rounded else EXACT)
-    is_mean = any(
-        inputs[n][0].numel() != flat_feature(layer, inputs[n])[0].numel()
-        for n, layer in layers.items()
+    has_pixels = any(
+        inputs[n].numel() != flat_feature(m, inputs[n]).numel() for n, m in layers.items()
     )
-    return found._replace(shares=shares, is_linear=exact and not is_mean, is_affine=exact)
+    return found._replace(shares=shares, is_linear=exact and not has_pixels, is_affine=exact)
 
 
 def find_shares(
@@ -206,11 +203,12 @@ def find_shares(
 
 
 def _head_by_gradients(
-    core: nn.Module, structure: Structure, images: Tensor
+    core: nn.Module, structure: Structure, images: Tensor, first: _Pass
 ) -> tuple[HeadLayers, Head] | None:
     """The logits as an affine function of the feature at `structure.head.feature`.
 
-    Of the feature itself, or else of its direction, as those of a cosine head are.
+    Of the feature itself, or else of its direction, as those of a cosine head are; the function is
+    found at other features than those of the images, and must hold there as well.
     """
     head = structure.head
     if not head.feature:
@@ -218,15 +216,25 @@ def _head_by_gradients(
     try:
         with torch.inference_mode(False), torch.enable_grad(), full_precision(images.device):
             x, logits = _pass_of_other_features(core, structure, torch.cat([images, images]))
-            for is_normalised in (False, True):
-                found = _affine(core.get_submodule(head.feature[1]), x, logits, is_normalised)
-                if found is not None:
-                    head = head._replace(is_linear=True, is_affine=True)
-                    return head._replace(is_normalised=is_normalised), found
+            module = core.get_submodule(head.feature[1])
+            found = _affine(module, x, logits, False)
+            is_normalised = found is None
+            found = found or _affine(module, x, logits, True)
     except Exception as error:  # a layer without a gradient, or one that checks its input
         if is_out_of_memory(error):
             raise
-    return None
+        return None
+    if found is None:
+        return None
+    head = head._replace(is_linear=True, is_affine=True, is_normalised=is_normalised)
+    feature = feature_of(head, head_layers(core, head), first.inputs, first.outputs)
+    logits = _scored(head, first.outputs, first.logits)
+    if feature is not None and torch.isfinite(logits).all():  # else the scores raise their error
+        given = F.linear(feature.to(found.weight), found.weight, found.bias)
+        tolerance = _tolerance(logits) * float(logits.abs().max())
+        if not torch.allclose(given, logits.to(given), rtol=0, atol=tolerance):
+            return None
+    return head, found
 
 
 def _pass_of_other_features(
@@ -239,7 +247,7 @@ def _pass_of_other_features(
     side, *names = structure.head.feature
     values = list[Tensor]()
 
-    def replace_feature(x: Tensor) -> Tensor:
+    def other(x: Tensor) -> Tensor:
         if not values:
             generator = torch.Generator("cpu").manual_seed(0)
             shape = (2, *x.shape[1:])
@@ -249,20 +257,26 @@ def _pass_of_other_features(
             values.append(new.detach().requires_grad_())
         return values[0]
 
-    def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return replace_feature(output)
-
     modules = {name: core.get_submodule(name) for name in names}
+    after = [(m, lambda module, args, output: other(output)) for m in modules.values()]
     with (
         own_pass(),
-        hooked(after=[(m, after) for m in modules.values()] if side == "output" else []),
-        kept_head({} if side == "output" else modules, replace_feature),
-        kept_head(head_layers(core, structure.head)) as (_, outputs),
+        hooked(after=after) if side == "output" else hooked_head(modules, other),
+        hooked_head(head_layers(core, structure.head)) as (_, outputs),
     ):
         output = scoring_run(core, structure.scoring)(images)
-    if structure.head.before_softmax:
-        return values[0], of_two_classes(outputs[structure.head.names[0]].flatten(1))
-    return values[0], logits_at(core, output, structure.logits, len(images))
+    if not structure.head.before_softmax:
+        return values[0], logits_at(core, output, structure.logits, len(images))
+    return values[0], _scored(structure.head, outputs, output)
+
+
+def _scored(head: HeadLayers, outputs: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+    """The logits, which are those before a softmax if the network returns one."""
+    return of_two_classes(outputs[head.names[0]].flatten(1)) if head.before_softmax else logits
+
+
+def _tolerance(logits: Tensor) -> float:
+    return ROUNDED if logits.dtype in HALF else EXACT
 
 
 def _affine(module: nn.Module, x: Tensor, logits: Tensor, is_normalised: bool) -> Head | None:
@@ -270,13 +284,12 @@ def _affine(module: nn.Module, x: Tensor, logits: Tensor, is_normalised: bool) -
 
     Of an affine score w f + b, the gradient is w for every feature f.
     """
-    tolerance = ROUNDED if logits.dtype in HALF else EXACT
     u = flat_feature(module, x).detach().cpu().double()
     length = u.norm(dim=1, keepdim=True) if is_normalised else u.new_ones(len(x), 1)
     u = u / length
 
     def agrees(found: Tensor, wanted: Tensor) -> bool:
-        return bool((found - wanted).abs().max() <= tolerance * found.abs().max())
+        return bool((found - wanted).abs().max() <= _tolerance(logits) * found.abs().max())
 
     def solved(scores: Tensor) -> tuple[Tensor, Tensor] | None:
         (gradient,) = torch.autograd.grad(scores.sum(), x, retain_graph=True)
@@ -302,16 +315,3 @@ def _affine(module: nn.Module, x: Tensor, logits: Tensor, is_normalised: bool) -
         return None
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return Head(weight.to(logits.device, dtype), bias.to(logits.device, dtype))
-
-
-def _holds(core: nn.Module, head: HeadLayers, affine: Head, first: _Pass) -> bool:
-    """Whether an affine function gives the logits of images; it was found at other features."""
-    feature = feature_of(head, head_layers(core, head), first.inputs, first.outputs)
-    logits = first.logits
-    if head.before_softmax:
-        logits = of_two_classes(first.outputs[head.names[0]].flatten(1))
-    if feature is None or not torch.isfinite(logits).all():
-        return True  # the error will be that of their scores
-    given = F.linear(feature.to(affine.weight), affine.weight, affine.bias)
-    tolerance = (ROUNDED if logits.dtype in HALF else EXACT) * float(logits.abs().max())
-    return torch.allclose(given, logits.to(given), rtol=0, atol=tolerance)

@@ -60,10 +60,10 @@ def lookup(config: Mapping[str, Any], *keys: str) -> Any:
     value: Any = config
     for depth, key in enumerate(keys):
         if not isinstance(value, Mapping) or key not in value:
-            known = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
+            found = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
             raise ConfigError(
                 f"key {'.'.join(keys[: depth + 1])!r} is missing from the configuration: "
-                f"found only {known or 'nothing'}"
+                f"found only {found or 'nothing'}"
             )
         value = value[key]
     return value
@@ -72,15 +72,9 @@ def lookup(config: Mapping[str, Any], *keys: str) -> Any:
 def typed(kind: Any, value: Any, name: str) -> Any:
     """A value of a type, from what JSON has made of it: tuples are lists there, records mappings.
 
-    Args:
-        kind: a dataclass, a NamedTuple, a tuple, a mapping with keys of strings, a union, a plain
-            type or `Any`.
-        value: what JSON has.
-        name: what the value is called in messages.
-
-    Raises:
-        ConfigError: the value is of another type, or a number is too large or not finite; the
-            message names the part.
+    The type is a dataclass, a NamedTuple, a tuple, a mapping with keys of strings, a union, a plain
+    type or `Any`. ConfigError, which names the part, for a value of another type, or a number that
+    is too large or not finite.
     """
     outer, inner = get_origin(kind) or kind, get_args(kind)
     if kind is Any and not isinstance(value, int | float):

@@ -10,12 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from fusenorm_openood.errors import DetectorFileError
-from fusenorm_openood.storage.files import write_whole
+from fusenorm_openood.storage.files import metadata, write_whole
 
 FORMAT = 2
 READABLE = (1, FORMAT)
@@ -24,15 +23,10 @@ _CHECKSUM = re.compile(rb'\\"checksum\\": \\"([0-9a-f]{64})\\"')
 
 
 class Contents(NamedTuple):
-    """Contents of a detector file.
-
-    Attributes:
-        tensors: tensors on the CPU, by name.
-        record: what can be expressed in JSON, with the package's `version`.
-    """
+    """Contents of a detector file: tensors on the CPU, and what can be expressed in JSON."""
 
     tensors: dict[str, Tensor]
-    record: dict[str, Any]
+    record: dict[str, Any]  # with the package's `version`
 
 
 def write_contents(path: Path, contents: Contents) -> None:
@@ -70,9 +64,7 @@ def read_contents(path: Path) -> Contents:
     if sha256(without).hexdigest().encode() != found[1]:
         raise DetectorFileError(f"detector file {path} is damaged: copy it again, or fit again")
     try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        record = json.loads(header["__metadata__"]["fusenorm"])
+        tensors, record = safetensors.torch.load(data), json.loads(metadata(data))
         version = record["format"]
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         raise DetectorFileError(f"{path} is no detector file: {way_out}") from None

@@ -1,5 +1,6 @@
 """Write files completely or not at all, lock them, and tell whether they have changed."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -26,16 +27,20 @@ def file_digest(path: str | Path) -> str:
 
 
 def manifest(places: Iterable[Place | str], names: Iterable[str] | None = None) -> str:
-    """SHA-256, in hex, of the names of files and of the versions of those that exist.
-
-    Args:
-        places: the files; a sequence, unless there are names.
-        names: what is hashed in place of the paths.
-    """
+    """SHA-256, in hex, of the names of files, or other names, and of the files' versions."""
     hashed = sha256()
     for name, version in zip(names or map(str, places), versions(places), strict=True):
         hashed.update(f"{name} {version}".rstrip().encode("utf-8", "surrogatepass") + b"\n")
     return hashed.hexdigest()
+
+
+def metadata(data: bytes) -> Any:
+    """The entry `fusenorm` of a safetensors file's metadata.
+
+    ValueError, KeyError or TypeError for other bytes.
+    """
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header["__metadata__"]["fusenorm"]
 
 
 def import_parquet() -> Any:
@@ -53,9 +58,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Create a file with `write` under a temporary name, flush it to disk and rename it to `path`.
 
     Any number of threads, processes and hosts may write the same `path` at once: the last one wins.
-
-    Raises:
-        UnwritableError: the disk is full, or the folder is not writable.
+    UnwritableError if the disk is full, or the folder is not writable.
     """
     unfinished = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
@@ -96,12 +99,8 @@ _locks = set[int]()
 def lock(path: Path) -> int | None:
     """Lock a file, which is created if it does not exist, until `unlock` or the end of the process.
 
-    Returns:
-        What `unlock` takes; None where the system or the file has no locks.
-
-    Raises:
-        BlockingIOError: it is locked already.
-        OSError: it cannot be opened.
+    Returns what `unlock` takes; None where the system or the file has no locks. BlockingIOError if
+    it is locked already, OSError if it cannot be opened.
     """
     if sys.platform == "win32" or (path.exists() and not path.is_file()):
         return None

@@ -8,17 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusenorm_openood.errors import DamagedShardError, StoreError
-from fusenorm_openood.storage.shards import (
-    KEY,
-    Key,
-    ShardSet,
-    delete,
-    is_parquet_shard,
-    shard_number,
-)
+from fusenorm_openood.storage.shards import KEY, Key, ShardSet, delete, shard_number
 
 _TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{32}\.tmp")
-_DAY = 24 * 60 * 60
+_DAY = 24 * 60 * 60  # a process takes seconds to write a temporary file
 
 
 class Entry(NamedTuple):
@@ -46,17 +39,12 @@ class Removal(NamedTuple):
 
 def listing(root: Path) -> list[Entry]:
     """The sets of a store, sorted by folder; StoreError if it cannot be read."""
-    return [
-        Entry(
-            folder,
-            dict(shards.key.record),
-            shards.key.rows,
-            len(shards.present()),
-            shards.key.shard_count,
-            sum(map(_size, _own_files(folder))),
-        )
-        for folder, shards in _sets(root)
-    ]
+    entries = []
+    for folder, shards in _sets(root):
+        key, size = shards.key, sum(map(_size, _own_files(folder)))
+        count = len(shards.present()), key.shard_count
+        entries.append(Entry(folder, dict(key.record), key.rows, *count, size))
+    return entries
 
 
 def verify(root: Path) -> dict[Path, DamagedShardError | None]:
@@ -80,13 +68,11 @@ def prune(
     process may write the sets that are removed.
 
     Args:
+        root: the store; StoreError if it does not exist, or a file cannot be deleted.
         version: sets whose record has a `version` other than this one are removed.
         incomplete: also remove sets with missing shards.
         everything: remove all sets.
         dry_run: remove nothing; only return what would be removed.
-
-    Raises:
-        StoreError: the store does not exist, or a file cannot be deleted.
     """
     removals = []
     for entry in listing(root):
@@ -100,10 +86,15 @@ def prune(
             removals.append(Removal(entry.folder, entry.size, reason))
         else:
             for path in _own_files(entry.folder):
-                if is_parquet_shard(path.name):
-                    removals.append(Removal(path, _size(path), "Parquet shard of version 0.2.0"))
-                elif _is_leftover(path):
-                    removals.append(Removal(path, _size(path), "temporary file"))
+                with suppress(FileNotFoundError):  # another process may have removed it
+                    found = path.stat()
+                    if path.suffix == ".parquet":
+                        reason = "Parquet shard of version 0.2.0"
+                    elif path.suffix == ".tmp" and time.time() - found.st_mtime > _DAY:
+                        reason = "temporary file"
+                    else:
+                        continue
+                    removals.append(Removal(path, found.st_size, reason))
     for removal in [] if dry_run else removals:
         # A set keeps its key, and so is a set, until its shards are gone.
         is_set = removal.path.is_dir()
@@ -136,24 +127,12 @@ def _own_files(folder: Path) -> list[Path]:
         paths = sorted(folder.iterdir())
     except OSError as error:
         raise StoreError(f"folder {folder} cannot be read ({error.strerror})") from None
-    shards = [path for path in paths if shard_number(path.name) >= 0]
-    return [*shards, *filter(_is_temporary, paths), folder / KEY]
-
-
-def _is_temporary(path: Path) -> bool:
-    match = _TEMPORARY.fullmatch(path.name)
-    return match is not None and (match[1] == KEY or shard_number(match[1]) >= 0)
-
-
-def _is_leftover(path: Path) -> bool:
-    """Whether no process can still be writing a temporary file, which takes seconds."""
-    with suppress(FileNotFoundError):
-        return _is_temporary(path) and time.time() - path.stat().st_mtime > _DAY
-    return False
+    names = {path: match[1] for path in paths if (match := _TEMPORARY.fullmatch(path.name))}
+    shards = [path for path in paths if shard_number(names.get(path, path.name)) >= 0]
+    return [*shards, *(path for path, name in names.items() if name == KEY), folder / KEY]
 
 
 def _size(path: Path) -> int:
-    try:
+    with suppress(FileNotFoundError):
         return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+    return 0

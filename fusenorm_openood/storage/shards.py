@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fusenorm_openood.errors import DamagedShardError, StoreError
-from fusenorm_openood.storage.files import write_bytes_whole
+from fusenorm_openood.storage.files import metadata, write_bytes_whole
 from fusenorm_openood.storage.urls import Place
 
 Columns = dict[str, NDArray[Any]]
@@ -29,7 +29,7 @@ FORMAT = "fusenorm shards 1"
 KEY = "key.json"
 DIGITS = 20  # of a record's digest
 NUMBERS = (np.float32, np.float64, np.int64, np.bool_)
-_NAME = re.compile(r"([0-9]{6,})-([0-9a-f]{16})\.(safetensors|parquet)")
+_NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})-([0-9a-f]{16})\.(safetensors|parquet)")
 
 
 def digest(record: Mapping[str, Any]) -> str:
@@ -64,20 +64,12 @@ class Key:
         name: a short name for humans; no part of the digest.
         rows: rows of the whole set; 0 = a set without shards.
         shard_rows: rows of each shard but the last.
-
-    Raises:
-        StoreError: a negative number of rows.
     """
 
     record: Mapping[str, Any]
     name: str
     rows: int
     shard_rows: int = 1024
-
-    def __post_init__(self) -> None:
-        if self.rows < 0 or self.shard_rows < 1:
-            found = f"{self.rows} and {self.shard_rows}"
-            raise StoreError(f"rows must be >= 0 and shard_rows >= 1, got {found}")
 
     @property
     def shard_count(self) -> int:
@@ -88,32 +80,16 @@ class Key:
         safe = re.sub(r"[^A-Za-z0-9_-]+", "_", self.name)[:60]
         return f"{safe}-{digest(self.record)}"
 
-    def write(self, folder: Place) -> None:
-        """Write the key and the present time; StoreError if the folder is not writable."""
-        created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        content = _plain({"format": FORMAT, "created": created, **vars(self)})
-        try:
-            write_bytes_whole(folder / KEY, f"{json.dumps(content, indent=2)}\n".encode())
-        except OSError as error:
-            raise StoreError(
-                f"folder {folder} is not writable ({error.strerror}): choose another store"
-            ) from None
-
     @staticmethod
     def read(folder: Place) -> "Key":
-        """The key of a folder.
-
-        Raises:
-            FileNotFoundError: the folder has no key.
-            StoreError: the key is unreadable, or of another format.
-        """
+        """The key of a folder; FileNotFoundError without one, StoreError if it is unreadable."""
         path = folder / KEY
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise StoreError(f"{path} is not of format {FORMAT!r}: use another store")
             values = [content[field.name] for field in fields(Key)]
-            if [type(value) for value in values] != [dict, str, int, int]:
+            if [type(v) for v in values] != [dict, str, int, int] or min(values[2:]) < 0:
                 raise TypeError
             return Key(*values)
         except FileNotFoundError:
@@ -153,7 +129,14 @@ class ShardSet:
         try:
             found = Key.read(self.folder)
         except FileNotFoundError:
-            key.write(self.folder)
+            created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            content = _plain({"format": FORMAT, "created": created, **vars(key)})
+            try:
+                write_bytes_whole(self.folder / KEY, f"{json.dumps(content, indent=2)}\n".encode())
+            except OSError as error:
+                raise StoreError(
+                    f"folder {self.folder} is not writable ({error.strerror}): choose another store"
+                ) from None
             found = Key.read(self.folder)  # another process may have written one at the same time
         if digest(found.record) != self._digest:
             raise StoreError(f"{self.folder} has rows of another record: delete it")
@@ -212,9 +195,7 @@ class ShardSet:
     def read(self, number: int) -> Columns:
         """The columns of a shard, after a check of all its bytes; the arrays own their memory.
 
-        Raises:
-            DamagedShardError: its file is damaged: `write` it again.
-            StoreError: no file has this shard.
+        DamagedShardError if its file is damaged, StoreError if no file has this shard.
         """
         label = self._label(number)
         if number in self._listed:  # a listing for each shard would be quadratic
@@ -242,7 +223,7 @@ class ShardSet:
             names = sorted(path.name for path in self.folder.iterdir())
         except OSError as error:
             raise StoreError(f"folder {self.folder} cannot be read ({error.strerror})") from None
-        files = [(shard_number(n), self.folder / n) for n in names if not is_parquet_shard(n)]
+        files = [(shard_number(n), self.folder / n) for n in names if n.endswith(".safetensors")]
         return [(number, path) for number, path in files if 0 <= number < self.key.shard_count]
 
     def _label(self, number: int) -> str:
@@ -254,21 +235,14 @@ class ShardSet:
 def shard_number(name: str) -> int:
     """The number in the name of a shard's file, or -1 for any other name."""
     match = _NAME.fullmatch(name)
-    return int(match[1]) if match and match[1] == f"{int(match[1]):06d}" else -1
-
-
-def is_parquet_shard(name: str) -> bool:
-    """Whether a file is a shard of version 0.2.0."""
-    return name.endswith(".parquet") and shard_number(name) >= 0
+    return int(match[1]) if match else -1
 
 
 def encode(columns: Mapping[str, NDArray[Any]], label: str, rows: int) -> bytes:
     """A safetensors file; the same columns in any order give the same bytes.
 
-    Strings are one JSON list in bytes, of dtype uint8, which no other column has.
-
-    Raises:
-        StoreError: an array of another kind or number of rows, or none.
+    Strings are one JSON list in bytes, of dtype uint8, which no other column has. StoreError for an
+    array of another kind or number of rows, or none.
     """
     arrays = {}
     for name, values in columns.items():
@@ -292,8 +266,7 @@ def encode(columns: Mapping[str, NDArray[Any]], label: str, rows: int) -> bytes:
 def decode(data: bytes) -> tuple[str, Columns]:
     """Label and columns of the bytes that `encode` returned; DamagedShardError for other bytes."""
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        label = header["__metadata__"]["fusenorm"]
+        label = metadata(data)
         columns = {name: np.array(values) for name, values in load(data).items()}
         for name, values in columns.items():
             if values.dtype == np.uint8:
@@ -313,13 +286,13 @@ def _read(path: Place, label: str) -> Columns:
         found, columns = decode(data)
         if found != label:
             raise DamagedShardError(f"it says {found}, not {label}")
+        return columns
     except FileNotFoundError:
         raise StoreError(f"{path} no longer exists: compute it again") from None
     except OSError as error:
         raise DamagedShardError(f"{path} cannot be read ({error.strerror}): delete it") from None
     except DamagedShardError as error:
         raise DamagedShardError(f"{path} is damaged ({error}): delete it") from None
-    return columns
 
 
 def delete(path: Place) -> None:

@@ -34,18 +34,15 @@ class StoredScores:
     One process computes a shard when it is needed. A damaged shard is computed again.
 
     Args:
-        store: folder or URL of the store.
+        store: folder or URL of the store; StoreError if it cannot be written.
         key: what the rows are computed from.
         compute: yields the columns of shards, given by their numbers, in that order.
         start: shards of other sets that are dealt out before.
         shared: whether all processes read the rows; then a damaged shard is left to the process
-            whose share it is, for `OWNER_TIME` seconds.
-        taken: given the entry `heard` of the record of another set that otherwise has this key,
+            that computed it, for `OWNER_TIME` seconds.
+        taken: given the entry `content` of the record of another set that otherwise has this key,
             how the columns of that set contain those of this one; None = they do not. A complete
             set that contains this one is read instead of computing.
-
-    Raises:
-        StoreError: the store cannot be written.
     """
 
     def __init__(
@@ -56,7 +53,7 @@ class StoredScores:
         *,
         start: int = 0,
         shared: bool = True,
-        taken: Callable[[Mapping[str, Any]], Take | None] = lambda heard: None,
+        taken: Callable[[Mapping[str, Any]], Take | None] = lambda content: None,
     ) -> None:
         self.store, self.key, self.compute = store, key, compute
         self._start, self._shared, self._taken = start, shared, taken
@@ -73,8 +70,7 @@ class StoredScores:
     def after(self, written: Iterator[int]) -> Iterator[Columns]:
         """The columns of all shards, in order, while others write those that are missing.
 
-        Args:
-            written: the numbers of the missing shards, in the order in which they are written.
+        `written` yields the numbers of the missing shards as they are written.
         """
         missing = set(self.missing())
         for number in range(self.key.shard_count):
@@ -97,11 +93,12 @@ class StoredScores:
         """Whether the store has a complete set that contains this one."""
         if self._container is None and isinstance(self.store, Path):
             pattern = f"{self.key.folder_name[:-DIGITS]}{'[0-9a-f]' * DIGITS}"
+            wanted = _but_content(self.key)
             for folder in sorted(self.store.glob(pattern)):
                 with suppress(FileNotFoundError, StoreError):
                     key = Key.read(folder)
-                    is_like = "heard" in key.record and _but_heard(key) == _but_heard(self.key)
-                    take = self._taken(key.record["heard"]) if is_like else None
+                    is_like = "content" in key.record and _but_content(key) == wanted
+                    take = self._taken(key.record["content"]) if is_like else None
                     if take and not (container := ShardSet(self.store, key)).missing():
                         self._container = container, take
                         break
@@ -122,23 +119,22 @@ class StoredScores:
         mine, world = self._share(missing), this_process().world
         yield from self.computed(mine) if world == 1 else list(self.computed(mine))
         left, is_waiting_said = set(missing) - set(mine), False
+
+        def arrived() -> set[int]:
+            return left - set(self.missing())
+
         while left:
-            arrived = partial(self._arrived, left)
             found = wait_until(arrived, WORD)
             if not (found or is_waiting_said):
                 is_waiting_said = True
-                tqdm.write(
-                    f"fusenorm: waiting for other processes of WORLD_SIZE={world}: unset it unless "
-                    "torchrun started this one",
-                    file=sys.stderr,
+                _say(
+                    f"waiting for other processes of WORLD_SIZE={world}: unset it unless torchrun "
+                    "started this one"
                 )
             # The others may have ended, or work on another list of images.
             found = found or wait_until(arrived, SILENCE) or set(self.computed(sorted(left)))
             yield from found
             left -= found
-
-    def _arrived(self, numbers: set[int]) -> set[int]:
-        return numbers - set(self.missing())
 
     def _read(self, number: int) -> Columns:
         """The columns of a shard; one that is damaged is computed again."""
@@ -152,27 +148,30 @@ class StoredScores:
             return self.shards.read(number)
         except StoreError as error:
             is_mine = not self._shared or self._share([number])
-            if not is_mine and (columns := wait_until(partial(self._intact, number), OWNER_TIME)):
+
+            def intact() -> Columns | None:
+                with suppress(StoreError):  # damaged, or about to be replaced
+                    return self.shards.read(number)
+                return None
+
+            if not is_mine and (columns := wait_until(intact, OWNER_TIME)):
                 return columns
             if isinstance(error, DamagedShardError):
                 _say_damaged(error)
             deque(self.computed([number]), maxlen=0)
         return self.shards.read(number)
 
-    def _intact(self, number: int) -> Columns | None:
-        try:
-            return self.shards.read(number)
-        except StoreError:  # damaged, or about to be replaced
-            return None
+
+def _but_content(key: Key) -> str:
+    return digest({**vars(key), "record": {**key.record, "content": None}})
 
 
-def _but_heard(key: Key) -> str:
-    return digest({**vars(key), "record": {**key.record, "heard": None}})
+def _say(text: str) -> None:
+    tqdm.write(f"fusenorm: {text}", file=sys.stderr)
 
 
 def _say_damaged(error: StoreError) -> None:
-    reason = str(error).removesuffix(": delete it")
-    tqdm.write(f"fusenorm: {reason}: it is computed again", file=sys.stderr)
+    _say(f"{str(error).removesuffix(': delete it')}: it is computed again")
 
 
 def shard_batches(
@@ -203,9 +202,9 @@ def row_batches(rows: range, batch_size: int) -> list[range]:
 def stored_row(
     store: Place, record: Mapping[str, Any], name: str, compute: Callable[[], Columns | None]
 ) -> Columns | None:
-    """The columns of a set of one row: those in the store, or else what `compute` gives.
+    """The columns of a set of one row; what `compute` gives is stored if there are none.
 
-    That is stored, unless it is None. StoreError if the store cannot be written.
+    StoreError if the store cannot be written.
     """
     shards = ShardSet(store, Key(record, name, rows=1))
     try:
@@ -235,14 +234,14 @@ def forward_digest(
         agrees: whether other logits are the same up to rounding.
     """
     for number in count():
-        key = {**record, "heard": "forward", "number": number}
+        key = {**record, "content": "forward", "number": number}
         row = partial(stored_row, store, key, "network")
         if not this_process().leads:  # all processes must find the same
             wait_until(partial(row, lambda: None), OWNER_TIME)
         row(lambda: {"logits": logits.reshape(1, -1)})
-        columns = row(lambda: {"logits": logits.reshape(1, -1)})  # of two that came at once, one
-        assert columns is not None
-        known = columns["logits"][0]
-        if known.size == logits.size and agrees(known.reshape(logits.shape)):
-            return sha256(known.tobytes()).hexdigest()
+        # Read what is there now: of two processes that wrote at once, one has written it.
+        columns = row(lambda: None) or {"logits": logits.reshape(1, -1)}
+        first = columns["logits"][0]
+        if first.size == logits.size and agrees(first.reshape(logits.shape)):
+            return sha256(first.tobytes()).hexdigest()
     raise AssertionError

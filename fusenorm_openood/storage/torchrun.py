@@ -39,9 +39,7 @@ def this_process() -> Process:
     """This process by the environment of `torchrun`; the only one without it.
 
     `torchrun` sets LOCAL_RANK, too. A cluster or a notebook may set or leave the others.
-
-    Raises:
-        ConfigError: numbers that no launcher gives.
+    ConfigError for numbers that no launcher gives.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     given = {name: os.environ.get(name, "").strip() for name in names}
@@ -61,14 +59,9 @@ def this_process() -> Process:
 
 
 def wait_until(find: Callable[[], Found], at_most: float = math.inf) -> Found:
-    """Look again and again, ever less often, until another process has done something.
+    """Call `find` ever less often until it returns something true, for so many seconds at most.
 
-    Args:
-        find: what is looked for, false until it is there.
-        at_most: seconds after which to give up.
-
-    Returns:
-        What was found last.
+    Returns what `find` returned last.
     """
     pause, end = 0.01, time.monotonic() + at_most
     while not (found := find()) and time.monotonic() < end:

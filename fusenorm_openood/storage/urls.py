@@ -60,7 +60,7 @@ class Url:
 
     def iterdir(self) -> Iterator["Url"]:
         """What a folder has now, whatever fsspec has cached."""
-        return (self / _last(str(entry["name"])) for entry in self._entries())
+        return (self / Url(entry["name"]).name for entry in self._entries())
 
     def exists(self) -> bool:
         with self._system() as (system, path):
@@ -93,10 +93,6 @@ class Url:
             entries: list[dict[str, Any]] = system.ls(path, detail=True)
             return entries
 
-    def _version(self) -> str:
-        with self._system() as (system, path):
-            return _version_of(system.info(path))
-
     @contextmanager
     def _system(self) -> Iterator[tuple[Any, str]]:
         """Context with the file system and this file's path in it."""
@@ -122,10 +118,6 @@ def _without_slash(url: str) -> str:
     """A URL without slashes at its end but those of its protocol: `memory://`."""
     protocol, mark, path = url.partition("://")
     return f"{protocol}{mark}{path.rstrip('/')}"
-
-
-def _last(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]
 
 
 Place: TypeAlias = Path | Url
@@ -180,7 +172,12 @@ def versions(places: Iterable[Place | str]) -> Iterator[str]:
             folder = one.parent
             if folder not in folders:
                 folders[folder] = _listed(folder)
-            yield folders[folder].get(one.name) or one._version()
+            if version := folders[folder].get(one.name):
+                yield version
+                continue
+            with one._system() as (system, path):
+                version = _version_of(system.info(path))
+            yield version
         except (OSError, ValueError):  # also for a name that no file can have
             yield ""
 
@@ -188,7 +185,7 @@ def versions(places: Iterable[Place | str]) -> Iterator[str]:
 def _listed(folder: Url) -> dict[str, str]:
     """Name -> version of the files of a folder; web servers list none."""
     try:
-        return {_last(entry["name"]): _version_of(entry) for entry in folder._entries()}
+        return {Url(entry["name"]).name: _version_of(entry) for entry in folder._entries()}
     except OSError:
         return {}
 

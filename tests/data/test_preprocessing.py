@@ -14,7 +14,7 @@ from torch import nn
 from fusenorm_openood.cli.fit import preprocessing_of
 from fusenorm_openood.data.images import TruncatedImageWarning
 from fusenorm_openood.data.paths import image_paths
-from fusenorm_openood.data.preprocessing import NORMALIZATIONS, Preprocessing, eval_transform
+from fusenorm_openood.data.preprocessing import NORMALIZATIONS, EvalTransform, Preprocessing
 from fusenorm_openood.errors import ConfigError, DataError
 
 NORM = NORMALIZATIONS["cifar10"]
@@ -28,7 +28,7 @@ def photograph(width: int = 50, height: int = 40) -> Image.Image:
 
 def test_the_same_pixels_as_openoods_preprocessing():
     image = photograph()
-    assert torch.equal(PREPROCESSING(image), eval_transform(36, 32, NORM)(image))
+    assert torch.equal(PREPROCESSING(image), EvalTransform(NORM, (36, 32))(image))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA", "1"])
@@ -170,19 +170,20 @@ def test_whatever_pil_raises_for_an_image_is_one_error(error):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"resize": 0}, "sizes must be >= 1"),
-        ({"crop": (8, 0)}, "sizes must be >= 1"),
-        ({"interpolation": "cubic"}, "unknown interpolation 'cubic'"),
-        ({"std": (1.0, 0.0, 1.0)}, "each std > 0"),
-        ({"mean": (1.0,)}, "must be 3 numbers"),
-        ({"resize": (8, 0)}, "sizes must be >= 1"),
-        ({"crop_mode": "pad"}, "unknown crop_mode 'pad'"),
-        ({"bits": 7}, "bits must be from 8 to 16"),
-        ({"bits": 17}, "bits must be from 8 to 16"),
-        ({"bits": 12.0}, "bits must be from 8 to 16"),
-        ({"bits": "12"}, "bits must be from 8 to 16"),
-        ({"crop": (8,)}, "of a crop two"),
-        ({"crop": (8, 8, 8), "resize": (8,)}, "of a crop two"),
+        ({"resize": 0}, "resize must be one or two whole numbers >= 1, got 0"),
+        ({"resize": (8, 0)}, "resize must be"),
+        ({"resize": (8,)}, "resize must be"),
+        ({"resize": 8.0}, "resize must be"),
+        ({"crop": (8, 0)}, "crop must be two whole"),
+        ({"crop": (8,)}, "crop must be"),
+        ({"crop": (8, 8, 8)}, "crop must be"),
+        ({"crop": (8, 8.5)}, "crop must be"),
+        ({"interpolation": "cubic"}, "interpolation must be one of nearest, .*, got 'cubic'"),
+        ({"crop_mode": "pad"}, "crop_mode must be one of center, .*, got 'pad'"),
+        ({"std": (1.0, 0.0, 1.0)}, "std must be 3 numbers > 0"),
+        ({"mean": (1.0,)}, "mean must be 3 numbers"),
+        ({"mean": (1.0, 1.0, float("nan"))}, "mean must be"),
+        *(({"bits": b}, "bits must be a whole number from 8 to 16") for b in (7, 17, 12.0, "12")),
     ],
 )
 def test_values_that_cannot_be(changed, message):

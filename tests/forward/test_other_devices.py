@@ -19,7 +19,7 @@ from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.method.atf import atf_map
 from fusenorm_openood.method.scores import POSTHOC, make_score
 from fusenorm_openood.method.scores.base import Features, Head
-from fusenorm_openood.network.named import LazyNetwork
+from fusenorm_openood.network.running import LazyNetwork
 from fusenorm_openood.network.understanding import understand
 from tests.nets import CLASSES, Net, some_images
 from tests.standin import StandIn

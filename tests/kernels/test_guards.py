@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusenorm_openood import atf, kernels
-from fusenorm_openood.kernels.guards import may_read
+from fusenorm_openood.kernels import may_read
 from fusenorm_openood.method.atf import _by_torch
 
 

@@ -5,7 +5,7 @@ import torch
 
 from fusenorm_openood import atf, kernels
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.kernels.guards import compare
+from fusenorm_openood.kernels import compare
 from fusenorm_openood.method.atf import _by_torch
 
 # Ways to be wrong: what the norms of some maps and settings become.

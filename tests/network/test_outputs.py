@@ -10,7 +10,7 @@ from torch import Tensor
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.network.outputs import tensors_in
+from fusenorm_openood.network.running import tensors_in
 from tests.nets import CLASSES, Net, some_images
 
 IMAGES = some_images(20)

@@ -81,7 +81,7 @@ def test_what_a_pass_does_not_contain_is_computed(before, name, tmp_path):
 def test_a_pass_serves_only_when_it_is_complete_and_undamaged(tmp_path):
     expected, _ = recorded(tmp_path, MAKERS["default"])
     msp, _ = recorded(tmp_path / "alone", MAKERS["msp"])
-    (folder,) = (f for f in tmp_path.glob("images-*") if Key.read(f).record["heard"]["norms"])
+    (folder,) = (f for f in tmp_path.glob("images-*") if Key.read(f).record["content"]["norms"])
     (shard,) = folder.glob("*.safetensors")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100] + bytes(100))

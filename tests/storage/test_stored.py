@@ -11,7 +11,7 @@ from fusenorm_openood.storage import stored as module
 from fusenorm_openood.storage.shards import Key, ShardSet
 from fusenorm_openood.storage.stored import StoredScores, row_batches, shard_batches, stored_row
 
-KEY = Key({"heard": "all"}, "images", 10, 4)  # shards of 4, 4 and 2 rows
+KEY = Key({"content": "all"}, "images", 10, 4)  # shards of 4, 4 and 2 rows
 
 
 class Computing:
@@ -91,7 +91,7 @@ def test_others_write_the_missing_shards_in_any_order(tmp_path):
 
 
 def test_an_empty_set_has_no_rows(tmp_path):
-    assert list(Computing(tmp_path, Key({"heard": "all"}, "images", 0)).stored) == []
+    assert list(Computing(tmp_path, Key({"content": "all"}, "images", 0)).stored) == []
 
 
 @pytest.mark.parametrize("start", [0, 1])
@@ -156,21 +156,21 @@ def test_a_damaged_shard_of_another_process_is_left_to_it_for_a_while(
         owner.join()
 
 
-def taken(heard):
+def taken(content):
     """Of a set with powers: its squares."""
-    return (lambda columns: {"row": columns["square"]}) if heard == "powers" else None
+    return (lambda columns: {"row": columns["square"]}) if content == "powers" else None
 
 
-def write_powers(store, heard="powers", numbers=range(3)):
-    shards = ShardSet(store, Key({"heard": heard}, "images", 10, 4))
+def write_powers(store, content="powers", numbers=range(3)):
+    shards = ShardSet(store, Key({"content": content}, "images", 10, 4))
     for number in numbers:
         rows = np.array(shards.span(number))
         shards.write(number, {"square": rows**2, "cube": rows**3})
 
 
-@pytest.mark.parametrize(("heard", "found"), [("powers", True), ("other", False)])
-def test_a_complete_set_that_contains_the_rows_is_read_instead(tmp_path, heard, found):
-    write_powers(tmp_path, heard)
+@pytest.mark.parametrize(("content", "found"), [("powers", True), ("other", False)])
+def test_a_complete_set_that_contains_the_rows_is_read_instead(tmp_path, content, found):
+    write_powers(tmp_path, content)
     reader = Computing(tmp_path, taken=taken)
     assert reader.rows() == SQUARES
     assert reader.log == ([] if found else [0, 1, 2])
