@@ -236,6 +236,20 @@ def explain(error: Exception) -> str:
 
 
 @contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Context in which an image that cannot be read is a DataError that names it."""
+    try:
+        yield
+    except RemoteError:
+        raise
+    except DataError as error:  # with its own way out
+        raise DataError(f"{what} cannot be read ({error})") from None
+    except UNREADABLE as error:
+        reason = explain(error)
+        raise DataError(f"{what} cannot be read ({reason}): restore or replace it") from None
+
+
+@contextmanager
 def truncated_images(read: bool) -> Iterator[None]:
     """Set whether PIL reads truncated images, their missing rows in grey, as OpenOOD does.
 

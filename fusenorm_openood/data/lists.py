@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
-from fusenorm_openood.data.images import UNREADABLE, explain, find_fault, read_image
+from fusenorm_openood.data.images import find_fault, read_image, reading
 from fusenorm_openood.data.preprocessing import Transform
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.kernels.devices import on_cpu
@@ -71,12 +71,8 @@ class ImageList(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[index]
-        try:
+        with reading(self.where(index)):
             image = read_image(self.data_dir / entry.name)
-        except UNREADABLE as error:
-            raise DataError(
-                f"{self.where(index)} cannot be read ({explain(error)}): restore or replace it"
-            ) from None
         return {"data": self.transform(image), "label": entry.label}
 
     def check_labels(self, num_classes: int) -> None:

@@ -60,7 +60,7 @@ def _paths(argument: str, walk: "Walk") -> Iterator[Place]:
         elif _kind(path)[0] in _READERS and (isinstance(path, Url) or path.is_file()):
             found, lacks = list(_listed(path)), f"list {argument} is empty"
         elif isinstance(path, Url) or path.is_dir():
-            found = _inside(path, walk)
+            found = walk.images(path)
             lacks = f"folder {argument} has no image files: give one that has"
             lacks += f"; left out: {left_out}" if (left_out := walk.summary()) else ""
         elif path.is_file():
@@ -72,17 +72,6 @@ def _paths(argument: str, walk: "Walk") -> Iterator[Place]:
     if not found and walk.repeats == before:
         raise DataError(lacks)
     yield from found
-
-
-def _inside(path: Place, walk: "Walk") -> list[Place]:
-    """The images in a folder; any other URL is taken for a file, whose row says more."""
-    if isinstance(path, Path):
-        return walk.images(path)
-    if is_image_name(path.name) or path.text.startswith("http") or "::" in path.text:
-        return [path]
-    with suppress(OSError):
-        return walk.images(path) or [path]
-    return [path]
 
 
 class Walk:
@@ -102,14 +91,18 @@ class Walk:
         self._found = set[str]()
 
     def images(self, folder: Place) -> list[Place]:
-        """The image files in a folder and in its folders, sorted; of a URL that is a file, this."""
+        """The image files in a folder and in its folders, sorted.
+
+        Any other URL is taken for a file, whose row says more.
+        """
         if isinstance(folder, Path):
             return sorted(list[Place](self._files(folder, [])))
-        found = list[Place](folder.find())
-        if found == [folder]:
-            return found
-        shown = _shown(found, folder)
-        return [url for url in shown if self._is_image(url.name, str(url.parent))]
+        is_file = folder.text.startswith("http") or "::" in folder.text
+        with suppress(OSError):
+            if not (is_file or is_image_name(folder.name)) and (urls := folder.find()) != [folder]:
+                shown = _shown(urls, folder)
+                return [u for u in shown if self._is_image(u.name, str(u.parent))] or [folder]
+        return [folder]
 
     def matched(self, pattern: Place) -> list[Place]:
         """The files that match a pattern, and the images in folders that do, sorted.

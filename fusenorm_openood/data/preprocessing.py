@@ -3,8 +3,7 @@
 torchvision, which takes a second to import, is imported for the first image only.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from math import floor, isfinite
 from typing import Any
@@ -14,8 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from fusenorm_openood.data.images import UNREADABLE, read_image, read_picture
-from fusenorm_openood.errors import ConfigError, DataError, RemoteError, numbers, whole
+from fusenorm_openood.data.images import read_image, read_picture, reading
+from fusenorm_openood.errors import ConfigError, numbers, whole
 from fusenorm_openood.method.validation import Rule, among, check_fields, checked
 from fusenorm_openood.storage.configs import typed
 from fusenorm_openood.storage.urls import Place, place
@@ -161,12 +160,12 @@ class Preprocessing:
 
         DataError if it cannot be decoded, or the range of its pixels is unknown.
         """
-        with _reading("the image"):
+        with reading("the image"):
             return self._prepared(read_picture(image, self.bits))  # a copy
 
     def read(self, path: str | Place) -> Tensor:
         """The tensor `[3, H, W]` of an image file or URL; DataError if it cannot be read."""
-        with _reading(f"image {path}"):
+        with reading(f"image {path}"):
             return self._prepared(read_image(place(path), self.bits))
 
     def _prepared(self, image: Image.Image) -> Tensor:
@@ -226,17 +225,3 @@ class Preprocessing:
 def as_pair(resize: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width of a size, where one length stands for both."""
     return (resize, resize) if isinstance(resize, int) else resize
-
-
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Context in which an image that cannot be decoded is a DataError."""
-    try:
-        yield
-    except RemoteError:
-        raise
-    except DataError as error:
-        raise DataError(f"{what} cannot be read ({error})") from None
-    except UNREADABLE as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else str(error)
-        raise DataError(f"{what} cannot be read ({reason}): replace it") from None

@@ -74,12 +74,6 @@ def zoom(images: Tensor, generator: Generator) -> Tensor:
 
 
 KINDS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
-    "jigsaw": jigsaw,
-    "blur": blur,
-    "noise": noise,
-    "rotation": rotation,
-    "inversion": inversion,
-    "mixing": mixing,
-    "zoom": zoom,
+    kind.__name__: kind for kind in (jigsaw, blur, noise, rotation, inversion, mixing, zoom)
 }
 RANDOM = ("jigsaw", "noise", "rotation")  # they draw, as much as the shape of the images says

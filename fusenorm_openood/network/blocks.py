@@ -1,7 +1,7 @@
 """Find the blocks of a network: the modules that end in a residual addition or a concatenation."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -27,8 +27,9 @@ class Found(NamedTuple):
 
     names: tuple[str, ...]
     rule: str  # how they were found
-    notes: tuple[str, ...] = ()  # what they leave out
     trunk: Mapping[Node, int] = {}  # of the graph that they were found in
+    left: Sequence[Node] = ()  # its forks that no block holds
+    notes: tuple[str, ...] = ()  # what the blocks leave out
 
 
 def find_blocks(modules: Modules, calls: Calls, pixels: Mapping[str, int], graph: Graph) -> Found:
@@ -44,40 +45,41 @@ def find_blocks(modules: Modules, calls: Calls, pixels: Mapping[str, int], graph
         named = [n for n in pixels if n in modules and _BLOCK.search(type(modules[n]).__name__)]
         innermost = [n for n in named if not any(other.startswith(f"{n}.") for other in named)]
         note = f"its graph cannot be read, since {why}: blocks were found by the names of classes"
-        return Found(tuple(innermost), f"names of classes, since {why}", (note,))
-    names, rule, left = _on_trunk(modules, calls, pixels, graph)
-    # A head that reads several depths hides the trunk above the first of them: where a merge comes
-    # after all blocks, look for more of them along its deepest branch.
-    narrower = True
-    while narrower:
-        narrower = False
-        last = min((graph.trunk[calls[name].left] for name in names), default=len(graph.trunk))
-        for merge in (m for m in left if graph.trunk[m] < last):
-            other = graph.along_deepest(merge)
-            if other is None:
-                continue
-            longer = _on_trunk(modules, calls, pixels, other)
-            if len(longer[0]) > len(names) and (
-                names or other.share_of_work(other.branches(longer[2])) < 0.5
-            ):
-                graph, (names, rule, left), narrower = other, longer, True
-                break
-    nodes = graph.branches(left)
+        return Found(tuple(innermost), f"names of classes, since {why}", notes=(note,))
+    found = _on_trunk(modules, calls, pixels, graph)
+    while narrower := _along_a_branch(modules, calls, pixels, graph, found):
+        graph, found = narrower
+    nodes = graph.branches(found.left)
     share = graph.share_of_work(nodes)
     inside = outermost(n for n in pixels if n in modules and calls[n].left in nodes)
     if share <= _LEFT_OUT or not inside:
-        return Found(names, rule, trunk=graph.trunk)
+        return found
     note = (
         f"no block holds {share:.0%} of its convolutions and matrix products, in the branches of "
-        f"{len(left)} merge(s): {', '.join(inside[:3])}{', ...' if inside[3:] else ''}"
+        f"{len(found.left)} merge(s): {', '.join(inside[:3])}{', ...' if inside[3:] else ''}"
     )
-    return Found(names, rule, (note,), graph.trunk)
+    return found._replace(notes=(note,))
 
 
-def _on_trunk(
-    modules: Modules, calls: Calls, pixels: Mapping[str, int], graph: Graph
-) -> tuple[tuple[str, ...], str, list[Node]]:
-    """Blocks, how they were found, and the forks that none of them holds."""
+def _along_a_branch(
+    modules: Modules, calls: Calls, pixels: Mapping[str, int], graph: Graph, found: Found
+) -> tuple[Graph, Found] | None:
+    """More blocks, along the deepest branch of a merge, and the graph with this branch alone."""
+    # A head that reads several depths hides the trunk above the first of them, so branches of
+    # merges are tried that come after all blocks.
+    names, trunk = found.names, graph.trunk
+    last = min((trunk[calls[name].left] for name in names), default=len(trunk))
+    for merge in (m for m in found.left if trunk[m] < last):
+        if narrower := graph.along_deepest(merge):
+            more = _on_trunk(modules, calls, pixels, narrower)
+            free = narrower.share_of_work(narrower.branches(more.left))
+            if len(more.names) > len(names) and (names or free < 0.5):
+                return narrower, more
+    return None
+
+
+def _on_trunk(modules: Modules, calls: Calls, pixels: Mapping[str, int], graph: Graph) -> Found:
+    """The blocks on the trunk of a graph, and the forks that none of them holds."""
     spans = _spans(graph, calls, pixels)
     closed = _closed_merges(graph, spans, modules)
 
@@ -106,14 +108,16 @@ def _on_trunk(
         if places:
             names = tuple(sorted(places, key=lambda name: -places[name]))
             rule = "the network's graph: branches merge in no module of their own"
-            return names, rule, [merge for merge, name in sums.items() if not name]
+            return Found(names, rule, trunk, [merge for merge, name in sums.items() if not name])
     if blocks:
         classes = sorted({type(modules[name]).__name__ for name in blocks})
-        return blocks, f"the network's graph: branches merge in {', '.join(classes)}", left
+        rule = f"the network's graph: branches merge in {', '.join(classes)}"
+        return Found(blocks, rule, trunk, left)
     if parallel:
-        return (), "the network's graph: most of it is on parallel trunks", free
+        return Found((), "the network's graph: most of it is on parallel trunks", trunk, free)
     last = {pixels[n]: n for n in spans if pixels[n] > 1 and not any(modules[n].children())}
-    return tuple(last.values()), "the network's graph: the last module at each resolution", free
+    rule = "the network's graph: the last module at each resolution"
+    return Found(tuple(last.values()), rule, trunk, free)
 
 
 def _spans(graph: Graph, calls: Calls, pixels: Mapping[str, int]) -> dict[str, Span]:

@@ -29,6 +29,11 @@ HEADS = ("fc", "linear", "head", "classifier")
 _WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
 # Counters of averaged weights, and weights of the loss: neither is part of the network.
 _EXTRAS = re.compile(r"(?:.*\.)?(?:n_averaged|num_updates)|(?:criterion|loss|loss_fn)\..*")
+# What zipfile, safetensors and torch raise for a file that is damaged, or is something else.
+_UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, SafetensorError, pickle.UnpicklingError, RuntimeError),
+    *(EOFError, ValueError, KeyError, IndexError, OSError),
+)
 
 
 def read_saved(path: Path) -> Any:
@@ -44,47 +49,32 @@ def read_saved(path: Path) -> Any:
         raise CheckpointError(f"checkpoint {path} not found: give the path of a file") from None
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be opened: {error.strerror}") from None
-    damaged = DamagedFileError(
-        f"checkpoint {path} of {path.stat().st_size} bytes cannot be read: it is damaged or was "
-        "written by neither torch.save nor safetensors, copy it again"
-    )
-    is_archive = start[:2] == b"PK"
+    is_archive, is_intact = start[:2] == b"PK", False
     header = int.from_bytes(start[:8], "little")  # its length, before the JSON that it is
-    if start[8:] == b"{" and header <= SAFETENSORS_HEADER and not is_archive:
-        try:
-            return load_file(path)
-        except SafetensorError:
-            raise damaged from None
-    # A damaged archive may still load, with wrong numbers, so its checksums are verified.
-    if is_archive and not _is_intact(path):
-        raise damaged
     try:
+        if start[8:] == b"{" and header <= SAFETENSORS_HEADER and not is_archive:
+            return load_file(path)
+        if is_archive:  # a damaged one may still load, with wrong numbers: verify its checksums
+            with zipfile.ZipFile(path) as archive:
+                if member := archive.testzip():
+                    raise zipfile.BadZipFile(member)
+            is_intact = True
         with path.open("rb") as file:  # by its content; by its path, some torch go by the suffix
             return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            raise CheckpointError(
-                f"checkpoint {path} holds more than tensors, which cannot be loaded without "
-                "running its code: save net.state_dict() instead"
+    except _UNREADABLE as error:
+        text = str(error)
+        if "Unsupported global" in text or "Unsupported class" in text:
+            why = "holds more than tensors, which cannot be loaded without running its code"
+        elif "TorchScript" in text or "file data.pkl" in text:
+            why = "holds a program and not weights"
+        elif "memory" in text or (is_intact and not isinstance(error, pickle.UnpicklingError)):
+            raise  # the file is not at fault
+        else:
+            raise DamagedFileError(
+                f"checkpoint {path} of {path.stat().st_size} bytes cannot be read: it is damaged "
+                "or was written by neither torch.save nor safetensors, copy it again"
             ) from None
-        raise damaged from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError) as error:
-        if "TorchScript" in str(error) or "file data.pkl" in str(error):
-            raise CheckpointError(
-                f"checkpoint {path} holds a program and not weights: save net.state_dict() instead"
-            ) from None
-        if is_archive or "memory" in str(error):  # the file is intact, or not at fault
-            raise
-        raise damaged from None
-
-
-def _is_intact(path: Path) -> bool:
-    """Whether every member of a zip archive matches its checksum."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, NotImplementedError, zlib.error, EOFError, ValueError):
-        return False
+        raise CheckpointError(f"checkpoint {path} {why}: save net.state_dict() instead") from None
 
 
 def load_state(path: str | Path) -> State:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusenorm_openood.errors import DamagedShardError, StoreError
-from fusenorm_openood.storage.shards import KEY, Key, ShardSet, delete, shard_number
+from fusenorm_openood.storage.shards import KEY, Key, ShardSet, delete, shard_number, store_errors
 
 _TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{32}\.tmp")
 _DAY = 24 * 60 * 60  # a process takes seconds to write a temporary file
@@ -108,12 +108,10 @@ def prune(
 
 def _sets(root: Path) -> Iterator[tuple[Path, ShardSet]]:
     """The sets of a store and their folders; other folders are passed over."""
-    try:
+    if not root.exists():
+        raise StoreError(f"store {root} does not exist: choose another with --store")
+    with store_errors(f"store {root} cannot be read", "choose another with --store"):
         folders = sorted(path for path in root.iterdir() if path.is_dir())
-    except FileNotFoundError:
-        raise StoreError(f"store {root} does not exist: choose another with --store") from None
-    except OSError as error:
-        raise StoreError(f"store {root} cannot be read ({error.strerror})") from None
     for folder in folders:
         with suppress(FileNotFoundError, StoreError):
             key = Key.read(folder)
@@ -123,10 +121,8 @@ def _sets(root: Path) -> Iterator[tuple[Path, ShardSet]]:
 
 def _own_files(folder: Path) -> list[Path]:
     """The files of a set that this package wrote, its key last."""
-    try:
+    with store_errors(f"folder {folder} cannot be read"):
         paths = sorted(folder.iterdir())
-    except OSError as error:
-        raise StoreError(f"folder {folder} cannot be read ({error.strerror})") from None
     names = {path: match[1] for path in paths if (match := _TEMPORARY.fullmatch(path.name))}
     shards = [path for path in paths if shard_number(names.get(path, path.name)) >= 0]
     return [*shards, *(path for path, name in names.items() if name == KEY), folder / KEY]

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -89,7 +89,9 @@ class Key:
             if content["format"] != FORMAT:
                 raise StoreError(f"{path} is not of format {FORMAT!r}: use another store")
             values = [content[field.name] for field in fields(Key)]
-            if [type(v) for v in values] != [dict, str, int, int] or min(values[2:]) < 0:
+            if [type(v) for v in values] != [dict, str, int, int]:
+                raise TypeError
+            if values[2] < 0 or values[3] < 1:
                 raise TypeError
             return Key(*values)
         except FileNotFoundError:
@@ -131,12 +133,8 @@ class ShardSet:
         except FileNotFoundError:
             created = datetime.now(timezone.utc).isoformat(timespec="seconds")
             content = _plain({"format": FORMAT, "created": created, **vars(key)})
-            try:
+            with store_errors(f"folder {self.folder} is not writable"):
                 write_bytes_whole(self.folder / KEY, f"{json.dumps(content, indent=2)}\n".encode())
-            except OSError as error:
-                raise StoreError(
-                    f"folder {self.folder} is not writable ({error.strerror}): choose another store"
-                ) from None
             found = Key.read(self.folder)  # another process may have written one at the same time
         if digest(found.record) != self._digest:
             raise StoreError(f"{self.folder} has rows of another record: delete it")
@@ -179,13 +177,9 @@ class ShardSet:
         rows = len(self.span(number))
         data = encode(columns, self._label(number), rows)
         path = self.folder / f"{number:06d}-{_checksum(data)}.safetensors"
-        try:
+        what = f"shard {number} cannot be written to {self.folder}"
+        with store_errors(what, "free disk space, or choose another store"):
             write_bytes_whole(path, data)
-        except OSError as error:
-            raise StoreError(
-                f"shard {number} cannot be written to {self.folder} ({error.strerror}): "
-                "free disk space, or choose another store"
-            ) from None
         if number in self._listed:  # damaged, and deleted only now: others would find it missing
             for other, fault in self.verify(number):
                 if fault:
@@ -219,10 +213,8 @@ class ShardSet:
 
     def _files(self) -> list[tuple[int, Place]]:
         """Number and path of all shard files, sorted."""
-        try:
+        with store_errors(f"folder {self.folder} cannot be read"):
             names = sorted(path.name for path in self.folder.iterdir())
-        except OSError as error:
-            raise StoreError(f"folder {self.folder} cannot be read ({error.strerror})") from None
         files = [(shard_number(n), self.folder / n) for n in names if n.endswith(".safetensors")]
         return [(number, path) for number, path in files if 0 <= number < self.key.shard_count]
 
@@ -297,10 +289,17 @@ def _read(path: Place, label: str) -> Columns:
 
 def delete(path: Place) -> None:
     """Delete a file, which another process may have deleted; StoreError if it cannot be."""
-    try:
+    with store_errors(f"{path} cannot be deleted", "check who may write there"):
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def store_errors(what: str, way_out: str = "choose another store") -> Iterator[None]:
+    """Context in which an error of the file system is a StoreError."""
+    try:
+        yield
     except OSError as error:
-        raise StoreError(f"{path} cannot be deleted ({error.strerror})") from None
+        raise StoreError(f"{what} ({error.strerror}): {way_out}") from None
 
 
 def _checksum(data: bytes) -> str:
