@@ -40,8 +40,9 @@ class Graph:
     def _take(self, children: dict[Node, list[Node]]) -> None:
         """Use a graph: the next nodes of each node, in an order in which these come first."""
         self.children, edges = children, Counter(n for node in children for n in children[node])
+        # In topological order, a node is on every path if no edge leads from before to behind it:
+        # `pending` counts the edges that have begun and not ended.
         pending, trunk = 0, list[Node]()
-        # In topological order, a node is on every path if no edge leads from before to behind it.
         for node in reversed(children):
             pending -= edges[node]
             if pending == 0:

@@ -42,8 +42,8 @@ from fusenorm_openood.network.running import (
 from fusenorm_openood.network.structure import Structure, read_structure, two_images
 
 PASSES = 16  # over two images, of a network that draws random numbers: it may draw the same ones
-# Logits and what gives them agree up to this part of the largest, in half precision or not: half
-# has 3 digits, of which a sum over features loses some; float32 as on a GPU (TF32) has 4.
+# Logits and what gives them agree up to this part of the largest, in half precision or not. Half
+# precision has 2 or 3 digits, and a sum over features loses some of them.
 ROUNDED, EXACT = 3e-2, 1e-3
 
 
@@ -154,6 +154,7 @@ def _is_close(found: Tensor, expected: Tensor) -> bool:
     y = y if len(x) == len(y) else torch.cat([y, y])[: len(x)]
     if not (x.isfinite().all() and y.isfinite().all()):
         return True
+    # Kernels round otherwise in batches of other sizes; other images have more influence than that.
     is_half = expected.dtype in HALF or casts_down(expected.device)
     tolerance = (1e-2 if is_half else 1e-3) * float(expected.max() - expected.min())
     return torch.allclose(x, y, rtol=0, atol=tolerance + 1e-6)

@@ -81,7 +81,8 @@ class StoredScores:
 
     def compute_share(self) -> None:
         """Compute and store this process's missing shards, without waiting for others."""
-        deque(self.computed(self._share(self.missing())), maxlen=0)
+        share = this_process().share(self.missing(), self._start)
+        deque(self.computed(share), maxlen=0)
 
     def missing(self) -> list[int]:
         """The shards that have to be computed, as the store is now."""
@@ -104,10 +105,6 @@ class StoredScores:
                         break
         return self._container is not None
 
-    def _share(self, numbers: Sequence[int]) -> list[int]:
-        mine = this_process().share(self._start + number for number in numbers)
-        return [number - self._start for number in mine]
-
     def computed(self, numbers: Sequence[int]) -> Iterator[int]:
         """Compute and store shards; yields the number of each as soon as it is written."""
         for number, columns in zip(numbers, self.compute(numbers), strict=True):
@@ -116,7 +113,8 @@ class StoredScores:
 
     def _written(self, missing: Sequence[int]) -> Iterator[int]:
         """Compute this process's share of missing shards, then wait for the others."""
-        mine, world = self._share(missing), this_process().world
+        process = this_process()
+        mine, world = process.share(missing, self._start), process.world
         yield from self.computed(mine) if world == 1 else list(self.computed(mine))
         left, is_waiting_said = set(missing) - set(mine), False
 
@@ -147,7 +145,7 @@ class StoredScores:
         try:
             return self.shards.read(number)
         except StoreError as error:
-            is_mine = not self._shared or self._share([number])
+            is_mine = not self._shared or this_process().share([number], self._start)
 
             def intact() -> Columns | None:
                 with suppress(StoreError):  # damaged, or about to be replaced

@@ -30,9 +30,9 @@ class Process(NamedTuple):
         """Whether it is the one that prints and writes tables."""
         return self.rank == 0
 
-    def share(self, numbers: Iterable[int]) -> list[int]:
-        """Those of some numbered units of work that are this process's."""
-        return [number for number in numbers if number % self.world == self.rank]
+    def share(self, numbers: Iterable[int], start: int = 0) -> list[int]:
+        """Those numbered units of work that are this process's, if `start` others come before."""
+        return [number for number in numbers if (start + number) % self.world == self.rank]
 
 
 def this_process() -> Process:
