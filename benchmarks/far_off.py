@@ -1,4 +1,4 @@
-"""How much of what is far off each digits network accepts, without and with the far-off penalty.
+"""How much of what is far off each digits network accepts.
 
     python benchmarks/far_off.py [--csv FILE] NAME:DATA_ROOT:CHECKPOINT ...
 
@@ -7,8 +7,6 @@ one colour, saturated pixels, and patterns of more than the contrast of ID image
 """
 
 import argparse
-import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -19,10 +17,9 @@ from torch import Generator, Tensor
 
 from fusenorm_openood import FuseNorm, Settings, load_network
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
-from fusenorm_openood.method.joint import JointDistance
 from fusenorm_openood.method.metrics import ood_metrics
 
-METHODS = {"fusenorm": Settings(), "fusenorm_joint": Settings.joint()}
+METHODS = {"fusenorm": Settings(), "fusenorm_deviation": Settings.deviation()}
 COUNT, SIZE = 100, 24
 
 
@@ -74,39 +71,26 @@ def far_off() -> Iterator[tuple[str, Tensor]]:
             yield f"{kind} x {contrast}, from black", contrast * x
 
 
-def measured(data_root: str, checkpoint: str) -> dict[tuple[str, str], dict[str, object]]:
-    """Figures of one network, by method and whether the far-off penalty counts."""
+def measured(data_root: str, checkpoint: str) -> dict[str, dict[str, object]]:
+    """Figures of one network, by method."""
     benchmark, net = load_benchmark("digits", data_root), load_network(checkpoint)
     sets = {"ID": benchmark.id["test"], **benchmark.near, **benchmark.far}
-    detector = FuseNorm(net).fit(image_loader(benchmark.id["val"]))
-    fit = detector.id_statistics_
-    assert fit is not None
-    scores = {name: detector.infer(image_loader(s)).experts for name, s in sets.items()}
-    probes = {name: detector.expert_scores(images)[0] for name, images in far_off()}
     found = {}
-    for (method, settings), counts in itertools.product(METHODS.items(), (False, True)):
-        judge = FuseNorm(net, settings, detector.structure(next(far_off())[1][:1]))
-        statistics = judge.learn(fit.id_scores, fit.fitted)
-        joint = statistics.joint
-        assert joint is not None
-        if not counts:
-            kept = joint._replace(limit=math.inf)
-            statistics = dataclasses.replace(statistics, joint=kept)
-        judge.with_statistics(statistics)
-        conf = {name: judge.confidence(experts) for name, experts in scores.items()}
+    for method, settings in METHODS.items():
+        detector = FuseNorm(net, settings).fit(image_loader(benchmark.id["val"]))
+        conf = {name: detector.infer(image_loader(s)).conf for name, s in sets.items()}
         threshold = np.percentile(conf["ID"], 5)
-        accepted = {n: 100 * np.mean(judge.confidence(x) >= threshold) for n, x in probes.items()}
+        accepted = {
+            name: 100 * float((detector.score(images) >= threshold).double().mean())
+            for name, images in far_off()
+        }
         worst = max(accepted, key=lambda name: accepted[name])
         auroc = {n: 100 * ood_metrics(conf["ID"], c).auroc for n, c in conf.items() if n != "ID"}
-        distance = JointDistance(joint)
-        norms = torch.from_numpy(scores["ID"][: len(joint.mean)])
-        beyond = distance.far_off(distance.terms(norms)) > 0
-        found[method, "with" if counts else "without"] = {
+        found[method] = {
             "accepted": accepted[worst],
             "most": worst if accepted[worst] else "",
             "near": np.mean([auroc[name] for name in benchmark.near]),
             "far": np.mean([auroc[name] for name in benchmark.far]),
-            "ID beyond": 100 * float(beyond.double().mean()),
         }
     return found
 
@@ -119,10 +103,10 @@ def main() -> None:
     rows = {}
     for text in args.networks:
         name, data_root, checkpoint = text.split(":")
-        for key, figures in measured(data_root, checkpoint).items():
-            rows[(name, *key)] = figures
+        for method, figures in measured(data_root, checkpoint).items():
+            rows[name, method] = figures
     table = pd.DataFrame(rows).T
-    table.index.names = ["network", "method", "penalty"]
+    table.index.names = ["network", "method"]
     print(table.to_string(float_format="{:.2f}".format))
     if args.csv:
         table.map(lambda v: v if isinstance(v, str) else round(v, 2)).to_csv(args.csv)

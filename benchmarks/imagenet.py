@@ -147,7 +147,7 @@ def fitted_evaluation(case: Case) -> Job:
     """OOD with a detector that is fitted on all training images."""
     ood, b = evaluations(case)[0], case.benchmark
     images = ood.images + count([b.id["train"]]) - count([b.id["val"]])
-    return Job("mds", [*ood.command, "--postprocessor", "mds"], images)
+    return Job("mds++", [*ood.command, "--postprocessor", "mds++"], images)
 
 
 def scoring(case: Case) -> Job:

@@ -93,7 +93,7 @@ def fitting(columns: Columns) -> dict[str, float]:
     features = Features(*(torch.from_numpy(columns[name]) for name in Features._fields))
     sample = Sample()
     sample.add(features)
-    mds, begun = make_score("mds"), time.process_time()
+    mds, begun = make_score("mds++"), time.process_time()
     sums = BlockSums([mds])
     sums.add(features, torch.from_numpy(columns["pred"]))
     sums.fit(mds, sample, NO_HEAD)

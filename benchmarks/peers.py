@@ -28,7 +28,7 @@ def make_peers(net: nn.Module, classes: int) -> dict[str, Callable[[], Peer]]:
     """Functions that build each installed detector for a ResNet with four stages."""
     ours = {
         "FuseNorm": lambda: _ours(FuseNorm(net)),
-        "FuseNorm (joint)": lambda: _ours(FuseNorm(net, Settings.joint())),
+        "FuseNorm (deviation)": lambda: _ours(FuseNorm(net, Settings.deviation())),
         "FuseNorm (published)": lambda: _ours(FuseNorm(net, Settings.published())),
     }
     try:

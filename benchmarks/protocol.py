@@ -1,16 +1,17 @@
 """How the default settings were chosen: candidates on validation images alone; see docs/results.md.
 
-    python benchmarks/protocol.py NAME:ID_DATA:DATA_ROOT:CHECKPOINT[:NORMALIZATION] ...
+    python benchmarks/protocol.py [--csv FILE] NAME:ID_DATA:DATA_ROOT:CHECKPOINT[:NORMALIZATION] ...
 
-Every candidate is fitted on four fifths of the ID validation images and tested on the last fifth,
-five times over, against the OOD validation images, pseudo-OOD images made from that fifth, and
-images that are far off: noise, constant and saturated images at four contrasts.
+Every candidate is fitted on random draws of 100, 200, 400 and 800 ID validation images and tested
+on the other ones, against the OOD validation images, folders of others (--near, --far),
+and images that are far off: noise, constant and saturated images at four contrasts.
 """
 
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,27 +21,34 @@ from torch import Tensor
 
 from fusenorm_openood import FuseNorm, Settings, load_network
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
+from fusenorm_openood.data.images import read_image
 from fusenorm_openood.data.preprocessing import NORMALIZATIONS
-from fusenorm_openood.data.pseudo import KINDS
+from fusenorm_openood.detectors.fitting import leave_one_out
 from fusenorm_openood.forward.batches import batches
-from fusenorm_openood.forward.experts import Experts, Fitted, Scoring
+from fusenorm_openood.forward.experts import BatchScores, Experts, Fitted, Scoring
 from fusenorm_openood.forward.passes import head_of
 from fusenorm_openood.forward.samples import BlockSums, Sample
 from fusenorm_openood.method.metrics import ood_metrics
-from fusenorm_openood.method.scores.base import Features, Head, LogitScore
+from fusenorm_openood.method.scores import make_score
+from fusenorm_openood.method.scores.base import Features, Head, LogitScore, Score
 from fusenorm_openood.network.understanding import understand
 
-FOLDS = 5
+SIZES, DRAWS = (100, 200, 400, 800), 3
+SUFFIXES = (".png", ".jpg", ".jpeg")
 CONTRASTS = (1, 3, 10, 100)
+PEERS = ("msp", "mls", "ebo", "gen", "nci", "fdbd", "knn", "mds++", "vim", "logitgap")
 STRONG = (
-    ("output",),
-    ("output", "knn"),
-    ("output", "fdbd"),
-    ("output", "knn", "fdbd"),
-    ("output", "knn", "nci"),
-    ("output", "mds"),
-    ("output", "fdbd", "mds"),
-    ("output", "knn", "fdbd", "mds"),
+    ("output", "gen", "fdbd", "head_mds"),
+    ("output", "fdbd", "head_mds"),
+    ("gen", "fdbd", "head_mds"),
+    ("logitgap", "gen", "fdbd", "head_mds"),
+    ("output", "gen", "nci", "head_mds"),
+    ("output", "gen", "fdbd", "nci", "head_mds"),
+    ("output", "logitgap", "gen", "fdbd", "head_mds"),
+    ("output", "gen", "fdbd", "head_mds", "mds++"),
+    ("output", "gen", "fdbd", "mds++"),
+    ("output", "gen", "fdbd", "rmds"),
+    ("output", "fdbd", "mds++"),
 )
 
 
@@ -57,23 +65,16 @@ class Recorded(NamedTuple):
 
 def candidates() -> dict[str, Settings]:
     """The settings that were compared, by name."""
-    found = {}
-    for strong, (low, high), base in itertools.product(
-        STRONG, ((1, 99.9), (2, 98), (5, 95)), (1.5, 2, 3)
-    ):
-        settings = Settings(strong=strong, percentile_low=low, percentile_high=high, base=base)
-        found[f"{'+'.join(strong)}, {low}/{high}, base {base}"] = settings
-    for strong, weight, high in itertools.product(STRONG, (0.15, 0.25, 0.35, 0.5), (95, 99.9)):
-        settings = Settings.joint(strong=strong, joint_weight=weight, percentile_high=high)
-        found[f"{'+'.join(strong)}, joint {weight}, clip {high}"] = settings
-    for neighbours in (1, 3, 10, 20, 50):
-        changes = {"strong": ("output", "knn", "fdbd"), "neighbours": neighbours}
-        found[f"output+knn+fdbd, K {neighbours}"] = Settings(**changes)
-        found[f"output+knn+fdbd, joint, K {neighbours}"] = Settings.joint(**changes)
-    found["no clip"] = Settings(clip=False)
-    found["msp+fdbd+mds"] = Settings(output="msp")
-    found["gen+fdbd+mds"] = Settings(strong=("gen", "fdbd", "mds"))
-    found["published, energy"] = Settings.published(output="energy", react_percentile=None)
+    found = {"default before 0.3.0": Settings.deviation()}
+    for strong, trust in itertools.product(STRONG, (True, False)):
+        name = f"{'+'.join(strong)}{'' if trust else ', no trust'}"
+        for margin in (2, 2.5, 3, 3.5):
+            settings = Settings(strong=strong, trust=trust, joint_margin=margin)
+            found[f"{name}, joint {margin:g}"] = settings
+        for base, cap in itertools.product((2, 3, 5), (3.3,)):
+            changes = {"penalty": "deviation", "base": base, "cap": cap}
+            settings = Settings(strong=strong, trust=trust, **changes)
+            found[f"{name}, deviation {base}"] = settings
     return found
 
 
@@ -109,79 +110,122 @@ def recorded(scoring: Scoring, loader: Any) -> Recorded:
     return Recorded(np.concatenate(rows, axis=1), Features(feature, logits))
 
 
-def tables(specification: str) -> pd.DataFrame:
-    """Near (OOD validation), pseudo-OOD and far-off figures of every candidate on one network."""
+def others(folders: Sequence[str], transform: Any) -> dict[str, list[Tensor]]:
+    """Batches of the images of folders, by folder."""
+    found = {}
+    for folder in folders:
+        files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)
+        images = torch.stack([transform(read_image(file)) for file in files])
+        found[folder] = list(images.split(200))
+    return found
+
+
+def tables(specification: str, near: Sequence[str], far: Sequence[str]) -> pd.DataFrame:
+    """Near-, far- and far-off figures of every candidate on one network, by images of the fit."""
     _, id_data, data_root, checkpoint, *normalization = specification.split(":")
     norm = NORMALIZATIONS[normalization[0]] if normalization else None
     net, benchmark = load_network(checkpoint), load_benchmark(id_data, data_root, norm)
-    val = torch.cat([images for images, _ in batches(image_loader(benchmark.id["val"]))])
-    structure = understand(net, val[:2])
+    loader = image_loader(benchmark.id["val"])
+    structure = understand(net, next(batches(loader))[0][:2])
     detectors = {name: FuseNorm(net, s, structure) for name, s in candidates().items()}
-    every = Experts()
+    peers = {name: _peer(name) for name in PEERS}
+    every = Experts(scores=tuple(peers.values()))
     for detector in detectors.values():
         every |= detector.scoring().experts
     posthoc = [score for score in every.scores if not isinstance(score, LogitScore)]
-    others = tuple(score for score in every.scores if score not in posthoc)
-    first = replace(every, scores=others)
-    scoring, numbers = Scoring(net, structure, first, features="all"), {}
-    for expert in (*first, *posthoc):
-        numbers[expert] = len(numbers)
+    first = replace(every, scores=tuple(s for s in every.scores if s not in posthoc))
+    scoring = Scoring(net, structure, first, features="all")
+    numbers = {expert: row for row, expert in enumerate((*first, *posthoc))}
     head = Head(*(t.float() for t in head_of(net, structure)))
-    known = recorded(scoring, image_loader(benchmark.id["val"]))
-    unknown = recorded(scoring, image_loader(benchmark.val_ood))
-    pseudo = {
-        kind: recorded(scoring, make(val, torch.Generator().manual_seed(0)).split(200))
-        for kind, make in KINDS.items()
+    transform = benchmark.id["val"].transform
+    known = recorded(scoring, loader)
+    size = next(batches(loader))[0].shape[-1]
+    sets = {
+        "near": [image_loader(benchmark.val_ood), *others(near, transform).values()],
+        "far": list(others(far, transform).values()),
+        "off": [images.split(200) for _, images in far_off(250, size, *benchmark.norm)],
     }
-    far = {
-        name: recorded(scoring, images.split(200))
-        for name, images in far_off(250, val.shape[-1], *benchmark.norm)
-    }
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in detectors}
-    order = np.random.default_rng(0).permutation(len(val))
-    for test in np.array_split(order, FOLDS):
-        fit = known.part(np.setdiff1d(order, test))
+    unknown = {kind: [recorded(scoring, x) for x in each] for kind, each in sets.items()}
+    rows = {}
+    for count, draw in itertools.product(SIZES, range(DRAWS)):
+        order = np.random.default_rng(1000 * count + draw).permutation(known.rows.shape[1])
+        fit, test = known.part(order[:count]), known.part(order[count:])
         sums, sample = BlockSums(posthoc), Sample()
         sums.add(fit.features, fit.features.logits.argmax(1))
         sample.add(fit.features)
-        states = {score: sums.fit(score, sample, head) for score in posthoc}
+        fitted = Fitted(states={score: sums.fit(score, sample, head) for score in posthoc})
+        complete = replace(scoring, experts=every, fitted=fitted)
 
-        def scored(given: Recorded, of_fit: bool = False, states: Any = states) -> np.ndarray:
-            labels = given.features.logits.argmax(1) if of_fit else None
-            rows = [score(given.features, head, states[score], labels)[None] for score in posthoc]
-            return np.concatenate([given.rows, *(row.numpy() for row in rows)])
+        def scored(given: Recorded, of_fit: bool = False, by: Any = complete) -> np.ndarray:
+            of_rows = dict(zip(first, torch.from_numpy(given.rows), strict=True))
+            batch = BatchScores(of_rows, given.features.logits.argmax(1), given.features)
+            batch = leave_one_out(by, batch) if of_fit else by.complete(batch)
+            return batch.matrix(list(numbers)).numpy()
 
-        id_fit, id_test, ood = scored(fit, True), scored(known.part(test)), scored(unknown)
-        made = [scored(images.part(test)) for images in pseudo.values()]
-        probes = [scored(images) for images in far.values()]
+        id_fit, id_test = scored(fit, True), scored(test)
+        ood = {kind: [scored(x) for x in each] for kind, each in unknown.items()}
+
+        def figures(conf: Callable[[np.ndarray], np.ndarray], ood: Any, id_test: Any) -> Any:
+            of_id = conf(id_test)
+            threshold = np.percentile(of_id, 5)
+            auroc = {
+                kind: np.mean([ood_metrics(of_id, conf(x)).auroc for x in ood[kind]])
+                for kind in ("near", "far")
+                if ood[kind]
+            }
+            off = max(np.mean(conf(x) >= threshold) for x in ood["off"])
+            return {**auroc, "far-off": off}
+
+        for name, score in peers.items():
+            row = numbers[score]
+            rows[name, count, draw] = figures(lambda x, r=row: x[r], ood, id_test)
         for name, detector in detectors.items():
-            rows = [numbers[expert] for expert in detector.rows()]
-            detector.with_statistics(detector.learn(id_fit[rows], Fitted()))
-            conf = detector.confidence(id_test[rows])
-            threshold = np.percentile(conf, 5)
-            accepted = [np.mean(detector.confidence(p[rows]) >= threshold) for p in probes]
-            aurocs = [ood_metrics(conf, detector.confidence(x[rows])).auroc for x in (ood, *made)]
-            found[name].append((aurocs[0], float(np.mean(aurocs[1:])), *accepted))
-    figures = {name: 100 * np.mean(values, axis=0) for name, values in found.items()}
-    columns = ["near", "pseudo", "far-off"]
-    return pd.DataFrame({n: [*v[:2], v[2:].max()] for n, v in figures.items()}, columns).T
+            of = [numbers[expert] for expert in detector.rows()]
+            detector.with_statistics(detector.learn(id_fit[of], fitted))
+            conf: Any = lambda x, d=detector, of=of: d.confidence(x[of])  # noqa: E731
+            rows[name, count, draw] = figures(conf, ood, id_test)
+    table = 100 * pd.DataFrame(rows).T
+    table.index.names = ["candidate", "images", "draw"]
+    return table.groupby(level=[0, 1], sort=False).mean()
+
+
+def _peer(name: str) -> Score:
+    return make_score(name, {"K": 5} if name == "knn" else None)
+
+
+def margins(table: pd.DataFrame) -> pd.Series:
+    """The worst margin of each candidate over the numbers of images, on one network."""
+    worst = {}
+    for count, part in table.groupby(level="images"):
+        part = part.droplevel("images")
+        energy, best = part.loc["ebo"], part.loc[list(PEERS), "near"].max()
+        before = part.loc["default before 0.3.0"]
+        enough = count > 200
+        of = [part["near"] - energy["near"] - 0.3 * enough]
+        if enough:
+            of.append(part["near"] - best + 0.5)
+        if "far" in part:
+            of.append(part["far"] - np.minimum(before["far"] - 0.3, energy["far"] + 3))
+        worst[count] = pd.concat(of, axis=1).min(axis=1)
+    return pd.DataFrame(worst).min(axis=1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("networks", nargs="+")
+    parser.add_argument("--near", nargs="*", default=[], help="folders of further near-OOD images")
+    parser.add_argument("--far", nargs="*", default=[], help="folders of far-OOD images")
     parser.add_argument("--csv", help="also write the table to this file")
     args = parser.parse_args()
-    by_network = {text.split(":")[0]: tables(text) for text in args.networks}
-    table = pd.concat(by_network, axis=1)
-    swapped = table.swaplevel(axis=1)
-    table["mean", "near"], table["mean", "pseudo"] = (
-        swapped[figure].mean(axis=1) for figure in ("near", "pseudo")
-    )
-    table["worst", "far-off"] = swapped["far-off"].max(axis=1)
-    print(table.round(2).to_string())
+    found = {text.split(":")[0]: tables(text, args.near, args.far) for text in args.networks}
+    by_network = {name: table.groupby(level=0, sort=False).mean() for name, table in found.items()}
+    result = pd.concat(by_network, axis=1)
+    result["worst", "margin"] = pd.DataFrame({n: margins(t) for n, t in found.items()}).min(axis=1)
+    off = result.xs("far-off", axis=1, level=1)
+    result["worst", "far-off"] = off.max(axis=1)
+    print(result.round(2).to_string())
     if args.csv:
-        table.round(2).to_csv(args.csv)
+        result.round(2).to_csv(args.csv)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
 SECTIONS = ["atf", "postprocess", "peers", "growth", "startup"]
 QUICK_PEERS = ("forward", "MSP", "Mahalanobis, all layers", "FuseNorm")
 # FuseNorm's methods, with KNN among the strong experts, and the published fusion by output expert.
-METHODS = ["fusenorm", "fusenorm_joint", "fusenorm_knn"]
+METHODS = ["fusenorm", "fusenorm_deviation", "fusenorm_knn"]
 OUTPUTS = [f"{output}{react}" for react in ("", "_react") for output in ("energy", "odin")]
 NEIGHBOURS = 10_000  # stored for KNN
 
@@ -331,7 +331,7 @@ def _images(network: str, count: int) -> torch.Tensor:
 def _postprocessor(name: str) -> FuseNormPostprocessor:
     """A method, with KNN for `fusenorm_knn`, or the published fusion with an output expert."""
     output, _, react = name.partition("_")
-    method = name if name in ("fusenorm", "fusenorm_joint") else "fusenorm_published"
+    method = name if name in ("fusenorm", "fusenorm_deviation") else "fusenorm_published"
     changes: dict[str, Any] = {"output": output, "react_percentile": 90.0 if react else None}
     if output == "fusenorm":
         changes = {"strong": ["output", "knn", "fdbd"]} if react == "knn" else {}

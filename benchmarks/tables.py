@@ -1,9 +1,11 @@
 """The tables of benchmarks/results/*.md, as CSV files in benchmarks/results.
 
     python benchmarks/tables.py TABLE NAME:ID_DATA:DATA_ROOT:CHECKPOINT[:NORMALIZATION] ...
+        [--limit N] [--forward-only]
 
 compare: `fusenorm compare` on each network. sizes: FuseNorm fitted on 100 to 1000 ID images.
 pseudo: which settings a search finds on each kind of pseudo-OOD image, and how good they are.
+--limit takes the first N lines of each test list, --forward-only leaves out what needs gradients.
 """
 
 import argparse
@@ -19,12 +21,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from fusenorm_openood import FuseNorm, load_network
-from fusenorm_openood.data.benchmarks import Benchmark, image_loader, load_benchmark
+from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader, load_benchmark
 from fusenorm_openood.data.preprocessing import NORMALIZATIONS
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.pseudo import pseudo_ood
 from fusenorm_openood.detectors.search import choose, swept
+from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.comparison import FUSENORM, compare
 from fusenorm_openood.evaluation.evaluation import evaluate
 from fusenorm_openood.method.metrics import ood_metrics
@@ -49,9 +52,23 @@ def read_network(text: str) -> Network:
     return Network(name, load_network(checkpoint), benchmark)
 
 
-def compared(network: Network) -> pd.DataFrame:
+def shortened(benchmark: Benchmark, lines: slice, folder: Path) -> Benchmark:
+    """A benchmark with some lines of each test list, in lists that are written to a folder."""
+
+    def part(image_set: ImageSet) -> ImageSet:
+        kept = image_set.imagelist.read_text().splitlines(keepends=True)[lines]
+        path = folder / image_set.imagelist.name
+        path.write_text("".join(kept))
+        return dataclasses.replace(image_set, imagelist=path)
+
+    near, far = ({n: part(s) for n, s in sets.items()} for sets in (benchmark.near, benchmark.far))
+    of_id = {**benchmark.id, "test": part(benchmark.id["test"])}
+    return dataclasses.replace(benchmark, id=of_id, near=near, far=far)
+
+
+def compared(network: Network, gradients: bool = True) -> pd.DataFrame:
     """AUROC, FPR@95, mean ranks and intervals of every method."""
-    result = compare(network.net, network.benchmark, progress=False)
+    result = compare(network.net, network.benchmark, progress=False, gradients=gradients)
     best = [name.split(" over ")[1] for name in result.summary.columns if " over " in name]
     names = (
         "near AUROC",
@@ -73,7 +90,7 @@ def sizes(network: Network) -> pd.DataFrame:
     lines = [line for line in val.imagelist.read_text().splitlines() if line.strip()]
     order = np.random.default_rng(0).permutation(len(lines))
     rows = {}
-    for count in (100, 200, 500, 1000):
+    for count in (100, 200, 400, 1000):
         if count > len(lines):
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -83,8 +100,10 @@ def sizes(network: Network) -> pd.DataFrame:
             benchmark = dataclasses.replace(
                 network.benchmark, id={**network.benchmark.id, "val": part}
             )
-            for name, settings in FUSENORM.items():
-                detector = FuseNorm(network.net, settings)
+            detectors = {n: FuseNorm(network.net, settings) for n, settings in FUSENORM.items()}
+            for name, detector in {"Energy": SingleScore(network.net, "ebo"), **detectors}.items():
+                if name == "FuseNorm (published)":  # which needs gradients
+                    continue
                 auroc = evaluate(detector, benchmark, progress=False).table["AUROC"]
                 rows[count, name] = {"near": auroc["nearood"], "far": auroc["farood"]}
     table = pd.DataFrame(rows).T
@@ -127,25 +146,35 @@ def _values(settings: Settings, sweep: Sequence[str]) -> list[str]:
     return [str(getattr(settings, name)) for name in sweep]
 
 
-TABLES: dict[str, Callable[[Network], pd.DataFrame]] = {
+TABLES: dict[str, Callable[..., pd.DataFrame]] = {
     "compare": compared,
     "sizes": sizes,
     "pseudo": pseudo,
 }
 
 
+def write(name: str, network: Network, **changes: bool) -> None:
+    """Make the table of a network, print it, and write it to its file."""
+    path = RESULTS / name / f"{network.name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = TABLES[name](network, **changes)
+    table.to_csv(path, float_format="%.2f")
+    print(f"\n{network.name}:\n{table.to_string(float_format='{:.2f}'.format)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("networks", nargs="+")
+    parser.add_argument("--limit", type=int, help="images of each test list")
+    parser.add_argument("--forward-only", action="store_true", help="for the table compare")
     args = parser.parse_args()
     for text in args.networks:
         network = read_network(text)
-        path = RESULTS / args.table / f"{network.name}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = TABLES[args.table](network)
-        table.to_csv(path, float_format="%.2f")
-        print(f"\n{network.name}:\n{table.to_string(float_format='{:.2f}'.format)}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            tested = shortened(network.benchmark, slice(args.limit), Path(folder))
+            changes = {"gradients": False} if args.forward_only else {}
+            write(args.table, network._replace(benchmark=tested), **changes)
 
 
 if __name__ == "__main__":

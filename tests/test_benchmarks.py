@@ -34,7 +34,7 @@ def test_the_protocol_compares_candidates_on_validation_images(digits, tmp_path,
     monkeypatch.syspath_prepend(RUN.parent)
     protocol = importlib.import_module("protocol")
     data = shortened_digits(digits[0], tmp_path / "data", 64, 60)
-    two = {"default": Settings(), "joint": Settings.joint()}
+    two = {"default": Settings(), "joint": Settings.deviation()}
     monkeypatch.setattr(protocol, "candidates", lambda: two)
     table = protocol.tables(f"digits:digits:{data}:{digits[1]}")
     assert list(table.index) == list(two)

@@ -61,12 +61,12 @@ def test_a_setting_is_kept_as_pythons_number(kind, name):
     assert json.loads(json.dumps(asdict(given)))[name] == 1
 
 
-@pytest.mark.parametrize("given", [np.ones(3), torch.ones(3), [1.0] * 3, (np.float32(1),) * 3])
+@pytest.mark.parametrize("given", [np.ones(4), torch.ones(4), [1.0] * 4, (np.float32(1),) * 4])
 def test_weights_of_any_kind(given):
-    assert repr(Settings(weights=given)) == repr(Settings(weights=(1.0, 1.0, 1.0)))
+    assert repr(Settings(weights=given)) == repr(Settings(weights=(1.0,) * 4))
 
 
-NUMBERS = ("k_min", "alpha", "temperature", "joint_weight", "neighbours", "percentile_low")
+NUMBERS = ("k_min", "alpha", "temperature", "joint_margin", "neighbours", "percentile_low")
 
 
 @pytest.mark.parametrize("value", [*FALSE[:4], *BOUNDLESS])
@@ -74,7 +74,7 @@ def test_settings_refuse_what_is_no_finite_number(value):
     for name in NUMBERS:
         with pytest.raises(ConfigError, match=name):
             Settings(**{name: value})
-    for change in ({"weights": (value, 1, 1)}, {"input_std": (value,)}, {"strong": (value,)}):
+    for change in ({"weights": (value, 1, 1, 1)}, {"input_std": (value,)}, {"strong": (value,)}):
         with pytest.raises(ConfigError, match=next(iter(change))):
             Settings(**change)
 

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from docs.gen import figures
@@ -114,12 +115,13 @@ def speed_of_atf() -> str:
 def speed_of_postprocess() -> str:
     columns = {
         "fusenorm": "`fusenorm`",
-        "fusenorm_joint": "`fusenorm_joint`",
+        "fusenorm_deviation": "`fusenorm_deviation`",
         "fusenorm_knn": "with KNN",
         "odin_react": "`fusenorm_published`",
         "published": "published implementation",
     }
     found = by_case("vs_forward")
+    columns = {c: title for c, title in columns.items() if all(c in of for of in found.values())}
     ratios = measurements("postprocess")["ratios"]
     rows = [
         (
@@ -136,12 +138,13 @@ def memory_of_postprocess() -> str:
     columns = {
         "forward": "forward pass",
         "fusenorm": "`fusenorm`",
-        "fusenorm_joint": "`fusenorm_joint`",
+        "fusenorm_deviation": "`fusenorm_deviation`",
         "fusenorm_knn": "with KNN",
         "odin_react": "`fusenorm_published`",
         "published": "published implementation",
     }
     found = by_case("peak_mebibytes")
+    columns = {c: title for c, title in columns.items() if all(c in of for of in found.values())}
     rows = [(CASES[case], *(f"{found[case][c]:.0f}" for c in columns)) for case in CASES]
     return table(("network, batch", *columns.values()), rows)
 
@@ -183,23 +186,40 @@ def comparison(network: str) -> str:
 def short_comparison(methods: Iterable[str]) -> str:
     """Near / far AUROC of some methods, and of the best single experts, on all networks."""
     paths = sorted((RESULTS / "compare").glob("*.csv"))
-    found = {path.stem: pd.read_csv(path, index_col=0) for path in paths}
+    found = {TITLES.get(p.stem, p.stem): pd.read_csv(p, index_col=0) for p in paths}
     best, rows = [], []
     for t in found.values():
         single = t.drop(index=[m for m in t.index if m.startswith("FuseNorm") or " alone" in m])
         best.append(f"{single['near AUROC'].max():.1f} / {single['far AUROC'].max():.1f}")
     for name in methods:
-        if name == "FuseNorm":
+        if name == "FuseNorm (default)":
             rows.append(("best single expert of each column", *best))
-        near_far = (t.loc[name, ["near AUROC", "far AUROC"]] for t in found.values())
-        rows.append((name, *(f"{near:.1f} / {far:.1f}" for near, far in near_far)))
+        cells = [
+            f"{t.loc[name, 'near AUROC']:.1f} / {t.loc[name, 'far AUROC']:.1f}"
+            if name in t.index
+            else ""  # of a run without gradients
+            for t in found.values()
+        ]
+        rows.append((name, *cells))
     return table(("near / far AUROC", *found), rows)
+
+
+def on_imagenet() -> str:
+    """Near- and far-OOD figures of some methods on ImageNet-1k, all fitted on the same images."""
+    found = pd.read_csv(RESULTS / "compare" / f"{IMAGENET}.csv", index_col=0)
+    figures = ["near AUROC", "near FPR@95", "far AUROC", "far FPR@95"]
+    rows = [
+        (name, *(f"{found.loc[name, f]:.2f}" for f in figures))
+        for name in (*ON_IMAGENET, *COMPARED)
+        if name in found.index
+    ]
+    return table(("method", *figures), rows)
 
 
 def fit_sizes() -> str:
     """Near / far AUROC of FuseNorm's methods by the number of ID images of the fit."""
     rows = []
-    for network in ("ResNet-20", "ResNet-32", "CIFAR-100"):
+    for network in (p.stem for p in sorted((RESULTS / "sizes").glob("*.csv"))):
         found = pd.read_csv(RESULTS / "sizes" / f"{network}.csv", index_col=[0, 1])
         counts, methods = (list(dict.fromkeys(found.index.get_level_values(i))) for i in (0, 1))
         for method in methods:
@@ -262,79 +282,75 @@ def catalogue_row(entry: Architecture) -> tuple[str, ...]:
 
 
 def protocol() -> str:
-    """The candidates of the protocol, those that reject what is far off, the best first."""
-    found = pd.read_csv(RESULTS / "protocol.csv", header=[0, 1], index_col=0)
-    kept = found[found["worst", "far-off"] <= 1]
-    order = (kept["mean", "near"] + kept["mean", "pseudo"]).sort_values(ascending=False).index
-    networks = [
-        n for n in dict.fromkeys(found.columns.get_level_values(0)) if n not in ("mean", "worst")
-    ]
-    shown = [*order[:12], *(n for n in PROTOCOL_ALSO if n in found.index and n not in order[:12])]
+    """The candidates of the protocol that reject what is far off, the best worst margin first."""
+    found, networks = candidates()
     rows = [
         (
             name,
             *(
-                f"{found.loc[name, (n, 'near')]:.1f} / {found.loc[name, (n, 'pseudo')]:.1f}"
+                f"{row[n, 'near']:.1f} / {row[n, 'far']:.1f} / {row[n, 'far-off']:.1f}"
                 for n in networks
             ),
-            f"{found.loc[name, ('mean', 'near')]:.2f} / {found.loc[name, ('mean', 'pseudo')]:.2f}",
-            f"{found.loc[name, ('worst', 'far-off')]:.1f}",
+            f"{row['worst', 'margin']:.2f}",
+            f"{row['worst', 'far-off']:.1f}",
         )
-        for name in shown
+        for name, row in found.iterrows()
     ]
-    return table(("candidate", *networks, "mean", "far-off, %"), rows)
+    return table(("candidate", *networks, "worst margin", "far-off, %"), rows)
 
 
-def protocol_means() -> str:
-    """The means over networks of some candidates of the protocol."""
+def protocol_in_short() -> str:
+    """Means over networks of the candidates that reject what is far off, the best first."""
+    found, networks = candidates()
+    kept = found[found["worst", "far-off"] <= 1]
+    rows = []
+    for name, row in [*kept.head(8).iterrows(), *kept.loc[[BEFORE]].iterrows()]:
+        near, far = (np.mean([row[n, group] for n in networks]) for group in ("near", "far"))
+        margin = f"{row['worst', 'margin']:.2f}"
+        rows.append(
+            (f"{name}{' = `fusenorm`' * (name == CHOSEN)}", f"{near:.2f} / {far:.2f}", margin)
+        )
+    return table(("candidate", "near / far", "worst margin"), rows)
+
+
+def candidates() -> tuple[pd.DataFrame, list[str]]:
+    """The candidates of the protocol, the best worst margin first, and the networks."""
     found = pd.read_csv(RESULTS / "protocol.csv", header=[0, 1], index_col=0)
-    rows = [
-        (
-            f"{name}{chosen}",
-            f"{found.loc[name, ('mean', 'near')]:.2f}",
-            f"{found.loc[name, ('mean', 'pseudo')]:.2f}",
-            f"{found.loc[name, ('worst', 'far-off')]:.1f}",
-        )
-        for name, chosen in PROTOCOL_MEANS.items()
-    ]
-    return table(("candidate", "OOD validation", "pseudo-OOD", "far-off, %"), rows)
+    networks = [n for n in dict.fromkeys(found.columns.get_level_values(0)) if n != "worst"]
+    return found.sort_values(("worst", "margin"), ascending=False), networks
 
 
 def far_off() -> str:
-    """What each digits network accepts of what is far off, without and with its penalty."""
-    found = pd.read_csv(RESULTS / "far_off.csv", index_col=[0, 1, 2], keep_default_na=False)
-    rows = []
-    for network, method in dict.fromkeys((n, m) for n, m, _ in found.index):
-        before, after = (found.loc[(network, method, side)] for side in ("without", "with"))
-        shown = [f"{row['accepted']:.0f} {row['most']}".strip() for row in (before, after)]
-        auroc = [f"{row['near']:.2f} / {row['far']:.2f}" for row in (before, after)]
-        rows.append((network, f"`{method}`", *shown, *auroc, f"{after['ID beyond']:.1f}"))
-    head = ("network", "method", "accepted without, %", "accepted with, %")
-    return table((*head, "near / far without", "near / far with", "ID beyond, %"), rows)
+    """What each digits network accepts of what is far off, by method."""
+    found = pd.read_csv(RESULTS / "far_off.csv", keep_default_na=False)
+    rows = [
+        (
+            row["network"],
+            f"`{row['method']}`",
+            f"{row['accepted']:.0f} {row['most']}".strip(),
+            f"{row['near']:.2f} / {row['far']:.2f}",
+        )
+        for _, row in found.iterrows()
+    ]
+    return table(("network", "method", "accepted, %", "near / far"), rows)
 
 
-# Candidates that are shown whether or not they are among the best.
-PROTOCOL_ALSO = (
-    "output, 5/95, base 2",
-    "output+knn, 5/95, base 2",
-    "output+knn+fdbd, 5/95, base 2",
-    "output+fdbd+mds, 1/99.9, base 2",
-    "output+fdbd+mds, 5/95, base 2",
-    "gen+fdbd+mds",
-    "no clip",
-    "published, energy",
+COMPARED = ("FuseNorm (default)", "FuseNorm (deviation)", "FuseNorm (published)")
+IMAGENET = "EfficientNet-Lite0"
+TITLES = {IMAGENET: "ImageNet-1k"}
+ON_IMAGENET = (
+    "MSP",
+    "Energy",
+    "GEN",
+    "LogitGap",
+    "NCI",
+    "fDBD",
+    "MDS",
+    "MDS++",
+    "Head-tied MDS",
+    *COMPARED,
 )
-
-PROTOCOL_MEANS = {
-    "output+fdbd+mds, joint 0.25, clip 95": " = `fusenorm_joint`",
-    "output+fdbd+mds, 5/95, base 2": " = `fusenorm`",
-    "output+fdbd+mds, 2/98, base 2": "",
-    "output, 5/95, base 2": "",
-    "output+knn, 5/95, base 2": "",
-    "no clip": "",
-    "published, energy": "",
-}
-COMPARED = ("FuseNorm", "FuseNorm (joint)", "FuseNorm (published)")
+BEFORE, CHOSEN = "default before 0.3.0", "output+gen+fdbd+head_mds, joint 3"
 
 MEASURED_TABLES: dict[str, Callable[[str], str]] = {
     "compare": comparison,
@@ -342,13 +358,14 @@ MEASURED_TABLES: dict[str, Callable[[str], str]] = {
 }
 TABLES: dict[str, Callable[[], str]] = {
     "results": lambda: short_comparison(
-        ("Energy", "KNN (K = 5)", "NCI", "fDBD", "MDS++", *COMPARED)
+        ("Energy", "GEN", "NCI", "KNN (K = 5)", "fDBD", "MDS", "MDS++", *COMPARED)
     ),
-    "results-short": lambda: short_comparison(("Energy", "MDS++", *COMPARED)),
+    "results-short": lambda: short_comparison(("Energy", "GEN", *COMPARED)),
     "sizes": fit_sizes,
+    "imagenet": on_imagenet,
     "catalogue": catalogue,
     "protocol": protocol,
-    "protocol-means": protocol_means,
+    "protocol-short": protocol_in_short,
     "far-off": far_off,
     "pseudo": pseudo_ood,
     "settings": settings,

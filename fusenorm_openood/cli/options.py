@@ -47,9 +47,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "--postprocessor": (
         {},
-        "fusenorm (default), fusenorm_published, fusenorm_joint, t2fnorm, msp, mls, ebo, odin, "
-        "react, knn, nci, gen, fdbd, scale, ash, vim, mds, she; with OpenOOD, also any of "
-        "OpenOOD's",
+        "fusenorm (default), fusenorm_published, fusenorm_deviation, t2fnorm, msp, mls, ebo, odin, "
+        "react, knn, nci, gen, logitgap, fdbd, scale, ash, ras, vim, mds, mds++, rmds, mahavar, "
+        "head_mds, she; with OpenOOD, also any of OpenOOD's",
     ),
     "--fsood": (FLAG, "full-spectrum: covariate-shifted images count as ID"),
     "--output-dir": (

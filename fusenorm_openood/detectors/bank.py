@@ -156,9 +156,11 @@ class ScoreBank(ExpertScorer):
                 )
         id_scores = self._scored[id(self.id_loader)][1].experts[rows]
         experts, states = detector.scoring().experts, self._fitted.states
+        kept = {score: states[score] for score in experts.scores if score in states}
         fitted = Fitted(
             {q: self._fitted.thresholds[q] for q in experts.percentiles},
-            {score: states[score] for score in experts.scores if score in states},
+            kept,
+            {score: t for score, t in self._fitted.trust.items() if score in kept},
         )
         return detector.learn(id_scores, fitted, self.network)
 

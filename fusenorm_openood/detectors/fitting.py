@@ -13,7 +13,8 @@ from fusenorm_openood.forward.batches import Readings, batches
 from fusenorm_openood.forward.experts import BatchScores, Fitted, Scoring
 from fusenorm_openood.forward.react import check_features, react_thresholds
 from fusenorm_openood.forward.samples import LIMIT, BlockSums, Sample
-from fusenorm_openood.method.scores.base import Features, LogitScore
+from fusenorm_openood.method.scores.base import Features, LogitScore, Score
+from fusenorm_openood.method.trust import trust
 
 LEAST = 20  # images, with which the 5th percentile lies among the scores
 SHORT = 0.9  # a fit on a tenth fewer images than are enough is nearly as good
@@ -92,11 +93,14 @@ def fit_experts(
 
 
 def leave_one_out(scoring: Scoring, batch: BatchScores) -> BatchScores:
-    """Images of the fit with their post-hoc scores; see `Score.score_fit`."""
-    head, states = scoring.head(), scoring.fitted.states
+    """Images of the fit with their post-hoc scores, see `Score.score_fit`, which tell its trust."""
+    head, fitted = scoring.head(), scoring.fitted
     scores = dict(batch.scores)
-    for score, state in states.items():
+    for score, state in fitted.states.items():
         scores[score] = score(batch.features, head, state, batch.pred)
+        if type(score).score_fit is not Score.score_fit:
+            in_sample = score(batch.features, head, state)
+            fitted.trust[score] = trust(scores[score].numpy(), in_sample.numpy())
     return batch._replace(scores=scores)
 
 

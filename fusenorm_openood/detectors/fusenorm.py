@@ -1,5 +1,6 @@
 """The FuseNorm detector, for any torch network; it does not need OpenOOD."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ from fusenorm_openood.network.fingerprint import Fingerprint, is_network
 from fusenorm_openood.network.running import eval_mode, unwrapped
 from fusenorm_openood.network.structure import Structure
 
+NO_TRUST = 0.005  # shown as 0.00
 NO_LAYERS = ("output", *POSTHOC)  # experts that are not feature norms of a layer
 F = TypeVar("F", bound="FuseNorm")
 
@@ -54,7 +56,7 @@ class FuseNorm(Detector):
     Args:
         net: any network that returns logits `[B, K]`, also in a tuple, a mapping or a dataclass;
             it is left unchanged.
-        settings: all settings at once, for example `Settings.published()` or `Settings.joint()`;
+        settings: all settings at once, for example `Settings.published()`;
             None = the default method, `fusenorm`.
         structure: how the network is built, if that is known already.
         changes: individual settings by name; see `Settings`.
@@ -75,12 +77,12 @@ class FuseNorm(Detector):
 
     >>> from torchvision.models import resnet18
     >>> net = resnet18(num_classes=4)
-    >>> detector = FuseNorm(net, base=5)
+    >>> detector = FuseNorm(net, cap=5)
     >>> detector
-    FuseNorm(ResNet, base=5; not fitted)
+    FuseNorm(ResNet, cap=5.0; not fitted)
     >>> images = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     >>> detector.fit([images[:20]]).calibrate([images[20:]])  # doctest: +ELLIPSIS
-    FuseNorm(ResNet, base=5; 8 layers, strong: output, fdbd, mds; fitted on 20 ID images, ...)
+    FuseNorm(ResNet, cap=5; 8 layers, strong: output 0.2..., gen ...; fitted on 20 ID images, ...)
     >>> detector.is_ood(images[:2], acceptance=0.9).shape
     torch.Size([2])
     """
@@ -121,7 +123,8 @@ class FuseNorm(Detector):
         text += [f"{n}={v!r}" for n, v in vars(self.settings).items() if v != getattr(default, n)]
         state, fitted = [], self.id_statistics_
         if self.experts:
-            state.append(f"{len(self.taps)} layers, strong: {', '.join(self.strong)}")
+            strong = [*self.strong] if fitted is None else fitted.weighted
+            state.append(f"{len(self.taps)} layers, strong: {', '.join(strong)}")
         images = None if fitted is None else fitted.id_scores.shape[1]
         state.append("not fitted" if images is None else f"fitted on {images:,} ID images")
         if images is not None:
@@ -214,6 +217,13 @@ class FuseNorm(Detector):
         batch = leave_one_out(self.scoring(), batch)
         id_scores = batch.matrix(self.rows()[: len(self.experts)]).numpy()
         self.id_statistics_ = self.learn(id_scores, self._fitted, network)
+        if none := [n for n, weight in self.id_statistics_.trust.items() if weight < NO_TRUST]:
+            warnings.warn(
+                f"strong experts cannot be trusted after a fit on {id_scores.shape[1]} ID images: "
+                f"{', '.join(none)}; fit on more, or leave them out of strong",
+                UserWarning,
+                stacklevel=3,
+            )
         return self if calibration is None else self.calibrate(calibration, progress)
 
     def learn(
@@ -230,7 +240,7 @@ class FuseNorm(Detector):
         rows = [self.experts.index(name) for name in names]
         scale = [self._scale() if name == "output" else 0.0 for name in names]
         low, high = s.percentile_low, s.percentile_high
-        statistics = compute_id_statistics(id_scores[rows], low, high, names, scale)
+        statistics = compute_id_statistics(id_scores[rows], low, high, names, scale, s.clip)
         if s.penalty == "joint" or s.clip:
             joint = joint_statistics(id_scores[: len(self.taps)], self.taps)
         return DetectorStatistics(

@@ -59,6 +59,7 @@ class Record(NamedTuple):
     joint: bool
     thresholds: tuple[tuple[float, float], ...]
     posthoc: tuple[tuple[str, dict[str, Any]], ...]
+    trust: tuple[float, ...]
     network: Fingerprint
     structure: Structure | None
     preprocessing: Preprocessing | None
@@ -122,6 +123,8 @@ def _of_record(r: Record, settings: Settings) -> Iterator[Rule]:
     yield "thresholds", not clips or q in dict(r.thresholds), f"for the percentile {q}"
     needed = [settings.score(name) for name in names if name in POSTHOC]
     yield "posthoc", [_posthoc(*p) for p in r.posthoc] == needed, "those of experts and settings"
+    yield "trust", len(r.trust) == len(needed), "one for each score that was fitted"
+    yield "trust", all(0 <= weight <= 1 for weight in r.trust), "in [0, 1]"
     yield "network.weights", bool(re.fullmatch("[0-9a-f]{64}", n.weights)), "a SHA-256"
     yield "network.image", not n.image or (len(n.image) == 3 and min(n.image) > 0), "a shape"
     yield "network.image", max(n.image, default=0) < LARGEST, f"below {LARGEST}"
@@ -176,11 +179,6 @@ def _check_tensors(record: Record, settings: Settings, tensors: Mapping[str, Ten
     needed |= {f"joint.{name}": shape for name, shape in JOINT.items() if record.joint}
     for number, (expert, _) in enumerate(record.posthoc):
         needed |= {f"state.{number}.{name}": shape for name, shape in POSTHOC[expert].state.items()}
-    infinite = ["joint.scale"]
-    if record.network.modules is None:  # as in files of 0.2.0
-        infinite.append("joint.limit")
-        if "joint.limit" not in tensors:
-            needed.pop("joint.limit", None)
     if "reference" in tensors:
         needed["reference"] = "C"
     if unknown := tensors.keys() - needed.keys():
@@ -201,7 +199,7 @@ def _check_tensors(record: Record, settings: Settings, tensors: Mapping[str, Ten
             )
         sizes |= found
         most = OVERFLOWS if name.startswith("state.") else float("inf")
-        if name not in infinite and not (tensor.abs() < most).all():
+        if name != "joint.scale" and not (tensor.abs() < most).all():
             raise ConfigError(f"{name} must be finite, and below {most:g}")
         if kind == torch.int64 and int(tensor.min()) < 0:
             raise ConfigError(f"{name} must be >= 0")
@@ -216,14 +214,13 @@ def _check_statistics(c: DetectorStatistics) -> None:
     rows = [c.experts.index(name) for name in (c.strong if s.penalty == "joint" else c.experts)]
     names = [c.experts[row] for row in rows]
     try:
-        right = compute_id_statistics(c.id_scores[rows], s.percentile_low, s.percentile_high, names)
+        percentiles = s.percentile_low, s.percentile_high
+        right = compute_id_statistics(c.id_scores[rows], *percentiles, names, clip=s.clip)
         pairs = {"statistics": (asdict(right), asdict(c.statistics))}
         if c.joint is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 joint = joint_statistics(c.id_scores[: len(taps)])
-            if c.joint.limit == np.inf:
-                joint = joint._replace(limit=np.inf)
             pairs["joint"] = joint._asdict(), c.joint._asdict()
     except FuseNormError as error:
         raise ConfigError(f"id_scores: {error}") from None

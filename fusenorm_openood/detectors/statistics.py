@@ -16,6 +16,7 @@ from fusenorm_openood.method.joint import JointStatistics, sum_of_rows
 from fusenorm_openood.method.scores import POSTHOC, make_score
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.method.statistics import IDStatistics
+from fusenorm_openood.method.validation import scaled_weights
 from fusenorm_openood.network.fingerprint import Fingerprint
 
 
@@ -51,9 +52,36 @@ class DetectorStatistics:
     @cached_property
     def fusion(self) -> Fusion:
         """The fusion of scores into contributions."""
-        strong = [self.experts.index(name) for name in self.strong]
-        layers, experts = len(self.layers), len(self.experts)
-        return Fusion(self.settings, strong, layers, experts, self.statistics, self.joint)
+        strong, weights = map(self.experts.index, self.strong), list(self.weights.values())
+        size = len(self.layers), len(self.experts)
+        return Fusion(self.settings, [*strong], weights, *size, self.statistics, self.joint)
+
+    @property
+    def trust(self) -> dict[str, float]:
+        """How far the fit of each strong expert can be trusted, in [0, 1]; 1 if nothing is fitted.
+
+        It is 1 for all if the setting `trust` is off.
+        """
+        found = {score.name: trust for score, trust in self.fitted.trust.items()}
+        return {name: found.get(name, 1.0) if self.settings.trust else 1.0 for name in self.strong}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of the strong experts, which sum to 1: those of the settings times the trust.
+
+        Without the trust if it leaves none.
+        """
+        given = scaled_weights(self.settings.weights, len(self.strong))
+        trusted = [w * trust for w, trust in zip(given, self.trust.values(), strict=True)]
+        weights = scaled_weights(trusted, len(trusted)) if any(trusted) else given
+        return dict(zip(self.strong, weights, strict=True))
+
+    @property
+    def weighted(self) -> list[str]:
+        """The strong experts, with their weights if these differ."""
+        if len({*self.weights.values()}) == 1:
+            return list(self.strong)
+        return [f"{name} {weight:.2f}" for name, weight in self.weights.items()]
 
     def contributions(self, scores: NDArray[Any]) -> NDArray[np.float64]:
         """Contributions `[L, N]` of the experts to the confidences, which are their sums."""
@@ -71,12 +99,12 @@ class DetectorStatistics:
         mean: NDArray[np.float64] = self.contributions(self.id_scores).mean(axis=1, keepdims=True)
         return mean
 
-    def joint_penalty(self, scores: NDArray[Any]) -> NDArray[np.float64]:
-        """The joint penalties `[N]` of images with these scores, with the joint penalty."""
+    def joint_distance(self, scores: NDArray[Any]) -> NDArray[np.float64]:
+        """The log joint distances `[N]` of images with these scores, with the joint penalty."""
         distance = self.fusion.joint_distance
         terms = distance.terms(_float64(scores[: len(self.layers)]))
-        penalties: NDArray[np.float64] = distance.penalty(terms).numpy()
-        return penalties
+        log_m: NDArray[np.float64] = distance.log_distance(terms).numpy()
+        return log_m
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -91,8 +119,9 @@ class Explanation:
         conf: confidences `[B]`, larger = more in-distribution.
         pred: predicted classes `[B]`.
         scores: scores `[L, B]` of the experts, larger = more in-distribution.
-        normalised: normalised scores `[L, B]`: the 5th and 95th percentile of ID images are 0 and
-            1; with the joint penalty in standard deviations from their mean.
+        normalised: normalised scores `[L, B]`: in standard deviations from the mean of the ID
+            images, those of blocks by their logarithms; or by percentiles, if the settings say so.
+        weights: weights of the strong experts, which sum to 1.
         contributions: contributions `[L, B]` of the experts to the confidences, their sums.
         below_mean: by how much each contribution `[L, B]` is below its mean over the ID images.
         objected: the expert whose contribution is farthest below its mean, for each image.
@@ -109,6 +138,7 @@ class Explanation:
     below_mean: NDArray[np.float64]
     objected: tuple[str, ...]
     maps: dict[str, Tensor]
+    weights: dict[str, float]
     p_values: NDArray[np.float64] | None = None
 
 
@@ -133,6 +163,7 @@ def explanation(
         below,
         tuple(statistics.experts[row] for row in below.argmax(axis=0)),
         maps,
+        statistics.weights,
         None if calibration is None else conformal_p_values(conf, calibration),
     )
 
@@ -154,6 +185,7 @@ def packed(statistics: DetectorStatistics) -> tuple[dict[str, Tensor], dict[str,
         "joint": s.joint is not None,
         "thresholds": list(s.fitted.thresholds.items()),
         "posthoc": [score.to_json() for score in s.fitted.states],
+        "trust": [s.fitted.trust.get(score, 1.0) for score in s.fitted.states],
     }
 
 
@@ -171,14 +203,15 @@ def unpacked(tensors: dict[str, Tensor], record: dict[str, Any]) -> DetectorStat
         make_score(name, arguments): named(f"state.{number}")
         for number, (name, arguments) in enumerate(record["posthoc"])
     }
+    trust = dict(zip(states, record["trust"], strict=True))
     joint = None
     if record["joint"]:
-        found = arrays("joint")  # files from before `limit` was kept are read as they were
+        found = arrays("joint")
         scalars = {n: float(v) for n, v in found.items() if v.ndim == 0}
         joint = JointStatistics(**{**found, **scalars})
     return DetectorStatistics(
         experts=tuple(record["experts"]),
-        fitted=Fitted(dict(map(tuple, record["thresholds"])), states),
+        fitted=Fitted(dict(map(tuple, record["thresholds"])), states, trust),
         id_scores=tensors["id_scores"].numpy(),
         statistics=IDStatistics(**arrays("statistics")),
         joint=joint,

@@ -26,11 +26,12 @@ from fusenorm_openood.network.running import scoring_module
 from fusenorm_openood.network.structure import Structure
 
 GROUPS = ("nearood", "farood")
+DEFAULT = "FuseNorm (default)"  # not the published method
 # FuseNorm's rows, in order; each search adds one.
 FUSENORM = {
-    "FuseNorm": Settings(),
+    DEFAULT: Settings(),
     "FuseNorm (published)": Settings.published(),
-    "FuseNorm (joint)": Settings.joint(),
+    "FuseNorm (deviation)": Settings.deviation(),
 }
 STRONG, BLOCKS = "strong experts alone", "block norms alone"
 
@@ -67,6 +68,7 @@ def compare(
     num_workers: int = 0,
     progress: bool = True,
     loader: Loader | None = None,
+    gradients: bool = True,
 ) -> Comparison:
     """Compare FuseNorm, its parts and single experts on one network.
 
@@ -83,10 +85,14 @@ def compare(
         batch_size, num_workers: settings of the data loaders.
         progress: whether to show progress bars.
         loader: see `evaluate`.
+        gradients: whether ODIN and the published settings, which need gradients, are compared.
     """
     load = loader or plain_loader(batch_size, num_workers)
     singles = single_scores(net, benchmark)
     fused = {**FUSENORM, STRONG: Settings(cap=0.0)}
+    if not gradients:
+        singles = {name: score for name, score in singles.items() if not score.needs_gradient}
+        fused = {n: s for n, s in fused.items() if not s.score("output").needs_gradient}
     id_val = load(benchmark.id["val"])
     tried = swept(Settings(), sweep) if sweep else []
     with_peers = find_spec("pytorch_ood") is not None
@@ -103,7 +109,7 @@ def compare(
             found[f"FuseNorm (searched, {name})"] = choose(bank, Settings(), sweep, loaders)
         fused |= {name: result.settings for name, result in found.items()}
         bank = bank.narrowed(fused.values(), singles.values())
-    statistics = bank.statistics(fused["FuseNorm (joint)"])
+    statistics = bank.statistics(fused[DEFAULT])
 
     def score(images: Iterable[Any]) -> dict[str, NDArray[Any]]:
         bank.add(images, progress)
@@ -111,7 +117,7 @@ def compare(
         conf |= {name: peer(bank.features(images)) for name, peer in peers.items()}
         scored = {name: bank.scored(settings, images) for name, settings in fused.items()}
         conf[STRONG] = scored.pop(STRONG).conf
-        conf[BLOCKS] = -statistics.joint_penalty(scored["FuseNorm (joint)"].experts)
+        conf[BLOCKS] = -statistics.joint_distance(scored[DEFAULT].experts)
         bank.forget(images)
         return {**conf, **{name: s.conf for name, s in scored.items()}}
 

@@ -31,15 +31,16 @@ FIELDS = ("Training", "Postprocessor", "Near-OOD_AUROC", "Far-OOD_AUROC", "ID_Ac
 _FILES = {"imagenet200": "imagenet200_{}", "imagenet": "imagenet1k_{}"}  # ood or fsood
 _LINK = "https://github.com/sunshine8641/FuseNorm"
 _OURS = {
-    "fusenorm": "FuseNorm",
-    "fusenorm_published": "FuseNorm (published settings)",
-    "fusenorm_joint": "FuseNorm (joint)",
+    "fusenorm": "FuseNorm (default)",
+    "fusenorm_published": "FuseNorm (published)",
+    "fusenorm_deviation": "FuseNorm (deviation)",
 }
 # Names in `utils/papers.csv` of the leaderboard; any other name is used as it is.
 _LISTED = {
     **{n: n.upper() for n in ("msp", "mls", "ebo", "odin", "knn", "nci", "gen", "she")},
-    **{n: n.upper() for n in ("scale", "ash", "vim")},
-    **{"t2fnorm": "T2FNorm", "react": "ReAct", "fdbd": "fDBD", "mds": "MDS++"},
+    **{n: n.upper() for n in ("scale", "ash", "vim", "mds", "ras")},
+    **{"t2fnorm": "T2FNorm", "react": "ReAct", "fdbd": "fDBD", "mds++": "MDS++"},
+    **{"rmds": "RMDS++", "logitgap": "LogitGap", "mahavar": "MahaVar"},
 }
 _UNKNOWN = "(to be filled in)"
 # OpenOOD's trainers that use only ID images, and their names on the leaderboard.

@@ -59,16 +59,18 @@ class Fitted:
     Attributes:
         thresholds: ReAct's clipping thresholds by percentile.
         states: states of the scores, on the CPU.
+        trust: how far the fits of scores can be trusted, in [0, 1]; see `method.trust`.
     """
 
     thresholds: dict[float, float] = field(default_factory=dict)
     states: dict[Score, State] = field(default_factory=dict)
+    trust: dict[Score, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._moved: dict[tuple[Score, torch.device], State] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:  # what was moved to a device is not pickled
-        return Fitted, (self.thresholds, self.states)
+        return Fitted, (self.thresholds, self.states, self.trust)
 
     def state(self, score: Score, device: torch.device) -> State:
         """The state of a score on a device, to which it is moved once."""
@@ -269,7 +271,7 @@ class Scoring:
             raise TapError(
                 f"experts {', '.join(lacking)} need logits that are a linear function of one "
                 f"feature, as those of {name} are not: set strong=['output'], or to experts that "
-                "read no weights, such as ['output', 'mds']"
+                "read no weights, such as ['output', 'mds++']"
             )
 
     def _with_gradients(self, images: Tensor) -> tuple[ForwardPass, dict[Score, Tensor]]:

@@ -89,6 +89,7 @@ class Fusion(nn.Module):
     Args:
         settings: of the detector.
         strong: rows of the strong experts.
+        weights: their weights, which sum to 1.
         layers: number of tapped layers.
         experts: number of experts.
         statistics: ID statistics of all experts, or with the joint penalty of the strong ones.
@@ -97,15 +98,15 @@ class Fusion(nn.Module):
 
     weights: Tensor
     is_weak: Tensor
-    mean: Tensor
-    std: Tensor
-    lower: Tensor
-    upper: Tensor
+    origin: Tensor
+    scale: Tensor
+    most: Tensor
 
     def __init__(
         self,
         settings: Settings,
         strong: Sequence[int],
+        weights: Sequence[float],
         layers: int,
         experts: int,
         statistics: IDStatistics,
@@ -114,30 +115,33 @@ class Fusion(nn.Module):
         super().__init__()
         self.settings, self.layers = settings, layers
         self.joint = None if joint is None else JointDistance(joint)
-        rows = list(strong)
-        weights, is_weak = np.zeros((experts, 1)), np.ones((experts, 1), dtype=bool)
-        weights[rows, 0] = scaled_weights(settings.weights, len(rows))
-        is_weak[rows] = False
-        self.has_weak = len(rows) < experts and settings.penalty == "deviation"
-        self.register_buffer("weights", torch.tensor(weights, device="cpu"))
-        self.register_buffer("is_weak", torch.tensor(is_weak, device="cpu"))
-        of = rows if settings.penalty == "joint" else slice(None)
-        for name, values in vars(statistics).items():
-            column = np.ones((experts, 1))
-            column[of, 0] = values
-            self.register_buffer(name, torch.tensor(column, device="cpu"))
+        rows, is_joint = list(strong), settings.penalty == "joint"
+        self.has_weak = len(rows) < experts and not is_joint
+        given, origin, scale = np.zeros(experts), np.zeros(experts), np.ones(experts)
+        most, is_weak = np.full(experts, np.inf), np.ones(experts, dtype=bool)
+        of = rows if is_joint else slice(None)
+        origin[of], scale[of] = statistics.lower, statistics.upper - statistics.lower
+        within = range(len(rows)) if is_joint else rows  # the strong experts' statistics
+        if settings.normalisation == "standardised":
+            origin[rows], scale[rows] = statistics.mean[within], statistics.std[within]
+        if settings.clip:
+            most[rows] = statistics.upper[within]
+        given[rows], is_weak[rows] = weights, False
+        columns = {"weights": given, "origin": origin, "scale": scale, "most": most}
+        for name, column in {**columns, "is_weak": is_weak}.items():
+            self.register_buffer(name, torch.tensor(column, device="cpu").unsqueeze(1))
 
     def forward(self, scores: Tensor) -> Tensor:
         """Contributions `[L, N]`, larger = more in-distribution."""
         s = self.settings
         z = self.normalised(scores)
+        given = self.weights * z
         if s.penalty == "joint":
-            given = self.weights * z
             terms = self.joint_distance.terms(scores[: self.layers])
-            total = sum_of_rows(terms)
-            parts = torch.where(total > 0, terms / total, 1 / self.layers)
-            return _added(given, -s.joint_weight * self.joint_distance.penalty(terms) * parts)
-        given = self.weights * (z.clamp(max=1) if s.clip else z)
+            shares = terms.clamp(min=0)  # so that no layer raises the confidence
+            total = sum_of_rows(shares)
+            parts = torch.where(total > 0, shares / total, 1 / self.layers)
+            return _added(given, -self.joint_distance.penalty(terms, s.joint_margin, s.cap) * parts)
         if self.has_weak:
             deviations = torch.where(self.is_weak, deviation(z), 0)
             given = given - _by_largest(deviations, penalty(deviations.amax(0), s.base, s.cap))
@@ -147,15 +151,13 @@ class Fusion(nn.Module):
         return _added(given, -s.cap * _by_largest(terms, self.joint.far_off(terms)))
 
     def normalised(self, scores: Tensor) -> Tensor:
-        """Normalised scores `[L, N]`.
+        """Normalised scores `[L, N]`: those of strong experts clipped, if `clip` is set.
 
-        By percentiles, or with the joint penalty by mean and standard deviation, those of weak
-        experts by their logarithms'.
+        With the joint penalty, those of weak experts are their logarithms, standardised.
         """
+        z = (torch.minimum(scores, self.most) - self.origin) / self.scale
         if self.settings.penalty != "joint":
-            return (scores - self.lower) / (self.upper - self.lower)
-        bounded = torch.minimum(scores, self.upper) if self.settings.clip else scores
-        z = (bounded - self.mean) / self.std
+            return z
         u = self.joint_distance.standardised(scores[: self.layers])
         weak = self.is_weak[: self.layers]
         return torch.cat([torch.where(weak, u, z[: self.layers]), z[self.layers :]])

@@ -28,7 +28,8 @@ class JointStatistics(NamedTuple):
         mean: means `[L]`.
         scale: standard deviations `[L]`, infinite for a layer whose norm is constant.
         precision: inverse `[L, L]` of their correlation matrix with its ridge.
-        log_mean: mean of the log joint distance on the ID images.
+        log_mean: mean of the log joint distance on the ID images, each left out of the statistics
+            that it is compared with.
         log_std: its standard deviation.
         limit: the log joint distance beyond which an image is far off.
     """
@@ -104,10 +105,11 @@ class JointDistance(nn.Module):
         """
         return STEEP * (self.log_distance(terms) - self.limit).clamp(min=0) / self.log_std
 
-    def penalty(self, terms: Tensor) -> Tensor:
-        """log M, standardised on ID images, and `far_off` on top: `[N]`."""
-        log_m = self.log_distance(terms)
-        return (log_m - self.log_mean) / self.log_std + self.far_off(terms)
+    def penalty(self, terms: Tensor, margin: float, cap: float) -> Tensor:
+        """min(cap, exp(t - margin)) of log M, standardised on ID images to t: `[N]`."""
+        t = (self.log_distance(terms) - self.log_mean) / self.log_std
+        limit = math.log(cap) if cap else -math.inf  # beyond which powers could overflow
+        return (t - margin).clamp(max=limit).exp()
 
 
 def joint_statistics(norms: ArrayLike, names: Sequence[str] | None = None) -> JointStatistics:
@@ -152,7 +154,6 @@ def joint_statistics(norms: ArrayLike, names: Sequence[str] | None = None) -> Jo
     leverage = (np.count_nonzero(varies) * np.exp(2 * log_m) + 1) / v.shape[1]
     left_out = log_m - np.log(np.maximum(1 - leverage, LEAST))
     usual = np.percentile(left_out, RARE, method="lower")  # not the farthest of few images
-    limit = float(max(left_out.mean() + FAR * left_out.std(), usual))
-    return first._replace(
-        log_mean=float(log_m.mean()), log_std=float(log_m.std()) + 1e-8, limit=limit
-    )
+    log_mean, log_std = float(left_out.mean()), float(left_out.std()) + 1e-8
+    limit = max(log_mean + FAR * log_std, float(usual))
+    return first._replace(log_mean=log_mean, log_std=log_std, limit=limit)

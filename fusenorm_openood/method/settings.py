@@ -12,6 +12,7 @@ from fusenorm_openood.method.scores.base import Score
 from fusenorm_openood.method.validation import (
     BASE,
     COUNT,
+    FINITE,
     FRACTION,
     NOT_NEGATIVE,
     PERCENTILE,
@@ -90,17 +91,25 @@ class Settings:
             for the output expert; None = no ReAct.
         neighbours: number K of the nearest ID images for `knn`.
         strong: strong experts, each a layer's name, its number (from 0), `"output"` or the output
-            expert's name, or one of `knn`, `fdbd`, `gen`, `nci`, `mds`, `vim`, `she`,
-            `scale`, `ash`; `"auto"` = the first layer of the last stage and the output expert.
-            The other layers are weak.
+            expert's name, or one of `knn`, `fdbd`, `gen`, `logitgap`, `nci`, `mds`, `mds++`,
+            `rmds`, `mahavar`, `head_mds`, `vim`, `she`, `scale`, `ash`, `ras`;
+            `"auto"` = the first layer of the last stage and the output expert. The other layers
+            are weak.
         weights: one weight per strong expert; None = equal weights.
+        trust: whether the weights are multiplied by what the ID images tell of each expert's fit;
+            see `method.trust`.
+        normalisation: of strong experts: `"standardised"`, by mean and standard deviation of the ID
+            scores, or `"percentiles"`. Weak ones are normalised by percentiles.
         clip: whether a strong score above the percentile `percentile_high` of the ID scores
-            counts as that percentile, and images that are far off are penalised beyond `cap`.
-        penalty: `"deviation"`, from the largest deviation of a weak expert (see `penalty`), or
-            `"joint"`, from the joint distance of the norms of all layers (see `JointDistance`).
+            counts as that percentile, and with the penalty `"deviation"` images that are far off
+            are penalised beyond `cap`.
+        penalty: `"joint"`, from the joint distance of the norms of all layers (see
+            `JointDistance`), or `"deviation"`, from the largest deviation of a weak expert (see
+            `penalty`).
         base: how steeply the penalty `"deviation"` grows.
-        cap: largest penalty of `"deviation"`, of images that are not far off.
-        joint_weight: weight of the penalty `"joint"`.
+        cap: largest penalty; with `"deviation"`, that of images that are not far off.
+        joint_margin: how many standard deviations above the mean of the ID images the log joint
+            distance is at which the penalty `"joint"` is 1.
         percentile_low: percentile of the ID scores that is mapped to 0.
         percentile_high: percentile of the ID scores that is mapped to 1.
         random: what happens if two passes over the same images give other logits: `"refuse"`, an
@@ -121,13 +130,15 @@ class Settings:
     input_std: tuple[float, ...] | None = checked(None, DEVIATIONS)
     react_percentile: float | None = checked(None, _read_text(PERCENTILE.or_none()))
     neighbours: int = checked(5, COUNT)
-    strong: str | tuple[str | int, ...] = checked(("output", "fdbd", "mds"), EXPERTS)
+    strong: str | tuple[str | int, ...] = checked(("output", "gen", "fdbd", "head_mds"), EXPERTS)
     weights: tuple[float, ...] | None = checked(None, WEIGHTS)
+    trust: bool = checked(True, SWITCH)
+    normalisation: str = checked("standardised", among("standardised", "percentiles"))
     clip: bool = checked(True, SWITCH)
-    penalty: str = checked("deviation", among("deviation", "joint"))
+    penalty: str = checked("joint", among("joint", "deviation"))
     base: float = checked(2.0, _read_text(BASE))
-    cap: float = checked(1.0, _read_text(NOT_NEGATIVE))
-    joint_weight: float = checked(0.25, _read_text(NOT_NEGATIVE))
+    cap: float = checked(10.0, _read_text(NOT_NEGATIVE))
+    joint_margin: float = checked(3.0, _read_text(FINITE))
     percentile_low: float = checked(5.0, _read_text(WITHIN_100))
     percentile_high: float = checked(95.0, _read_text(WITHIN_100))
     random: str = checked("refuse", among("refuse", "allow"))
@@ -135,7 +146,7 @@ class Settings:
     @classmethod
     def published(cls, **changes: Any) -> "Settings":
         """Settings of the method `fusenorm_published`: those of the published experiments."""
-        published = cls(
+        published = cls.deviation(
             output="odin",
             react_percentile=90.0,
             strong="auto",
@@ -147,9 +158,19 @@ class Settings:
         return published.replace(**changes)
 
     @classmethod
-    def joint(cls, **changes: Any) -> "Settings":
-        """Settings of the method `fusenorm_joint`: the default with the joint penalty."""
-        return cls(penalty="joint").replace(**changes)
+    def deviation(cls, **changes: Any) -> "Settings":
+        """Settings of the method `fusenorm_deviation`: normalisation and penalty as published.
+
+        The strong experts and constants are those of the default before 0.3.0.
+        """
+        before = cls(
+            strong=("output", "fdbd", "mds++"),
+            trust=False,
+            normalisation="percentiles",
+            penalty="deviation",
+            cap=1.0,
+        )
+        return before.replace(**changes)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -193,10 +214,11 @@ class Settings:
     def from_mapping(cls, args: Mapping[str, Any]) -> "Settings":
         """Settings from a configuration that gives every setting, and nothing else.
 
-        `random` may be absent: files and configurations of 0.2.0 lack it.
+        What files and configurations of 0.2.0 lack may be absent: see `BEFORE`.
         """
         check_names(args)
-        missing = [name for name in SETTINGS if name not in args and name != "random"]
+        args = {**BEFORE, **args}
+        missing = [name for name in SETTINGS if name not in args]
         if missing:
             raise ConfigError(
                 f"setting {missing[0]!r} is missing: the settings are {', '.join(SETTINGS)}"
@@ -208,13 +230,15 @@ class Settings:
 METHODS: dict[str, Callable[[], Settings]] = {
     "fusenorm": Settings,
     "fusenorm_published": Settings.published,
-    "fusenorm_joint": Settings.joint,
+    "fusenorm_deviation": Settings.deviation,
 }
 SETTINGS = tuple(field.name for field in fields(Settings))
+# What 0.2.0 did, which did not have these settings.
+BEFORE = {"trust": False, "normalisation": "percentiles", "random": "refuse"}
 # Changing any other setting changes the expert scores, and so needs the network again.
 FUSION_SETTINGS = frozenset(
-    {"strong", "weights", "clip", "penalty", "base", "cap", "joint_weight", "random"}
-    | {"percentile_low", "percentile_high"}
+    {"strong", "weights", "trust", "normalisation", "clip", "penalty", "base", "cap"}
+    | {"joint_margin", "random", "percentile_low", "percentile_high"}
 )
 
 

@@ -29,6 +29,7 @@ def compute_id_statistics(
     percentile_high: float = 99.9,
     names: Sequence[str] | None = None,
     scale: ArrayLike = 0.0,
+    clip: bool = False,
 ) -> IDStatistics:
     """Mean, standard deviation and two percentiles of each expert's ID scores.
 
@@ -39,6 +40,7 @@ def compute_id_statistics(
         names: the experts' names `[L]`, for error messages.
         scale: size `[L]` of the values that each expert's scores are computed from, as far as it
             is known: their rounding is no range.
+        clip: whether scores count as at most the upper percentile in mean and standard deviation.
 
     Raises:
         ConfigError: percentiles out of order or outside [0, 100].
@@ -71,6 +73,7 @@ def compute_id_statistics(
                 f"percentiles {percentile_low} and {percentile_high} of the ID scores of {name!r} "
                 f"are both {both}: leave this expert out, or fit on more and more varied images"
             )
+    s = np.minimum(s, upper[:, None]) if clip else s
     return IDStatistics(s.mean(axis=1), s.std(axis=1) + 1e-8, lower, upper)
 
 

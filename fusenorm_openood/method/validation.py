@@ -64,6 +64,7 @@ def scaled_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return [weight / sum(given) for weight in given]
 
 
+FINITE = Rule("a finite number", number)
 POSITIVE = Rule("a number > 0", number, lambda v: v > 0)
 NOT_NEGATIVE = Rule("a number >= 0", number, lambda v: v >= 0)
 COUNT = Rule("a whole number >= 1", whole, lambda v: v >= 1)

@@ -15,7 +15,7 @@ from fusenorm_openood.storage import configs
 
 
 def register() -> None:
-    """Register `fusenorm`, `fusenorm_published` and `fusenorm_joint` with OpenOOD.
+    """Register `fusenorm`, `fusenorm_published` and `fusenorm_deviation` with OpenOOD.
 
     OpenOOD looks them up in its `Evaluator` (`postprocessor_name="fusenorm"`), `get_postprocessor`
     of its evaluation API, and the pipelines in its YAML files. None of OpenOOD's files is changed,

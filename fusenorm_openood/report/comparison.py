@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from fusenorm_openood.evaluation.comparison import DEFAULT, Comparison
 from fusenorm_openood.evaluation.comparison import GROUPS as MEANS
-from fusenorm_openood.evaluation.comparison import Comparison
 from fusenorm_openood.report.charts import dots
 from fusenorm_openood.report.page import Facts, Figure, Report, Section
 from fusenorm_openood.report.sections import (
@@ -17,7 +17,7 @@ from fusenorm_openood.report.sections import (
 )
 
 SHOWN = 6  # methods whose distributions are drawn
-METHOD = "FuseNorm"
+METHOD = "FuseNorm"  # with which its rows begin
 
 
 def report_of_comparison(
@@ -46,7 +46,7 @@ def report_of_comparison(
     highlights = tuple(
         (f"{GROUPS[group]} AUROC, {name}", f"{dict(auroc[group])[name]:.2f}%")
         for group in groups
-        for name in (METHOD, str(others[group].idxmax()))
+        for name in (DEFAULT, str(others[group].idxmax()))
     )
     return Report(title, (*facts, *scores[0].counts()), highlights, tuple(sections))
 
@@ -98,7 +98,7 @@ def _scores(result: Comparison, groups: Sequence[str]) -> list[Score]:
             result.known[name],
             {g: {n: conf[name] for n, conf in result.unknown[g].items()} for g in groups},
         )
-        for name in (METHOD, *order.drop(METHOD))
+        for name in (DEFAULT, *order.drop(DEFAULT))
     ]
 
 

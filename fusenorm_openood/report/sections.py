@@ -149,13 +149,15 @@ def detector_facts(detector: Detector) -> Facts:
         default = asdict(Settings())
         changed = {k: v for k, v in asdict(detector.settings).items() if v != default[k]}
         weak = [name for name in detector.experts if name not in detector.strong]
+        fitted = detector.id_statistics_
+        strong = [*detector.strong] if fitted is None else fitted.weighted
         facts += [
             ("settings", ", ".join(f"{k} = {v}" for k, v in changed.items()) or "default"),
-            ("strong experts", ", ".join(detector.strong)),
+            ("strong experts", ", ".join(strong)),
             ("other blocks", ", ".join(weak) or "none"),
         ]
-        if detector.id_statistics_ is not None:
-            facts.append(("fitted on", f"{detector.id_statistics_.id_scores.shape[1]:,} ID images"))
+        if fitted is not None:
+            facts.append(("fitted on", f"{fitted.id_scores.shape[1]:,} ID images"))
         if detector.calibration_scores_ is not None:
             facts.append(
                 ("calibrated on", f"{len(detector.calibration_scores_):,} other ID images")

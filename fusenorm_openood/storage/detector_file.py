@@ -16,8 +16,7 @@ from torch import Tensor
 from fusenorm_openood.errors import DetectorFileError
 from fusenorm_openood.storage.files import metadata, write_whole
 
-FORMAT = 2
-READABLE = (1, FORMAT)
+FORMAT = 3
 _NO_CHECKSUM = b"0" * 64
 _CHECKSUM = re.compile(rb'\\"checksum\\": \\"([0-9a-f]{64})\\"')
 
@@ -68,9 +67,9 @@ def read_contents(path: Path) -> Contents:
         version = record["format"]
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         raise DetectorFileError(f"{path} is no detector file: {way_out}") from None
-    if version not in READABLE:
+    if version != FORMAT:
         raise DetectorFileError(
-            f"detector file {path} has format {version!r}, this version of the package reads up to "
+            f"detector file {path} has format {version!r}, this version of the package reads "
             f"{FORMAT}: install the version that wrote it ({record.get('version')}), or fit again"
         )
     return Contents(tensors, record)

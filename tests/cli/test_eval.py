@@ -27,7 +27,7 @@ from tests.conftest import make_net, shortened_digits
 NO_DICE = (
     "--engine native has no postprocessor 'dice', and --engine openood does not support --id-data"
     if openood_installed()
-    else "unknown postprocessor 'dice': choose from fusenorm, fusenorm_published, fusenorm_joint, "
+    else "unknown postprocessor 'dice': choose from fusenorm, fusenorm_published, "
 )
 SCRIPT = Path(__file__).parents[2] / "scripts" / "eval_ood.py"
 
@@ -259,6 +259,7 @@ def test_a_change_fills_an_empty_section(tmp_path):
 
 SWEEP = ["--sweep", "output=[energy]", "--sweep", "react_percentile=[None]"]
 SWEEP += ["--sweep", "penalty=[deviation]", "--sweep", "strong=[[output], [output, knn]]"]
+SWEEP += ["--sweep", "joint_margin=[3]"]
 
 
 def test_settings_are_searched_before_the_test(evaluate, tmp_path, capsys):
@@ -269,7 +270,8 @@ def test_settings_are_searched_before_the_test(evaluate, tmp_path, capsys):
     best = trials.loc[trials["AUROC"].idxmax()]
     assert len(trials) == 4
     searched = (tmp_path / "ood" / "fusenorm.csv").read_text()
-    assert evaluate("--set", f"strong={best['strong']}", "--set", f"base={best['base']}", *own) == 0
+    found = (f"strong={best['strong']}", f"base={best['base']}", "penalty=deviation")
+    assert evaluate(*(word for change in found for word in ("--set", change)), *own) == 0
     assert (tmp_path / "ood" / "fusenorm.csv").read_text() == searched
 
 
@@ -297,7 +299,7 @@ def test_validation_does_not_overwrite_test_scores(evaluate, runs):
 
 
 def test_a_method_is_chosen_by_name_and_reported_under_it(evaluate, tmp_path, capsys):
-    method, output = "fusenorm_joint", ["--output-dir", tmp_path, "--save-csv"]
+    method, output = "fusenorm_deviation", ["--output-dir", tmp_path, "--save-csv"]
     # As the scripts do: their --postprocessor comes first.
     assert evaluate("--postprocessor", "fusenorm", "--config", method, *output) == 0
     assert f"\n{method}, digits, 1 run(s)" in capsys.readouterr().out

@@ -54,7 +54,7 @@ def test_compare_scores_a_network_that_is_named(data_root, tmp_path, capsys):
     spec = f"{__name__}:tiny"
     path = saved(tmp_path / "net.pth", spec)
     assert main(command("compare", data_root, path, "--network", spec)) == 0
-    assert "FuseNorm (joint)" in capsys.readouterr().out
+    assert "FuseNorm (deviation)" in capsys.readouterr().out
 
 
 def test_a_recognised_checkpoint_gives_the_same_table_under_its_name(data_root, tmp_path, capsys):

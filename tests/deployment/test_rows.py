@@ -32,7 +32,7 @@ NAMES = [
 
 
 def row(name: str, **said) -> Judged:
-    return Judged(name, "1", 0.5, 0.25, False, "mds")._replace(**said)
+    return Judged(name, "1", 0.5, 0.25, False, "mds++")._replace(**said)
 
 
 def none(p):

@@ -13,8 +13,9 @@ from tests.nets import Net, energies, outputs_of, some_images
 IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(9)) * 1.5
 SETTINGS = {
     "default": Settings(),
-    "joint": Settings.joint(weights=(1.0, 2.0, 1.0)),
-    "joint, strong tap": Settings.joint(strong=("layer4.0", "output")),
+    "weights": Settings(weights=(1.0, 2.0, 1.0, 0.5)),
+    "strong tap": Settings(strong=("layer4.0", "output")),
+    "deviation": Settings.deviation(),
     "published": Settings.published(),
     "no weak": Settings(taps=("layer4.0",), strong=("layer4.0", "output")),
 }
@@ -46,7 +47,7 @@ def test_contributions_are_compared_with_their_mean_over_the_id_images():
     of_id, of_new = (energies(net, images).numpy() for images in (known, new))
     low, high = np.percentile(of_id, [5, 95])
     of_id, of_new = (np.minimum((scores - low) / (high - low), 1) for scores in (of_id, of_new))
-    detector = FuseNorm(net, strong=["output"], cap=0.0).fit([known])
+    detector = FuseNorm(net, Settings.deviation(strong=["output"], cap=0.0)).fit([known])
     why = detector.explain(new, with_maps=False)
     expected = np.zeros((5, 8))  # no penalty, and so no contribution of a layer
     expected[4] = of_id.mean() - of_new
@@ -58,7 +59,9 @@ def test_contributions_are_compared_with_their_mean_over_the_id_images():
 
 
 def test_the_weak_expert_that_deviates_most_has_the_whole_penalty(net, loader):
-    detector = FuseNorm(net, clip=False).fit(loader)  # no other penalty of what is far off
+    detector = FuseNorm(net, Settings.deviation(clip=False)).fit(
+        loader
+    )  # no other penalty of what is far off
     why = detector.explain(IMAGES * 30)
     weak = why.contributions[: len(detector.taps)]
     assert (np.count_nonzero(weak, axis=0) == 1).all()

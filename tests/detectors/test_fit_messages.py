@@ -29,15 +29,16 @@ def warnings_of(detector, loader):
 @pytest.mark.parametrize(
     ("make", "classes", "count", "enough"),
     [
-        (FuseNorm, 4, 2, 36),
-        (FuseNorm, 4, 31, 36),  # 32 features and 4 classes
+        (FuseNorm, 4, 2, 20),
+        (lambda net: FuseNorm(net, strong=["mds++"]), 4, 2, 36),
+        (lambda net: FuseNorm(net, strong=["mds++"]), 4, 31, 36),  # 32 features and 4 classes
         (lambda net: FuseNorm(net, **OUTPUT), 4, 5, 20),
         (lambda net: FuseNorm(net, **OUTPUT), 90, 60, 90),
         (lambda net: FuseNorm(net, **OUTPUT, percentile_low=1.0), 4, 60, 100),
         (lambda net: FuseNorm(net, strong=["vim"]), 4, 20, 32),
         (lambda net: FuseNorm(net, strong=["knn"], neighbours=50), 4, 40, 51),
         (lambda net: FuseNorm(net, strong=["she"]), 60, 40, 60),
-        (lambda net: SingleScore(net, "mds"), 100, 50, 132),
+        (lambda net: SingleScore(net, "mds++"), 100, 50, 132),
         (lambda net: SingleScore(net, "knn"), 4, 30, 51),
         (lambda net: SingleScore(net, "react"), 4, 3, 20),
     ],
@@ -70,8 +71,8 @@ def test_the_warning_comes_before_the_fit(net):
             type(self).read += 1
             return super().__getitem__(number)
 
-    images = Counted(torch.randn(19, 3, 16, 16))
-    with warnings.catch_warnings(), pytest.raises(UserWarning, match="19 ID images are too few"):
+    images = Counted(torch.randn(17, 3, 16, 16))
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="17 ID images are too few"):
         warnings.simplefilter("error")
         FuseNorm(net).fit(torch.utils.data.DataLoader(images, 2))
     assert Counted.read == 2

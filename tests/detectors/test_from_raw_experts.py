@@ -8,7 +8,7 @@ from scipy.special import logsumexp
 from fusenorm_openood import FuseNorm, Settings, atf
 from tests.conftest import make_loader
 
-STRONG = [("output", "fdbd", "mds"), ("output", "knn", "fdbd")]
+STRONG = [("output", "fdbd", "mds++"), ("output", "knn", "fdbd")]
 TAPS = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
 
 

@@ -126,7 +126,7 @@ def test_every_kind_of_loader_gives_the_same_scores(fitted, loader):
     inferred = fitted.infer(as_dicts)
     assert inferred.label.tolist() == torch.cat([labels for _, labels in loader]).tolist()
     assert set(fitted.infer(alone).label) == {-1}
-    assert inferred.experts.shape == (11, 60)
+    assert inferred.experts.shape == (12, 60)
 
 
 def test_predictions_are_the_networks(fitted):
@@ -149,7 +149,7 @@ def test_predictions_are_the_networks(fitted):
     ],
 )
 def test_every_setting_of_the_fusion_counts(net, loader, change):
-    plain, detector = (FuseNorm(net, **c).fit(loader) for c in ({}, change))
+    plain, detector = (FuseNorm(net, Settings.deviation(**c)).fit(loader) for c in ({}, change))
     unknown, s = make_loader(seed=5, scale=1.1), detector.settings
     scored, known = detector.infer(unknown), detector.id_statistics_.id_scores
     weights = np.array(s.weights or (1, 1, 1)) / sum(s.weights or (1, 1, 1))
@@ -162,15 +162,15 @@ def test_every_setting_of_the_fusion_counts(net, loader, change):
     assert not np.allclose(plain.infer(unknown).conf, fused)
 
 
-def test_the_joint_penalty_is_scaled_by_its_weight(net, loader):
-    first = FuseNorm(net, Settings.joint()).fit(loader)
-    experts = first.infer(make_loader(seed=5, scale=1.1)).experts
-    conf = {}
-    for weight in (0.0, 0.25, 1.0):
-        detector = FuseNorm(net, Settings.joint(joint_weight=weight))
-        conf[weight] = detector.with_statistics(first.id_statistics_).confidence(experts)
-    np.testing.assert_allclose(conf[1.0] - conf[0.0], 4 * (conf[0.25] - conf[0.0]), rtol=1e-6)
-    assert not np.allclose(conf[0.25], conf[0.0])
+def test_the_joint_penalty_is_e_times_smaller_for_each_deviation_of_its_margin(net, loader):
+    first = FuseNorm(net).fit(loader)
+    experts, conf = first.infer(make_loader(seed=5, scale=1.1)).experts, {}
+    for margin in (1.0, 2.0, 200.0):
+        detector = FuseNorm(net, joint_margin=margin, cap=1e300)
+        conf[margin] = detector.with_statistics(first.id_statistics_).confidence(experts)
+    penalties = [conf[200.0] - conf[margin] for margin in (1.0, 2.0)]
+    np.testing.assert_allclose(penalties[0], np.e * penalties[1], rtol=1e-6)
+    assert (penalties[1] > 0).all()
 
 
 def test_strong_experts_by_number_name_and_default(net):
@@ -179,7 +179,7 @@ def test_strong_experts_by_number_name_and_default(net):
     def strong(strong, **settings):
         return FuseNorm(net, structure=known, strong=strong, **settings).strong
 
-    assert FuseNorm(net, structure=known).strong == ("output", "fdbd", "mds")
+    assert FuseNorm(net, structure=known).strong == ("output", "gen", "fdbd", "head_mds")
     assert strong("auto") == ("layer4.0", "output")
     assert strong("auto", taps="stages") == ("layer4.1", "output")
     assert strong(["knn", "energy"]) == ("knn", "output")
@@ -248,7 +248,7 @@ def test_t2fnorm_networks_score_by_their_scoring_logits(loader):
 
 
 def test_companions_take_no_part_in_the_fusion(net, loader):
-    for make, experts in ((published, 9), (FuseNorm, 11)):
+    for make, experts in ((published, 9), (FuseNorm, 12)):
         plain = make(net, react_percentile=90.0).fit(loader).infer(loader)
         detector = make(net, react_percentile=90.0).with_companions().fit(loader)
         compared = detector.infer(loader)
@@ -328,7 +328,7 @@ def test_non_finite_features_are_reported(net, loader):
 
 def test_constant_id_scores_are_an_error(net):
     with pytest.raises(ZeroRangeError, match=r"ID scores of 'layer1\.0' are both"):
-        FuseNorm(net).fit([IMAGES[:1].repeat(4, 1, 1, 1)])
+        FuseNorm(net, Settings.deviation()).fit([IMAGES[:1].repeat(4, 1, 1, 1)])
 
 
 class Headless(nn.Module):
@@ -388,7 +388,7 @@ def test_forward_passes_are_shared(net, loader):
 def test_fit_keeps_no_feature_map(net):
     """Statistics hold one number per expert and image, and what experts fit."""
     width = net.fc.in_features
-    for strong, rest in ((["energy"], 0), (("output", "fdbd", "mds"), 8 * width * (width + 8))):
+    for strong, rest in ((["energy"], 0), (("output", "fdbd", "mds++"), 8 * width * (width + 8))):
         statistics = FuseNorm(net, strong=strong).fit(make_loader(64)).id_statistics_
         assert statistics.id_scores.shape == (8 + len(strong), 64)
         held = len(pickle.dumps(replace(statistics, network=None)))

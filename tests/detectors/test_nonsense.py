@@ -20,9 +20,7 @@ IMAGES = some_images(40)
 NEW = some_images(5, seed=3)
 METHODS = {
     "default": Settings(),
-    "joint": Settings.joint(
-        strong=("output", "a.1", "knn", "she", "vim", "nci"), react_percentile=90.0
-    ),
+    "joint": Settings(strong=("output", "a.1", "knn", "she", "vim", "nci"), react_percentile=90.0),
 }
 
 
@@ -178,15 +176,6 @@ def test_states_of_another_width_are_told(kept, width):
 
     with pytest.raises(DetectorFileError, match=r"state\.\d\.\w+ must be of width 8"):
         loaded(kept, change)
-
-
-def test_files_of_the_format_before_are_read(kept, monkeypatch):
-    def change(record, tensors):
-        for name in ("modules", "image", "logits", "rounding"):
-            del record["network"][name]
-
-    monkeypatch.setattr("fusenorm_openood.storage.detector_file.FORMAT", 1)
-    torch.testing.assert_close(loaded(kept, change).score(NEW), kept[1], rtol=0, atol=0)
 
 
 def test_the_states_that_are_checked_are_those_of_the_scores():

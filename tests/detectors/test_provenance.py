@@ -38,10 +38,12 @@ OF_FUSION = {
     "clip": True,
     "base": 3.0,
     "cap": 0.2,
+    "trust": True,
+    "normalisation": "standardised",
     "weights": (0.9, 0.1),
     "strong": ("b.1", "output"),
     "penalty": "joint",
-    "joint_weight": 0.5,
+    "joint_margin": 0.5,
     "random": "allow",
 }
 
@@ -78,7 +80,7 @@ def test_a_setting_of_the_fusion_gives_the_right_number(kept, name):
     assert detector.id_statistics_.settings == changed
     assert statistics.settings == BASE
     assert statistics.statistics is before  # the one that was given is unchanged
-    if name not in ("joint_weight", "strong", "random"):  # which change nothing here
+    if name not in ("joint_margin", "strong", "random", "trust"):  # which change nothing here
         plain = FuseNorm(Net(), BASE).with_statistics(kept)
         assert not torch.allclose(detector.score(NEW), plain.score(NEW))
 

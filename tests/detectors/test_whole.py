@@ -20,7 +20,7 @@ DETECTORS = {
     "published": lambda net: FuseNorm(net, Settings.published(strong=("output",))),
     "react": lambda net: SingleScore(net, "react"),
     "knn": lambda net: SingleScore(net, "knn"),
-    "mds": lambda net: SingleScore(net, "mds"),
+    "mds++": lambda net: SingleScore(net, "mds++"),
 }
 BROKEN = [some_images(20, seed=3), torch.full((4, 3, 12, 12), float("nan"))]
 

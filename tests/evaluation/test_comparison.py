@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fusenorm_openood import FuseNorm, Settings, load_network
+from fusenorm_openood import FuseNorm, load_network
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.detectors.single import SingleScore
@@ -41,8 +41,8 @@ def test_every_row_equals_the_method_evaluated_alone(digits, few, method, tmp_pa
         **{POSTHOC[n].title: SingleScore(net, n).fit(id_val) for n in posthoc},
         "KNN (K = 5)": SingleScore(net, "knn", K=5).fit(id_val),
         "strong experts alone": FuseNorm(net, cap=0.0),
-        # A weight so large that the strong experts do not count.
-        "block norms alone": FuseNorm(net, Settings.joint(joint_weight=1e12)),
+        # A penalty so large that the strong experts do not count.
+        "block norms alone": FuseNorm(net, joint_margin=-1e2, cap=1e300),
         **{name: FuseNorm(net, settings) for name, settings in FUSENORM.items()},
         **{name: FuseNorm(net, found.settings) for name, found in result.found.items()},
     }
@@ -100,7 +100,7 @@ def test_the_command_compares_roots(digits, few, tmp_path, capsys):
     assert table.shape[1] == 16  # AUROC and FPR@95 of six data sets and two means
     first, second = (table.xs(name) for name in table.index.levels[0])
     pd.testing.assert_frame_equal(first, second)
-    assert f"{first.loc['FuseNorm', 'nearood']:.2f}" in out
+    assert f"{first.loc['FuseNorm (default)', 'nearood']:.2f}" in out
     assert main(["compare", *args, "--root", str(root), str(tmp_path)]) == 1
     assert "no checkpoint" in capsys.readouterr().err
 

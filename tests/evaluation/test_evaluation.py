@@ -75,11 +75,11 @@ def test_the_sets_have_every_image_and_expert(evaluated):
     assert fused.sets["csid"] == fused.sets["valood"] == {}
     near = fused.sets["nearood"]["digit9"]
     assert near.experts.shape == (len(fused.detector.row_names), len(near.conf))
-    known, row = fused.sets["id"]["digits"], fused.detector.row_names.index("mds")
+    known, row = fused.sets["id"]["digits"], fused.detector.row_names.index("head_mds")
     auroc = roc_auc_score(
         [1] * len(known.conf) + [0] * len(near.conf), [*known.experts[row], *near.experts[row]]
     )
-    assert fused.compare.digit9["mds"].startswith(f"{100 * auroc:.2f} / ")
+    assert fused.compare.digit9["head_mds"].startswith(f"{100 * auroc:.2f} / ")
 
 
 def test_the_sets_are_found_in_saved_scores(evaluated):
@@ -106,7 +106,7 @@ def test_compare_lists_every_expert_next_to_the_fused_score(evaluated):
 
 def test_with_validation_only_the_validation_pair_is_tested(digits):
     data_root, checkpoint = digits
-    detector = FuseNorm(load_network(checkpoint), weights=(0.3, 1, 1))
+    detector = FuseNorm(load_network(checkpoint), weights=(0.3, 1, 1, 1))
     e = evaluate(detector, load_benchmark("digits", data_root), validation=True, progress=False)
     assert list(e.table.index) == ["val", "valood"]
     assert len(e.scores["ood"]["val"][1]) == 179

@@ -79,7 +79,7 @@ def test_a_search_on_pseudo_ood_images_reads_no_ood_image_before_the_test(benchm
     assert Counter(read[before:]) == each_tested_list_once(benchmark)
 
 
-@pytest.mark.parametrize("name", ["knn", "fdbd", "mds"])
+@pytest.mark.parametrize("name", ["knn", "fdbd", "mds++"])
 def test_experts_that_openood_fits_on_training_images_read_the_training_list(benchmark, read, name):
     config = read_postprocessor(name)
     job = Job(postprocessor=name, config=config, benchmark=benchmark)

@@ -88,9 +88,10 @@ def test_the_rows_are_those_of_openoods_leaderboard(root, lists, capsys):
     results = [
         "Training,Postprocessor,Near-OOD_AUROC,Far-OOD_AUROC,ID_Accuracy,Outlier_Data,Arch,"
         "Additional_Description",
-        "T2FNorm,FuseNorm,91.00 ± 1.00,92.00 ± 1.00,94.00 ± 1.00,No,ResNet18 of width 4,100 epochs",
+        "T2FNorm,FuseNorm (default),91.00 ± 1.00,92.00 ± 1.00,94.00 ± 1.00,No,ResNet18 of width 4,"
+        "100 epochs",
     ]
-    papers = ["Alias,Link", "FuseNorm,https://github.com/sunshine8641/FuseNorm"]
+    papers = ["Alias,Link", "FuseNorm (default),https://github.com/sunshine8641/FuseNorm"]
     for file, lines in (("results/cifar10.csv", results), ("utils/papers.csv", papers)):
         block = "\n".join(["", "```csv", *lines, "```", ""])
         assert f"Row for `{file}`:\n{block}" in text
@@ -181,11 +182,11 @@ def test_full_spectrum_results_are_marked_as_such(root, lists, capsys):
 @pytest.mark.parametrize(
     ("benchmark", "fsood", "file", "postprocessor", "alias", "paper"),
     [
-        ("cifar100", False, "cifar100", "mds", "MDS++", None),
+        ("cifar100", False, "cifar100", "mds++", "MDS++", None),
         ("imagenet200", False, "imagenet200_ood", "vim", "VIM", None),
         ("imagenet200", True, "imagenet200_fsood", "fdbd", "fDBD", None),
-        ("imagenet", False, "imagenet1k_ood", "rmds", "rmds", "(to be filled in)"),
-        ("imagenet", True, "imagenet1k_fsood", "fusenorm_joint", "FuseNorm (joint)",
+        ("imagenet", False, "imagenet1k_ood", "gram", "gram", "(to be filled in)"),
+        ("imagenet", True, "imagenet1k_fsood", "fusenorm_deviation", "FuseNorm (deviation)",
          "https://github.com/sunshine8641/FuseNorm"),
     ],
 )  # fmt: skip

@@ -35,7 +35,7 @@ pytestmark = needs_export
 FORMATS = (".onnx", ".pt2")
 METHODS = {
     "fusenorm": Settings(),
-    "joint": Settings.joint(),
+    "deviation": Settings.deviation(),
     "published without a step": Settings.published(noise=0.0),
     "stages, MSP and ReAct": Settings(taps="stages", output="msp", react_percentile=80.0),
     "post-hoc experts": Settings(
@@ -146,7 +146,7 @@ def test_dead_channels(tmp_path):
         for name in ("conv2", "skip"):
             getattr(net.b[0], name).weight[:5] = 0
             getattr(net.b[0], name).bias[:5] = -1
-    detector = fitted(net, Settings.joint())
+    detector = fitted(net)
     run = loaded(detector.export(tmp_path / "detector.onnx").path)
     assert_agrees(detector, run, drawn_pixels(8, 3))
 

@@ -177,7 +177,7 @@ def test_loaders_are_read_as_often_as_needed(react, readings, tmp_path):
     torch.testing.assert_close(detector.score(IMAGES), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("score", ["knn", "mds", "react"])
+@pytest.mark.parametrize("score", ["knn", "mds++", "react"])
 def test_single_scores_read_once(score):
     loader = Resetting()
     SingleScore(Net(), score).fit(loader)

@@ -28,7 +28,7 @@ DEVICES = {"mps": False, "xpu": True}
 FUSED = {
     "default": Settings(),
     "published": Settings.published(),
-    "joint": Settings.joint(),
+    "joint": Settings.deviation(),
     "react": Settings(react_percentile=80, strong=("output", "nci")),
     "odin in units of pixels": Settings(output="odin", input_std=(0.2, 0.3, 0.4)),
     "norms alone": Settings(strong=(2,)),
@@ -162,10 +162,11 @@ def test_a_score_is_computed_where_the_feature_is(name):
     batch, score = Features(feature, head(feature)), make_score(name)
     state = score.fit(score.sums(batch, labels), batch, head)
     there = Features(*(t.to("meta") for t in batch))
-    of_fit = [] if name == "mds" else [labels.to("meta")]  # which counts images
+    of_fit = [] if "whitening" in state else [labels.to("meta")]  # counted
     for given in (None, *of_fit):
         scores = score(there, head, state, given)
-        assert (scores.device.type, scores.dtype, scores.shape) == ("meta", torch.float32, (40,))
+        precise = torch.float64 if name == "gen" else torch.float32
+        assert (scores.device.type, scores.dtype, scores.shape) == ("meta", precise, (40,))
 
 
 @everywhere

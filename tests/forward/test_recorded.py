@@ -58,7 +58,7 @@ def test_another_batch_size_is_scored_anew_if_images_mix(make, again, tmp_path):
 
 def test_a_pass_serves_others_whose_scores_it_has(tmp_path):
     net, loader = Net(), RecordedLoader(Images(), tmp_path, {}, "images")
-    chosen = {"strong": ["output", "mds"], "taps": ["a.0", "b.0"]}
+    chosen = {"strong": ["output", "mds++"], "taps": ["a.0", "b.0"]}
     assert reads_of(FuseNorm(net, **chosen).fit([FIT]), loader) == 10
     assert reads_of(FuseNorm(net, **chosen, output="msp").fit([FIT]), loader) == 0
     assert reads_of(FuseNorm(net, strong=["gen"], taps=["b.0"]).fit([FIT]), loader) == 0

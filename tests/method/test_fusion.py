@@ -11,6 +11,7 @@ from fusenorm_openood import FuseNorm, Settings, compute_id_statistics, fuse
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.method.fusion import Fusion, deviation, penalty
 from fusenorm_openood.method.joint import JointDistance, joint_statistics
+from fusenorm_openood.method.validation import scaled_weights
 from fusenorm_openood.network import WideResNet
 from tests import document
 from tests.conftest import make_loader, make_net
@@ -84,20 +85,24 @@ def test_scores_of_mismatched_shapes_are_refused(strong, weak):
 LAYERS = 3  # and the output expert
 
 
-def fusion_of(strong, **changes):
+def fusion_of(strong, weights=None, **changes):
     """A fusion of the norms of layers and another score, and the ID scores."""
     scores = np.random.default_rng(0).gamma(4.0, size=(LAYERS + 1, 400))
     settings = Settings(strong=["output", *range(len(strong) - 1)], **changes)
     rows = strong if settings.penalty == "joint" else slice(None)
-    statistics = compute_id_statistics(scores[rows], 5, 95)
+    statistics = compute_id_statistics(scores[rows], 5, 95, clip=settings.clip)
     with_joint = settings.clip or settings.penalty == "joint"
     joint = joint_statistics(scores[:LAYERS]) if with_joint else None
-    return Fusion(settings, strong, LAYERS, LAYERS + 1, statistics, joint), scores
+    weights = scaled_weights(weights, len(strong))
+    return Fusion(settings, strong, weights, LAYERS, LAYERS + 1, statistics, joint), scores
+
+
+PERCENTILES = {"penalty": "deviation", "normalisation": "percentiles"}
 
 
 @pytest.mark.parametrize(("strong", "weak"), [([3], [0, 1, 2]), ([1, 3], [0, 2]), ([3, 0], [1, 2])])
 def test_strong_experts_carry_the_mean_and_only_the_others_are_weak(strong, weak):
-    fusion, scores = fusion_of(strong, clip=False, base=20.0)
+    fusion, scores = fusion_of(strong, clip=False, base=20.0, cap=1.0, **PERCENTILES)
     given = fusion(torch.from_numpy(scores)).numpy()
     _, _, low, high = document.compute_id_statistics(scores, 5, 95)
     z = (scores - low[:, None]) / (high - low)[:, None]
@@ -112,7 +117,7 @@ def test_strong_experts_carry_the_mean_and_only_the_others_are_weak(strong, weak
 
 def test_the_clip_bounds_strong_scores_and_penalises_images_that_are_far_off():
     strong = [0, 3]
-    fusion, known = fusion_of(strong, weights=(1, 3), base=2.0, cap=0.5)
+    fusion, known = fusion_of(strong, (1, 3), base=2.0, cap=0.5, **PERCENTILES)
     scores = known.copy()
     scores[0, :10] *= np.geomspace(100, 1e4, 10)  # one layer is far off
     given = fusion(torch.from_numpy(scores)).numpy()
@@ -126,18 +131,33 @@ def test_the_clip_bounds_strong_scores_and_penalises_images_that_are_far_off():
     assert (given[0, :10] < -0.5 * far[:10] + 1).all()  # the layer that is far off contributes it
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_strong_scores_are_standardised_after_the_clip(clip):
+    fusion, scores = fusion_of([1, 3], (1, 2), joint_margin=1e3, clip=clip)
+    test = scores * np.linspace(0.5, 5, 400)
+    strong, most = scores[[1, 3]], np.percentile(scores[[1, 3]], 95 if clip else 100, axis=1)
+    known, new = (np.minimum(x, most[:, None]) for x in (strong, test[[1, 3]]))
+    if not clip:
+        new = test[[1, 3]]
+    z = (new - known.mean(1, keepdims=True)) / known.std(1, keepdims=True)
+    found = fusion(torch.from_numpy(test)).sum(0)
+    np.testing.assert_allclose(found, np.average(z, axis=0, weights=(1, 2)), rtol=1e-6, atol=1e-8)
+
+
 def test_the_joint_penalty_is_shared_among_the_layers():
-    fusion, scores = fusion_of([1, 3], penalty="joint", clip=False)
+    fusion, scores = fusion_of([1, 3], joint_margin=2.0, cap=0.5)
     given = fusion(torch.from_numpy(scores)).numpy()
-    strong = scores[[1, 3]]
-    z = (strong - strong.mean(1, keepdims=True)) / (strong.std(1, keepdims=True) + 1e-8)
     distance = JointDistance(joint_statistics(scores[:LAYERS]))
     terms = distance.terms(torch.from_numpy(scores[:LAYERS]))
-    expected = z.mean(0) - 0.25 * distance.penalty(terms).numpy()
-    np.testing.assert_allclose(given.sum(0), expected, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(given[3], z[1] / 2, rtol=1e-9)
-    of_weak = (-0.25 * distance.penalty(terms) * terms / terms.sum(0)).numpy()
+    expected = distance.penalty(terms, 2.0, 0.5)
+    assert 0 < float((expected == 0.5).double().mean()) < 0.1
+    np.testing.assert_allclose(
+        given[:LAYERS].sum(0), fusion.normalised(torch.from_numpy(scores))[1] / 2 - expected
+    )
+    shares = terms.clamp(min=0)
+    of_weak = -(expected * shares / shares.sum(0)).numpy()
     np.testing.assert_allclose(given[[0, 2]], of_weak[[0, 2]], rtol=1e-9, atol=1e-12)
+    assert (given[[0, 2]] <= 0).all()
 
 
 # The settings of the published notebooks; blocks count from 0.

@@ -5,6 +5,8 @@ import torch
 from fusenorm_openood.errors import DataError, ZeroRangeError
 from fusenorm_openood.method.joint import JointDistance, joint_statistics
 
+MARGIN, CAP = 3.0, 1e6
+
 
 def norms(layers=5, images=300, seed=0):
     """Correlated positive norms `[L, N]`."""
@@ -16,7 +18,9 @@ def norms(layers=5, images=300, seed=0):
 def measured(known, x, what):
     """`log_distance`, `far_off` or `penalty` of norms, from the statistics of others."""
     distance = JointDistance(joint_statistics(known))
-    return getattr(distance, what)(distance.terms(torch.from_numpy(np.asarray(x)))).numpy()
+    terms = distance.terms(torch.from_numpy(np.asarray(x)))
+    given = (MARGIN, CAP) if what == "penalty" else ()
+    return getattr(distance, what)(terms, *given).numpy()
 
 
 def log_m(known, x):
@@ -47,18 +51,24 @@ def left_out(known):
 @pytest.mark.parametrize("layers", [1, 2, 8])
 def test_equals_the_formula(layers, images):
     known, unknown = norms(layers, images), norms(layers, 60, seed=1) ** 20
-    expected, of_id, apart = log_m(known, unknown), log_m(known, known), left_out(known)
+    expected, apart = log_m(known, unknown), left_out(known)
     np.testing.assert_allclose(measured(known, unknown, "log_distance"), expected, rtol=1e-9)
     rare = np.sort(apart)[int(0.999 * (images - 1))]
     limit = max(apart.mean() + 2.5 * apart.std(), rare)
-    beyond = 16 * np.maximum(0, expected - limit) / of_id.std()
+    beyond = 16 * np.maximum(0, expected - limit) / apart.std()
     assert (beyond > 0).any()
     far_off = measured(known, unknown, "far_off")
     np.testing.assert_allclose(far_off, beyond, rtol=1e-4, atol=1e-6)
-    shifted = 2 * norms(layers, 40, seed=1)  # so near that `far_off` cancels no digits
-    standardised = (log_m(known, shifted) - of_id.mean()) / of_id.std()
-    found = measured(known, shifted, "penalty") - measured(known, shifted, "far_off")
-    np.testing.assert_allclose(found, standardised, rtol=1e-6, atol=1e-9)
+    raised = np.minimum(CAP, np.exp((expected - apart.mean()) / apart.std() - MARGIN))
+    np.testing.assert_allclose(measured(known, unknown, "penalty"), raised, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cap", [0.0, 0.5, 10.0])
+def test_the_penalty_is_1_at_the_margin_and_grows_to_the_cap(cap):
+    distance = JointDistance(joint_statistics(norms())._replace(log_mean=0.0, log_std=0.5))
+    squares = torch.tensor([[0.0, 1.0, np.exp(2.0), 1e300]]) * distance.varying
+    found = distance.penalty(squares, 2.0, cap).numpy()
+    np.testing.assert_allclose(found, np.minimum(cap, [0, np.exp(-2), 1, np.inf]), atol=1e-6)
 
 
 def test_layers_that_deviate_together_as_id_images_do_are_nearer_than_those_that_do_not():
@@ -95,7 +105,7 @@ def test_a_dead_or_constant_layer_is_left_out_with_a_warning(constant):
 def test_a_layer_that_is_dead_on_one_image_rejects_it():
     image = norms()[:, :1].copy()
     image[3] = 0
-    assert 10 < measured(norms(), image, "penalty")[0] < np.inf
+    assert measured(norms(), image, "penalty")[0] > 1000
 
 
 def test_no_variation_and_no_images_are_errors():

@@ -8,7 +8,7 @@ from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.search import candidates
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.fusion import penalty
-from fusenorm_openood.method.settings import METHODS, SETTINGS
+from fusenorm_openood.method.settings import BEFORE, METHODS, SETTINGS
 from fusenorm_openood.storage.configs import config_root, read_config
 
 YAML = yaml.safe_load((config_root() / "postprocessors" / "fusenorm.yml").read_text())
@@ -37,17 +37,23 @@ def test_each_method_has_its_configuration(method):
     assert candidates(METHODS[method](), section["postprocessor_sweep"])
 
 
+CHANGED = ("output", "react_percentile", "strong", "clip", "base", "percentile_low")
+CHANGED += ("percentile_high",)
+
+
 def test_the_published_settings_are_those_of_the_published_experiments():
     s = Settings.published()
     assert (s.output, s.react_percentile, s.noise, s.base, s.cap) == ("odin", 90, 0.01, 20, 1)
     assert (s.percentile_low, s.percentile_high) == (1, 99.9)
     assert (s.strong, s.weights, s.clip, s.penalty) == ("auto", None, False, "deviation")
     assert Settings.published(alpha=0.5) == s.replace(alpha=0.5)
-    assert Settings.joint() == Settings(penalty="joint")
+    before = Settings.deviation()
+    assert (before.strong, before.base, before.cap) == (("output", "fdbd", "mds++"), 2, 1)
+    assert s == before.replace(**{n: getattr(s, n) for n in CHANGED})
 
 
 def test_errors_for_missing_and_misspelt_settings_list_the_valid_ones():
-    for name in (name for name in SETTINGS if name != "random"):
+    for name in (name for name in SETTINGS if name not in BEFORE):
         missing = {key: value for key, value in ARGS.items() if key != name}
         with pytest.raises(ConfigError, match=f"'{name}' is missing: .* taps, k_min"):
             Settings.from_mapping(missing)
@@ -75,13 +81,15 @@ def test_errors_for_missing_and_misspelt_settings_list_the_valid_ones():
         ({"strong": []}, "strong must be .* at least one expert"),
         ({"strong": [6, 6]}, "each once"),
         ({"strong": [0.5]}, "strong must be .* list .* got"),
-        ({"weights": [1, 2]}, "each of the 3 strong experts"),
+        ({"weights": [1, 2]}, "each of the 4 strong experts"),
         ({"strong": "auto", "weights": [1, 2, 3]}, "each of the 2 strong experts"),
         ({"strong": ["output"], "weights": [1, 2]}, "each of the 1 strong experts"),
         ({"clip": 1}, "clip must be true or false, got 1"),
-        ({"penalty": "soft"}, "penalty must be one of deviation, joint, got 'soft'"),
+        ({"penalty": "soft"}, "penalty must be one of joint, deviation, got 'soft'"),
         ({"penalty": None}, "penalty must be .* got None"),
-        ({"joint_weight": -1}, "joint_weight must be .* >= 0, got -1"),
+        ({"joint_margin": float("inf")}, "joint_margin must be a finite number, got inf"),
+        ({"trust": 1}, "trust must be true or false, got 1"),
+        ({"normalisation": "z"}, "normalisation must be one of standardised, percentiles, got 'z'"),
         ({"neighbours": 0}, "neighbours must be .* >= 1, got 0"),
         ({"neighbours": 2.5}, "neighbours must be a whole number .* got 2.5"),
         ({"base": 0.5}, "base must be .* >= 1, got 0.5"),

@@ -440,7 +440,7 @@ def test_the_error_names_the_expert_that_reads_weights(expert):
 
 def test_experts_that_read_no_weights_do_with_any_head():
     net = Made(REFUSED["layer norm"])
-    scored = FuseNorm(net, strong=("output", "mds", "knn", "she", "gen")).fit([IMAGES])
+    scored = FuseNorm(net, strong=("output", "mds++", "knn", "she", "gen")).fit([IMAGES])
     assert np.isfinite(scored.infer([IMAGES]).experts).all()
 
 

@@ -52,7 +52,9 @@ def test_scores_of_a_random_network_depend_on_the_seed_alone():
 
 
 @pytest.mark.parametrize(
-    "settings", [Settings(), Settings.published(), Settings.joint()], ids=["", "published", "joint"]
+    "settings",
+    [Settings(), Settings.published(), Settings.deviation()],
+    ids=["", "published", "joint"],
 )
 def test_modes_weights_gradients_and_hooks_are_as_before(settings):
     net = Net().train()

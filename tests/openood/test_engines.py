@@ -134,7 +134,7 @@ def test_openood_searches_strong_experts_penalty_and_base_as_the_native_engine(
 ):
     net, config = networks["base"], read_postprocessor("fusenorm", aps_mode=aps_mode)
     config["postprocessor"]["postprocessor_sweep"] = {
-        "strong": [["output"], ["output", "fdbd"], ["output", "knn", "mds"]],
+        "strong": [["output"], ["output", "fdbd"], ["output", "knn", "mds++"]],
         "penalty": ["deviation", "joint"],
         "base": [1.2, 2, 20],
     }
@@ -230,7 +230,7 @@ def test_a_wrapped_network_is_not_wrapped_again(networks, home):
 
 def test_postprocessors_that_cannot_be_built_raise(networks):
     with pytest.raises(
-        ConfigError, match=r"'fusenrom': choose from .*fusenorm, fusenorm_joint, .*gen, gm"
+        ConfigError, match=r"'fusenrom': choose from .*fusenorm, fusenorm_deviation, .*gen, gm"
     ):
         make_postprocessor("fusenrom", {"postprocessor": {"name": "msp"}}, "cifar10")
     with pytest.raises(ConfigError, match="'knn' cannot be built from its configuration"):

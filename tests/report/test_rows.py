@@ -61,7 +61,7 @@ def test_thousands_of_rows_make_a_small_page(detector, folders):
     p = conformal_p_values(conf, detector.calibration_scores_)
     image = str(next((folders / "test_digits").iterdir()))
     rows = (
-        Judged(image if i % 2 else f"gone/{i}.png", "class", c, q, bool(q <= 0.05), "mds")
+        Judged(image if i % 2 else f"gone/{i}.png", "class", c, q, bool(q <= 0.05), "mds++")
         for i, (c, q) in enumerate(zip(conf, p, strict=True))
     )
     report = report_of_files(detector, rows)

@@ -245,7 +245,7 @@ def test_scores_of_files_are_known_by_all_that_they_depend_on(net, loader, tmp_p
         detector.preprocessing = Preprocessing(size, (16, 16), "bilinear", (0.5,) * 3, (0.5,) * 3)
         return digest(experts_record(detector, tmp_path))
 
-    same = [known(), known(), known(base=5), known(percentile_low=1), known(weights=(1, 2, 1))]
+    same = [known(), known(), known(base=5), known(percentile_low=1), known(weights=(1, 2, 1, 1))]
     assert len(set(same)) == 1
     other = [
         known(make_net(1)), known(loader=make_loader(seed=2)), known(size=32), known(k_min=0.2),

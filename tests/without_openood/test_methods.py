@@ -8,13 +8,14 @@ import torch
 from fusenorm_openood import FuseNorm, FuseNormPostprocessor
 from fusenorm_openood.detectors.search import search
 from fusenorm_openood.errors import NotFittedError
-from fusenorm_openood.method.settings import METHODS
+from fusenorm_openood.method.settings import METHODS, Settings
 from fusenorm_openood.storage.configs import config_root, read_config
 from tests.conftest import make_loader
 
 IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+STRONG = Settings().strong
 SWEEP = {
-    "strong": [["output", "fdbd", "mds"], ["mds", "output", "fdbd"], ["output", "knn"]],
+    "strong": [[*STRONG], [*reversed(STRONG)], ["output", "knn"]],
     "penalty": ["deviation", "joint"],
     "base": [2, 20],
 }
@@ -38,20 +39,14 @@ def test_a_method_scores_as_its_detector_after_pickling_too(net, loader, method)
 
 
 @pytest.mark.parametrize(
-    ("method", "strong", "penalty"),
-    [
-        ("fusenorm", SWEEP["strong"][0], "joint"),
-        ("fusenorm_joint", SWEEP["strong"][1], "deviation"),
-    ],
+    ("strong", "penalty"), [(SWEEP["strong"][0], "deviation"), (SWEEP["strong"][1], "joint")]
 )
-def test_after_unpickling_settings_of_the_same_experts_need_no_images(
-    net, loader, method, strong, penalty
-):
-    p = postprocessor(method, SWEEP)
+def test_after_unpickling_settings_of_the_same_experts_need_no_images(net, loader, strong, penalty):
+    p = postprocessor("fusenorm", SWEEP)
     p.setup(net, {"val": loader})
     again = pickle.loads(pickle.dumps(p))
     again.set_hyperparam([strong, penalty, 20])
-    changed = METHODS[method]().replace(strong=strong, penalty=penalty, base=20)
+    changed = Settings(strong=strong, penalty=penalty, base=20)
     fresh = FuseNorm(net, changed).fit(loader)
     assert torch.equal(again.postprocess(net, IMAGES)[1], fresh.score(IMAGES))
     assert again.setup_flag
@@ -67,7 +62,7 @@ def test_after_unpickling_a_new_expert_needs_another_setup(net, loader):
         again.postprocess(net, IMAGES)
     assert not again.setup_flag
     again.setup(net, {"val": loader})
-    fresh = FuseNorm(net, strong=["output", "knn"]).fit(loader).score(IMAGES)
+    fresh = FuseNorm(net, strong=["output", "knn"], penalty="deviation").fit(loader).score(IMAGES)
     for each in (p, again):  # the first has the images of its setup
         assert torch.equal(each.postprocess(net, IMAGES)[1], fresh)
 

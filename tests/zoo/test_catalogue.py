@@ -41,7 +41,7 @@ def test_a_network_is_understood_and_scored(entry):
     ]
     assert sorted(structure.head.names) == sorted(entry.head)
 
-    expert = "fdbd" if structure.head.is_affine else "mds"  # SqueezeNet ends in a ReLU
+    expert = "fdbd" if structure.head.is_affine else "mds++"  # SqueezeNet ends in a ReLU
     detector = FuseNorm(net, strong=("output", expert)).fit([images])
     scored = detector.infer([images])
     assert_undisturbed(net, before)

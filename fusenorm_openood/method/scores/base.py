@@ -124,7 +124,7 @@ class Score:
         state: Mapping[str, Tensor] | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """Scores `[B]` in float32, computed where the features are.
+        """Scores `[B]`, in float32 unless a score says otherwise, computed where the features are.
 
         Args:
             batch: features and logits.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # FuseNorm on ImageNet-200. Arguments go to scripts/eval_ood.py and override those below:
-# --data-root DIR, --root DIR (for example of a network trained with T2FNorm), --config fusenorm_joint, ...
+# --data-root DIR, --root DIR (for example of a network trained with T2FNorm), --config fusenorm_deviation, ...
 set -euo pipefail
 . "$(dirname "$0")/../../env.sh"
 environment

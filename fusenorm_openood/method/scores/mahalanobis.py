@@ -1,0 +1,144 @@
+"""Mahalanobis distances to class means with one covariance, which several scores share."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusenorm_openood.method.scores.base import (
+    ROUNDING,
+    Features,
+    Head,
+    Score,
+    State,
+    class_sums,
+    fit_features,
+    fit_labels,
+    products,
+    row_parts,
+)
+
+RIDGE = 1e-3  # added to the covariance of normalised features, in units of the mean variance
+SMALLEST_VARIANCE = 1e-10  # of normalised features; below it is float32 rounding
+
+
+@dataclass(frozen=True)
+class Mahalanobis(Score):
+    """A function of the squared distances of a feature to the class means.
+
+    A subclass has `of_distances`. With `normalised`, features are divided by their L2 norm, and
+    `RIDGE` times the mean variance is added to the covariance before it is inverted, so that fewer
+    images than dimensions do. Without, directions in which the ID features do not vary are left
+    out, as by a pseudo-inverse. A class without images is left out.
+    """
+
+    needs_fit = True
+    normalised: ClassVar = True
+    state: ClassVar = {
+        "centre": "D",
+        "whitening": "D D",
+        "means": "M D",
+        "counts": "M",
+        "classes": "M",
+    }
+
+    def of_distances(self, distances: Tensor) -> Tensor:
+        """Scores `[B]` of squared distances `[B, M]`; infinite for a class that is left out."""
+        return -distances.amin(dim=1)
+
+    def sums(self, batch: Features, labels: Tensor) -> State:
+        feature = self._given(fit_features(batch))
+        sums, counts = class_sums(feature, fit_labels(labels, batch), batch.logits.shape[1])
+        return {"class_sums": sums, "counts": counts, "products": products(feature)}
+
+    def fit(self, sums: State, sample: Features, head: Head) -> State:
+        classes = sums["counts"].nonzero().flatten()
+        counts, images = sums["counts"][classes], sums["counts"].sum()
+        of_classes = sums["class_sums"][classes]
+        means, centre = of_classes / counts.unsqueeze(1), of_classes.sum(dim=0) / images
+        covariance = (sums["products"] - of_classes.T @ means) / images
+        whitening = self._whitening(covariance)
+        return {
+            "centre": centre.float(),
+            "whitening": whitening.float(),
+            "means": ((means - centre) @ whitening).float(),
+            "counts": counts,
+            "classes": classes,  # of each of the means
+        }
+
+    def _whitening(self, covariance: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(covariance)
+        values = values.clamp_min(0)  # rounding
+        if self.normalised:
+            variance = (values + RIDGE * values.mean()).clamp_min(SMALLEST_VARIANCE)
+        else:
+            varies = values > len(values) * ROUNDING * values.amax()
+            variance = torch.where(varies, values, torch.inf)
+        whitening: Tensor = vectors / variance.sqrt()
+        return whitening
+
+    def _given(self, feature: Tensor) -> Tensor:
+        return F.normalize(feature, dim=1) if self.normalised else feature
+
+    def _whitened(self, feature: Tensor, state: State) -> Tensor:
+        return (self._given(feature) - state["centre"]) @ state["whitening"]
+
+    def score(self, batch: Features, head: Head, state: State) -> Tensor:
+        white, means = self._whitened(batch.feature, state), state["means"]
+        parts = row_parts(white, len(means))
+        return torch.cat([self.of_distances(squared_distances(p, means)) for p in parts])
+
+    def score_fit(self, batch: Features, head: Head, state: State, labels: Tensor) -> Tensor:
+        """Each image left out of the means and the covariance, without further fits."""
+        white, means, counts = self._whitened(batch.feature, state), state["means"], state["counts"]
+        images = int(counts.sum())
+        if images == 1:
+            return self.of_distances(squared_distances(white, means))
+        rows = torch.searchsorted(state["classes"], labels.contiguous())
+        scores = []
+        parts = (row_parts(t, 2 * len(means)) for t in (white, rows))
+        for part, own in zip(*parts, strict=True):
+            n = counts[own].to(part.dtype).unsqueeze(1)
+            # Without the image, its residual is n / (n - 1) times as long.
+            distances = left_out(part, means, own, n / (n - 1).clamp_min(1), 1 / images)
+            # The class of a single image has no mean without it.
+            single = torch.zeros_like(n).masked_fill(n <= 1, float("inf"))
+            scores.append(self.of_distances(distances.scatter_add(1, own.unsqueeze(1), single)))
+        return torch.cat(scores)
+
+    def images_needed(self, features: int, classes: int) -> int:
+        return features + classes  # less a mean per class
+
+
+def squared_distances(white: Tensor, means: Tensor) -> Tensor:
+    """Squared distances `[B, M]` of whitened features `[B, D]` to means `[M, D]`."""
+    squares = white.square().sum(dim=1, keepdim=True) + means.square().sum(dim=1)
+    return (squares - 2 * white @ means.T).clamp_min(0)
+
+
+def left_out(
+    white: Tensor, means: Tensor, own: Tensor, growth: Tensor | float, share: float
+) -> Tensor:
+    """Squared distances `[B, M]` of images of the fit, each left out of it.
+
+    Leaving out an image with residual r subtracts a multiple of r r' from the covariance: a
+    rank-one downdate, whose inverse Sherman and Morrison's formula gives. In whitened coordinates
+    the covariance is the identity.
+
+    Args:
+        white: whitened features `[B, D]`.
+        means: whitened means `[M, D]`.
+        own: which of the means is that of each image: `[B]`.
+        growth: how much longer the residual is without the image: `[B, 1]`.
+        share: weight of an image in the covariance.
+    """
+    residual = white - means[own]
+    inner = (white * residual).sum(dim=1, keepdim=True) - residual @ means.T
+    square = residual.square().sum(dim=1, keepdim=True)
+    weight, rows = growth * share, own.unsqueeze(1)
+    distances = squared_distances(white, means).scatter(1, rows, growth * growth * square)
+    inner = inner.scatter(1, rows, growth * square)
+    left = (1 - weight * square).clamp_min(ROUNDING)
+    return distances + weight * inner.square() / left
