@@ -99,13 +99,13 @@ def test_calibrate_save_load_and_explain(under, tmp_path):
     under(compute)
 
 
+@pytest.mark.slow  # its example images are among those of test_images_and_loaders
 def test_export(under, tmp_path):
     detector = FuseNorm(Net()).fit([some_images(40)], calibration=[some_images(40, seed=2)])
     detector.preprocessing = PRE
 
     def compute():
-        path = detector.export(tmp_path / "it.pt2").path
-        return Inputs.of(PRE, "uint8", None).examples(), path.name
+        return detector.export(tmp_path / "it.pt2").path.name
 
     under(compute)
 
@@ -129,6 +129,7 @@ def test_images_and_loaders(under):
     def compute():
         torch.manual_seed(0)
         order = [b["label"] for b in CpuLoader(images, 2, shuffle=True)]
+        order += Inputs.of(PRE, "uint8", None).examples()
         made = [KINDS[kind](few, torch.Generator().manual_seed(1)) for kind in KINDS]
         return [*order, *made, PRE(image), EvalTransform(NORM, (12, 8))(image), atf_map(made[0])]
 

@@ -79,6 +79,13 @@ def test_a_pass_with_gradients_serves_none_without(tmp_path):
     assert reads_of(without_step, loader) == 0
 
 
+def test_a_pass_serves_none_with_another_threshold_of_react(tmp_path):
+    net, loader = Net(), RecordedLoader(Images(), tmp_path, {}, "images")
+    chosen = {"strong": ["output"], "output": "odin", "noise": 0.01, "react_percentile": 80.0}
+    reads = [reads_of(FuseNorm(net, **chosen).fit([fit]), loader) for fit in (FIT, FIT, 2 * FIT)]
+    assert reads == [10, 0, 10]
+
+
 def test_short_sets_are_dealt_out_as_if_they_were_one(tmp_path, monkeypatch):
     monkeypatch.setattr(recorded, "SHARD", 4)
     fitted = FuseNorm(Net(), strong=["output"]).fit([FIT])

@@ -115,6 +115,14 @@ def test_the_threshold_is_where_rejection_begins(acceptance):
     assert threshold(reference[:5], 0.95) is None
 
 
+def test_an_image_at_the_threshold_is_accepted(detector, folders):
+    image = str(min((folders / "test_digits").iterdir()))
+    cut = threshold(detector.calibration_scores_, 0.95)
+    rows = [Judged(image, "c", conf) for conf in (np.nextafter(cut, -np.inf), cut, cut + 1)]
+    counts = dict(report_of_files(detector, rows).highlights)
+    assert (counts["accepted"], counts["rejected as OOD"]) == ("2", "1")
+
+
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
 def test_a_missing_package_is_found_before_any_work(monkeypatch, tmp_path, capsys, package):
     monkeypatch.setattr(

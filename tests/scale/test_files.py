@@ -89,7 +89,7 @@ def test_an_image_that_was_unreadable_for_a_moment_is_read_again(argv, images, t
 
 
 def impatient():
-    loading.SILENCE = 0.5
+    loading.WORD, loading.SILENCE = 0.1, 0.5
 
 
 def test_a_process_does_not_wait_for_ever_for_one_with_other_images(argv, images, tmp_path):

@@ -167,11 +167,20 @@ def test_misuse_raises_typed_errors(net):
     assert not p.setup_flag
 
 
-def test_a_second_setup_reads_the_structure_of_another_network(ready, as_dicts):
-    other, fresh = Net(), FuseNormPostprocessor(config())
-    for p in (ready, fresh):
-        p.setup(other, {"val": as_dicts})
-    assert torch.equal(*(p.postprocess(other, IMAGES)[1] for p in (ready, fresh)))
+class InDict(Net):
+    """The network with its logits in a dict."""
+
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+def test_a_second_setup_reads_the_structure_of_another_network(as_dicts):
+    p, fresh = (FuseNormPostprocessor(config(output="energy", noise=0.0)) for _ in range(2))
+    p.setup(Net(), {"val": as_dicts})
+    other = InDict()
+    for each in (p, fresh):
+        each.setup(other, {"val": as_dicts})
+    assert torch.equal(*(each.postprocess(other, IMAGES)[1] for each in (p, fresh)))
 
 
 def test_another_network_is_not_scored_with_the_statistics_of_the_first(ready):
