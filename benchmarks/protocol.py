@@ -147,8 +147,9 @@ def tables(specification: str, near: Sequence[str], far: Sequence[str]) -> pd.Da
     }
     unknown = {kind: [recorded(scoring, x) for x in each] for kind, each in sets.items()}
     rows = {}
-    for count, draw in itertools.product(SIZES, range(DRAWS)):
-        order = np.random.default_rng(1000 * count + draw).permutation(known.rows.shape[1])
+    images = known.rows.shape[1]
+    for count, draw in itertools.product((n for n in SIZES if n < images), range(DRAWS)):
+        order = np.random.default_rng(1000 * count + draw).permutation(images)
         fit, test = known.part(order[:count]), known.part(order[count:])
         sums, sample = BlockSums(posthoc), Sample()
         sums.add(fit.features, fit.features.logits.argmax(1))
