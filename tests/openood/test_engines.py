@@ -56,7 +56,8 @@ def run_main(out, network, postprocessor, pipeline, checkpoint, *changes):
     ("root", "name"),
     [
         *(("base", name) for name in (*METHODS, "msp", "odin", "react")),
-        *(("t2fnorm", name) for name in ("fusenorm", "ebo", "odin", "react")),
+        *(("t2fnorm", name) for name in ("fusenorm", "odin")),
+        *(pytest.param("t2fnorm", name, marks=pytest.mark.slow) for name in ("ebo", "react")),
     ],
 )
 def test_three_engines_print_the_same_table(
