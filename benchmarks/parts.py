@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fusenorm_openood.cli.detector import load_detector
+from fusenorm_openood.cli.inputs import load_detector
 from fusenorm_openood.data.benchmarks import ImageSet
 from fusenorm_openood.data.paths import manifest_paths
 from fusenorm_openood.deployment.files import SHARD, FileShards, manifest
 from fusenorm_openood.deployment.rows import RowFile
-from fusenorm_openood.evaluation import records
+from fusenorm_openood.evaluation.runs import list_digest
 from fusenorm_openood.forward.samples import BlockSums, Sample
 from fusenorm_openood.method.scores import make_score
 from fusenorm_openood.method.scores.base import NO_HEAD, Features
@@ -46,7 +46,7 @@ def checking(image_sets: Sequence[ImageSet]) -> dict[str, float]:
     images, clock = [s.images() for s in image_sets], [time.process_time()]
     for one in images:
         one.first_missing()
-        records.list_digest(one)
+        list_digest(one)
     clock.append(time.process_time())
     for one in images:
         list(one.faults())

@@ -19,7 +19,7 @@ _HOME = {
     "normalise": "method.statistics",
     "on_device": "kernels.devices",
     "ood_metrics": "method.metrics",
-    "register": "openood.register",
+    "register": "openood.postprocessor",
     "search": "detectors.search",
     "tap_candidates": "forward.hooks",
 }
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from fusenorm_openood.openood.postprocessor import (
         FuseNormPostprocessor as FuseNormPostprocessor,
     )
-    from fusenorm_openood.openood.register import register as register
+    from fusenorm_openood.openood.postprocessor import register as register
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.cli.engines import Job, evaluate_run, read_postprocessor
 from fusenorm_openood.evaluation import comparison
+from fusenorm_openood.evaluation.runs import Run
 from fusenorm_openood.method.scores.odin import odin_direction, odin_step
 from tests.conftest import drawn_benchmark, make_net
 from tests.preprocessing import PREPROCESSING
@@ -52,8 +53,8 @@ def test_fusenorm_divides_the_step_by_input_std(net, loader, std):
 def test_a_table_of_odin_counts_the_step_in_pixels_before_normalisation(tmp_path):
     benchmark, net = drawn_benchmark("cifar10", tmp_path), make_net(classes=10)
     config = read_postprocessor("odin", None, ["noise=0.05"])
-    job = Job(postprocessor="odin", config=config, benchmark=benchmark)
-    _, conf, _ = evaluate_run(job, "native", net).scores["id"]["test"]
+    job = Job(config=config, benchmark=benchmark)
+    _, conf, _ = evaluate_run(job, "native", Run(net)).scores["id"]["test"]
     images = images_of(benchmark.id["test"])
     np.testing.assert_allclose(conf, odin(net, images, 0.05, CIFAR10_STD), rtol=1e-6)
 

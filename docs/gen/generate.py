@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from docs.gen import figures
+from fusenorm_openood.cli.main import add_command
 from fusenorm_openood.detectors.configuration import FuseNormConfig, read_fusenorm
 from fusenorm_openood.forward.hooks import resolve_taps
 from fusenorm_openood.method.atf import atf
@@ -85,7 +86,7 @@ def sweep() -> str:
 def options(command: str) -> str:
     """The options of a subcommand, from its parser."""
     parser = argparse.ArgumentParser(prog=f"fusenorm {command}")
-    import_module(f"fusenorm_openood.cli.{command}").add_arguments(parser)
+    add_command(command, parser)
     rows = []
     for action in parser._actions:
         if not isinstance(action, argparse._HelpAction):

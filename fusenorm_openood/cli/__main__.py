@@ -4,5 +4,5 @@ import sys
 
 from fusenorm_openood.cli.main import main
 
-if __name__ == "__main__":  # not in the processes that `doctor` starts
+if __name__ == "__main__":
     sys.exit(main())

@@ -3,30 +3,25 @@
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from fusenorm_openood.cli import options
-from fusenorm_openood.cli.inputs import (
-    check_files,
-    check_readable,
-    print_throughput,
-    records_of,
-    store_of,
-)
+from fusenorm_openood.cli import inputs, options
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.evaluation.comparison import Comparison, compare
-from fusenorm_openood.evaluation.evaluation import check_fsood, summarise
-from fusenorm_openood.evaluation.runs import load_runs
+from fusenorm_openood.evaluation.evaluation import check_fsood, mean, summarise
+from fusenorm_openood.evaluation.runs import Run, load_runs
 from fusenorm_openood.kernels.devices import own_device
+from fusenorm_openood.report.evaluation import report_of_comparison
 from fusenorm_openood.report.page import check_report, write_report
 from fusenorm_openood.storage.configs import config_root, read_config
 from fusenorm_openood.storage.files import check_writable, write_whole
 from fusenorm_openood.storage.torchrun import among_peers, this_process
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_compare(parser: ArgumentParser) -> None:
     add = parser.add_argument
     options.add(parser, "--root", nargs="+", help="folders of training runs, or checkpoint files")
     options.add(parser, "--network", "--id-data", "--data-root", "--normalization", "--fsood")
@@ -39,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 @among_peers()
-def run(args: Namespace) -> int:
+def run_compare(args: Namespace) -> int:
     """Print, for each root, AUROC and FPR@95 of every method, the mean over the root's runs."""
     leads, device = this_process().leads, own_device(args.device)
     benchmark = load_benchmark(args.id_data, args.data_root, args.normalization)
@@ -51,39 +46,34 @@ def run(args: Namespace) -> int:
     if args.report:
         check_report(args.report)
     image_sets = [*benchmark.tested(args.fsood), *([benchmark.val_ood] if sweep else [])]
-    checkpoints = check_files(benchmark, image_sets, args.root)
-    store, size = store_of(args.store), benchmark.image_size
-    loading = args.batch_size, args.num_workers
+    checkpoints = inputs.check_files(benchmark, image_sets, args.root)
+    store = inputs.store_of(args.store)
     if leads:
-        check_readable(image_sets, store)
-    records, networks = {}, {}
-    for root, found in checkpoints.items():
-        run_as = {"amp": False, "channels_last": False}
-        records[root] = records_of(store, found, args.network, size, *loading, **run_as)
-        networks[root] = load_runs(found, benchmark.num_classes, args.network, size, records[root])
-    labels = _labels(args.root)
+        inputs.check_readable(image_sets, store)
+    loading = args.network, benchmark.image_size, args.batch_size, args.num_workers, store
+    how: dict[str, Any] = {"amp": False, "channels_last": False}
+    roots: dict[str, dict[str, Run]] = {}
+    for label, found in zip(_labels(list(checkpoints)), checkpoints.values(), strict=True):
+        roots[label] = load_runs(found, benchmark.num_classes, *loading, **how)
     figures: dict[str, pd.DataFrame] = {}
     compared: dict[str, list[Comparison]] = {}
-    for root, runs in networks.items():
-        results = []
-        for run_name, net in runs.items():
-            kept = records[root].get(run_name)
-            loader, progress = kept.loader if kept else None, not args.no_progress
-            net.to(device)
-            result = compare(net, benchmark, sweep, args.fsood, *loading, progress, loader)
-            results.append(result)
-            net.cpu()
-            if kept and leads:
-                kept.keep(net, result.structure)
-        print_throughput(records[root])
-        fpr95 = _mean([result.fpr95 for result in results]).add_suffix(" FPR@95")
-        figures[labels[root]] = _mean([result.auroc for result in results]).join(fpr95)
+    for label, runs in roots.items():
+        results = compared[label] = []
+        for run in runs.values():
+            run.net.to(device)
+            progress = not args.no_progress
+            result = compare(run.net, benchmark, sweep, args.fsood, run.load, progress)
+            results.append(result if args.report else result._replace(id_conf={}, ood_conf={}))
+            run.net.cpu()
+            if leads:
+                run.save(result.structure)
+        inputs.print_throughput(runs)
+        fpr95 = mean([result.fpr95 for result in results]).add_suffix(" FPR@95")
+        figures[label] = mean([result.auroc for result in results]).join(fpr95)
         if args.csv and leads:
             table = pd.concat(figures, names=["root", "method"]).round(2)
             write_whole(Path(args.csv), lambda f, t=table: t.to_csv(f, float_format="%.2f"))  # type: ignore[misc]
-        _print_root(labels[root], args.id_data, results)
-        if args.report:
-            compared[labels[root]] = results
+        _print_root(label, args.id_data, results)
     if len(figures) > 1:
         print(f"\nmean ± std over {len(figures)} roots, AUROC in percent:")
         tables = [table[["nearood", "farood"]] for table in figures.values()]
@@ -91,11 +81,9 @@ def run(args: Namespace) -> int:
         common = [row for row in tables[0].index if all(row in table.index for table in tables)]
         print(summarise([table.loc[common] for table in tables]).to_string(justify="right"))
     if args.report and leads:
-        from fusenorm_openood.report.comparison import report_of_comparison
-
         count = sum(map(len, compared.values()))
         facts = (("roots", ", ".join(args.root)), ("training runs", str(count)))
-        title = f"Methods on {args.id_data}{', full-spectrum' if args.fsood else ''}"
+        title = f"Methods on {args.id_data}{', full-spectrum' * args.fsood}"
         write_report(report_of_comparison(compared, title, facts), args.report)
         print(f"saved {args.report}")
     return 0
@@ -111,24 +99,17 @@ def _print_root(label: str, id_data: str, results: Sequence[Comparison]) -> None
                 f"AUROC {100 * found.auroc:.2f} with {chosen}",
                 flush=True,
             )
-        runs = f", run {number}" * (len(results) > 1)
-        print(f"\n{label}, {id_data}{runs}: AUROC and FPR@95 in percent,")
+        which = f", run {number}" * (len(results) > 1)
+        print(f"\n{label}, {id_data}{which}: AUROC and FPR@95 in percent,")
         print("with 95 % bootstrap intervals of the gain in AUROC over the best single expert:")
         print(result.summary.to_string(float_format="{:.2f}".format), flush=True)
-    if len(results) > 1:
-        print(f"\n{label}, {id_data}, mean ± std over {len(results)} runs, AUROC in percent:")
-        print(summarise([result.auroc for result in results]).to_string(justify="right"))
-    else:
-        print(f"\n{label}, {id_data}, AUROC in percent:")
-        print(results[0].auroc.to_string(float_format="{:.2f}".format), flush=True)
+    over = f", mean ± std over {len(results)} runs" * (len(results) > 1)
+    table = summarise([r.auroc for r in results]) if over else results[0].auroc
+    print(f"\n{label}, {id_data}{over}, AUROC in percent:")
+    print(table.to_string(float_format="{:.2f}".format, justify="right"), flush=True)
 
 
-def _mean(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    mean: pd.DataFrame = sum(tables[1:], start=tables[0]) / len(tables)
-    return mean
-
-
-def _labels(roots: Sequence[str]) -> dict[str, str]:
+def _labels(roots: Sequence[str]) -> list[str]:
     """A short name for each root: its last part, or the whole path where that is not unique."""
     names = [Path(root).resolve().stem for root in roots]
-    return {r: n if names.count(n) == 1 else r for r, n in zip(roots, names, strict=True)}
+    return [n if names.count(n) == 1 else r for r, n in zip(roots, names, strict=True)]

@@ -8,14 +8,12 @@ import subprocess
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.openood import INSTALL
@@ -30,16 +28,15 @@ OPENOOD_COMMIT = "3c35632"  # the commit that this package is tested with
 TIMEOUT = 300  # seconds that a trial may take
 
 Finding = tuple[str, str, str, str]  # ok, missing or broken; name, detail, fix
-Trials = Mapping[str, Callable[[], list[Finding]]]
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_doctor(parser: ArgumentParser) -> None:
     options.add(parser, "--data-root")
     root = "folder to search for training runs (default: results)"
     options.add(parser, "--root", required=False, default="results", help=root)
 
 
-def run(args: Namespace) -> int:
+def run_doctor(args: Namespace) -> int:
     """Print what works, what does not and how to fix it; 0 = the native engine works, else 1."""
     works = False
     for state, name, detail, fix in _findings(args.data_root, args.root):
@@ -62,8 +59,8 @@ def _findings(data_root: str, results: str) -> Iterator[Finding]:
             if needed:
                 fix = f"python -m pip install {package}"
                 yield "missing", package, "needed by the native engine", fix
-    data = partial(_data, data_root, results)
-    yield from run_trials({"native engine": _engine, "data": data})
+    yield from run_trial("native engine")
+    yield from run_trial("data", data_root, results)
     fix = "rm -rf .venv && PYTHON=python3.12 " * (sys.version_info >= (3, 13)) + INSTALL
     spec = find_spec("openood")
     if spec is None:
@@ -72,45 +69,43 @@ def _findings(data_root: str, results: str) -> Iterator[Finding]:
     commit = openood_commit(next(iter(spec.submodule_search_locations or ()), ""))
     tested = "" if commit.startswith(OPENOOD_COMMIT) else f" (tested with {OPENOOD_COMMIT})"
     yield "ok", "OpenOOD", f"commit {commit[:7] or 'unknown'}{tested}", ""
-    imports = {module: partial(imported, module, use) for module, use in OPENOOD.items()}
-    for state, name, detail, _ in run_trials(imports):
-        if state == "ok":
-            yield state, name, detail, ""
+    for module, use in OPENOOD.items():
+        for state, name, detail, _ in run_trial(module):
+            if state == "ok":
+                yield state, name, use, ""
+            else:
+                yield state, name, f"cannot be imported ({detail}), needed for {use}", fix
+
+
+def run_trial(name: str, *args: str) -> list[Finding]:
+    """Try something in a process of its own, which may die; a name with a dot is a module."""
+    code = f"from fusenorm_openood.cli import doctor; doctor.answer(*{(name, *args)!r})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    how: Any = {"capture_output": True, "text": True, "errors": "replace", "env": environment}
+    try:
+        done = subprocess.run([sys.executable, "-c", code], timeout=TIMEOUT, **how)
+        # Packages print what they like before and after it.
+        (*_, found) = (line for line in done.stdout.splitlines() if line.startswith('[["'))
+        return [(*finding,) for finding in json.loads(found)]
+    except subprocess.TimeoutExpired:
+        return [("broken", name, f"no answer within {TIMEOUT} seconds", "")]
+    except ValueError:
+        return [("broken", name, f"its process died with status {done.returncode}", "")]
+
+
+def answer(name: str, *args: str) -> None:
+    """Print what a trial finds, or why it fails, as JSON."""
+    trials: dict[str, Callable[..., list[Finding]]] = {"native engine": _engine, "data": _data}
+    try:
+        found = [("ok", name, "", "")]
+        if name in trials:
+            found = trials[name](*args)
         else:
-            yield state, name, f"cannot be imported ({detail}), needed for {OPENOOD[name]}", fix
-
-
-def run_trials(trials: Trials) -> Iterator[Finding]:
-    """Run trials in another process; one that kills its process does not affect the others."""
-    left, spawn = dict(trials), get_context("spawn")
-    while left:
-        ours, theirs = spawn.Pipe(duplex=False)
-        child = spawn.Process(target=_answer, args=(left, theirs))
-        child.start()
-        theirs.close()
-        try:
-            for name in tuple(left):
-                del left[name]
-                if not ours.poll(TIMEOUT):
-                    yield "broken", name, f"no answer within {TIMEOUT} seconds", ""
-                    break
-                yield from ours.recv()
-        except EOFError:
-            child.join()
-            yield "broken", name, f"its process died with status {child.exitcode}", ""
-        finally:
-            child.kill()
-
-
-def _answer(trials: Trials, pipe: Connection) -> None:
-    for descriptor in (1, 2):  # packages print what they like
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-    for name, trial in trials.items():
-        try:
-            pipe.send(trial())
-        except (Exception, SystemExit) as error:
-            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            pipe.send([("broken", name, why, _reinstall(error))])
+            import_module(name)
+    except (Exception, SystemExit) as error:
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        found = [("broken", name, why, _reinstall(error))]
+    print(f"\n{json.dumps(found)}")
 
 
 def _reinstall(error: BaseException) -> str:
@@ -123,11 +118,6 @@ def _reinstall(error: BaseException) -> str:
         if package not in ("", "fusenorm-openood"):
             return f"python -m pip install --force-reinstall {package}=={metadata.version(package)}"
     return "python -m pip check"
-
-
-def imported(module: str, purpose: str) -> list[Finding]:
-    import_module(module)
-    return [("ok", module, purpose, "")]
 
 
 def _engine() -> list[Finding]:
@@ -176,14 +166,15 @@ def _data(data_root: str, results: str) -> list[Finding]:
             f"{len(lists) - len(missing)} of {len(lists)} image lists under {data_root}{named}; "
             f"training runs: {', '.join(runs) or f'none under {results}'}"
         )
-        complete = bool(runs) and not missing
-        incomplete += [name] if not complete and name != "digits" else []
-        fix = (
-            f"fusenorm digits --data-root {data_root}" if name == "digits" and not complete else ""
-        )
-        found.append(("ok" if complete else "missing", name, detail, fix))
-    needed = f"needed for --id-data {', '.join(incomplete)}"
-    return [*found, *([("missing", "data", needed, DOWNLOAD)] if incomplete else [])]
+        state, fix = ("ok" if runs and not missing else "missing"), ""
+        if state == "missing" and name == "digits":
+            fix = f"fusenorm digits --data-root {data_root}"
+        elif state == "missing":
+            incomplete.append(name)
+        found.append((state, name, detail, fix))
+    if incomplete:
+        found.append(("missing", "data", f"needed for --id-data {', '.join(incomplete)}", DOWNLOAD))
+    return found
 
 
 def openood_commit(package: str) -> str:

@@ -1,7 +1,7 @@
 """The engines of `eval`: native, and the real OpenOOD."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,10 @@ from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.search import search
 from fusenorm_openood.errors import ConfigError, OpenOODError
 from fusenorm_openood.evaluation.evaluation import Evaluation, evaluate, sets_of
-from fusenorm_openood.evaluation.records import Loader, Records, plain_loader
+from fusenorm_openood.evaluation.runs import Run
 from fusenorm_openood.method.scores import POSTHOC
 from fusenorm_openood.method.settings import METHODS
-from fusenorm_openood.openood import INSTALL
-from fusenorm_openood.openood.bridge import (
-    csid_of_evaluator,
-    evaluate_with_openood,
-    openood_config_root,
-    openood_installed,
-)
+from fusenorm_openood.openood import INSTALL, bridge
 from fusenorm_openood.storage.configs import config_root, lookup, parse_yaml, read_config
 from fusenorm_openood.storage.files import write_whole
 from fusenorm_openood.storage.torchrun import this_process
@@ -52,7 +46,7 @@ def read_postprocessor(
     """
     ours = {path.stem: path for path in (config_root() / "postprocessors").glob("*.yml")}
     name = name or ("fusenorm" if config is None else None)
-    if name is not None and name not in NATIVE and not openood_installed():
+    if name is not None and name not in NATIVE and not bridge.openood_installed():
         raise ConfigError(
             f"unknown postprocessor {name!r}: choose from {', '.join(NATIVE)}, or install "
             f"OpenOOD, which has more, with '{INSTALL}'"
@@ -62,7 +56,7 @@ def read_postprocessor(
     elif name in ours:
         path = ours[str(name)]
     else:
-        path = openood_config_root() / "postprocessors" / f"{name}.yml"
+        path = bridge.openood_config_root() / "postprocessors" / f"{name}.yml"
     read = read_config(path)
     section = lookup(read, "postprocessor")
     # One of FuseNorm's methods is never reported under the name of another.
@@ -87,41 +81,26 @@ def read_postprocessor(
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to evaluate, and how.
+    """What to evaluate, and how; see `evaluate` for `benchmark`, `fsood` and `validation`."""
 
-    Attributes:
-        postprocessor, config: the postprocessor's name and its configuration.
-        benchmark, fsood, validation: see `evaluate`.
-        compare: whether every expert is scored as well.
-        amp: whether the network runs in bfloat16 where that is safe.
-        batch_size, num_workers, progress: how images are loaded, and whether progress is shown.
-        trials: folder under which a search saves its trials, or None to save none.
-        records: the stored scores of each run, if there is a store.
-    """
-
-    postprocessor: str
-    config: dict[str, Any]
+    config: dict[str, Any]  # of the postprocessor
     benchmark: Benchmark
     fsood: bool = False
     validation: bool = False
-    compare: bool = False
-    amp: bool = False
-    batch_size: int = 200
-    num_workers: int = 0
+    compare: bool = False  # whether every expert is scored as well
+    amp: bool = False  # whether the network runs in bfloat16 where that is safe
     progress: bool = False
-    trials: Path | None = None
-    records: Mapping[str, Records] = field(default_factory=dict)
+    trials: Path | None = None  # folder under which a search saves its trials
 
-    def loader(self, run: str) -> Loader:
-        """The function that loads image sets for the network of one training run."""
-        if run in self.records:
-            return self.records[run].loader
-        return plain_loader(self.batch_size, self.num_workers)
+    @property
+    def postprocessor(self) -> str:
+        """The postprocessor's name."""
+        return str(self.config["postprocessor"]["name"])
 
     @property
     def aps_mode(self) -> Any:
         """Whether the settings are searched first, and on what; see `FuseNormConfig`."""
-        return lookup(self.config, "postprocessor").get("APS_mode") or False
+        return self.config["postprocessor"].get("APS_mode") or False
 
     @property
     def is_native(self) -> bool:
@@ -162,30 +141,29 @@ def find_engine(job: Job, requested: str = "auto") -> str:
         ConfigError: the requested engine does not support the job.
         OpenOODError: OpenOOD was requested and is missing or broken.
     """
-    reasons = _unsupported_by_openood(job, requested) if requested != "native" else []
+    reason = _unsupported_by_openood(job, requested) if requested != "native" else None
+    name, ours = job.postprocessor, ", ".join(NATIVE)
     engine = requested
     if requested == "auto":
-        preferred = job.postprocessor in METHODS or not job.is_native
-        engine = "openood" if preferred and openood_installed() and not reasons else "native"
-    elif requested == "openood" and reasons:
-        way_out = "--engine native" if job.is_native else f"from {', '.join(NATIVE)}"
-        raise ConfigError(f"--engine openood {reasons[0]}: choose {way_out}")
+        preferred = name in METHODS or not job.is_native
+        supported = bridge.openood_installed() and reason is None
+        engine = "openood" if preferred and supported else "native"
+    elif reason is not None:
+        way_out = "--engine native" if job.is_native else f"from {ours}"
+        raise ConfigError(f"--engine openood {reason}: choose {way_out}")
     if engine == "native" and not job.is_native:
-        why = f", and --engine openood {reasons[0]}" if reasons else ""
+        why = "" if reason is None else f", and --engine openood {reason}"
+        raise ConfigError(f"--engine native has no postprocessor {name!r}{why}: choose from {ours}")
+    if engine == "native" and job.aps_mode and name not in METHODS:
         raise ConfigError(
-            f"--engine native has no postprocessor {job.postprocessor!r}{why}: "
-            f"choose from {', '.join(NATIVE)}"
-        )
-    if engine == "native" and job.aps_mode and job.postprocessor not in METHODS:
-        raise ConfigError(
-            f"the native engine cannot search settings for {job.postprocessor!r}: install OpenOOD "
-            "and choose --engine openood, or set APS_mode to False"
+            f"the native engine cannot search settings for {name!r}: install OpenOOD and choose "
+            "--engine openood, or set APS_mode to False"
         )
     return engine
 
 
-def _unsupported_by_openood(job: Job, requested: str) -> list[str]:
-    """Why OpenOOD's evaluator cannot do a job; empty if it can."""
+def _unsupported_by_openood(job: Job, requested: str) -> str | None:
+    """Why OpenOOD's evaluator cannot do a job; None if it can."""
     name = job.benchmark.name
     unsupported = {
         "--id-data digits": name == "digits",
@@ -195,59 +173,60 @@ def _unsupported_by_openood(job: Job, requested: str) -> list[str]:
         "--validation": job.validation,
         "torchrun": this_process().world > 1,
     }
-    reasons = [f"does not support {option}" for option, used in unsupported.items() if used]
-    if reasons or not openood_installed():
-        return reasons
+    for option, used in unsupported.items():
+        if used:
+            return f"does not support {option}"
+    if not bridge.openood_installed():
+        return None
     try:
-        shifted = bool(csid_of_evaluator(name))
+        shifted = bool(bridge.csid_of_evaluator(name))
     except OpenOODError:
         if requested == "openood":
             raise
-        return ["cannot import OpenOOD"]
+        return "cannot import OpenOOD"
     if job.fsood and not shifted:
-        return [f"does not support --fsood with --id-data {name}"]
+        return f"does not support --fsood with --id-data {name}"
     # OpenOOD's evaluator opens every list of the benchmark, and downloads those that are missing.
     missing = job.benchmark.missing(job.benchmark.every(shifted))
-    return [f"needs all files of the benchmark ({m})" for m in missing]
+    return f"needs all files of the benchmark ({missing[0]})" if missing else None
 
 
-def evaluate_run(job: Job, engine: str, net: nn.Module, run: str = "") -> Evaluation:
-    """Evaluate the network of one training run; `run` names it in messages and files."""
-    benchmark, how = job.benchmark, (job.batch_size, job.num_workers)
+def evaluate_run(job: Job, engine: str, run: Run, name: str = "") -> Evaluation:
+    """Evaluate the network of one training run; `name` is the run's in messages and files."""
+    benchmark, net = job.benchmark, run.net
     if engine == "openood":
         from fusenorm_openood.openood.adapter import openood_view  # imports OpenOOD
 
-        table, scores = evaluate_with_openood(
+        table, scores = bridge.evaluate_with_openood(
             net if job.postprocessor in METHODS else openood_view(net),
             job.openood_postprocessor(),
             benchmark.name,
             benchmark.data_root,
-            *how,
+            run.batch_size,
+            run.num_workers,
             job.fsood,
             job.progress,
         )
         return Evaluation(table, pd.DataFrame(), scores, sets_of(scores, benchmark.name))
-    detector = _searched(job, net, run) if job.aps_mode else job.detector(net)
+    detector = _searched(job, run, name) if job.aps_mode else job.detector(net)
     if job.compare and isinstance(detector, FuseNorm):
         detector.with_companions()
-    flags = job.fsood, job.validation
-    return evaluate(detector, benchmark, *flags, *how, job.progress, job.loader(run))
+    return evaluate(detector, benchmark, job.fsood, job.validation, run.load, job.progress)
 
 
-def _searched(job: Job, net: nn.Module, run: str) -> FuseNorm:
+def _searched(job: Job, run: Run, name: str) -> FuseNorm:
     """The detector with the best settings on validation images, which are printed."""
     settings, sweep, aps_mode = read_fusenorm(job.config)
-    load = job.loader(run)
-    id_loader, ood_loader = load(job.benchmark.id["val"]), load(job.benchmark.val_ood)
-    unknown = None if aps_mode == "pseudo" else ood_loader
-    found = search(net, settings, sweep, id_loader, unknown, job.progress)
-    chosen = ", ".join(f"{name} = {getattr(found.settings, name)}" for name in sweep)
+    id_loader, ood_loader = run.load(job.benchmark.id["val"]), run.load(job.benchmark.val_ood)
+    ood = None if aps_mode == "pseudo" else ood_loader
+    found = search(run.net, settings, sweep, id_loader, ood, job.progress)
+    chosen = ", ".join(f"{key} = {getattr(found.settings, key)}" for key in sweep)
     print(
-        f"search over {len(found.trials)} combinations{f', run {run}' * bool(run)}: "
+        f"search over {len(found.trials)} combinations{f', run {name}' * bool(name)}: "
         f"validation AUROC {100 * found.auroc:.2f} with {chosen}",
         flush=True,
     )
     if job.trials is not None:
-        path = job.trials / run / "aps" / f"{job.postprocessor}.csv"
+        path = job.trials / name / "aps" / f"{job.postprocessor}.csv"
         write_whole(path, lambda file: found.trials.to_csv(file, index=False))
-    return FuseNorm(net, found.settings).with_statistics(found.statistics)
+    return FuseNorm(run.net, found.settings).with_statistics(found.statistics)

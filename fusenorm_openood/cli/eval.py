@@ -1,38 +1,32 @@
-"""`fusenorm eval`: evaluate a postprocessor on all training runs under a root."""
+"""`fusenorm eval`: evaluate a postprocessor on training runs; `fusenorm leaderboard`."""
 
 import pickle
+import shlex
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import pandas as pd
 import torch
-from torch import nn
 
-from fusenorm_openood.cli import options
-from fusenorm_openood.cli.digits import ensure_digits
+from fusenorm_openood.cli import inputs, options
 from fusenorm_openood.cli.engines import Job, evaluate_run, find_engine, read_postprocessor
-from fusenorm_openood.cli.inputs import (
-    check_files,
-    check_readable,
-    print_throughput,
-    records_of,
-    store_of,
-)
+from fusenorm_openood.cli.train import ensure_digits
 from fusenorm_openood.data.benchmarks import load_benchmark
-from fusenorm_openood.errors import CheckpointError, ConfigError, TapError
-from fusenorm_openood.evaluation.evaluation import Evaluation, check_fsood, summarise
-from fusenorm_openood.evaluation.runs import load_runs, results_folder, unfinished
+from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, TapError
+from fusenorm_openood.evaluation.evaluation import check_fsood, summarise
+from fusenorm_openood.evaluation.leaderboard import leaderboard_entry
+from fusenorm_openood.evaluation.runs import Run, find_checkpoints, load_runs, results_folder
 from fusenorm_openood.kernels.devices import own_device
-from fusenorm_openood.report.page import Facts, check_report, write_report
+from fusenorm_openood.report.evaluation import report_of_evaluation
+from fusenorm_openood.report.page import check_report, write_report
 from fusenorm_openood.storage.files import check_writable, write_whole
 from fusenorm_openood.storage.torchrun import among_peers, this_process
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_eval(parser: ArgumentParser) -> None:
     options.add(parser, "--root", "--postprocessor", "--fsood", "--output-dir", "--network")
     options.add(parser, "--id-data", "--data-root", "--normalization", "--batch-size")
     add = parser.add_argument
@@ -41,13 +35,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--validation", action="store_true", help="test on the validation pair, to choose settings")
     add("--compare", action="store_true", help="also print AUROC / FPR@95 of every expert")
     options.add(parser, "--report", "--config", "--set")
-    add(
-        "--aps",
-        nargs="?",
-        const="pair",
-        choices=["pair", "pseudo"],
-        help="search settings on the validation pair (default), or on pseudo-OOD images (APS_mode)",
-    )
+    aps = "search settings on the validation pair (default), or on pseudo-OOD images (APS_mode)"
+    add("--aps", nargs="?", const="pair", choices=["pair", "pseudo"], help=aps)
     add("--sweep", action="append", default=[], metavar="KEY=LIST", help="add values to the sweep")
     options.add(parser, "--amp", "--channels-last")
     add("--engine", default="auto", choices=["auto", "native", "openood"], help="what evaluates")
@@ -55,27 +44,23 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 @among_peers()
-def run(args: Namespace) -> int:
+def run_eval(args: Namespace) -> int:
     """Check all inputs, then evaluate one run after another and print the table."""
-    leads, device, progress = this_process().leads, own_device(args.device), not args.no_progress
+    leads, device = this_process().leads, own_device(args.device)
     benchmark = load_benchmark(args.id_data, args.data_root, args.normalization)
     if args.validation and args.fsood:
         raise ConfigError("--validation and --fsood cannot be combined: leave one out")
     check_fsood(benchmark, args.fsood)
     aps_mode = {None: False, "pair": True}.get(args.aps, args.aps)
-    config = read_postprocessor(args.postprocessor, args.config, args.set, args.sweep, aps_mode)
-    name, output = config["postprocessor"]["name"], results_folder(args.root, args.output_dir)
+    output = results_folder(args.root, args.output_dir)
     job = Job(
-        postprocessor=name,
-        config=config,
+        config=read_postprocessor(args.postprocessor, args.config, args.set, args.sweep, aps_mode),
         benchmark=benchmark,
         fsood=args.fsood,
         validation=args.validation,
         compare=args.compare,
         amp=bool(args.amp),
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        progress=progress,
+        progress=not args.no_progress,
         trials=output if args.save_csv and leads else None,
     )
     job.check()
@@ -84,94 +69,102 @@ def run(args: Namespace) -> int:
     if args.report:
         check_report(args.report)
     if args.id_data == "digits":
-        ensure_digits(args.data_root, None if args.network else args.root, progress)
-    checkpoints = check_files(benchmark, job.image_sets(), [args.root])[args.root]
-    engine, store, size = find_engine(job, args.engine), store_of(args.store), benchmark.image_size
+        ensure_digits(args.data_root, None if args.network else args.root, job.progress)
+    checkpoints = inputs.check_files(benchmark, job.image_sets(), [args.root])[args.root]
+    engine, name = find_engine(job, args.engine), job.postprocessor
+    store = inputs.store_of(args.store) if engine == "native" else None
     if leads:
-        check_readable(job.image_sets(), store if engine == "native" else None)
-    if engine == "native":
-        how = args.network, size, args.batch_size, args.num_workers
-        run_as = {"amp": job.amp, "channels_last": args.channels_last}
-        job = replace(job, records=records_of(store, checkpoints, *how, **run_as))
-    networks = load_runs(checkpoints, benchmark.num_classes, args.network, size, job.records)
+        inputs.check_readable(job.image_sets(), store)
+    loading = args.network, benchmark.image_size, args.batch_size, args.num_workers, store
+    how = {"amp": job.amp, "channels_last": args.channels_last}
+    runs = load_runs(checkpoints, benchmark.num_classes, *loading, **how)
     if job.is_native:
-        _check_networks(job, networks, checkpoints)
+        _check_networks(job, runs)
 
     print(f"{name} on {args.id_data}: engine {engine}, device {device}", flush=True)
-    for checkpoint in filter(unfinished, checkpoints.values() if leads else ()):
-        print(f"fusenorm: training run {checkpoint.parent} is not finished", file=sys.stderr)
+    for run in runs.values():
+        if leads and run.is_unfinished:
+            print(
+                f"fusenorm: training run {run.checkpoint.parent} is not finished", file=sys.stderr
+            )
     tables, first = [], None
-    for run_name, net in networks.items():
-        net.to(device)
+    for run_name, run in runs.items():
+        run.net.to(device)
         if args.channels_last:
-            net.to(memory_format=torch.channels_last)
+            run.net.to(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16) if job.amp else nullcontext():
-            result = evaluate_run(job, engine, net, run_name)
-        net.cpu()
+            result = evaluate_run(job, engine, run, run_name)
+        run.net.cpu()
         tables.append(result.table)
         first = first or result
-        structure = None if result.detector is None else result.detector.known_structure
-        if leads and run_name in job.records and structure is not None:
-            job.records[run_name].keep(net, structure)
+        if leads and result.detector and result.detector.known_structure:
+            run.save(result.detector.known_structure)
         if leads and args.save_score and not args.validation:
             scores = pickle.dumps(result.scores, pickle.HIGHEST_PROTOCOL)
             path = output / run_name / "scores" / f"{name}.pkl"
-            write_whole(path, lambda file, scores=scores: file.write_bytes(scores))  # type: ignore[misc]
+            write_whole(path, partial(Path.write_bytes, data=scores))
         if args.compare:
-            print(f"\nAUROC / FPR@95, run {run_name or args.root}:\n{_text(result.compare)}")
+            print(f"\nAUROC / FPR@95, run {run_name or args.root}:")
+            print(result.compare.to_string(justify="right"))
     table = summarise(tables)
-    print(f"\n{name}, {args.id_data}, {len(tables)} run(s), mean ± std in percent:")
-    print(_text(table))
+    print(f"\n{name}, {args.id_data}, {len(runs)} run(s), mean ± std in percent:")
+    print(table.to_string(justify="right"))
     if args.save_csv:
         folder = "val" if args.validation else "fsood" if args.fsood else "ood"
         path = output / folder / f"{name}.csv"
         if leads:
             write_whole(path, table.to_csv)
         print(f"saved {path}")
-    print_throughput(job.records)
-    if args.report and first and leads:
+    inputs.print_throughput(runs)
+    if args.report and leads and first:
         facts = (("training runs", args.root), ("evaluated by", f"{engine} engine"))
-        method = args.postprocessor or "fusenorm"
-        _write_report(args.report, job, method, facts, list(networks), first, table)
+        on = "validation pair of " * job.validation + benchmark.name
+        title = f"{args.postprocessor or 'fusenorm'} on {on}{' (full-spectrum)' * job.fsood}"
+        shown, note = first.table, ""
+        if len(runs) > 1:
+            shown = table
+            note = (
+                f"The first table has the mean and the standard deviation over {len(runs)} "
+                f"training runs; everything else is from the first one, {next(iter(runs))}."
+            )
+        about = facts, shown, job.validation, note
+        write_report(report_of_evaluation(first, benchmark, title, *about), args.report)
         print(f"saved {args.report}")
     return 0
 
 
-def _check_networks(
-    job: Job, networks: Mapping[str, nn.Module], checkpoints: Mapping[str, Path]
-) -> None:
+def _check_networks(job: Job, runs: Mapping[str, Run]) -> None:
     """Raise, naming the run, if a network is unsuitable for the detector, before any is scored."""
-    for run_name, net in networks.items():
+    for run in runs.values():
         try:
-            job.detector(net)
+            job.detector(run.net)
         except (CheckpointError, ConfigError, TapError) as error:
-            raise type(error)(f"{checkpoints[run_name]}: {error}") from None
+            raise type(error)(f"{run.checkpoint}: {error}") from None
 
 
-def _write_report(
-    path: str,
-    job: Job,
-    method: str,
-    facts: Facts,
-    runs: Sequence[str],
-    first: Evaluation,
-    table: pd.DataFrame,
-) -> None:
-    """Write the page about all runs, with pictures of the first one."""
-    from fusenorm_openood.report.evaluation import report_of_evaluation
+def add_leaderboard(parser: ArgumentParser) -> None:
+    results = ("--root", "--postprocessor", "--fsood", "--output-dir")
+    options.add(parser, *results, "--id-data", "--data-root")
 
-    note = ""
-    if len(runs) > 1:
-        note = (
-            f"The first table has the mean and the standard deviation over {len(runs)} training "
-            f"runs; everything else is from the first one, {runs[0]}."
+
+def run_leaderboard(args: Namespace) -> int:
+    """Print the entry in Markdown, from the CSV and the checkpoints of a root."""
+    name = args.postprocessor or "fusenorm"
+    benchmark = load_benchmark(args.id_data, args.data_root)
+    check_fsood(benchmark, args.fsood)
+    checkpoints = find_checkpoints(args.root)
+    folder = results_folder(args.root, args.output_dir) / ("fsood" if args.fsood else "ood")
+    results = folder / f"{name}.csv"
+    if not results.is_file():
+        command = ["fusenorm", "eval", "--id-data", args.id_data, "--root", args.root,
+                   "--data-root", args.data_root, "--postprocessor", name,
+                   *(["--output-dir", args.output_dir] if args.output_dir else []),
+                   *(["--fsood"] if args.fsood else []), "--save-csv"]  # fmt: skip
+        others = ", ".join(sorted(file.name for file in folder.glob("*.csv")))
+        contents = f" (the folder contains {others})" if others else ""
+        raise DataError(
+            f"{results} does not exist{contents}: create it with '{shlex.join(command)}'"
         )
-    on = "validation pair of " * job.validation + job.benchmark.name
-    title = f"{method} on {on}{' (full-spectrum)' * job.fsood}"
-    shown = table if note else first.table
-    report = report_of_evaluation(first, job.benchmark, title, facts, shown, job.validation, note)
-    write_report(report, path)
-
-
-def _text(table: pd.DataFrame) -> str:
-    return table.to_string(justify="right")
+    runs = load_runs(checkpoints, benchmark.num_classes)
+    print(leaderboard_entry(name, benchmark, args.fsood, runs, results))
+    return 0

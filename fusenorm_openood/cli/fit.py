@@ -1,4 +1,4 @@
-"""`fusenorm fit`: fit and calibrate a detector on folders of images, and keep it in a file."""
+"""`fusenorm fit`: fit and calibrate a detector on folders of images; `fusenorm export`."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from fusenorm_openood.cli import options
-from fusenorm_openood.cli.detector import load_or_build
 from fusenorm_openood.cli.engines import read_postprocessor
+from fusenorm_openood.cli.inputs import load_detector, load_or_build, store_of
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.paths import image_paths, is_hidden
 from fusenorm_openood.data.preprocessing import Normalization, Preprocessing
-from fusenorm_openood.deployment.files import ReadableFiles, network_record
+from fusenorm_openood.deployment.files import ReadableFiles, network_key
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.repeats import check_apart
@@ -29,7 +29,7 @@ from fusenorm_openood.storage.urls import Place
 ACCEPTANCE = 0.95
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_fit(parser: ArgumentParser) -> None:
     add = parser.add_argument
     options.add(parser, "--network")
     options.add(parser, "--weights", help="checkpoint (default: the network's random weights)")
@@ -44,19 +44,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     options.add(parser, "--config", help="YAML file of FuseNorm, or this package's name")
     options.add(parser, "--set")
     options.add(parser, "--batch-size", default=64, help="images per batch (default: 64)")
-    stored = "keep the scores of images in this folder; torchrun needs it"
+    stored = "store the scores of images in this folder; torchrun needs it"
     options.add(parser, "--store", default=None, help=stored)
     options.add(parser, *options.COMPUTING)
 
 
 @among_peers()
-def run(args: Namespace) -> int:
+def run_fit(args: Namespace) -> int:
     """Fit on the ID images, calibrate on the others, save."""
     device, process, progress = own_device(args.device), this_process(), not args.no_progress
-    if process.world > 1 and not args.store:
-        raise ConfigError(
-            f"{process.world} processes meet in a store: give --store DIR, which all can write to"
-        )
+    store = store_of(args.store)
     settings = read_fusenorm(read_postprocessor(None, args.config, args.set)).settings
     check_writable(Path(args.output).resolve().parent, "--output")
     if not args.output or Path(args.output).is_dir():
@@ -67,23 +64,21 @@ def run(args: Namespace) -> int:
         check_enough(len(other_paths), ACCEPTANCE)
         check_apart(id_paths, other_paths)
     net = load_or_build(args.network, args.weights, args.image_size)
-    how = args.image_size, args.resize, args.normalization, args.bits
-    preprocessing = preprocessing_of(net, *how)
+    given = args.image_size, args.resize, args.normalization, args.bits
+    preprocessing = preprocessing_of(net, *given)
     detector = FuseNorm(net.to(device), settings)
     detector.preprocessing, detector.class_names = preprocessing, names
     source = {name: getattr(args, name) for name in ("network", "weights", "image_size")}
     detector.network_source = {key: str(value) for key, value in source.items() if value}
-    record: dict[str, Any] = {"preprocessing": preprocessing.to_json()}
-    if args.store:
-        record |= network_record(net, preprocessing, Path(args.store))
+    key: dict[str, Any] = {"preprocessing": preprocessing.to_json()}
+    if store:
+        key |= network_key(net, preprocessing, store)
 
     def loader(paths: Sequence[Place], name: str) -> Iterable[Any]:
-        files = ReadableFiles(paths, preprocessing)
-        if not args.store:
-            return CpuLoader(files, args.batch_size, num_workers=args.num_workers)
-        about = {**record, "images": manifest(paths)}
-        how = args.batch_size, args.num_workers
-        return RecordedLoader(files, Path(args.store), about, name, *how)
+        files, how = ReadableFiles(paths, preprocessing), (args.batch_size, args.num_workers)
+        if not store:
+            return CpuLoader(files, how[0], num_workers=how[1])
+        return RecordedLoader(files, store, {**key, "images": manifest(paths)}, name, *how)
 
     detector.fit(loader(id_paths, "fit"), progress=progress)
     print(f"fitted on {len(id_paths)} images: {', '.join(detector.experts)}")
@@ -146,3 +141,31 @@ def preprocessing_of(
         return Preprocessing(resize or size, (size, size), "bilinear", *normalization, bits=bits)
     mean, std = normalization or (declared.mean, declared.std)
     return replace(declared, resize=resize or declared.resize, mean=mean, std=std, bits=bits)
+
+
+def add_export(parser: ArgumentParser) -> None:
+    options.add(parser, *options.DETECTOR)
+    add = parser.add_argument
+    add("--onnx", metavar="FILE", help="write an ONNX program, FILE.onnx")
+    add("--pt2", metavar="FILE", help="write a program of torch.export, FILE.pt2")
+    add("--dtype", default="uint8", choices=("uint8", "float32"), help="of images (uint8)")
+    options.add(parser, "--acceptance", help="its default in the program (0.95)")
+
+
+def run_export(args: Namespace) -> int:
+    """Write each program, and say how much its confidences differ from PyTorch's."""
+    given = {suffix: path for suffix, path in ((".onnx", args.onnx), (".pt2", args.pt2)) if path}
+    if not given:
+        raise ConfigError("an output is needed: give --onnx FILE.onnx, --pt2 FILE.pt2, or both")
+    for suffix, path in given.items():
+        if Path(path).suffix != suffix:
+            raise ConfigError(f"--{suffix[1:]} must name a file that ends in {suffix}, got {path}")
+    detector = load_detector(args.detector, args.network, args.weights, args.bits, "cpu")
+    for path in given.values():
+        exported = detector.export(Path(path), args.dtype, args.acceptance)
+        print(f"exported {path}: {', '.join(exported.outputs)}")
+        if exported.difference is None:
+            print("not compared with PyTorch: onnxruntime is not installed")
+        else:
+            print(f"largest difference from PyTorch's confidences: {exported.difference:.1e}")
+    return 0

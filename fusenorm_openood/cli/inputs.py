@@ -1,16 +1,24 @@
-"""The checkpoints, the images and the stored scores of benchmarks."""
+"""What a command line names: checkpoints, images, a store, a detector; whether they are usable."""
 
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, how_to_get
+from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.saving import read_source
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError
-from fusenorm_openood.evaluation.records import Records, find_faults, network_record
-from fusenorm_openood.evaluation.runs import find_checkpoints
-from fusenorm_openood.forward.batches import Pace
+from fusenorm_openood.evaluation.runs import Run, find_checkpoints, find_faults
+from fusenorm_openood.kernels.devices import own_device
+from fusenorm_openood.network import build_network, load_network
+from fusenorm_openood.network.named import is_catalogued
 from fusenorm_openood.storage.torchrun import this_process
+
+_NOT_LOCAL = re.compile(r"[\\/]{2}|[A-Za-z][A-Za-z0-9+.-]+:")  # URLs, network shares
 
 
 def check_files(
@@ -68,45 +76,64 @@ def _listed(lines: list[str]) -> str:
     return "".join(f"\n  - {line}" for line in lines)
 
 
-def store_of(given: str) -> Path | None:
-    """The folder of `--store`, None for `none`."""
-    return None if given == "none" else Path(given)
+def store_of(given: str | None) -> Path | None:
+    """The folder of `--store`, None for `none`; ConfigError if several processes have none."""
+    if given not in (None, "none"):
+        return Path(str(given))
+    if (world := this_process().world) > 1:
+        raise ConfigError(
+            f"{world} processes meet in a store: give --store DIR, which all can write to"
+        )
+    return None
 
 
-def records_of(
-    store: Path | None,
-    checkpoints: Mapping[str, Path],
-    network: str | None,
-    image_size: int,
-    batch_size: int,
-    num_workers: int,
-    **how: Any,
-) -> dict[str, Records]:
-    """The stored scores of each run; empty without a store.
+def print_throughput(runs: Mapping[str, Run]) -> None:
+    """Print to standard error how fast images were scored for a store, if any were."""
+    counted = next(iter(runs.values())).throughput
+    if counted.images and this_process().leads:
+        print(f"fusenorm: {counted.images:,} images scored, {counted}", file=sys.stderr)
 
-    For `network`, `image_size` and `how` see `network_record`.
+
+def load_detector(
+    file: str,
+    network: str | None = None,
+    weights: str | None = None,
+    bits: int | None = None,
+    device: str = "auto",
+) -> FuseNorm:
+    """The detector of a file, with the network that is given, or else the one that `fit` had.
+
+    A file may come from others, so that it names no code: of the network in it only the name of an
+    architecture of torchvision or timm is followed, and a path of weights on this machine.
 
     Raises:
-        ConfigError: several processes without a store.
+        DetectorFileError: a file that cannot be read, or another network.
+        CheckpointError, ConfigError: a network that cannot be loaded, or that must be given.
     """
-    if store is None:
-        if this_process().world > 1:
-            raise ConfigError(
-                "several processes meet in the store, got --store none: give a folder that all of "
-                "them can write to"
-            )
-        return {}
-    pace = Pace()
-    return {
-        run: Records(
-            store, network_record(path, network, image_size, **how), batch_size, num_workers, pace
+    on, source = own_device(device), read_source(Path(file))
+    if network is None and source.network is not None and not is_catalogued(source.network):
+        raise ConfigError(
+            f"detector file {file} names the network {source.network!r}, and no file is trusted "
+            "to name code: if you trust it yourself, give it with --network"
         )
-        for run, path in checkpoints.items()
-    }
+    if weights is None and source.weights is not None and _NOT_LOCAL.match(source.weights):
+        raise ConfigError(
+            f"detector file {file} names the weights {source.weights!r}, which are not on "
+            "this machine: give a checkpoint with --weights"
+        )
+    size = None if source.image_size is None else int(source.image_size)
+    network = source.network if network is None else network
+    net = load_or_build(network, source.weights if weights is None else weights, size)
+    detector = FuseNorm.load(file, net.to(on))
+    if bits is not None:
+        detector.preprocessing = replace(detector.known_preprocessing(), bits=bits)
+    return detector
 
 
-def print_throughput(records: Mapping[str, Records]) -> None:
-    """Print to standard error how fast images were scored, if any were."""
-    pace = next((kept.pace for kept in records.values()), Pace())
-    if pace.images and this_process().leads:
-        print(f"fusenorm: {pace.images:,} images scored, {pace}", file=sys.stderr)
+def load_or_build(network: str | None, weights: str | None, image_size: int | None) -> nn.Module:
+    """The network of `--network` and `--weights`; ConfigError without either of them."""
+    if weights is not None:
+        return load_network(weights, network=network, image_size=image_size)
+    if network is None:
+        raise ConfigError("a network is needed: give --weights FILE, --network SPEC, or both")
+    return build_network(network, image_size=image_size)

@@ -8,25 +8,32 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from fusenorm_openood import __version__
 from fusenorm_openood.errors import FuseNormError, UnwritableError, is_lost_loader
 
-# Each is a module of this package with `add_arguments(parser)` and `run(args) -> int`.
+
+class Command(NamedTuple):
+    """A subcommand: the module with its `add_NAME(parser)` and `run_NAME(args) -> int`."""
+
+    module: str
+    summary: str
+
+
 COMMANDS = {
-    "eval": "near-OOD and far-OOD table of a root of training runs",
-    "digits": "write the digits benchmark and train its network",
-    "compare": "one table of several methods on several roots of training runs",
-    "train": "train a network with T2FNorm or cross-entropy",
-    "fit": "fit a detector to a network and ID images, and keep it in a file",
-    "score": "confidences, p-values and verdicts of image files",
-    "report": "HTML page about image files that were judged before",
-    "export": "a detector and its network as one program for ONNX or torch.export",
-    "taps": "list the modules of a checkpoint's network that can be tapped",
-    "store": "list, verify and prune stored scores",
-    "leaderboard": "rows for OpenOOD's leaderboard, from saved results",
-    "doctor": "what is installed and what is missing",
+    "eval": Command("eval", "near-OOD and far-OOD table of a root of training runs"),
+    "digits": Command("train", "write the digits benchmark and train its network"),
+    "compare": Command("compare", "one table of several methods on several roots of training runs"),
+    "train": Command("train", "train a network with T2FNorm or cross-entropy"),
+    "fit": Command("fit", "fit a detector to a network and ID images, and save it in a file"),
+    "score": Command("score", "confidences, p-values and verdicts of image files"),
+    "report": Command("score", "HTML page about image files that were judged before"),
+    "export": Command("fit", "a detector and its network as one program for ONNX or torch.export"),
+    "taps": Command("taps", "list the modules of a checkpoint's network that can be layers"),
+    "store": Command("store", "list, verify and prune stored scores"),
+    "leaderboard": Command("eval", "rows for OpenOOD's leaderboard, from saved results"),
+    "doctor": Command("doctor", "what is installed and what is missing"),
 }
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -51,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             reason = str(error).strip().rstrip(".") or type(error).__name__
             print(
-                f"fusenorm: a loader process ended ({reason}); finished shards are kept: memory is "
-                "the usual reason, so choose fewer with --num-workers",
+                f"fusenorm: a loader process ended ({reason}); finished shards are stored: memory "
+                "is the usual reason, so choose fewer with --num-workers",
                 file=sys.stderr,
             )
         except KeyboardInterrupt:
@@ -65,14 +72,19 @@ def _parser(chosen: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusenorm", description="OOD detection with FuseNorm.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
+    for name, (_, summary) in COMMANDS.items():
         description = f"{summary[0].upper()}{summary[1:]}."
         subparser = commands.add_parser(name, help=summary, description=description)
         if name in chosen:  # import only the one that runs: most need torch
-            command = import_module(f"fusenorm_openood.cli.{name}")
-            command.add_arguments(subparser)
-            subparser.set_defaults(run=command.run)
+            add_command(name, subparser)
     return parser
+
+
+def add_command(name: str, parser: argparse.ArgumentParser) -> None:
+    """Add the options of a subcommand, and what runs it."""
+    module = import_module(f"fusenorm_openood.cli.{COMMANDS[name].module}")
+    getattr(module, f"add_{name}")(parser)
+    parser.set_defaults(run=getattr(module, f"run_{name}"))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The options of all subcommands: each is declared once, and chosen by name."""
 
 from argparse import ArgumentTypeError, _ActionsContainer
+from functools import partial
 from typing import Any
 
 from fusenorm_openood.errors import ConfigError
@@ -13,9 +14,7 @@ def whole(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def positive(text: str) -> int:
-    """An integer >= 1, for argparse."""
-    return whole(text, least=1)
+positive = partial(whole, least=1)
 
 
 def fraction(text: str) -> float:
@@ -92,8 +91,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "--seed": ({"type": whole, "default": 0}, "random seed (default: 0)"),
     "--store": (
         {"default": "results/store", "metavar": "DIR"},
-        "keep the scores of each image in this folder, so that no image is scored "
-        "twice; none = keep nothing (default: results/store)",
+        "store the scores of each image in this folder, so that no image is scored twice; none = "
+        "store nothing (default: results/store)",
     ),
     "--report": ({"metavar": "FILE"}, "also write an HTML page with figures and images"),
 }

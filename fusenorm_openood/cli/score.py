@@ -1,4 +1,4 @@
-"""`fusenorm score`: confidences, p-values and verdicts of image files."""
+"""`fusenorm score`: confidences, p-values and verdicts of image files; `fusenorm report`."""
 
 import math
 import sys
@@ -13,8 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fusenorm_openood.cli import options
-from fusenorm_openood.cli.detector import load_detector
-from fusenorm_openood.cli.report import write_page
+from fusenorm_openood.cli.inputs import load_detector, store_of
 from fusenorm_openood.data.paths import image_paths, manifest_paths
 from fusenorm_openood.deployment.files import FileShards, Judged, judge_files
 from fusenorm_openood.deployment.ray import cluster, score_with_actors
@@ -23,14 +22,15 @@ from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.forward.batches import Pace
 from fusenorm_openood.method.conformal import check_enough, rejects, rejects_at_fdr
-from fusenorm_openood.report.page import check_report
+from fusenorm_openood.report.files import report_of_files
+from fusenorm_openood.report.page import check_report, write_report
 from fusenorm_openood.storage.torchrun import among_peers, this_process
 from fusenorm_openood.storage.urls import Places, place
 
 SOME_UNREADABLE = 3  # exit status
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_score(parser: ArgumentParser) -> None:
     options.add(parser, *options.DETECTOR)
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="folders, patterns, lists, files, URLs, -")
@@ -43,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--csv", metavar="FILE", help="CSV or .parquet file of rows (default: standard output)")
     options.add(parser, "--report", help="also write an HTML page about the rows of --csv")
     add("--resume", action="store_true", help="go on with the rows that --csv already has")
-    stored = "keep scores of experts here, a folder or a URL"
+    stored = "store scores of experts here, a folder or a URL"
     options.add(parser, "--store", default=None, help=stored)
     add("--engine", choices=("native", "ray"), default="native", help="ray: actors of a cluster")
     cores = "CPU cores of each of Ray's actors (default: 2)"
@@ -53,16 +53,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 @among_peers()
-def run(args: Namespace) -> int:
+def run_score(args: Namespace) -> int:
     """Judge every file; an unreadable one is a row with the reason.
 
     Returns:
         0 = all were judged, 3 = some were unreadable; among several processes 0, because `torchrun`
         takes any other status for a failure.
     """
-    process, pace = this_process(), Pace()
+    process, throughput = this_process(), Pace()
     if args.report:
         check_report(args.report)
+    store_of(args.store)
     _check_options(args, process.world)
     load = partial(load_detector, args.detector, args.network, args.weights, args.bits, args.device)
     detector = load()
@@ -80,7 +81,7 @@ def run(args: Namespace) -> int:
     given = Places(chain(image_paths(args.paths).texts, listed))
 
     def judged(paths: Places) -> Iterator[list[Judged]]:
-        how = args.batch_size, args.num_workers, pace
+        how = args.batch_size, args.num_workers, throughput
         if not args.store:
             yield from judge_files(detector, paths, args.acceptance, *how)
             return
@@ -95,7 +96,7 @@ def run(args: Namespace) -> int:
 
     if not process.leads:
         return sum(map(len, judged(given)))  # it is given no rows: 0
-    table = Path(args.csv) if args.csv else None
+    table, by_fdr = Path(args.csv) if args.csv else None, args.fdr is not None
     with RowFile(table, args.resume) as file:
         _check_same(detector, file)
         paths = Places(path for path in given.texts if path not in file.judged)
@@ -104,20 +105,18 @@ def run(args: Namespace) -> int:
         with tqdm(total=len(paths), unit=" images", disable=hidden, leave=False) as bar:
             for rows in judged(paths):
                 # A verdict at a false discovery rate needs all images.
-                file.write(rows if args.fdr is None else [r._replace(ood=None) for r in rows])
+                file.write([r._replace(ood=None) for r in rows] if by_fdr else rows)
                 bar.update(len(rows))
                 counts.update(map(_verdict, rows))
-        at_fdr = args.fdr is not None
-        file.finish(
-            lambda p: rejects_at_fdr(p, args.fdr) if at_fdr else rejects(p, args.acceptance)
-        )
+        level = args.fdr if by_fdr else args.acceptance
+        file.finish(lambda p: (rejects_at_fdr if by_fdr else rejects)(p, level))
     if table and table.is_file():  # not /dev/stdout, from which nothing comes back
         counts = Counter(map(_verdict, read_rows(table)))
     summary = f"{counts.total()} images: {counts['OOD']} OOD, {counts['unreadable']} unreadable"
     summary += f", {len(file.judged)} judged before" if file.judged else ""
-    summary += f"; {pace}" if pace.images else ""
+    summary += f"; {throughput}" if throughput.images else ""
     print(f"fusenorm: {summary}", file=sys.stderr)
-    if args.fdr is not None and n is not None and not counts["OOD"]:
+    if by_fdr and n is not None and not counts["OOD"]:
         print(
             f"fusenorm: {n} calibration images give no p-value below {1 / (n + 1):.2g}, so an FDR "
             f"of {args.fdr:g} takes {math.ceil(counts.total() / (args.fdr * (n + 1)))} images with "
@@ -125,7 +124,7 @@ def run(args: Namespace) -> int:
             file=sys.stderr,
         )
     if args.report and table:
-        write_page(args.report, detector, args.detector, table, args.acceptance)
+        _write_page(args.report, detector, args.detector, table, args.acceptance)
     return SOME_UNREADABLE if counts["unreadable"] and process.world == 1 else 0
 
 
@@ -139,9 +138,6 @@ def _check_options(args: Namespace, world: int) -> None:
         "--store goes on with what it has: leave out --resume": store and args.resume,
         "engine ray deals the shards of a store to actors: give --store, and no torchrun": (
             args.engine == "ray" and (several or not store)
-        ),
-        f"{world} processes meet in a store: give --store DIR, which all can write to": (
-            several and not store
         ),
         f"{world} processes cannot read the same standard input: give a list in a file": (
             several and "-" in args.paths
@@ -157,14 +153,14 @@ def _check_options(args: Namespace, world: int) -> None:
 
 def _check_same(detector: FuseNorm, file: RowFile) -> None:
     """Raise ConfigError if another detector judged the images of an earlier run."""
-    known = file.readable
-    if known is None or known.confidence is None or not Path(known.path).is_file():
+    row = file.readable
+    if row is None or row.confidence is None or not Path(row.path).is_file():
         return
-    ((again,),) = judge_files(detector, [Path(known.path)])
-    now, then = again.confidence, known.confidence
+    ((again,),) = judge_files(detector, [Path(row.path)])
+    now, then = again.confidence, row.confidence
     if now is None or not math.isclose(now, then, rel_tol=1e-3, abs_tol=1e-3):
         raise ConfigError(
-            f"{file.path} has {then:.6g} as the confidence of {known.path}, which is now "
+            f"{file.path} has {then:.6g} as the confidence of {row.path}, which is now "
             f"{'unreadable' if now is None else f'{now:.6g}'}: give another file to --csv, or the "
             "detector and the images of its rows"
         )
@@ -172,3 +168,27 @@ def _check_same(detector: FuseNorm, file: RowFile) -> None:
 
 def _verdict(row: Judged) -> str:
     return "unreadable" if row.error is not None else "OOD" if row.ood else "accepted"
+
+
+def add_report(parser: ArgumentParser) -> None:
+    options.add(parser, *options.DETECTOR)
+    add = parser.add_argument
+    add("--csv", required=True, metavar="FILE", help="what `fusenorm score` has written")
+    add("--output", required=True, metavar="FILE", help="the HTML page")
+    options.add(parser, "--acceptance", "--device")
+
+
+def run_report(args: Namespace) -> int:
+    """Read the rows, score the images of the gallery again, write the page."""
+    check_report(args.output, "--output")
+    detector = load_detector(args.detector, args.network, args.weights, args.bits, args.device)
+    _write_page(args.output, detector, args.detector, Path(args.csv), args.acceptance)
+    print(f"saved {args.output}")
+    return 0
+
+
+def _write_page(
+    path: str, detector: FuseNorm, detector_file: str, table: Path, acceptance: float
+) -> None:
+    facts = (("judged in", str(table)), ("detector file", detector_file))
+    write_report(report_of_files(detector, read_rows(table), acceptance, facts), path)

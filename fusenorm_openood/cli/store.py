@@ -5,13 +5,12 @@ from pathlib import Path
 
 from fusenorm_openood import __version__
 from fusenorm_openood.cli import options
-from fusenorm_openood.storage.maintenance import listing, prune, verify
-from fusenorm_openood.storage.shards import delete
+from fusenorm_openood.storage import maintenance, shards
 
-LISTED = ("postprocessor", "network", "checkpoint", "version")  # entries of a record
+LISTED = ("postprocessor", "network", "checkpoint", "version")  # of what scores depend on
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_store(parser: ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     summaries = {
         "list": "the sets of scores, what they were computed with, and how complete they are",
@@ -30,28 +29,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="only print what would be removed")
 
 
-def run(args: Namespace) -> int:
+def run_store(args: Namespace) -> int:
     """List, verify or prune a store; 0 = success, 1 = damaged shards were found."""
-    store = Path(args.store)
-    if args.action == "list":
-        return _list(store)
-    if args.action == "verify":
-        return _verify(store, args.discard)
-    removals = prune(
-        store, __version__, incomplete=args.incomplete, everything=args.all, dry_run=args.dry_run
-    )
-    verb = "would remove" if args.dry_run else "removed"
-    for removal in removals:
-        print(f"{verb} {removal.path} ({removal.reason}): {removal.size / 1e6:.2f} MB")
-    total = sum(removal.size for removal in removals)
-    print(f"{verb} {len(removals)} sets and files: {total} bytes")
-    return 0
+    return {"list": _list, "verify": _verify, "prune": _prune}[args.action](Path(args.store), args)
 
 
-def _list(store: Path) -> int:
+def _list(store: Path, args: Namespace) -> int:
     import pandas as pd  # takes long to import, and the other actions do not need it
 
-    entries = listing(store)
+    entries = maintenance.listing(store)
     if not entries:
         print(f"{store} has no sets of scores")
         return 0
@@ -71,12 +57,24 @@ def _list(store: Path) -> int:
     return 0
 
 
-def _verify(store: Path, discard: bool) -> int:
-    checked = verify(store)
+def _verify(store: Path, args: Namespace) -> int:
+    checked = maintenance.verify(store)
     damaged = {path: error for path, error in checked.items() if error}
     for path, error in damaged.items():
         print(error)
-        if discard:
-            delete(path)
-    print(f"{len(checked)} shards read, {len(damaged)} {'discarded' if discard else 'damaged'}")
+        if args.discard:
+            shards.delete(path)
+    verb = "discarded" if args.discard else "damaged"
+    print(f"{len(checked)} shards read, {len(damaged)} {verb}")
     return int(bool(damaged))
+
+
+def _prune(store: Path, args: Namespace) -> int:
+    what = {"incomplete": args.incomplete, "everything": args.all, "dry_run": args.dry_run}
+    removals = maintenance.prune(store, __version__, **what)
+    verb = "would remove" if args.dry_run else "removed"
+    for removal in removals:
+        print(f"{verb} {removal.path} ({removal.reason}): {removal.size / 1e6:.2f} MB")
+    total = sum(removal.size for removal in removals)
+    print(f"{verb} {len(removals)} sets and files: {total} bytes")
+    return 0

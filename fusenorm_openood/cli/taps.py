@@ -1,4 +1,4 @@
-"""`fusenorm taps`: what FuseNorm taps in a network, and why."""
+"""`fusenorm taps`: which layers of a network FuseNorm uses, and why."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -17,23 +17,18 @@ from fusenorm_openood.network.understanding import understand
 _LINES = 40  # of the summary
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    add = parser.add_argument
+def add_taps(parser: ArgumentParser) -> None:
+    add, default = parser.add_argument, "(default: recognised by the checkpoint's keys)"
     add("checkpoint", nargs="?", help="best.ckpt of a training run; without, random weights")
-    add(
-        "--network",
-        "--arch",
-        metavar="SPEC",
-        help="torchvision:NAME, timm:NAME or package.module:factory (default: recognised by the "
-        "checkpoint's keys)",
-    )
-    add("--all", action="store_true", help="list every module that can be tapped")
+    spec = f"torchvision:NAME, timm:NAME or package.module:factory {default}"
+    add("--network", "--arch", metavar="SPEC", help=spec)
+    add("--all", action="store_true", help="list every module that can be a layer")
     size = "(default: the network's own, or 32 for a checkpoint without --network)"
     add("--image-size", type=options.positive, help=size)
 
 
-def run(args: Namespace) -> int:
-    """Print the modules that are tapped by default, and with `--all` every one that can be."""
+def run_taps(args: Namespace) -> int:
+    """Print the default layers, and with `--all` every module that can be one."""
     size = args.image_size
     if args.checkpoint is not None:
         net = load_network(args.checkpoint, network=args.network, image_size=size)
@@ -45,7 +40,7 @@ def run(args: Namespace) -> int:
     structure, images = _understood(net, size)
     blocks, layouts = structure.blocks, structure.layouts
     lines = [f"{type(net).__name__}, images {list(images.shape[1:])}", *_summary(structure), ""]
-    lines.append("    module, class, layout, output shape for one image; * = tapped by default")
+    lines.append("    module, class, layout, output shape for one image; * = layer by default")
     lines += [
         f"  {'*' if name in blocks else ' '} {name}, {kind_of(unwrapped(net), name)}, "
         f"{layouts[name]}, {list(structure.shapes[name][1:])}"

@@ -30,25 +30,15 @@ SHARD = 1000  # images
 
 
 class Judged(NamedTuple):
-    """The row of one image file; all but `path` and `error` are None if it is unreadable.
-
-    Attributes:
-        path: the file.
-        predicted: the predicted class, by name if the detector knows names.
-        confidence: larger = more in-distribution.
-        p_value: conformal p-value, None without calibration images.
-        ood: the verdict, None without calibration images.
-        objected: the expert that lowered the confidence most; see `Explanation`.
-        error: why the file could not be judged.
-    """
+    """The row of one image file; all but `path` and `error` are None if it is unreadable."""
 
     path: str
-    predicted: str | None = None
-    confidence: float | None = None
-    p_value: float | None = None
-    ood: bool | None = None
-    objected: str | None = None
-    error: str | None = None
+    predicted: str | None = None  # the class, by name if the detector has names
+    confidence: float | None = None  # larger = more in-distribution
+    p_value: float | None = None  # conformal, None without calibration images
+    ood: bool | None = None  # the verdict, None without calibration images
+    objected: str | None = None  # the expert of the lowest contribution; see `Explanation`
+    error: str | None = None  # why the file could not be judged
 
 
 class ImageFiles(Dataset[Any]):
@@ -81,7 +71,7 @@ def judge_files(
     acceptance: float = 0.95,
     batch_size: int = 64,
     num_workers: int = 0,
-    pace: Pace | None = None,
+    throughput: Pace | None = None,
 ) -> Iterator[list[Judged]]:
     """The rows of image files, in order, batch by batch.
 
@@ -91,20 +81,17 @@ def judge_files(
         paths: image files.
         acceptance: fraction of ID images to accept; see `FuseNorm.is_ood`.
         batch_size, num_workers: settings of the data loader.
-        pace: counts the images that are scored.
+        throughput: counts the images that are scored.
 
     Raises:
         DataError: the detector has no preprocessing.
     """
-    pace, first = pace or Pace(), 0
-    files = ImageFiles(paths, detector.known_preprocessing())
+    first, files = 0, ImageFiles(paths, detector.known_preprocessing())
     loader = CpuLoader(files, batch_size, num_workers=num_workers, collate_fn=list)
-    for batch in pace.timed(loader):
-        pace.images += len(batch)
-        yield judged(
-            detector, paths[first : first + len(batch)], score(detector, batch), acceptance
-        )
-        first += len(batch)
+    for columns in _scored_batches(detector, loader, throughput):
+        end = first + len(columns["pred"])
+        yield judged(detector, paths[first:end], columns, acceptance)
+        first = end
 
 
 def score(detector: FuseNorm, batch: Sequence[Tensor | str]) -> Columns:
@@ -142,19 +129,16 @@ def judged(
     """The rows of files with these columns; see `score`."""
     fine = columns["error"] == ""
     why = detector.explain_scores(columns["scores"][fine].T, columns["pred"][fine])
-    names, p = detector.class_names, why.p_values
-    ood = None if p is None else rejects(p, acceptance)
-    rows = []
-    for path, error, i in zip(paths, columns["error"], np.cumsum(fine) - 1, strict=True):
-        if error:
-            rows.append(Judged(str(path), error=error))
-            continue
-        predicted = str(why.pred[i]) if names is None else names[why.pred[i]]
-        verdict: tuple[float | None, bool | None] = (None, None)
-        if p is not None and ood is not None:
-            verdict = float(p[i]), bool(ood[i])
-        rows.append(Judged(str(path), predicted, float(why.conf[i]), *verdict, why.objected[i]))
-    return rows
+    pred, conf = why.pred.tolist(), why.conf.tolist()
+    names = [str(k) if detector.class_names is None else detector.class_names[k] for k in pred]
+    p = ood = [None] * len(pred)
+    if why.p_values is not None:
+        p, ood = why.p_values.tolist(), rejects(why.p_values, acceptance).tolist()
+    rows = zip(names, conf, p, ood, why.objected, strict=True)
+    return [
+        Judged(str(path), error=error) if error else Judged(str(path), *next(rows))
+        for path, error in zip(paths, columns["error"], strict=True)
+    ]
 
 
 class FileShards:
@@ -163,7 +147,7 @@ class FileShards:
     Each shard is `SHARD` files, scored whole by one process, whichever that is.
 
     Args:
-        detector, paths, batch_size, num_workers, pace: see `judge_files`.
+        detector, paths, batch_size, num_workers, throughput: see `judge_files`.
         store: folder or URL of the store.
 
     Raises:
@@ -178,17 +162,16 @@ class FileShards:
         store: Place,
         batch_size: int = 64,
         num_workers: int = 0,
-        pace: Pace | None = None,
+        throughput: Pace | None = None,
     ) -> None:
-        self.detector, self.paths, self.pace = detector, paths, pace or Pace()
+        self.detector, self.paths, self.throughput = detector, paths, throughput
         self.batch_size, self.num_workers = batch_size, num_workers
         self._files = ImageFiles(paths, detector.known_preprocessing())
-        record = {**experts_record(detector, store), "images": manifest(paths)}
+        about = {**experts_key(detector, store), "images": manifest(paths)}
         if (structure := detector.known_structure) and structure.batch_dependent:
-            record["batch_size"] = batch_size  # the images of a batch influence each other
-        self.stored = StoredScores(
-            store, Key(record, "files", len(paths), SHARD), self._compute, shared=False
-        )
+            about["batch_size"] = batch_size  # the images of a batch influence each other
+        key = Key(about, "files", len(paths), SHARD)
+        self.stored = StoredScores(store, key, self._compute, shared=False)
 
     @property
     def shards(self) -> ShardSet:
@@ -223,36 +206,39 @@ class FileShards:
 
     def _compute(self, numbers: Sequence[int]) -> Iterator[Columns]:
         for _, batches in shard_batches(self.shards, numbers, self._load, self.batch_size):
-            yield scored(self.detector, batches, self.pace)
+            yield scored(self.detector, batches, self.throughput)
 
     def _load(self, batches: Batches) -> Iterator[Any]:
-        return iter(
-            CpuLoader(
-                self._files, batch_sampler=batches, num_workers=self.num_workers, collate_fn=list
-            )
-        )
+        how: dict[str, Any] = {"num_workers": self.num_workers, "collate_fn": list}
+        return iter(CpuLoader(self._files, batch_sampler=batches, **how))
 
 
 def scored(
-    detector: FuseNorm, batches: Iterable[Sequence[Tensor | str]], pace: Pace | None = None
+    detector: FuseNorm, batches: Iterable[Sequence[Tensor | str]], throughput: Pace | None = None
 ) -> Columns:
-    """The columns of a shard, from the items of `ImageFiles`; `pace` counts the images."""
-    parts, pace = [], pace or Pace()
-    for batch in pace.timed(batches):
-        parts.append(score(detector, batch))
-        pace.images += len(batch)
+    """The columns of a shard, from the items of `ImageFiles`; `throughput` counts the images."""
+    parts = list(_scored_batches(detector, batches, throughput))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def experts_record(detector: FuseNorm, store: Place) -> dict[str, Any]:
+def _scored_batches(
+    detector: FuseNorm, batches: Iterable[Sequence[Tensor | str]], throughput: Pace | None
+) -> Iterator[Columns]:
+    counted = throughput or Pace()
+    for batch in counted.timed(batches):
+        counted.images += len(batch)
+        yield score(detector, batch)
+
+
+def experts_key(detector: FuseNorm, store: Place) -> dict[str, Any]:
     """All that the expert scores of image files depend on besides these, in terms of JSON."""
-    calibration, preprocessing = detector._check_fitted(), detector.known_preprocessing()
-    tensors, record = packed(calibration)
-    hashed = sha256(json.dumps([record["posthoc"], record["thresholds"]]).encode())
+    statistics, preprocessing = detector._check_fitted(), detector.known_preprocessing()
+    tensors, facts = packed(statistics)
+    hashed = sha256(json.dumps([facts["posthoc"], facts["thresholds"]]).encode())
     for name in sorted(name for name in tensors if name.startswith("state.")):
         hashed.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
     return {
-        **network_record(detector.net, preprocessing, store),
+        **network_key(detector.net, preprocessing, store),
         "experts": detector.experts,
         "norm": detector.settings.feature_norm,
         "output": detector.settings.score("output").to_json(),
@@ -261,17 +247,15 @@ def experts_record(detector: FuseNorm, store: Place) -> dict[str, Any]:
     }
 
 
-def network_record(
-    net: nn.Module, preprocessing: Preprocessing, store: Place
-) -> dict[str, str | None]:
+def network_key(net: nn.Module, preprocessing: Preprocessing, store: Place) -> dict[str, Any]:
     """What a store tells a network by: its modules and weights, and what it computes."""
     found = identify(net, (3, *preprocessing.crop))
-    record = {"version": __version__, "network": found.digest}
+    key = {"version": __version__, "network": found.digest}
     if not found.logits:
-        return {**record, "forward": None}
+        return {**key, "forward": None}
 
     def agrees(logits: NDArray[np.float64]) -> bool:
         return found.agrees(found._replace(logits=logits.tolist()))
 
-    logits, images = np.array(found.logits, np.float64), {"image": found.image}
-    return {**record, "forward": forward_digest(store, {**record, **images}, logits, agrees)}
+    logits, image = np.array(found.logits, np.float64), {"image": found.image}
+    return {**key, "forward": forward_digest(store, {**key, **image}, logits, agrees)}

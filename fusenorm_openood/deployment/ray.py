@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from fusenorm_openood.data.lists import CpuLoader
-from fusenorm_openood.deployment.files import FileShards, ImageFiles, experts_record, scored
+from fusenorm_openood.deployment.files import FileShards, ImageFiles, experts_key, scored
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import ClusterError, ConfigError, FuseNormError, is_lost_loader
 from fusenorm_openood.storage.shards import ShardSet
@@ -78,12 +78,9 @@ def cluster() -> Iterator[Any]:
 
 
 def shape(ray: Any, cores: int, gpus: bool) -> tuple[int, dict[str, int]]:
-    """How many actors there is room for, and the resources of each.
+    """How many actors with so many cores there is room for, and the resources of each.
 
-    Args:
-        ray: the module; see `cluster`.
-        cores: CPU cores of an actor.
-        gpus: whether an actor has a GPU, if the cluster has any.
+    With `gpus` an actor has a GPU, if the cluster has any.
 
     Raises:
         ClusterError: there are fewer cores.
@@ -100,22 +97,14 @@ def shape(ray: Any, cores: int, gpus: bool) -> tuple[int, dict[str, int]]:
 
 @dataclass(repr=False)  # Ray asks for one before there is a detector
 class Scorer:
-    """What an actor does; it loads the detector once, and then scores shards.
+    """What an actor does; it loads the detector once, and then scores shards."""
 
-    Args:
-        load: loads the detector.
-        shards: the set that it writes to.
-        batch_size, num_workers: settings of the data loader.
-        threads: threads of torch.
-        folder: where relative paths start.
-    """
-
-    load: Callable[[], FuseNorm]
-    shards: ShardSet
+    load: Callable[[], FuseNorm]  # the detector
+    shards: ShardSet  # that it writes to
     batch_size: int
     num_workers: int
-    threads: int
-    folder: str
+    threads: int  # of torch
+    folder: str  # where relative paths start
     _detector: FuseNorm = field(init=False)
 
     def prepare(self) -> None:
@@ -125,7 +114,7 @@ class Scorer:
         torch.set_num_threads(self.threads)
         self._detector = self.load()
         store = self.shards.folder.parent
-        if not experts_record(self._detector, store).items() <= self.shards.key.record.items():
+        if not experts_key(self._detector, store).items() <= self.shards.key.record.items():
             raise ClusterError(
                 f"node {platform.node()} has another detector, network or version of this package "
                 "than the driver: give files that all nodes share"
@@ -135,9 +124,8 @@ class Scorer:
         """Score the files of a shard, and write it."""
         files = ImageFiles(paths, self._detector.known_preprocessing())
         batches: Batches = row_batches(range(len(paths)), self.batch_size)
-        loader = CpuLoader(
-            files, batch_sampler=batches, num_workers=self.num_workers, collate_fn=list
-        )
+        how: dict[str, Any] = {"num_workers": self.num_workers, "collate_fn": list}
+        loader = CpuLoader(files, batch_sampler=batches, **how)
         self.shards.write(number, scored(self._detector, loader))
 
 
@@ -148,11 +136,8 @@ def score_with_actors(
 
     An actor scores one shard at a time, with as many threads as `OMP_NUM_THREADS` says, or one.
 
-    Args:
-        ray: the module; see `cluster`.
-        files: the files and their store, which all nodes can read and write.
-        load: loads the detector in an actor.
-        cores, gpus: see `shape`.
+    All nodes read and write the store of `files`; an actor loads the detector with `load`. For
+    `ray`, `cores` and `gpus` see `cluster` and `shape`.
 
     Yields:
         Shards, as soon as they are written.

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,19 +54,15 @@ class RowFile:
             self._rows = path.with_name(f"{path.name}.part")
         try:
             self._file = sys.stdout if self._rows is None else self._opened(self._rows, resume)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{path} is being written by another run: wait for it, or give another file to "
-                "--csv"
-            ) from None
-        except OSError as error:
+        except (OSError, DataError) as error:
             unlock(self._lock)
-            raise ConfigError(
-                f"{path} cannot be written ({error.strerror}): give another file to --csv"
-            ) from None
-        except DataError:
-            unlock(self._lock)
-            raise
+            if isinstance(error, BlockingIOError):
+                why = "is being written by another run: wait for it, or give another file to --csv"
+            elif isinstance(error, OSError):
+                why = f"cannot be written ({error.strerror}): give another file to --csv"
+            else:
+                raise
+            raise ConfigError(f"{path} {why}") from None
         self._writer = csv.writer(self._file)
         if not self.judged:
             with self._writing():
@@ -91,7 +87,7 @@ class RowFile:
             verdicts: whether images with these p-values `[N]` are OOD.
 
         Raises:
-            DataError: the disk is full; the rows are kept.
+            DataError: the disk is full; the rows stay.
         """
         if self.path is None or self._rows is None:
             return
@@ -196,9 +192,7 @@ def _read_csv(path: Path) -> Iterator[Judged]:
 
 def _write_csv(path: Path, rows: Iterable[Judged]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Judged._fields)
-        writer.writerows(map(_cells, rows))
+        csv.writer(file).writerows(chain([Judged._fields], map(_cells, rows)))
 
 
 def _read_parquet(path: Path) -> Iterator[Judged]:
@@ -241,7 +235,7 @@ def _cells(row: Judged) -> list[object]:
     return ["" if v is None else guarded(_escaped(v)) if isinstance(v, str) else v for v in row]
 
 
-_KINDS: dict[str, Callable[[str], Any]] = {
+_READ: dict[str, Callable[[str], Any]] = {
     "confidence": float,
     "p_value": float,
     "ood": {"True": True, "False": False}.__getitem__,
@@ -249,12 +243,9 @@ _KINDS: dict[str, Callable[[str], Any]] = {
 
 
 def _row(cells: Sequence[str]) -> Judged:
-    path, *rest = map(_unescaped, cells)
-    named = zip(Judged._fields[1:], rest, strict=True)
-    values: Iterator[Any] = (
-        _KINDS.get(name, unguarded)(cell) if cell else None for name, cell in named
-    )
-    return Judged(unguarded(path), *values)
+    named = dict(zip(Judged._fields, map(_unescaped, cells), strict=True))
+    read = {n: _READ.get(n, unguarded)(cell) for n, cell in named.items() if cell or n == "path"}
+    return Judged(**read)
 
 
 _FORMULA = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20'"  # begin a formula, or a cell that is guarded

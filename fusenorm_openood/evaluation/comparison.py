@@ -8,22 +8,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from fusenorm_openood.data.benchmarks import Benchmark
+from fusenorm_openood.data.benchmarks import Benchmark, image_loader
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.pseudo import pseudo_ood
 from fusenorm_openood.detectors.search import Found, choose, swept
-from fusenorm_openood.evaluation.bootstrap import Confidences, difference_interval
+from fusenorm_openood.errors import DataError
 from fusenorm_openood.evaluation.evaluation import with_means
-from fusenorm_openood.evaluation.records import Loader, plain_loader
+from fusenorm_openood.evaluation.runs import Loader
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.scores import LOGIT_SCORES, SCORES, make_score
 from fusenorm_openood.method.scores.base import Features, Head, Score
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network.running import scoring_module
 from fusenorm_openood.network.structure import Structure
+
+Values = NDArray[Any]
 
 GROUPS = ("nearood", "farood")
 DEFAULT = "FuseNorm (default)"  # not the published method
@@ -34,29 +36,24 @@ FUSENORM = {
     "FuseNorm (deviation)": Settings.deviation(),
 }
 STRONG, BLOCKS = "strong experts alone", "block norms alone"
+COUNTS = 2**23  # of bootstrap samples, in memory at a time
 
 
 class Comparison(NamedTuple):
     """Results of a comparison on one network, in percent.
 
-    Attributes:
-        auroc, fpr95: one row per method, one column per data set and mean.
-        summary: near- and far-OOD AUROC and FPR@95, mean rank by AUROC over the data sets, and for
-            FuseNorm's rows the 95 % bootstrap interval of the difference in AUROC to the best
-            single expert.
-        found: results of the searches, by row.
-        known: confidences of the ID test images, by method.
-        unknown: confidences of the OOD images, by group, data set and method.
-        structure: how the network is built.
+    `summary` has near- and far-OOD AUROC and FPR@95, the mean rank by AUROC over the data sets, and
+    for FuseNorm's rows the 95 % bootstrap interval of the difference in AUROC to the best single
+    expert.
     """
 
-    auroc: pd.DataFrame
+    auroc: pd.DataFrame  # one row per method, one column per data set and mean
     fpr95: pd.DataFrame
     summary: pd.DataFrame
-    found: dict[str, Found]
-    known: dict[str, NDArray[Any]]
-    unknown: dict[str, dict[str, dict[str, NDArray[Any]]]]
-    structure: Structure
+    found: dict[str, Found]  # results of the searches, by row
+    id_conf: dict[str, Values]  # of the ID test images, by method
+    ood_conf: dict[str, dict[str, dict[str, Values]]]  # by group, data set and method
+    structure: Structure  # of the network
 
 
 def compare(
@@ -64,10 +61,8 @@ def compare(
     benchmark: Benchmark,
     sweep: dict[str, list[Any]] | None = None,
     fsood: bool = False,
-    batch_size: int = 200,
-    num_workers: int = 0,
+    load: Loader = image_loader,
     progress: bool = True,
-    loader: Loader | None = None,
     gradients: bool = True,
 ) -> Comparison:
     """Compare FuseNorm, its parts and single experts on one network.
@@ -82,12 +77,10 @@ def compare(
         sweep: values that two searches try, one on the validation pair and one on pseudo-OOD
             images; None = no search.
         fsood: whether covariate-shifted ID images count as ID.
-        batch_size, num_workers: settings of the data loaders.
+        load: loads an image set, for example `Run.load`.
         progress: whether to show progress bars.
-        loader: see `evaluate`.
         gradients: whether ODIN and the published settings, which need gradients, are compared.
     """
-    load = loader or plain_loader(batch_size, num_workers)
     singles = single_scores(net, benchmark)
     fused = {**FUSENORM, STRONG: Settings(cap=0.0)}
     if not gradients:
@@ -111,7 +104,7 @@ def compare(
         bank = bank.narrowed(fused.values(), singles.values())
     statistics = bank.statistics(fused[DEFAULT])
 
-    def score(images: Iterable[Any]) -> dict[str, NDArray[Any]]:
+    def score(images: Iterable[Any]) -> dict[str, Values]:
         bank.add(images, progress)
         conf = {name: bank.single(single, images) for name, single in singles.items()}
         conf |= {name: peer(bank.features(images)) for name, peer in peers.items()}
@@ -126,13 +119,13 @@ def compare(
     every = [*id_sets, *benchmark.near.values(), *benchmark.far.values()]
     tested = iter(bank.prepare([load(image_set) for image_set in every], progress))
     each = [score(next(tested)) for _ in id_sets]
-    known = {method: np.concatenate([conf[method] for conf in each]) for method in each[0]}
-    unknown = {
+    id_conf = {method: np.concatenate([conf[method] for conf in each]) for method in each[0]}
+    ood_conf = {
         group: {name: score(next(tested)) for name in image_sets}
         for group, image_sets in groups.items()
     }
-    figures = tables(known, unknown, [*singles, *peers])
-    return Comparison(*figures, found, known, unknown, bank.scoring().structure)
+    figures = tables(id_conf, ood_conf, [*singles, *peers])
+    return Comparison(*figures, found, id_conf, ood_conf, bank.scoring().structure)
 
 
 def single_scores(net: nn.Module, benchmark: Benchmark) -> dict[str, Score]:
@@ -151,7 +144,7 @@ def single_scores(net: nn.Module, benchmark: Benchmark) -> dict[str, Score]:
     return {**singles, "KNN (K = 5)": make_score("knn", {"K": Settings().neighbours})}
 
 
-def _fitted_peers(head: Head, ids: Features) -> dict[str, Callable[[Features], NDArray[Any]]]:
+def _fitted_peers(head: Head, ids: Features) -> dict[str, Callable[[Features], Values]]:
     """pytorch-ood's detectors that work on features, fitted on ID images: their scores by title.
 
     Its default arguments, but DICE keeps the tenth of the weights that contributes most.
@@ -169,9 +162,9 @@ def _fitted_peers(head: Head, ids: Features) -> dict[str, Callable[[Features], N
     vra.fit_feature_maps(ids.feature, labels)
     guide.fit_features(ids.feature, labels)
 
-    def score(predict: Callable[[Tensor], Tensor], batch: Features) -> NDArray[Any]:
+    def score(predict: Callable[[Tensor], Tensor], batch: Features) -> Values:
         scores = [-predict(part).detach() for part in torch.split(batch.feature, 200)]
-        joined: NDArray[Any] = torch.cat(scores).double().numpy()
+        joined: Values = torch.cat(scores).double().numpy()
         return joined
 
     return {
@@ -183,8 +176,8 @@ def _fitted_peers(head: Head, ids: Features) -> dict[str, Callable[[Features], N
 
 
 def tables(
-    known: Mapping[str, NDArray[Any]],
-    unknown: Mapping[str, Mapping[str, Mapping[str, NDArray[Any]]]],
+    id_conf: Mapping[str, Values],
+    ood_conf: Mapping[str, Mapping[str, Mapping[str, Values]]],
     single: Sequence[str],
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """`auroc`, `fpr95` and `summary` of a `Comparison`; `single`: the rows of single experts."""
@@ -192,24 +185,24 @@ def tables(
         method: with_means(
             {
                 group: {n: ood_metrics(conf, scored[method])[:2] for n, scored in sets.items()}
-                for group, sets in unknown.items()
+                for group, sets in ood_conf.items()
             }
         )
-        for method, conf in known.items()
+        for method, conf in id_conf.items()
     }
     fpr95, auroc = (
         pd.DataFrame({m: {n: 100 * v[i] for n, v in row.items()} for m, row in metrics.items()}).T
         for i in (0, 1)
     )
-    groups = [group for group in unknown if unknown[group]]
+    groups = [group for group in ood_conf if ood_conf[group]]
     summary = pd.DataFrame(index=auroc.index)
     for group in groups:
         summary[f"{group} AUROC"], summary[f"{group} FPR@95"] = auroc[group], fpr95[group]
     summary["rank"] = auroc.drop(columns=groups).rank(ascending=False).mean(axis=1)
     for group in groups:
         confidences = {
-            method: Confidences(conf, [scored[method] for scored in unknown[group].values()])
-            for method, conf in known.items()
+            method: Confidences(conf, [scored[method] for scored in ood_conf[group].values()])
+            for method, conf in id_conf.items()
         }
         best = str(auroc.loc[list(single), group].idxmax())
         gains = dict.fromkeys(auroc.index, "")
@@ -218,3 +211,73 @@ def tables(
             gains[method] = f"{100 * low:+.2f} to {100 * high:+.2f}"
         summary[f"{group} over {best}"] = pd.Series(gains)
     return auroc, fpr95, summary
+
+
+class Confidences(NamedTuple):
+    """Confidences of one method: of ID images `[N]`, and of each OOD data set `[M]`."""
+
+    id: ArrayLike
+    ood: Sequence[ArrayLike]
+
+
+def difference_interval(
+    ours: Confidences, other: Confidences, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap percentile interval of the difference of two methods' mean AUROC over data sets.
+
+    ID images and the images of each OOD data set are drawn with replacement, the same for both
+    methods.
+
+    Args:
+        ours, other: confidences of the same images in the same order.
+        level: probability of the interval.
+        draws, seed: number of bootstrap samples, and their seed.
+
+    Returns:
+        Lower and upper end, as a difference of AUROCs in [0, 1].
+
+    Raises:
+        DataError: no images, or different numbers of images.
+    """
+    sizes, others = ([len(np.asarray(c)) for c in (m.id, *m.ood)] for m in (ours, other))
+    if sizes != others or len(sizes) < 2 or min(sizes) == 0:
+        raise DataError(
+            "both methods need confidences of the same ID and OOD images, at least one of each, "
+            f"got {sizes} and {others} images"
+        )
+    generator, gains = np.random.default_rng(seed), []
+    step = max(COUNTS // (sizes[0] + max(sizes[1:])), 1)
+    for start in range(0, draws, step):
+        count = min(step, draws - start)
+        drawn_id, gain = _counts(generator, count, sizes[0]), np.zeros(count)
+        for a, b, size in zip(ours.ood, other.ood, sizes[1:], strict=True):
+            drawn_ood = _counts(generator, count, size)
+            gain += _aurocs(ours.id, a, drawn_id, drawn_ood)
+            gain -= _aurocs(other.id, b, drawn_id, drawn_ood)
+        gains.append(gain / len(ours.ood))
+    tail = 50 * (1 - level)
+    low, high = np.percentile(np.concatenate(gains), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _counts(generator: np.random.Generator, draws: int, images: int) -> Values:
+    """How often each of `N` images is in each sample of `N` with replacement: `[draws, N]`."""
+    drawn = generator.integers(images, size=(draws, images)) + images * np.arange(draws)[:, None]
+    return np.bincount(drawn.ravel(), minlength=draws * images).reshape(draws, images)
+
+
+def _aurocs(id_conf: ArrayLike, ood_conf: ArrayLike, n: Values, m: Values) -> Values:
+    """AUROC of every sample `[draws]`, given how often each image is in it; ties count one half."""
+    conf = np.concatenate([np.asarray(id_conf), np.asarray(ood_conf)])
+    order = np.argsort(conf)
+    _, first = np.unique(conf[order], return_index=True)
+
+    def per_level(counts: Values, before: int) -> Values:
+        """How many images of each sample have each value `[draws, V]`."""
+        padded = np.pad(counts, ((0, 0), (before, len(conf) - before - counts.shape[1])))
+        return np.add.reduceat(padded[:, order], first, axis=1)
+
+    ours, others = per_level(n, 0), per_level(m, n.shape[1])
+    below = np.cumsum(others, axis=1) - others / 2
+    aurocs: Values = (below * ours).sum(axis=1) / (n.sum(axis=1) * m.sum(axis=1))
+    return aurocs

@@ -8,32 +8,23 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
+from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
 from fusenorm_openood.detectors.base import Detector, Scored
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.evaluation.records import Loader, plain_loader
+from fusenorm_openood.evaluation.runs import Loader
 from fusenorm_openood.method.metrics import accuracy, ood_metrics
 
 COLUMNS = ["FPR@95", "AUROC", "AUPR_IN", "AUPR_OUT", "ACC"]
 
 
 class Evaluation(NamedTuple):
-    """Results of one detector on one benchmark.
+    """Results of one detector on one benchmark."""
 
-    Attributes:
-        table: metrics in percent, one row per data set and per mean, with OpenOOD's columns.
-        compare: AUROC / FPR@95 in percent, one row per expert, one column per data set or mean.
-        scores: predictions, confidences and labels, in the nested dict that OpenOOD saves.
-        sets: scores of each data set, by group (`id`, `csid`, `valood`, `nearood`, `farood`) and
-            name.
-        detector: the fitted detector; None, and no expert scores, if OpenOOD evaluated.
-    """
-
-    table: pd.DataFrame
-    compare: pd.DataFrame
-    scores: dict[str, Any]
-    sets: dict[str, dict[str, Scored]]
-    detector: Detector | None = None
+    table: pd.DataFrame  # metrics in percent: a row per data set and mean, OpenOOD's columns
+    compare: pd.DataFrame  # AUROC / FPR@95 in percent: a row per expert, a column per data set
+    scores: dict[str, Any]  # predictions, confidences and labels, as OpenOOD saves them
+    sets: dict[str, dict[str, Scored]]  # by group (id, csid, valood, nearood, farood) and name
+    detector: Detector | None = None  # None, and no expert scores, if OpenOOD evaluated
 
 
 def evaluate(
@@ -41,10 +32,8 @@ def evaluate(
     benchmark: Benchmark,
     fsood: bool = False,
     validation: bool = False,
-    batch_size: int = 200,
-    num_workers: int = 0,
+    load: Loader = image_loader,
     progress: bool = True,
-    loader: Loader | None = None,
 ) -> Evaluation:
     """Fit a detector on a benchmark's ID images, mostly those for validation, and test it.
 
@@ -54,9 +43,8 @@ def evaluate(
         fsood: whether covariate-shifted ID images count as ID.
         validation: whether to test on the validation pair instead, ID validation images against
             OOD validation images; choose settings there, never on test images.
-        batch_size, num_workers: settings of the data loaders.
+        load: loads an image set, for example `Run.load`.
         progress: whether to show a progress bar per data set.
-        loader: loads an image set, for example `Records.loader`; None = with the settings above.
 
     Raises:
         ConfigError: `fsood` for a benchmark without covariate-shifted images.
@@ -64,7 +52,6 @@ def evaluate(
     """
     check_fsood(benchmark, fsood)
     benchmark.check_labels(benchmark.tested(fsood, validation))
-    load = loader or plain_loader(batch_size, num_workers)
     if not detector.is_fitted:
         detector.fit(load(benchmark.id[detector.fitted_on]), progress)
     tested: dict[str, dict[str, ImageSet]] = {
@@ -80,15 +67,15 @@ def evaluate(
         group: {name: detector.infer(next(loaders), progress, name) for name in image_sets}
         for group, image_sets in tested.items()
     }
-    known = [*sets["id"].values(), *sets["csid"].values()]
-    id_scores = np.concatenate([_with_experts(s) for s in known], axis=1)
-    acc = accuracy(
-        np.concatenate([s.pred for s in known]), np.concatenate([s.label for s in known])
-    )
-    metrics = with_means(
+    id_sets = [*sets["id"].values(), *sets["csid"].values()]
+    id_scores = np.concatenate([with_experts(s) for s in id_sets], axis=1)
+    pred, label = (np.concatenate([getattr(s, n) for s in id_sets]) for n in ("pred", "label"))
+    acc = accuracy(pred, label)
+    metrics = with_means(  # FPR@95, AUROC and both AUPRs [1 + L, 4] of each data set
         {
-            group: {name: _metrics(id_scores, s) for name, s in sets[group].items()}
-            for group in ("valood", "nearood", "farood")
+            group: {n: [*map(ood_metrics, id_scores, with_experts(s))] for n, s in found.items()}
+            for group, found in sets.items()
+            if group not in ("id", "csid")
         }
     )
     rows = [[*fused, acc] for fused, *_ in metrics.values()]
@@ -101,15 +88,9 @@ def evaluate(
     return Evaluation(table, compare, _openood_scores(sets, benchmark.name), sets, detector)
 
 
-def _with_experts(scored: Scored) -> NDArray[Any]:
+def with_experts(scored: Scored) -> NDArray[Any]:
     """The confidences and the experts' scores `[1 + L, N]`."""
     return np.vstack([scored.conf[None], scored.experts])
-
-
-def _metrics(id_scores: NDArray[Any], scored: Scored) -> NDArray[np.float64]:
-    """FPR@95, AUROC and both AUPRs `[1 + L, 4]` of the confidences and of each expert."""
-    pairs = zip(id_scores, _with_experts(scored), strict=True)
-    return np.array([ood_metrics(known, unknown) for known, unknown in pairs])
 
 
 def with_means(groups: Mapping[str, Mapping[str, ArrayLike]]) -> dict[str, NDArray[np.float64]]:
@@ -139,6 +120,12 @@ def check_fsood(benchmark: Benchmark, fsood: bool) -> None:
     """Raise ConfigError for `fsood` on a benchmark without covariate-shifted ID images."""
     if fsood and not benchmark.csid:
         raise ConfigError(f"{benchmark.name} has no covariate-shifted ID images: leave out --fsood")
+
+
+def mean(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The mean over the tables of several training runs."""
+    average: pd.DataFrame = sum(tables[1:], start=tables[0]) / len(tables)
+    return average
 
 
 def _openood_scores(sets: Mapping[str, Mapping[str, Scored]], name: str) -> dict[str, Any]:

@@ -7,19 +7,18 @@ README of the branch named in `WHERE`.
 import csv
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from torch import nn
 
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
 from fusenorm_openood.data.lists import read_imagelist
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.evaluation.evaluation import COLUMNS
-from fusenorm_openood.evaluation.runs import unfinished
-from fusenorm_openood.network.checkpoints import NetworkKind, network_kind
+from fusenorm_openood.evaluation.runs import Run
+from fusenorm_openood.network.checkpoints import network_kind
 from fusenorm_openood.network.resnet import T2FNormNet
 from fusenorm_openood.storage.configs import config_root, read_config
 from fusenorm_openood.storage.files import file_digest
@@ -36,9 +35,9 @@ _OURS = {
     "fusenorm_deviation": "FuseNorm (deviation)",
 }
 # Names in `utils/papers.csv` of the leaderboard; any other name is used as it is.
+_UPPER = ("msp", "mls", "ebo", "odin", "knn", "nci", "gen", "she", "scale", "ash", "vim", "ras")
 _LISTED = {
-    **{n: n.upper() for n in ("msp", "mls", "ebo", "odin", "knn", "nci", "gen", "she")},
-    **{n: n.upper() for n in ("scale", "ash", "vim", "mds", "ras")},
+    **{name: name.upper() for name in (*_UPPER, "mds")},
     **{"t2fnorm": "T2FNorm", "react": "ReAct", "fdbd": "fDBD", "mds++": "MDS++"},
     **{"rmds": "RMDS++", "logitgap": "LogitGap", "mahavar": "MahaVar"},
 }
@@ -114,12 +113,7 @@ def _size(path: Path) -> int | None:
 
 
 def leaderboard_entry(
-    postprocessor: str,
-    benchmark: Benchmark,
-    fsood: bool,
-    checkpoints: Mapping[str, Path],
-    networks: Mapping[str, nn.Module],
-    results: Path,
+    postprocessor: str, benchmark: Benchmark, fsood: bool, runs: Mapping[str, Run], results: Path
 ) -> str:
     """The entry in Markdown: rows for two files, warnings, results, checkpoints and lists.
 
@@ -127,25 +121,26 @@ def leaderboard_entry(
         postprocessor: name of the postprocessor, as in OpenOOD.
         benchmark: the benchmark of the results.
         fsood: whether the results are full-spectrum.
-        checkpoints, networks: by training run, all of one kind.
+        runs: the training runs, all of one kind.
         results: CSV file with the results; see `read_results`.
 
     Raises:
         DataError: the CSV file holds no results on the benchmark.
     """
-    table, net = read_results(results, benchmark), next(iter(networks.values()))
-    run, path = next(iter(checkpoints.items()))
-    name = _ROOT.fullmatch((path.parents[1] if run else path.parent).resolve().name)
-    trainer = name["trainer"] if name and name["trainer"] not in _TRAININGS else None
-    kind, tested = network_kind(net), splits(benchmark, fsood)
+    table, tested = read_results(results, benchmark), splits(benchmark, fsood)
+    (run, first), *_ = runs.items()
+    folder = first.checkpoint.parents[1] if run else first.checkpoint.parent
+    name, kind = _ROOT.fullmatch(folder.resolve().name), network_kind(first.net)
+    trainer = name["trainer"] if name else None
+    other = None if trainer in _TRAININGS else trainer
     alias = {**_OURS, **_LISTED}.get(postprocessor, postprocessor)
     row = (
-        trainer or kind.training,
+        other or kind.training,
         alias,
         table.loc["nearood", "AUROC"],
         table.loc["farood", "AUROC"],
         table.loc["nearood", "ACC"],
-        _UNKNOWN if trainer else "No",
+        _UNKNOWN if other else "No",
         re.sub(r"_\d+x\d+", "", kind.architecture),
         f"{name['epochs']} epochs" if name else _UNKNOWN,
     )
@@ -159,15 +154,17 @@ def leaderboard_entry(
         link = _LINK if postprocessor in _OURS else _UNKNOWN
         parts += ["Row for `utils/papers.csv`:", _csv(("Alias", "Link"), (alias, link))]
     about = [f"{name['epochs']} epochs", f"learning rate {name['lr']}"] if name else []
-    about += [f"tau {net.tau.item():.3g}"] if isinstance(net, T2FNormNet) else []
-    count = f"mean \u00b1 std over {len(checkpoints)} training runs ({', '.join(checkpoints)})"
-    about += [count if len(checkpoints) > 1 else "1 training run", f"{benchmark.name} benchmark"]
+    about += [f"tau {first.net.tau.item():.3g}"] if isinstance(first.net, T2FNormNet) else []
+    count = f"mean \u00b1 std over {len(runs)} training runs ({', '.join(runs)})"
+    about += [count if len(runs) > 1 else "1 training run", f"{benchmark.name} benchmark"]
     about.append("full-spectrum: covariate-shifted ID images count as ID" if fsood else "OOD")
     warnings = [
         *_list_warnings(benchmark, tested, fsood),
-        *_run_warnings(table, results, checkpoints, kind, name and name["trainer"]),
+        *_run_warnings(table, results, runs.values(), kind.training, trainer),
     ]
-    runs = [(f"`{_short(p)}`", f"`{file_digest(p)}`") for p in checkpoints.values()]
+    digests = [
+        (f"`{_short(r.checkpoint)}`", f"`{file_digest(r.checkpoint)}`") for r in runs.values()
+    ]
     lists = [
         (s.role, f"`{s.imagelist.name}`", *("unknown" if n is None else n for n in s[2:]))
         for s in tested
@@ -177,7 +174,7 @@ def leaderboard_entry(
         *(f"**Warning:** {warning}" for warning in warnings),
         f"Results, from `{_short(results)}`:",
         _markdown(["data set", *COLUMNS], table.itertuples(name=None)),
-        _markdown(["checkpoint", "SHA-256"], runs),
+        _markdown(["checkpoint", "SHA-256"], digests),
         _markdown(["split", "list", "images", "images in OpenOOD v1.5"], lists),
     ]
     return "\n\n".join(parts)
@@ -203,36 +200,34 @@ def _list_warnings(benchmark: Benchmark, tested: Sequence[Split], fsood: bool) -
 
 
 def _run_warnings(
-    table: pd.DataFrame,
-    results: Path,
-    checkpoints: Mapping[str, Path],
-    kind: NetworkKind,
-    trainer: str | None,
+    table: pd.DataFrame, results: Path, runs: Collection[Run], training: str, trainer: str | None
 ) -> Iterator[str]:
-    for path in filter(unfinished, checkpoints.values()):
-        yield f"training run {_short(path)} is not finished."
-    written, csv_file, runs = results.stat().st_mtime, _short(results), len(checkpoints)
-    if newer := [_short(path) for path in checkpoints.values() if path.stat().st_mtime > written]:
+    for run in runs:
+        if run.is_unfinished:
+            yield f"training run {_short(run.checkpoint)} is not finished."
+    written, csv_file = results.stat().st_mtime, _short(results)
+    paths = [run.checkpoint for run in runs]
+    if newer := [_short(path) for path in paths if path.stat().st_mtime > written]:
         yield (
             f"{', '.join(newer)} {'are' if len(newer) > 1 else 'is'} newer than {csv_file}, whose "
             "results may belong to an earlier checkpoint: evaluate again."
         )
     stds = [match[1] for cell in table.to_numpy().flat if (match := _CELL.fullmatch(cell))]
     varies = any(std is not None and float(std) > 0 for std in stds)
-    if varies != (runs > 1):
+    if varies != (len(runs) > 1):
         yield (
             f"{csv_file} holds results of {'several runs' if varies else 'a single run'}, but the "
-            f"root has {runs} training run{'s' if runs > 1 else ''}: evaluate again."
+            f"root has {len(runs)} training run{'s' * (len(runs) > 1)}: evaluate again."
         )
     if trainer not in (None, *_TRAININGS):
         yield (
             f"the trainer {trainer} is unknown to this package: fill in by hand whether it uses "
             "outlier data."
         )
-    elif trainer and _TRAININGS[trainer] != kind.training:
+    elif trainer and _TRAININGS[trainer] != training:
         yield (
             f"the folder is named after {_TRAININGS[trainer]} training, but the keys of its "
-            f"checkpoints are those of {kind.training} training."
+            f"checkpoints are those of {training} training."
         )
 
 

@@ -1,16 +1,34 @@
-"""Training runs on disk, and their networks."""
+"""Training runs on disk: their checkpoints, their networks, and what a store has of them."""
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import nn
 
-from fusenorm_openood.errors import CheckpointError
-from fusenorm_openood.evaluation.records import Records
+from fusenorm_openood.data.benchmarks import ImageSet, image_loader
+from fusenorm_openood.data.lists import ImageList
+from fusenorm_openood.errors import CheckpointError, TapError
+from fusenorm_openood.forward.batches import Pace
+from fusenorm_openood.forward.passes import head_of
+from fusenorm_openood.forward.recorded import RecordedLoader
+from fusenorm_openood.method.scores.base import Head
 from fusenorm_openood.network.checkpoints import check_classes, load_network, network_kind
 from fusenorm_openood.network.running import LazyNetwork
+from fusenorm_openood.network.structure import Structure
+from fusenorm_openood.storage.files import file_digest, manifest
+from fusenorm_openood.storage.shards import Columns
+from fusenorm_openood.storage.stored import stored_row
+from fusenorm_openood.version import __version__
+
+Loader = Callable[[ImageSet], Iterable[Any]]
 
 
 def find_checkpoints(root: str | Path) -> dict[str, Path]:
@@ -76,9 +94,54 @@ def results_folder(root: str | Path, output_dir: str | Path | None = None) -> Pa
     return Path(root).with_suffix("") if os.path.isfile(root) else Path(root)
 
 
-def unfinished(checkpoint: Path) -> bool:
-    """Whether the training run of a checkpoint was interrupted, or is still running."""
-    return checkpoint.with_name("unfinished.ckpt").is_file()
+class StoredNetwork(NamedTuple):
+    """What is needed of a network to use its stored scores without loading it."""
+
+    structure: Structure
+    head: Head | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: its network, and how images are scored with it."""
+
+    net: nn.Module
+    checkpoint: Path = Path()
+    batch_size: int = 200
+    num_workers: int = 0
+    store: Path | None = None  # where scores are stored, so that no image is scored twice
+    key: Mapping[str, Any] = field(default_factory=dict)  # see `network_key`
+    throughput: Pace = field(default_factory=Pace)  # counts the images that the network is run on
+
+    def load(self, image_set: ImageSet) -> Iterable[Any]:
+        """A loader of an image set, which stores the scores of its images if there is a store."""
+        if self.store is None:
+            return image_loader(image_set, self.batch_size, self.num_workers)
+        images = image_set.images()
+        about = {"images": list_digest(images), "transform": repr(images.transform)}
+        how = self.batch_size, self.num_workers, self.throughput
+        name = image_set.imagelist.stem
+        return RecordedLoader(images, self.store, {**self.key, **about}, name, *how)
+
+    def save(self, structure: Structure) -> None:
+        """Store how the network is built, and its head, if there is a store."""
+
+        def columns() -> Columns:
+            found = {"structure": np.array([json.dumps(structure.to_json())], dtype=object)}
+            try:
+                head = head_of(self.net, structure)
+            except TapError:  # no linear head
+                return found
+            weight, bias = (t.detach().cpu().float().numpy() for t in head)
+            return {**found, "weight": weight.reshape(1, -1), "bias": bias[None]}
+
+        if self.store is not None:
+            stored_row(self.store, {**self.key, "content": "structure"}, "network", columns)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the training was interrupted, or is still running."""
+        return self.checkpoint.with_name("unfinished.ckpt").is_file()
 
 
 def load_runs(
@@ -86,17 +149,20 @@ def load_runs(
     num_classes: int,
     network: str | None = None,
     image_size: int | None = None,
-    records: Mapping[str, Records] | None = None,
-) -> dict[str, nn.Module]:
-    """The networks of the training runs under one root, which must be of the same kind.
+    batch_size: int = 200,
+    num_workers: int = 0,
+    store: Path | None = None,
+    **how: Any,
+) -> dict[str, Run]:
+    """The training runs under one root, whose networks must be of the same kind.
 
-    If the store knows all of them, they are loaded when they are first run.
+    If the store has what is needed of all networks, each is loaded when it is first run.
 
     Args:
         checkpoints: file by run; see `find_checkpoints`.
         num_classes: number of classes of the ID data set.
         network, image_size: see `load_network`.
-        records: the part of the store of each run's network, if there is a store.
+        batch_size, num_workers, store, how: see `Run` and `network_key`.
 
     Raises:
         CheckpointError: a file without a known network; runs that differ in architecture,
@@ -108,17 +174,101 @@ def load_runs(
         run: partial(load_network, path, expected, network, image_size)
         for run, path in checkpoints.items()
     }
-    known = {run: stored for run, r in (records or {}).items() if (stored := r.known())}
-    kinds = [(s.classes, s.blocks, s.shapes, s.scoring) for s, _ in known.values()]
+    keys, stored = {run: dict[str, Any]() for run in load}, {}
+    if store is not None:
+        keys = {run: network_key(p, network, image_size, **how) for run, p in checkpoints.items()}
+        stored = {run: found for run in load if (found := _stored_network(store, keys[run]))}
+    kinds = [(s.classes, s.blocks, s.shapes, s.scoring) for s, _ in stored.values()]
+    networks: dict[str, nn.Module]
     if kinds and kinds == kinds[:1] * len(load) and kinds[0][0] == num_classes:
-        return {run: LazyNetwork(load[run], known[run]) for run in load}
-    networks = {run: load_one() for run, load_one in load.items()}
-    (first, kind), *others = [(run, network_kind(net, network)) for run, net in networks.items()]
-    for run, other in others:
-        if other != kind:
-            raise CheckpointError(
-                f"all runs under one root must be of the same kind, got {checkpoints[first]}, a "
-                f"{kind}, and {checkpoints[run]}, a {other}: use a separate root for each kind"
-            )
-    check_classes(checkpoints[first], kind.classes, num_classes)
-    return networks
+        networks = {run: LazyNetwork(load[run], stored[run]) for run in load}
+    else:
+        networks = {run: load_one() for run, load_one in load.items()}
+        (first, kind), *others = ((n, network_kind(net, network)) for n, net in networks.items())
+        for run, other in others:
+            if other != kind:
+                raise CheckpointError(
+                    f"all runs under one root must be of the same kind, got {checkpoints[first]}, "
+                    f"a {kind}, and {checkpoints[run]}, a {other}: use a separate root for each "
+                    "kind"
+                )
+        check_classes(checkpoints[first], kind.classes, num_classes)
+    throughput, loading = Pace(), (batch_size, num_workers, store)
+    return {
+        run: Run(net, checkpoints[run], *loading, keys[run], throughput)
+        for run, net in networks.items()
+    }
+
+
+def _stored_network(store: Path, key: Mapping[str, Any]) -> StoredNetwork | None:
+    """What `Run.save` stored of the network, if it did."""
+    row = stored_row(store, {**key, "content": "structure"}, "network", lambda: None)
+    if row is None:
+        return None
+    head, structure = None, Structure.from_json(json.loads(row["structure"][0]))
+    if "weight" in row:
+        bias = torch.from_numpy(row["bias"][0])
+        head = Head(torch.from_numpy(row["weight"]).view(len(bias), -1), bias)
+    return StoredNetwork(structure, head)
+
+
+def network_key(
+    checkpoint: Path, network: str | None, image_size: int | None, **how: Any
+) -> dict[str, Any]:
+    """What determines a network's scores, besides its images, in terms of JSON.
+
+    Args:
+        checkpoint: its file, all of whose bytes count.
+        network: its architecture, if it is named; of a factory, the bytes of its module count.
+        image_size: size of the images.
+        how: how it is run, for example in half precision.
+    """
+    return {
+        "version": __version__,
+        "checkpoint": file_digest(checkpoint),
+        "network": network,
+        "code": None if network is None else _code(network.partition(":")[0]),
+        "image_size": image_size,
+        **how,
+    }
+
+
+def _code(module: str) -> str | None:
+    """Digest of the file of a module, None of a package or without one."""
+    try:
+        found = find_spec(module)
+    except (ImportError, ValueError):  # the import of the network raises it as well
+        return None
+    if found is None or found.origin is None or found.submodule_search_locations is not None:
+        return None
+    return file_digest(found.origin) if Path(found.origin).is_file() else None
+
+
+def list_digest(images: ImageList) -> str:
+    """SHA-256 of an image list's paths, labels, and the sizes and times of its files."""
+    names = (f"{entry.name} {entry.label}" for entry in images.entries)
+    return manifest(images.paths(), names)
+
+
+def find_faults(images: ImageList, store: Path | None = None) -> list[tuple[str, str]]:
+    """The position and the fault of each faulty image; see `find_fault`.
+
+    With a store, if all files can be read, some of them truncated, they are not opened again until
+    the list, or the size or time of a file, changes.
+
+    Raises:
+        DataError: with a store, a file is missing.
+        StoreError: the store cannot be written.
+    """
+    found, name = None, f"{images.path.stem}_faults"
+    if store is not None:
+        key = {"version": __version__, "images": list_digest(images), "content": "faults"}
+        if row := stored_row(store, key, name, lambda: None):
+            found = {int(n): fault for n, fault in json.loads(row["faults"][0]).items()}
+    if found is None:
+        found = images.faults()
+        # Files that cannot be read may become readable unchanged.
+        if store is not None and {"truncated"}.issuperset(found.values()):
+            faults = np.array([json.dumps(found)], dtype=object)
+            stored_row(store, key, name, lambda: {"faults": faults})
+    return [(images.where(number), fault) for number, fault in found.items()]

@@ -42,8 +42,7 @@ class ScoringView(nn.Module):
 
     def forward(self, x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Scoring logits `[B, K]`, optionally with the feature `[B, D]` that `fc` takes."""
-        if self._structure is None:
-            self._structure = understand(self.net, x)
+        self._structure = self._structure or understand(self.net, x)
         done = forward_pass(self.net, x, self._structure)
         if not return_feature:
             return done.logits
@@ -109,10 +108,10 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
         """The network's predictions `[B]`, and the inner postprocessor's confidences `[B]`."""
         core = self._core(net)
         view, perturbs = self._view(core), self.name in PERTURBING
+        contexts = (eval_mode, without_weight_gradients) if perturbs else ()
         with ExitStack() as stack:
-            if perturbs:
-                stack.enter_context(eval_mode(core))
-                stack.enter_context(without_weight_gradients(core))
+            for context in contexts:
+                stack.enter_context(context(core))
             pred, conf = self.inner.postprocess(view, data)
         if perturbs or view is not core or has_scoring_logits(core):
             with torch.no_grad():
@@ -122,7 +121,7 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
     def _core(self, net: Any) -> Any:
         """The network itself, without the wrapper that OpenOOD may already have put around it."""
         wrapper = self._wrapper()
-        return net.backbone if wrapper is not None and isinstance(net, wrapper) else net
+        return net.backbone if wrapper and isinstance(net, wrapper) else net
 
     def _view(self, core: Any) -> Any:
         """The network as the inner postprocessor gets it."""
@@ -135,13 +134,11 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
             return core
         wrapper = self._wrapper()
         scored = ScoringView(core) if has_scoring_logits(core) else core
-        return scored if wrapper is None else wrapper(scored)
+        return wrapper(scored) if wrapper else scored
 
     def _wrapper(self) -> Any:
-        if self.name not in WRAPPERS:
-            return None
-        module, wrapper = WRAPPERS[self.name]
-        return getattr(openood_module(f"networks.{module}"), wrapper)
+        module, wrapper = WRAPPERS.get(self.name, ("", ""))
+        return getattr(openood_module(f"networks.{module}"), wrapper) if module else None
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner" or name.startswith("__"):  # looked up during unpickling
@@ -164,14 +161,14 @@ def make_postprocessor(name: str, config: Mapping[str, Any], id_name: str) -> An
     """
     if name in METHODS:
         return FuseNormPostprocessor(config)
-    known = openood_module("evaluation_api.postprocessor").postprocessors
-    if name not in known:
-        names = ", ".join(sorted({*known, *METHODS}))
+    theirs = openood_module("evaluation_api.postprocessor").postprocessors
+    if name not in theirs:
+        names = ", ".join(sorted({*theirs, *METHODS}))
         raise ConfigError(f"unknown postprocessor {name!r}: choose from {names}")
     aps_mode = bool(lookup(config, "postprocessor").get("APS_mode"))
     openood_config = openood_module("utils").Config(dict(config), dataset={"name": id_name})
     try:
-        inner = known[name](openood_config)
+        inner = theirs[name](openood_config)
     except (AttributeError, KeyError, TypeError) as error:  # OpenOOD does not validate it
         raise ConfigError(
             f"postprocessor {name!r} cannot be built from its configuration "

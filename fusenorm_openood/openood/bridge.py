@@ -18,6 +18,8 @@ from fusenorm_openood.errors import DataError, OpenOODError
 from fusenorm_openood.kernels.devices import device_of, on_device
 from fusenorm_openood.openood import INSTALL
 
+_ABSENT = f"OpenOOD is not installed: install it with '{INSTALL}'"
+
 
 class MinimalBasePostprocessor:
     """The part of OpenOOD's `BasePostprocessor` that a subclass relies on."""
@@ -38,14 +40,14 @@ def openood_config_root() -> Path:
     """The folder of OpenOOD's configurations, which is next to its package."""
     spec = find_spec("openood")
     if spec is None or not spec.submodule_search_locations:
-        raise OpenOODError(f"OpenOOD is not installed: install it with '{INSTALL}'")
+        raise OpenOODError(_ABSENT)
     return Path(spec.submodule_search_locations[0]).parent / "configs"
 
 
 def openood_module(name: str) -> Any:
     """The module `openood.<name>`; OpenOODError if OpenOOD is absent or broken."""
     if not openood_installed():
-        raise OpenOODError(f"OpenOOD is not installed: install it with '{INSTALL}'")
+        raise OpenOODError(_ABSENT)
     truncated = ImageFile.LOAD_TRUNCATED_IMAGES
     try:
         return import_module(f"openood.{name}")
@@ -60,18 +62,14 @@ def openood_module(name: str) -> Any:
 
 def base_postprocessor() -> type[Any]:
     """OpenOOD's `BasePostprocessor`, or a minimal class with its interface without OpenOOD."""
-    if not openood_installed():
-        return MinimalBasePostprocessor
-    try:
-        base: type[Any] = openood_module("postprocessors").BasePostprocessor
-    except OpenOODError as error:
-        warnings.warn(
-            f"FuseNormPostprocessor is not a subclass of OpenOOD's BasePostprocessor: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return MinimalBasePostprocessor
-    return base
+    if openood_installed():
+        try:
+            base: type[Any] = openood_module("postprocessors").BasePostprocessor
+            return base
+        except OpenOODError as error:
+            text = "FuseNormPostprocessor is not a subclass of OpenOOD's BasePostprocessor"
+            warnings.warn(f"{text}: {error}", RuntimeWarning, stacklevel=2)
+    return MinimalBasePostprocessor
 
 
 def csid_of_evaluator(id_name: str) -> list[str]:
@@ -101,15 +99,9 @@ def evaluate_with_openood(
         raise OpenOODError(
             f"OpenOOD's evaluator has no ID data set {id_name!r}: choose --engine native"
         )
+    how = {"batch_size": batch_size, "num_workers": num_workers}
     with on_device(device_of(net)), truncated_images(read=True), file_errors():
-        evaluator = api.Evaluator(
-            net,
-            id_name=id_name,
-            data_root=str(data_root),
-            postprocessor=postprocessor,
-            batch_size=batch_size,
-            num_workers=num_workers,
-        )
+        evaluator = api.Evaluator(net, id_name, str(data_root), postprocessor=postprocessor, **how)
         table: pd.DataFrame = evaluator.eval_ood(fsood=fsood, progress=progress)
     return table, evaluator.scores
 

@@ -4,8 +4,11 @@ python -m fusenorm_openood.main --config A.yml B.yml ... [--device cpu] [--key v
 """
 
 import argparse
+import ast
+import inspect
 import io
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,18 +25,11 @@ from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.network.states import aligned, load_state
 from fusenorm_openood.openood.adapter import adapted
 from fusenorm_openood.openood.bridge import file_errors, openood_module, replaced
-from fusenorm_openood.openood.register import names_known_to, register
+from fusenorm_openood.openood.postprocessor import register
 from fusenorm_openood.storage.configs import config_root, lookup
 
-# OpenOOD's function that resolves the name given in each section of the configuration.
-LOOKUPS = {
-    "pipeline": ("pipelines.utils", "get_pipeline"),
-    "network": ("networks.utils", "get_network"),
-    "trainer": ("trainers.utils", "get_trainer"),
-    "evaluator": ("evaluators.utils", "get_evaluator"),
-    "postprocessor": ("postprocessors.utils", "get_postprocessor"),
-    "recorder": ("recorders.utils", "get_recorder"),
-}
+# Sections whose name OpenOOD looks up, by `get_SECTION` of its module `SECTIONs.utils`.
+NAMED = ("pipeline", "network", "trainer", "evaluator", "postprocessor", "recorder")
 TESTING = ("dataset", "ood_dataset", "network", "preprocessor", "postprocessor")
 SECTIONS = {
     "train": ("dataset", "network", "preprocessor", "trainer", "optimizer"),
@@ -60,14 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         register()
         config = read_configs([find_config(path) for path in args.config], changes)
         check_config(config, device)
-        openood_module("utils").launch(
-            run_pipeline,
-            config.num_gpus,
-            num_machines=config.num_machines,
-            machine_rank=config.machine_rank,
-            dist_url="auto",
-            args=(config, str(device)),
-        )
+        machines = config.num_gpus, config.num_machines, config.machine_rank
+        openood_module("utils").launch(run_pipeline, *machines, "auto", (config, str(device)))
     except FuseNormError as error:
         print(f"fusenorm_openood.main: {error}", file=sys.stderr)
         return 1
@@ -119,13 +109,13 @@ def check_config(config: Any, device: torch.device) -> None:
     pipeline = lookup(config, "pipeline", "name")
     for section in SECTIONS.get(pipeline, ()):
         lookup(config, section)
-    for section, (module, function) in LOOKUPS.items():
+    for section in NAMED:
         # Test pipelines use no recorder; their section has no name.
         if section in config and (section != "recorder" or "name" in config.recorder):
             name = lookup(config, section, "name")
-            known = names_known_to(getattr(openood_module(module), function))
-            if name not in known:
-                raise ConfigError(f"unknown {section} {name!r}: choose from {', '.join(known)}")
+            names = names_in(getattr(openood_module(f"{section}s.utils"), f"get_{section}"))
+            if name not in names:
+                raise ConfigError(f"unknown {section} {name!r}: choose from {', '.join(names)}")
     if "postprocessor" in config:
         if config.postprocessor.name in METHODS:
             read_fusenorm(config)
@@ -147,6 +137,21 @@ def check_config(config: Any, device: torch.device) -> None:
             f"output directory {config.output_dir} already exists: write into it with "
             "--merge_option merge, or choose another with --mark NAME"
         )
+
+
+def names_in(function: Callable[..., Any]) -> list[str]:
+    """The names that one of OpenOOD's `get_...` functions takes, read from its source code.
+
+    Such a function looks the name up in a dict literal, or compares it with one name after another.
+    """
+    nodes: list[Any] = []
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+        if isinstance(node, ast.Dict):
+            nodes += node.keys
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq):
+            nodes += node.comparators
+    names = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return sorted(names | set(METHODS) if hasattr(function, "has_fusenorm") else names)
 
 
 def run_pipeline(config: Any, device: str) -> None:

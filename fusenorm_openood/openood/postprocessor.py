@@ -1,7 +1,9 @@
-"""FuseNorm as one of OpenOOD's postprocessors."""
+"""FuseNorm as one of OpenOOD's postprocessors, and its registration with OpenOOD."""
 
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,11 @@ from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.search import UNUSABLE, choose, search, swept
 from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError
-from fusenorm_openood.method.settings import FUSION_SETTINGS
+from fusenorm_openood.method.settings import FUSION_SETTINGS, METHODS
 from fusenorm_openood.network.fingerprint import is_network
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.openood.bridge import base_postprocessor
+from fusenorm_openood.openood.bridge import base_postprocessor, openood_module, rebind
+from fusenorm_openood.storage import configs
 
 
 class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
@@ -65,12 +68,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             id_loader_dict: OpenOOD's ID loaders; `"val"` is read.
             ood_loader_dict: OpenOOD's OOD loaders; `"val"` is read for a search.
         """
-        if "val" not in id_loader_dict:
-            raise DataError(
-                "id_loader_dict must contain 'val', the loader that FuseNorm is fitted on, got "
-                f"{', '.join(id_loader_dict) or 'no loader'}"
-            )
-        id_loader = id_loader_dict["val"]
+        id_loader = _validation(id_loader_dict, "id_loader_dict", "to fit on")
         if self.setup_flag and not self._is_of(net):
             self.setup_flag, self.statistics, self._bank, self._last = False, None, None, None
         if not self.setup_flag or self._fitted_on is None or self._fitted_on[0] is not net:
@@ -83,16 +81,12 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
             self.settings, self.statistics = found.settings, found.statistics
             self.APS_mode, self.hyperparam_search_done = False, True
         elif self.APS_mode and not self.hyperparam_search_done:
-            if not ood_loader_dict or "val" not in ood_loader_dict:
-                raise DataError(
-                    "ood_loader_dict must contain 'val' for a search (APS_mode: True), got "
-                    f"{', '.join(ood_loader_dict or ()) or 'no loader'}"
-                )
+            ood_loader = _validation(ood_loader_dict, "ood_loader_dict", "for a search")
             self._bank = ScoreBank(net, swept(self.settings, self.args_dict))
-            self._bank.fit(id_loader).add(ood_loader_dict["val"])
+            self._bank.fit(id_loader).add(ood_loader)
             self._structure = self._bank.known_structure
             # Raise a clear error if no combination is usable: OpenOOD's loop raises a TypeError.
-            choose(self._bank, self.settings, self.args_dict, [ood_loader_dict["val"]])
+            choose(self._bank, self.settings, self.args_dict, [ood_loader])
         else:
             self._fit()
         self.setup_flag = True
@@ -137,7 +131,7 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         try:
             self.settings = self.settings.replace(**values)
             if self._bank is not None:
-                self.statistics = self._known_to_bank()
+                self.statistics = self._from_bank()
             elif self.statistics is not None and self._fitted_on is not None:
                 self._detector(self._fitted_on[0])
         except UNUSABLE as error:
@@ -155,13 +149,13 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         network = None if fitted is None else fitted.network
         return network is None or is_network(net, network)
 
-    def _known_to_bank(self) -> DetectorStatistics | None:
+    def _from_bank(self) -> DetectorStatistics | None:
         bank = self._bank
         return bank.statistics(self.settings) if bank and bank.has(self.settings) else None
 
     def _fit(self) -> None:
-        """The calibration under the current settings, from the images passed to `setup`."""
-        self.statistics, self.setup_flag = self._known_to_bank(), False
+        """Find the statistics under the current settings, from the images passed to `setup`."""
+        self.statistics, self.setup_flag = self._from_bank(), False
         if self._fitted_on is None:
             return
         if self.statistics is None:
@@ -202,7 +196,50 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
         return bool(changed)
 
     def __getstate__(self) -> dict[str, Any]:
-        # During a search the bank, which is not pickled, has the calibrations.
+        # During a search the bank, which is not pickled, has the statistics.
         ready = self.setup_flag and self.statistics is not None
         gone = dict.fromkeys(("_fitted_on", "_bank", "_last", "_structure"))
         return {**vars(self), **gone, "setup_flag": ready}
+
+
+def _validation(loaders: Mapping[str, Any] | None, name: str, purpose: str) -> Iterable[Any]:
+    if not loaders or "val" not in loaders:
+        found = ", ".join(loaders or ()) or "no loader"
+        raise DataError(f"{name} must contain 'val', the loader {purpose}, got {found}")
+    loader: Iterable[Any] = loaders["val"]
+    return loader
+
+
+def register() -> None:
+    """Register `fusenorm`, `fusenorm_published` and `fusenorm_deviation` with OpenOOD.
+
+    OpenOOD looks them up in its `Evaluator` (`postprocessor_name="fusenorm"`), `get_postprocessor`
+    of its evaluation API, and the pipelines in its YAML files. None of OpenOOD's files is changed,
+    other names keep their meaning, and a second call has no effect. If OpenOOD's configuration
+    folder has no file `postprocessors/NAME.yml`, this package's file is read.
+
+    Raises:
+        OpenOODError: OpenOOD is absent or broken.
+    """
+    api = openood_module("evaluation_api.postprocessor")
+    api.postprocessors.update(dict.fromkeys(METHODS, FuseNormPostprocessor))
+    by_name: Any = api.get_postprocessor
+    by_config: Any = openood_module("postprocessors.utils").get_postprocessor
+
+    @wraps(by_name)
+    def get_by_name(config_root: str, postprocessor_name: str, id_data_name: str) -> Any:
+        own = Path(config_root, "postprocessors", f"{postprocessor_name}.yml")
+        if postprocessor_name in METHODS and not own.is_file():
+            config_root = str(configs.config_root())
+        return by_name(config_root, postprocessor_name, id_data_name)
+
+    @wraps(by_config)
+    def get_by_config(config: Any) -> Any:
+        is_ours = config.postprocessor.name in METHODS
+        return FuseNormPostprocessor(config) if is_ours else by_config(config)
+
+    pairs: list[tuple[Any, Any]] = [(by_name, get_by_name), (by_config, get_by_config)]
+    for original, wrapper in pairs:
+        if not hasattr(original, "has_fusenorm"):
+            wrapper.has_fusenorm = True
+            rebind(original, wrapper)

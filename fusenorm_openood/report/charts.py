@@ -39,7 +39,7 @@ def legend(ax: Any, backwards: bool = False) -> None:
 
 def histogram(
     title: str,
-    known: Series,
+    ids: Series,
     others: Sequence[Series],
     axis: str,
     threshold: float | None = None,
@@ -47,15 +47,15 @@ def histogram(
     lines: tuple[str, ...] = (),
 ) -> Figure:
     """The distribution of scores of ID images and of others; `marks` are single images."""
-    edges = bin_edges(known.values, [s.values for s in (*others, *marks)])
+    edges = bin_edges(ids.values, [s.values for s in (*others, *marks)])
 
     def stairs(ax: Any, values: Values, **style: Any) -> None:
         counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
         ax.stairs(100 * counts / max(len(values), 1), edges, **style)
 
     def draw(ax: Any) -> None:
-        stairs(ax, known.values, fill=True, color=BLUE, alpha=0.3)
-        stairs(ax, known.values, color=BLUE, label=known.label, linewidth=1.2)
+        stairs(ax, ids.values, fill=True, color=BLUE, alpha=0.3)
+        stairs(ax, ids.values, color=BLUE, label=ids.label, linewidth=1.2)
         for (label, values), (colour, line) in zip(others, LINES, strict=False):
             stairs(ax, values, color=colour, linestyle=line, label=label, linewidth=1.6)
         top = ax.get_ylim()[1]
@@ -70,34 +70,35 @@ def histogram(
         legend(ax)
 
     spread = "; ".join(
-        f"{s.label}: median {np.median(s.values):.3g}, 90% between "
-        f"{np.percentile(s.values, 5):.3g} and {np.percentile(s.values, 95):.3g}"
-        for s in (known, *others, *marks)
+        "{}: median {:.3g}, 90% between {:.3g} and {:.3g}".format(
+            s.label, *np.percentile(s.values, [50, 5, 95])
+        )
+        for s in (ids, *others, *marks)
         if len(s.values)
     )
     return Figure(title, f"Histogram. {spread}.", draw, lines=lines)
 
 
-def bin_edges(known: Values, others: Sequence[Values]) -> Values:
+def bin_edges(ids: Values, others: Sequence[Values]) -> Values:
     """Edges of bins that show ID images in detail, however far away some others are."""
-    low, high = np.percentile(known, [1, 99])
+    low, high = np.percentile(ids, [1, 99])
     span = max(high - low, 1e-6 * max(abs(low), abs(high), 1.0))
-    every = np.concatenate([known, *others])
+    every = np.concatenate([ids, *others])
     first = max(np.percentile(every, 0.5), low - 2.5 * span)
     last = min(np.percentile(every, 99.5), high + 2.5 * span)
     edges: Values = np.linspace(min(first, low), max(last, low + span), BINS + 1)
     return edges
 
 
-def mean_roc(known: Values, others: Sequence[Values]) -> tuple[Values, Values]:
+def mean_roc(ids: Values, others: Sequence[Values]) -> tuple[Values, Values]:
     """False and mean true positive rates over data sets, whose area is the mean of the AUROCs."""
     fpr = np.linspace(0, 1, POINTS) ** 2  # most of them where curves are steep
-    each = []
+    curves = []
     for values in others:
-        is_ood = np.repeat([0, 1], [len(known), len(values)])
-        x, y, _ = metrics.roc_curve(is_ood, -np.concatenate([known, values]))
-        each.append(np.interp(fpr, x, y))
-    return np.append(0.0, fpr), np.append(0.0, np.mean(each, axis=0))
+        is_ood = np.repeat([0, 1], [len(ids), len(values)])
+        x, y, _ = metrics.roc_curve(is_ood, -np.concatenate([ids, values]))
+        curves.append(np.interp(fpr, x, y))
+    return np.append(0.0, fpr), np.append(0.0, np.mean(curves, axis=0))
 
 
 def roc(title: str, curves: Mapping[str, tuple[Values, Values]], shown: int = 4) -> Figure:
@@ -105,8 +106,7 @@ def roc(title: str, curves: Mapping[str, tuple[Values, Values]], shown: int = 4)
 
     def draw(ax: Any) -> None:
         def curve(name: str, **style: Any) -> None:
-            fpr, tpr = curves[name]
-            ax.plot(100 * fpr, 100 * tpr, **style)
+            ax.plot(*(100 * rate for rate in curves[name]), **style)
 
         ax.plot([0, 100], [0, 100], color=GRID, linewidth=1)
         rest = list(curves)[shown:]
@@ -125,7 +125,7 @@ def roc(title: str, curves: Mapping[str, tuple[Values, Values]], shown: int = 4)
 
 
 def acceptance_curves(
-    title: str, images: int, known: Series | None, others: Sequence[Series], asked: float
+    title: str, images: int, ids: Series | None, others: Sequence[Series], asked: float
 ) -> Figure:
     """The accepted share of ID images and the rejected share of others at each acceptance.
 
@@ -147,8 +147,8 @@ def acceptance_curves(
         style = {"color": BLUE, "linewidth": 0.8, "linestyle": (0, (1, 2))}
         ax.plot(100 * x, 100 * np.clip(x - uniform, 0, 1), label="… all at once", **style)
         ax.plot(100 * x, 100 * np.clip(x + uniform, 0, 1), **style)
-        if known is not None:
-            ax.plot(100 * x, 100 - rejected(known), color=BLUE, label=known.label)
+        if ids is not None:
+            ax.plot(100 * x, 100 - rejected(ids), color=BLUE, label=ids.label)
         for series, (colour, line) in zip(others, LINES, strict=False):
             ax.plot(100 * x, rejected(series), color=colour, linestyle=line, label=series.label)
         ax.axvline(100 * asked, color=SOFT, linestyle=DOTTED, linewidth=1)
@@ -159,8 +159,8 @@ def acceptance_curves(
 
     at = float(x[np.argmin(np.abs(x - asked))])
     text = [f"at an acceptance of {at:.1%}"]
-    if known is not None:
-        text.append(f"{1 - rejects(known.values, at).mean():.1%} {known.label}")
+    if ids is not None:
+        text.append(f"{1 - rejects(ids.values, at).mean():.1%} {ids.label}")
     text += [f"{rejects(s.values, at).mean():.1%} {s.label}" for s in others]
     return Figure(title, f"Line chart: {', '.join(text)}.", draw, (SIZE[0], 3.5))
 

@@ -1,24 +1,26 @@
-"""The report of an evaluation."""
+"""The reports of an evaluation and of a comparison of methods."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from fusenorm_openood.data.benchmarks import Benchmark
-from fusenorm_openood.detectors.base import Scored
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.evaluation.evaluation import Evaluation
+from fusenorm_openood.evaluation.comparison import DEFAULT, Comparison
+from fusenorm_openood.evaluation.evaluation import Evaluation, mean, with_experts
 from fusenorm_openood.method.conformal import conformal_p_values
 from fusenorm_openood.report import sections as parts
-from fusenorm_openood.report.charts import Series
+from fusenorm_openood.report.charts import Series, dots
 from fusenorm_openood.report.gallery import REJECTED, TRUSTED, Shown, choose, gallery
 from fusenorm_openood.report.page import Facts, Report, Section
 from fusenorm_openood.report.sections import GROUPS, Score, Values
 
 ACCEPTANCE = 0.95
+SHOWN = 6  # methods whose distributions are drawn
+METHOD = "FuseNorm"  # with which its rows begin
 
 
 def report_of_evaluation(
@@ -45,18 +47,13 @@ def report_of_evaluation(
     scores, detector = _scores(result), result.detector
     conf = scores[0]
     # Every other ID image calibrates, the rest is tested.
-    known = [s.conf for group in ("id", "csid") for s in result.sets[group].values()]
-    reference = None if validation else np.sort(np.concatenate([c[::2] for c in known]))
-    promised = cut = parts.threshold(reference, ACCEPTANCE)
+    id_conf = [s.conf for group in ("id", "csid") for s in result.sets[group].values()]
+    calibration = None if validation else np.sort(np.concatenate([c[::2] for c in id_conf]))
+    promised = cut = parts.threshold(calibration, ACCEPTANCE)
     if cut is None:
-        cut = float(np.quantile(conf.known, 1 - ACCEPTANCE))
-    tables = [
-        parts.table_of(
-            result.table if table is None else table,
-            "Metrics in percent; in bold the means of the groups",
-            "data set",
-        )
-    ]
+        cut = float(np.quantile(conf.ids, 1 - ACCEPTANCE))
+    caption = "Metrics in percent; in bold the means of the groups"
+    tables = [parts.table_of(result.table if table is None else table, caption, "data set")]
     if len(result.compare) > 1:
         caption = "AUROC / FPR@95 in percent of the fused confidence and of every expert"
         tables.append(parts.table_of(result.compare, caption, "expert"))
@@ -65,18 +62,19 @@ def report_of_evaluation(
         parts.histograms_section(scores, cut),
         parts.roc_section(scores),
     ]
-    if reference is not None and promised is not None:
-        tested = np.concatenate([c[1::2] for c in known])
-        sections.append(_acceptance(conf, reference, tested))
+    if calibration is not None and promised is not None:
+        tested = np.concatenate([c[1::2] for c in id_conf])
+        sections.append(_acceptance(conf, calibration, tested))
     if isinstance(detector, FuseNorm):
         counts = {}
-        for group in conf.unknown:
+        for group in conf.ood:
             experts = np.concatenate([s.experts for s in result.sets[group].values()], axis=1)
-            names = parts.lowest_contributions(detector, experts[:, conf.pooled(group) < cut])
-            counts[GROUPS[group]] = {name: names.count(name) for name in detector.experts}
+            rejected = experts[:, conf.pooled(group) < cut]
+            pred = np.zeros(rejected.shape[1], np.int64)
+            counts[GROUPS[group]] = Counter(detector.explain_scores(rejected, pred).objected)
         sections += parts.contributions_section(detector.experts, counts)
     if detector is not None:
-        images = _images(result, benchmark, cut, reference, "val" if validation else "test")
+        images = _images(result, benchmark, cut, calibration, "val" if validation else "test")
         galleries, _ = gallery(images, detector, benchmark.norm)
         heat = f", and {parts.HEAT}" if isinstance(detector, FuseNorm) else ""
         text = (
@@ -87,7 +85,7 @@ def report_of_evaluation(
         facts = (*facts, *parts.detector_facts(detector))
     highlights = tuple(
         (f"{GROUPS[group]} {name}", f"{value:.2f}%")
-        for group in conf.unknown
+        for group in conf.ood
         for name, value in zip(("AUROC", "FPR@95"), conf.figures(group), strict=True)
     )
     return Report(title, (*facts, *conf.counts()), highlights, tuple(sections))
@@ -95,34 +93,31 @@ def report_of_evaluation(
 
 def _scores(result: Evaluation) -> list[Score]:
     """The confidence of an evaluation, and the scores of FuseNorm's experts."""
-    known = [s for group in ("id", "csid") for s in result.sets[group].values()]
-    unknown = {group: result.sets[group] for group in GROUPS if result.sets.get(group)}
-
-    def score(name: str, values: Callable[[Scored], Values]) -> Score:
-        return Score(
-            name,
-            np.concatenate([values(s) for s in known]),
-            {group: {n: values(s) for n, s in sets.items()} for group, sets in unknown.items()},
-        )
-
     experts = result.detector.experts if isinstance(result.detector, FuseNorm) else ()
+    id_sets = [s for group in ("id", "csid") for s in result.sets[group].values()]
+    ids = np.concatenate([with_experts(s) for s in id_sets], axis=1)
+    ood = {
+        group: {name: with_experts(s) for name, s in result.sets[group].items()}
+        for group in GROUPS
+        if result.sets.get(group)
+    }
     return [
-        score("confidence", lambda s: s.conf),
-        *(score(name, lambda s, row=row: s.experts[row]) for row, name in enumerate(experts)),  # type: ignore[misc]
+        Score(name, ids[row], {g: {n: s[row] for n, s in sets.items()} for g, sets in ood.items()})
+        for row, name in enumerate(("confidence", *experts))
     ]
 
 
-def _acceptance(conf: Score, reference: Values, tested: Values) -> Section:
-    known = Series("ID accepted", conformal_p_values(tested, reference))
+def _acceptance(conf: Score, calibration: Values, tested: Values) -> Section:
+    ids = Series("ID accepted", conformal_p_values(tested, calibration))
     others = [
-        Series(f"{GROUPS[group]} rejected", conformal_p_values(conf.pooled(group), reference))
-        for group in conf.unknown
+        Series(f"{GROUPS[group]} rejected", conformal_p_values(conf.pooled(group), calibration))
+        for group in conf.ood
     ]
     about = (
-        f"Every other ID image calibrates ({len(reference):,}), the others are tested "
+        f"Every other ID image calibrates ({len(calibration):,}), the others are tested "
         f"({len(tested):,}), whose share scatters a little more."
     )
-    return parts.acceptance_section(len(reference), known, others, ACCEPTANCE, about)
+    return parts.acceptance_section(len(calibration), ids, others, ACCEPTANCE, about)
 
 
 class _Tested(NamedTuple):
@@ -137,7 +132,7 @@ class _Tested(NamedTuple):
 
 
 def _images(
-    result: Evaluation, benchmark: Benchmark, cut: float, reference: Values | None, split: str
+    result: Evaluation, benchmark: Benchmark, cut: float, calibration: Values | None, split: str
 ) -> dict[str, list[Shown]]:
     """The images to show, by group: extreme and doubtful ones, and the worst mistakes."""
     image_sets = {
@@ -149,7 +144,7 @@ def _images(
     }
 
     def tested(group: str) -> Iterator[_Tested]:
-        calibrating = reference is not None and group not in GROUPS
+        calibrating = calibration is not None and group not in GROUPS
         for name, s in result.sets.get(group, {}).items():
             rows = zip(s.conf.tolist(), s.pred.tolist(), s.label.tolist(), strict=True)
             for position, row in enumerate(rows):
@@ -158,26 +153,95 @@ def _images(
 
     def shown(image: _Tested) -> Shown:
         images = image_sets[image.group][image.name].images()
-        if image.group in GROUPS:
-            truth = f"{GROUPS[image.group]}, {image.name}"
-        else:
-            kind = "ID" if image.group == "id" else "covariate-shifted ID"
-            truth = f"{kind}, class {image.label}"
-        facts = [("truth", truth), ("predicted", f"class {image.predicted}")]
+        kind = {"id": "ID", "csid": "covariate-shifted ID", **GROUPS}[image.group]
+        truth = image.name if image.group in GROUPS else f"class {image.label}"
+        facts = [("truth", f"{kind}, {truth}"), ("predicted", f"class {image.predicted}")]
         facts.append(("confidence", f"{image.confidence:.3f}"))
-        if reference is not None:
-            p_value = float(conformal_p_values(image.confidence, reference))
+        if calibration is not None:
+            p_value = float(conformal_p_values(image.confidence, calibration))
             facts.append(("p-value", f"{p_value:.3g}"))
+        name = images.entries[image.position].name
+        return Shown(name, tuple(facts), lambda: images[image.position]["data"])
 
-        def read() -> Tensor:
-            tensor: Tensor = images[image.position]["data"]
-            return tensor
-
-        return Shown(images.entries[image.position].name, tuple(facts), read)
-
-    known = [image for group in ("id", "csid") for image in tested(group)]
+    ids = [image for group in ("id", "csid") for image in tested(group)]
     ood = [image for group in GROUPS for image in tested(group)]
-    chosen = choose([*known, *ood], cut)
+    chosen = choose([*ids, *ood], cut)
     chosen["OOD images that are trusted most"] = choose(ood, cut)[TRUSTED]
-    chosen["ID images that are rejected most"] = choose(known, cut)[REJECTED]
+    chosen["ID images that are rejected most"] = choose(ids, cut)[REJECTED]
     return {title: [shown(image) for image in images] for title, images in chosen.items()}
+
+
+def report_of_comparison(
+    results: Mapping[str, Sequence[Comparison]], title: str, facts: Facts = ()
+) -> Report:
+    """The report about a comparison.
+
+    Args:
+        results: results of each training run, by the name of their root.
+        title: what was compared.
+        facts: more facts for the header.
+    """
+    sections = []
+    for name, runs in results.items():
+        of = f", {name}" if len(results) > 1 else ""
+        sections += _tables(runs, of)
+    root, runs = next(iter(results.items()))
+    auroc = mean([run.auroc for run in runs])
+    groups = [group for group in GROUPS if group in auroc]
+    scores = _scores_of_methods(runs[0], groups)
+    several = len(results) > 1 or len(runs) > 1
+    which = (f"Of the first training run of {root}.",) if several else ()
+    for section in (parts.roc_section(scores), parts.histograms_section(scores[:SHOWN])):
+        sections.append(section._replace(text=(*which, *section.text)))
+    others = auroc[~auroc.index.str.startswith(METHOD)]
+    highlights = tuple(
+        (f"{GROUPS[group]} AUROC, {name}", f"{dict(auroc[group])[name]:.2f}%")
+        for group in groups
+        for name in (DEFAULT, str(others[group].idxmax()))
+    )
+    return Report(title, (*facts, *scores[0].counts()), highlights, tuple(sections))
+
+
+def _tables(runs: Sequence[Comparison], of: str) -> list[Section]:
+    """Near- and far-OOD metrics of every method, best first, and all figures."""
+    over = f", mean over {len(runs)} training runs" if len(runs) > 1 else ""
+    tables, charts = [], []
+    for name, largest, each in (
+        ("AUROC", True, [run.auroc for run in runs]),
+        ("FPR@95", False, [run.fpr95 for run in runs]),
+    ):
+        table = mean(each)
+        caption = f"{name} in percent{over}; the best is underlined"
+        tables.append(parts.table_of(table, caption, "method", dict.fromkeys(table, largest)))
+        groups = [group for group in GROUPS if group in table]
+        order = table[groups].mean(axis=1).sort_values(ascending=not largest).index
+        values = {GROUPS[group]: table.loc[order, group].to_dict() for group in groups}
+        charts.append(dots(f"{name} of every method, best mean first", values, f"{name}, %"))
+    if len(runs) == 1:
+        caption = (
+            "Mean rank by AUROC over the data sets, and 95% bootstrap intervals of the gain in "
+            "AUROC over the best single expert"
+        )
+        summary = runs[0].summary
+        columns = [name for name in summary if str(name).split()[-1] not in ("AUROC", "FPR@95")]
+        ours = summary.loc[summary.index.str.startswith(METHOD), columns]
+        tables.append(parts.table_of(ours, caption, "method"))
+    text = tuple(
+        f"{row}: AUROC {100 * found.auroc:.2f}% on the images of its search."
+        for row, found in runs[0].found.items()
+    )
+    glance = Section(f"At a glance{of}", figures=tuple(charts))
+    return [glance, Section(f"Results{of}", text, tuple(tables))]
+
+
+def _scores_of_methods(result: Comparison, groups: Sequence[str]) -> list[Score]:
+    """The confidences of every method: FuseNorm's, then the others by AUROC."""
+    order = result.auroc[list(groups)].mean(axis=1).sort_values(ascending=False).index
+    return [
+        Score(
+            name,
+            result.id_conf[name],
+            {g: {n: conf[name] for n, conf in result.ood_conf[g].items()} for g in groups},
+        )
+        for name in (DEFAULT, *order.drop(DEFAULT))
+    ]

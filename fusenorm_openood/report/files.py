@@ -36,7 +36,7 @@ def report_of_files(
 
     Args:
         detector: the detector that judged them, with its preprocessing.
-        rows: the judgements, read once and not stored.
+        rows: read once and not stored.
         acceptance: share of ID images to accept; verdicts follow from it and the p-values.
         facts: more facts for the header.
         per_group: number of images in each group of the gallery.
@@ -45,11 +45,11 @@ def report_of_files(
         CalibrationError: too few calibration images for the acceptance.
         DataError: rows of another detector, or a detector without its preprocessing.
     """
-    reference, preprocessing = detector.calibration_scores_, detector.known_preprocessing()
-    if reference is not None:
-        check_enough(len(reference), acceptance)
-    cut = parts.threshold(reference, acceptance)
-    summary = _summarise(rows, reference, cut, per_group)
+    calibration, preprocessing = detector.calibration_scores_, detector.known_preprocessing()
+    if calibration is not None:
+        check_enough(len(calibration), acceptance)
+    cut = parts.threshold(calibration, acceptance)
+    summary = _summarise(rows, calibration, cut, per_group)
     conf = np.array(summary.confidences)
     rejected = 0 if cut is None else int((conf < cut).sum())
     shown = {n: [_shown(row, detector) for row in chosen] for n, chosen in summary.chosen.items()}
@@ -61,21 +61,21 @@ def report_of_files(
     sections = [_counts(counts, summary.faulty)]
     if len(conf):
         sections.append(_confidences(detector, conf, cut))
-        if reference is not None:
-            p = Series("scored, rejected", conformal_p_values(conf, reference))
+        if calibration is not None:
+            p = Series("scored, rejected", conformal_p_values(conf, calibration))
             about = (
                 f"{rejected / len(conf):.1%} of the scored images are rejected, of ID images about "
                 f"{100 * (1 - acceptance):.3g}%."
             )
-            sections.append(parts.acceptance_section(len(reference), None, [p], acceptance, about))
+            sections.append(
+                parts.acceptance_section(len(calibration), None, [p], acceptance, about)
+            )
         sections += parts.contributions_section(detector.experts, {"scored": summary.objected})
         text = f"Each image as the network sees it, and {parts.HEAT}."
         if cut is not None:
             text += " Doubtful images are closest to the threshold."
-        sections += [
-            Section("Images", (text,), galleries=galleries),
-            *_experts(detector, explained),
-        ]
+        sections.append(Section("Images", (text,), galleries=galleries))
+        sections += _experts(detector, explained)
     highlights = tuple((name.replace("all", "images"), f"{number:,}") for name, number in counts)
     asked = () if cut is None else (("acceptance", f"{acceptance:g}"),)
     about_all = (*facts, *parts.detector_facts(detector), *asked)
@@ -94,7 +94,7 @@ class _Summary:
 
 
 def _summarise(
-    rows: Iterable[Judged], reference: Values | None, cut: float | None, per_group: int
+    rows: Iterable[Judged], calibration: Values | None, cut: float | None, per_group: int
 ) -> _Summary:
     """Read rows once; DataError if the p-values are not those of this detector."""
     summary, rows = _Summary(), iter(rows)
@@ -105,8 +105,8 @@ def _summarise(
         judged = [row for row in chunk if row.confidence is not None]
         conf = np.array([row.confidence for row in judged], np.float64)
         summary.confidences.extend(conf)
-        if reference is not None:
-            for row, p in zip(judged, conformal_p_values(conf, reference), strict=True):
+        if calibration is not None:
+            for row, p in zip(judged, conformal_p_values(conf, calibration), strict=True):
                 if row.p_value is not None and abs(row.p_value - p) > 1e-6:
                     raise DataError(
                         f"{row.path} was judged by another detector: its p-value is "
@@ -153,29 +153,29 @@ def _counts(counts: list[tuple[str, int]], faulty: list[Judged]) -> Section:
 
 
 def _confidences(detector: FuseNorm, conf: Values, cut: float | None) -> Section:
-    known = Series("ID", np.zeros(0))
+    ids = Series("ID", np.zeros(0))
     if detector.calibration_scores_ is not None:
-        known = Series("ID (calibration)", detector.calibration_scores_)
-    elif (calibration := detector.id_statistics_) is not None:
-        known = Series("ID (fit)", detector.confidence(calibration.id_scores))
+        ids = Series("ID (calibration)", detector.calibration_scores_)
+    elif (statistics := detector.id_statistics_) is not None:
+        ids = Series("ID (fit)", detector.confidence(statistics.id_scores))
     text = f"Larger = more in-distribution. {parts.ENDS}"
     if cut is not None:
         text += f" Images below the threshold, {cut:.3g}, are rejected."
     title = "Confidence of the scored images and of ID images"
-    figure = charts.histogram(title, known, [Series("scored", conf)], "confidence", cut)
+    figure = charts.histogram(title, ids, [Series("scored", conf)], "confidence", cut)
     return Section("Confidences", (text,), figures=(figure,))
 
 
 def _experts(detector: FuseNorm, explained: Mapping[str, Explanation]) -> list[Section]:
     """Every expert's scores on ID images, with the images of the gallery as marks."""
-    calibration = detector.id_statistics_
-    if calibration is None or not explained:
+    statistics = detector.id_statistics_
+    if statistics is None or not explained:
         return []
     figures = []
-    for row, name in enumerate(calibration.experts):
+    for row, name in enumerate(statistics.experts):
         marks = [Series(title.lower(), why.scores[row]) for title, why in explained.items()]
-        known = Series("ID (fit)", calibration.id_scores[row])
-        figures.append(charts.histogram(name, known, [], "score", marks=marks))
+        ids = Series("ID (fit)", statistics.id_scores[row])
+        figures.append(charts.histogram(name, ids, [], "score", marks=marks))
     text = (
         "How every expert scores the ID images of the fit; the marks are images of the gallery. "
         f"Larger = more in-distribution. {parts.ENDS}"

@@ -4,7 +4,7 @@ import base64
 import heapq
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,28 +24,18 @@ PER_GROUP = 4
 REJECTED, DOUBTFUL, TRUSTED = "Most rejected", "Most doubtful", "Most trusted"
 
 
-class Scored(Protocol):
-    """An image with a confidence."""
-
-    @property
-    def confidence(self) -> Any: ...
-
-
-S = TypeVar("S", bound=Scored)
-
-
 def choose(
-    images: Iterable[S],
+    images: Iterable[Any],
     cut: float | None,
     most: int = PER_GROUP,
-    chosen: Mapping[str, Sequence[S]] | None = None,
-) -> dict[str, list[S]]:
-    """Images with the smallest confidences, those closest to the threshold, and the largest ones.
+    chosen: Mapping[str, Sequence[Any]] | None = None,
+) -> dict[str, list[Any]]:
+    """Images with the smallest `confidence`, those closest to the threshold, and the largest ones.
 
     `most` of each, also from those that were `chosen` from earlier images.
     """
     images, chosen = list(images), chosen or {}
-    order: dict[str, Callable[[S], float]] = {REJECTED: lambda image: image.confidence}
+    order: dict[str, Callable[[Any], float]] = {REJECTED: lambda image: image.confidence}
     if cut is not None:
         order[DOUBTFUL] = lambda image: abs(image.confidence - cut)
     order[TRUSTED] = lambda image: -image.confidence

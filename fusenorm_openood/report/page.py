@@ -20,45 +20,28 @@ _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 
 class Table(NamedTuple):
-    """A table whose first column names the rows.
-
-    Attributes:
-        caption: what it shows.
-        columns: headers, that of the row names first.
-        rows: cells, the row's name first.
-        strong: names of the rows that matter most.
-        best: row and column numbers of cells that are the best of their column.
-        prose: whether its cells are text, not numbers.
-    """
+    """A table whose first column names the rows."""
 
     caption: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    strong: frozenset[str] = frozenset()
-    best: frozenset[tuple[int, int]] = frozenset()
-    prose: bool = False
+    columns: tuple[str, ...]  # headers, that of the row names first
+    rows: tuple[tuple[str, ...], ...]  # cells, the row's name first
+    strong: frozenset[str] = frozenset()  # names of the rows that matter most
+    best: frozenset[tuple[int, int]] = frozenset()  # row and column of the best of each column
+    prose: bool = False  # whether its cells are text, not numbers
 
 
 class Figure(NamedTuple):
-    """A drawing.
-
-    Attributes:
-        title: its title, set above it.
-        text: what it shows, for those who cannot see it.
-        draw: draws it on matplotlib's axes.
-        size: width and height in inches.
-        lines: more lines of the title.
-    """
+    """A drawing."""
 
     title: str
-    text: str
-    draw: Callable[[Any], None]
+    text: str  # what it shows, for those who cannot see it
+    draw: Callable[[Any], None]  # on matplotlib's axes
     size: tuple[float, float] = SIZE
-    lines: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()  # more lines of the title
 
 
 class Card(NamedTuple):
-    """One image: data URIs and alternative texts of its pictures, facts, and a remark."""
+    """One image: its pictures, as data URIs with alternative texts, facts, and a remark."""
 
     name: str
     pictures: Facts
@@ -67,28 +50,21 @@ class Card(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of the page; only what it has is shown. `galleries`: titles and their cards."""
+    """A part of the page; only what it has is shown."""
 
     title: str
     text: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
-    galleries: tuple[tuple[str, tuple[Card, ...]], ...] = ()
+    galleries: tuple[tuple[str, tuple[Card, ...]], ...] = ()  # titles and their cards
 
 
 class Report(NamedTuple):
-    """A whole page.
-
-    Attributes:
-        title: what was evaluated or judged.
-        facts: detector, network, settings, number of images.
-        highlights: the figures to see first, with what they are.
-        sections: the parts of the page.
-    """
+    """A whole page."""
 
     title: str
-    facts: Facts
-    highlights: Facts
+    facts: Facts  # detector, network, settings, number of images
+    highlights: Facts  # the figures to see first, with what they are
     sections: tuple[Section, ...]
 
 
@@ -109,8 +85,8 @@ def svg(figure: Figure, name: str) -> str:
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _XLINK)
     root = ElementTree.fromstring(file.getvalue())
-    for default_style in root.findall(f"{{{_SVG}}}defs[{{{_SVG}}}style]"):
-        root.remove(default_style)  # it would hold for the whole page
+    for style_of_all in root.findall(f"{{{_SVG}}}defs[{{{_SVG}}}style]"):
+        root.remove(style_of_all)  # it would hold for the whole page
     links = " ".join(value for element in root.iter() for value in element.attrib.values())
     for element in root.iter():
         if f"#{element.get('id')}" not in links:  # most ids are the same in all figures
@@ -130,17 +106,12 @@ def render(report: Report, date: str | None = None) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    how: Any = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader(FOLDER), undefined=StrictUndefined, **how)
     environment.filters["svg"] = lambda figure, name: Markup(svg(figure, name))
-    return environment.get_template("page.html").render(
-        report=report, date=date or f"{datetime.now():%d %B %Y, %H:%M}", version=__version__
-    )
+    date = date or f"{datetime.now():%d %B %Y, %H:%M}"
+    page = environment.get_template("page.html")
+    return page.render(report=report, date=date, version=__version__)
 
 
 def check_report(path: str | Path, option: str = "--report") -> None:

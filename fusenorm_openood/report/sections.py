@@ -30,22 +30,22 @@ class Score(NamedTuple):
     """The values of a confidence, an expert or a method: of ID images `[N]`, and of OOD images."""
 
     name: str
-    known: Values
-    unknown: Mapping[str, Mapping[str, Values]]  # by group and data set
+    ids: Values
+    ood: Mapping[str, Mapping[str, Values]]  # by group and data set
 
     def pooled(self, group: str) -> Values:
         """Its values on all OOD images of a group."""
-        return np.concatenate(list(self.unknown[group].values()))
+        return np.concatenate(list(self.ood[group].values()))
 
     def figures(self, group: str) -> tuple[float, float]:
         """AUROC and FPR@95 in percent, the means over the data sets of a group."""
-        each = [ood_metrics(self.known, values) for values in self.unknown[group].values()]
+        each = [ood_metrics(self.ids, values) for values in self.ood[group].values()]
         return tuple(100 * np.mean([(m.auroc, m.fpr95) for m in each], axis=0))
 
     def counts(self) -> Facts:
         """The numbers of images."""
-        groups = ((f"{GROUPS[g]} images", f"{len(self.pooled(g)):,}") for g in self.unknown)
-        return (("ID images", f"{len(self.known):,}"), *groups)
+        groups = ((f"{GROUPS[g]} images", f"{len(self.pooled(g)):,}") for g in self.ood)
+        return (("ID images", f"{len(self.ids):,}"), *groups)
 
 
 def histograms_section(scores: Sequence[Score], cut: float | None = None) -> Section:
@@ -54,12 +54,12 @@ def histograms_section(scores: Sequence[Score], cut: float | None = None) -> Sec
     for score in scores:
         metrics = tuple(
             "{} AUROC {:.2f}, FPR@95 {:.2f}".format(GROUPS[group], *score.figures(group))
-            for group in score.unknown
+            for group in score.ood
         )
-        others = [Series(GROUPS[group], score.pooled(group)) for group in score.unknown]
+        others = [Series(GROUPS[group], score.pooled(group)) for group in score.ood]
         line = cut if score is scores[0] else None
-        known = Series("ID", score.known)
-        figures.append(charts.histogram(score.name, known, others, "score", line, lines=metrics))
+        ids = Series("ID", score.ids)
+        figures.append(charts.histogram(score.name, ids, others, "score", line, lines=metrics))
     text = (
         f"Larger = more in-distribution. {ENDS} AUROC and FPR@95 in percent are means over the "
         "data sets, as in the table."
@@ -70,12 +70,12 @@ def histograms_section(scores: Sequence[Score], cut: float | None = None) -> Sec
 def roc_section(scores: Sequence[Score]) -> Section:
     """ROC curves of the first score and of the others, the best of which are named."""
     figures = []
-    for group in scores[0].unknown:
+    for group in scores[0].ood:
         auroc = {score.name: score.figures(group)[0] for score in scores}
         rest = sorted(scores[1:], key=lambda score: -auroc[score.name])
         curves = {
             f"{score.name} ({auroc[score.name]:.2f})": charts.mean_roc(
-                score.known, list(score.unknown[group].values())
+                score.ids, list(score.ood[group].values())
             )
             for score in (scores[0], *rest)
         }
@@ -88,7 +88,7 @@ def roc_section(scores: Sequence[Score]) -> Section:
 
 
 def acceptance_section(
-    images: int, known: Series | None, others: Sequence[Series], asked: float, about: str
+    images: int, ids: Series | None, others: Sequence[Series], asked: float, about: str
 ) -> Section:
     """Acceptance against rejection, with the guarantee; the series are p-values."""
     text = f"{about} At an acceptance of {asked:.0%}, {guarantee(images, asked)}."
@@ -101,16 +101,16 @@ def acceptance_section(
             "(Beta distribution); between the dotted lines it lies at all acceptances at once "
             "(Dvoretzky, Kiefer, Wolfowitz). Both hold for ID images like the calibration images.",
         ),
-        figures=(charts.acceptance_curves(title, images, known, others, asked),),
+        figures=(charts.acceptance_curves(title, images, ids, others, asked),),
     )
 
 
-def threshold(reference: Values | None, share: float) -> float | None:
+def threshold(calibration: Values | None, acceptance: float) -> float | None:
     """The smallest confidence that is accepted at an acceptance, None without enough images."""
-    if reference is None or len(reference) < needed_images(share):
+    if calibration is None or len(calibration) < needed_images(acceptance):
         return None
-    k = math.floor((1 - share + EQUAL) * (len(reference) + 1))
-    return float(np.sort(reference)[k - 1])
+    k = math.floor((1 - acceptance + EQUAL) * (len(calibration) + 1))
+    return float(np.sort(calibration)[k - 1])
 
 
 def contributions_section(
@@ -133,18 +133,10 @@ def contributions_section(
     return [Section("Contributions of layers", (text,), figures=(figure,))]
 
 
-def lowest_contributions(detector: FuseNorm, scores: NDArray[Any]) -> list[str]:
-    """The expert of the lowest contribution to each image, from the experts' scores `[L, N]`."""
-    pred = np.zeros(scores.shape[1], np.int64)
-    return list(detector.explain_scores(scores, pred).objected)
-
-
 def detector_facts(detector: Detector) -> Facts:
     """What a detector and its network are."""
-    facts = [
-        ("detector", type(detector).__name__),
-        ("network", type(unwrapped(detector.net)).__name__),
-    ]
+    network = type(unwrapped(detector.net)).__name__
+    facts = [("detector", type(detector).__name__), ("network", network)]
     if isinstance(detector, FuseNorm):
         default = asdict(Settings())
         changed = {k: v for k, v in asdict(detector.settings).items() if v != default[k]}
@@ -159,9 +151,8 @@ def detector_facts(detector: Detector) -> Facts:
         if fitted is not None:
             facts.append(("fitted on", f"{fitted.id_scores.shape[1]:,} ID images"))
         if detector.calibration_scores_ is not None:
-            facts.append(
-                ("calibrated on", f"{len(detector.calibration_scores_):,} other ID images")
-            )
+            count = len(detector.calibration_scores_)
+            facts.append(("calibrated on", f"{count:,} other ID images"))
     return tuple(facts)
 
 

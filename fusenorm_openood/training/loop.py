@@ -1,38 +1,85 @@
-"""Train a network, and resume after an interruption."""
+"""Train a network in one process or several, and resume after an interruption."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import yaml
-from torch import nn
+from torch import distributed, nn
 from torch.optim import SGD
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
 from fusenorm_openood.data.benchmarks import Benchmark, image_loader, load_benchmark
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.preprocessing import train_transform
-from fusenorm_openood.errors import CheckpointError, ConfigError, DamagedFileError
-from fusenorm_openood.kernels.devices import on_cpu
+from fusenorm_openood.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedFileError,
+    DataError,
+    NonFiniteError,
+)
+from fusenorm_openood.forward.batches import Labels, batches
+from fusenorm_openood.kernels.devices import device_of, on_cpu
+from fusenorm_openood.method.metrics import accuracy
 from fusenorm_openood.network.checkpoints import load_backbone
 from fusenorm_openood.network.states import read_saved
 from fusenorm_openood.storage.configs import read_config
 from fusenorm_openood.storage.files import write_whole
-from fusenorm_openood.storage.torchrun import Process
-from fusenorm_openood.training.epoch import data_parallel, train_epoch, validation_accuracy, wait
+from fusenorm_openood.storage.torchrun import Process, this_process
 from fusenorm_openood.training.recipes import Recipe, find_recipe
+
+CHECK_EVERY = 50  # steps between checks of the loss, each of which waits for the device
 
 
 class Progress(NamedTuple):
     """The progress of a training run after an epoch."""
 
-    epochs: int
-    best_accuracy: float
+    epochs: int = 0
+    best_accuracy: float = -1.0
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[Process]:
+    """Join the processes that `torchrun` started, if any.
+
+    Raises:
+        ConfigError: a device on which several processes cannot train.
+    """
+    process = this_process()
+    if process.world == 1:
+        yield process
+        return
+    if device.type not in ("cpu", "cuda") or device.index is not None:
+        raise ConfigError(
+            f"the device of {process.world} processes must be 'cuda', with one GPU per process, or "
+            f"'cpu', got {str(device)!r}"
+        )
+    if device.type == "cuda":
+        if process.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"the local rank must be < {torch.cuda.device_count()}, the number of CUDA "
+                f"devices, got {process.local_rank}: start one process per device"
+            )
+        torch.cuda.set_device(process.local_rank)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield process
+    finally:
+        distributed.destroy_process_group()
+
+
+def wait(process: Process) -> None:
+    """Wait until all processes have reached this point."""
+    if process.world > 1:
+        distributed.barrier()
 
 
 def train(
@@ -56,9 +103,7 @@ def train(
         benchmark: a benchmark whose images all exist; see `Benchmark.missing`.
         folder: folder of the run; `best.ckpt` is from the epoch with the best validation accuracy,
             the last one if several are equal.
-        device: device to train on.
-        num_workers: number of processes that load images.
-        channels_last: whether images and weights use the channels-last memory format.
+        device, num_workers, channels_last: where and how to train; number of loader processes.
         progress: whether to show a progress bar.
         process: this process among several, see `processes`; None = a single process.
 
@@ -67,7 +112,7 @@ def train(
 
     Raises:
         DataError: labels outside the network's classes.
-        NonFiniteError: the loss became NaN or infinite; the last good checkpoint is kept.
+        NonFiniteError: the loss became NaN or infinite; the last good checkpoint stays.
         CheckpointError: the folder holds a run of another recipe, or `init` does not fit.
         ConfigError: `channels_last` on a CPU with a network that is too narrow for it, or a batch
             that the processes cannot share evenly.
@@ -86,29 +131,35 @@ def train(
     batch_size = recipe.batch_per_process(process.world)
     benchmark.check_labels([benchmark.id["train"], benchmark.id["val"]])
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    devices = [device] if device.type == "cuda" else []
+    on_cuda = device.type == "cuda"
     # Two threads for digits, so that the weights do not depend on the number of cores.
     limited = threads(2) if benchmark.name == "digits" else nullcontext()
-    with limited, torch.random.fork_rng(devices):
+    with limited, torch.random.fork_rng([device] if on_cuda else []):
         torch.manual_seed(recipe.seed)
         with on_cpu():
             net = recipe.build(benchmark.num_classes).float()
         if recipe.init is not None:
             load_backbone(net, recipe.init)
         net.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-        optimiser = make_optimiser(recipe, net)
+        sgd: dict[str, Any] = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+        optimiser = SGD(net.parameters(), recipe.lr, nesterov=True, **sgd)
         done = resume(unfinished, net, optimiser)
         if process.leads and not unfinished.is_file():
-            settings = yaml.safe_dump(recipe.as_dict(), sort_keys=False)
+            settings = yaml.safe_dump(asdict(recipe), sort_keys=False)
             write_whole(folder / "recipe.yml", lambda file: file.write_text(settings))
             # From here on, best.ckpt without unfinished.ckpt means that the run is finished.
-            keep(unfinished, net, optimiser, done)
+            save_progress(unfinished, net, optimiser, done)
         if process.leads and done.epochs and not best.is_file():  # deleted by the user
             _save(best, net)
             done = done._replace(best_accuracy=-1.0)
-        loader = make_loader(benchmark, batch_size, recipe.seed, process, num_workers, device)
+        loader = make_loader(benchmark, batch_size, recipe.seed, process, num_workers, on_cuda)
         val_loader = image_loader(benchmark.id["val"], num_workers=num_workers)
-        model = data_parallel(net, process, device)
+        model = net
+        if process.world > 1:
+            if on_cuda:
+                model = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
+            ours = [process.local_rank] if on_cuda else None
+            model = nn.parallel.DistributedDataParallel(model, ours)
         with tqdm(
             total=recipe.epochs * len(loader),
             initial=done.epochs * len(loader),
@@ -129,11 +180,71 @@ def train(
                         _save(best, net)
                     log(folder / "log.csv", epoch, loss, reached)
                     done = Progress(epoch + 1, max(reached, done.best_accuracy))
-                    keep(unfinished, net, optimiser, done)
+                    save_progress(unfinished, net, optimiser, done)
                 wait(process)
         if process.leads:
             unfinished.unlink()
     return best
+
+
+def train_epoch(
+    model: nn.Module,
+    optimiser: SGD,
+    loader: DataLoader[Any],
+    recipe: Recipe,
+    epoch: int = 0,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    bar: "tqdm[Any] | None" = None,
+) -> float:
+    """Train for one pass over the training images, and return the mean loss.
+
+    Raises:
+        NonFiniteError: the loss became NaN or infinite within the last `CHECK_EVERY` steps.
+    """
+    model.train()
+    device, steps, losses = device_of(model), len(loader), []
+    bar = tqdm(disable=True) if bar is None else bar
+    for step, (images, labels) in enumerate(batches(loader), start=epoch * steps):
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate(step, recipe.epochs * steps)
+        images = images.to(device, non_blocking=True, memory_format=memory_format)
+        target = torch.from_numpy(_required(labels)).to(device, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16) if recipe.amp else nullcontext():
+            loss = nn.functional.cross_entropy(model(images), target)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        losses.append(loss.detach())
+        if len(losses) % CHECK_EVERY == 0 or len(losses) == steps:
+            finite = torch.stack(losses).isfinite()
+            if not finite.all():
+                first = int((~finite).nonzero()[0, 0])
+                raise NonFiniteError(
+                    f"the loss is {losses[first].item()} at step {epoch * steps + first + 1}: the "
+                    "last good checkpoint stays; lower the learning rate"
+                )
+            bar.set_postfix(epoch=epoch + 1, loss=f"{losses[-1].item():.3f}", refresh=False)
+        bar.update()
+    return float(torch.stack(losses).mean())
+
+
+@torch.no_grad()
+def validation_accuracy(net: nn.Module, loader: Iterable[Any]) -> float:
+    """Accuracy over a loader; leaves the network in eval mode."""
+    net.eval()
+    device = device_of(net)
+    rows = [
+        (net(images.to(device)).argmax(1).cpu().numpy(), _required(labels))
+        for images, labels in batches(loader)
+    ]
+    pred, label = (np.concatenate(column) for column in zip(*rows, strict=True))
+    return accuracy(pred, label)
+
+
+def _required(labels: Labels | None) -> Labels:
+    if labels is None:
+        raise DataError("training needs one integer label per image, got a batch without labels")
+    return labels
 
 
 def _check_recipe(path: Path, recipe: Recipe) -> None:
@@ -141,7 +252,7 @@ def _check_recipe(path: Path, recipe: Recipe) -> None:
     if not path.is_file():  # no run, or one that was trained elsewhere
         return
     begun = read_config(path)
-    for name, value in recipe.as_dict().items():
+    for name, value in asdict(recipe).items():
         if begun.get(name) != value:
             raise CheckpointError(
                 f"{name} must be {begun.get(name)}, as in the run in {path.parent}, got {value}: "
@@ -160,19 +271,13 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def make_optimiser(recipe: Recipe, net: nn.Module) -> SGD:
-    """SGD with Nesterov momentum and weight decay, as in OpenOOD."""
-    decay = recipe.weight_decay
-    return SGD(net.parameters(), recipe.lr, recipe.momentum, weight_decay=decay, nesterov=True)
-
-
 def make_loader(
     benchmark: Benchmark,
     batch_size: int,
     seed: int,
     process: Process,
-    num_workers: int,
-    device: torch.device,
+    num_workers: int = 0,
+    pinned: bool = False,
 ) -> CpuLoader:
     """Augmented training images in random order, in this process's batches of `batch_size`."""
     images = benchmark.id["train"].images()
@@ -186,14 +291,8 @@ def make_loader(
     sampler = None
     if process.world > 1:
         sampler = DistributedSampler[Any](images, process.world, process.rank, seed=seed)
-    return CpuLoader(
-        images,
-        batch_size,
-        shuffle=sampler is None,
-        sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-    )
+    how: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pinned}
+    return CpuLoader(images, batch_size, shuffle=sampler is None, sampler=sampler, **how)
 
 
 def _save(path: Path, net: nn.Module) -> None:
@@ -202,7 +301,7 @@ def _save(path: Path, net: nn.Module) -> None:
     write_whole(path, partial(torch.save, state))
 
 
-def keep(path: Path, net: nn.Module, optimiser: SGD, done: Progress) -> None:
+def save_progress(path: Path, net: nn.Module, optimiser: SGD, done: Progress) -> None:
     """Save everything that the next epoch needs."""
     states = {"net": net.state_dict(), "optimiser": optimiser.state_dict()}
     write_whole(path, partial(torch.save, {**states, "progress": tuple(done)}))
@@ -217,27 +316,23 @@ def resume(path: Path, net: nn.Module, optimiser: SGD) -> Progress:
             such as running out of memory, are passed on, since the file is intact.
     """
     if not path.is_file():
-        return Progress(0, -1.0)
+        return Progress()
     try:
         content = read_saved(path)
     except DamagedFileError as error:
         raise DamagedFileError(f"{error}, or remove it to start the run again") from None
-    keys = {"net", "optimiser", "progress"}
-    if not isinstance(content, dict) or set(content) != keys or not _fits(content["net"], net):
+
+    def shapes(state: Any) -> Any:
+        return {k: getattr(v, "shape", None) for k, v in state.items()} if state else None
+
+    is_run = isinstance(content, dict) and set(content) == {"net", "optimiser", "progress"}
+    if not is_run or shapes(content["net"]) != shapes(net.state_dict()):
         raise CheckpointError(
             f"{path} holds no interrupted run of a {type(net).__name__}: remove it to start again"
         )
     net.load_state_dict(content["net"])
     optimiser.load_state_dict(content["optimiser"])
     return Progress(*content["progress"])
-
-
-def _fits(state: Any, net: nn.Module) -> bool:
-    """Whether a state dict has the names and shapes of the network's."""
-    shapes = {name: value.shape for name, value in net.state_dict().items()}
-    return isinstance(state, dict) and shapes == {
-        name: getattr(value, "shape", None) for name, value in state.items()
-    }
 
 
 def log(path: Path, epoch: int, loss: float, reached: float) -> None:

@@ -1,7 +1,7 @@
 """How networks are trained: the published settings, by ID data set and training method."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -22,43 +22,39 @@ NETWORKS: dict[str, type[nn.Module]] = {
 class Recipe:
     """What determines a network's weights, apart from images and machine (T2FNorm, OpenOOD v1.5).
 
-    Attributes:
-        id_data: name of the ID data set.
-        method: `base` (cross-entropy) or `t2fnorm`.
-        network: the classifier, or T2FNorm's backbone.
-        width: number of channels in the network's first stage.
-        epochs, lr, momentum, weight_decay: settings of SGD; `lr` is the initial learning rate.
-        batch_size: images per step, over all processes.
-        tau: T2FNorm's temperature.
-        seed: seed of the weights, and of the order and augmentation of the images.
-        amp: whether to compute in bfloat16 where that is safe; the weights stay in float32.
-        init: checkpoint to start from, plain or T2FNorm's; None = random weights.
-
     Raises:
         ConfigError: an invalid value.
     """
 
-    id_data: str
-    method: str = "base"
-    network: str = "resnet18_32x32"
-    width: int = 64
+    id_data: str  # name of the ID data set
+    method: str = "base"  # base (cross-entropy) or t2fnorm
+    network: str = "resnet18_32x32"  # the classifier, or T2FNorm's backbone
+    width: int = 64  # number of channels in the network's first stage
     epochs: int = 100
-    lr: float = 0.1
-    batch_size: int = 128
-    tau: float = 0.1
-    seed: int = 0
-    amp: bool = False
-    init: str | None = None
+    lr: float = 0.1  # initial learning rate of SGD
+    batch_size: int = 128  # images per step, over all processes
+    tau: float = 0.1  # T2FNorm's temperature
+    seed: int = 0  # of the weights, and of the order and augmentation of the images
+    amp: bool = False  # whether to compute in bfloat16 where that is safe; weights stay in float32
+    init: str | None = None  # checkpoint to start from, plain or T2FNorm's; None = random weights
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        check_method(self.method)
-        for name in ("epochs", "lr", "batch_size", "tau"):
-            given, is_whole = getattr(self, name), name in ("epochs", "batch_size")
-            value = (whole if is_whole else number)(given)
+        if self.method not in METHODS:
+            raise ConfigError(
+                f"unknown training method {self.method!r}: choose from {', '.join(METHODS)}"
+            )
+        for name, read in {
+            "epochs": whole,
+            "lr": number,
+            "batch_size": whole,
+            "tau": number,
+        }.items():
+            given = getattr(self, name)
+            value = read(given)
             if value is None or value <= 0:
-                kind = "whole" if is_whole else "finite"
+                kind = "whole" if read is whole else "finite"
                 raise ConfigError(f"{name} must be a {kind} number > 0, got {given!r}")
             object.__setattr__(self, name, value)
 
@@ -74,9 +70,8 @@ class Recipe:
     @property
     def run_name(self) -> str:
         """Folder of the training run in OpenOOD's naming scheme, ending in `s<seed>`."""
-        net, alpha = self.network, ""
-        if self.method != "base":
-            net, alpha = "t2fnorm_net", f"_alpha{self.tau:g}"
+        plain = self.method == "base"
+        net, alpha = (self.network, "") if plain else ("t2fnorm_net", f"_alpha{self.tau:g}")
         method = f"{self.method}_e{self.epochs}_lr{self.lr:g}{alpha}"
         return f"{self.id_data}_{net}_{method}_default/s{self.seed}"
 
@@ -95,9 +90,6 @@ class Recipe:
         floor = 1e-6 / self.lr
         return self.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(step / steps * math.pi)))
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def find_recipe(id_data: str, **changes: Any) -> Recipe:
     """The published recipe of an ID data set, with some values changed.
@@ -110,39 +102,29 @@ def find_recipe(id_data: str, **changes: Any) -> Recipe:
             without `init`.
     """
     root = config_root()
-    known = sorted(path.stem for path in (root / "recipes").glob("*.yml"))
-    if id_data not in known:
-        raise ConfigError(f"unknown ID data set {id_data!r}: choose from {', '.join(known)}")
-    method = changes.get("method", Recipe.method)
-    check_method(method)
-    pipeline = read_config(root / "pipelines" / "train" / f"{METHODS[method]}.yml")
+    names = sorted(path.stem for path in (root / "recipes").glob("*.yml"))
+    if id_data not in names:
+        raise ConfigError(f"unknown ID data set {id_data!r}: choose from {', '.join(names)}")
+    pipeline = METHODS[Recipe(id_data=id_data, **changes).method]  # the changes are valid
+    general = read_config(root / "pipelines" / "train" / f"{pipeline}.yml")
     dataset = read_config(root / "datasets" / id_data / f"{id_data}.yml")
     own = read_config(root / "recipes" / f"{id_data}.yml")
 
-    optimiser = {**lookup(pipeline, "optimizer"), **own.get("optimizer", {})}
-    trainer = {**lookup(pipeline, "trainer"), **own.get("trainer", {})}
+    optimiser = {**lookup(general, "optimizer"), **own.get("optimizer", {})}
+    trainer = {**lookup(general, "trainer"), **own.get("trainer", {})}
     backbone = lookup(own, "network", "backbone")
-    published = Recipe(
-        id_data=id_data,
-        network=lookup(backbone, "name"),
-        width=backbone.get("width", Recipe.width),
-        epochs=lookup(optimiser, "num_epochs"),
-        lr=lookup(optimiser, "lr"),
-        momentum=lookup(optimiser, "momentum"),
-        weight_decay=lookup(optimiser, "weight_decay"),
-        batch_size=lookup(dataset, "dataset", "train", "batch_size"),
-        tau=trainer.get("trainer_args", {}).get("tau", Recipe.tau),
-    )
-    recipe = replace(published, **changes)
+    published = {
+        "network": lookup(backbone, "name"),
+        "width": backbone.get("width", Recipe.width),
+        "epochs": lookup(optimiser, "num_epochs"),
+        **{name: lookup(optimiser, name) for name in ("lr", "momentum", "weight_decay")},
+        "batch_size": lookup(dataset, "dataset", "train", "batch_size"),
+        "tau": trainer.get("trainer_args", {}).get("tau", Recipe.tau),
+    }
+    recipe = Recipe(id_data=id_data, **{**published, **changes})
     if backbone.get("pretrained") and recipe.init is None:
         raise ConfigError(
             f"the recipe of {id_data} fine-tunes a trained {recipe.network} for {recipe.epochs} "
             "epochs, but init is missing: give the checkpoint to start from (--init)"
         )
     return recipe
-
-
-def check_method(method: str) -> None:
-    """Raise ConfigError unless networks can be trained by this method."""
-    if method not in METHODS:
-        raise ConfigError(f"unknown training method {method!r}: choose from {', '.join(METHODS)}")

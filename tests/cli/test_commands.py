@@ -1,12 +1,9 @@
 """`taps` and `digits`, and what the help says."""
 
 import pytest
-import torch
 from torch import nn
 
 from fusenorm_openood.cli.main import COMMANDS, main
-from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.kernels.devices import find_device
 from tests.nets import Foo
 
 
@@ -85,14 +82,7 @@ def test_a_command_is_described_in_its_own_letters(command, capsys, monkeypatch)
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
-    summary = COMMANDS[command]
+    summary = COMMANDS[command].summary
     assert f"{summary[0].upper()}{summary[1:]}." in capsys.readouterr().out
     for word in ("HTML", "ID", "OOD", "OpenOOD", "ONNX", "T2FNorm"):
         assert (word.lower() in summary.lower().split()) == (word in summary.split()), summary
-
-
-def test_devices_are_found():
-    assert find_device("cpu") == torch.device("cpu")
-    assert find_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(ConfigError, match="device 'tpu' cannot be used"):
-        find_device("tpu")

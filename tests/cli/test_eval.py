@@ -34,7 +34,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "eval_ood.py"
 
 def job(name="fusenorm", data_root="data", **how):
     config = read_postprocessor(name, **{k: how.pop(k) for k in ("aps_mode",) if k in how})
-    return Job(postprocessor=name, config=config, benchmark=load_benchmark("digits", data_root))
+    return Job(config=config, benchmark=load_benchmark("digits", data_root))
 
 
 def test_version_needs_no_torch():
@@ -324,7 +324,7 @@ def untrained(evaluate, tmp_path, monkeypatch):
     def train(data_root, root, method, progress):
         raise TrainingError(method)
 
-    monkeypatch.setattr("fusenorm_openood.cli.digits.train_digits", train)
+    monkeypatch.setattr("fusenorm_openood.cli.train.train_digits", train)
     monkeypatch.chdir(tmp_path)
     return lambda root: evaluate(data_root="data", root=root)
 

@@ -3,8 +3,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.evaluation import bootstrap
-from fusenorm_openood.evaluation.bootstrap import Confidences, difference_interval
+from fusenorm_openood.evaluation import comparison
+from fusenorm_openood.evaluation.comparison import Confidences, difference_interval
 
 
 def auroc(known, unknown):
@@ -25,7 +25,7 @@ def simulated(seed, shift, images=60, decimals=None):
 @pytest.mark.parametrize("values", [2**23, 300])
 def test_the_interval_is_that_of_a_plain_loop_over_the_same_draws(decimals, values, monkeypatch):
     ours, other = simulated(0, 1.0, decimals=decimals), simulated(1, 0.5, decimals=decimals)
-    monkeypatch.setattr(bootstrap, "VALUES", values)
+    monkeypatch.setattr(comparison, "COUNTS", values)
     interval = difference_interval(ours, other, level=0.9, draws=50, seed=3)
     generator, gains = np.random.default_rng(3), []
     step = max(values // 100, 1)  # images of the ID set and of the largest OOD set
@@ -35,8 +35,8 @@ def test_the_interval_is_that_of_a_plain_loop_over_the_same_draws(decimals, valu
         for known, *unknown in zip(*drawn, strict=True):
             means = []
             for m in (ours, other):
-                pairs = zip(m.unknown, unknown, strict=True)
-                means.append(np.mean([auroc(m.known[known], conf[index]) for conf, index in pairs]))
+                pairs = zip(m.ood, unknown, strict=True)
+                means.append(np.mean([auroc(m.id[known], conf[index]) for conf, index in pairs]))
             gains.append(means[0] - means[1])
     np.testing.assert_allclose(interval, np.percentile(gains, [5, 95]), rtol=0, atol=1e-12)
 

@@ -11,6 +11,7 @@ from fusenorm_openood.data.benchmarks import image_loader
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.evaluation import evaluate
+from fusenorm_openood.evaluation.runs import Run
 from tests import document
 from tests.conftest import drawn_benchmark, make_net
 
@@ -63,8 +64,8 @@ def test_react_reads_the_validation_list_for_its_threshold(benchmark, read):
 def test_a_search_reads_the_validation_pair_before_the_test(benchmark, read):
     config = read_postprocessor("fusenorm", None, [], [], True)
     config["postprocessor"]["postprocessor_sweep"] = {"base": [2, 20]}
-    job = Job(postprocessor="fusenorm", config=config, benchmark=benchmark, fsood=True)
-    evaluate_run(job, "native", make_net(classes=10))
+    job = Job(config=config, benchmark=benchmark, fsood=True)
+    evaluate_run(job, "native", Run(make_net(classes=10)))
     assert read[: 2 * IMAGES] == VAL + VAL_OOD
     assert Counter(read[2 * IMAGES :]) == each_tested_list_once(benchmark)
 
@@ -72,8 +73,8 @@ def test_a_search_reads_the_validation_pair_before_the_test(benchmark, read):
 def test_a_search_on_pseudo_ood_images_reads_no_ood_image_before_the_test(benchmark, read):
     config = read_postprocessor("fusenorm", None, [], [], "pseudo")
     config["postprocessor"]["postprocessor_sweep"] = {"base": [2, 20]}
-    job = Job(postprocessor="fusenorm", config=config, benchmark=benchmark, fsood=True)
-    evaluate_run(job, "native", make_net(classes=10))
+    job = Job(config=config, benchmark=benchmark, fsood=True)
+    evaluate_run(job, "native", Run(make_net(classes=10)))
     before = len(read) - sum(each_tested_list_once(benchmark).values())
     assert set(read[:before]) == set(VAL)
     assert Counter(read[before:]) == each_tested_list_once(benchmark)
@@ -82,7 +83,7 @@ def test_a_search_on_pseudo_ood_images_reads_no_ood_image_before_the_test(benchm
 @pytest.mark.parametrize("name", ["knn", "fdbd", "mds++"])
 def test_experts_that_openood_fits_on_training_images_read_the_training_list(benchmark, read, name):
     config = read_postprocessor(name)
-    job = Job(postprocessor=name, config=config, benchmark=benchmark)
+    job = Job(config=config, benchmark=benchmark)
     assert benchmark.id["train"] in list(job.image_sets())
-    evaluate_run(job, "native", make_net(classes=10))
+    evaluate_run(job, "native", Run(make_net(classes=10)))
     assert read[:IMAGES] == [benchmark.id["train"].imagelist.name] * IMAGES

@@ -19,6 +19,7 @@ from fusenorm_openood.evaluation.leaderboard import (
     read_results,
     splits,
 )
+from fusenorm_openood.evaluation.runs import Run
 from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
 
 CIFAR10_ROWS = ["cifar100", "tin", "nearood", "mnist", "svhn", "texture", "places365", "farood"]
@@ -198,9 +199,8 @@ def test_files_and_names_of_the_leaderboard(
     save_results(tmp_path / "x.csv", [*known.near, "nearood", *known.far, "farood"], "90.00")
     with torch.device("meta"):
         net = ResNet18_32x32(known.num_classes)
-    text = leaderboard_entry(
-        postprocessor, known, fsood, {"s0": path}, {"s0": net}, tmp_path / "x.csv"
-    )
+    runs = {"s0": Run(net, path)}
+    text = leaderboard_entry(postprocessor, known, fsood, runs, tmp_path / "x.csv")
     found = rows(text)
     row = found.pop(f"results/{file}.csv")
     assert (row["Training"], row["Postprocessor"], row["Arch"], row["Additional_Description"]) == (

@@ -12,7 +12,7 @@ import torch
 from fusenorm_openood import FuseNorm, Settings, atf
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.single import SingleScore
-from fusenorm_openood.evaluation.records import Known
+from fusenorm_openood.evaluation.runs import StoredNetwork
 from fusenorm_openood.forward.experts import Fitted
 from fusenorm_openood.forward.passes import head_of
 from fusenorm_openood.forward.recorded import RecordedLoader
@@ -84,7 +84,7 @@ def test_scores_are_those_of_the_cpu(name, device, tmp_path):
     close(found.infer(test).conf, expected)
     # A head that was kept in a store is on the CPU; images that are new are not.
     structure = understand(net, there)
-    known = Known(structure, Head(*map(torch.Tensor.cpu, head_of(net, structure))))
+    known = StoredNetwork(structure, Head(*map(torch.Tensor.cpu, head_of(net, structure))))
     again = MAKE[name](LazyNetwork(lambda: Net().to(device), known)).fit(fit)
     close(again.infer(test).conf, expected)
     close(again.score(IMAGES), expected)

@@ -8,7 +8,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from fusenorm_openood import FuseNorm, FuseNormPostprocessor
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.deployment.files import network_record
+from fusenorm_openood.deployment.files import network_key
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import ConfigError, DetectorFileError
 from fusenorm_openood.network.fingerprint import EXACT, fingerprint, identify, is_network
@@ -56,21 +56,21 @@ def test_another_forward_is_another_network(act, tmp_path):
     with pytest.raises(ConfigError, match="another forward: fit again"):
         FuseNorm(other).with_statistics(detector.id_statistics_)
     assert FuseNorm(Stem()).with_statistics(detector.id_statistics_).is_fitted
-    records = [network_record(n, SIZE, tmp_path / "store") for n in (net, other, Stem(), Stem(act))]
+    records = [network_key(n, SIZE, tmp_path / "store") for n in (net, other, Stem(), Stem(act))]
     assert records[0] == records[2] != records[1] == records[3]
 
 
 def test_rounding_of_another_machine_is_the_same_network(tmp_path, monkeypatch):
     net = Net()
-    known, record = identify(net, (3, 12, 12)), network_record(net, SIZE, tmp_path)
+    known, record = identify(net, (3, 12, 12)), network_key(net, SIZE, tmp_path)
     logits = torch.tensor(known.logits)
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).clamp(-3, 3) / 3
     there = logits + 0.9 * EXACT * noise * (logits.max() - logits.min())
     elsewhere = known._replace(logits=tuple(map(tuple, there.tolist())))
     assert known.agrees(elsewhere)
     monkeypatch.setattr("fusenorm_openood.deployment.files.identify", lambda *_: elsewhere)
-    assert network_record(net, SIZE, tmp_path) == record
-    assert network_record(net, SIZE, tmp_path / "other") != record
+    assert network_key(net, SIZE, tmp_path) == record
+    assert network_key(net, SIZE, tmp_path / "other") != record
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -3,6 +3,7 @@
 import pickle
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -293,7 +294,9 @@ def test_truncated_images_are_read_alike_by_both_engines(networks, with_a_broken
     detector = detector_for("msp", read_postprocessor("msp"))(net)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        native = evaluate(detector, benchmark, batch_size=8, progress=False).table
+        native = evaluate(
+            detector, benchmark, load=partial(image_loader, batch_size=8), progress=False
+        ).table
     assert [str(w.message).split()[1] for w in caught] == [
         str(data_root / "images_classic" / "broken.png")
     ]

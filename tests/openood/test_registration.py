@@ -17,8 +17,7 @@ from fusenorm_openood.errors import CheckpointError
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.network import T2FNormNet
 from fusenorm_openood.openood.bridge import openood_config_root
-from fusenorm_openood.openood.pipelines import find_config, main, read_configs
-from fusenorm_openood.openood.register import names_known_to
+from fusenorm_openood.openood.pipelines import find_config, main, names_in, read_configs
 from fusenorm_openood.storage.configs import config_root
 from tests.openood.test_engines import run_main
 from tests.without_openood.test_postprocessor import config
@@ -32,7 +31,7 @@ TRAIN = [
 ]
 
 
-def test_every_lookup_knows_fusenorm_after_one_or_two_registrations():
+def test_every_lookup_has_fusenorm_after_one_or_two_registrations():
     register()
     import openood.evaluation_api.evaluator as evaluator
     import openood.evaluation_api.postprocessor as api
@@ -67,7 +66,7 @@ def test_modules_that_openood_imports_later_know_fusenorm_too():
         "fusenorm_openood.register()\n"
         "assert 'openood.pipelines' not in sys.modules\n"
         "import openood.pipelines.test_ood_pipeline_aps as pipeline\n"
-        "assert pipeline.get_postprocessor.knows_fusenorm"
+        "assert pipeline.get_postprocessor.has_fusenorm"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
@@ -192,12 +191,12 @@ def test_csid_lists_equal_openoods():
             assert csid[shifted]["imglist_pth"] == listed
 
 
-def test_known_names_are_found_in_openoods_functions():
+def test_names_are_found_in_openoods_functions():
     from openood.networks.utils import get_network
     from openood.pipelines.utils import get_pipeline
 
-    assert {"train", "test_ood", "test_ood_aps"} <= set(names_known_to(get_pipeline))
-    assert {"resnet18_32x32", "t2fnorm_net", "react_net"} <= set(names_known_to(get_network))
+    assert {"train", "test_ood", "test_ood_aps"} <= set(names_in(get_pipeline))
+    assert {"resnet18_32x32", "t2fnorm_net", "react_net"} <= set(names_in(get_network))
 
 
 @pytest.mark.parametrize(

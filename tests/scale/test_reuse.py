@@ -12,11 +12,9 @@ from fusenorm_openood import FuseNorm
 from fusenorm_openood.data import lists
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.deployment.files import experts_record
-from fusenorm_openood.evaluation import records
-from fusenorm_openood.evaluation import records as faults
-from fusenorm_openood.evaluation import runs as networks
-from fusenorm_openood.evaluation.records import network_record
+from fusenorm_openood.deployment.files import experts_key
+from fusenorm_openood.evaluation import runs
+from fusenorm_openood.evaluation.runs import network_key
 from fusenorm_openood.storage.configs import config_root, read_config
 from fusenorm_openood.storage.shards import digest
 from tests.conftest import make_loader, make_net
@@ -42,11 +40,11 @@ def without_network_and_images():
     def fail(*args, **kwargs):
         raise AssertionError("this was in the store")
 
-    networks.load_network = ImageList.__getitem__ = lists.find_fault = fail
+    runs.load_network = ImageList.__getitem__ = lists.find_fault = fail
 
 
 def as_version(version):
-    records.__version__ = faults.__version__ = version
+    runs.__version__ = version
 
 
 @pytest.fixture(scope="module")
@@ -228,22 +226,22 @@ def test_a_network_is_known_by_its_file_its_name_the_size_of_images_and_how_it_r
     for path in files:
         path.write_text(path.name)
     known = [
-        network_record(files[0], None, 32, amp=False),
-        network_record(files[1], None, 32, amp=False),
-        network_record(files[0], "timm:resnet18", 32, amp=False),
-        network_record(files[0], None, 64, amp=False),
-        network_record(files[0], None, 32, amp=True),
+        network_key(files[0], None, 32, amp=False),
+        network_key(files[1], None, 32, amp=False),
+        network_key(files[0], "timm:resnet18", 32, amp=False),
+        network_key(files[0], None, 64, amp=False),
+        network_key(files[0], None, 32, amp=True),
     ]
     assert len(set(map(digest, known))) == len(known)
     files[0].rename(tmp_path / "three")
-    assert network_record(tmp_path / "three", None, 32, amp=False) == known[0]
+    assert network_key(tmp_path / "three", None, 32, amp=False) == known[0]
 
 
 def test_scores_of_files_are_known_by_all_that_they_depend_on(net, loader, tmp_path):
     def known(net=net, loader=loader, size=16, **changes):
         detector = FuseNorm(net, **changes).fit(loader)
         detector.preprocessing = Preprocessing(size, (16, 16), "bilinear", (0.5,) * 3, (0.5,) * 3)
-        return digest(experts_record(detector, tmp_path))
+        return digest(experts_key(detector, tmp_path))
 
     same = [known(), known(), known(base=5), known(percentile_low=1), known(weights=(1, 2, 1, 1))]
     assert len(set(same)) == 1

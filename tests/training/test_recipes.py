@@ -1,7 +1,6 @@
 """Recipes, read from the YAML files of OpenOOD's pipelines, and batches shared by processes."""
 
 import pytest
-import torch
 
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import load_benchmark
@@ -49,8 +48,7 @@ def test_processes_share_the_batch(digits_images):
     for world in (1, 2):
         share = recipe.batch_per_process(world)
         loaders = [
-            make_loader(benchmark, share, 0, Process(rank, rank, world), 0, torch.device("cpu"))
-            for rank in range(world)
+            make_loader(benchmark, share, 0, Process(rank, rank, world)) for rank in range(world)
         ]
         assert [loader.batch_size * world for loader in loaders] == [48] * world
         steps = {len(loader) for loader in loaders}

@@ -5,10 +5,11 @@ import torch
 
 from fusenorm_openood.errors import CheckpointError, DamagedFileError
 from fusenorm_openood.network import ResNet18_32x32
-from fusenorm_openood.training.loop import Progress, keep, make_optimiser, resume
-from fusenorm_openood.training.recipes import Recipe
+from fusenorm_openood.training.loop import Progress, resume, save_progress
 
-RECIPE = Recipe(id_data="digits", width=4)
+
+def momentum(net):
+    return torch.optim.SGD(net.parameters(), 0.1, 0.9)
 
 
 @pytest.fixture
@@ -16,17 +17,17 @@ def run(tmp_path):
     """An interrupted run after one step: file, network, optimiser."""
     torch.manual_seed(0)
     net = ResNet18_32x32(3, width=4)
-    optimiser = make_optimiser(RECIPE, net)
+    optimiser = momentum(net)
     net(torch.randn(2, 3, 8, 8)).sum().backward()
     optimiser.step()
-    keep(tmp_path / "unfinished.ckpt", net, optimiser, Progress(1, 0.5))
+    save_progress(tmp_path / "unfinished.ckpt", net, optimiser, Progress(1, 0.5))
     return tmp_path / "unfinished.ckpt", net, optimiser
 
 
 def test_a_run_resumes_where_it_stopped(run):
     path, net, optimiser = run
     other = ResNet18_32x32(3, width=4)
-    again = make_optimiser(RECIPE, other)
+    again = momentum(other)
     assert resume(path, other, again) == Progress(1, 0.5)
     torch.testing.assert_close(other.state_dict(), net.state_dict())
     torch.testing.assert_close(again.state_dict()["state"], optimiser.state_dict()["state"])
@@ -75,4 +76,4 @@ def test_a_file_that_cannot_be_opened_is_not_called_damaged(run, tmp_path):
         resume(tmp_path / "other.ckpt", net, optimiser)
     wider = ResNet18_32x32(3, width=8)
     with pytest.raises(CheckpointError, match="holds no interrupted run"):
-        resume(run[0], wider, make_optimiser(RECIPE, wider))
+        resume(run[0], wider, momentum(wider))

@@ -20,8 +20,14 @@ from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.network.checkpoints import load_backbone
-from fusenorm_openood.training.epoch import processes, train_epoch
-from fusenorm_openood.training.loop import keep, threads, train, train_digits
+from fusenorm_openood.training.loop import (
+    processes,
+    save_progress,
+    threads,
+    train,
+    train_digits,
+    train_epoch,
+)
 from fusenorm_openood.training.recipes import Recipe, find_recipe
 from tests.conftest import shortened_digits
 
@@ -122,7 +128,9 @@ def test_a_run_interrupted_between_two_files_is_not_finished(few, whole, tmp_pat
         train(RECIPE, few, folder, progress=False)
     assert (folder / "best.ckpt").is_file()
     monkeypatch.undo()
-    monkeypatch.setattr("fusenorm_openood.training.loop.keep", after(2, KeyboardInterrupt, keep))
+    monkeypatch.setattr(
+        "fusenorm_openood.training.loop.save_progress", after(2, KeyboardInterrupt, save_progress)
+    )
     with pytest.raises(KeyboardInterrupt):  # the log has an epoch that was not saved
         train(RECIPE, few, folder, progress=False)
     assert len((folder / "log.csv").read_text().splitlines()) == 4
@@ -133,7 +141,9 @@ def test_a_run_interrupted_between_two_files_is_not_finished(few, whole, tmp_pat
 
 
 def test_a_deleted_best_checkpoint_is_written_again(few, tmp_path, monkeypatch):
-    monkeypatch.setattr("fusenorm_openood.training.loop.keep", after(2, KeyboardInterrupt, keep))
+    monkeypatch.setattr(
+        "fusenorm_openood.training.loop.save_progress", after(2, KeyboardInterrupt, save_progress)
+    )
     with pytest.raises(KeyboardInterrupt):
         train(RECIPE, few, tmp_path, progress=False)
     monkeypatch.undo()
@@ -161,12 +171,12 @@ def test_a_killed_process_resumes_where_it_stopped(few, tmp_path, capsys):
         import os, signal, sys
         from fusenorm_openood.cli.main import main
         from fusenorm_openood.training import loop
-        keep = loop.keep
+        save = loop.save_progress
         def killed(path, net, optimiser, done):
-            keep(path, net, optimiser, done)
+            save(path, net, optimiser, done)
             if done.epochs == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-        loop.keep = killed
+        loop.save_progress = killed
         main(sys.argv[1:])
     """
     command = [
@@ -247,15 +257,15 @@ def test_training_can_start_from_either_kind_of_checkpoint(few, tmp_path, digits
         train(replace(RECIPE, init=str(digits[1])), few, tmp_path / "run", progress=False)
 
 
-def test_after_a_non_finite_loss_the_last_good_checkpoint_is_kept(few, tmp_path, monkeypatch):
+def test_after_a_non_finite_loss_the_last_good_checkpoint_stays(few, tmp_path, monkeypatch):
     rates = iter([0.01] * 6 + [1e30] * 100)
     monkeypatch.setattr(Recipe, "learning_rate", lambda *_: next(rates))
     with pytest.raises(NonFiniteError, match=r"the loss is (nan|inf) at step (\d+): the last good"):
         train(RECIPE, few, tmp_path, progress=False)
     assert all(v.isfinite().all() for v in weights(tmp_path / "best.ckpt").values())
-    kept = weights(tmp_path / "unfinished.ckpt")
-    assert kept["progress"][0] == 1
-    assert all(v.isfinite().all() for v in kept["net"].values())
+    unfinished = weights(tmp_path / "unfinished.ckpt")
+    assert unfinished["progress"][0] == 1
+    assert all(v.isfinite().all() for v in unfinished["net"].values())
 
 
 def test_the_error_for_a_non_finite_loss_names_the_step():

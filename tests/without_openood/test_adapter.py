@@ -8,7 +8,7 @@ import torch
 from fusenorm_openood.errors import CheckpointError
 from fusenorm_openood.network import T2FNormNet
 from fusenorm_openood.openood.adapter import AdaptedPostprocessor, ScoringView
-from fusenorm_openood.openood.register import names_known_to
+from fusenorm_openood.openood.pipelines import names_in
 from tests.conftest import CLASSES, assert_undisturbed, make_net, state_of
 
 IMAGES = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -84,10 +84,10 @@ def test_the_postprocessor_t2fnorm_needs_a_t2fnorm_network(net):
         AdaptedPostprocessor(MaxLogit(), "t2fnorm").setup(net, {}, {})
 
 
-def test_known_names_are_read_from_the_source():
+def test_names_are_read_from_the_source():
     def get_thing(name):
         if name == "last":
             return 3
         return {"first": 1, "second": 2}[name]
 
-    assert names_known_to(get_thing) == ["first", "last", "second"]
+    assert names_in(get_thing) == ["first", "last", "second"]
