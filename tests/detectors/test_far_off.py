@@ -39,6 +39,7 @@ KINDS = {
     "stripes": stripes,
     "checkerboards": checkerboards,
 }
+BARE = Settings(strong=("output",), clip=False, cap=1.0)
 PATTERNS = ("stripes", "checkerboards")  # have content: far off are those of more contrast
 
 
@@ -48,7 +49,7 @@ def fitted(digits):
     data_root, checkpoint = digits
     benchmark, net = load_benchmark("digits", data_root), load_network(checkpoint)
     found = []
-    for method in (Settings(), Settings.deviation(), Settings(clip=False, cap=1.0)):
+    for method in (Settings(), Settings.deviation(), BARE):
         detector = FuseNorm(net, method).fit(image_loader(benchmark.id["val"]))
         known = detector.infer(image_loader(benchmark.id["test"])).conf
         found.append((detector, float(np.percentile(known, 5))))

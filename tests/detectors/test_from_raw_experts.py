@@ -3,12 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
+from scipy.stats import spearmanr
 
 from fusenorm_openood import FuseNorm, Settings, atf
 from tests.conftest import make_loader
+from tests.method.test_scores import head_tied
 
-STRONG = [("output", "fdbd", "mds++"), ("output", "knn", "fdbd")]
+STRONG = [
+    ("output", "gen", "fdbd", "head_mds"),
+    ("output", "fdbd", "mds++"),
+    ("output", "knn", "fdbd"),
+]
 TAPS = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
 
 
@@ -77,8 +83,13 @@ class Raw:
 
     def of_id(self, name):
         """Each ID image without itself."""
-        if name in ("output", "fdbd"):
+        if name in ("output", "gen", "fdbd"):
             return self.of(name, self.feature, self.logits)
+        if name == "head_mds":
+            return [
+                head_tied(self.known[i : i + 1], self.known, self.classes, self.weight, i)[0]
+                for i in range(self.n)
+            ]
         scores = []
         for i in range(self.n):
             x, others = self.known[i : i + 1], np.arange(self.n) != i
@@ -94,8 +105,13 @@ class Raw:
             return logsumexp(logits, axis=1)
         if name == "fdbd":
             return self.fdbd(feature, logits)
+        if name == "gen":
+            p = softmax(logits, axis=1)
+            return -((p * (1 - p)) ** 0.1).sum(1)
         if name == "knn":
             return knn(unit(feature), self.known)
+        if name == "head_mds":
+            return head_tied(unit(feature), self.known, self.classes, self.weight)
         return mahalanobis(unit(feature), self.known, self.classes, self.n, self.ridge)
 
 
@@ -112,7 +128,13 @@ def far_off(norms, known):
     left_out = of_id - np.log(1 - (len(known) * np.exp(2 * of_id) + 1) / known.shape[1])
     second = np.sort(left_out)[-2]  # the percentile 99.9 of fewer than 1000 images
     limit = max(left_out.mean() + 2.5 * left_out.std(), second)
-    return 16 * np.maximum(0, log_m(norms, known) - limit) / of_id.std()
+    return 16 * np.maximum(0, log_m(norms, known) - limit) / left_out.std()
+
+
+def joint_penalty(norms, known):
+    of_id = log_m(known, known)
+    left_out = of_id - np.log(1 - (len(known) * np.exp(2 * of_id) + 1) / known.shape[1])
+    return np.minimum(10, np.exp((log_m(norms, known) - left_out.mean()) / left_out.std() - 3))
 
 
 @pytest.mark.parametrize("strong", STRONG, ids=str)
@@ -121,7 +143,8 @@ def test_the_confidence_is_the_formula_of_the_raw_experts(net, strong, penalty):
     loader, unknown = make_loader(120), make_loader(40, seed=5, scale=1.2)
     with torch.no_grad():
         net.fc.weight *= 30  # logits that differ by more than float32's rounding
-    detector = FuseNorm(net, Settings(strong=strong, penalty=penalty)).fit(loader)
+    method = {"deviation": Settings.deviation, "joint": Settings}[penalty]
+    detector = FuseNorm(net, method(strong=strong)).fit(loader)
 
     id_norms, *id_outputs = outputs_of(net, loader)
     norms, *outputs = outputs_of(net, unknown)
@@ -129,6 +152,7 @@ def test_the_confidence_is_the_formula_of_the_raw_experts(net, strong, penalty):
     known = np.array([raw.of_id(name) for name in strong])
     scores = np.array([raw.of(name, *outputs) for name in strong])
     low, high = np.percentile(known, [5, 95], axis=1)[..., None]
+    assert (scores > high).any()  # the clip matters
     if penalty == "deviation":
         lowest, highest = np.percentile(id_norms, [5, 95], axis=1)[..., None]
         z = (norms - lowest) / (highest - lowest)
@@ -136,12 +160,14 @@ def test_the_confidence_is_the_formula_of_the_raw_experts(net, strong, penalty):
         expected = np.minimum((scores - low) / (high - low), 1).mean(0)
         expected -= np.minimum(1, 2**largest - 1) + far_off(norms, id_norms)
         assert (largest > 0).any()
+        assert 0 < (far_off(norms, id_norms) > 0).mean() < 1
     else:
-        clipped = np.minimum(scores, high)
-        expected = ((clipped - known.mean(1)[:, None]) / known.std(1)[:, None]).mean(0)
-        of_id = log_m(id_norms, id_norms)
-        standardised = (log_m(norms, id_norms) - of_id.mean()) / of_id.std()
-        expected -= 0.25 * (standardised + far_off(norms, id_norms))
-    assert (scores > high).any()  # the clip matters
-    assert 0 < (far_off(norms, id_norms) > 0).mean() < 1
+        in_sample = np.array([raw.of(name, *id_outputs) for name in strong])
+        pairs = zip(known, in_sample, strict=True)
+        weights = [max(0, spearmanr(*pair).statistic) for pair in pairs]
+        of_id = np.minimum(known, high)
+        z = (np.minimum(scores, high) - of_id.mean(1)[:, None]) / of_id.std(1)[:, None]
+        penalties = joint_penalty(norms, id_norms)
+        expected = np.average(z, axis=0, weights=weights) - penalties
+        assert (penalties > 0.5).any()
     np.testing.assert_allclose(detector.score_loader(unknown), expected, rtol=1e-3, atol=2e-3)
