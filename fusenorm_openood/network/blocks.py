@@ -94,7 +94,7 @@ def _on_trunk(modules: Modules, calls: Calls, pixels: Mapping[str, int], graph: 
     merges, trunk = graph.merges(), graph.trunk
     left = [n for n in graph.forks() if not any(_is_in(trunk[n], spans[b]) for b in blocks)]
     free = [node for node in left if node in merges]
-    parallel = graph.share_of_largest_fork() > 0.5
+    parallel = any(graph.share_of_work(graph.branches([fork])) > 0.5 for fork in graph.forks())
     if 2 * len(free) > len(merges) and not parallel:
         # Most sums are in the forward of a module around the blocks: take what holds their values.
         # Names of inputs come last, and are taken where no module returns the tensor.

@@ -30,7 +30,6 @@ ARCHITECTURES = (
     "ResNet18_32x32, ResNet18_224x224, ResNet50, WideResNet, CifarResNet, T2FNormNet around one"
 )
 WAY_OUT = "name any other network with --network, or network=... in Python"
-OPENOOD_WIDTH = 64  # channels of the first stage of OpenOOD's ResNet18_32x32
 _STEM = re.compile(r"((?:.*\.)?)conv1\.weight")
 _TAU = re.compile(r"((?:.*\.)?)tau")
 Build = Callable[[int], nn.Module]  # from the number of classes to a network
@@ -230,16 +229,5 @@ def network_kind(net: nn.Module, network: str | None = None) -> NetworkKind:
     plain = net.backbone if isinstance(net, T2FNormNet) else net
     linear = [module for module in plain.modules() if isinstance(module, nn.Linear)]
     classes = linear[-1].out_features if linear else len(list(plain.parameters())[-1])
-    architecture = network.partition(":")[2] if network else _name_of(plain)
-    return NetworkKind(training, architecture, classes)
-
-
-def _name_of(net: nn.Module) -> str:
-    if isinstance(net, WideResNet):
-        return f"WRN-{6 * len(net.block1.layer) + 4}-{net.fc.in_features // 64}"
-    if isinstance(net, CifarResNet):
-        return f"ResNet-{6 * len(net.get_submodule('layer1')._modules) + 2}"
-    name = type(net).__name__
-    if isinstance(net, ResNet18_32x32) and net.conv1.out_channels != OPENOOD_WIDTH:
-        return f"{name} of width {net.conv1.out_channels}"
-    return name
+    name = getattr(plain, "architecture", type(plain).__name__)
+    return NetworkKind(training, network.partition(":")[2] if network else name, classes)

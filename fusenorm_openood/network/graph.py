@@ -81,10 +81,6 @@ class Graph:
         """The forks that add or concatenate their branches."""
         return [node for node in self.forks() if _MERGES.search(node.name())]
 
-    def share_of_largest_fork(self) -> float:
-        """The largest share of all convolutions and matrix products between two trunk nodes."""
-        return max((self.share_of_work(self._fork(node)) for node in self.trunk), default=0.0)
-
     def share_of_work(self, nodes: Iterable[Node]) -> float:
         """The share of all convolutions and matrix products that are among nodes."""
         return sum(map(_multiplies, nodes)) / max(sum(map(_multiplies, self.children)), 1)

@@ -120,6 +120,7 @@ class ResNet18_32x32(_SmallResNet):
 
     def __init__(self, num_classes: int = 10, width: int = 64) -> None:
         super().__init__(BasicBlock, (2, 2, 2, 2), width, num_classes)
+        self.architecture = "ResNet18_32x32" if width == 64 else f"ResNet18_32x32 of width {width}"
 
 
 class CifarResNet(_SmallResNet):
@@ -144,6 +145,7 @@ class CifarResNet(_SmallResNet):
         if rest or blocks < 1:
             raise ConfigError(f"depth must be 6n + 2, for example 20 or 32, got {depth}")
         super().__init__(PaddingBlock, (blocks,) * 3, width, num_classes)
+        self.architecture = f"ResNet-{depth}"
 
 
 class _TorchvisionResNet(FeatureClassifier):
@@ -223,6 +225,7 @@ class WideResNet(FeatureClassifier):
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
             raise ConfigError(f"depth must be 6n + 4, for example 16 or 28, got {depth}")
+        self.architecture = f"WRN-{depth}-{widen_factor}"
         one, two, three = (16 * widen_factor * 2**stage for stage in range(3))  # channels
         self.conv1 = _conv(3, 16)
         self.block1 = WideResNetStage(blocks, 16, one, stride=1)

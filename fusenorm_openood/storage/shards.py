@@ -105,22 +105,13 @@ class Key:
 
 
 class ShardSet:
-    """A set of rows under one key, in shards of consecutive rows.
+    """A set of rows under one key, in shards of consecutive rows, in a folder of a store.
 
     A file gets its final name when it is complete, so that any number of processes may write shards
     of the same set. If two of them write different bits under one number, the file whose name sorts
-    first is read. Parquet shards of version 0.2.0 are as if they were not there.
-
-    Args:
-        root: the store, a folder or a URL.
-        key: what the rows are computed from. Sets of different records share no folder.
-
-    Attributes:
-        folder: the folder of the set, which is created.
-
-    Raises:
-        StoreError: the folder is not writable, or has rows of another record, number or shard size.
-        TypeError: JSON cannot express the record.
+    first is read. Parquet shards of version 0.2.0 are as if they were not there. StoreError if the
+    folder, which is created, is not writable, or has rows of another record, number or shard size;
+    TypeError if JSON cannot express the record.
     """
 
     def __init__(self, root: Place, key: Key) -> None:
@@ -164,15 +155,9 @@ class ShardSet:
     def write(self, number: int, columns: Mapping[str, NDArray[Any]]) -> Place:
         """Write a shard under its final name, all of it or nothing; damaged files of it go.
 
-        The bytes depend on the record, the number and the columns only.
-
-        Args:
-            number: the shard.
-            columns: name -> float32, float64, int64 or bool `[N]` or `[N, D]`, or str (of dtype
-                object) `[N]`, with N = `len(span(number))`.
-
-        Raises:
-            StoreError: other arrays, a full disk, or a folder that is not writable.
+        Columns are float32, float64, int64 or bool `[N]` or `[N, D]`, or str (of dtype object)
+        `[N]`, with N = `len(span(number))`. The bytes depend on the record, the number and the
+        columns only. StoreError for other arrays, a full disk, or a folder that is not writable.
         """
         rows = len(self.span(number))
         data = encode(columns, self._label(number), rows)

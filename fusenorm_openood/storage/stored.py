@@ -220,16 +220,11 @@ Logits = NDArray[np.float64]
 def forward_digest(
     store: Place, record: Mapping[str, Any], logits: Logits, agrees: Callable[[Logits], bool]
 ) -> str:
-    """A digest of a network's logits of fixed images, as the store first had them.
+    """A digest of a network's logits `[2, K]` of fixed images, as the store first had them.
 
     Another machine rounds them otherwise, so that their own digest could be part of no key: they
-    are stored, and compared.
-
-    Args:
-        store: folder or URL of the store.
-        record: all that the logits depend on but the forward pass: modules, weights, images.
-        logits: the logits `[2, K]`.
-        agrees: whether other logits are the same up to rounding.
+    are stored, and compared by `agrees`, which says whether other logits are the same up to
+    rounding. The record has all that they depend on but the forward pass: modules, weights, images.
     """
     for number in count():
         key = {**record, "content": "forward", "number": number}
