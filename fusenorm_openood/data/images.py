@@ -1,7 +1,7 @@
 """Image files: read as in OpenOOD, and checked without decoding those that look complete."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from io import BytesIO
@@ -34,8 +34,8 @@ class TruncatedImageWarning(ImageWarning):
     """A truncated image file was read with its missing rows filled with grey."""
 
 
-def read_image(path: Place, bits: int | None = None) -> Image.Image:
-    """An image in RGB with 8 bits per channel.
+def read_image(given: Place | Image.Image, bits: int | None = None) -> Image.Image:
+    """An image file, or a PIL image, which stays as it is, in RGB with 8 bits per channel.
 
     PIL takes the higher 8 bits of 16-bit colour images; so do we of 16-bit greyscale images, which
     PIL, and so OpenOOD, saturates instead. Pictures of 10 or 12 bits in 16-bit files are scaled by
@@ -49,16 +49,27 @@ def read_image(path: Place, bits: int | None = None) -> Image.Image:
         DataError: pixels with 32 bits, with more than `bits`, or of low bits that PIL drops.
         RemoteError: a URL cannot be read now.
     """
+    name = "the image" if isinstance(given, Image.Image) else f"image {given}"
+    try:
+        with truncated_images(read=False), _opened(given) as file:
+            return _first_page(file, name, bits)
+    except (FileNotFoundError, _BOMB, DataError, RemoteError):
+        raise
+    except UNREADABLE:
+        with truncated_images(read=True), _opened(given) as file:
+            image = _first_page(file, name, bits)
+        warnings.warn(
+            f"{name} is truncated: its missing rows are filled with grey, as in OpenOOD",
+            TruncatedImageWarning,
+            stacklevel=2,
+        )
+        return image
 
-    def opened() -> Image.Image:
-        return Image.open(_Downloaded(path) if isinstance(path, Url) else path, formats=_formats())
 
-    return _read(opened, f"image {path}", bits)
-
-
-def read_picture(picture: Image.Image, bits: int | None = None) -> Image.Image:
-    """As `read_image`, of a PIL image, which may not be decoded yet; it stays as it is."""
-    return _read(lambda: nullcontext(picture), "the image", bits)
+def _opened(given: Place | Image.Image) -> AbstractContextManager[Image.Image]:
+    if isinstance(given, Image.Image):
+        return nullcontext(given)
+    return Image.open(_Downloaded(given) if isinstance(given, Url) else given, formats=_formats())
 
 
 @cache
@@ -86,26 +97,6 @@ class _Downloaded(BytesIO):
         return repr(str(self._url))
 
 
-def _read(
-    opened: Callable[[], AbstractContextManager[Image.Image]], name: str, bits: int | None
-) -> Image.Image:
-    """The first page of what is opened, which is opened again if it is truncated."""
-    try:
-        with truncated_images(read=False), opened() as file:
-            return _first_page(file, name, bits)
-    except (FileNotFoundError, _BOMB, DataError, RemoteError):
-        raise
-    except UNREADABLE:
-        with truncated_images(read=True), opened() as file:
-            image = _first_page(file, name, bits)
-        warnings.warn(
-            f"{name} is truncated: its missing rows are filled with grey, as in OpenOOD",
-            TruncatedImageWarning,
-            stacklevel=3,
-        )
-        return image
-
-
 def _first_page(file: Image.Image, name: str, bits: int | None) -> Image.Image:
     image, pages = to_rgb(file, bits), 1
     if file.format not in ("MPO", "PSD"):  # views and layers that belong to the first
@@ -116,7 +107,7 @@ def _first_page(file: Image.Image, name: str, bits: int | None) -> Image.Image:
             f"{name} has {pages} pages or frames, of which the first is read: make each a file to "
             "have all judged",
             ImageWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     return image
 

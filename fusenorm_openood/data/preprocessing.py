@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from fusenorm_openood.data.images import read_image, read_picture, reading
+from fusenorm_openood.data.images import read_image, reading
 from fusenorm_openood.errors import ConfigError, numbers, whole
 from fusenorm_openood.method.validation import Rule, among, check_fields, checked
 from fusenorm_openood.storage.configs import typed
@@ -161,7 +161,7 @@ class Preprocessing:
         DataError if it cannot be decoded, or the range of its pixels is unknown.
         """
         with reading("the image"):
-            return self._prepared(read_picture(image, self.bits))  # a copy
+            return self._prepared(read_image(image, self.bits))  # a copy
 
     def read(self, path: str | Place) -> Tensor:
         """The tensor `[3, H, W]` of an image file or URL; DataError if it cannot be read."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusenorm_openood.data.images import ImageWarning, read_image, read_picture
+from fusenorm_openood.data.images import ImageWarning, read_image
 from fusenorm_openood.errors import DataError
 from tests.data.test_images import png_of
 
@@ -52,7 +52,7 @@ def test_the_bits_that_are_used_become_8(tmp_path, bits, ending, stated):
     image = read_image(path, 16 if stated else bits)  # what a file states counts
     np.testing.assert_array_equal(np.asarray(image)[..., 1], values >> (bits - 8))
     with Image.open(path) as file:
-        np.testing.assert_array_equal(read_picture(file, 16 if stated else bits), image)
+        np.testing.assert_array_equal(read_image(file, 16 if stated else bits), image)
 
 
 @pytest.mark.parametrize("bits", [10, 12])
@@ -113,7 +113,7 @@ def test_16_bit_colour_of_fewer_bits_is_told_or_refused(tmp_path):
 def test_a_picture_that_is_judged_again_has_the_same_pixels(tmp_path, stated):
     path = written(tmp_path / "x.png", grey(min(stated, 12)), stated)
     with Image.open(path) as file:
-        first, again = (np.asarray(read_picture(file)) for _ in range(2))
+        first, again = (np.asarray(read_image(file)) for _ in range(2))
     np.testing.assert_array_equal(again, first)
     np.testing.assert_array_equal(first, np.asarray(read_image(path)))
 
@@ -123,7 +123,7 @@ def test_a_colour_picture_that_is_refused_is_refused_again(tmp_path):
     with Image.open(tmp_path / "x.png") as file:
         for _ in range(2):
             with pytest.raises(DataError, match="convert it to 8 bit"):
-                read_picture(file, 12)
+                read_image(file, 12)
 
 
 @pytest.mark.parametrize("bits", [12, 16])
@@ -148,10 +148,10 @@ def test_the_first_of_several_pages_is_read_with_a_word(tmp_path, ending, count)
     path = tmp_path / f"x.{ending}"
     pages[0].save(path, save_all=True, append_images=pages[1:], **PAGED[ending])
     with Image.open(path) as file:
-        for read, given in ((read_image, path), (read_picture, file)):
+        for given in (path, file):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                image = read(given)
+                image = read_image(given)
             said = [str(w.message) for w in caught if w.category is ImageWarning]
             assert len(said) == (count > 1)
             assert all(f"has {count} pages" in text for text in said)
@@ -164,4 +164,4 @@ def test_a_page_that_was_chosen_is_read(tmp_path):
     pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
     with Image.open(tmp_path / "x.tif") as file:
         file.seek(1)
-        np.testing.assert_array_equal(read_picture(file), pages[1])
+        np.testing.assert_array_equal(read_image(file), pages[1])
