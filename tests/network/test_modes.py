@@ -69,7 +69,7 @@ def test_modes_weights_gradients_and_hooks_are_as_before(settings):
     assert torch.equal(net.fc.weight.grad, grad)
 
 
-def test_the_users_hooks_are_kept_and_heard():
+def test_the_users_hooks_are_kept_and_called():
     net, calls = Net(), []
     doubled = net.a[0].register_forward_hook(lambda module, args, output: 2 * output)
     net.fc.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
