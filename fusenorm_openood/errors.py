@@ -1,5 +1,6 @@
 """Errors that users see, and the checks of numbers that they give."""
 
+import re
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -92,6 +93,13 @@ def is_out_of_memory(error: Exception) -> bool:
         return True
     texts = ("out of memory", "allocate memory", "not enough memory")
     return isinstance(error, RuntimeError) and any(t in str(error).lower() for t in texts)
+
+
+def first_sentence(error: Exception) -> str:
+    """The first sentence of an error, or of its cause, which torch wraps in a report."""
+    cause = error.__cause__ or error
+    sentence = re.split(r"[.!]\s|\n", str(cause).strip(), maxsplit=1)[0]
+    return f"{type(cause).__name__}: {sentence}"
 
 
 def is_lost_loader(error: BaseException | None) -> bool:

@@ -388,27 +388,30 @@ class FuseNorm(Detector):
         dtype: Dtype = "uint8",
         acceptance: float = 0.95,
         shape: Sequence[int] | None = None,
+        target: str | None = None,
     ) -> Exported:
-        """Write the network and the detector as one program, for ONNX or `torch.export`.
+        """Write the network and the detector as one program for a runtime.
 
         It runs without this package and computes in float32 what this detector computes on the
-        CPU. Inputs and outputs:
+        CPU. Its input `image` is `[N, 3, H, W]` with values from 0 to 255, resized and cropped as
+        `preprocessing` says; without `preprocessing`, what the network takes, in float32. Outputs:
 
-        - `image`: `[N, 3, H, W]` with values from 0 to 255, resized and cropped as
-          `preprocessing` says. Without `preprocessing`, what the network takes, in float32.
-        - `acceptance`: float64 scalar, may be left out in ONNX.
-        - `logits` `[N, K]`, `confidence` `[N]`, and if the detector is calibrated `p_value` `[N]`
-          and the verdict `ood` `[N]`. An image with a score that is not finite has the confidence
-          NaN and the smallest p-value.
+        - `logits` `[N, K]` and `confidence` `[N]`.
+        - `rank` `[N]`, integers, if the detector is calibrated: 1 + the number of calibration
+          scores that are not larger than the confidence. An image is OOD at an acceptance if its
+          rank is at most `max_rank(acceptance, n)`; p = rank / (n + 1).
 
-        The program is run on a few images, and is not written if its confidences differ. ONNX is
-        run if ONNX Runtime is installed.
+        An image with a score that is not finite has the confidence NaN and rank 1. The program is
+        run on a few images if its runtime is installed, and is not written if its confidences
+        differ.
 
         Args:
-            path: a file that ends in `.onnx` or `.pt2`.
+            path: a file that ends in `.onnx`, `.pt2`, `.xml`, `.pte`, `.tflite` or `.mlpackage`.
             dtype: of `image`, `"uint8"` or `"float32"`.
-            acceptance: default of the input of that name.
+            acceptance: that of `max_rank` in the file's metadata.
             shape: of one image, `[C, H, W]`, without `preprocessing`.
+            target: what the program is for: `onnx`, `pt2` (`torch.export`), `aoti` (AOTInductor),
+                `openvino`, `executorch`, `litert` or `coreml`; None = by the suffix.
 
         Raises:
             NotFittedError: before `fit`.
@@ -417,7 +420,7 @@ class FuseNorm(Detector):
             ExportError: a network that cannot be traced, a package that is missing, other
                 confidences, or a file that cannot be written.
         """
-        return export_detector(self, Path(path), dtype, acceptance, shape)
+        return export_detector(self, Path(path), dtype, acceptance, shape, target)
 
     def _try(self, images: Tensor) -> None:
         structure = self.structure(images)

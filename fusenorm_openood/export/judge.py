@@ -5,20 +5,22 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.errors import ConfigError, ExportError
 from fusenorm_openood.forward.experts import Expert, Fitted, Scoring
-from fusenorm_openood.method.conformal import EQUAL
 from fusenorm_openood.method.fusion import Fusion
 from fusenorm_openood.method.joint import sum_of_rows
 from fusenorm_openood.network.running import unwrapped
 
 Dtype = Literal["uint8", "float32"]
-EXAMPLES = 4
+OUTPUTS = ("logits", "confidence", "rank")
+ERROR = 1e-5  # of confidences of ID images in float32; see `thresholds`
 
 
 class Inputs(NamedTuple):
@@ -61,12 +63,14 @@ class Inputs(NamedTuple):
         return cls(known, getattr(torch, dtype), normalization)
 
     def examples(self) -> Tensor:
-        """Images of noise `[N, C, H, W]`, always the same."""
-        generator, size = torch.Generator().manual_seed(0), (EXAMPLES, *self.shape)
+        """Noise and stripes `[4, C, H, W]`, always the same."""
+        generator, size = torch.Generator().manual_seed(0), (4, *self.shape)
         if self.normalization is None:
-            return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
-        drawn = torch.randint(0, 256, size, generator=generator, device="cpu")
-        return drawn.to(self.dtype)
+            drawn = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+        else:
+            drawn = torch.randint(0, 256, size, generator=generator, device="cpu").to(self.dtype)
+        drawn[-1, ..., ::2] = drawn.max()
+        return drawn
 
     def normalised(self, image: Tensor) -> Tensor:
         """What the network takes."""
@@ -80,8 +84,46 @@ class Inputs(NamedTuple):
         return (unit - mean) / std
 
 
+class _InFloat32(TorchFunctionMode):
+    """Context in which what is float64 elsewhere is float32, which every runtime has."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.double:
+            return args[0].float()
+        if kwargs.get("dtype") is torch.float64:
+            kwargs["dtype"] = torch.float32
+        return func(*args, **kwargs)
+
+
+def thresholds(calibration: ArrayLike, error: float = ERROR) -> NDArray[np.float32]:
+    """What confidences in float32 are compared with, in place of calibration scores `[n]`.
+
+    They are lower by `error`, relative to scores above 1, and rounded down. So where a confidence
+    is at most `error` from float64's, ties stay ties, and its rank is that of float64 or, less than
+    2 `error` below a calibration score, larger: no image is rejected in addition, and the guarantee
+    holds.
+    """
+    scores = np.sort(np.asarray(calibration, np.float64))
+    lowered = scores - error * np.maximum(1, abs(scores))
+    rounded = lowered.astype(np.float32)
+    down: NDArray[np.float32] = np.nextafter(rounded, np.float32(-np.inf))
+    return np.where(rounded > lowered, down, rounded)
+
+
+def error_of(fusion: Fusion, id_scores: NDArray[np.float64]) -> float:
+    """By how much confidences of ID images differ in float32: `ERROR`, or more if it is seen here.
+
+    Where the scores `[L, N]` of an expert hardly vary, as at ODIN's temperature, their last digit
+    in float32 counts.
+    """
+    exact, scores = deepcopy(fusion), torch.from_numpy(id_scores)
+    conf = sum_of_rows(exact(scores)), sum_of_rows(exact.float()(scores.float()))
+    return max(ERROR, 8 * float((conf[0] - conf[1]).abs().max()))
+
+
 class Judge(nn.Module):
-    """Logits, confidences, p-values and verdicts of a batch of images.
+    """Logits, confidences and ranks of a batch of images, in float32.
 
     Args:
         scoring: the experts of a network in eval mode, on the CPU, in float32.
@@ -89,7 +131,10 @@ class Judge(nn.Module):
         fusion: from their scores to contributions.
         inputs: what images it is given.
         calibration: confidences `[n]` of the calibration images, None without.
+        error: see `thresholds`.
     """
+
+    thresholds: Tensor | None
 
     def __init__(
         self,
@@ -98,35 +143,42 @@ class Judge(nn.Module):
         fusion: Fusion,
         inputs: Inputs,
         calibration: NDArray[Any] | None,
+        error: float = ERROR,
     ) -> None:
         super().__init__()
-        self.net, self.fusion, self.inputs, self.rows = scoring.net, fusion, inputs, rows
+        self.net, self.inputs, self.rows, self.error = scoring.net, inputs, rows, error
+        self.fusion = deepcopy(fusion).float()
         copies = {  # a program is saved without a warning if no tensor is a view
             score: {n: v.clone(memory_format=torch.contiguous_format) for n, v in state.items()}
             for score, state in scoring.fitted.states.items()
         }
         self.scoring = replace(scoring, fitted=Fitted(scoring.fitted.thresholds, copies))
-        self.calibration = None if calibration is None else torch.tensor(calibration, device="cpu")
+        known = None if calibration is None else torch.from_numpy(thresholds(calibration, error))
+        self.register_buffer("thresholds", known)
+        self.outputs = OUTPUTS[:2] if calibration is None else OUTPUTS
 
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of what `forward` returns."""
-        names = ("logits", "confidence", "p_value", "ood")
-        return names[:2] if self.calibration is None else names
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Logits `[N, K]`, confidences `[N]`, and if calibrated ranks `[N]` in int32.
 
-    def forward(self, image: Tensor, acceptance: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Logits `[N, K]`, confidences `[N]`, and if calibrated p-values and verdicts `[N]`.
-
-        The confidence of an image with a score that is not finite is NaN, its p-value the smallest.
+        A rank is 1 + the number of calibration scores that are not larger than the confidence. If
+        a pixel or a score is not finite, the confidence is NaN and the rank 1.
         """
-        batch, done = self.scoring.run_part(self.inputs.normalised(image))
-        scores = self.scoring.complete(batch).matrix(self.rows)
-        conf = torch.where(scores.isfinite().all(0), sum_of_rows(self.fusion(scores)), torch.nan)
-        if self.calibration is None or acceptance is None:
+        with _InFloat32():
+            images = self.inputs.normalised(image)
+            batch, done = self.scoring.run_part(images)
+            scores = self.scoring.complete(batch).matrix(self.rows)
+            conf = sum_of_rows(self.fusion(scores))
+        # Some runtimes have no `isfinite`, and some make 0 of NaN in a ReLU.
+        conf = conf + _zeros(images.flatten(1)) + _zeros(scores.T)
+        if self.thresholds is None:
             return done.classified, conf
-        smaller = (self.calibration <= conf.unsqueeze(1)).sum(1)  # see `conformal_p_values`
-        p = (1 + smaller).double() / (1 + self.calibration.shape[0])
-        return done.classified, conf, p, p <= 1 - acceptance + EQUAL
+        smaller = (self.thresholds <= conf.unsqueeze(1)).to(torch.int32)
+        return done.classified, conf, 1 + smaller.sum(1, dtype=torch.int32)
+
+
+def _zeros(values: Tensor) -> Tensor:
+    """0 for each row of values `[N, V]` that are finite, else NaN: `[N]`."""
+    return (values - values).sum(1)
 
 
 def float32_copy(net: nn.Module) -> nn.Module:

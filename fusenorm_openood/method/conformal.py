@@ -52,6 +52,22 @@ def rejects(p: ArrayLike, acceptance: float) -> NDArray[np.bool_]:
     return rejected
 
 
+def max_rank(acceptance: float, n: int) -> int:
+    """The largest rank, 1 + the number of calibration scores <= conf, with which an image is OOD.
+
+    So p = rank / (n + 1) <= 1 - acceptance, in integers.
+
+    >>> [max_rank(acceptance, 39) for acceptance in (0.95, 0.9, 0.5)]
+    [2, 4, 20]
+
+    Raises:
+        CalibrationError: too few calibration images for the acceptance.
+        ConfigError: an acceptance outside (0, 1).
+    """
+    check_enough(n, acceptance)
+    return math.floor((1 - SHARE("acceptance", acceptance) + EQUAL) * (n + 1))
+
+
 def needed_images(acceptance: float) -> int:
     """The smallest number of calibration images with which an image can be rejected.
 
@@ -111,7 +127,7 @@ class Guarantee:
 def guarantee(n: int, acceptance: float, confidence: float = 0.95) -> Guarantee:
     """What n calibration images promise at an acceptance; see `Guarantee`.
 
-    With k = floor((1 - acceptance)(n + 1)), the share of accepted ID images has the distribution
+    With k = `max_rank`, the share of accepted ID images has the distribution
     Beta(n + 1 - k, k) over calibration sets.
 
     Raises:
@@ -119,11 +135,10 @@ def guarantee(n: int, acceptance: float, confidence: float = 0.95) -> Guarantee:
         ConfigError: an acceptance or a confidence outside (0, 1).
     """
     confidence = SHARE("confidence", confidence)
-    check_enough(n, acceptance)
     acceptance = SHARE("acceptance", acceptance)
     from scipy import stats  # takes longer to import than the rest of the package
 
-    k = math.floor((1 - acceptance + EQUAL) * (n + 1))
+    k = max_rank(acceptance, n)
     share = stats.beta(n + 1 - k, k)
     low, high = share.interval(confidence)
     uniform = math.sqrt(math.log(2 / (1 - confidence)) / (2 * n))

@@ -221,7 +221,7 @@ def test_no_command_runs_code_that_a_file_names(kept, command, spec, tmp_path, m
     more = {
         "score": [str(tmp_path)],
         "report": ["--csv", str(path), "--output", str(tmp_path / "r.html")],
-        "export": ["--onnx", str(tmp_path / "a.onnx")],
+        "export": ["--output", str(tmp_path / "a.onnx")],
     }
     assert main([command, "--detector", str(path), *more[command]]) == 1
     error = capsys.readouterr().err

@@ -31,7 +31,7 @@ def test_a_network_is_exported_for_batches_of_any_size(network, tmp_path):
     path = detector.export(tmp_path / "detector.onnx", shape=(3, size, size)).path
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for part in (images[:1], images[1:4], images[4:12]):
-        logits, conf, _, _ = session.run(None, {"image": part.numpy()})
+        logits, conf, _ = session.run(None, {"image": part.numpy()})
         pred, expected = detector.predict(part)
         assert logits.argmax(1).tolist() == pred.tolist()
         np.testing.assert_allclose(conf, expected, rtol=1e-4, atol=1e-4)

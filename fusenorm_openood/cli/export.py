@@ -1,0 +1,52 @@
+"""`fusenorm export`: detector and network as one program; `fusenorm recalibrate` such programs."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from fusenorm_openood.cli import options
+from fusenorm_openood.cli.inputs import load_detector
+from fusenorm_openood.data.paths import image_paths
+from fusenorm_openood.export.recalibrate import recalibrate
+
+
+def add_export(parser: ArgumentParser) -> None:
+    options.add(parser, *options.DETECTOR)
+    add = parser.add_argument
+    add("--output", required=True, metavar="FILE", help="the program")
+    target = "onnx, pt2, aoti, openvino, executorch, litert, coreml (default: by FILE's suffix)"
+    add("--target", metavar="NAME", help=target)
+    add("--dtype", default="uint8", choices=("uint8", "float32"), help="of images (uint8)")
+    options.add(parser, "--acceptance", help="share of ID images to accept with max_rank (0.95)")
+
+
+def run_export(args: Namespace) -> int:
+    """Write the program, and say how much its confidences differ from PyTorch's."""
+    detector = load_detector(args.detector, args.network, args.weights, args.bits, "cpu")
+    exported = detector.export(args.output, args.dtype, args.acceptance, target=args.target)
+    print(f"exported {args.output}: {', '.join(exported.outputs)}")
+    if exported.max_rank is not None:
+        print(f"an image is OOD if rank <= {exported.max_rank} (acceptance {args.acceptance:g})")
+    if exported.difference is None:
+        print("not compared with PyTorch: its runtime is not installed")
+    else:
+        print(f"largest difference from PyTorch's confidences: {exported.difference:.1e}")
+    return 0
+
+
+def add_recalibrate(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--program", required=True, metavar="FILE", help=".onnx or .xml file, perhaps quantised")
+    new = "ID images that neither trained, fitted nor quantised it"
+    add("--calibration-dir", required=True, nargs="+", metavar="DIR", help=new)
+    add("--output", metavar="FILE", help="where to write it (default: --program)")
+    same = "share of ID images to accept with max_rank (default: as before)"
+    options.add(parser, "--acceptance", default=None, help=same)
+
+
+def run_recalibrate(args: Namespace) -> int:
+    """Write the program with its own calibration scores."""
+    program, output = Path(args.program), Path(args.output or args.program)
+    known = recalibrate(program, image_paths(args.calibration_dir), output, args.acceptance)
+    print(f"calibrated {output} on {known['calibration_images']} images")
+    print(f"an image is OOD if rank <= {known['max_rank']} (acceptance {known['acceptance']:g})")
+    return 0

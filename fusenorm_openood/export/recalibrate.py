@@ -1,0 +1,125 @@
+"""Calibrate a program that was changed after it was exported, for example quantised."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.errors import ConfigError, ExportError
+from fusenorm_openood.export.judge import OUTPUTS, thresholds
+from fusenorm_openood.export.program import find_target, move, ranks
+from fusenorm_openood.export.targets import METADATA
+from fusenorm_openood.storage.urls import Place
+
+SCORES = "thresholds"  # the constant that confidences are compared with
+
+
+def recalibrate(
+    program: Path, images: Iterable[Place], output: Path, acceptance: float | None = None
+) -> dict[str, Any]:
+    """Write a program with the calibration scores that it gives to images itself, one by one.
+
+    Images with the same logits and confidence count once.
+
+    Args:
+        program: an `.onnx` or `.xml` file that was exported from a calibrated detector.
+        images: files of ID images.
+        output: the file to write, which may be the same.
+        acceptance: that of `max_rank` in the metadata; None = as before.
+
+    Returns:
+        The metadata of the new program.
+
+    Raises:
+        ConfigError: a program of another kind, or another suffix.
+        CalibrationError: too few images for the acceptance.
+        DataError: an image that cannot be read.
+        ExportError: a program without ranks, or whose confidences are not finite.
+    """
+    models = {".onnx": _Onnx, ".xml": _OpenVINO}
+    if program.suffix not in models or output.suffix != program.suffix:
+        raise ConfigError(
+            f"only .onnx and .xml programs can be recalibrated, each into its like, got {program} "
+            f"and {output}: quantise one of these"
+        )
+    model = models[program.suffix](program)
+    known = json.loads(model.metadata or "{}")
+    if OUTPUTS[-1] not in known.get("outputs", ()) or not known["preprocessing"]:
+        raise ExportError(
+            f"{program} was not exported from a calibrated detector with preprocessing by this "
+            "version: export the detector again"
+        )
+    preprocessing = Preprocessing.from_json(known["preprocessing"])
+    run, rows = find_target(program, None).load(program), []
+    for path in images:
+        found = run(_pixels(preprocessing, path, known["dtype"])[None])
+        rows.append([*found["confidence"], *found["logits"].flatten()])
+    conf = np.unique(np.array(rows, np.float64), axis=0)[:, 0] if rows else np.empty(0)
+    if not np.isfinite(conf).all():
+        raise ExportError(f"{program} gives confidences that are not finite: quantise it otherwise")
+    known |= ranks(len(conf), known["acceptance"] if acceptance is None else acceptance)
+    with TemporaryDirectory() as folder:
+        draft = Path(folder) / output.name
+        model.write(thresholds(conf, 0), json.dumps(known), draft)
+        move(draft, output)
+    return known
+
+
+def _pixels(preprocessing: Preprocessing, path: Place, dtype: str) -> NDArray[Any]:
+    """The image of a file as a program takes it: `[3, H, W]`, from 0 to 255."""
+    mean, std = (np.array(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
+    unit = preprocessing.read(path).numpy() * std + mean
+    return np.rint(255 * unit).astype(dtype)
+
+
+class _Onnx:
+    def __init__(self, path: Path) -> None:
+        import onnx
+
+        self.model = onnx.load(path)
+        entries = {entry.key: entry.value for entry in self.model.metadata_props}
+        self.metadata = entries.get(METADATA)
+
+    def write(self, scores: NDArray[np.float32], metadata: str, path: Path) -> None:
+        import onnx
+
+        found = [i for i in self.model.graph.initializer if i.name == SCORES]
+        _check_found(found, path)
+        found[0].CopyFrom(onnx.numpy_helper.from_array(scores, SCORES))
+        onnx.helper.set_model_props(self.model, {METADATA: metadata})
+        onnx.save(self.model, path)
+
+
+class _OpenVINO:
+    def __init__(self, path: Path) -> None:
+        import openvino
+
+        self.model = openvino.Core().read_model(path)
+        known = self.model.has_rt_info(METADATA)
+        self.metadata = self.model.get_rt_info(METADATA).astype(str) if known else None
+
+    def write(self, scores: NDArray[np.float32], metadata: str, path: Path) -> None:
+        import openvino
+
+        found = [op for op in self.model.get_ops() if op.get_friendly_name() == SCORES]
+        _check_found(found, path)
+        constant = openvino.op.Constant(scores)
+        constant.set_friendly_name(SCORES)
+        for user in found[0].output(0).get_target_inputs():
+            user.replace_source_output(constant.output(0))
+        self.model.validate_nodes_and_infer_types()
+        self.model.set_rt_info(metadata, METADATA)
+        openvino.save_model(self.model, path, compress_to_fp16=False)
+
+
+def _check_found(found: list[Any], path: Path) -> None:
+    if len(found) != 1:
+        raise ExportError(
+            f"{path.name} has {len(found)} constants named {SCORES!r}, where an exported program "
+            "has one: change it in a way that keeps names"
+        )
