@@ -140,7 +140,8 @@ def _norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> 
     # h <= 1 bounds k for the whole batch, rounding in float32 included: one selection, and no
     # wait for the device.
     k_bound = min(N, math.floor(max(k_max for _, k_max, *_ in settings) * N * (1 + 2**-20)) + 1)
-    top, rank = a.topk(k_bound).values.double().square(), torch.arange(k_bound, device=x.device)
+    top = a.topk(k_bound).values.double().square()
+    rank = top.new_ones(k_bound).cumsum(0)
     entropies = {eps: _entropy(a, eps) for eps in dict.fromkeys(eps for *_, eps in settings)}
 
     norms = []
@@ -148,7 +149,7 @@ def _norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> 
         h = entropies[eps]
         w = _channel_weights(h, alpha, eps)
         k = _k_of(h, x, FeatureNorm(k_min, k_max)).clamp(max=k_bound)  # if h is NaN
-        mean = (top * (rank < k)).sum(-1) / k.squeeze(-1)
+        mean = (top * (rank <= k)).sum(-1) / k.squeeze(-1)
         norms.append((w * mean.sqrt()).sum(-1))
     return torch.stack(norms)
 

@@ -25,7 +25,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted(RESULTS.glob("*.md")),
 ]
-LANGUAGES = {"python", "bash", "text", "yaml", "toml", "markdown"}
+LANGUAGES = {"python", "bash", "text", "yaml", "toml", "markdown", "javascript"}
 
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1``` *$", re.MULTILINE | re.DOTALL)
 _MARKER = re.compile(r"<!-- not (?:run|compared): (.+?) -->\s*\Z", re.DOTALL)

@@ -11,7 +11,11 @@ from tests.docs.pages import LANGUAGES, PAGES, ROOT, Block, agree, blocks, run
 from tests.export.programs import CAN_EXPORT
 
 RUN = "digits_resnet18_32x32_base_e16_lr0.05_default"
-EXPORTS = ("fusenorm export", "import onnxruntime")  # in deploy.md; they take long
+EXPORTS = (
+    "fusenorm export",
+    "fusenorm recalibrate",
+    "import onnxruntime",
+)  # in deploy.md; they take long
 
 
 def runs(page: Path) -> bool:
