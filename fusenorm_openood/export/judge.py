@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.errors import ConfigError, ExportError
-from fusenorm_openood.forward.experts import Expert, Fitted, Scoring
+from fusenorm_openood.forward.experts import Expert, Scoring
 from fusenorm_openood.method.fusion import Fusion
 from fusenorm_openood.method.joint import sum_of_rows
 from fusenorm_openood.network.running import unwrapped
@@ -152,7 +152,7 @@ class Judge(nn.Module):
             score: {n: v.clone(memory_format=torch.contiguous_format) for n, v in state.items()}
             for score, state in scoring.fitted.states.items()
         }
-        self.scoring = replace(scoring, fitted=Fitted(scoring.fitted.thresholds, copies))
+        self.scoring = replace(scoring, fitted=replace(scoring.fitted, states=copies))
         known = None if calibration is None else torch.from_numpy(thresholds(calibration, error))
         self.register_buffer("thresholds", known)
         self.outputs = OUTPUTS[:2] if calibration is None else OUTPUTS

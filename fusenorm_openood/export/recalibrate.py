@@ -14,6 +14,7 @@ from fusenorm_openood.errors import ConfigError, ExportError
 from fusenorm_openood.export.judge import OUTPUTS, thresholds
 from fusenorm_openood.export.program import find_target, move, ranks
 from fusenorm_openood.export.targets import METADATA
+from fusenorm_openood.storage.configs import typed
 from fusenorm_openood.storage.urls import Place
 
 SCORES = "thresholds"  # the constant that confidences are compared with
@@ -54,7 +55,7 @@ def recalibrate(
             f"{program} was not exported from a calibrated detector with preprocessing by this "
             "version: export the detector again"
         )
-    preprocessing = Preprocessing.from_json(known["preprocessing"])
+    preprocessing: Preprocessing = typed(Preprocessing, known["preprocessing"], "preprocessing")
     run, rows = find_target(program, None).load(program), []
     for path in images:
         found = run(_pixels(preprocessing, path, known["dtype"])[None])
