@@ -26,7 +26,7 @@ from fusenorm_openood.cli.detector import load_detector
 from fusenorm_openood.data.paths import image_paths
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import FuseNormError
-from fusenorm_openood.export.judge import Inputs, float32_copy, thresholds
+from fusenorm_openood.export.judge import Inputs, error_of, float32_copy, thresholds
 from fusenorm_openood.export.program import run_all
 from fusenorm_openood.export.targets import TARGETS, Outputs, Run
 from fusenorm_openood.method.conformal import max_rank
@@ -164,10 +164,13 @@ def compared(detector: FuseNorm, images: np.ndarray, found: Outputs) -> dict[str
     inputs = Inputs.of(detector.preprocessing, "uint8", None)
     conf = detector.score(inputs.normalised(torch.from_numpy(images))).numpy()
     scores, near = detector.calibration_scores_, found["confidence"]
+    statistics = detector._check_fitted()
+    error = error_of(statistics.fusion, statistics.id_scores)
     assert scores is not None
     difference = abs(near - conf) / np.maximum(1, abs(conf))
-    is_id, rank = conf >= scores.min(), 1 + (thresholds(scores) <= near[:, None]).sum(1)
+    is_id, rank = conf >= scores.min(), 1 + (thresholds(scores, error) <= near[:, None]).sum(1)
     row: dict[str, Any] = {
+        "bound": error,
         "error": float(difference.max()),
         "error_id": float(difference[is_id].max()),
         "wrong_ranks": int((found["rank"] != rank).sum()),
@@ -176,9 +179,9 @@ def compared(detector: FuseNorm, images: np.ndarray, found: Outputs) -> dict[str
     for n in STEPS:
         some = scores[:: len(scores) // n][:n]
         exact = 1 + (some <= conf[:, None]).sum(1)
-        rank = 1 + (thresholds(some) <= near[:, None]).sum(1)
+        rank = 1 + (thresholds(some, error) <= near[:, None]).sum(1)
         gaps = some - conf[:, None]
-        close = ((gaps > 0) & (gaps <= 2e-5 * np.maximum(1, abs(some)))).any(1)
+        close = ((gaps > 0) & (gaps <= 2 * error * np.maximum(1, abs(some)))).any(1)
         for k in sorted({1, 2, n // 20, n // 10, n // 2} - {0}):
             assert max_rank(1 - k / (n + 1), n) == k
             differs = (exact <= k) != (rank <= k)
@@ -193,6 +196,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "version": lambda r: r["version"],
     "verdicts that differ": lambda r: f"{r['differ']} of {r['verdicts']:,}",
     "outside the bound": lambda r: str(r["outside"] + r["wrong_ranks"]),
+    "bound": lambda r: f"{r['bound']:.0e}",
     "conf., ID": lambda r: f"{r['error_id']:.0e}",
     "conf., all": lambda r: f"{r['error']:.0e}",
     "p": lambda r: f"{r['p']:.3f}",

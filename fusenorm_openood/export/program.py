@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -192,9 +193,12 @@ def _compared(
 def move(draft: Path, path: Path) -> None:
     """Move a program to its place: a file, all files of the same name, or a folder."""
     try:
-        for part in sorted(draft.parent.glob(f"{draft.stem}.*")):  # .bin before .xml
-            copied = shutil.copytree if part.is_dir() else shutil.copyfile
-            write_whole(path.with_name(part.name), lambda file, c=copied, p=part: c(p, file))
+        for part in sorted(draft.parent.iterdir()):  # .bin before .xml
+            place = path.with_name(part.name)
+            if part.is_dir():
+                shutil.copytree(part, place, dirs_exist_ok=True)
+            else:
+                write_whole(place, partial(shutil.copyfile, part))
     except OSError as error:
         raise ExportError(
             f"{path} cannot be written ({error.strerror}): choose another folder"

@@ -42,14 +42,14 @@ def recalibrate(
         DataError: an image that cannot be read.
         ExportError: a program without ranks, or whose confidences are not finite.
     """
-    models = {".onnx": _Onnx, ".xml": _OpenVINO}
+    models: dict[str, type[_Onnx | _OpenVINO]] = {".onnx": _Onnx, ".xml": _OpenVINO}
     if program.suffix not in models or output.suffix != program.suffix:
         raise ConfigError(
             f"only .onnx and .xml programs can be recalibrated, each into its like, got {program} "
             f"and {output}: quantise one of these"
         )
     model = models[program.suffix](program)
-    known = json.loads(model.metadata or "{}")
+    known: dict[str, Any] = json.loads(model.metadata or "{}")
     if OUTPUTS[-1] not in known.get("outputs", ()) or not known["preprocessing"]:
         raise ExportError(
             f"{program} was not exported from a calibrated detector with preprocessing by this "
@@ -75,7 +75,8 @@ def _pixels(preprocessing: Preprocessing, path: Place, dtype: str) -> NDArray[An
     """The image of a file as a program takes it: `[3, H, W]`, from 0 to 255."""
     mean, std = (np.array(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
     unit = preprocessing.read(path).numpy() * std + mean
-    return np.rint(255 * unit).astype(dtype)
+    pixels: NDArray[Any] = np.rint(255 * unit).astype(dtype)
+    return pixels
 
 
 class _Onnx:

@@ -77,7 +77,11 @@ def to_onnx(judge: Judge, images: Tensor, metadata: str, path: Path) -> None:
     import onnx
 
     # Without the optimiser: it takes small constants for 0, and runtimes have their own.
-    options = {"optimize": False, "input_names": ["image"], "output_names": list(judge.outputs)}
+    options: dict[str, Any] = {
+        "optimize": False,
+        "input_names": ["image"],
+        "output_names": list(judge.outputs),
+    }
     converted: Any = torch.onnx.export(traced(judge, images), dynamo=True, verbose=False, **options)
     model = converted.model_proto
     numbered = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param

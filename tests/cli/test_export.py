@@ -40,7 +40,7 @@ def test_a_program_is_written_and_compared(name, saved, tmp_path, capsys):
     assert verdict == "an image is OOD if rank <= 2 (acceptance 0.95)"
     about, _, difference = compared.rpartition(" ")
     assert about == "largest difference from PyTorch's confidences:"
-    assert float(difference) < 1e-5
+    assert float(difference) < 1e-3
     assert sum(p.numel() for p in Net().parameters()) * 4 < path.stat().st_size  # all is inside
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 

@@ -26,6 +26,7 @@ from tests.export.programs import (
     SIZE,
     assert_agrees,
     drawn_pixels,
+    error,
     fitted,
     loaded,
     needs_export,
@@ -53,11 +54,10 @@ METHODS = {
 def test_every_setting_for_onnx(name, tmp_path):
     detector = fitted(Net(), METHODS[name])
     exported = detector.export(tmp_path / "detector.onnx")
-    atol = 2e-3 if detector.settings.output == "odin" else 1e-5
-    assert exported.difference < atol
+    assert exported.difference < error(detector)
     run = loaded(exported.path)
     for count in (1, 3, 8):
-        assert_agrees(detector, run, drawn_pixels(count, count), atol)
+        assert_agrees(detector, run, drawn_pixels(count, count))
 
 
 class Stopped(FuseNormError):  # noqa: N818
@@ -81,9 +81,8 @@ def test_every_setting_before_it_is_traced(name, monkeypatch, tmp_path):
         with torch.no_grad():
             return {n: o.numpy() for n, o in zip(judge.outputs, judge(image), strict=True)}
 
-    for count in (1, 8):  # at ODIN's temperature, logits hardly vary
-        atol = 2e-3 if detector.settings.output == "odin" else 1e-5
-        assert_agrees(detector, run, drawn_pixels(count, count), atol)
+    for count in (1, 8):
+        assert_agrees(detector, run, drawn_pixels(count, count))
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -92,7 +91,7 @@ def exported(request, tmp_path_factory):
     detector = fitted(Net())
     detector.class_names = ("ant", "bee", "cat", "dog", "eel")
     path = tmp_path_factory.mktemp("exported") / f"detector{request.param}"
-    assert detector.export(path, acceptance=0.9).difference < 1e-5
+    assert detector.export(path, acceptance=0.9).difference < error(detector)
     return detector, path, loaded(path)
 
 
@@ -186,7 +185,7 @@ def test_without_calibration_images_there_are_confidences_alone(suffix, tmp_path
     found = run(drawn_pixels(3, 4))
     assert list(found) == ["logits", "confidence"]
     conf = detector.score(normalised(drawn_pixels(3, 4)))
-    np.testing.assert_allclose(found["confidence"], conf, rtol=1e-5)
+    np.testing.assert_allclose(found["confidence"], conf, atol=error(detector))
 
 
 @pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
@@ -197,7 +196,8 @@ def test_without_preprocessing_it_takes_what_the_network_takes(suffix, tmp_path)
         detector.export(tmp_path / f"detector{suffix}")
     run = loaded(detector.export(tmp_path / f"detector{suffix}", shape=(3, SIZE, SIZE)).path)
     images = normalised(drawn_pixels(4, 4))
-    np.testing.assert_allclose(run(images)["confidence"], detector.score(images), rtol=1e-5)
+    conf = detector.score(images)
+    np.testing.assert_allclose(run(images)["confidence"], conf, atol=error(detector))
     images[1], images[2] = torch.nan, torch.inf
     found = run(images)
     assert np.isnan(found["confidence"]).tolist() == [False, True, True, False]
@@ -211,7 +211,7 @@ def test_logits_of_t2fnorm_are_those_of_its_classification(tmp_path):
     detector = fitted(net.eval())
     run = loaded(detector.export(tmp_path / "detector.pt2").path)
     pixels = drawn_pixels(8, 4)
-    assert_agrees(detector, run, pixels, 1e-4)  # one of them is far off
+    assert_agrees(detector, run, pixels)
     with torch.no_grad():
         np.testing.assert_allclose(run(pixels)["logits"], net(normalised(pixels)), atol=1e-4)
 
@@ -225,9 +225,9 @@ def test_a_network_in_another_precision_is_exported_in_float32(dtype, tmp_path):
     detector = FuseNorm(net).fit([pixels])
     detector.preprocessing = PREPROCESSING
     exported = detector.export(tmp_path / "detector.pt2")
-    assert exported.difference < 1e-5
+    assert exported.difference < 1e-3
     conf = loaded(exported.path)(drawn_pixels(60, 1))["confidence"]
-    near = 1e-5 if dtype == torch.float64 else 0.5
+    near = 1e-3 if dtype == torch.float64 else 0.5
     np.testing.assert_allclose(conf, detector.score(pixels).numpy(), atol=near)
     assert next(net.parameters()).dtype == dtype
 

@@ -20,6 +20,7 @@ from tests.docs.pages import ROOT, blocks
 from tests.export.programs import (
     assert_agrees,
     drawn_pixels,
+    error,
     fitted,
     loaded,
     needs_export,
@@ -47,7 +48,7 @@ def test_a_program_of_every_target_agrees(name, tmp_path):
     target, detector = needs(name), fitted(Net())
     path = tmp_path / f"it{target.suffix}"
     exported = detector.export(path, dtype="float32", target=name)
-    assert exported.difference < 1e-5
+    assert exported.difference < error(detector)
     run = partial(run_all, target, target.load(path))
     ties, far = drawn_pixels(39, 2), drawn_pixels(9, 3)
     far[0], far[1, :, ::2] = 0, 255
