@@ -137,7 +137,13 @@ def size(path: Path) -> int:
 
 
 def measured(
-    detector: FuseNorm, name: str, images: np.ndarray, folder: Path, rounds: int, modules: str
+    detector: FuseNorm,
+    name: str,
+    images: np.ndarray,
+    conf: np.ndarray,
+    folder: Path,
+    rounds: int,
+    modules: str,
 ) -> dict[str, Any]:
     """One row of the table."""
     target = TARGETS["onnx" if "onnx" in name else name]
@@ -156,13 +162,11 @@ def measured(
         row["version"] = json.loads(Path(package, "package.json").read_text())["version"]
         found, taken = in_node(package, path, images, 16)
         row["time_16"] = taken / in_node(package, plain, images, 16)[1]
-    return row | compared(detector, images, found)
+    return row | compared(detector, conf, found)
 
 
-def compared(detector: FuseNorm, images: np.ndarray, found: Outputs) -> dict[str, Any]:
+def compared(detector: FuseNorm, conf: np.ndarray, found: Outputs) -> dict[str, Any]:
     """Verdicts at acceptances that are steps of p, of several numbers of calibration scores."""
-    inputs = Inputs.of(detector.preprocessing, "uint8", None)
-    conf = detector.score(inputs.normalised(torch.from_numpy(images))).numpy()
     scores, near = detector.calibration_scores_, found["confidence"]
     statistics = detector._check_fitted()
     error = error_of(statistics.fusion, statistics.id_scores)
@@ -185,7 +189,7 @@ def compared(detector: FuseNorm, images: np.ndarray, found: Outputs) -> dict[str
         for k in sorted({1, 2, n // 20, n // 10, n // 2} - {0}):
             assert max_rank(1 - k / (n + 1), n) == k
             differs = (exact <= k) != (rank <= k)
-            row["verdicts"] += len(images)
+            row["verdicts"] += len(conf)
             row["differ"] += int(differs.sum())
             row["outside"] += int((differs & ~close).sum())
         row["p"] = max(row["p"], float(abs(exact - rank).max()) / (n + 1))
@@ -234,13 +238,17 @@ def main() -> None:
         detector = load_detector(args.detector, weights=args.weights, device="cpu")
         with TemporaryDirectory() as folder:
             files = list(map(str, write_files(Path(folder) / "files", FILES)))
-            ties = list(islice(map(str, image_paths([args.calibration_dir])), 500))
+            ties = list(islice(map(str, image_paths([args.calibration_dir])), 200))
             images = pixels(detector, [*files, *ties])
+            inputs = Inputs.of(detector.preprocessing, "uint8", None)
+            conf = detector.score(inputs.normalised(torch.from_numpy(images))).numpy()
             for name in args.only:
                 place = Path(folder) / name
                 place.mkdir()
                 try:
-                    row = measured(detector, name, images, place, args.rounds, args.node_modules)
+                    row = measured(
+                        detector, name, images, conf, place, args.rounds, args.node_modules
+                    )
                 except FuseNormError as error:
                     row = {"fails": str(error)}
                 rows[name] = row
