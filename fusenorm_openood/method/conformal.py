@@ -65,7 +65,8 @@ def max_rank(acceptance: float, n: int) -> int:
         ConfigError: an acceptance outside (0, 1).
     """
     check_enough(n, acceptance)
-    return math.floor((1 - SHARE("acceptance", acceptance) + EQUAL) * (n + 1))
+    share: float = 1 - SHARE("acceptance", acceptance)
+    return math.floor((share + EQUAL) * (n + 1))
 
 
 def needed_images(acceptance: float) -> int:
