@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fusenorm_openood.cli.detector import load_detector
+from fusenorm_openood.cli.inputs import load_detector
 from fusenorm_openood.data.paths import image_paths
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import FuseNormError
