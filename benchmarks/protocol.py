@@ -39,6 +39,7 @@ CONTRASTS = (1, 3, 10, 100)
 PEERS = ("msp", "mls", "ebo", "gen", "nci", "fdbd", "knn", "mds++", "vim", "logitgap")
 STRONG = (
     ("output", "gen", "fdbd", "head_mds"),
+    ("output", "logitgap", "fdbd", "head_mds"),
     ("output", "fdbd", "head_mds"),
     ("gen", "fdbd", "head_mds"),
     ("logitgap", "gen", "fdbd", "head_mds"),

@@ -79,10 +79,10 @@ class FuseNorm(Detector):
     >>> net = resnet18(num_classes=4)
     >>> detector = FuseNorm(net, cap=5)
     >>> detector
-    FuseNorm(ResNet, cap=5.0; not fitted)
+    FuseNorm(ResNet, cap=5; not fitted)
     >>> images = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     >>> detector.fit([images[:20]]).calibrate([images[20:]])  # doctest: +ELLIPSIS
-    FuseNorm(ResNet, cap=5; 8 layers, strong: output 0.2..., gen ...; fitted on 20 ID images, ...)
+    FuseNorm(ResNet, cap=5; 8 layers, strong: output..., logitgap...; fitted on 20 ID images, ...)
     >>> detector.is_ood(images[:2], acceptance=0.9).shape
     torch.Size([2])
     """

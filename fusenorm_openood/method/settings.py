@@ -130,7 +130,9 @@ class Settings:
     input_std: tuple[float, ...] | None = checked(None, DEVIATIONS)
     react_percentile: float | None = checked(None, _read_text(PERCENTILE.or_none()))
     neighbours: int = checked(5, COUNT)
-    strong: str | tuple[str | int, ...] = checked(("output", "gen", "fdbd", "head_mds"), EXPERTS)
+    strong: str | tuple[str | int, ...] = checked(
+        ("output", "logitgap", "fdbd", "head_mds"), EXPERTS
+    )
     weights: tuple[float, ...] | None = checked(None, WEIGHTS)
     trust: bool = checked(True, SWITCH)
     normalisation: str = checked("standardised", among("standardised", "percentiles"))

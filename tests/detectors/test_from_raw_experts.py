@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.special import logsumexp, softmax
+from scipy.special import logsumexp
 from scipy.stats import spearmanr
 
 from fusenorm_openood import FuseNorm, Settings, atf
@@ -11,7 +11,7 @@ from tests.conftest import make_loader
 from tests.method.test_scores import head_tied
 
 STRONG = [
-    ("output", "gen", "fdbd", "head_mds"),
+    ("output", "logitgap", "fdbd", "head_mds"),
     ("output", "fdbd", "mds++"),
     ("output", "knn", "fdbd"),
 ]
@@ -83,7 +83,7 @@ class Raw:
 
     def of_id(self, name):
         """Each ID image without itself."""
-        if name in ("output", "gen", "fdbd"):
+        if name in ("output", "logitgap", "fdbd"):
             return self.of(name, self.feature, self.logits)
         if name == "head_mds":
             return [
@@ -105,9 +105,9 @@ class Raw:
             return logsumexp(logits, axis=1)
         if name == "fdbd":
             return self.fdbd(feature, logits)
-        if name == "gen":
-            p = softmax(logits, axis=1)
-            return -((p * (1 - p)) ** 0.1).sum(1)
+        if name == "logitgap":
+            ordered = -np.sort(-logits, axis=1)
+            return ordered[:, 0] - ordered[:, 1:21].mean(1)
         if name == "knn":
             return knn(unit(feature), self.known)
         if name == "head_mds":

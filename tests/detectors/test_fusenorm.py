@@ -179,7 +179,7 @@ def test_strong_experts_by_number_name_and_default(net):
     def strong(strong, **settings):
         return FuseNorm(net, structure=known, strong=strong, **settings).strong
 
-    assert FuseNorm(net, structure=known).strong == ("output", "gen", "fdbd", "head_mds")
+    assert FuseNorm(net, structure=known).strong == ("output", "logitgap", "fdbd", "head_mds")
     assert strong("auto") == ("layer4.0", "output")
     assert strong("auto", taps="stages") == ("layer4.1", "output")
     assert strong(["knn", "energy"]) == ("knn", "output")
