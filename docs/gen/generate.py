@@ -350,7 +350,6 @@ ON_IMAGENET = (
     "MDS",
     "MDS++",
     "Head-tied MDS",
-    *COMPARED,
 )
 BEFORE, CHOSEN = "default before 0.3.0", "output+logitgap+fdbd+head_mds, joint 3"
 
