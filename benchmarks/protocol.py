@@ -132,7 +132,7 @@ def tables(specification: str, near: Sequence[str], far: Sequence[str]) -> pd.Da
     peers = {name: _peer(name) for name in PEERS}
     every = Experts(scores=tuple(peers.values()))
     for detector in detectors.values():
-        every |= detector.scoring().experts
+        every |= detector.all_experts
     posthoc = [score for score in every.scores if not isinstance(score, LogitScore)]
     first = replace(every, scores=tuple(s for s in every.scores if s not in posthoc))
     scoring = Scoring(net, structure, first, features="all")
@@ -182,7 +182,7 @@ def tables(specification: str, near: Sequence[str], far: Sequence[str]) -> pd.Da
             row = numbers[score]
             rows[name, count, draw] = figures(lambda x, r=row: x[r], ood, id_test)
         for name, detector in detectors.items():
-            of = [numbers[expert] for expert in detector.rows()]
+            of = [numbers[expert] for expert in detector.rows]
             detector.with_statistics(detector.learn(id_fit[of], fitted))
             conf: Any = lambda x, d=detector, of=of: d.confidence(x[of])  # noqa: E731
             rows[name, count, draw] = figures(conf, ood, id_test)

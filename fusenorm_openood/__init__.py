@@ -21,14 +21,14 @@ _HOME = {
     "ood_metrics": "method.metrics",
     "register": "openood.postprocessor",
     "search": "detectors.search",
-    "tap_candidates": "forward.hooks",
+    "tap_candidates": "forward.taps",
 }
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from fusenorm_openood.detectors.fusenorm import FuseNorm as FuseNorm
     from fusenorm_openood.detectors.search import search as search
-    from fusenorm_openood.forward.hooks import tap_candidates as tap_candidates
+    from fusenorm_openood.forward.taps import tap_candidates as tap_candidates
     from fusenorm_openood.kernels.devices import on_device as on_device
     from fusenorm_openood.method.atf import atf as atf
     from fusenorm_openood.method.fusion import fuse as fuse

@@ -18,7 +18,7 @@ import pandas as pd
 from docs.gen import figures
 from fusenorm_openood.cli.main import add_command
 from fusenorm_openood.detectors.configuration import FuseNormConfig, read_fusenorm
-from fusenorm_openood.forward.hooks import resolve_taps
+from fusenorm_openood.forward.taps import resolve_taps
 from fusenorm_openood.method.atf import atf
 from fusenorm_openood.method.fusion import penalty
 from fusenorm_openood.method.settings import METHODS, Settings

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.errors import ConfigError, TapError
-from fusenorm_openood.forward.hooks import first_of_last_stage, kind_of
+from fusenorm_openood.forward.taps import first_of_last_stage, kind_of
 from fusenorm_openood.network import build_network, load_network
 from fusenorm_openood.network.running import unwrapped
 from fusenorm_openood.network.structure import Structure

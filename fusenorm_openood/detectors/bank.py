@@ -6,18 +6,25 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from fusenorm_openood.detectors.atomic import atomic
-from fusenorm_openood.detectors.base import ExpertScorer, Scored
-from fusenorm_openood.detectors.fitting import fit_experts, leave_one_out
+from fusenorm_openood.detectors.base import (
+    Scored,
+    begin,
+    collect,
+    identified,
+    known_structure,
+    prepared,
+)
+from fusenorm_openood.detectors.fitting import fit_experts, leave_one_out, try_experts
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.errors import NonFiniteError
-from fusenorm_openood.forward.batches import not_finite
 from fusenorm_openood.forward.experts import BatchScores, Expert, Experts, Fitted, Scoring
-from fusenorm_openood.forward.hooks import warn_of_left_out
+from fusenorm_openood.forward.recorded import batch_scores
 from fusenorm_openood.forward.samples import Sample
+from fusenorm_openood.forward.taps import warn_of_left_out
 from fusenorm_openood.method.scores.base import Features, Head, Score
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network.fingerprint import Fingerprint
@@ -26,7 +33,7 @@ from fusenorm_openood.network.structure import Structure
 B = TypeVar("B", bound="ScoreBank")
 
 
-class ScoreBank(ExpertScorer):
+class ScoreBank:
     """Expert scores under many settings, from one pass over each image set.
 
     Args:
@@ -40,8 +47,7 @@ class ScoreBank(ExpertScorer):
         network: what the network is recognised by, after `fit`, if that is known.
 
     Raises:
-        ConfigError: settings that do not fit the network.
-        TapError: taps that do not fit the network.
+        ConfigError, TapError: settings or taps that do not fit the network.
     """
 
     def __init__(
@@ -52,9 +58,8 @@ class ScoreBank(ExpertScorer):
         keep_features: bool = False,
         structure: Structure | None = None,
     ) -> None:
+        self.net, self._structure = net, known_structure(net, structure)
         self._settings, self._singles = tuple(dict.fromkeys(settings)), tuple(singles)
-        allowed = any(s.random == "allow" for s in self._settings)
-        super().__init__(net, structure, "allow" if allowed else "refuse")
         self._fitted = Fitted()
         self.network: Fingerprint | None = None
         self.keep_features, self._features = keep_features, dict[int, Features]()
@@ -65,31 +70,45 @@ class ScoreBank(ExpertScorer):
         if self._structure is not None:
             self._resolve(self._structure)
 
+    @property
+    def known_structure(self) -> Structure | None:
+        """How the network is built, None before `fit`."""
+        return self._structure
+
     def _resolve(self, structure: Structure) -> None:
         """Name the experts of a network that is built like this."""
         self._detectors = {s: FuseNorm(self.net, s, structure) for s in self._settings}
         self._experts = Experts()
         for detector in self._detectors.values():
-            self._experts |= detector.scoring().experts
+            self._experts |= detector.all_experts
         self._experts |= Experts(scores=self._singles)
 
-    def scoring(self, images: Tensor | None = None) -> Scoring:
-        return Scoring(self.net, self._known(images), self._experts, self._fitted)
+    def scoring(self) -> Scoring:
+        """How the images are scored, after `fit`."""
+        assert self._structure is not None
+        return Scoring(self.net, self._structure, self._experts, self._fitted)
 
-    def _try(self, images: Tensor) -> None:
-        structure = self.structure(images)
-        self._resolve(structure)
-        for taps in {s.taps for s in self._settings}:
-            warn_of_left_out(self.net, taps, structure)
-        super()._try(images)
+    def prepare(self, loaders: Iterable[Any], progress: bool = False) -> list[Any]:
+        """Let recorded loaders score their images before any is waited for; see `prepared`."""
+        scoring = self.scoring()
+        return prepared(self.net, lambda _: scoring, loaders, progress)
 
     @atomic
     def fit(self, loader: Iterable[Any], progress: bool = False) -> "ScoreBank":
         """Score the ID validation images, on which all ID statistics are based."""
         self._scored, self._features, self._fitted = {}, {}, Fitted()
-        readings = self._begin(loader)
-        self.network = self._identified(readings)
-        self._fitted, batch = fit_experts(self, self.scoring(), readings, progress, "APS")
+        random = "allow" if any(s.random == "allow" for s in self._settings) else "refuse"
+        readings, structure, images = begin(self.net, loader, self._structure, random)
+        self._structure = structure
+        if images is not None:
+            self._resolve(structure)
+            for taps in {s.taps for s in self._settings}:
+                warn_of_left_out(self.net, taps, structure)
+            try_experts(self.scoring(), images)
+        self.network = identified(self.net, readings)
+        self._fitted, batch = fit_experts(
+            self.scoring(), readings, progress, "APS", may_overflow=True
+        )
         batch = leave_one_out(self.scoring(), batch)
         experts = batch.matrix(list(self._experts)).numpy()
         scored = Scored(np.empty(0), batch.pred.numpy(), batch.label, experts)
@@ -108,7 +127,9 @@ class ScoreBank(ExpertScorer):
                 sample.add(batch.features)
 
             each = add if self.keep_features else None
-            scored = self.collect(self.scoring, loader, rows, progress, "APS", each)
+            scoring = self.scoring()
+            batches = batch_scores(self.net, lambda _: scoring, loader, progress, "APS")
+            scored = collect(batches, rows, each, may_overflow=True)
             self._scored[id(loader)] = loader, scored  # with the loader, so its id stays unique
             if self.keep_features:
                 self._features[id(loader)] = sample.features
@@ -140,12 +161,10 @@ class ScoreBank(ExpertScorer):
     def statistics(self, settings: Settings) -> DetectorStatistics:
         """The ID statistics that `FuseNorm.fit` would find under these settings.
 
-        Raises:
-            ZeroRangeError, NonFiniteError: they cannot be computed under these settings, or an
-                image of a held loader has a non-finite score.
+        ZeroRangeError or NonFiniteError if they cannot be computed, or a held score is not finite.
         """
         detector = self._detectors[settings]
-        rows = self._rows(detector.rows())
+        rows = self._rows(detector.rows)
         for _, scored in self._scored.values():
             finite = np.isfinite(scored.experts[rows]).all(axis=1)
             if not finite.all():
@@ -155,7 +174,7 @@ class ScoreBank(ExpertScorer):
                     "or check the network's weights"
                 )
         id_scores = self._scored[id(self.id_loader)][1].experts[rows]
-        experts, states = detector.scoring().experts, self._fitted.states
+        experts, states = detector.all_experts, self._fitted.states
         kept = {score: states[score] for score in experts.scores if score in states}
         fitted = Fitted(
             {q: self._fitted.thresholds[q] for q in experts.percentiles},
@@ -165,14 +184,10 @@ class ScoreBank(ExpertScorer):
         return detector.learn(id_scores, fitted, self.network)
 
     def scored(self, settings: Settings, loader: Iterable[Any]) -> Scored:
-        """What `FuseNorm.infer` would return for a loader's images under these settings.
-
-        Raises:
-            ZeroRangeError, NonFiniteError: as in `statistics`.
-        """
+        """What `FuseNorm.infer` would return for a loader's images; errors as in `statistics`."""
         detector = self._detectors[settings].adopt(self.statistics(settings))
         scored = self._scored[id(loader)][1]
-        experts = scored.experts[self._rows(detector.rows())]
+        experts = scored.experts[self._rows(detector.rows)]
         return scored._replace(conf=detector.confidence(experts), experts=experts)
 
     def single(self, score: Score, loader: Iterable[Any]) -> NDArray[np.float64]:
@@ -198,10 +213,3 @@ class ScoreBank(ExpertScorer):
     def _rows(self, experts: Sequence[Expert]) -> list[int]:
         ours = {expert: row for row, expert in enumerate(self._experts)}
         return [ours[expert] for expert in experts]
-
-    def _check_finite(
-        self, images: Tensor | None, experts: NDArray[Any], rows: Sequence[Expert]
-    ) -> None:
-        """Require finite images; non-finite scores only rule out the settings that use them."""
-        if images is not None and not (finite := images.flatten(1).isfinite().all(dim=1)).all():
-            raise not_finite(images, int((~finite).nonzero()[0, 0]), "scores that are not finite")

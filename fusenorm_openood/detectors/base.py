@@ -1,10 +1,9 @@
-"""What all detectors share: the network's structure, loops over loaders, checks, verdicts."""
+"""What all detectors share: reading the network at the first images, scores, verdicts."""
 
 import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,7 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from fusenorm_openood.detectors.repeats import check_apart, data_of, distinct_columns, projections
+from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.detectors.repeats import (
+    check_apart,
+    data_of,
+    distinct_columns,
+    projections,
+    repeated_columns,
+)
+from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.errors import (
     CalibrationError,
     DataError,
@@ -24,8 +31,7 @@ from fusenorm_openood.errors import (
 )
 from fusenorm_openood.forward.batches import Readings, checked_images, not_finite
 from fusenorm_openood.forward.experts import BatchScores, Expert, Experts, Fitted, Scoring
-from fusenorm_openood.forward.loops import Recorder, batch_scores
-from fusenorm_openood.forward.recorded import dealt_out
+from fusenorm_openood.forward.recorded import RecordedLoader, ScoringOf, batch_scores, dealt_out
 from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method.conformal import (
     Guarantee,
@@ -62,189 +68,152 @@ class Scored(NamedTuple):
     experts: NDArray[Any]
 
 
-class ExpertScorer(ABC):
-    """A network whose images are scored by experts.
+def known_structure(net: nn.Module, structure: Structure | None) -> Structure | None:
+    """How a network is built, as far as that is known before its first images."""
+    if structure is None and isinstance(net, LazyNetwork) and net.stored is not None:
+        found: Structure = net.stored.structure
+        return found
+    return structure
+
+
+def begin(
+    net: nn.Module, loader: Iterable[Any], structure: Structure | None, random: str
+) -> tuple[Any, Structure, Tensor | None]:
+    """Begin to read a loader, and read the network's structure at its first images.
+
+    Returns the loader to be read instead of the given one, the structure, and two images on the
+    network's device to try the experts on; None for a recorded loader and a known structure, which
+    need no image. TapError for a random network, unless that is allowed; see `Settings`.
+    """
+    if isinstance(loader, RecordedLoader) and structure is not None:
+        check_random(net, structure, random)
+        return loader, structure, None
+    readings = loader if isinstance(loader, RecordedLoader) else Readings(loader)
+    images = moved(net, readings.first[:2])
+    structure = understand(net, images)
+    check_random(net, structure, random)
+    return readings, structure, images
+
+
+def check_random(net: nn.Module, structure: Structure, random: str) -> None:
+    """Raise TapError for a network that is random, or warn if that is allowed."""
+    if structure.random:
+        name = type(unwrapped(net)).__name__
+        text = f"{name} gives other logits for the same images in each pass"
+        if random != "allow":
+            raise TapError(
+                f"{text}, and so would its verdicts: turn off what is random in eval mode "
+                "(dropout, noise, random crops), or set random='allow'"
+            )
+        text = f"{text}: confidences and verdicts are random"
+        warnings.warn(text, UserWarning, stacklevel=4)
+
+
+def identified(net: nn.Module, loader: Any) -> Fingerprint | None:
+    """What a network is recognised by; None of one that is only loaded when it is to run."""
+    return None if isinstance(net, LazyNetwork) else identify(net, loader.first.shape[1:])
+
+
+def prepared(
+    net: nn.Module, scoring_of: ScoringOf, loaders: Iterable[Any], progress: bool = False
+) -> list[Any]:
+    """The loaders, of which recorded ones have scored this process's share of their images."""
+    dealt = dealt_out(loaders)
+    for loader in dealt:
+        if isinstance(loader, RecordedLoader):
+            scoring = scoring_of(lambda given=loader: moved(net, given.first))  # type: ignore[misc]
+            loader.prepare(scoring, progress)
+    return dealt
+
+
+def collect(
+    batches: Iterable[BatchScores],
+    rows: Sequence[Expert],
+    each: Callable[[BatchScores], None] | None = None,
+    may_overflow: bool = False,
+) -> Scored:
+    """Scores `[L, N]` of experts, predictions and labels of all batches, without confidences.
+
+    `each` is called with each batch.
+
+    Raises:
+        DataError: there are no images.
+        NonFiniteError: a score that is not finite; if these may overflow, an image that is not.
+    """
+    done: list[tuple[NDArray[Any], ...]] = []
+    waiting: list[tuple[Tensor, BatchScores]] = []
+
+    def read(matrix: Tensor, batch: BatchScores) -> None:
+        experts = matrix.cpu().numpy()  # waits for the device
+        check_finite(batch.images, experts, rows, may_overflow)
+        done.append((experts, batch.pred.cpu().numpy(), batch.label))
+
+    for batch in batches:
+        if each is not None:
+            each(batch)
+        waiting.append((batch.matrix(rows), batch))
+        # A GPU scores one batch while the next one is loaded and copied to it.
+        if batch.pred.device.type == "cpu" or len(waiting) > 1:
+            read(*waiting.pop(0))
+    for left in waiting:
+        read(*left)
+    if not done:
+        raise DataError("loader must give at least one image, got none")
+    experts, pred, label = zip(*done, strict=True)
+    pred, label = (np.concatenate(arrays).astype(np.int64) for arrays in (pred, label))
+    return Scored(np.empty(0), pred, label, np.concatenate(experts, axis=1))
+
+
+def check_finite(
+    images: Tensor | None,
+    scores: NDArray[Any],
+    rows: Sequence[Expert],
+    may_overflow: bool = False,
+) -> None:
+    """Raise NonFiniteError for a score of `[L, B]`, or, if these may overflow, an image that is."""
+    if may_overflow:
+        if images is not None and not (finite := images.flatten(1).isfinite().all(dim=1)).all():
+            image = int((~finite).nonzero()[0, 0])
+            raise not_finite(images, image, "scores that are not finite")
+    elif not np.isfinite(scores).all():
+        row, image = np.argwhere(~np.isfinite(scores))[0]
+        expert = rows[row]
+        name = expert.name if isinstance(expert, Score) else expert[0]
+        what = f"the score {scores[row, image]} from expert {name!r}"
+        raise not_finite(images, int(image), what)
+
+
+class Detector(ABC):
+    """Turns images into confidences and, after `calibrate`, into p-values and verdicts.
 
     Args:
         net: any network; it is left unchanged.
         structure: how it is built, if that is known already.
         random: whether the network may be random, `refuse` or `allow`; see `Settings`.
-    """
-
-    def __init__(
-        self, net: nn.Module, structure: Structure | None = None, random: str = "refuse"
-    ) -> None:
-        self.net, self._random = net, random
-        if structure is None and isinstance(net, LazyNetwork) and net.stored is not None:
-            structure = net.stored.structure
-        self._structure = structure
-        self._last: Scoring | None = None
-
-    @property
-    def known_structure(self) -> Structure | None:
-        """How the network is built, None before the first images."""
-        return self._structure
-
-    def structure(self, images: Tensor) -> Structure:
-        """How the network is built, read at the first images `[B, C, H, W]` on its device."""
-        if self._structure is None:
-            structure = understand(self.net, images)
-            self._check_structure(structure)
-            self._structure = structure
-        return self._structure
-
-    @abstractmethod
-    def scoring(self, images: Tensor | None = None) -> Scoring:
-        """How images `[B, C, H, W]` on the network's device are scored.
-
-        They tell how the network is built; None once that is known.
-        """
-
-    def _scoring(self, experts: Experts, fitted: Fitted, images: Tensor | None) -> Scoring:
-        """How these experts score images; the same object as long as nothing has changed."""
-        structure, last = self._known(images), self._last
-        same = last is not None and last.net is self.net and last.structure is structure
-        if last is None or not (same and last.experts is experts and last.fitted is fitted):
-            last = self._last = Scoring(self.net, structure, experts, fitted)
-        return last
-
-    def _known(self, images: Tensor | None) -> Structure:
-        """The structure, read at images if it is not known yet."""
-        assert images is not None or self._structure is not None
-        return self._structure if images is None else self.structure(images)  # type: ignore
-
-    def _check_structure(self, structure: Structure) -> None:
-        """Raise TapError for a network that is random, or warn if that is allowed."""
-        if structure.random:
-            name = type(unwrapped(self.net)).__name__
-            text = f"{name} gives other logits for the same images in each pass"
-            if self._random != "allow":
-                raise TapError(
-                    f"{text}, and so would its verdicts: turn off what is random in eval mode "
-                    "(dropout, noise, random crops), or set random='allow'"
-                )
-            text = f"{text}: confidences and verdicts are random"
-            warnings.warn(text, UserWarning, stacklevel=4)
-
-    def _begin(self, loader: Iterable[Any]) -> Any:
-        """Read the network's structure at a loader's first images, and try all experts on them.
-
-        A recorded loader does without if the structure is known.
-
-        Returns:
-            The loader, to be read instead of it.
-        """
-        if isinstance(loader, Recorder) and self._structure is not None:
-            self._check_structure(self._structure)
-            return loader
-        readings = loader if isinstance(loader, Recorder) else Readings(loader)
-        images = moved(self.net, readings.first[:2])
-        self._structure = None
-        self._try(images)
-        return readings
-
-    def _try(self, images: Tensor) -> None:
-        """Score two images, so that what cannot work fails before a loader is read."""
-        scoring = self.scoring(images)
-        clips = {q: float("inf") for q in scoring.experts.percentiles}
-        replace(scoring, fitted=Fitted(clips)).run(images)
-
-    def _identified(self, loader: Any) -> Fingerprint | None:
-        """What the network is recognised by; None of one that is only loaded when it is to run."""
-        if isinstance(self.net, LazyNetwork):
-            return None
-        return identify(self.net, loader.first.shape[1:])
-
-    def prepare(self, loaders: Iterable[Any], progress: bool = False) -> list[Any]:
-        """Let recorded loaders score their images, each process its share, before any waits.
-
-        Returns:
-            The loaders, recorded or not, to be read instead.
-        """
-        dealt = dealt_out(loaders)
-        for loader in dealt:
-            if isinstance(loader, Recorder):
-                self._read_first(loader)
-                loader.prepare(self.scoring(), progress)
-        return dealt
-
-    def _read_first(self, loader: Iterable[Any]) -> None:
-        """Read the structure at the first images of a recorded loader, unless it is known."""
-        if isinstance(loader, Recorder) and self._structure is None:
-            self.structure(moved(self.net, loader.first))
-
-    def collect(
-        self,
-        scoring_of: Callable[[Tensor | None], Scoring],
-        loader: Iterable[Any],
-        rows: Sequence[Expert],
-        progress: bool,
-        desc: str,
-        each: Callable[[BatchScores], None] | None = None,
-    ) -> Scored:
-        """Scores `[L, N]` of experts, predictions and labels of a loader's images.
-
-        Args:
-            scoring_of: see `batch_scores`.
-            loader: images; see `Detector.score_loader`.
-            rows: the experts.
-            progress, desc: the progress bar.
-            each: called with each batch.
-
-        Raises:
-            DataError: a loader without images, or an unknown kind of batch.
-            NonFiniteError: a score that is not finite.
-            NetworkError: the network fails on images.
-        """
-        self._read_first(loader)
-        done: list[tuple[NDArray[Any], ...]] = []
-        waiting: list[tuple[Tensor, BatchScores]] = []
-
-        def read(matrix: Tensor, batch: BatchScores) -> None:
-            experts = matrix.cpu().numpy()  # waits for the device
-            self._check_finite(batch.images, experts, rows)
-            done.append((experts, batch.pred.cpu().numpy(), batch.label))
-
-        for batch in batch_scores(self.net, scoring_of, loader, progress, desc):
-            if each is not None:
-                each(batch)
-            waiting.append((batch.matrix(rows), batch))
-            # A GPU scores one batch while the next one is loaded and copied to it.
-            if batch.pred.device.type == "cpu" or len(waiting) > 1:
-                read(*waiting.pop(0))
-        for left in waiting:
-            read(*left)
-        if not done:
-            raise DataError(f"loader must give at least one image, got none ({desc})")
-        experts, pred, label = zip(*done, strict=True)
-        pred, label = (np.concatenate(arrays).astype(np.int64) for arrays in (pred, label))
-        return Scored(np.empty(0), pred, label, np.concatenate(experts, axis=1))
-
-    def _check_finite(
-        self, images: Tensor | None, experts: NDArray[Any], rows: Sequence[Expert]
-    ) -> None:
-        if not np.isfinite(experts).all():
-            row, image = np.argwhere(~np.isfinite(experts))[0]
-            expert = rows[row]
-            name = expert.name if isinstance(expert, Score) else expert[0]
-            what = f"the score {experts[row, image]} from expert {name!r}"
-            raise not_finite(images, int(image), what)
-
-
-class Detector(ExpertScorer):
-    """Turns images into confidences and, after `calibrate`, into p-values and verdicts.
 
     Attributes:
         experts: names of the experts.
+        rows: the experts whose scores are the rows of `Scored.experts`, which may be more.
         fitted_on: the ID images of a benchmark that it is fitted on, `val` or `train`.
         calibration_scores_: confidences `[n]` of the calibration images, sorted; None before
             `calibrate`.
+        id_statistics_: what `fit` has found of a fusion, None before and of single scores.
+        preprocessing: how pictures and image files become tensors, if it is set.
     """
 
     experts: tuple[str, ...] = ()
+    rows: Sequence[Expert] = ()
     fitted_on = "val"
     calibration_scores_: NDArray[np.float64] | None = None
+    preprocessing: Preprocessing | None = None
+    id_statistics_: DetectorStatistics | None = None
     _data: Any = None  # a weak reference to what it was fitted on
+
+    def __init__(self, net: nn.Module, structure: Structure | None, random: str) -> None:
+        self.net, self._random = net, random
+        self._structure = known_structure(net, structure)
+        self._experts, self._fitted = Experts(), Fitted()
+        self._last: Scoring | None = None
 
     @abstractmethod
     def fit(self: D, loader: Iterable[Any], progress: bool = False) -> D:
@@ -253,15 +222,6 @@ class Detector(ExpertScorer):
     @abstractmethod
     def confidence(self, experts: NDArray[Any]) -> NDArray[Any]:
         """Confidences `[N]` from expert scores `[L, N]`."""
-
-    @abstractmethod
-    def rows(self) -> list[Expert]:
-        """The experts, in the order of `Scored.experts`."""
-
-    @property
-    def row_names(self) -> tuple[str, ...]:
-        """Names of the rows of `Scored.experts`."""
-        return self.experts
 
     @abstractmethod
     def _check_fitted(self) -> Any:
@@ -276,20 +236,56 @@ class Detector(ExpertScorer):
             return False
         return True
 
-    def predict(self, images: Images) -> tuple[Tensor, Tensor]:
-        """Predicted classes `[B]` and confidences `[B]` of images `[B, C, H, W]`.
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        """Names of the rows of `Scored.experts`."""
+        return self.experts
 
-        Of one image `[C, H, W]`, both are without a dimension. They are on the device of the
-        images; confidences are float64 where it is supported.
+    @property
+    def known_structure(self) -> Structure | None:
+        """How the network is built, None before the first images."""
+        return self._structure
+
+    def structure(self, images: Tensor) -> Structure:
+        """How the network is built, read at the first images `[B, C, H, W]` on its device."""
+        if self._structure is None:
+            structure = understand(self.net, images)
+            check_random(self.net, structure, self._random)
+            self._structure = structure
+        return self._structure
+
+    def scoring(self, first: Callable[[], Tensor] | None = None) -> Scoring:
+        """How images are scored; `first` returns some that show how the network is built.
+
+        It is the same object as long as nothing has changed.
+
+        Raises:
+            TapError, ZeroRangeError: the network does not have what an expert needs.
+        """
+        structure = self._structure
+        if structure is None:
+            assert first is not None
+            structure = self.structure(first())
+        last, experts, fitted = self._last, self._experts, self._fitted
+        same = last is not None and last.net is self.net and last.structure is structure
+        if last is None or not (same and last.experts is experts and last.fitted is fitted):
+            check_energy(self.net, structure, experts.scores)
+            last = self._last = Scoring(self.net, structure, experts, fitted)
+        return last
+
+    def predict(self, images: Images) -> tuple[Tensor, Tensor]:
+        """Predicted classes `[B]` and confidences `[B]` of images `[B, C, H, W]`, on their device.
+
+        Of one image `[C, H, W]`, both are without a dimension. Confidences are float64 where that
+        is supported.
 
         Raises:
             NotFittedError: before `fit`.
             NonFiniteError: NaN or infinity in the images or in their features.
-            DataError: images of another kind.
-            NetworkError: the network fails on them.
+            DataError, NetworkError: images of another kind, or that the network fails on.
         """
         self._check_fitted()
-        tensor = self._images(images)
+        tensor = self._tensor(images)
         experts, pred = self.expert_scores(tensor.unsqueeze(0) if tensor.ndim == 3 else tensor)
         conf = torch.from_numpy(self.confidence(experts))
         conf = (conf.float() if tensor.device.type == "mps" else conf).to(tensor.device)
@@ -297,18 +293,14 @@ class Detector(ExpertScorer):
         return (predicted[0], conf[0]) if tensor.ndim == 3 else (predicted, conf)
 
     def expert_scores(self, images: Tensor) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Scores `[L, B]` of the experts and predicted classes `[B]` of images `[B, C, H, W]`.
-
-        Raises:
-            NotFittedError, NonFiniteError, DataError, NetworkError: as in `predict`.
-        """
+        """Scores `[L, B]` of the experts and predicted classes `[B]`; see `predict`."""
         self._check_fitted()
         with network_errors(self.net, checked_images(images)):
             on_device = moved(self.net, images)
-            batch = self.scoring(on_device)(on_device)
-        rows = self.rows()
-        experts = batch.matrix(rows).cpu().numpy()
-        self._check_finite(images, experts, rows)
+            scoring = self.scoring(lambda: on_device)
+            batch = scoring.complete(scoring.run(on_device))
+        experts = batch.matrix(self.rows).cpu().numpy()
+        check_finite(images, experts, self.rows)
         return experts, batch.pred.cpu().numpy()
 
     def score(self, images: Images) -> Tensor:
@@ -323,29 +315,26 @@ class Detector(ExpertScorer):
         """
         return torch.from_numpy(self.infer(loader, progress).conf).double()
 
-    def infer(self, loader: Iterable[Any], progress: bool = False, desc: str = "score") -> Scored:
-        """Confidences, predictions, labels and expert scores of all images of a loader.
+    def prepare(self, loaders: Iterable[Any], progress: bool = False) -> list[Any]:
+        """Let recorded loaders score their images before any is waited for; see `prepared`."""
+        return prepared(self.net, self.scoring, loaders, progress)
 
-        Raises:
-            DataError: a loader without images, or an unknown kind of batch.
-            NetworkError: the network fails on images.
-        """
+    def infer(self, loader: Iterable[Any], progress: bool = False, desc: str = "score") -> Scored:
+        """Confidences, predictions, labels and expert scores of all images of a loader."""
         self._check_fitted()
-        scored = self.collect(self.scoring, loader, self.rows(), progress, desc)
+        scored = collect(batch_scores(self.net, self.scoring, loader, progress, desc), self.rows)
         return scored._replace(conf=self.confidence(scored.experts))
 
     def calibrate(self: D, loader: Iterable[Any], progress: bool = False) -> D:
         """Score ID images that neither trained the network nor fitted the detector.
 
-        Their confidences are what p-values compare an image with. The confidences themselves do
-        not change. Images that repeat each other are counted once, with a warning, because p-values
-        need images that are drawn independently.
+        p-values compare an image with their confidences. Images that repeat each other count once,
+        with a warning, because p-values need images that are drawn independently.
 
         Raises:
             NotFittedError: before `fit`.
             CalibrationError: the loader, its data set, one of its files or more than a tenth of its
                 images are those of `fit`.
-            DataError, NonFiniteError: as in `infer`.
         """
         self._check_fitted()
         fitted_on = self._data and self._data()
@@ -354,21 +343,22 @@ class Detector(ExpertScorer):
         marks: list[NDArray[np.float64]] = []
 
         def mark(batch: BatchScores) -> None:
-            given = batch.features if batch.images is None else [batch.images]
-            marks.append(projections(given))
+            marks.append(projections(batch.features if batch.images is None else [batch.images]))
 
+        batches = batch_scores(self.net, self.scoring, loader, progress, "calibrate")
         # Two images may well have a single score in common.
-        each = mark if len(self.experts) == 1 else None
-        scored = self.collect(self.scoring, loader, self.rows(), progress, "calibrate", each)
+        scored = collect(batches, self.rows, mark if len(self.experts) == 1 else None)
         conf = self.confidence(scored.experts).astype(np.float64)
-        repeated = self._repeated(scored.experts)
-        if repeated > REPEATED * len(conf):
-            raise CalibrationError(
-                f"{repeated} of {len(conf)} calibration images are among those that the "
-                "detector is fitted on: give ID images that it has not seen"
-            )
-        told = np.concatenate([scored.experts, *([np.concatenate(marks, axis=1)] if marks else [])])
-        first = distinct_columns(told) if len(told) > 1 else np.arange(len(conf))
+        if (fit := self.id_statistics_) is not None:
+            layers = len(fit.layers)  # others may score the images of their fit in another way
+            repeated = repeated_columns(fit.id_scores[:layers], scored.experts[:layers])
+            if repeated > REPEATED * len(conf):
+                raise CalibrationError(
+                    f"{repeated} of {len(conf)} calibration images are among those that the "
+                    "detector is fitted on: give ID images that it has not seen"
+                )
+        told = np.vstack([scored.experts, np.hstack(marks)]) if marks else scored.experts
+        first = distinct_columns(told)
         if len(first) < len(conf):
             warnings.warn(
                 f"{len(conf) - len(first)} of {len(conf)} calibration images repeat others: "
@@ -383,11 +373,7 @@ class Detector(ExpertScorer):
         """Conformal p-values `[B]` of images `[B, C, H, W]`, larger = more in-distribution.
 
         An ID image that is exchangeable with the calibration images has a p-value of at most a
-        with a probability of at most a.
-
-        Raises:
-            CalibrationError: before `calibrate`.
-            NonFiniteError: NaN or infinity in the images or in their features.
+        with a probability of at most a. CalibrationError before `calibrate`.
 
         Source: Bates et al., Annals of Statistics 2023; see `conformal_p_values`.
         """
@@ -413,30 +399,40 @@ class Detector(ExpertScorer):
         return torch.from_numpy(np.asarray(rejected)).to(p.device)
 
     def guarantee(self, acceptance: float = 0.95, confidence: float = 0.95) -> Guarantee:
-        """What the calibration images promise for the share of accepted ID images.
-
-        Raises:
-            CalibrationError: before `calibrate`, or too few calibration images.
-            ConfigError: an acceptance or a confidence outside (0, 1).
-        """
+        """What the calibration images promise for the share of accepted ID images."""
         return guarantee(len(self._check_calibrated()), acceptance, confidence)
 
-    def _begin(self, loader: Iterable[Any]) -> Any:
-        begun = super()._begin(loader)
+    def _begin(self, loader: Iterable[Any]) -> tuple[Any, Tensor | None]:
+        """Begin a fit: the loader to be read, and images to try the experts on; see `begin`."""
+        readings, self._structure, images = begin(self.net, loader, self._structure, self._random)
         self.calibration_scores_ = None
         try:
             self._data = weakref.ref(data_of(loader))
         except TypeError:  # a list, whose images are recognised instead
             self._data = None
-        return begun
+        return readings, images
 
-    def _images(self, images: Images) -> Tensor:
-        """The tensor of images that are given in another form; a subclass may know how."""
-        return checked_images(images) if not isinstance(images, Tensor) else images
+    def known_preprocessing(self) -> Preprocessing:
+        """The preprocessing; DataError if it is not set."""
+        if self.preprocessing is None:
+            raise DataError(
+                "this detector does not know how its network's images are preprocessed: set "
+                "detector.preprocessing, or give tensors"
+            )
+        return self.preprocessing
 
-    def _repeated(self, experts: NDArray[Any]) -> int:
-        """How many images with these expert scores `[L, N]` were in the fit, as far as known."""
-        return 0
+    @property
+    def _calibrated(self) -> str:
+        scores = self.calibration_scores_
+        return "not calibrated" if scores is None else f"calibrated on {len(scores):,}"
+
+    def _tensor(self, images: Images) -> Tensor:
+        """Images that may be given as a picture or its file."""
+        if isinstance(images, str | Path):
+            return self.known_preprocessing().read(images)
+        if isinstance(images, Image.Image):
+            return self.known_preprocessing()(images)
+        return images if isinstance(images, Tensor) else checked_images(images)
 
     def _check_calibrated(self) -> NDArray[np.float64]:
         self._check_fitted()
@@ -448,7 +444,7 @@ class Detector(ExpertScorer):
         return self.calibration_scores_
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_data": None}
+        return {**vars(self), "_data": None, "_last": None}
 
 
 def check_energy(net: nn.Module, structure: Structure, scores: Iterable[Score]) -> None:

@@ -7,11 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fusenorm_openood.detectors.base import ExpertScorer
-from fusenorm_openood.forward.batches import Readings, batches
+from fusenorm_openood.detectors.base import collect
+from fusenorm_openood.forward.batches import Readings
+from fusenorm_openood.forward.batches import batches as batches_of
 from fusenorm_openood.forward.experts import BatchScores, Fitted, Scoring
 from fusenorm_openood.forward.react import check_features, react_thresholds
+from fusenorm_openood.forward.recorded import batch_scores
 from fusenorm_openood.forward.samples import LIMIT, BlockSums, Sample
 from fusenorm_openood.method.scores.base import Features, LogitScore, Score
 from fusenorm_openood.method.trust import trust
@@ -21,13 +24,13 @@ SHORT = 0.9  # a fit on a tenth fewer images than are enough is nearly as good
 
 
 def fit_experts(
-    scorer: ExpertScorer,
     scoring: Scoring,
     loader: Iterable[Any],
     progress: bool,
     desc: str = "fit",
     least: int = LEAST,
     by_label: bool = False,
+    may_overflow: bool = False,
 ) -> tuple[Fitted, BatchScores]:
     """What experts fit on ID images, and the scores of these.
 
@@ -38,21 +41,14 @@ def fit_experts(
     features: they are KNN's neighbours. Means and covariances are those of all images. For the
     post-hoc scores themselves, see `leave_one_out`.
 
-    Args:
-        scorer: collects the scores.
-        scoring: the experts; what they have fitted is ignored.
-        loader: ID images.
-        progress, desc: the progress bar.
-        least: the number of images that the ID statistics need.
-        by_label: whether a class is that of the label, where there is one, instead of the predicted
-            one, and only memory limits the sample: OpenOOD's way for a single score.
+    With `by_label`, a class is that of the label, where there is one, instead of the predicted one,
+    and only memory limits the sample: OpenOOD's way for a single score.
 
     Raises:
         DataError: a loader that gives other batches when it is read again.
         TapError: the network lacks what an expert needs.
         NonFiniteError: a score or a feature is not finite.
     """
-    scoring.check()
     is_counted = warn_if_few(scoring, loader, least)
     posthoc = [score for score in scoring.experts.scores if not isinstance(score, LogitScore)]
     others = tuple(score for score in scoring.experts.scores if score not in posthoc)
@@ -75,9 +71,9 @@ def fit_experts(
         sums.add(batch.features, labels)
 
     rows = list(first.experts)
-    scored = scorer.collect(
-        lambda images: first, loader, rows, progress, desc, add if posthoc else None
-    )
+    each = add if posthoc else None
+    batches = batch_scores(scoring.net, lambda _: first, loader, progress, desc)
+    scored = collect(batches, rows, each, may_overflow)
     if not is_counted:
         warn_if_few(scoring, loader, least, len(scored.pred))
     experts, pred = torch.from_numpy(scored.experts), torch.from_numpy(scored.pred)
@@ -90,6 +86,12 @@ def fit_experts(
     drawn = sample.indices
     scores = dict(zip(rows, experts[:, drawn], strict=True))
     return fitted, BatchScores(scores, pred[drawn], sample.features, scored.label[drawn])
+
+
+def try_experts(scoring: Scoring, images: Tensor) -> None:
+    """Score a few images, so that what cannot work fails before a loader is read."""
+    clips = dict.fromkeys(scoring.experts.percentiles, math.inf)
+    replace(scoring, fitted=Fitted(clips)).run(images)
 
 
 def leave_one_out(scoring: Scoring, batch: BatchScores) -> BatchScores:
@@ -142,7 +144,7 @@ def _known_count(loader: Iterable[Any]) -> int | None:
     """The number of images of a loader, if it is known before they are read."""
     given: Any = loader.loader if isinstance(loader, Readings) else loader
     if isinstance(given, list | tuple):
-        return sum(len(images) for images, _ in batches(given))
+        return sum(len(images) for images, _ in batches_of(given))
     if getattr(given, "batch_sampler", None) is not None and given.batch_size is None:
         return None
     try:

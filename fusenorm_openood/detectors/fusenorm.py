@@ -2,44 +2,44 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors import saving
 from fusenorm_openood.detectors.atomic import atomic
-from fusenorm_openood.detectors.base import Detector, Images, check_energy
-from fusenorm_openood.detectors.fitting import enough_for, fit_experts, leave_one_out
-from fusenorm_openood.detectors.repeats import check_apart, data_of, repeated_columns
-from fusenorm_openood.detectors.statistics import DetectorStatistics, Explanation, explanation
-from fusenorm_openood.errors import ConfigError, DataError, NotFittedError
+from fusenorm_openood.detectors.base import Detector, Images, check_random, identified
+from fusenorm_openood.detectors.fitting import enough_for, fit_experts, leave_one_out, try_experts
+from fusenorm_openood.detectors.repeats import check_apart, data_of
+from fusenorm_openood.detectors.statistics import DetectorStatistics, Explanation
+from fusenorm_openood.errors import ConfigError, NotFittedError
 from fusenorm_openood.export.judge import Dtype
 from fusenorm_openood.export.program import Exported, export_detector
 from fusenorm_openood.forward.batches import checked_images
-from fusenorm_openood.forward.experts import Expert, Experts, Fitted, Scoring
-from fusenorm_openood.forward.hooks import (
+from fusenorm_openood.forward.experts import Experts, Fitted
+from fusenorm_openood.forward.passes import forward_pass
+from fusenorm_openood.forward.taps import (
     check_taps,
     first_of_last_stage,
     resolve_taps,
     warn_of_left_out,
 )
-from fusenorm_openood.forward.passes import tapped_maps
 from fusenorm_openood.kernels.devices import find_device, moved
-from fusenorm_openood.method.atf import atf_map
-from fusenorm_openood.method.joint import joint_statistics
+from fusenorm_openood.method.atf import FeatureNorm, atf_map
+from fusenorm_openood.method.conformal import conformal_p_values
 from fusenorm_openood.method.scores import OUTPUTS, POSTHOC
 from fusenorm_openood.method.scores.base import LogitScore
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
-from fusenorm_openood.method.statistics import compute_id_statistics
 from fusenorm_openood.network.fingerprint import Fingerprint, is_network
 from fusenorm_openood.network.running import eval_mode, unwrapped
 from fusenorm_openood.network.structure import Structure
+from fusenorm_openood.network.understanding import understand
 
 NO_TRUST = 0.005  # shown as 0.00
 NO_LAYERS = ("output", *POSTHOC)  # experts that are not feature norms of a layer
@@ -99,10 +99,8 @@ class FuseNorm(Detector):
         named, strong = check_taps(net, self.settings.taps), self.settings.strong
         self.id_statistics_: DetectorStatistics | None = None
         self.companions: tuple[LogitScore, ...] = ()
-        self._fitted = Fitted()
         self._name(named, ())
         self.experts = ()
-        self.preprocessing: Preprocessing | None = None
         self._class_names: tuple[str, ...] | None = None
         self.network_source: dict[str, str] = {}
         if self._structure is not None:
@@ -116,7 +114,6 @@ class FuseNorm(Detector):
 
     taps: tuple[str, ...]
     strong: tuple[str, ...]
-    experts: tuple[str, ...]
 
     def __repr__(self) -> str:
         default, text = Settings(), [type(unwrapped(self.net)).__name__]
@@ -126,10 +123,10 @@ class FuseNorm(Detector):
             strong = [*self.strong] if fitted is None else fitted.weighted
             state.append(f"{len(self.taps)} layers, strong: {', '.join(strong)}")
         images = None if fitted is None else fitted.id_scores.shape[1]
-        state.append("not fitted" if images is None else f"fitted on {images:,} ID images")
-        if images is not None:
-            n = 0 if self.calibration_scores_ is None else len(self.calibration_scores_)
-            state[-1] += f", calibrated on {n:,}" if n else ", not calibrated"
+        if images is None:
+            state.append("not fitted")
+        else:
+            state.append(f"fitted on {images:,} ID images, {self._calibrated}")
         return f"{type(self).__name__}({', '.join(text)}; {'; '.join(state)})"
 
     @property
@@ -157,22 +154,17 @@ class FuseNorm(Detector):
         self.net.to(find_device(str(device)))
         return self
 
-    def scoring(self, images: Tensor | None = None) -> Scoring:
-        return self._scoring(self._all, self._fitted, images)
-
-    def rows(self) -> list[Expert]:
-        return self._rows
+    @property
+    def all_experts(self) -> Experts:
+        """The experts and what is scored beside them for comparison, each once."""
+        return self._experts
 
     @property
     def row_names(self) -> tuple[str, ...]:
         return (*self.experts, *(score.label for score in self.companions))
 
     def with_companions(self: F) -> F:
-        """Also score the output experts that need no extra forward pass, for comparison.
-
-        They do not take part in the fusion; their scores follow those of the experts in
-        `Scored.experts`.
-        """
+        """Also score output experts that need no extra pass, which are not part of the fusion."""
         percentiles = dict.fromkeys((None, self.settings.react_percentile))
         names = ("msp", "mls", "energy")
         self.companions = tuple(
@@ -192,9 +184,8 @@ class FuseNorm(Detector):
         """Fit the ID statistics, preferably on ID images used neither for training nor for testing.
 
         The loader is read once, and once more if ReAct needs a threshold. If a strong expert keeps
-        features, as `knn` does, an even sample of at most 10,000 images is used. If the fit or the
-        calibration fails, the detector stays as it was. Fewer images than the experts need are a
-        warning.
+        features, an even sample of at most 10,000 images is used. If the fit or the calibration
+        fails, the detector stays as it was. Fewer images than the experts need are a warning.
 
         Args:
             loader: ID images.
@@ -209,13 +200,18 @@ class FuseNorm(Detector):
         if calibration is not None:
             check_apart(data_of(loader), data_of(calibration))
         self.id_statistics_ = None
-        readings = self._begin(loader)
-        network = self._identified(readings)  # what cannot be saved fails before the fit
+        readings, images = self._begin(loader)
+        if images is not None and self._structure is not None:
+            _check_names(self._class_names, self._structure)
+            self._resolve(self._structure)
+            warn_of_left_out(self.net, self.settings.taps, self._structure)
+            try_experts(self.scoring(), images)
+        network = identified(self.net, readings)  # what cannot be saved fails before the fit
         layers = len(self.taps) + 1 if self.settings.penalty == "joint" else 0
         least = max(enough_for(self.settings.percentile_low), layers)
-        self._fitted, batch = fit_experts(self, self.scoring(), readings, progress, least=least)
+        self._fitted, batch = fit_experts(self.scoring(), readings, progress, least=least)
         batch = leave_one_out(self.scoring(), batch)
-        id_scores = batch.matrix(self.rows()[: len(self.experts)]).numpy()
+        id_scores = batch.matrix(self.rows[: len(self.experts)]).numpy()
         self.id_statistics_ = self.learn(id_scores, self._fitted, network)
         if none := [n for n, weight in self.id_statistics_.trust.items() if weight < NO_TRUST]:
             warnings.warn(
@@ -229,35 +225,16 @@ class FuseNorm(Detector):
     def learn(
         self, id_scores: NDArray[np.float64], fitted: Fitted, network: Fingerprint | None = None
     ) -> DetectorStatistics:
-        """The ID statistics from scores `[L, N]` of the experts on ID images; they are not kept.
-
-        Raises:
-            ZeroRangeError, NonFiniteError: as in `fit`.
-        """
-        s, joint, names = self.settings, None, self.experts
-        if s.penalty == "joint":
-            names = self.strong
-        rows = [self.experts.index(name) for name in names]
-        scale = [self._scale() if name == "output" else 0.0 for name in names]
-        low, high = s.percentile_low, s.percentile_high
-        statistics = compute_id_statistics(id_scores[rows], low, high, names, scale, s.clip)
-        if s.penalty == "joint" or s.clip:
-            joint = joint_statistics(id_scores[: len(self.taps)], self.taps)
-        return DetectorStatistics(
-            self.experts, fitted, id_scores, statistics, joint, s, self.strong, network
-        )
-
-    def _scale(self) -> float:
-        """The size of the values that the output expert's scores are computed from."""
+        """The ID statistics from scores `[L, N]` of the experts on ID images; they are not kept."""
         largest = 0.0 if self._structure is None else self._structure.largest_logit
-        score: Any = self.settings.score("output")
-        return largest / score.temperature if score.output in ("msp", "odin") else largest
+        return DetectorStatistics(
+            self.experts, fitted, id_scores, self.settings, self.strong, network, largest
+        )
 
     def with_statistics(self: F, statistics: DetectorStatistics) -> F:
         """Use the ID statistics of an earlier fit on the same network instead of fitting.
 
-        Settings of the normalisation and of the fusion may differ from those of the fit: the
-        statistics are then computed anew from the ID scores.
+        Settings of the normalisation and of the fusion may differ from those of the fit.
 
         Raises:
             ConfigError: the fit had another network or other weights, other experts, or a setting
@@ -285,7 +262,7 @@ class FuseNorm(Detector):
         self._name(self.taps, self.strong, statistics.experts)  # perhaps in an older order
         self._fitted, self.calibration_scores_ = statistics.fitted, None
         if then != now:
-            statistics = self.learn(statistics.id_scores, statistics.fitted, statistics.network)
+            statistics = replace(statistics, settings=self.settings, strong=self.strong)
         self.id_statistics_ = statistics
         return self
 
@@ -306,38 +283,21 @@ class FuseNorm(Detector):
         statistics = self._check_fitted()
         return statistics.confidence(experts[: len(self.experts)])
 
-    def known_preprocessing(self) -> Preprocessing:
-        """The preprocessing; DataError if it is not set."""
-        if self.preprocessing is None:
-            raise DataError(
-                "this detector does not know how its network's images are preprocessed: set "
-                "detector.preprocessing, or give tensors"
-            )
-        return self.preprocessing
-
     def explain(self, images: Images, with_maps: bool = True) -> Explanation:
         """What the confidences of images `[B, C, H, W]` are made of, and where: see `Explanation`.
 
         Of one image `[C, H, W]` as of a batch of one. Heat maps take one more pass.
-
-        Raises:
-            NotFittedError, NonFiniteError: as in `score`.
         """
         self._check_fitted()
-        tensor = self._images(images)
+        tensor = self._tensor(images)
         batch = checked_images(tensor.unsqueeze(0) if tensor.ndim == 3 else tensor)
         experts, pred = self.expert_scores(batch)
         maps = dict[str, Tensor]()
         if with_maps:
-            norm, on_device = self.settings.feature_norm, moved(self.net, batch)
+            on_device, norm = moved(self.net, batch), self.settings.feature_norm
+            structure, run = self.structure(on_device), partial(_heat_map, norm=norm)
             with eval_mode(unwrapped(self.net)), torch.no_grad():
-                maps = tapped_maps(
-                    self.net,
-                    on_device,
-                    self.structure(on_device),
-                    self.taps,
-                    lambda feature_map: atf_map(feature_map, *norm).cpu(),
-                )
+                maps = forward_pass(self.net, on_device, structure, self.taps, run).maps
         return self.explain_scores(experts, pred, maps)
 
     def explain_scores(
@@ -349,14 +309,21 @@ class FuseNorm(Detector):
         """As `explain`, of images with these scores `[L, B]` of the experts."""
         statistics, calibration = self._check_fitted(), self.calibration_scores_
         scores = experts[: len(self.experts)]
-        return explanation(statistics, scores, pred, maps or {}, calibration)
-
-    def _images(self, images: Images) -> Tensor:
-        if isinstance(images, str | Path):
-            return self.known_preprocessing().read(images)
-        if isinstance(images, Image.Image):
-            return self.known_preprocessing()(images)
-        return super()._images(images)
+        conf, contributions = statistics.confidence(scores), statistics.contributions(scores)
+        below = statistics.mean_contributions - contributions
+        return Explanation(
+            self.experts,
+            conf,
+            pred,
+            scores,
+            statistics.normalised(scores),
+            contributions,
+            below,
+            tuple(self.experts[row] for row in below.argmax(axis=0)),
+            maps or {},
+            statistics.weights,
+            None if calibration is None else conformal_p_values(conf, calibration),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the fitted detector to a file: safetensors and JSON, no pickle, not the network.
@@ -422,19 +389,16 @@ class FuseNorm(Detector):
         """
         return export_detector(self, Path(path), dtype, acceptance, shape, target)
 
-    def _try(self, images: Tensor) -> None:
-        structure = self.structure(images)
-        _check_names(self._class_names, structure)
-        self._resolve(structure)
-        check_energy(self.net, structure, self._all.scores)
-        warn_of_left_out(self.net, self.settings.taps, structure)
-        super()._try(images)
-
-    def _check_structure(self, structure: Structure) -> None:
-        super()._check_structure(structure)
-        if self.id_statistics_ is not None:  # of a fit before the structure was read
-            experts = FuseNorm(self.net, self.settings, structure).experts
-            _check_experts(self.id_statistics_, experts)
+    def structure(self, images: Tensor) -> Structure:
+        if self._structure is None and self.id_statistics_ is not None:
+            structure = understand(self.net, images)
+            check_random(self.net, structure, self.settings.random)
+            # The fit came before the structure was read.
+            _check_experts(
+                self.id_statistics_, FuseNorm(self.net, self.settings, structure).experts
+            )
+            self._structure = structure
+        return super().structure(images)
 
     def _resolve(self, structure: Structure) -> None:
         """Name the experts of a network that is built like this."""
@@ -450,16 +414,12 @@ class FuseNorm(Detector):
         others = [name for name in order if name in strong and name in NO_LAYERS]
         self.taps, self.strong, self.experts = taps, strong, (*taps, *others)
         norm, scores = self.settings.feature_norm, tuple(map(self.settings.score, others))
-        self._rows: list[Expert] = [*((tap, norm) for tap in taps), *scores, *self.companions]
-        self._all = Experts(taps, (norm,), tuple(dict.fromkeys((*scores, *self.companions))))
-
-    def _repeated(self, experts: NDArray[Any]) -> int:
-        layers = len(self.taps)  # other experts may score the images of their fit in another way
-        return repeated_columns(self._check_fitted().id_scores[:layers], experts[:layers])
+        self.rows = [*((tap, norm) for tap in taps), *scores, *self.companions]
+        self._experts = Experts(taps, (norm,), tuple(dict.fromkeys((*scores, *self.companions))))
 
     def _check_fitted(self) -> DetectorStatistics:
         if self.id_statistics_ is None:
-            raise NotFittedError("this FuseNorm has no ID statistics: call fit(loader) first")
+            raise NotFittedError("this FuseNorm is not fitted: call fit(loader) first")
         return self.id_statistics_
 
     def _named_strong(self, experts: Sequence[str | int], taps: Sequence[str]) -> tuple[str, ...]:
@@ -497,6 +457,10 @@ def _check_experts(statistics: DetectorStatistics, experts: tuple[str, ...]) -> 
             f"the ID statistics must have the detector's experts {', '.join(experts)}, got "
             f"{', '.join(statistics.experts)}: fit again"
         )
+
+
+def _heat_map(feature_map: Tensor, norm: FeatureNorm) -> Tensor:
+    return atf_map(feature_map, *norm).cpu()
 
 
 def _check_names(names: tuple[str, ...] | None, structure: Structure) -> None:

@@ -3,7 +3,6 @@
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusenorm_openood.data.preprocessing import Preprocessing, as_pair
+from fusenorm_openood.detectors.base import check_random
 from fusenorm_openood.detectors.statistics import DetectorStatistics, packed, unpacked
 from fusenorm_openood.errors import (
     ConfigError,
@@ -22,11 +22,9 @@ from fusenorm_openood.errors import (
     NonFiniteError,
     TapError,
 )
-from fusenorm_openood.method.joint import joint_statistics
 from fusenorm_openood.method.scores import POSTHOC, make_score
 from fusenorm_openood.method.scores.base import Score
 from fusenorm_openood.method.settings import Settings
-from fusenorm_openood.method.statistics import compute_id_statistics
 from fusenorm_openood.network.fingerprint import Fingerprint, fixed_images, identify
 from fusenorm_openood.network.graph import INPUT
 from fusenorm_openood.network.head import weight_of
@@ -56,7 +54,6 @@ class Record(NamedTuple):
     settings: dict[str, Any]
     experts: tuple[str, ...]
     strong: tuple[str, ...]
-    joint: bool
     thresholds: tuple[tuple[float, float], ...]
     posthoc: tuple[tuple[str, dict[str, Any]], ...]
     trust: tuple[float, ...]
@@ -71,10 +68,6 @@ class Record(NamedTuple):
 WHOLE = ("counts", "classes")  # are int64, all else is float32
 LARGEST = 2**14  # pixels in a row of an image
 OVERFLOWS = 1e15  # what experts square in float32, and would blame the network for
-STATISTICS = ("mean", "std", "lower", "upper")
-JOINT = {"mean": "T", "scale": "T", "precision": "T T"} | dict.fromkeys(
-    ("log_mean", "log_std", "limit"), ""
-)
 
 
 def read_record(contents: Contents) -> tuple[Record, DetectorStatistics]:
@@ -94,9 +87,11 @@ def read_record(contents: Contents) -> tuple[Record, DetectorStatistics]:
     except ConfigError as error:
         raise ConfigError(f"settings: {error}") from None
     _require(_of_record(record, settings))
-    _check_tensors(record, settings, contents.tensors)
-    calibration = unpacked(contents.tensors, record._asdict())
-    _check_statistics(calibration)
+    _check_tensors(record, contents.tensors)
+    try:
+        calibration = unpacked(contents.tensors, record._asdict())
+    except FuseNormError as error:
+        raise ConfigError(f"id_scores: {error}") from None
     return record, calibration
 
 
@@ -115,9 +110,6 @@ def _of_record(r: Record, settings: Settings) -> Iterator[Rule]:
     yield "experts", [*taps, *names] == [*dict.fromkeys(r.experts)], "taps, then others, each once"
     yield "strong", 0 < len(set(r.strong)) == len(r.strong), "experts, each once"
     yield "strong", set(names) <= set(r.strong) <= set(r.experts), "among the experts"
-    is_joint = settings.penalty == "joint"
-    yield "joint", r.joint or not is_joint, "true with the joint penalty"
-    yield "joint", is_joint or settings.clip or not r.joint, "false without that and the clip"
     q, n = settings.react_percentile, r.network
     clips = q is not None and "output" in names
     yield "thresholds", not clips or q in dict(r.thresholds), f"for the percentile {q}"
@@ -168,15 +160,12 @@ def _posthoc(name: str, arguments: Mapping[str, Any]) -> Score:
         raise ConfigError(f"posthoc: {error}") from None
 
 
-def _check_tensors(record: Record, settings: Settings, tensors: Mapping[str, Tensor]) -> None:
+def _check_tensors(record: Record, tensors: Mapping[str, Tensor]) -> None:
     """Require the tensors of these experts, each of the right type and shape, and finite."""
-    strong, taps = len(record.strong), [e for e in record.experts if e not in ("output", *POSTHOC)]
-    sizes = {"L": len(record.experts), "T": len(taps)}
-    sizes["S"] = strong if settings.penalty == "joint" else sizes["L"]
+    sizes = {"L": len(record.experts)}
     if record.structure is not None:
         sizes["K"] = record.structure.classes
-    needed = {"id_scores": "L I", **{f"statistics.{name}": "S" for name in STATISTICS}}
-    needed |= {f"joint.{name}": shape for name, shape in JOINT.items() if record.joint}
+    needed = {"id_scores": "L I"}
     for number, (expert, _) in enumerate(record.posthoc):
         needed |= {f"state.{number}.{name}": shape for name, shape in POSTHOC[expert].state.items()}
     if "reference" in tensors:
@@ -199,36 +188,13 @@ def _check_tensors(record: Record, settings: Settings, tensors: Mapping[str, Ten
             )
         sizes |= found
         most = OVERFLOWS if name.startswith("state.") else float("inf")
-        if name != "joint.scale" and not (tensor.abs() < most).all():
+        if not (tensor.abs() < most).all():
             raise ConfigError(f"{name} must be finite, and below {most:g}")
         if kind == torch.int64 and int(tensor.min()) < 0:
             raise ConfigError(f"{name} must be >= 0")
     reference = tensors.get("reference")
     if reference is not None and not torch.equal(reference, reference.sort().values):
         raise ConfigError("reference must be sorted")
-
-
-def _check_statistics(c: DetectorStatistics) -> None:
-    """Require the ID statistics that the ID scores have, up to rounding."""
-    s, taps = c.settings, [n for n in c.experts if n not in ("output", *POSTHOC)]
-    rows = [c.experts.index(name) for name in (c.strong if s.penalty == "joint" else c.experts)]
-    names = [c.experts[row] for row in rows]
-    try:
-        percentiles = s.percentile_low, s.percentile_high
-        right = compute_id_statistics(c.id_scores[rows], *percentiles, names, clip=s.clip)
-        pairs = {"statistics": (asdict(right), asdict(c.statistics))}
-        if c.joint is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                joint = joint_statistics(c.id_scores[: len(taps)])
-            pairs["joint"] = joint._asdict(), c.joint._asdict()
-    except FuseNormError as error:
-        raise ConfigError(f"id_scores: {error}") from None
-    for group, (expected, found) in pairs.items():
-        for name, value in expected.items():
-            finite = np.where(np.isfinite(value), np.abs(value), 0)
-            if not np.allclose(found[name], value, rtol=1e-6, atol=1e-9 * float(np.max(finite))):
-                raise ConfigError(f"{group}.{name} must be that of id_scores")
 
 
 def save(detector: "FuseNorm", path: Path) -> None:
@@ -262,7 +228,7 @@ def load(cls: "type[FuseNorm]", path: Path, net: nn.Module, strict: bool) -> "Fu
         if detector.experts and detector.strong != statistics.strong:
             raise ConfigError(f"strong must be {', '.join(detector.strong)}")
         if structure is not None:
-            detector._check_structure(structure)
+            check_random(net, structure, statistics.settings.random)
         detector.adopt(statistics)
         detector.class_names = record.class_names
     except (ConfigError, TapError) as error:

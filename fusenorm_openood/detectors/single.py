@@ -5,18 +5,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from fusenorm_openood.detectors.atomic import atomic
-from fusenorm_openood.detectors.base import Detector, check_energy
-from fusenorm_openood.detectors.fitting import fit_experts, warn_if_few
+from fusenorm_openood.detectors.base import Detector
+from fusenorm_openood.detectors.fitting import fit_experts, try_experts, warn_if_few
 from fusenorm_openood.errors import CheckpointError, NotFittedError
-from fusenorm_openood.forward.experts import Expert, Experts, Fitted, Scoring
+from fusenorm_openood.forward.experts import Experts, Fitted
 from fusenorm_openood.forward.react import react_thresholds
 from fusenorm_openood.method.scores import LOGIT_SCORES, make_score
 from fusenorm_openood.method.scores.base import Score
 from fusenorm_openood.network.running import scoring_module, unwrapped
-from fusenorm_openood.network.structure import Structure
 
 
 class SingleScore(Detector):
@@ -35,28 +34,29 @@ class SingleScore(Detector):
     Raises:
         ConfigError: an unknown score, or invalid arguments.
         CheckpointError: `t2fnorm` with a network that was not trained with T2FNorm.
+
+    >>> from torchvision.models import resnet18
+    >>> SingleScore(resnet18(num_classes=4), "knn", K=3)
+    SingleScore(ResNet, KNN(K=3); not fitted)
     """
 
     def __init__(
         self, net: nn.Module, score: str | Score, random: str = "refuse", **arguments: Any
     ) -> None:
-        super().__init__(net, random=random)
+        super().__init__(net, None, random)
         chosen = make_score(score, arguments) if isinstance(score, str) else score
         if chosen.needs_t2fnorm and scoring_module(net) is None:
             raise CheckpointError(
                 f"postprocessor {chosen.name!r} needs a network trained with T2FNorm, got a "
                 f"{type(unwrapped(net)).__name__}: use such a checkpoint, or another postprocessor"
             )
-        self._score, self.experts = chosen, (chosen.name,)
+        self._score, self.rows = chosen, [chosen]
+        self.experts, self._experts = (chosen.name,), Experts(scores=(chosen,))
         self.fitted_on = "val" if chosen.name in LOGIT_SCORES else "train"
-        self._fitted = Fitted()
 
-    def scoring(self, images: Tensor | None = None) -> Scoring:
-        experts = Experts(scores=(self._score,))
-        return Scoring(self.net, self._known(images), experts, self._fitted)
-
-    def rows(self) -> list[Expert]:
-        return [self._score]
+    def __repr__(self) -> str:
+        state = f"fitted, {self._calibrated}" if self.is_fitted else "not fitted"
+        return f"SingleScore({type(unwrapped(self.net)).__name__}, {self._score}; {state})"
 
     @atomic
     def fit(self, loader: Iterable[Any], progress: bool = False) -> "SingleScore":
@@ -66,25 +66,22 @@ class SingleScore(Detector):
             NonFiniteError: a feature is not finite.
             DataError: the loader gives no images, or labels that are no class of the network.
         """
-        if self._score.needs_fit:
-            readings = self._begin(loader)
+        if self._score.needs_fit or self._score.clip_percentile is not None:
+            readings, images = self._begin(loader)
             scoring = self.scoring()
-            self._fitted, _ = fit_experts(self, scoring, readings, progress, by_label=True)
-        elif self._score.clip_percentile is not None:
-            readings = self._begin(loader)
-            scoring = self.scoring()
-            warn_if_few(scoring, readings)
-            self._fitted = Fitted(react_thresholds(scoring, readings, progress))
+            if images is not None:
+                try_experts(scoring, images)
+            if self._score.needs_fit:
+                self._fitted, _ = fit_experts(scoring, readings, progress, by_label=True)
+            else:
+                warn_if_few(scoring, readings)
+                self._fitted = Fitted(react_thresholds(scoring, readings, progress))
         return self
 
     @property
     def threshold_(self) -> float | None:
         """ReAct's clipping threshold, None before `fit`."""
         return next(iter(self._fitted.thresholds.values()), None)
-
-    def _check_structure(self, structure: Structure) -> None:
-        super()._check_structure(structure)
-        check_energy(self.net, structure, [self._score])
 
     def _check_fitted(self) -> None:
         unfitted = self._score.needs_fit and self._score not in self._fitted.states

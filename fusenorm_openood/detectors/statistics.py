@@ -1,6 +1,7 @@
 """What a detector finds on ID images, and what its confidences are made of."""
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -10,39 +11,59 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusenorm_openood.forward.experts import Fitted
-from fusenorm_openood.method.conformal import conformal_p_values
 from fusenorm_openood.method.fusion import Fusion
-from fusenorm_openood.method.joint import JointStatistics, sum_of_rows
+from fusenorm_openood.method.joint import JointStatistics, joint_statistics, sum_of_rows
 from fusenorm_openood.method.scores import POSTHOC, make_score
+from fusenorm_openood.method.scores.base import Score, State
 from fusenorm_openood.method.settings import Settings
-from fusenorm_openood.method.statistics import IDStatistics
+from fusenorm_openood.method.statistics import IDStatistics, compute_id_statistics
 from fusenorm_openood.method.validation import scaled_weights
 from fusenorm_openood.network.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True)
 class DetectorStatistics:
-    """The ID statistics of a FuseNorm; they can be pickled without the network.
+    """The ID statistics of a FuseNorm, found from its ID scores; to be pickled without the network.
 
     Attributes:
         experts: names of the experts: the layers, then others.
         fitted: what the experts themselves have fitted.
         id_scores: their scores on ID images `[L, N]`.
-        statistics: ID statistics of the experts, or with the joint penalty of the strong ones.
-        joint: statistics of the joint distance, with the joint penalty or the clip.
-        settings: all settings of the fit.
+        settings: all settings of the detector.
         strong: names of the strong experts.
         network: what the network of the fit is recognised by, if that is known.
+        largest_logit: the size of the network's logits, if that is known.
+        statistics: ID statistics of the experts, or with the joint penalty of the strong ones.
+        joint: statistics of the joint distance, with the joint penalty or the clip.
+
+    Raises:
+        ZeroRangeError: an expert gives all ID images the same score.
+        NonFiniteError: a score is not finite.
     """
 
     experts: tuple[str, ...]
     fitted: Fitted
     id_scores: NDArray[np.float64]
-    statistics: IDStatistics
-    joint: JointStatistics | None
     settings: Settings
     strong: tuple[str, ...]
     network: Fingerprint | None = None
+    largest_logit: float = 0.0
+    statistics: IDStatistics = field(init=False)
+    joint: JointStatistics | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        s, layers, joint = self.settings, self.layers, None
+        names = self.strong if s.penalty == "joint" else self.experts
+        rows = [self.experts.index(name) for name in names]
+        output: Any = s.score("output")
+        divided = output.temperature if output.output in ("msp", "odin") else 1.0
+        scale = [self.largest_logit / divided if name == "output" else 0.0 for name in names]
+        low, high = s.percentile_low, s.percentile_high
+        found = compute_id_statistics(self.id_scores[rows], low, high, names, scale, s.clip)
+        if s.penalty == "joint" or s.clip:
+            joint = joint_statistics(self.id_scores[: len(layers)], layers)
+        object.__setattr__(self, "statistics", found)
+        object.__setattr__(self, "joint", joint)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -93,6 +114,11 @@ class DetectorStatistics:
         conf: NDArray[np.float64] = sum_of_rows(self.fusion(_float64(scores))).numpy()
         return conf
 
+    def normalised(self, scores: NDArray[Any]) -> NDArray[np.float64]:
+        """Normalised scores `[L, N]`; see `Fusion.normalised`."""
+        z: NDArray[np.float64] = self.fusion.normalised(_float64(scores)).numpy()
+        return z
+
     @cached_property
     def mean_contributions(self) -> NDArray[np.float64]:
         """Mean contributions `[L, 1]` over the ID images."""
@@ -142,47 +168,16 @@ class Explanation:
     p_values: NDArray[np.float64] | None = None
 
 
-def explanation(
-    statistics: DetectorStatistics,
-    scores: NDArray[Any],
-    pred: NDArray[Any],
-    maps: dict[str, Tensor],
-    calibration: NDArray[np.float64] | None = None,
-) -> Explanation:
-    """The explanation of images with these expert scores `[L, B]`; see there."""
-    contributions = statistics.contributions(scores)
-    below = statistics.mean_contributions - contributions
-    conf = statistics.confidence(scores)
-    return Explanation(
-        statistics.experts,
-        conf,
-        pred,
-        scores,
-        statistics.fusion.normalised(_float64(scores)).numpy(),
-        contributions,
-        below,
-        tuple(statistics.experts[row] for row in below.argmax(axis=0)),
-        maps,
-        statistics.weights,
-        None if calibration is None else conformal_p_values(conf, calibration),
-    )
-
-
 def packed(statistics: DetectorStatistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of ID statistics, and the rest of them in terms of JSON."""
     s = statistics
-    arrays = {"id_scores": s.id_scores}
-    arrays |= {f"statistics.{name}": value for name, value in vars(s.statistics).items()}
-    if s.joint is not None:
-        arrays |= {f"joint.{n}": np.asarray(v) for n, v in s.joint._asdict().items()}
-    tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    tensors = {"id_scores": torch.from_numpy(s.id_scores)}
     for number, state in enumerate(s.fitted.states.values()):
         tensors |= {f"state.{number}.{name}": value.cpu() for name, value in state.items()}
     return tensors, {
         "settings": s.settings.to_json(),
         "experts": s.experts,
         "strong": s.strong,
-        "joint": s.joint is not None,
         "thresholds": list(s.fitted.thresholds.items()),
         "posthoc": [score.to_json() for score in s.fitted.states],
         "trust": [s.fitted.trust.get(score, 1.0) for score in s.fitted.states],
@@ -191,34 +186,22 @@ def packed(statistics: DetectorStatistics) -> tuple[dict[str, Tensor], dict[str,
 
 def unpacked(tensors: dict[str, Tensor], record: dict[str, Any]) -> DetectorStatistics:
     """The ID statistics that were `packed`, from parts that are known to be right."""
-
-    def named(group: str) -> dict[str, Tensor]:
-        prefix = f"{group}."
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-    def arrays(group: str) -> dict[str, Any]:
-        return {name: tensor.numpy() for name, tensor in named(group).items()}
-
-    states = {
-        make_score(name, arguments): named(f"state.{number}")
-        for number, (name, arguments) in enumerate(record["posthoc"])
-    }
+    states = dict[Score, State]()
+    for number, (name, arguments) in enumerate(record["posthoc"]):
+        of = f"state.{number}."
+        found = {n.removeprefix(of): t for n, t in tensors.items() if n.startswith(of)}
+        states[make_score(name, arguments)] = found
     trust = dict(zip(states, record["trust"], strict=True))
-    joint = None
-    if record["joint"]:
-        found = arrays("joint")
-        scalars = {n: float(v) for n, v in found.items() if v.ndim == 0}
-        joint = JointStatistics(**{**found, **scalars})
-    return DetectorStatistics(
-        experts=tuple(record["experts"]),
-        fitted=Fitted(dict(map(tuple, record["thresholds"])), states, trust),
-        id_scores=tensors["id_scores"].numpy(),
-        statistics=IDStatistics(**arrays("statistics")),
-        joint=joint,
-        settings=Settings.from_mapping(record["settings"]),
-        strong=tuple(record["strong"]),
-        network=record["network"],
-    )
+    with warnings.catch_warnings():  # of constant layers, as in the fit
+        warnings.simplefilter("ignore")
+        return DetectorStatistics(
+            tuple(record["experts"]),
+            Fitted(dict(map(tuple, record["thresholds"])), states, trust),
+            tensors["id_scores"].numpy(),
+            Settings.from_mapping(record["settings"]),
+            tuple(record["strong"]),
+            record["network"],
+        )
 
 
 def _float64(scores: NDArray[Any]) -> Tensor:

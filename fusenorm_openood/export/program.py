@@ -61,7 +61,7 @@ def export_detector(
     metadata: dict[str, Any] = {"version": __version__, "calibration_images": 0}
     if calibration is not None:
         metadata |= ranks(len(calibration), acceptance)
-    rows = detector.rows()[: len(detector.experts)]
+    rows = detector.rows[: len(detector.experts)]
     if any(isinstance(expert, Score) and expert.needs_gradient for expert in rows):
         raise ConfigError(
             f"output='odin' with noise={detector.settings.noise:g} needs a gradient, which an "

@@ -31,13 +31,8 @@ class Experts:
     scores: tuple[Score, ...] = ()
 
     def __iter__(self) -> Iterator[Expert]:
-        yield from self.feature_norms
+        yield from ((layer, norm) for norm in self.norms for layer in self.layers)
         yield from self.scores
-
-    @property
-    def feature_norms(self) -> list[tuple[str, FeatureNorm]]:
-        """The experts that are feature norms."""
-        return [(layer, norm) for norm in self.norms for layer in self.layers]
 
     @property
     def percentiles(self) -> list[float]:
@@ -121,6 +116,9 @@ class Scoring:
         fitted: what they have fitted.
         features: which features a pass gives: `""` = those that the experts need, `"all"`, or
             `"activations"`, the inputs of the layers that make the logits before any mean.
+
+    Raises:
+        TapError: a score needs what the network does not have.
     """
 
     net: nn.Module
@@ -128,135 +126,9 @@ class Scoring:
     experts: Experts = Experts()
     fitted: Fitted = field(default_factory=Fitted)
     features: Literal["", "all", "activations"] = ""
+    _heads: dict[torch.device, Head] = field(default_factory=dict, init=False, repr=False)
 
-    def __call__(self, images: Tensor) -> BatchScores:
-        """Scores of images `[B, C, H, W]` on the network's device.
-
-        Raises:
-            TapError: the network lacks what an expert needs: a layer, a gradient with respect to
-                the images, or a final linear layer.
-        """
-        return self.complete(self.run(images))
-
-    def run(self, images: Tensor) -> BatchScores:
-        """As `__call__`, but only the scores that need the network."""
-        with eval_mode(unwrapped(self.net)):
-            split = parts(images, self.structure.batch_dependent)
-            batches = [self.run_part(part)[0] for part in split]
-        return batches[0] if len(batches) == 1 else _joined(batches)
-
-    def run_part(self, images: Tensor) -> tuple[BatchScores, ForwardPass]:
-        """As `run`, for a network in eval mode, without splitting the images; with the pass."""
-        self.check()
-        net, structure, by_network = self.net, self.structure, self.scores_by_network
-        moved = dict[Score, Tensor]()
-        if any(score.needs_gradient for score in by_network):
-            first, moved = self._with_gradients(images)
-        else:
-            with torch.no_grad():
-                first = forward_pass(net, images, structure, self.experts.layers, self._reduce)
-        scores = dict[Expert, Tensor]()
-        if self.experts.layers:
-            norms = first.norms.transpose(0, 1).flatten(0, 1)  # [L, S, B] -> [S L, B]
-            scores = dict(zip(self.experts.feature_norms, norms, strict=True))
-        with torch.no_grad():
-            for score in by_network:
-                given = moved.get(score, images)
-                done = forward_pass(net, given, structure) if score in moved else first
-                logits = self._logits(given, done, score)
-                scores[score] = score(Features(logits[:, :0], logits))
-        feature = first.activations if self.features == "activations" else first.feature
-        if feature is None or not (self.features or self.needs_feature):
-            feature = first.logits[:, :0]
-        features = Features(feature.detach(), first.logits.detach())
-        return BatchScores(scores, first.pred, features), first
-
-    def complete(self, batch: BatchScores) -> BatchScores:
-        """All scores of a batch, from those that need the network and from its features."""
-        missing = [score for score in self.experts.scores if score not in batch.scores]
-        if not missing:
-            return batch
-        feature, logits = batch.features
-        scores, head = dict(batch.scores), self.head()
-        for score in missing:
-            features = batch.features
-            if score.clip_percentile is not None:
-                clipped = feature.clamp(max=self.fitted.thresholds[score.clip_percentile])
-                features = Features(feature, head_logits(self.net, self.structure, clipped))
-            elif not score.needs_feature:
-                features = Features(logits, logits)
-            scores[score] = score(features, head, self.fitted.state(score, logits.device))
-        return batch._replace(scores=scores)
-
-    def head(self) -> Head:
-        """The network's final layer, empty if no score reads it."""
-        reads = any(score.needs_head for score in self.experts.scores)
-        return head_of(self.net, self.structure) if reads else NO_HEAD
-
-    @property
-    def width(self) -> int:
-        """Number of features, 0 where the logits are no affine function of them."""
-        try:
-            return head_of(self.net, self.structure).weight.shape[1]
-        except TapError:
-            return 0
-
-    @cached_property
-    def scores_by_network(self) -> list[Score]:
-        """The scores that run the network, or its head on more than one feature per image."""
-        return [
-            score
-            for score in self.experts.scores
-            if score.needs_gradient
-            or (score.clip_percentile is not None and not self.structure.head.is_linear)
-        ]
-
-    @cached_property
-    def needs_feature(self) -> bool:
-        """Whether a score is computed from features that a pass has given."""
-        by_network = self.scores_by_network
-        return any(
-            score.needs_feature or score.clip_percentile is not None
-            for score in self.experts.scores
-            if score not in by_network
-        )
-
-    @cached_property
-    def recorded(self) -> list[Expert]:
-        """The experts whose scores `run` gives, in the order in which they are recorded."""
-        return [*self.experts.feature_norms, *self.scores_by_network]
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """All that `run` depends on besides the network and the images, in terms of JSON."""
-        head, by_network = self.structure.head, self.scores_by_network
-        thresholds = self.fitted.thresholds
-        clips = (score.clip_percentile for score in by_network)
-        return {
-            "norms": [[layer, list(norm)] for layer, norm in self.experts.feature_norms],
-            "scores": [score.to_json() for score in by_network],
-            "thresholds": {str(q): thresholds[q] for q in clips if q is not None},
-            "features": self.features or ("all" if self.needs_feature else ""),
-            "feature": [*head.feature, head.is_normalised] if head.feature else [],
-            "batch_dependent": self.structure.batch_dependent,
-        }
-
-    @cached_property
-    def _reduce(self) -> Callable[[Tensor], Tensor]:
-        return partial(atf_each, settings=self.experts.norms)
-
-    def _logits(self, images: Tensor, done: ForwardPass, score: Score) -> Tensor:
-        """Logits `[B, K]` of a pass, after ReAct if the score asks for it."""
-        if score.clip_percentile is None:
-            return done.logits
-        threshold = self.fitted.thresholds[score.clip_percentile]
-        if not self.structure.head.is_linear:
-            return forward_pass(self.net, images, self.structure, threshold=threshold).logits
-        assert done.feature is not None  # as `check` has made sure
-        return head_logits(self.net, self.structure, done.feature.clamp(max=threshold))
-
-    def check(self) -> None:
-        """Raise TapError for a score that needs what the network does not have."""
+    def __post_init__(self) -> None:
         name, head = type(self.net).__name__, self.structure.head
         has_feature = bool(head.names or head.feature)
         clips = bool(self.experts.percentiles) or self.features == "activations"
@@ -274,12 +146,150 @@ class Scoring:
                 "read no weights, such as ['output', 'mds++']"
             )
 
+    def __call__(self, images: Tensor) -> BatchScores:
+        """Scores of images `[B, C, H, W]` on the network's device.
+
+        Raises:
+            TapError: a layer gives no feature map, or no gradient reaches the images.
+        """
+        return self.complete(self.run(images))
+
+    def run(self, images: Tensor) -> BatchScores:
+        """As `__call__`, but only the scores that need the network."""
+        batches = []
+        with eval_mode(unwrapped(self.net)):
+            for part in parts(images, self.structure.batch_dependent):
+                batches.append(self.run_part(part)[0])
+        return batches[0] if len(batches) == 1 else _joined(batches)
+
+    def run_part(self, images: Tensor) -> tuple[BatchScores, ForwardPass]:
+        """As `run`, for a network in eval mode, without splitting the images; with the pass."""
+        moved, layers = dict[Score, Tensor](), self.experts.layers
+        if self._by_gradient:
+            first, moved = self._with_gradients(images)
+        else:
+            with torch.no_grad():
+                first = forward_pass(self.net, images, self.structure, layers, self._norms)
+        scores = dict[Expert, Tensor]()
+        for layer in layers:
+            for norm, column in zip(self.experts.norms, first.maps[layer].unbind(1), strict=True):
+                scores[layer, norm] = column
+        with torch.no_grad():
+            for score in self.by_network:
+                given, done = images, first
+                if score in moved:
+                    given = moved[score]
+                    done = forward_pass(self.net, given, self.structure)
+                logits = self._logits(given, done, score)
+                scores[score] = score(Features(logits[:, :0], logits))
+        feature = first.activations if self.features == "activations" else first.feature
+        if feature is None or not (self.features or self.needs_feature):
+            feature = first.logits[:, :0]
+        features = Features(feature.detach(), first.logits.detach())
+        return BatchScores(scores, first.pred, features), first
+
+    def complete(self, batch: BatchScores) -> BatchScores:
+        """All scores of a batch, from those that need the network and from its features."""
+        feature, logits = batch.features
+        scores, head = dict(batch.scores), self.head(logits.device)
+        for score, percentile in self._clips:
+            features = batch.features
+            if percentile is not None:
+                clipped = feature.clamp(max=self.fitted.thresholds[percentile])
+                features = Features(feature, head_logits(self.net, self.structure, clipped))
+            elif not score.needs_feature:
+                features = Features(logits, logits)
+            scores[score] = score(features, head, self.fitted.state(score, logits.device))
+        return batch._replace(scores=scores)
+
+    def head(self, device: torch.device | None = None) -> Head:
+        """The network's final layer, read once for a device; empty if no score reads it."""
+        key = torch.device("cpu") if device is None else device
+        if key in self._heads:
+            return self._heads[key]
+        reads = any(score.needs_head for score in self.experts.scores)
+        head = head_of(self.net, self.structure) if reads else NO_HEAD
+        if not torch.compiler.is_compiling():  # which would leave its stand-ins of tensors
+            self._heads[key] = head
+        return head
+
+    @property
+    def width(self) -> int:
+        """Number of features, 0 where the logits are no affine function of them."""
+        try:
+            return head_of(self.net, self.structure).weight.shape[1]
+        except TapError:
+            return 0
+
+    @cached_property
+    def by_network(self) -> list[Score]:
+        """The scores that run the network, or its head on more than one feature per image."""
+        return [
+            score
+            for score in self.experts.scores
+            if score.needs_gradient
+            or (score.clip_percentile is not None and not self.structure.head.is_linear)
+        ]
+
+    @cached_property
+    def by_feature(self) -> list[Score]:
+        """The other scores, which are functions of features and logits."""
+        return [score for score in self.experts.scores if score not in self.by_network]
+
+    @cached_property
+    def _clips(self) -> list[tuple[Score, float | None]]:
+        return [(score, score.clip_percentile) for score in self.by_feature]
+
+    @cached_property
+    def _by_gradient(self) -> list[Any]:
+        return [score for score in self.by_network if score.needs_gradient]
+
+    @cached_property
+    def _norms(self) -> Callable[[Tensor], Tensor]:
+        return partial(atf_each, settings=self.experts.norms)
+
+    @cached_property
+    def needs_feature(self) -> bool:
+        """Whether a score is computed from features that a pass has given."""
+        return any(s.needs_feature or s.clip_percentile is not None for s in self.by_feature)
+
+    @cached_property
+    def recorded(self) -> list[Expert]:
+        """The experts whose scores `run` gives, in the order in which they are recorded."""
+        return [*Experts(self.experts.layers, self.experts.norms), *self.by_network]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All that `run` depends on besides the network and the images, in terms of JSON."""
+        head, thresholds = self.structure.head, self.fitted.thresholds
+        clips = (score.clip_percentile for score in self.by_network)
+        return {
+            "norms": [
+                [layer, list(n)] for n in self.experts.norms for layer in self.experts.layers
+            ],
+            "scores": [score.to_json() for score in self.by_network],
+            "thresholds": {str(q): thresholds[q] for q in clips if q is not None},
+            "features": self.features or ("all" if self.needs_feature else ""),
+            "feature": [*head.feature, head.is_normalised] if head.feature else [],
+            "batch_dependent": self.structure.batch_dependent,
+        }
+
+    def _logits(self, images: Tensor, done: ForwardPass, score: Score) -> Tensor:
+        """Logits `[B, K]` of a pass, after ReAct if the score asks for it."""
+        if score.clip_percentile is None:
+            return done.logits
+        threshold = self.fitted.thresholds[score.clip_percentile]
+        if not self.structure.head.is_linear:
+            return forward_pass(self.net, images, self.structure, threshold=threshold).logits
+        assert done.feature is not None  # of the layers that make the logits
+        return head_logits(self.net, self.structure, done.feature.clamp(max=threshold))
+
     def _with_gradients(self, images: Tensor) -> tuple[ForwardPass, dict[Score, Tensor]]:
         """One pass for the layers and the gradients; ODIN's perturbed images by score."""
 
         def differentiate(leaf: Tensor) -> tuple[ForwardPass, dict[Score, Tensor]]:
             layers = self.experts.layers
-            first = forward_pass(self.net, leaf, self.structure, layers, self._reduce)
+            first = forward_pass(self.net, leaf, self.structure, layers, self._norms)
             return first, self._perturbed(leaf, first)
 
         split = parts(images, self.structure.batch_dependent, with_graph=True)
@@ -290,12 +300,11 @@ class Scoring:
     def _perturbed(self, leaf: Tensor, first: ForwardPass) -> dict[Score, Tensor]:
         """ODIN's images for each score that needs a gradient; equal gradients are shared."""
         alike: dict[tuple[float, float | None], list[Any]] = {}
-        for score in (s for s in self.experts.scores if s.needs_gradient):
-            odin: Any = score
-            alike.setdefault((odin.temperature, odin.clip_percentile), []).append(odin)
+        for score in self._by_gradient:
+            alike.setdefault((score.temperature, score.clip_percentile), []).append(score)
         moved = dict[Score, Tensor]()
-        for number, scores in enumerate(alike.values(), start=1):
-            logits, temperature = self._logits(leaf, first, scores[0]), scores[0].temperature
+        for number, ((temperature, _), scores) in enumerate(alike.items(), start=1):
+            logits = self._logits(leaf, first, scores[0])
             direction = odin_direction(leaf, logits, temperature, number < len(alike))
             for score in scores:
                 moved[score] = odin_step(leaf, direction, score.noise, score.input_std)

@@ -1,8 +1,9 @@
 """One forward pass through an arbitrary network."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -10,17 +11,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.forward.hooks import hooked_layers
+from fusenorm_openood.forward.taps import unusable_tap
 from fusenorm_openood.kernels.devices import following, full_precision
 from fusenorm_openood.method.scores.base import Head
+from fusenorm_openood.network.graph import INPUT
 from fusenorm_openood.network.head import HALF, feature_of, head_layers, hooked_head, linear_head
+from fusenorm_openood.network.layouts import as_maps
 from fusenorm_openood.network.outputs import logits_at, of_two_classes
 from fusenorm_openood.network.resnet import classification_feature
 from fusenorm_openood.network.running import (
     LazyNetwork,
     eval_mode,
+    hooked,
     own_pass,
     scoring_run,
+    tensors_in,
     unwrapped,
 )
 from fusenorm_openood.network.structure import Structure
@@ -32,7 +37,7 @@ class ForwardPass(NamedTuple):
     """Result of one forward pass over `B` images.
 
     Attributes:
-        norms: feature norms `[L, B]`, one row per tap.
+        maps: what was made of the feature map of each tap, `[B, ...]`, for example its norms.
         feature: input `[B, D]` of the layers that make the logits, None without such layers.
         logits: logits `[B, K]` that OOD scores are computed from, at least in float32: a final
             linear layer is applied in full precision where autocast or its weights are half.
@@ -40,7 +45,7 @@ class ForwardPass(NamedTuple):
         activations: the same input `[B, A]` before any mean over its pixels.
     """
 
-    norms: Tensor
+    maps: dict[str, Tensor]
     feature: Tensor | None
     logits: Tensor
     classified: Tensor
@@ -53,19 +58,19 @@ class ForwardPass(NamedTuple):
 
     def without_last(self) -> "ForwardPass":
         """The pass over all images but the last."""
-        both = self.feature, self.activations
-        feature, activations = (None if t is None else t[:-1] for t in both)
-        return ForwardPass(
-            self.norms[..., :-1], feature, self.logits[:-1], self.classified[:-1], activations
-        )
+        maps = {name: value[:-1] for name, value in self.maps.items()}
+        feature, logits, classified, activations = (None if t is None else t[:-1] for t in self[1:])
+        assert logits is not None
+        assert classified is not None
+        return ForwardPass(maps, feature, logits, classified, activations)
 
     @classmethod
     def joined(cls, passes: Sequence["ForwardPass"]) -> "ForwardPass":
         """The passes over the parts of a batch as one, without their graphs and activations."""
-        norms, features, logits, classified, _ = zip(*passes, strict=True)
+        maps, features, logits, classified, _ = zip(*passes, strict=True)
         found = [feature.detach() for feature in features if feature is not None]
         return cls(
-            torch.cat(norms, dim=-1),
+            {name: torch.cat([part[name] for part in maps]) for name in maps[0]},
             torch.cat(found) if found else None,
             torch.cat([part.detach() for part in logits]),
             torch.cat(classified),
@@ -93,22 +98,21 @@ def forward_pass(
         structure: how it is built; see `understand`. Too small a batch is run with a copy of its
             first image.
         taps: names of the modules to tap.
-        reduce: from the feature maps `[B, C, H, W]` of a tap to its norms.
+        reduce: from the feature maps `[B, C, H, W]` of a tap to what is kept of them, `[B, ...]`.
         threshold: clips the input of the layers that make the logits, as ReAct does.
 
     Raises:
         TapError: an unusable tap (see `hooked_layers`), or logits that are not `[B, K]`.
     """
-    if _is_short(images, structure):
-        structure = replace(structure, smallest_batch=1)
-        images = torch.cat([images, images[:1]])
-        return forward_pass(net, images, structure, taps, reduce, threshold).without_last()
-    core = unwrapped(net)
+    # In a trace, which holds for all sizes, a batch always counts as too small.
+    traced, core = torch.compiler.is_compiling(), unwrapped(net)
+    is_short = structure.smallest_batch > 1 and (traced or len(images) == 1)
+    images = torch.cat([images, images[:1]]) if is_short else images
     layers = head_layers(core, structure.head)
     clip = None if threshold is None else partial(torch.clamp, max=threshold)
     with (
         own_pass(),
-        hooked_layers(core, taps, structure, images.shape, reduce) as norms_of,
+        hooked_layers(core, taps, structure, images.shape, reduce) as maps,
         hooked_head(layers, clip) as (inputs, outputs),
     ):
         output = scoring_run(core, structure.scoring)(images.clone())
@@ -118,36 +122,69 @@ def forward_pass(
     if structure.scoring is not None:
         with torch.no_grad():
             classified = _classified(core, structure, inputs, images)
-    norms = (
-        torch.stack([norms_of[n] for n in taps]) if taps else logits.new_empty(0, images.shape[0])
-    )
     flat = [inputs[name].flatten(1) for name in structure.head.names]
     flat = [feature] if structure.head.feature and feature is not None else flat
     activations = None if not flat else flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
-    return ForwardPass(norms, feature, logits, classified, activations)
+    done = ForwardPass(maps, feature, logits, classified, activations)
+    return done.without_last() if is_short else done
 
 
-def tapped_maps(
+@contextmanager
+def hooked_layers(
     net: nn.Module,
-    images: Tensor,
+    names: Sequence[str],
     structure: Structure,
-    taps: Sequence[str],
+    image: Sequence[int],
     reduce: Callable[[Tensor], Tensor],
-) -> dict[str, Tensor]:
-    """What `reduce` makes of the feature map `[B, C, H, W]` of each tap."""
-    core, count = unwrapped(net), len(images)
-    images = torch.cat([images, images[:1]]) if _is_short(images, structure) else images
-    with own_pass(), hooked_layers(core, taps, structure, images.shape, reduce) as norms_of:
-        scoring_run(core, structure.scoring)(images.clone())
-    return {name: reduced[:count] for name, reduced in norms_of.items()}
+) -> Iterator[dict[str, Tensor]]:
+    """Reduce the feature maps of the named modules during one forward pass.
 
+    Yields a dict that the pass fills with `reduce(feature map)` by module name, where the feature
+    map is `[B, C, H, W]` whatever the module's layout, and dequantised. The reduction
+    runs inside the hook, without gradients, so no feature map outlives it. The hooks act only in
+    the pass of this thread, and are removed on exit, also after an exception.
 
-def _is_short(images: Tensor, structure: Structure) -> bool:
-    """Whether a batch needs one more image; in a trace, which holds for all sizes, it always does.
+    Args:
+        net: the network.
+        names: names of the modules; see `resolve_taps`.
+        structure: how the network is built.
+        image: shape of the batch of images.
+        reduce: what becomes of a feature map.
 
-    See `Structure.smallest_batch`.
+    Raises:
+        TapError: a tap that returns no feature map, fires twice or never fires.
     """
-    return structure.smallest_batch > 1 and (torch.compiler.is_compiling() or len(images) == 1)
+    reduced = dict[str, Tensor]()
+
+    def take(name: str, module: nn.Module, args: Any, value: Any) -> None:
+        layout, number = structure.layouts.get(name), structure.outputs.get(name, 0)
+        if type(value) is Tensor and not value.is_quantized:
+            found: Tensor | None = value  # the usual case, without a search
+        else:
+            found = next((x for _, x in islice(tensors_in(value), number, None)), None)
+        if name in reduced or found is None or layout is None or found.ndim != len(layout):
+            shape = () if found is None else tuple(found.shape)
+            runs = max(structure.runs.get(name, 1), 1 + (name in reduced))
+            raise unusable_tap(net, name, runs, shape)
+        with torch.no_grad():
+            found = found.detach()
+            if layout != "BCHW":
+                found = as_maps(found, layout, image, structure.prefixes.get(name))
+            reduced[name] = reduce(found)
+
+    def take_input(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        take(name, module, (), (args, kwargs))
+
+    before, after = [], []
+    for name in names:
+        if name.endswith(INPUT):
+            before.append((net.get_submodule(name.removesuffix(INPUT)), partial(take_input, name)))
+        else:
+            after.append((net.get_submodule(name), partial(take, name)))
+    with hooked(before, after):
+        yield reduced
+    for name in set(names) - reduced.keys():
+        raise unusable_tap(net, name, 0, ())
 
 
 def parts(images: Tensor, mixes: bool = False, with_graph: bool = False) -> tuple[Tensor, ...]:
@@ -177,10 +214,9 @@ def _logits(
     feature: Tensor | None,
     batch: int,
 ) -> Tensor:
-    silent = [name for name in layers if name not in outputs]
-    if silent:
+    for name in layers.keys() - outputs.keys():
         raise TapError(
-            f"{type(core).__name__} made its logits without {silent[0]!r}, with which it was "
+            f"{type(core).__name__} made its logits without {name!r}, with which it was "
             "understood: fit again"
         )
     last = structure.head.names[-1:]

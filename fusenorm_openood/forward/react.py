@@ -9,7 +9,7 @@ import numpy as np
 
 from fusenorm_openood.forward.batches import not_finite
 from fusenorm_openood.forward.experts import BatchScores, Experts, Scoring
-from fusenorm_openood.forward.loops import Recorder, batch_scores
+from fusenorm_openood.forward.recorded import RecordedLoader, batch_scores
 from fusenorm_openood.forward.samples import Sample
 
 MEMORY = 2**26  # bytes: percentiles are exact up to 2^24 activations
@@ -33,14 +33,14 @@ def react_thresholds(
         return {}
     experts = Experts()
     # A recorded pass serves the other experts, too, unless these wait for the thresholds.
-    if isinstance(loader, Recorder) and all(
-        score.clip_percentile is None for score in scoring.scores_by_network
+    if isinstance(loader, RecordedLoader) and all(
+        score.clip_percentile is None for score in scoring.by_network
     ):
-        experts = replace(scoring.experts, scores=tuple(scoring.scores_by_network))
+        experts = replace(scoring.experts, scores=tuple(scoring.by_network))
     is_linear = scoring.structure.head.is_linear
     features = replace(scoring, experts=experts, features="all" if is_linear else "activations")
     sample = Sample(inf, MEMORY)
-    for batch in batch_scores(scoring.net, lambda images: features, loader, progress, "ReAct"):
+    for batch in batch_scores(scoring.net, lambda first: features, loader, progress, "ReAct"):
         check_features(batch)
         sample.add(batch.features._replace(logits=batch.features.logits[:, :0]))
     values = sample.features.feature.numpy()

@@ -1,7 +1,7 @@
-"""A loader that keeps the scores of its images in a store, shard by shard."""
+"""Score all images of a loader; one that is recorded keeps them in a store, shard by shard."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.forward.batches import Pace, batches
 from fusenorm_openood.forward.experts import BatchScores, Expert, Scoring
-from fusenorm_openood.forward.loops import Recorder
 from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method.scores.base import Features
 from fusenorm_openood.network.running import network_errors
@@ -32,10 +31,13 @@ from fusenorm_openood.storage.stored import (
 from fusenorm_openood.storage.torchrun import this_process
 
 SHARD = 1000  # images
+# How images are scored, given a function that returns the first of them on the network's device:
+# it is called if they have to show how the network is built.
+ScoringOf = Callable[[Callable[[], Tensor]], Scoring]
 
 
 @dataclass(frozen=True)
-class RecordedLoader(Recorder):
+class RecordedLoader:
     """Batches of a data set each of whose images is run through a network at most once.
 
     What `Scoring.run` gives for `SHARD` images is one file of a store. Shards that exist are read;
@@ -125,6 +127,37 @@ class RecordedLoader(Recorder):
                 pin_memory=pinned,
             )
         )
+
+
+def batch_scores(
+    net: nn.Module,
+    scoring_of: ScoringOf,
+    loader: Iterable[Any],
+    progress: bool = False,
+    desc: str = "",
+) -> Iterator[BatchScores]:
+    """Scores of a loader's images, batch by batch.
+
+    Args:
+        net: the network.
+        scoring_of: how images are scored.
+        loader: any loader; see `batches`.
+        progress, desc: the progress bar.
+
+    Raises:
+        DataError: an unknown kind of batch.
+        NetworkError: the network fails on images.
+    """
+    if isinstance(loader, RecordedLoader):
+        scoring = scoring_of(lambda: moved(net, loader.first))
+        yield from map(scoring.complete, loader.run(scoring, progress, desc))
+        return
+    for images, labels in batches(loader, progress, desc):
+        with network_errors(net, images):
+            on_device = moved(net, images)
+            batch = scoring_of(lambda given=on_device: given)(on_device)  # type: ignore[misc]
+        label = np.full(len(images), -1) if labels is None else labels
+        yield batch._replace(label=label, images=images)
 
 
 def dealt_out(loaders: Iterable[Any]) -> list[Any]:

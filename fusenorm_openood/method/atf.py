@@ -66,11 +66,11 @@ def atf(
     Source: ``adaptive_topk_channel_weight`` in the FuseNorm repository. A map of one pixel has no
     spatial entropy: h = 0 there.
     """
-    return atf_each(x, [_checked(k_min, k_max, alpha, eps)])[0]
+    return atf_each(x, [_checked(k_min, k_max, alpha, eps)])[:, 0]
 
 
 def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
-    """The norms ``[S, B]`` of `atf` under several settings, for little more than one.
+    """The norms ``[B, S]`` of `atf` under several settings, for little more than one.
 
     All settings share the energies, and all with the same ``eps`` the entropies, too. They have
     been checked, as `Settings` does.
@@ -78,7 +78,7 @@ def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
     if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
         raise _no_maps(x)
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    return kernels.norms(x.flatten(2), settings, _by_torch).to(dtype).to(x.device)
+    return kernels.norms(x.flatten(2), settings, _by_torch).T.to(dtype).to(x.device)
 
 
 def atf_map(

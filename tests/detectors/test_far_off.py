@@ -1,6 +1,6 @@
 """Far off means out: the more absurd an image, the less it may be accepted."""
 
-from dataclasses import replace
+from copy import copy
 
 import numpy as np
 import pytest
@@ -142,8 +142,9 @@ def test_images_that_are_not_far_off_have_the_confidence_of_the_plain_fusion():
     images = id_scores(2000, seed=1)
     conf = detector.confidence(images)
     statistics = detector.id_statistics_
-    plain = replace(statistics, joint=statistics.joint._replace(limit=np.inf))
-    before = detector.with_statistics(plain).confidence(images)
+    plain = copy(statistics)
+    object.__setattr__(plain, "joint", statistics.joint._replace(limit=np.inf))
+    before = plain.confidence(images)
     assert (before == conf).mean() > 0.99
     assert (conf <= before).all()
 

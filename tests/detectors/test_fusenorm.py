@@ -432,7 +432,7 @@ def test_the_host_waits_for_the_device_only_where_scores_are_read(net, loader):
     detector.score(images)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        detector.scoring()(images).matrix(detector.rows())
+        detector.scoring()(images).matrix(detector.rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -97,7 +97,7 @@ def test_arguments_have_a_range(net, name, argument, good, bad):
         with pytest.raises(ConfigError) as caught:
             SingleScore(net, name, **{argument: value})
         assert all(part in str(caught.value) for part in (name, argument, f"got {value!r}"))
-    (score,) = SingleScore(net, name, **{argument: good}).rows()
+    (score,) = SingleScore(net, name, **{argument: good}).rows
     assert getattr(score, argument) == good
 
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from fusenorm_openood import tap_candidates
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.forward.hooks import first_of_last_stage, hooked_layers, resolve_taps
+from fusenorm_openood.forward.passes import hooked_layers
+from fusenorm_openood.forward.taps import first_of_last_stage, resolve_taps
 from fusenorm_openood.network import ResNet18_32x32, ResNet50, T2FNormNet, WideResNet
 from fusenorm_openood.network.structure import read_structure
 from tests.conftest import assert_undisturbed, make_net, state_of

@@ -29,7 +29,7 @@ def test_one_pass_returns_feature_logits_and_predictions(net):
     assert torch.equal(done.logits, logits)
     assert torch.equal(done.feature, feature)
     assert torch.equal(done.pred, logits.argmax(1))
-    assert done.norms.shape == (0, 5)
+    assert done.maps == {}
 
 
 def test_t2fnorm_scores_and_classifies_with_different_logits():

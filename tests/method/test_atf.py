@@ -105,7 +105,7 @@ def test_equals_the_published_function_where_k_does_not_depend_on_the_entropy(ba
     for side in sides:
         x = maps("normal", side, side, batch=1)
         chosen = [FeatureNorm(k / 100, k / 100, alpha=1.0) for k in percents]
-        found = atf_each(x.contiguous(memory_format=layout).to(device()), chosen).cpu()
+        found = atf_each(x.contiguous(memory_format=layout).to(device()), chosen).T.cpu()
         expected = torch.stack([adaptive_topk_channel_weight(x, *each) for each in chosen])
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
@@ -181,7 +181,7 @@ def test_pixel_order_channel_order_batch_size_sign_and_memory_format_change_noth
 def test_several_settings_at_once_are_those_of_each():
     x = maps("relu", 7, 4, batch=2).to(device())
     chosen = [FeatureNorm(), FeatureNorm(alpha=0.5), FeatureNorm(0.3, 1.0, eps=1e-4)]
-    norms = atf_each(x, chosen)
+    norms = atf_each(x, chosen).T
     assert norms.shape == (3, 2)
     for row, setting in zip(norms, chosen, strict=True):
         torch.testing.assert_close(row, fusenorm_openood.atf(x, *setting))

@@ -1,20 +1,15 @@
-"""Choose the layers of a network that are tapped, and read their outputs in forward hooks."""
+"""Choose the layers of a network that are tapped."""
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from itertools import islice
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.network.graph import INPUT
-from fusenorm_openood.network.layouts import as_maps
-from fusenorm_openood.network.running import hooked, tensors_in, unwrapped
+from fusenorm_openood.network.running import unwrapped
 from fusenorm_openood.network.structure import Structure, read_structure
 
 
@@ -70,7 +65,9 @@ def resolve_taps(
     names = check_taps(net, taps)
     if names:
         for name in (name for name in names if name not in structure.layouts):
-            raise _unusable(net, name, structure.runs.get(name, 0), structure.shapes.get(name, ()))
+            raise unusable_tap(
+                net, name, structure.runs.get(name, 0), structure.shapes.get(name, ())
+            )
         return names
     if not structure.blocks:
         raise TapError(
@@ -126,65 +123,8 @@ def _plain(name: str) -> str:
     return re.sub(r"^((module|_orig_mod)\.)+", "", name)
 
 
-@contextmanager
-def hooked_layers(
-    net: nn.Module,
-    names: Sequence[str],
-    structure: Structure,
-    image: Sequence[int],
-    reduce: Callable[[Tensor], Tensor],
-) -> Iterator[dict[str, Tensor]]:
-    """Reduce the feature maps of the named modules during one forward pass.
-
-    Yields a dict that the pass fills with `reduce(feature map)` by module name, where the feature
-    map is `[B, C, H, W]` whatever the module's layout, and dequantised. The reduction
-    runs inside the hook, without gradients, so no feature map outlives it. The hooks act only in
-    the pass of this thread, and are removed on exit, also after an exception.
-
-    Args:
-        net: the network.
-        names: names of the modules; see `resolve_taps`.
-        structure: how the network is built.
-        image: shape of the batch of images.
-        reduce: what becomes of a feature map.
-
-    Raises:
-        TapError: a tap that returns no feature map, fires twice or never fires.
-    """
-    reduced = dict[str, Tensor]()
-
-    def take(name: str, module: nn.Module, args: Any, value: Any) -> None:
-        layout, number = structure.layouts.get(name), structure.outputs.get(name, 0)
-        if type(value) is Tensor and not value.is_quantized:
-            found: Tensor | None = value  # the usual case, without a search
-        else:
-            found = next((x for _, x in islice(tensors_in(value), number, None)), None)
-        if name in reduced or found is None or layout is None or found.ndim != len(layout):
-            shape = () if found is None else tuple(found.shape)
-            runs = max(structure.runs.get(name, 1), 1 + (name in reduced))
-            raise _unusable(net, name, runs, shape)
-        with torch.no_grad():
-            found = found.detach()
-            if layout != "BCHW":
-                found = as_maps(found, layout, image, structure.prefixes.get(name))
-            reduced[name] = reduce(found)
-
-    def take_input(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        take(name, module, (), (args, kwargs))
-
-    before, after = [], []
-    for name in names:
-        if name.endswith(INPUT):
-            before.append((net.get_submodule(name.removesuffix(INPUT)), partial(take_input, name)))
-        else:
-            after.append((net.get_submodule(name), partial(take, name)))
-    with hooked(before, after):
-        yield reduced
-    for name in set(names) - reduced.keys():
-        raise _unusable(net, name, 0, ())
-
-
-def _unusable(net: nn.Module, name: str, runs: int, shape: Sequence[int]) -> TapError:
+def unusable_tap(net: nn.Module, name: str, runs: int, shape: Sequence[int]) -> TapError:
+    """The error for a tap that gives no feature map, runs twice or never."""
     if runs == 0:
         why = f"never fired: the forward pass of {type(net).__name__} does not call it"
     elif runs > 1:
