@@ -100,9 +100,10 @@ class DetectorStatistics:
     @property
     def weighted(self) -> list[str]:
         """The strong experts, with their weights if these differ."""
-        if len({*self.weights.values()}) == 1:
+        shown = {name: f"{weight:.2f}" for name, weight in self.weights.items()}
+        if len({*shown.values()}) == 1:
             return list(self.strong)
-        return [f"{name} {weight:.2f}" for name, weight in self.weights.items()]
+        return [f"{name} {weight}" for name, weight in shown.items()]
 
     def contributions(self, scores: NDArray[Any]) -> NDArray[np.float64]:
         """Contributions `[L, N]` of the experts to the confidences, which are their sums."""
