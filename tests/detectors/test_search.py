@@ -289,7 +289,7 @@ def test_pickled_before_its_search_it_must_be_set_up_again(net, loader):
 
 def test_a_search_needs_ood_validation_images(net, loader):
     p = searching({"base": [2]})
-    with pytest.raises(DataError, match=r"ood_loader_dict must contain 'val' .* got no loader"):
+    with pytest.raises(DataError, match=r"ood_loader_dict must contain 'val'.* got no loader"):
         p.setup(net, {"val": loader})
     assert not p.setup_flag
 
