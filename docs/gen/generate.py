@@ -169,7 +169,7 @@ def speed_of_peers() -> str:
 def comparison(network: str) -> str:
     """Near- and far-OOD figures of every method on one network, the best far-OOD first."""
     found = pd.read_csv(RESULTS / "compare" / f"{network}.csv", index_col=0)
-    found = found.sort_values("far AUROC", ascending=False)
+    found = found.sort_values("far AUROC", ascending=False, kind="stable")
     figures = ["near AUROC", "near FPR@95", "far AUROC", "far FPR@95", "rank"]
     highest = {f"{group} AUROC": found[f"{group} AUROC"].max() for group in ("near", "far")}
     rows = []
@@ -319,7 +319,7 @@ def candidates() -> tuple[pd.DataFrame, list[str]]:
     """The candidates of the protocol, the best worst margin first, and the networks."""
     found = pd.read_csv(RESULTS / "protocol.csv", header=[0, 1], index_col=0)
     networks = [n for n in dict.fromkeys(found.columns.get_level_values(0)) if n != "worst"]
-    return found.sort_values(("worst", "margin"), ascending=False), networks
+    return found.sort_values(("worst", "margin"), ascending=False, kind="stable"), networks
 
 
 def far_off() -> str:
