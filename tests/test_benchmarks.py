@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from fusenorm_openood import Settings
-from tests.conftest import shortened_digits
 
 RUN = Path(__file__).parent.parent / "benchmarks" / "run.py"
 
@@ -30,15 +29,14 @@ def test_ratios_are_written_after_each_section(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_protocol_compares_candidates_on_validation_images(digits, tmp_path, monkeypatch):
+def test_the_protocol_compares_candidates_on_validation_images(digits, monkeypatch):
     monkeypatch.syspath_prepend(RUN.parent)
     protocol = importlib.import_module("protocol")
-    data = shortened_digits(digits[0], tmp_path / "data", 64, 60)
-    two = {"default": Settings(), "joint": Settings.deviation()}
+    two = {"default": Settings(), "deviation": Settings.deviation()}
     monkeypatch.setattr(protocol, "candidates", lambda: two)
-    table = protocol.tables(f"digits:digits:{data}:{digits[1]}")
-    assert list(table.index) == list(two)
-    assert table.notna().all(axis=None)
+    table = protocol.tables(f"digits:digits:{digits[0]}:{digits[1]}", [], [])
+    assert {*two, *protocol.PEERS} == set(table.index.get_level_values("candidate"))
+    assert table[["near", "far-off"]].notna().all(axis=None)
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 = success, 1 = error, reported on stderr, 130 = interrupted.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    with tolerant_output(), own_warnings():
+    with tolerant_output(), own_warnings(), quiet_loaders():
         args = _parser(argv[:1]).parse_args(argv)
         try:
             status: int = args.run(args)
@@ -67,6 +67,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("fusenorm: interrupted; no file was left half-written", file=sys.stderr)
             return 130
         return 1
+
+
+@contextmanager
+def quiet_loaders() -> Iterator[None]:
+    """Print nothing where a loader is freed whose processes have ended: an error says so."""
+    usual = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if "DataLoaderIter" not in getattr(found.object, "__qualname__", ""):
+            usual(found)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
 
 
 def _parser(chosen: Sequence[str]) -> argparse.ArgumentParser:
