@@ -343,8 +343,8 @@ def _postprocessor(name: str) -> FuseNormPostprocessor:
 
 def _store_neighbours(postprocessor: FuseNormPostprocessor) -> None:
     """Store as many features for KNN as from a large data set, without passing that many images."""
-    states = postprocessor.calibration.fitted.states
-    for expert, state in states.items():
+    assert postprocessor.statistics is not None  # after setup
+    for expert, state in postprocessor.statistics.fitted.states.items():
         if expert.name == "knn":
             size = state["features"].shape[1]
             features = torch.randn(NEIGHBOURS, size, generator=torch.Generator().manual_seed(3))
