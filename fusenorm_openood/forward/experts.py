@@ -126,7 +126,6 @@ class Scoring:
     experts: Experts = Experts()
     fitted: Fitted = field(default_factory=Fitted)
     features: Literal["", "all", "activations"] = ""
-    _heads: dict[torch.device, Head] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         name, head = type(self.net).__name__, self.structure.head
@@ -191,7 +190,7 @@ class Scoring:
     def complete(self, batch: BatchScores) -> BatchScores:
         """All scores of a batch, from those that need the network and from its features."""
         feature, logits = batch.features
-        scores, head = dict(batch.scores), self.head(logits.device)
+        scores, head = dict(batch.scores), self.head()
         for score, percentile in self._clips:
             features = batch.features
             if percentile is not None:
@@ -202,16 +201,10 @@ class Scoring:
             scores[score] = score(features, head, self.fitted.state(score, logits.device))
         return batch._replace(scores=scores)
 
-    def head(self, device: torch.device | None = None) -> Head:
-        """The network's final layer, read once for a device; empty if no score reads it."""
-        key = torch.device("cpu") if device is None else device
-        if key in self._heads:
-            return self._heads[key]
+    def head(self) -> Head:
+        """The network's final layer as it is now; empty if no score reads it."""
         reads = any(score.needs_head for score in self.experts.scores)
-        head = head_of(self.net, self.structure) if reads else NO_HEAD
-        if not torch.compiler.is_compiling():  # which would leave its stand-ins of tensors
-            self._heads[key] = head
-        return head
+        return head_of(self.net, self.structure) if reads else NO_HEAD
 
     @property
     def width(self) -> int:

@@ -142,7 +142,7 @@ def _recognise(state: State) -> tuple[Build, State, Tensor | None]:
 
     A function from the number of classes to the plain network, its state dict with a last layer
     called `fc`, and the temperature of a T2FNorm network: a `tau` beside a `backbone`.
-    CheckpointError if there is none, or several.
+    CheckpointError if there is no such network, or more than one.
     """
     found = dict[str, Build]()
     for place in (match[1] for key in state if (match := _STEM.fullmatch(key))):

@@ -191,3 +191,13 @@ def test_a_finite_score_of_each_output_on_a_saturated_network():
     for output in ("msp", "odin"):
         detector = FuseNorm(net, output=output, temperature=1.0).fit(loader)
         assert torch.isfinite(detector.score(IMAGES)).all()
+
+
+@pytest.mark.parametrize("name", ["ash", "scale"])
+def test_weights_that_are_replaced_are_read_again(name):
+    net = make_net()
+    detector = SingleScore(net, name)
+    detector.score(IMAGES)
+    generator = torch.Generator().manual_seed(7)
+    net.fc.weight = torch.nn.Parameter(torch.randn(net.fc.weight.shape, generator=generator))
+    assert torch.equal(detector.score(IMAGES), SingleScore(net, name).score(IMAGES))
