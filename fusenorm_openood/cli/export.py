@@ -24,7 +24,13 @@ def run_export(args: Namespace) -> int:
     detector = load_detector(args.detector, args.network, args.weights, args.bits, "cpu")
     exported = detector.export(args.output, args.dtype, args.acceptance, target=args.target)
     print(f"exported {args.output}: {', '.join(exported.outputs)}")
-    if exported.max_rank is not None:
+    if isinstance(exported.max_rank, list):
+        least, most = min(exported.max_rank), max(exported.max_rank)
+        print(
+            "an image is OOD if rank <= max_rank of its predicted class, which is from "
+            f"{least} to {most} (acceptance {args.acceptance:g})"
+        )
+    elif exported.max_rank is not None:
         print(f"an image is OOD if rank <= {exported.max_rank} (acceptance {args.acceptance:g})")
     if exported.difference is None:
         print("not compared with PyTorch: its runtime is not installed")

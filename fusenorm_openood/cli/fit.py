@@ -1,4 +1,4 @@
-"""`fusenorm fit`: fit and calibrate a detector on folders of images."""
+"""`fusenorm fit`: a detector from folders of images; `fusenorm calibrate`: another calibration."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from torch import nn
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.engines import read_postprocessor
-from fusenorm_openood.cli.inputs import load_or_build, store_of
+from fusenorm_openood.cli.inputs import load_detector, load_or_build, store_of
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.paths import image_paths, is_hidden
 from fusenorm_openood.data.preprocessing import Normalization, Preprocessing
@@ -21,6 +21,7 @@ from fusenorm_openood.detectors.repeats import check_apart
 from fusenorm_openood.errors import CalibrationError, ConfigError
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.kernels.devices import own_device
+from fusenorm_openood.method.calibration import LEAST
 from fusenorm_openood.method.conformal import check_enough
 from fusenorm_openood.storage.files import check_writable, manifest
 from fusenorm_openood.storage.torchrun import among_peers, this_process
@@ -46,19 +47,17 @@ def add_fit(parser: ArgumentParser) -> None:
     options.add(parser, "--batch-size", default=64, help="images per batch (default: 64)")
     stored = "store the scores of images in this folder; torchrun needs it"
     options.add(parser, "--store", default=None, help=stored)
-    options.add(parser, *options.COMPUTING)
+    options.add(parser, "--calibrate-by", "--least", *options.COMPUTING)
 
 
 @among_peers()
 def run_fit(args: Namespace) -> int:
     """Fit on the ID images, calibrate on the others, save."""
-    device, process, progress = own_device(args.device), this_process(), not args.no_progress
+    device, progress = own_device(args.device), not args.no_progress
     store = store_of(args.store)
     settings = read_fusenorm(read_postprocessor(None, args.config, args.set)).settings
-    check_writable(Path(args.output).resolve().parent, "--output")
-    if not args.output or Path(args.output).is_dir():
-        raise ConfigError(f"--output must be a file, got {args.output!r}: add its name")
     id_paths, other_paths = image_paths(args.id_dir), image_paths(args.calibration_dir or ())
+    _check_output(args.output)
     names = None if args.class_names is None else class_names(args.class_names, args.id_dir)
     if other_paths:
         check_enough(len(other_paths), ACCEPTANCE)
@@ -70,28 +69,85 @@ def run_fit(args: Namespace) -> int:
     detector.preprocessing, detector.class_names = preprocessing, names
     source = {name: getattr(args, name) for name in ("network", "weights", "image_size")}
     detector.network_source = {key: str(value) for key, value in source.items() if value}
-    key: dict[str, Any] = {"preprocessing": preprocessing.to_json()}
-    if store:
-        key |= network_key(net, preprocessing, store)
-
-    def loader(paths: Sequence[Place], name: str) -> Iterable[Any]:
-        files, how = ReadableFiles(paths, preprocessing), (args.batch_size, args.num_workers)
-        if not store:
-            return CpuLoader(files, how[0], num_workers=how[1])
-        return RecordedLoader(files, store, {**key, "images": manifest(paths)}, name, *how)
-
-    detector.fit(loader(id_paths, "fit"), progress=progress)
+    detector.fit(_loader(args, detector, id_paths, "fit", store), progress=progress)
     print(f"fitted on {len(id_paths)} images: {', '.join(detector.experts)}")
     if other_paths:
-        detector.calibrate(loader(other_paths, "calibration"), progress=progress)
-        try:
-            promise = str(detector.guarantee(ACCEPTANCE))
-        except CalibrationError as error:  # too few of them are distinct
-            promise = str(error)
-        print(f"calibrated on {len(other_paths)} images: {promise}")
+        _calibrate(args, detector, other_paths, store, by=args.calibrate_by)
     else:
         print("not calibrated, so it gives confidences without verdicts: see --calibration-dir")
-    if process.leads:
+    return _save(args, detector)
+
+
+def add_calibrate(parser: ArgumentParser) -> None:
+    options.add(parser, *options.DETECTOR)
+    add = parser.add_argument
+    new = "ID images that neither trained nor fitted it: folders, patterns, lists, files"
+    add("--calibration-dir", required=True, nargs="+", help=new)
+    add("--output", required=True, metavar="FILE", help="the new file, which may be the same")
+    add("--merge", action="store_true", help="keep the calibration images that it has")
+    add("--newest", type=options.positive, metavar="N", help="keep at most the newest N images")
+    by = "group the images by predicted class, or all = not (default: as they are)"
+    options.add(parser, "--calibrate-by", choices=("predicted", "all"), help=by)
+    options.add(parser, "--least", default=None, help="images for scores of its own (as they are)")
+    options.add(parser, "--batch-size", default=64, help="images per batch (default: 64)")
+    options.add(parser, "--store", default=None, help="store the scores of images in this folder")
+    options.add(parser, *options.COMPUTING)
+
+
+@among_peers()
+def run_calibrate(args: Namespace) -> int:
+    """Calibrate the detector of a file on other images, save it."""
+    store, paths = store_of(args.store), image_paths(args.calibration_dir)
+    _check_output(args.output)
+    detector = load_detector(args.detector, args.network, args.weights, args.bits, args.device)
+    known, by = detector.calibration_, args.calibrate_by
+    if known is not None:
+        by, args.least = by or known.by, args.least or known.least
+    by, merge = None if by == "all" else by, {"merge": args.merge, "newest": args.newest}
+    _calibrate(args, detector, paths, store, by=by, **merge)
+    return _save(args, detector)
+
+
+def _check_output(output: str) -> None:
+    check_writable(Path(output).resolve().parent, "--output")
+    if not output or Path(output).is_dir():
+        raise ConfigError(f"--output must be a file, got {output!r}: add its name")
+
+
+def _loader(
+    args: Namespace, detector: FuseNorm, paths: Sequence[Place], name: str, store: Path | None
+) -> Iterable[Any]:
+    """The images of files, without labels."""
+    preprocessing, how = detector.known_preprocessing(), (args.batch_size, args.num_workers)
+    files = ReadableFiles(paths, preprocessing)
+    if not store:
+        return CpuLoader(files, how[0], num_workers=how[1])
+    key = {"preprocessing": preprocessing.to_json(), "images": manifest(paths)}
+    key |= network_key(detector.net, preprocessing, store)
+    return RecordedLoader(files, store, key, name, *how)
+
+
+def _calibrate(
+    args: Namespace, detector: FuseNorm, paths: Sequence[Place], store: Path | None, **how: Any
+) -> None:
+    """Calibrate a detector, and print what that promises."""
+    loader = _loader(args, detector, paths, "calibration", store)
+    how |= {"least": args.least or LEAST, "source": " ".join(args.calibration_dir)}
+    detector.calibrate(loader, not args.no_progress, **how)
+    calibration = detector.calibration_
+    assert calibration is not None
+    try:
+        calibration.check_enough(ACCEPTANCE)
+        own = len(calibration.names) - len(calibration.pooled)
+        promise = f"{own} of {len(calibration.names)} classes have scores of their own"
+        promise = promise if calibration.by else str(detector.guarantee(ACCEPTANCE))
+    except CalibrationError as error:  # too few of them are distinct
+        promise = str(error)
+    print(f"calibrated on {len(calibration)} images: {promise}")
+
+
+def _save(args: Namespace, detector: FuseNorm) -> int:
+    if this_process().leads:
         detector.save(args.output)
     print(f"saved {args.output}")
     return 0

@@ -27,6 +27,7 @@ COMMANDS = {
     "compare": Command("compare", "one table of several methods on several roots of training runs"),
     "train": Command("train", "train a network with T2FNorm or cross-entropy"),
     "fit": Command("fit", "fit a detector to a network and ID images, and save it in a file"),
+    "calibrate": Command("fit", "calibrate a detector's file on other ID images, without a fit"),
     "score": Command("score", "confidences, p-values and verdicts of image files"),
     "report": Command("score", "HTML page about image files that were judged before"),
     "export": Command("export", "a detector and its network as one program for a runtime"),

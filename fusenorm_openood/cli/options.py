@@ -68,6 +68,14 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "--weights": ({"metavar": "FILE"}, "checkpoint (default: where `fit` found it)"),
     "--detector": ({"required": True, "metavar": "FILE"}, "what `fusenorm fit` has saved"),
     "--acceptance": ({"type": fraction, "default": 0.95}, "share of ID images to accept (0.95)"),
+    "--calibrate-by": (
+        {"choices": ["predicted"]},
+        "predicted: compare images with calibration images of their predicted class",
+    ),
+    "--least": (
+        {"type": positive, "default": 19, "metavar": "N"},
+        "images with which a class has scores of its own; others are pooled (19, for 95 %%)",
+    ),
     "--id-data": (
         {"default": "cifar10"},
         "cifar10, cifar100, imagenet200, imagenet, digits (default: cifar10)",

@@ -21,7 +21,7 @@ from fusenorm_openood.deployment.rows import RowFile, read_rows
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.forward.batches import Pace
-from fusenorm_openood.method.conformal import check_enough, rejects, rejects_at_fdr
+from fusenorm_openood.method.conformal import rejects, rejects_at_fdr
 from fusenorm_openood.report.files import report_of_files
 from fusenorm_openood.report.page import check_report, write_report
 from fusenorm_openood.storage.torchrun import among_peers, this_process
@@ -67,16 +67,16 @@ def run_score(args: Namespace) -> int:
     _check_options(args, process.world)
     load = partial(load_detector, args.detector, args.network, args.weights, args.bits, args.device)
     detector = load()
-    n = None if detector.calibration_scores_ is None else len(detector.calibration_scores_)
-    if n is None and args.fdr is not None:
+    known = detector.calibration_
+    if known is None and args.fdr is not None:
         raise ConfigError(
             "--fdr judges all images together, for which it needs calibration images: fit with "
             "--calibration-dir"
         )
-    if n is None and process.leads:
+    if known is None and process.leads:
         print("fusenorm: the detector is not calibrated, so there are no verdicts", file=sys.stderr)
-    if n is not None and args.fdr is None:
-        check_enough(n, args.acceptance)
+    if known is not None and args.fdr is None:
+        known.check_enough(args.acceptance)
     listed = manifest_paths(args.manifest).texts if args.manifest else ()
     given = Places(chain(image_paths(args.paths).texts, listed))
 
@@ -116,7 +116,8 @@ def run_score(args: Namespace) -> int:
     summary += f", {len(file.judged)} judged before" if file.judged else ""
     summary += f"; {throughput}" if throughput.images else ""
     print(f"fusenorm: {summary}", file=sys.stderr)
-    if by_fdr and n is not None and not counts["OOD"]:
+    if by_fdr and known is not None and not counts["OOD"]:
+        n = max(map(len, known.cells))
         print(
             f"fusenorm: {n} calibration images give no p-value below {1 / (n + 1):.2g}, so an FDR "
             f"of {args.fdr:g} takes {math.ceil(counts.total() / (args.fdr * (n + 1)))} images with "

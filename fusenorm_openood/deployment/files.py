@@ -15,8 +15,9 @@ from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.statistics import packed
-from fusenorm_openood.errors import DataError, NonFiniteError
+from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError
 from fusenorm_openood.forward.batches import Pace
+from fusenorm_openood.method.calibration import PREDICTED
 from fusenorm_openood.method.conformal import rejects
 from fusenorm_openood.network.fingerprint import identify
 from fusenorm_openood.storage.files import manifest
@@ -35,7 +36,7 @@ class Judged(NamedTuple):
     path: str
     predicted: str | None = None  # the class, by name if the detector has names
     confidence: float | None = None  # larger = more in-distribution
-    p_value: float | None = None  # conformal, None without calibration images
+    p_value: float | None = None  # conformal, perhaps by class; None without calibration images
     ood: bool | None = None  # the verdict, None without calibration images
     objected: str | None = None  # the expert of the lowest contribution; see `Explanation`
     error: str | None = None  # why the file could not be judged
@@ -85,13 +86,25 @@ def judge_files(
 
     Raises:
         DataError: the detector has no preprocessing.
+        ConfigError: its calibration images are grouped by what files do not give.
     """
-    first, files = 0, ImageFiles(paths, detector.known_preprocessing())
+    first, files = 0, _image_files(detector, paths)
     loader = CpuLoader(files, batch_size, num_workers=num_workers, collate_fn=list)
     for columns in _scored_batches(detector, loader, throughput):
         end = first + len(columns["pred"])
         yield judged(detector, paths[first:end], columns, acceptance)
         first = end
+
+
+def _image_files(detector: FuseNorm, paths: Sequence[Place]) -> ImageFiles:
+    """The files, to be judged; errors as in `judge_files`."""
+    by = None if detector.calibration_ is None else detector.calibration_.by
+    if by not in (None, PREDICTED):
+        raise ConfigError(
+            f"the calibration images are grouped by {by}, which image files do not give: calibrate "
+            "by predicted class, or without groups"
+        )
+    return ImageFiles(paths, detector.known_preprocessing())
 
 
 def score(detector: FuseNorm, batch: Sequence[Tensor | str]) -> Columns:
@@ -151,7 +164,7 @@ class FileShards:
         store: folder or URL of the store.
 
     Raises:
-        DataError: the detector has no preprocessing.
+        DataError, ConfigError: see `judge_files`.
         StoreError: the store cannot be written.
     """
 
@@ -166,7 +179,7 @@ class FileShards:
     ) -> None:
         self.detector, self.paths, self.throughput = detector, paths, throughput
         self.batch_size, self.num_workers = batch_size, num_workers
-        self._files = ImageFiles(paths, detector.known_preprocessing())
+        self._files = _image_files(detector, paths)
         about = {**experts_key(detector, store), "images": manifest(paths)}
         if (structure := detector.known_structure) and structure.batch_dependent:
             about["batch_size"] = batch_size  # the images of a batch influence each other

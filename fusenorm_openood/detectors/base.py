@@ -4,6 +4,8 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,22 +26,25 @@ from fusenorm_openood.detectors.repeats import (
 from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.errors import (
     CalibrationError,
+    ConfigError,
     DataError,
     NotFittedError,
     TapError,
     ZeroRangeError,
 )
-from fusenorm_openood.forward.batches import Readings, checked_images, not_finite
+from fusenorm_openood.forward.batches import LABELS, Readings, checked_images, not_finite, noting
 from fusenorm_openood.forward.experts import BatchScores, Expert, Experts, Fitted, Scoring
 from fusenorm_openood.forward.recorded import RecordedLoader, ScoringOf, batch_scores, dealt_out
 from fusenorm_openood.kernels.devices import moved
-from fusenorm_openood.method.conformal import (
-    Guarantee,
-    check_enough,
-    conformal_p_values,
-    guarantee,
-    rejects,
+from fusenorm_openood.method.calibration import (
+    LEAST,
+    PREDICTED,
+    Calibrated,
+    Calibration,
+    group_names,
+    listed,
 )
+from fusenorm_openood.method.conformal import Guarantee, rejects
 from fusenorm_openood.method.scores.base import Score
 from fusenorm_openood.method.scores.energy import Energy
 from fusenorm_openood.network.fingerprint import Fingerprint, identify
@@ -195,8 +200,7 @@ class Detector(ABC):
         experts: names of the experts.
         rows: the experts whose scores are the rows of `Scored.experts`, which may be more.
         fitted_on: the ID images of a benchmark that it is fitted on, `val` or `train`.
-        calibration_scores_: confidences `[n]` of the calibration images, sorted; None before
-            `calibrate`.
+        calibration_: what `calibrate` keeps, None before; see `Calibration`.
         id_statistics_: what `fit` has found of a fusion, None before and of single scores.
         preprocessing: how pictures and image files become tensors, if it is set.
     """
@@ -204,10 +208,11 @@ class Detector(ABC):
     experts: tuple[str, ...] = ()
     rows: Sequence[Expert] = ()
     fitted_on = "val"
-    calibration_scores_: NDArray[np.float64] | None = None
+    calibration_: Calibration | None = None
     preprocessing: Preprocessing | None = None
     id_statistics_: DetectorStatistics | None = None
     _data: Any = None  # a weak reference to what it was fitted on
+    _other: Fingerprint | None = None  # of a network that it was neither fitted nor calibrated with
 
     def __init__(self, net: nn.Module, structure: Structure | None, random: str) -> None:
         self.net, self._random = net, random
@@ -325,27 +330,65 @@ class Detector(ABC):
         scored = collect(batch_scores(self.net, self.scoring, loader, progress, desc), self.rows)
         return scored._replace(conf=self.confidence(scored.experts))
 
-    def calibrate(self: D, loader: Iterable[Any], progress: bool = False) -> D:
+    def calibrate(
+        self: D,
+        loader: Iterable[Any],
+        progress: bool = False,
+        by: str | None = None,
+        least: int = LEAST,
+        merge: bool = False,
+        newest: int | None = None,
+        source: str | None = None,
+    ) -> D:
         """Score ID images that neither trained the network nor fitted the detector.
 
         p-values compare an image with their confidences. Images that repeat each other count once,
         with a warning, because p-values need images that are drawn independently.
 
+        With `by`, an image is compared with the calibration images of its own group, so that the
+        guarantee holds for each group. Groups with fewer than `least` images are pooled, with a
+        warning: see `Calibration`.
+
+        Args:
+            loader: ID images; see `score_loader`.
+            progress: whether to show a progress bar.
+            by: what the groups are: `"predicted"` = the predicted classes, all those of the
+                network; else a key of batches that are dicts, such as `"camera"`, or `"label"`, and
+                `p_values` and `is_ood` need the groups of their images; None = one group.
+            least: the number of images with which a group is compared with itself alone; 19 are
+                needed for an acceptance of 95 %, 99 for 99 %.
+            merge: whether to keep the images of earlier calls, grouped in the same way.
+            newest: how many images to keep at most, the newest; None = all.
+            source: where the images are from, for people; None = the type of the data set.
+
         Raises:
             NotFittedError: before `fit`.
+            ConfigError: `least` or `newest` below 1, or groups that cannot be merged.
+            DataError: a loader that does not give the groups.
             CalibrationError: the loader, its data set, one of its files or more than a tenth of its
-                images are those of `fit`.
+                images are those of `fit`; or images of another network are to be merged.
         """
         self._check_fitted()
+        for name, number in (("least", least), ("newest", newest)):
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} must be >= 1, got {number}")
+        if merge and self._other is not None:
+            raise CalibrationError(
+                "the calibration images were scored by other weights, and cannot be merged with "
+                "new ones: calibrate without merge"
+            )
         fitted_on = self._data and self._data()
         if fitted_on is not None:
             check_apart(fitted_on, data_of(loader))
         marks: list[NDArray[np.float64]] = []
+        given: list[str] = []
 
         def mark(batch: BatchScores) -> None:
             marks.append(projections(batch.features if batch.images is None else [batch.images]))
 
-        batches = batch_scores(self.net, self.scoring, loader, progress, "calibrate")
+        noted = by not in (None, PREDICTED, *LABELS)
+        images = noting(loader, str(by), given) if noted else loader
+        batches = batch_scores(self.net, self.scoring, images, progress, "calibrate")
         # Two images may well have a single score in common.
         scored = collect(batches, self.rows, mark if len(self.experts) == 1 else None)
         conf = self.confidence(scored.experts).astype(np.float64)
@@ -357,55 +400,122 @@ class Detector(ABC):
                     f"{repeated} of {len(conf)} calibration images are among those that the "
                     "detector is fitted on: give ID images that it has not seen"
                 )
-        told = np.vstack([scored.experts, np.hstack(marks)]) if marks else scored.experts
-        first = distinct_columns(told)
-        if len(first) < len(conf):
+        names, group = self._groups(scored, by, given)
+        told = [scored.experts[: len(self.experts)], *([np.hstack(marks)] if marks else [])]
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        source = type(data_of(loader)).__name__ if source is None else source
+        history = (Calibrated(now, len(conf), source),)
+        new = Calibration(
+            conf, np.vstack(told).astype(np.float64), history, by, names, group, least
+        )
+        if merge and self.calibration_ is not None:
+            new = self.calibration_.then(new)
+        first = np.sort(distinct_columns(new.marks))
+        if len(first) < len(new):
             warnings.warn(
-                f"{len(conf) - len(first)} of {len(conf)} calibration images repeat others: "
+                f"{len(new) - len(first)} of {len(new)} calibration images repeat others: "
                 f"p-values and the guarantee are those of the {len(first)} distinct images",
                 UserWarning,
                 stacklevel=2,
             )
-        self.calibration_scores_ = np.sort(conf[first])
+        new = new.keep(first if newest is None else first[-newest:])
+        if pooled := new.pooled:
+            warnings.warn(
+                f"{len(pooled)} of {len(new.names)} groups by {by} have less than {least} "
+                f"calibration images, so theirs are compared with {len(new.cells[-1])} "
+                f"{'of such groups' if new.is_pooled else 'of all groups'} and nothing is promised "
+                f"for one of them alone: {listed(pooled)}",
+                UserWarning,
+                stacklevel=2,
+            )
+        if self._other is not None and fit is not None:  # p-values are now those of this network
+            self.id_statistics_, self._other = replace(fit, network=self._other), None
+        self.calibration_ = new
         return self
 
-    def p_values(self, images: Images) -> Tensor:
+    def _groups(
+        self, scored: Scored, by: str | None, given: Sequence[str]
+    ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+        """Names of the groups, and the number of each image's group."""
+        if by is None:
+            return ("all",), np.zeros_like(scored.pred)
+        if by == PREDICTED:
+            assert self._structure is not None
+            return tuple(map(str, range(self._structure.classes))), scored.pred
+        if by in LABELS:
+            if (scored.label < 0).any():
+                raise DataError(f"by={by!r} needs a loader that gives labels >= 0")
+            given = group_names(scored.label)
+        names, group = np.unique(given, return_inverse=True)
+        return tuple(names.tolist()), group.astype(np.int64)
+
+    @property
+    def calibration_scores_(self) -> NDArray[np.float64] | None:
+        """Confidences `[n]` of the calibration images, sorted; None before `calibrate`."""
+        return None if self.calibration_ is None else np.sort(self.calibration_.scores)
+
+    def p_values(self, images: Images, groups: Any = None) -> Tensor:
         """Conformal p-values `[B]` of images `[B, C, H, W]`, larger = more in-distribution.
 
-        An ID image that is exchangeable with the calibration images has a p-value of at most a
-        with a probability of at most a. CalibrationError before `calibrate`.
+        An ID image that is exchangeable with the calibration images (of its group) has a p-value of
+        at most a with a probability of at most a.
+
+        Args:
+            images: `[B, C, H, W]`, or one image `[C, H, W]`.
+            groups: the group of each image, where the loader of `calibrate` gave groups.
+
+        Raises:
+            CalibrationError: before `calibrate`.
+            ConfigError: groups that are missing, unknown, or that are not asked for.
 
         Source: Bates et al., Annals of Statistics 2023; see `conformal_p_values`.
         """
         calibration = self._check_calibrated()
-        conf = self.score(images)
-        p = conformal_p_values(conf.cpu().numpy(), calibration)
-        return torch.from_numpy(np.asarray(p)).to(conf)
+        pred, conf = self.predict(images)
+        group = calibration.numbers(np.atleast_1d(pred.cpu().numpy()), groups)
+        p = calibration.p_values(np.atleast_1d(conf.cpu().numpy()), group)
+        return torch.from_numpy(p).reshape(conf.shape).to(conf)
 
-    def is_ood(self, images: Images, acceptance: float = 0.95) -> Tensor:
+    def is_ood(self, images: Images, acceptance: float = 0.95, groups: Any = None) -> Tensor:
         """Verdicts `[B]`, True = OOD, that accept a share `acceptance` of ID images on average.
 
         Args:
             images: `[B, C, H, W]`, or one image `[C, H, W]`.
             acceptance: share of ID images to accept, in (0, 1); it may change at any time.
+            groups: see `p_values`.
 
         Raises:
             CalibrationError: before `calibrate`, or too few calibration images for it.
-            ConfigError: an acceptance outside (0, 1).
+            ConfigError: an acceptance outside (0, 1), or groups as in `p_values`.
         """
-        check_enough(len(self._check_calibrated()), acceptance)
-        p = self.p_values(images)
+        self._check_calibrated().check_enough(acceptance)
+        p = self.p_values(images, groups)
         rejected = rejects(p.cpu().numpy(), acceptance)
         return torch.from_numpy(np.asarray(rejected)).to(p.device)
 
-    def guarantee(self, acceptance: float = 0.95, confidence: float = 0.95) -> Guarantee:
-        """What the calibration images promise for the share of accepted ID images."""
-        return guarantee(len(self._check_calibrated()), acceptance, confidence)
+    def guarantee(
+        self, acceptance: float = 0.95, confidence: float = 0.95, group: int | str | None = None
+    ) -> Guarantee:
+        """What the calibration images promise for the share of accepted ID images.
+
+        Calibrated by groups, they promise it for each `group`: its name, or the number or name of a
+        class.
+
+        Raises:
+            ConfigError: a group is missing, unknown, or not asked for.
+            CalibrationError: too few images for the acceptance, or for a promise to this group.
+        """
+        calibration = self._check_calibrated()
+        number = None
+        if group is not None:
+            names = (calibration.by == PREDICTED and getattr(self, "class_names", None)) or ()
+            number = names.index(group) if group in names else calibration.number(str(group))
+        return calibration.guarantee(acceptance, confidence, number)
 
     def _begin(self, loader: Iterable[Any]) -> tuple[Any, Tensor | None]:
         """Begin a fit: the loader to be read, and images to try the experts on; see `begin`."""
         readings, self._structure, images = begin(self.net, loader, self._structure, self._random)
-        self.calibration_scores_ = None
+        self.calibration_ = self._other = None
         try:
             self._data = weakref.ref(data_of(loader))
         except TypeError:  # a list, whose images are recognised instead
@@ -423,8 +533,8 @@ class Detector(ABC):
 
     @property
     def _calibrated(self) -> str:
-        scores = self.calibration_scores_
-        return "not calibrated" if scores is None else f"calibrated on {len(scores):,}"
+        other = " with other weights" if self._other is not None else ""
+        return "not calibrated" if self.calibration_ is None else f"{self.calibration_}{other}"
 
     def _tensor(self, images: Images) -> Tensor:
         """Images that may be given as a picture or its file."""
@@ -434,14 +544,14 @@ class Detector(ABC):
             return self.known_preprocessing()(images)
         return images if isinstance(images, Tensor) else checked_images(images)
 
-    def _check_calibrated(self) -> NDArray[np.float64]:
+    def _check_calibrated(self) -> Calibration:
         self._check_fitted()
-        if self.calibration_scores_ is None:
+        if self.calibration_ is None:
             raise CalibrationError(
                 f"this {type(self).__name__} has no calibration images: call calibrate(loader) "
                 "with ID images that it was not fitted on"
             )
-        return self.calibration_scores_
+        return self.calibration_
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_data": None, "_last": None}

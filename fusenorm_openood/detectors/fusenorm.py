@@ -32,7 +32,6 @@ from fusenorm_openood.forward.taps import (
 )
 from fusenorm_openood.kernels.devices import find_device, moved
 from fusenorm_openood.method.atf import FeatureNorm, atf_map
-from fusenorm_openood.method.conformal import conformal_p_values
 from fusenorm_openood.method.scores import OUTPUTS, POSTHOC
 from fusenorm_openood.method.scores.base import LogitScore
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
@@ -67,7 +66,7 @@ class FuseNorm(Detector):
             experts are given.
         strong: names of the strong experts; the other layers are weak.
         id_statistics_: what `fit` finds, None before.
-        calibration_scores_: what `calibrate` keeps, None before.
+        calibration_: what `calibrate` keeps, None before.
         preprocessing: how image files become tensors, if it is set; it is saved with the detector.
         network_source: how the command line builds the network.
 
@@ -260,7 +259,7 @@ class FuseNorm(Detector):
         self.name_as(statistics)
         _check_experts(statistics, self.experts)
         self._name(self.taps, self.strong, statistics.experts)  # perhaps in an older order
-        self._fitted, self.calibration_scores_ = statistics.fitted, None
+        self._fitted, self.calibration_, self._other = statistics.fitted, None, None
         if then != now:
             statistics = replace(statistics, settings=self.settings, strong=self.strong)
         self.id_statistics_ = statistics
@@ -283,10 +282,11 @@ class FuseNorm(Detector):
         statistics = self._check_fitted()
         return statistics.confidence(experts[: len(self.experts)])
 
-    def explain(self, images: Images, with_maps: bool = True) -> Explanation:
+    def explain(self, images: Images, with_maps: bool = True, groups: Any = None) -> Explanation:
         """What the confidences of images `[B, C, H, W]` are made of, and where: see `Explanation`.
 
-        Of one image `[C, H, W]` as of a batch of one. Heat maps take one more pass.
+        Of one image `[C, H, W]` as of a batch of one. Heat maps take one more pass. `groups` as in
+        `p_values`.
         """
         self._check_fitted()
         tensor = self._tensor(images)
@@ -298,16 +298,17 @@ class FuseNorm(Detector):
             structure, run = self.structure(on_device), partial(_heat_map, norm=norm)
             with eval_mode(unwrapped(self.net)), torch.no_grad():
                 maps = forward_pass(self.net, on_device, structure, self.taps, run).maps
-        return self.explain_scores(experts, pred, maps)
+        return self.explain_scores(experts, pred, maps, groups)
 
     def explain_scores(
         self,
         experts: NDArray[np.float64],
         pred: NDArray[np.int64],
         maps: dict[str, Tensor] | None = None,
+        groups: Any = None,
     ) -> Explanation:
         """As `explain`, of images with these scores `[L, B]` of the experts."""
-        statistics, calibration = self._check_fitted(), self.calibration_scores_
+        statistics, known = self._check_fitted(), self.calibration_
         scores = experts[: len(self.experts)]
         conf, contributions = statistics.confidence(scores), statistics.contributions(scores)
         below = statistics.mean_contributions - contributions
@@ -322,7 +323,7 @@ class FuseNorm(Detector):
             tuple(self.experts[row] for row in below.argmax(axis=0)),
             maps or {},
             statistics.weights,
-            None if calibration is None else conformal_p_values(conf, calibration),
+            None if known is None else known.p_values(conf, known.numbers(pred, groups)),
         )
 
     def save(self, path: str | Path) -> None:

@@ -3,13 +3,12 @@
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusenorm_openood.data.preprocessing import Preprocessing, as_pair
@@ -22,6 +21,7 @@ from fusenorm_openood.errors import (
     NonFiniteError,
     TapError,
 )
+from fusenorm_openood.method.calibration import PREDICTED, Calibrated, Calibration
 from fusenorm_openood.method.scores import POSTHOC, make_score
 from fusenorm_openood.method.scores.base import Score
 from fusenorm_openood.method.settings import Settings
@@ -47,6 +47,15 @@ class Source(NamedTuple):
     image_size: str | None = None
 
 
+class Groups(NamedTuple):
+    """All of a `Calibration` that is no tensor; the names of predicted classes are left out."""
+
+    history: tuple[Calibrated, ...]
+    by: str | None
+    names: tuple[str, ...]
+    least: int
+
+
 class Record(NamedTuple):
     """All of a detector file that is no tensor; see `DetectorStatistics` and `Kept`."""
 
@@ -62,6 +71,7 @@ class Record(NamedTuple):
     preprocessing: Preprocessing | None
     class_names: tuple[str, ...] | None
     source: Source = Source()
+    calibration: Groups | None = None
 
 
 # The states of scores: see `Score.state`.
@@ -70,8 +80,10 @@ LARGEST = 2**14  # pixels in a row of an image
 OVERFLOWS = 1e15  # what experts square in float32, and would blame the network for
 
 
-def read_record(contents: Contents) -> tuple[Record, DetectorStatistics]:
-    """The record and the calibration in a detector file.
+def read_record(
+    contents: Contents,
+) -> tuple[Record, DetectorStatistics, Calibration | None]:
+    """The record, the ID statistics and the calibration in a detector file.
 
     Raises:
         ConfigError: a field or a tensor that no fit can have given; the message names it.
@@ -89,10 +101,10 @@ def read_record(contents: Contents) -> tuple[Record, DetectorStatistics]:
     _require(_of_record(record, settings))
     _check_tensors(record, contents.tensors)
     try:
-        calibration = unpacked(contents.tensors, record._asdict())
+        statistics = unpacked(contents.tensors, record._asdict())
     except FuseNormError as error:
         raise ConfigError(f"id_scores: {error}") from None
-    return record, calibration
+    return record, statistics, _calibration(record, contents.tensors)
 
 
 Rule = tuple[str, bool, str]  # field, whether it is right, what it must be
@@ -153,6 +165,39 @@ def _of_structure(s: Structure) -> Iterator[Rule]:
         yield f"structure.pixels.{name}", is_right, f"those of {list(shape)}"
 
 
+def _of_groups(g: Groups, n: int, numbers: Tensor, names: tuple[str, ...]) -> Iterator[Rule]:
+    counts = [call.images for call in g.history]
+    yield "calibration.history", min(counts, default=0) > 0, "calls that gave images"
+    yield "calibration.history", sum(counts) == n, f"the origin of {n} images"
+    yield "calibration.history", all(_is_time(call.when) for call in g.history), "of times"
+    yield "calibration.least", g.least >= 1, "at least 1"
+    yield "calibration.by", g.by != "", "a key"
+    yield "calibration.names", (g.by == PREDICTED) == (not g.names), "names of groups"
+    yield "calibration.names", g.by is not None or len(g.names) == 1, "one name"
+    yield "calibration.names", len(set(names)) == len(names) > 0, "each once"
+    yield "reference.group", int(numbers.max()) < len(names), f"of {len(names)} groups"
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return bool(datetime.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+def _calibration(record: Record, tensors: Mapping[str, Tensor]) -> Calibration | None:
+    """The calibration in a file; ConfigError if its parts do not fit each other."""
+    groups = record.calibration
+    if groups is None:
+        return None
+    scores, marks, group = (tensors[f"reference{part}"] for part in ("", ".marks", ".group"))
+    classes = record.structure.classes if record.structure else 0
+    names = tuple(map(str, range(classes))) if groups.by == PREDICTED else groups.names
+    _require(_of_groups(groups, len(scores), group, names))
+    history, by, _, least = groups
+    return Calibration(scores.numpy(), marks.numpy(), history, by, names, group.numpy(), least)
+
+
 def _posthoc(name: str, arguments: Mapping[str, Any]) -> Score:
     try:
         return make_score(name, arguments)
@@ -163,13 +208,14 @@ def _posthoc(name: str, arguments: Mapping[str, Any]) -> Score:
 def _check_tensors(record: Record, tensors: Mapping[str, Tensor]) -> None:
     """Require the tensors of these experts, each of the right type and shape, and finite."""
     sizes = {"L": len(record.experts)}
+    sizes["marks"] = sizes["L"] + 4 * (sizes["L"] == 1)  # see `projections`
     if record.structure is not None:
         sizes["K"] = record.structure.classes
     needed = {"id_scores": "L I"}
     for number, (expert, _) in enumerate(record.posthoc):
         needed |= {f"state.{number}.{name}": shape for name, shape in POSTHOC[expert].state.items()}
-    if "reference" in tensors:
-        needed["reference"] = "C"
+    if record.calibration is not None:
+        needed |= {"reference": "n", "reference.marks": "marks n", "reference.group": "n"}
     if unknown := tensors.keys() - needed.keys():
         raise ConfigError(f"{min(unknown)} belongs to no expert")
     for name, letters in needed.items():
@@ -177,7 +223,8 @@ def _check_tensors(record: Record, tensors: Mapping[str, Tensor]) -> None:
             raise ConfigError(f"{name} is missing")
         tensor, part = tensors[name], name.rpartition(".")[2]
         kind = torch.float32 if name.startswith("state.") else torch.float64
-        kind = torch.int64 if name.startswith("state.") and part in WHOLE else kind
+        whole = (name.startswith("state.") and part in WHOLE) or name == "reference.group"
+        kind = torch.int64 if whole else kind
         shape = letters.split()
         found = dict(zip(shape, tensor.shape, strict=False))
         expected = [sizes.get(letter, found.get(letter, -1)) for letter in shape]
@@ -192,9 +239,6 @@ def _check_tensors(record: Record, tensors: Mapping[str, Tensor]) -> None:
             raise ConfigError(f"{name} must be finite, and below {most:g}")
         if kind == torch.int64 and int(tensor.min()) < 0:
             raise ConfigError(f"{name} must be >= 0")
-    reference = tensors.get("reference")
-    if reference is not None and not torch.equal(reference, reference.sort().values):
-        raise ConfigError("reference must be sorted")
 
 
 def save(detector: "FuseNorm", path: Path) -> None:
@@ -202,9 +246,15 @@ def save(detector: "FuseNorm", path: Path) -> None:
     statistics, preprocessing = detector._check_fitted(), detector.preprocessing
     structure = detector.known_structure
     tensors, record = packed(statistics)
-    if detector.calibration_scores_ is not None:
-        tensors["reference"] = torch.from_numpy(detector.calibration_scores_)
+    groups, known = None, detector.calibration_
+    if known is not None:
+        parts = {"": known.scores, ".marks": known.marks, ".group": known.group}
+        tensors |= {f"reference{name}": torch.from_numpy(part) for name, part in parts.items()}
+        names = () if known.by == PREDICTED else known.names
+        history = tuple(call._asdict() for call in known.history)
+        groups = {"history": history, "by": known.by, "names": names, "least": known.least}
     record |= {
+        "calibration": groups,
         "version": __version__,
         "structure": structure and structure.to_json(),
         "network": (statistics.network or identify(detector.net, ()))._asdict(),
@@ -218,7 +268,8 @@ def save(detector: "FuseNorm", path: Path) -> None:
 def load(cls: "type[FuseNorm]", path: Path, net: nn.Module, strict: bool) -> "FuseNorm":
     """The detector in a file; see `FuseNorm.load`."""
     record, statistics, calibration = _read(path)
-    _check_network(path, record.network, identify(net, record.network.image, passes=1), strict)
+    given = identify(net, record.network.image, passes=1)
+    is_other = _check_network(path, record.network, given, strict, calibration is not None)
     _check_modules(path, record, statistics, unwrapped(net))
     structure = record.structure
     if structure is not None and structure.head.feature:  # read again, with its affine map
@@ -233,7 +284,8 @@ def load(cls: "type[FuseNorm]", path: Path, net: nn.Module, strict: bool) -> "Fu
         detector.class_names = record.class_names
     except (ConfigError, TapError) as error:
         raise nonsense(path, error) from None
-    detector.calibration_scores_, detector.preprocessing = calibration, record.preprocessing
+    detector.calibration_, detector.preprocessing = calibration, record.preprocessing
+    detector._other = given if is_other else None
     source = record.source._asdict()
     detector.network_source = {name: value for name, value in source.items() if value is not None}
     if record.network.image:  # whose scores an image of this size has to have
@@ -262,17 +314,18 @@ def nonsense(path: Path, error: Exception | str) -> DetectorFileError:
     )
 
 
-def _read(path: Path) -> tuple[Record, DetectorStatistics, NDArray[np.float64] | None]:
+def _read(path: Path) -> tuple[Record, DetectorStatistics, Calibration | None]:
     contents = read_contents(path)
     try:
-        record, calibration = read_record(contents)
+        return read_record(contents)
     except ConfigError as error:
         raise nonsense(path, error) from None
-    reference = contents.tensors.get("reference")
-    return record, calibration, None if reference is None else reference.numpy()
 
 
-def _check_network(path: Path, known: Fingerprint, given: Fingerprint, strict: bool) -> None:
+def _check_network(
+    path: Path, known: Fingerprint, given: Fingerprint, strict: bool, is_calibrated: bool
+) -> bool:
+    """Whether the network computes otherwise than the known one, which is an error if strict."""
     differences = given.differences(known)
     if differences:
         more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
@@ -285,11 +338,13 @@ def _check_network(path: Path, known: Fingerprint, given: Fingerprint, strict: b
     elif not given.agrees(known):
         what = f"a {known.kind} that computes other logits with these weights: give the network"
     else:
-        return
+        return False
     message = f"detector file {path} was made with {what} that it was fitted with, or fit again"
     if strict:
         raise DetectorFileError(message)
-    warnings.warn(message, UserWarning, stacklevel=4)
+    stale = "the fit and the calibration are" if is_calibrated else "the fit is"
+    warnings.warn(f"{message}: {stale} stale", UserWarning, stacklevel=4)
+    return True
 
 
 def _check_modules(

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.errors import ConfigError, ExportError
 from fusenorm_openood.forward.experts import Expert, Scoring
+from fusenorm_openood.method.calibration import Calibration
 from fusenorm_openood.method.fusion import Fusion
 from fusenorm_openood.method.joint import sum_of_rows
 from fusenorm_openood.network.running import unwrapped
@@ -130,11 +131,13 @@ class Judge(nn.Module):
         rows: the experts in the order of the fusion.
         fusion: from their scores to contributions.
         inputs: what images it is given.
-        calibration: confidences `[n]` of the calibration images, None without.
+        calibration: the calibration, None without.
         error: see `thresholds`.
     """
 
-    thresholds: Tensor | None
+    thresholds: Tensor | None  # sorted within each set of calibration scores
+    cell: Tensor | None  # by group: the number of the set of each threshold
+    cell_of: Tensor | None  # by group: that of the set of each class
 
     def __init__(
         self,
@@ -142,7 +145,7 @@ class Judge(nn.Module):
         rows: Sequence[Expert],
         fusion: Fusion,
         inputs: Inputs,
-        calibration: NDArray[Any] | None,
+        calibration: Calibration | None,
         error: float = ERROR,
     ) -> None:
         super().__init__()
@@ -153,15 +156,22 @@ class Judge(nn.Module):
             for score, state in scoring.fitted.states.items()
         }
         self.scoring = replace(scoring, fitted=replace(scoring.fitted, states=copies))
-        known = None if calibration is None else torch.from_numpy(thresholds(calibration, error))
-        self.register_buffer("thresholds", known)
+        for name in ("thresholds", "cell", "cell_of"):
+            self.register_buffer(name, None)
+        if calibration is not None:
+            lowered = [thresholds(cell, error) for cell in calibration.cells]
+            self.thresholds = torch.from_numpy(np.concatenate(lowered))
+            if calibration.by is not None:
+                self.cell = torch.from_numpy(np.repeat(range(len(lowered)), [*map(len, lowered)]))
+                self.cell_of = torch.from_numpy(calibration.cell_of)
         self.outputs = OUTPUTS[:2] if calibration is None else OUTPUTS
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Logits `[N, K]`, confidences `[N]`, and if calibrated ranks `[N]` in int32.
 
-        A rank is 1 + the number of calibration scores that are not larger than the confidence. If
-        a pixel or a score is not finite, the confidence is NaN and the rank 1.
+        A rank is 1 + the number of calibration scores, those of the predicted class where these
+        are apart, that are not larger than the confidence. If a pixel or a score is not finite, the
+        confidence is NaN and the rank 1.
         """
         with _InFloat32():
             images = self.inputs.normalised(image)
@@ -172,8 +182,10 @@ class Judge(nn.Module):
         conf = conf + _zeros(images.flatten(1)) + _zeros(scores.T)
         if self.thresholds is None:
             return done.classified, conf
-        smaller = (self.thresholds <= conf.unsqueeze(1)).to(torch.int32)
-        return done.classified, conf, 1 + smaller.sum(1, dtype=torch.int32)
+        smaller = self.thresholds <= conf.unsqueeze(1)
+        if self.cell is not None and self.cell_of is not None:
+            smaller = smaller & (self.cell == self.cell_of[done.pred].unsqueeze(1))
+        return done.classified, conf, 1 + smaller.to(torch.int32).sum(1, dtype=torch.int32)
 
 
 def _zeros(values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from fusenorm_openood.errors import ConfigError, ExportError, FuseNormError, fir
 from fusenorm_openood.export.judge import Dtype, Inputs, Judge, error_of, float32_copy
 from fusenorm_openood.export.targets import TARGETS, Outputs, Run, Target
 from fusenorm_openood.kernels.devices import on_cpu
-from fusenorm_openood.method.conformal import max_rank
+from fusenorm_openood.method.calibration import PREDICTED
 from fusenorm_openood.method.scores.base import Score
 from fusenorm_openood.storage.files import write_whole
 from fusenorm_openood.version import __version__
@@ -37,14 +37,15 @@ class Exported(NamedTuple):
     Attributes:
         path: the file.
         outputs: names of the program's outputs.
-        max_rank: the largest rank with which an image is OOD, None if there are no ranks.
+        max_rank: the largest rank with which an image is OOD, None if there are no ranks; of a
+            calibration by predicted class one for each class.
         difference: largest difference of its confidences from PyTorch's on a few drawn images,
             relative to those above 1; None if its runtime is not installed.
     """
 
     path: Path
     outputs: tuple[str, ...]
-    max_rank: int | None
+    max_rank: int | list[int] | None
     difference: float | None
 
 
@@ -57,10 +58,19 @@ def export_detector(
     target: str | None,
 ) -> Exported:
     """Write a detector and its network as one program; see `FuseNorm.export`."""
-    statistics, calibration = detector._check_fitted(), detector.calibration_scores_
+    statistics, calibration = detector._check_fitted(), detector.calibration_
     metadata: dict[str, Any] = {"version": __version__, "calibration_images": 0}
     if calibration is not None:
-        metadata |= ranks(len(calibration), acceptance)
+        if calibration.by not in (None, PREDICTED):
+            raise ConfigError(
+                f"a program cannot know the {calibration.by} of an image, by which the calibration "
+                "images are grouped: calibrate by predicted class, or without groups"
+            )
+        metadata |= {"acceptance": acceptance, "calibration_by": calibration.by}
+        counts = [len(calibration.cell(group)) for group in range(len(calibration.names))]
+        most = calibration.max_ranks(acceptance)
+        metadata["calibration_images"] = counts if calibration.by else counts[0]
+        metadata["max_rank"] = most if calibration.by else most[0]
     rows = detector.rows[: len(detector.experts)]
     if any(isinstance(expert, Score) and expert.needs_gradient for expert in rows):
         raise ConfigError(
@@ -93,12 +103,6 @@ def export_detector(
             difference = _compared(chosen, judge, draft, images.numpy(), expected, path)
         move(draft, path)
     return Exported(path, judge.outputs, metadata.get("max_rank"), difference)
-
-
-def ranks(n: int, acceptance: float) -> dict[str, Any]:
-    """What a program of n calibration images says of them: an image is OOD if rank <= max_rank."""
-    most = max_rank(acceptance, n)
-    return {"calibration_images": n, "acceptance": acceptance, "max_rank": most}
 
 
 def is_new_enough() -> bool:
@@ -178,6 +182,9 @@ def _compared(
         )
     if judge.thresholds is not None:
         smaller = judge.thresholds.numpy() <= found["confidence"][:, None]
+        if judge.cell is not None and judge.cell_of is not None:
+            pred = found["logits"].argmax(1)
+            smaller &= judge.cell.numpy() == judge.cell_of.numpy()[pred][:, None]
         wanted = 1 + smaller.sum(1)
         wanted[len(expected) :] = 1
         if found["rank"].tolist() != wanted.tolist():

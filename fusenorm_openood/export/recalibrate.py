@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.errors import ConfigError, ExportError
 from fusenorm_openood.export.judge import OUTPUTS, thresholds
-from fusenorm_openood.export.program import find_target, move, ranks
+from fusenorm_openood.export.program import find_target, move
 from fusenorm_openood.export.targets import METADATA
+from fusenorm_openood.method.conformal import max_rank
 from fusenorm_openood.storage.configs import typed
 from fusenorm_openood.storage.urls import Place
 
@@ -40,7 +41,8 @@ def recalibrate(
         ConfigError: a program of another kind, or another suffix.
         CalibrationError: too few images for the acceptance.
         DataError: an image that cannot be read.
-        ExportError: a program without ranks, or whose confidences are not finite.
+        ExportError: a program without ranks, with ranks by predicted class, or whose confidences
+            are not finite.
     """
     models: dict[str, type[_Onnx | _OpenVINO]] = {".onnx": _Onnx, ".xml": _OpenVINO}
     if program.suffix not in models or output.suffix != program.suffix:
@@ -55,6 +57,11 @@ def recalibrate(
             f"{program} was not exported from a calibrated detector with preprocessing by this "
             "version: export the detector again"
         )
+    if known.get("calibration_by"):
+        raise ExportError(
+            f"{program} has its own calibration scores for each predicted class, which cannot be "
+            "replaced: export the detector without groups"
+        )
     preprocessing: Preprocessing = typed(Preprocessing, known["preprocessing"], "preprocessing")
     run, rows = find_target(program, None).load(program), []
     for path in images:
@@ -63,7 +70,9 @@ def recalibrate(
     conf = np.unique(np.array(rows, np.float64), axis=0)[:, 0] if rows else np.empty(0)
     if not np.isfinite(conf).all():
         raise ExportError(f"{program} gives confidences that are not finite: quantise it otherwise")
-    known |= ranks(len(conf), known["acceptance"] if acceptance is None else acceptance)
+    known["acceptance"] = known["acceptance"] if acceptance is None else acceptance
+    known["max_rank"] = max_rank(known["acceptance"], len(conf))
+    known["calibration_images"] = len(conf)
     with TemporaryDirectory() as folder:
         draft = Path(folder) / output.name
         model.write(thresholds(conf, 0), json.dumps(known), draft)

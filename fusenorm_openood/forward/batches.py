@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fusenorm_openood.errors import DataError, NonFiniteError
+from fusenorm_openood.method.calibration import group_names
 
 Labels = NDArray[np.int64]
 # Keys of a batch that is a dict: OpenOOD's and DALI's, Hugging Face's, and other usual ones.
@@ -66,6 +67,26 @@ def batches(
         classes = _class_labels(labels, len(images))
         if len(images):
             yield images, classes
+
+
+def noting(loader: Iterable[Any], key: str, noted: list[str]) -> Iterator[Any]:
+    """The batches of a loader, whose values under a key, one for each image, are noted as texts.
+
+    Raises:
+        DataError: a batch that is no dict with this key.
+    """
+    for batch in loader:
+        given = batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch
+        if not isinstance(given, Mapping) or key not in given:
+            raise DataError(
+                f"images are grouped by {key!r}, which a loader must give as a key of batches that "
+                f"are dicts, got {type(given).__name__}"
+            )
+        values = group_names(given[key])
+        if len(values) != len(_parts(given)[0]):
+            raise DataError(f"a batch must have one {key!r} for each image, got {len(values)}")
+        noted += values
+        yield batch
 
 
 def _parts(batch: Any) -> tuple[Any, Any]:

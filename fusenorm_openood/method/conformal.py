@@ -79,13 +79,13 @@ def needed_images(acceptance: float) -> int:
     return max(math.ceil(1 / (1 - acceptance + EQUAL) - 1e-6) - 1, 1)
 
 
-def check_enough(n: int, acceptance: float) -> None:
-    """Raise CalibrationError unless n calibration images suffice for an acceptance."""
+def check_enough(n: int, acceptance: float, of: str = "") -> None:
+    """Raise CalibrationError unless n calibration images, `of` a group, suffice."""
     acceptance = SHARE("acceptance", acceptance)
     needed = needed_images(acceptance)
     if n < needed:
         raise CalibrationError(
-            f"acceptance={acceptance:g} needs at least {needed} calibration images, got {n}: "
+            f"acceptance={acceptance:g} needs at least {needed} calibration images, got {n}{of}: "
             "calibrate on more, or choose a smaller acceptance"
         )
 
@@ -106,6 +106,7 @@ class Guarantee:
         uniform: largest distance between the share and any acceptance, all at once, by the
             Dvoretzky-Kiefer-Wolfowitz inequality: what holds for an acceptance that is picked
             after the calibration images were looked at.
+        of: what the share is of.
     """
 
     acceptance: float
@@ -115,10 +116,11 @@ class Guarantee:
     low: float
     high: float
     uniform: float
+    of: str = "ID images"
 
     def __str__(self) -> str:
         return (
-            f"of ID images like the {self.images} calibration images, {self.average:.1%} are "
+            f"of {self.of} like the {self.images} calibration images, {self.average:.1%} are "
             f"accepted on average; with probability {self.confidence:.0%} it is between "
             f"{self.low:.1%} and {self.high:.1%} with these calibration images, and within "
             f"{self.uniform:.1%} of any acceptance picked afterwards"

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn import metrics
 
-from fusenorm_openood.method.conformal import EQUAL, guarantee, rejects
+from fusenorm_openood.method.conformal import EQUAL, Guarantee, guarantee, rejects
 from fusenorm_openood.report.page import SIZE, Figure
 
 # Okabe and Ito's colours, each with a line style, hatch and mark of its own: never colour alone.
@@ -16,6 +16,7 @@ LINES = (("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
 HATCHES, DOTS, MARKS = ("", "////", "...."), ("o", "s", "D"), ("v", "D", "^")
 DOTTED = (0, (1, 1.5))
 BINS, POINTS = 40, 150
+MOST = 40  # classes in a chart
 
 Values = NDArray[Any]
 
@@ -188,6 +189,24 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]], axis: str) -> Fi
     )
     height = 0.9 + 0.13 * len(names) * len(groups) + 0.08 * len(names)
     return Figure(title, f"Bar chart. {listed}.", draw, (SIZE[0], height))
+
+
+def shares(title: str, rows: Sequence[tuple[str, float, Guarantee | None]], asked: float) -> Figure:
+    """Horizontal bars of accepted shares, and on them the intervals that are promised."""
+    names = [name for name, *_ in rows]
+
+    def draw(ax: Any) -> None:
+        ax.barh(range(len(rows)), [100 * share for _, share, _ in rows], 0.7, color=BLUE, alpha=0.4)
+        for row, (_, _, promised) in enumerate(rows):
+            if promised is not None:
+                ends = 100 * promised.low, 100 * promised.high
+                ax.plot(ends, (row, row), color=INK, linewidth=1.6, marker="|", markersize=5)
+        ax.axvline(100 * asked, color=SOFT, linestyle=DOTTED, linewidth=1)
+        _name_rows(ax, names, "% accepted")
+        ax.set_xlim(0, 101)
+
+    listed = ", ".join(f"{name} {share:.0%}" for name, share, _ in rows)
+    return Figure(title, f"Bar chart: {listed}.", draw, (SIZE[0], 0.9 + 0.17 * len(names)))
 
 
 def dots(title: str, groups: Mapping[str, Mapping[str, float]], axis: str) -> Figure:

@@ -165,9 +165,9 @@ def _images(
 
     ids = [image for group in ("id", "csid") for image in tested(group)]
     ood = [image for group in GROUPS for image in tested(group)]
-    chosen = choose([*ids, *ood], cut)
-    chosen["OOD images that are trusted most"] = choose(ood, cut)[TRUSTED]
-    chosen["ID images that are rejected most"] = choose(ids, cut)[REJECTED]
+    chosen = choose([*ids, *ood], lambda image: cut)
+    chosen["OOD images that are trusted most"] = choose(ood, None)[TRUSTED]
+    chosen["ID images that are rejected most"] = choose(ids, None)[REJECTED]
     return {title: [shown(image) for image in images] for title, images in chosen.items()}
 
 

@@ -2,10 +2,11 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from fusenorm_openood.deployment.files import Judged
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.statistics import Explanation
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.method.conformal import check_enough, conformal_p_values
+from fusenorm_openood.method.calibration import Calibration
 from fusenorm_openood.report import charts, gallery
 from fusenorm_openood.report import sections as parts
 from fusenorm_openood.report.charts import Series
@@ -45,24 +46,28 @@ def report_of_files(
         CalibrationError: too few calibration images for the acceptance.
         DataError: rows of another detector, or a detector without its preprocessing.
     """
-    calibration, preprocessing = detector.calibration_scores_, detector.known_preprocessing()
-    if calibration is not None:
-        check_enough(len(calibration), acceptance)
-    cut = parts.threshold(calibration, acceptance)
-    summary = _summarise(rows, calibration, cut, per_group)
-    conf = np.array(summary.confidences)
-    rejected = 0 if cut is None else int((conf < cut).sum())
+    calibration, preprocessing = detector.calibration_, detector.known_preprocessing()
+    cuts = None if calibration is None else calibration.thresholds(acceptance)
+    groups = _Groups(detector, calibration, cuts)
+    summary = _summarise(rows, groups, per_group)
+    conf, group = np.array(summary.confidences), np.array(summary.groups, np.int64)
+    is_rejected = np.zeros(len(conf), bool) if cuts is None else conf < cuts[group]
+    rejected = int(is_rejected.sum())
     shown = {n: [_shown(row, detector) for row in chosen] for n, chosen in summary.chosen.items()}
     galleries, explained = gallery.gallery(shown, detector, (preprocessing.mean, preprocessing.std))
 
     counts = [("all", len(conf) + summary.unreadable), ("unreadable", summary.unreadable)]
-    if cut is not None:
+    if cuts is not None:
         counts[1:1] = [("accepted", len(conf) - rejected), ("rejected as OOD", rejected)]
     sections = [_counts(counts, summary.faulty)]
     if len(conf):
-        sections.append(_confidences(detector, conf, cut))
-        if calibration is not None:
-            p = Series("scored, rejected", conformal_p_values(conf, calibration))
+        sections.append(_confidences(detector, conf, cuts))
+        if calibration is not None and calibration.by:
+            sections.append(
+                parts.groups_section(calibration, groups.names, group, ~is_rejected, acceptance)
+            )
+        elif calibration is not None:
+            p = Series("scored, rejected", calibration.p_values(conf, group))
             about = (
                 f"{rejected / len(conf):.1%} of the scored images are rejected, of ID images about "
                 f"{100 * (1 - acceptance):.3g}%."
@@ -72,14 +77,44 @@ def report_of_files(
             )
         sections += parts.contributions_section(detector.experts, {"scored": summary.objected})
         text = f"Each image as the network sees it, and {parts.HEAT}."
-        if cut is not None:
+        if cuts is not None:
             text += " Doubtful images are closest to the threshold."
         sections.append(Section("Images", (text,), galleries=galleries))
         sections += _experts(detector, explained)
     highlights = tuple((name.replace("all", "images"), f"{number:,}") for name, number in counts)
-    asked = () if cut is None else (("acceptance", f"{acceptance:g}"),)
+    asked = () if cuts is None else (("acceptance", f"{acceptance:g}"),)
     about_all = (*facts, *parts.detector_facts(detector), *asked)
     return Report("Judged images", about_all, highlights, tuple(sections))
+
+
+class _Groups:
+    """The groups of rows, and what is rejected in each; without a calibration, one for all."""
+
+    def __init__(
+        self, detector: FuseNorm, calibration: Calibration | None, cuts: Values | None
+    ) -> None:
+        self.calibration, self.cuts = calibration, cuts
+        self.by_class = calibration is not None and calibration.by is not None
+        known = calibration.names if calibration else ()
+        self.names = (detector.class_names or known) if self.by_class else ("all",)
+        self.numbers = {name: number for number, name in enumerate(self.names)}
+
+    def of(self, row: Judged) -> int:
+        """The number of a row's group; DataError if the detector does not have it."""
+        if not self.by_class:
+            return 0
+        if row.predicted not in self.numbers:
+            raise DataError(
+                f"{row.path} was judged by another detector: {row.predicted!r} is no class of this "
+                "one: give the detector that judged it, or score again"
+            )
+        return self.numbers[row.predicted]
+
+    @property
+    def cut(self) -> Callable[[Any], float] | None:
+        """The threshold of a row, None without a calibration."""
+        cuts = self.cuts
+        return None if cuts is None else lambda row: float(cuts[self.of(row)])
 
 
 @dataclass
@@ -87,26 +122,27 @@ class _Summary:
     """What the report needs of the rows."""
 
     confidences: "array[float]" = field(default_factory=lambda: array("d"))  # of readable files
+    groups: "array[int]" = field(default_factory=lambda: array("q"))  # of these
     objected: Counter[str] = field(default_factory=Counter)  # of rejected files
     unreadable: int = 0
     faulty: list[Judged] = field(default_factory=list)  # the first unreadable files
     chosen: dict[str, list[Judged]] = field(default_factory=dict)  # to show, by group
 
 
-def _summarise(
-    rows: Iterable[Judged], calibration: Values | None, cut: float | None, per_group: int
-) -> _Summary:
+def _summarise(rows: Iterable[Judged], groups: _Groups, per_group: int) -> _Summary:
     """Read rows once; DataError if the p-values are not those of this detector."""
-    summary, rows = _Summary(), iter(rows)
+    summary, rows, cut = _Summary(), iter(rows), groups.cut
     while chunk := list(islice(rows, CHUNK)):
         faulty = [row for row in chunk if row.confidence is None]
         summary.unreadable += len(faulty)
         summary.faulty += faulty[: FAULTY - len(summary.faulty)]
         judged = [row for row in chunk if row.confidence is not None]
         conf = np.array([row.confidence for row in judged], np.float64)
+        group = np.array([groups.of(row) for row in judged], np.int64)
         summary.confidences.extend(conf)
-        if calibration is not None:
-            for row, p in zip(judged, conformal_p_values(conf, calibration), strict=True):
+        summary.groups.extend(group)
+        if groups.calibration is not None:
+            for row, p in zip(judged, groups.calibration.p_values(conf, group), strict=True):
                 if row.p_value is not None and abs(row.p_value - p) > 1e-6:
                     raise DataError(
                         f"{row.path} was judged by another detector: its p-value is "
@@ -114,7 +150,7 @@ def _summarise(
                         "judged it, or score again"
                     )
         if cut is not None:
-            rejected = (row for row, c in zip(judged, conf, strict=True) if c < cut)
+            rejected = (row for row, c in zip(judged, conf, strict=True) if c < cut(row))
             summary.objected.update(row.objected for row in rejected if row.objected)
         # Some may be in another group already.
         summary.chosen = gallery.choose(judged, cut, 3 * per_group, summary.chosen)
@@ -122,7 +158,8 @@ def _summarise(
     for name in (REJECTED, TRUSTED, DOUBTFUL):
         free = [row for row in chosen.get(name, ()) if row.path not in taken]
         if cut is not None and name != DOUBTFUL:
-            free = [row for row in free if ((row.confidence or 0.0) < cut) == (name == REJECTED)]
+            low = {row.path for row in free if (row.confidence or 0.0) < cut(row)}
+            free = [row for row in free if (row.path in low) == (name == REJECTED)]
         chosen[name] = free[:per_group]
         taken.update(row.path for row in chosen[name])
     order = (REJECTED, DOUBTFUL, TRUSTED)
@@ -152,15 +189,21 @@ def _counts(counts: list[tuple[str, int]], faulty: list[Judged]) -> Section:
     return Section("Verdicts", text, tuple(tables))
 
 
-def _confidences(detector: FuseNorm, conf: Values, cut: float | None) -> Section:
+def _confidences(detector: FuseNorm, conf: Values, cuts: Values | None) -> Section:
     ids = Series("ID", np.zeros(0))
     if detector.calibration_scores_ is not None:
         ids = Series("ID (calibration)", detector.calibration_scores_)
     elif (statistics := detector.id_statistics_) is not None:
         ids = Series("ID (fit)", detector.confidence(statistics.id_scores))
     text = f"Larger = more in-distribution. {parts.ENDS}"
+    cut = float(cuts[0]) if cuts is not None and len(cuts) == 1 else None
     if cut is not None:
         text += f" Images below the threshold, {cut:.3g}, are rejected."
+    elif cuts is not None:
+        text += (
+            f" Images below the threshold of their predicted class, from {cuts.min():.3g} to "
+            f"{cuts.max():.3g}, are rejected."
+        )
     title = "Confidence of the scored images and of ID images"
     figure = charts.histogram(title, ids, [Series("scored", conf)], "confidence", cut)
     return Section("Confidences", (text,), figures=(figure,))

@@ -26,18 +26,19 @@ REJECTED, DOUBTFUL, TRUSTED = "Most rejected", "Most doubtful", "Most trusted"
 
 def choose(
     images: Iterable[Any],
-    cut: float | None,
+    cut: Callable[[Any], float] | None,
     most: int = PER_GROUP,
     chosen: Mapping[str, Sequence[Any]] | None = None,
 ) -> dict[str, list[Any]]:
     """Images with the smallest `confidence`, those closest to the threshold, and the largest ones.
 
-    `most` of each, also from those that were `chosen` from earlier images.
+    `most` of each, also from those that were `chosen` from earlier images. `cut` gives an image's
+    threshold.
     """
     images, chosen = list(images), chosen or {}
     order: dict[str, Callable[[Any], float]] = {REJECTED: lambda image: image.confidence}
     if cut is not None:
-        order[DOUBTFUL] = lambda image: abs(image.confidence - cut)
+        order[DOUBTFUL] = lambda image: abs(image.confidence - cut(image))
     order[TRUSTED] = lambda image: -image.confidence
     return {
         name: heapq.nsmallest(most, [*chosen.get(name, ()), *images], key)

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.method.conformal import EQUAL, guarantee, needed_images
+from fusenorm_openood.errors import CalibrationError
+from fusenorm_openood.method.calibration import Calibration
+from fusenorm_openood.method.conformal import EQUAL, Guarantee, guarantee, needed_images
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network.running import unwrapped
@@ -105,6 +107,49 @@ def acceptance_section(
     )
 
 
+def groups_section(
+    calibration: Calibration,
+    names: Sequence[str],
+    group: NDArray[np.int64],
+    accepted: NDArray[np.bool_],
+    asked: float,
+) -> Section:
+    """The accepted share of the scored images of each predicted class, the smallest first.
+
+    Args:
+        calibration: the calibration by predicted class.
+        names: names of the classes `[G]`.
+        group: numbers of the images' classes `[N]`.
+        accepted: whether the images are accepted `[N]`.
+        asked: the acceptance.
+    """
+
+    def promise(number: int) -> Guarantee | None:
+        try:
+            return calibration.guarantee(asked, group=number)
+        except CalibrationError:
+            return None
+
+    shares = sorted((float(accepted[group == g].mean()), int(g)) for g in np.unique(group))
+    rows = [(names[g], share, promise(g)) for share, g in shares[: charts.MOST]]
+    text = [
+        f"Accepted share of the scored images by predicted class at an acceptance of {asked:.0%}. "
+        "The line on a bar is where the share of ID images of this class lies with a probability "
+        "of 95% (Beta distribution); the share of a few images scatters more.",
+    ]
+    if pooled := calibration.pooled:
+        text.append(
+            f"{len(pooled)} of {len(names)} classes have less than {calibration.least} calibration "
+            f"images and are compared with {len(calibration.cells[-1]):,} "
+            f"of {'such' if calibration.is_pooled else 'all'} classes: nothing is promised for one "
+            "of them alone."
+        )
+    if len(shares) > len(rows):
+        text.append(f"These are the {len(rows)} lowest of {len(shares)} classes.")
+    figure = charts.shares("Accepted share by predicted class", rows, asked)
+    return Section("Acceptance by class", tuple(text), figures=(figure,))
+
+
 def threshold(calibration: Values | None, acceptance: float) -> float | None:
     """The smallest confidence that is accepted at an acceptance, None without enough images."""
     if calibration is None or len(calibration) < needed_images(acceptance):
@@ -150,9 +195,8 @@ def detector_facts(detector: Detector) -> Facts:
         ]
         if fitted is not None:
             facts.append(("fitted on", f"{fitted.id_scores.shape[1]:,} ID images"))
-        if detector.calibration_scores_ is not None:
-            count = len(detector.calibration_scores_)
-            facts.append(("calibrated on", f"{count:,} other ID images"))
+        if detector.calibration_ is not None:
+            facts.append(("ID images", str(detector.calibration_)))
     return tuple(facts)
 
 

@@ -94,7 +94,7 @@ def test_without_readable_images_there_is_still_a_page(detector):
 
 def test_without_calibration_there_are_no_verdicts(folders, digits):
     detector = FuseNorm.load(folders / "detector.safetensors", load_network(digits[1]))
-    detector.calibration_scores_ = None
+    detector.calibration_ = None
     path = next((folders / "test_digits").iterdir())
     report = report_of_files(detector, [Judged(str(path), "c", float(detector.score(path)))])
     assert dict(report.highlights) == {"images": "1", "unreadable": "0"}
