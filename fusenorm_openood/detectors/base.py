@@ -422,14 +422,15 @@ class Detector(ABC):
         if pooled := new.pooled:
             warnings.warn(
                 f"{len(pooled)} of {len(new.names)} groups by {by} have less than {least} "
-                f"calibration images, so theirs are compared with {len(new.cells[-1])} "
-                f"{'of such groups' if new.is_pooled else 'of all groups'} and nothing is promised "
-                f"for one of them alone: {listed(pooled)}",
+                f"calibration images, so theirs are compared with the {len(new.cells[-1])} of "
+                f"{'such' if new.is_pooled else 'all'} groups, and nothing is promised for one of "
+                f"them alone: {listed([self._group_names(new)[number] for number in pooled])}",
                 UserWarning,
                 stacklevel=2,
             )
         if self._other is not None and fit is not None:  # p-values are now those of this network
-            self.id_statistics_, self._other = replace(fit, network=self._other), None
+            network = identify(self.net, self._other.image)
+            self.id_statistics_, self._other = replace(fit, network=network), None
         self.calibration_ = new
         return self
 
@@ -508,9 +509,14 @@ class Detector(ABC):
         calibration = self._check_calibrated()
         number = None
         if group is not None:
-            names = (calibration.by == PREDICTED and getattr(self, "class_names", None)) or ()
+            names = self._group_names(calibration)
             number = names.index(group) if group in names else calibration.number(str(group))
         return calibration.guarantee(acceptance, confidence, number)
+
+    def _group_names(self, calibration: Calibration) -> Sequence[str]:
+        """Names of groups, or of classes as far as they are known."""
+        names = getattr(self, "class_names", None) if calibration.by == PREDICTED else None
+        return names or calibration.names
 
     def _begin(self, loader: Iterable[Any]) -> tuple[Any, Tensor | None]:
         """Begin a fit: the loader to be read, and images to try the experts on; see `begin`."""

@@ -100,14 +100,14 @@ class Calibration:
         return np.where(own, np.cumsum(own) - 1, own.sum()).astype(np.int64)
 
     @property
-    def pooled(self) -> tuple[str, ...]:
-        """Names of the groups without scores of their own."""
-        few = np.flatnonzero(self.counts < self.least) if self.by else ()
-        return tuple(self.names[number] for number in few)
+    def pooled(self) -> list[int]:
+        """Numbers of the groups without scores of their own."""
+        few: list[int] = np.flatnonzero(self.counts < self.least).tolist()
+        return few if self.by else []
 
     def cell(self, group: int) -> Values:
         """What images of a group are compared with, sorted."""
-        return self.cells[self.cell_of[group]]
+        return self.cells[int(self.cell_of[group])]
 
     def p_values(self, conf: Any, group: Numbers) -> Values:
         """Conformal p-values `[B]` of images with these confidences and numbers of groups `[B]`."""

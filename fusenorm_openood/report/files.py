@@ -48,8 +48,9 @@ def report_of_files(
     """
     calibration, preprocessing = detector.calibration_, detector.known_preprocessing()
     cuts = None if calibration is None else calibration.thresholds(acceptance)
-    groups = _Groups(detector, calibration, cuts)
-    summary = _summarise(rows, groups, per_group)
+    group_of = _group_of(detector)
+    cut = None if cuts is None else lambda row: float(cuts[group_of(row)])
+    summary = _summarise(rows, calibration, group_of, cut, per_group)
     conf, group = np.array(summary.confidences), np.array(summary.groups, np.int64)
     is_rejected = np.zeros(len(conf), bool) if cuts is None else conf < cuts[group]
     rejected = int(is_rejected.sum())
@@ -63,8 +64,9 @@ def report_of_files(
     if len(conf):
         sections.append(_confidences(detector, conf, cuts))
         if calibration is not None and calibration.by:
+            names = detector.class_names or calibration.names
             sections.append(
-                parts.groups_section(calibration, groups.names, group, ~is_rejected, acceptance)
+                parts.groups_section(calibration, names, group, ~is_rejected, acceptance)
             )
         elif calibration is not None:
             p = Series("scored, rejected", calibration.p_values(conf, group))
@@ -87,34 +89,23 @@ def report_of_files(
     return Report("Judged images", about_all, highlights, tuple(sections))
 
 
-class _Groups:
-    """The groups of rows, and what is rejected in each; without a calibration, one for all."""
+def _group_of(detector: FuseNorm) -> Callable[[Judged], int]:
+    """From a row to the number of its group; DataError if it has none."""
+    calibration = detector.calibration_
+    if calibration is None or calibration.by is None:
+        return lambda row: 0
+    names = detector.class_names or calibration.names
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)}
 
-    def __init__(
-        self, detector: FuseNorm, calibration: Calibration | None, cuts: Values | None
-    ) -> None:
-        self.calibration, self.cuts = calibration, cuts
-        self.by_class = calibration is not None and calibration.by is not None
-        known = calibration.names if calibration else ()
-        self.names = (detector.class_names or known) if self.by_class else ("all",)
-        self.numbers = {name: number for number, name in enumerate(self.names)}
-
-    def of(self, row: Judged) -> int:
-        """The number of a row's group; DataError if the detector does not have it."""
-        if not self.by_class:
-            return 0
-        if row.predicted not in self.numbers:
+    def number(row: Judged) -> int:
+        if row.predicted not in numbers:
             raise DataError(
-                f"{row.path} was judged by another detector: {row.predicted!r} is no class of this "
-                "one: give the detector that judged it, or score again"
+                f"{row.path} was judged by another detector: this one has no class "
+                f"{row.predicted!r}: give the detector that judged it, or score again"
             )
-        return self.numbers[row.predicted]
+        return numbers[row.predicted]
 
-    @property
-    def cut(self) -> Callable[[Any], float] | None:
-        """The threshold of a row, None without a calibration."""
-        cuts = self.cuts
-        return None if cuts is None else lambda row: float(cuts[self.of(row)])
+    return number
 
 
 @dataclass
@@ -129,20 +120,26 @@ class _Summary:
     chosen: dict[str, list[Judged]] = field(default_factory=dict)  # to show, by group
 
 
-def _summarise(rows: Iterable[Judged], groups: _Groups, per_group: int) -> _Summary:
+def _summarise(
+    rows: Iterable[Judged],
+    calibration: Calibration | None,
+    group_of: Callable[[Judged], int],
+    cut: Callable[[Any], float] | None,
+    per_group: int,
+) -> _Summary:
     """Read rows once; DataError if the p-values are not those of this detector."""
-    summary, rows, cut = _Summary(), iter(rows), groups.cut
+    summary, rows = _Summary(), iter(rows)
     while chunk := list(islice(rows, CHUNK)):
         faulty = [row for row in chunk if row.confidence is None]
         summary.unreadable += len(faulty)
         summary.faulty += faulty[: FAULTY - len(summary.faulty)]
         judged = [row for row in chunk if row.confidence is not None]
         conf = np.array([row.confidence for row in judged], np.float64)
-        group = np.array([groups.of(row) for row in judged], np.int64)
+        group = np.array([group_of(row) for row in judged], np.int64)
         summary.confidences.extend(conf)
         summary.groups.extend(group)
-        if groups.calibration is not None:
-            for row, p in zip(judged, groups.calibration.p_values(conf, group), strict=True):
+        if calibration is not None:
+            for row, p in zip(judged, calibration.p_values(conf, group), strict=True):
                 if row.p_value is not None and abs(row.p_value - p) > 1e-6:
                     raise DataError(
                         f"{row.path} was judged by another detector: its p-value is "

@@ -114,15 +114,7 @@ def groups_section(
     accepted: NDArray[np.bool_],
     asked: float,
 ) -> Section:
-    """The accepted share of the scored images of each predicted class, the smallest first.
-
-    Args:
-        calibration: the calibration by predicted class.
-        names: names of the classes `[G]`.
-        group: numbers of the images' classes `[N]`.
-        accepted: whether the images are accepted `[N]`.
-        asked: the acceptance.
-    """
+    """The accepted share of the scored images `[N]` of each predicted class, the smallest first."""
 
     def promise(number: int) -> Guarantee | None:
         try:
@@ -133,9 +125,9 @@ def groups_section(
     shares = sorted((float(accepted[group == g].mean()), int(g)) for g in np.unique(group))
     rows = [(names[g], share, promise(g)) for share, g in shares[: charts.MOST]]
     text = [
-        f"Accepted share of the scored images by predicted class at an acceptance of {asked:.0%}. "
-        "The line on a bar is where the share of ID images of this class lies with a probability "
-        "of 95% (Beta distribution); the share of a few images scatters more.",
+        f"At an acceptance of {asked:.0%}: the {len(rows)} lowest of {len(shares)} classes. The "
+        "line on a bar is where the share of ID images of this class lies with a probability of "
+        "95% (Beta distribution); the share of a few images scatters more."
     ]
     if pooled := calibration.pooled:
         text.append(
@@ -144,8 +136,6 @@ def groups_section(
             f"of {'such' if calibration.is_pooled else 'all'} classes: nothing is promised for one "
             "of them alone."
         )
-    if len(shares) > len(rows):
-        text.append(f"These are the {len(rows)} lowest of {len(shares)} classes.")
     figure = charts.shares("Accepted share by predicted class", rows, asked)
     return Section("Acceptance by class", tuple(text), figures=(figure,))
 

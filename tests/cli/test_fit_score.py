@@ -252,5 +252,55 @@ def test_a_report_about_the_rows(folders, tmp_path):
     assert undated(again) == text
 
 
+@pytest.fixture(scope="module")
+def by_class(folders):
+    """The file of the detector, calibrated by predicted class by the command."""
+    new = folders / "by_class.safetensors"
+    arguments = ["--detector", folders / "detector.safetensors", "--output", new, "--least", 9]
+    assert calibrate(folders / "test_digits", *arguments, "--calibrate-by", "predicted") == 0
+    return new
+
+
+def calibrate(images, *arguments) -> int:
+    options = ["--num-workers", "0", "--no-progress", "--calibration-dir", images]
+    return main(["calibrate", *map(str, (*arguments, *options))])
+
+
+def test_rows_and_report_by_predicted_class(folders, by_class, tmp_path):
+    table, page = tmp_path / "out.csv", tmp_path / "out.html"
+    arguments = ["score", "--detector", by_class, folders / "test_noise", folders / "val_digits"]
+    arguments += ["--acceptance", "0.9", "--csv", table, "--report", page, "--num-workers", "0"]
+    assert main([*map(str, arguments), "--no-progress"]) == 0
+    detector = FuseNorm.load(by_class, load_source(folders))
+    rows = list(read_rows(table))
+    for row in rows[::7]:
+        assert row.p_value == pytest.approx(float(detector.p_values(row.path)))
+        assert row.ood == bool(detector.is_ood(row.path, 0.9))
+    assert "Accepted share by predicted class" in page.read_text(encoding="utf-8")
+    for row in rows:  # the group is in the row
+        cell = detector.calibration_.cell(int(row.predicted))
+        assert row.p_value == pytest.approx((1 + (cell <= row.confidence).sum()) / (1 + len(cell)))
+
+
+def test_calibrations_of_a_file_are_merged(folders, by_class, tmp_path, capsys):
+    new, images = tmp_path / "new.safetensors", folders / "val_digits"
+    assert calibrate(images, "--detector", by_class, "--output", new) == 1
+    assert "are among those that the detector is fitted on" in capsys.readouterr().err
+    assert not new.exists()
+    some = tmp_path / "some"
+    some.mkdir()
+    for path in sorted((folders / "test_noise").iterdir())[:7]:
+        shutil.copy(path, some)
+    merge = ["--detector", by_class, "--output", new, "--merge", "--newest", "30"]
+    assert calibrate(some, *merge) == 0
+    assert "calibrated on 30 images" in capsys.readouterr().out
+    found = FuseNorm.load(new, load_source(folders)).calibration_
+    assert (found.by, found.least) == ("predicted", 9)
+    given = [(23, str(folders / "test_digits")), (7, str(some))]
+    assert [tuple(call[1:]) for call in found.history] == given
+    assert calibrate(some, *merge[:4], "--calibrate-by", "all") == 0
+    assert FuseNorm.load(new, load_source(folders)).calibration_.by is None
+
+
 def undated(page: Path) -> str:
     return re.sub(r"\d\d \w+ 20\d\d, \d\d:\d\d", "", page.read_text(encoding="utf-8"))

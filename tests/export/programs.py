@@ -64,9 +64,11 @@ def assert_agrees(detector: FuseNorm, run: Program, pixels: Tensor) -> None:
     if detector.calibration_scores_ is None:
         assert list(found) == ["logits", "confidence"]
         return
-    reference = detector.calibration_scores_
-    below = reference - conf.numpy()[:, None]
-    far = ((below <= 0) | (below > 2 * atol * (1 + abs(reference)))).all(1)
+    calibration = detector.calibration_
+    cells = [calibration.cell(k if calibration.by else 0) for k in pred.tolist()]
     p = detector.p_values(normalised(pixels)).numpy()
     assert found["rank"].dtype == np.int32
-    assert found["rank"][far].tolist() == np.rint(p[far] * (1 + len(reference))).tolist()
+    for rank, c, p_value, cell in zip(found["rank"], conf.numpy(), p, cells, strict=True):
+        below = cell - c
+        if ((below <= 0) | (below > 2 * atol * (1 + abs(cell)))).all():
+            assert rank == np.rint(p_value * (1 + len(cell)))

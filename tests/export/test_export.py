@@ -17,6 +17,7 @@ from fusenorm_openood.errors import (
 )
 from fusenorm_openood.export import program, targets
 from fusenorm_openood.export.judge import ERROR, Judge, thresholds
+from fusenorm_openood.export.recalibrate import recalibrate
 from fusenorm_openood.export.targets import METADATA
 from fusenorm_openood.method.conformal import max_rank, rejects
 from fusenorm_openood.network.resnet import T2FNormNet
@@ -132,6 +133,40 @@ def test_ranks_are_those_of_float64_or_larger():
     gaps = scores - exact[:, None]
     near = ((gaps > 0) & (gaps < 2.01 * ERROR * np.maximum(1, abs(scores)))).sum(1)
     assert (found <= rank + near).all()
+
+
+@pytest.fixture(scope="module")
+def by_class():
+    """A detector with scores for each predicted class, of which some are pooled."""
+    net, images = Net(), normalised(drawn_pixels(60, 1))
+    with torch.no_grad():
+        net.fc.bias -= net(images).mean(0)
+    detector = fitted(net)
+    with pytest.warns(UserWarning, match="groups by predicted"):
+        detector.calibrate([normalised(drawn_pixels(80, 2))], by="predicted", least=19)
+    assert len(detector.calibration_.cells) > 2
+    return detector
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+def test_ranks_by_predicted_class(suffix, by_class, tmp_path):
+    exported = by_class.export(tmp_path / f"detector{suffix}", acceptance=0.9)
+    run, pixels = loaded(exported.path), torch.cat([drawn_pixels(80, 2), drawn_pixels(9, 3)])
+    assert_agrees(by_class, run, pixels)
+    found = run(pixels)
+    most = np.array(exported.max_rank)[found["logits"].argmax(1)]
+    assert (found["rank"] <= most).tolist() == by_class.is_ood(normalised(pixels), 0.9).tolist()
+    assert len(exported.max_rank) == CLASSES
+    if suffix == ".onnx":
+        with pytest.raises(ExportError, match="its own calibration scores for each predicted"):
+            recalibrate(exported.path, [], tmp_path / "new.onnx")
+
+
+def test_groups_that_a_program_cannot_know(tmp_path):
+    detector, images = fitted(Net()), normalised(drawn_pixels(40, 2))
+    detector.calibrate([{"image": images, "camera": ["left"] * 40}], by="camera")
+    with pytest.raises(ConfigError, match="a program cannot know the camera of an image"):
+        detector.export(tmp_path / "detector.pt2")
 
 
 def test_the_file_says_what_is_in_it(exported):
