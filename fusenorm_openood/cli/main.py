@@ -30,6 +30,7 @@ COMMANDS = {
     "calibrate": Command("fit", "calibrate a detector's file on other ID images, without a fit"),
     "score": Command("score", "confidences, p-values and verdicts of image files"),
     "report": Command("score", "HTML page about image files that were judged before"),
+    "watch": Command("watch", "alarm for drift in the rows of `fusenorm score`"),
     "export": Command("export", "a detector and its network as one program for a runtime"),
     "recalibrate": Command("export", "calibrate an exported program after it was quantised"),
     "taps": Command("taps", "list the modules of a checkpoint's network that can be layers"),

@@ -21,7 +21,7 @@ from fusenorm_openood.deployment.rows import RowFile, read_rows
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.forward.batches import Pace
-from fusenorm_openood.method.conformal import rejects, rejects_at_fdr
+from fusenorm_openood.method.conformal import fewest_rejections, rejects, rejects_at_fdr
 from fusenorm_openood.report.files import report_of_files
 from fusenorm_openood.report.page import check_report, write_report
 from fusenorm_openood.storage.torchrun import among_peers, this_process
@@ -116,12 +116,15 @@ def run_score(args: Namespace) -> int:
     summary += f", {len(file.judged)} judged before" if file.judged else ""
     summary += f"; {throughput}" if throughput.images else ""
     print(f"fusenorm: {summary}", file=sys.stderr)
-    if by_fdr and known is not None and not counts["OOD"]:
+    tested = counts.total() - counts["unreadable"]
+    if by_fdr and known is not None and tested and not counts["OOD"]:
         n = max(map(len, known.cells))
+        fewest = fewest_rejections(n, tested, args.fdr)
+        more = "more than there are" if fewest > tested else "or none is rejected"
         print(
-            f"fusenorm: {n} calibration images give no p-value below {1 / (n + 1):.2g}, so an FDR "
-            f"of {args.fdr:g} takes {math.ceil(counts.total() / (args.fdr * (n + 1)))} images with "
-            "it: calibrate on more, or choose --acceptance",
+            f"fusenorm: {n} calibration images give no p-value below {1 / (n + 1):.2g}, which "
+            f"{fewest} of {tested} images must have at an FDR of {args.fdr:g}, {more}: calibrate "
+            "on more, or choose --acceptance",
             file=sys.stderr,
         )
     if args.report and table:

@@ -24,6 +24,7 @@ from fusenorm_openood.detectors.repeats import (
     repeated_columns,
 )
 from fusenorm_openood.detectors.statistics import DetectorStatistics
+from fusenorm_openood.detectors.watch import Watch
 from fusenorm_openood.errors import (
     CalibrationError,
     ConfigError,
@@ -517,6 +518,17 @@ class Detector(ABC):
         """Names of groups, or of classes as far as they are known."""
         names = getattr(self, "class_names", None) if calibration.by == PREDICTED else None
         return names or calibration.names
+
+    def watch(
+        self, acceptance: float = 0.95, level: float = 0.01, path: str | Path | None = None
+    ) -> Watch:
+        """An alarm for drift, to be updated with confidences; its arguments are those of `Watch`.
+
+        Raises:
+            CalibrationError: before `calibrate`, or too few calibration images for the acceptance.
+            ConfigError: what `path` holds is of another calibration, acceptance or level.
+        """
+        return Watch(self._check_calibrated(), acceptance, level, path)
 
     def _begin(self, loader: Iterable[Any]) -> tuple[Any, Tensor | None]:
         """Begin a fit: the loader to be read, and images to try the experts on; see `begin`."""

@@ -171,3 +171,14 @@ def rejects_at_fdr(p: ArrayLike, rate: float = 0.1) -> NDArray[np.bool_]:
 
     rejected: NDArray[np.bool_] = stats.false_discovery_control(p) <= rate + EQUAL
     return rejected
+
+
+def fewest_rejections(n: int, tested: int, rate: float) -> int:
+    """The smallest number of images that n calibration images can reject of those `tested`.
+
+    No p-value is below 1 / (n + 1), and `rejects_at_fdr` needs as many of this size.
+
+    >>> fewest_rejections(99, 1000, 0.05), fewest_rejections(9999, 1000, 0.05)
+    (200, 2)
+    """
+    return math.ceil(tested / ((n + 1) * (SHARE("rate", rate) + EQUAL)))

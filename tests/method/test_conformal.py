@@ -9,6 +9,7 @@ from scipy import stats
 from fusenorm_openood.errors import CalibrationError, ConfigError, NonFiniteError
 from fusenorm_openood.method.conformal import (
     conformal_p_values,
+    fewest_rejections,
     guarantee,
     needed_images,
     rejects,
@@ -106,3 +107,13 @@ def test_confidences_that_are_not_finite_are_errors():
         conformal_p_values([np.nan], [1.0])
     with pytest.raises(NonFiniteError, match="calibration must be finite"):
         conformal_p_values([1.0], [np.inf])
+
+
+@given(st.integers(1, 120), st.integers(1, 300), st.sampled_from([0.01, 0.05, 0.07, 0.29, 0.5]))
+def test_fewest_rejections_at_a_false_discovery_rate(n, tested, rate):
+    def possible(k):
+        return rejects_at_fdr([1 / (n + 1)] * k + [1] * (tested - k), rate).any()
+
+    fewest = fewest_rejections(n, tested, rate)
+    assert fewest > tested or possible(fewest)
+    assert not possible(min(fewest - 1, tested))

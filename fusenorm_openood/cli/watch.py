@@ -1,0 +1,188 @@
+"""`fusenorm watch`: an alarm for drift in the rows of `fusenorm score`."""
+
+import csv
+import json
+import math
+import sys
+from argparse import ArgumentParser, Namespace
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fusenorm_openood.cli import options
+from fusenorm_openood.detectors.watch import Position, Watch, Watched
+from fusenorm_openood.errors import (
+    CalibrationError,
+    ConfigError,
+    DataError,
+    FuseNormError,
+    NonFiniteError,
+)
+from fusenorm_openood.storage.files import lock, unlock, write_bytes_whole
+
+
+class Row(NamedTuple):
+    """A confidence, None of an unreadable image, and a text that the row is recognised by."""
+
+    conf: float | None
+    mark: str
+
+
+def add_watch(parser: ArgumentParser) -> None:
+    options.add(parser, "--detector")
+    add = parser.add_argument
+    rows = "rows of `fusenorm score`, or JSON Lines with `confidence`; - = standard input"
+    add("--scores", required=True, metavar="FILE", help=rows)
+    state = "JSON file to go on from and to write, so that only new rows of --scores are read"
+    add("--state", metavar="FILE", help=state)
+    alarm = "probability of a false alarm in the whole stream (default: 0.01)"
+    add("--level", type=options.fraction, default=0.01, help=alarm)
+    options.add(parser, "--acceptance")
+    options.add(parser, "--batch-size", default=1000, help="rows per line (default: 1000)")
+    add("--prometheus", metavar="FILE", help="also write metrics for a textfile collector")
+
+
+def run_watch(args: Namespace) -> int:
+    """Print one JSON line per batch, after its state is on disk; 0, also after an alarm."""
+    state = Path(args.state) if args.state else None
+    file = None if args.scores == "-" else str(Path(args.scores).resolve())
+    with _alone(state):
+        watch = Watch(_calibration(args.detector), args.acceptance, args.level, state)
+        rows, known = _rows(args.scores), watch.positions.get(file or "")
+        if known and [row.mark for row in deque(islice(rows, known.rows), 1)] != [known.last]:
+            raise ConfigError(
+                f"{args.scores} no longer has the {known.rows} rows that {state} has read: give "
+                "the file that goes on, or another --state"
+            )
+        read, before = known.rows if known else 0, watch.now.alarm
+        for batch in _batches(rows, args.batch_size):
+            conf, read = [row.conf for row in batch if row.conf is not None], read + len(batch)
+            position = {file: Position(read, batch[-1].mark)} if file else None
+            now = watch.update(conf, len(batch) - len(conf), position)
+            if args.prometheus:
+                write_bytes_whole(Path(args.prometheus), metrics(now).encode())
+            print(json.dumps(now._asdict()), flush=True)
+            if now.alarm and not before:
+                told = f"alarm at row {now.alarm_row}: confidences are {now.shift}"
+                print(f"fusenorm: {told} than at calibration", file=sys.stderr)
+            before = now.alarm
+    return 0
+
+
+def metrics(now: Watched) -> str:
+    """What is known of a stream, in Prometheus' text format."""
+    lines = []
+    for name, value in now._asdict().items():
+        if isinstance(value, int | float):
+            counts = name in ("rows", "unreadable", "rejected")
+            full = f"fusenorm_watch_{name}{'_total' * counts}"
+            lines += [f"# TYPE {full} {'counter' if counts else 'gauge'}", f"{full} {+value}"]
+    return "\n".join([*lines, ""])
+
+
+@contextmanager
+def _alone(state: Path | None) -> Iterator[None]:
+    """Context that one process at a time enters with a state."""
+    try:
+        locked = lock(state.with_name(f"{state.name}.lock")) if state else None
+    except OSError as error:
+        why = "in use by another run" if isinstance(error, BlockingIOError) else error.strerror
+        raise ConfigError(f"--state {state} cannot be used ({why}): give another file") from None
+    try:
+        yield
+    finally:
+        unlock(locked)
+
+
+def _calibration(detector: str) -> Any:
+    from fusenorm_openood.storage.detector_file import read_contents  # imports torch
+
+    scores = read_contents(Path(detector)).tensors.get("reference")
+    if scores is None:
+        raise CalibrationError(
+            f"detector file {detector} has no calibration images: fit with --calibration-dir"
+        )
+    return scores.numpy()
+
+
+def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Batches of rows; what comes before a row that is an error is a batch, too."""
+    batch: list[Row] = []
+    try:
+        for row in rows:
+            batch.append(row)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except FuseNormError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+def _rows(name: str) -> Iterator[Row]:
+    """The rows of a file, or of standard input.
+
+    Raises:
+        DataError: the file cannot be read, or a row has no confidence and no error.
+        NonFiniteError: a confidence that is not finite.
+    """
+    for number, row in enumerate(_named(name), 1):
+        text = row.get("confidence")
+        if text in (None, "") and row.get("error"):
+            yield Row(None, f"{row.get('path')}")
+            continue
+        try:
+            conf = float(text)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            raise DataError(
+                f"{name}, row {number} must have a confidence or an error, got {text!r}: remove "
+                "the row, or score again"
+            ) from None
+        if not math.isfinite(conf):
+            raise NonFiniteError(
+                f"{name}, row {number} must have a finite confidence, got {conf}: check the image "
+                f"{row.get('path')}, or remove the row"
+            )
+        yield Row(conf, f"{row.get('path')}: {conf}")
+
+
+def _named(name: str) -> Iterator[dict[str, Any]]:
+    """Rows by column."""
+    path = Path(name)
+    try:
+        if name == "-":
+            yield from _parsed(sys.stdin)
+        elif path.suffix.lower() in (".parquet", ".pq"):
+            from fusenorm_openood.deployment.rows import read_rows  # imports torch
+
+            yield from (row._asdict() for row in read_rows(path))
+        else:
+            with path.open(encoding="utf-8", newline="") as file:
+                yield from _parsed(file, growing=True)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{name} cannot be read ({reason}): give the rows of fusenorm score"
+        ) from None
+
+
+def _parsed(lines: Iterable[str], growing: bool = False) -> Iterator[dict[str, Any]]:
+    """Rows of CSV or JSON Lines; `growing`: without a last line that has no end yet."""
+    lines = (line for line in lines if line.endswith("\n") or not growing)
+    first = next(lines, "")
+    lines = chain([first], lines)
+    if not first.startswith("{"):
+        yield from csv.DictReader(lines)
+        return
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        yield row if isinstance(row, dict) else {}
