@@ -337,6 +337,13 @@ def far_off() -> str:
     return table(("network", "method", "accepted, %", "near / far"), rows)
 
 
+def alarm() -> str:
+    """False alarms and delays of the alarm for drift, and of other tests."""
+    found = pd.read_csv(RESULTS / "alarm.csv", dtype=str)
+    shifts = (f"{name} sd" if name[0] in "+-" else name for name in found.columns)
+    return table(shifts, found.to_numpy().tolist())
+
+
 COMPARED = ("FuseNorm (default)", "FuseNorm (deviation)", "FuseNorm (published)")
 IMAGENET = "EfficientNet-Lite0"
 TITLES = {IMAGENET: "ImageNet-1k"}
@@ -368,6 +375,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "protocol": protocol,
     "protocol-short": protocol_in_short,
     "far-off": far_off,
+    "alarm": alarm,
     "pseudo": pseudo_ood,
     "settings": settings,
     "sweep": sweep,

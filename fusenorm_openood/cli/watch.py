@@ -7,10 +7,9 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.detectors.watch import Position, Watch, Watched
@@ -21,14 +20,9 @@ from fusenorm_openood.errors import (
     FuseNormError,
     NonFiniteError,
 )
-from fusenorm_openood.storage.files import lock, unlock, write_bytes_whole
+from fusenorm_openood.storage.files import write_bytes_whole
 
-
-class Row(NamedTuple):
-    """A confidence, None of an unreadable image, and a text that the row is recognised by."""
-
-    conf: float | None
-    mark: str
+Row = tuple[float | None, str]  # confidence, None if unreadable; a text to recognise the row by
 
 
 def add_watch(parser: ArgumentParser) -> None:
@@ -49,26 +43,25 @@ def run_watch(args: Namespace) -> int:
     """Print one JSON line per batch, after its state is on disk; 0, also after an alarm."""
     state = Path(args.state) if args.state else None
     file = None if args.scores == "-" else str(Path(args.scores).resolve())
-    with _alone(state):
-        watch = Watch(_calibration(args.detector), args.acceptance, args.level, state)
-        rows, known = _rows(args.scores), watch.positions.get(file or "")
-        if known and [row.mark for row in deque(islice(rows, known.rows), 1)] != [known.last]:
-            raise ConfigError(
-                f"{args.scores} no longer has the {known.rows} rows that {state} has read: give "
-                "the file that goes on, or another --state"
-            )
-        read, before = known.rows if known else 0, watch.now.alarm
-        for batch in _batches(rows, args.batch_size):
-            conf, read = [row.conf for row in batch if row.conf is not None], read + len(batch)
-            position = {file: Position(read, batch[-1].mark)} if file else None
-            now = watch.update(conf, len(batch) - len(conf), position)
-            if args.prometheus:
-                write_bytes_whole(Path(args.prometheus), metrics(now).encode())
-            print(json.dumps(now._asdict()), flush=True)
-            if now.alarm and not before:
-                told = f"alarm at row {now.alarm_row}: confidences are {now.shift}"
-                print(f"fusenorm: {told} than at calibration", file=sys.stderr)
-            before = now.alarm
+    watch = Watch(_calibration(args.detector), args.acceptance, args.level, state)
+    rows, known = _rows(args.scores), watch.positions.get(file or "", Position(0, ""))
+    if known.rows and [mark for _, mark in deque(islice(rows, known.rows), 1)] != [known.last]:
+        raise ConfigError(
+            f"{args.scores} no longer has the {known.rows} rows that {state} has read: give the "
+            "file that goes on, or another --state"
+        )
+    read, before = known.rows, watch.now.alarm
+    for batch in _batches(rows, args.batch_size):
+        conf, read = [c for c, _ in batch if c is not None], read + len(batch)
+        position = {file: Position(read, batch[-1][1])} if file else None
+        now = watch.update(conf, len(batch) - len(conf), position)
+        if args.prometheus:
+            write_bytes_whole(Path(args.prometheus), metrics(now).encode())
+        print(json.dumps(now._asdict()), flush=True)
+        if now.alarm and not before:
+            told = f"alarm at row {now.alarm_row}: confidences are {now.shift}"
+            print(f"fusenorm: {told} than at calibration", file=sys.stderr)
+        before = now.alarm
     return 0
 
 
@@ -81,20 +74,6 @@ def metrics(now: Watched) -> str:
             full = f"fusenorm_watch_{name}{'_total' * counts}"
             lines += [f"# TYPE {full} {'counter' if counts else 'gauge'}", f"{full} {+value}"]
     return "\n".join([*lines, ""])
-
-
-@contextmanager
-def _alone(state: Path | None) -> Iterator[None]:
-    """Context that one process at a time enters with a state."""
-    try:
-        locked = lock(state.with_name(f"{state.name}.lock")) if state else None
-    except OSError as error:
-        why = "in use by another run" if isinstance(error, BlockingIOError) else error.strerror
-        raise ConfigError(f"--state {state} cannot be used ({why}): give another file") from None
-    try:
-        yield
-    finally:
-        unlock(locked)
 
 
 def _calibration(detector: str) -> Any:
@@ -135,7 +114,7 @@ def _rows(name: str) -> Iterator[Row]:
     for number, row in enumerate(_named(name), 1):
         text = row.get("confidence")
         if text in (None, "") and row.get("error"):
-            yield Row(None, f"{row.get('path')}")
+            yield None, str(row.get("path"))
             continue
         try:
             conf = float(text)  # type: ignore[arg-type]
@@ -149,7 +128,7 @@ def _rows(name: str) -> Iterator[Row]:
                 f"{name}, row {number} must have a finite confidence, got {conf}: check the image "
                 f"{row.get('path')}, or remove the row"
             )
-        yield Row(conf, f"{row.get('path')}: {conf}")
+        yield conf, f"{row.get('path')}: {conf}"
 
 
 def _named(name: str) -> Iterator[dict[str, Any]]:

@@ -181,4 +181,5 @@ def fewest_rejections(n: int, tested: int, rate: float) -> int:
     >>> fewest_rejections(99, 1000, 0.05), fewest_rejections(9999, 1000, 0.05)
     (200, 2)
     """
-    return math.ceil(tested / ((n + 1) * (SHARE("rate", rate) + EQUAL)))
+    rate = float(SHARE("rate", rate))
+    return math.ceil(tested / ((n + 1) * (rate + EQUAL)))

@@ -154,9 +154,6 @@ def test_a_killed_run_goes_on_where_it_was(home, capsys):
     command = [sys.executable, "-m", "fusenorm_openood.cli", "watch", "--detector", "detector"]
     with subprocess.Popen([*command, "--scores", "rows.csv", *options], stdout=-1) as run:
         said = [json.loads(run.stdout.readline()) for _ in range(3)][-1]
-        os.kill(run.pid, signal.SIGSTOP)
-        assert watch(*options) == 1  # one at a time
-        assert "in use by another run" in capsys.readouterr().err
         os.kill(run.pid, signal.SIGKILL)
         run.stdout.read()
     assert json.loads(Path("state.json").read_text())["rows"] >= said["rows"]
