@@ -62,7 +62,7 @@ def test_imagenet_is_the_same_in_one_process_and_in_two(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ["run", "imagenet", "interruptions", "parts", "scale"])
+@pytest.mark.parametrize("name", ["run", "alarm", "imagenet", "interruptions", "parts", "scale"])
 def test_scripts_find_what_they_import(name, monkeypatch):
     monkeypatch.syspath_prepend(RUN.parent)
     importlib.import_module(name)
