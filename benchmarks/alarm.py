@@ -75,7 +75,8 @@ def simulated(streams: int, shifted: int) -> pd.DataFrame:
             delays = [rows[rows >= QUIET][:1] - QUIET + 1 for rows in found]
             missed = 100 * sum(len(d) == 0 for d in delays) / shifted
             delay = np.median([d[0] if len(d) else np.inf for d in delays])
-            rows[name][title] = f"{delay:.0f} ({missed:.0f})"
+            shown = f"{delay:.0f}" if np.isfinite(delay) else "none"
+            rows[name][title] = f"{shown} ({missed:.0f})"
     return pd.DataFrame(rows).T.rename_axis("method")
 
 
