@@ -82,7 +82,7 @@ def _calibration(detector: str) -> Any:
     scores = read_contents(Path(detector)).tensors.get("reference")
     if scores is None:
         raise CalibrationError(
-            f"detector file {detector} has no calibration images: fit with --calibration-dir"
+            f"detector file {detector} has no calibration images: run fusenorm calibrate"
         )
     return scores.numpy()
 

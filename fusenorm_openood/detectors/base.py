@@ -528,7 +528,7 @@ class Detector(ABC):
             CalibrationError: before `calibrate`, or too few calibration images for the acceptance.
             ConfigError: what `path` holds is of another calibration, acceptance or level.
         """
-        return Watch(self._check_calibrated(), acceptance, level, path)
+        return Watch(self._check_calibrated().scores, acceptance, level, path)
 
     def _begin(self, loader: Iterable[Any]) -> tuple[Any, Tensor | None]:
         """Begin a fit: the loader to be read, and images to try the experts on; see `begin`."""

@@ -24,7 +24,7 @@ class Watched(NamedTuple):
     Attributes:
         rows: number of confidences.
         unreadable: number of rows without one.
-        rejected: number of images that are OOD at the acceptance, all calibration scores as one group.
+        rejected: number of images that are OOD at the acceptance, without groups.
         rate: their share of the rows.
         rate_low, rate_high: bounds of the rejection rate, valid after every row at once with a
             probability of 1 - level / 2; see `rate_bounds`.

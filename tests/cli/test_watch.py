@@ -143,7 +143,7 @@ def test_what_does_not_belong_is_one_sentence(home, capsys):
     assert "absent.csv cannot be read (No such file" in capsys.readouterr().err
     write_contents(Path("uncalibrated"), Contents({}, {}))
     assert watch(detector="uncalibrated") == 1
-    assert "has no calibration images: fit with --calibration-dir" in capsys.readouterr().err
+    assert "has no calibration images: run fusenorm calibrate" in capsys.readouterr().err
 
 
 @pytest.mark.slow
