@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fusenorm_openood.detectors import saving
 from fusenorm_openood.detectors.atomic import atomic
 from fusenorm_openood.detectors.base import Detector, Images, check_random, identified
+from fusenorm_openood.detectors.early import judge_early
 from fusenorm_openood.detectors.fitting import enough_for, fit_experts, leave_one_out, try_experts
 from fusenorm_openood.detectors.repeats import check_apart, data_of
 from fusenorm_openood.detectors.statistics import DetectorStatistics, Explanation
@@ -113,6 +114,7 @@ class FuseNorm(Detector):
 
     taps: tuple[str, ...]
     strong: tuple[str, ...]
+    _stage_ends: tuple[Structure, list[tuple[str, ...]]] | None = None  # found by a trial
 
     def __repr__(self) -> str:
         default, text = Settings(), [type(unwrapped(self.net)).__name__]
@@ -281,6 +283,36 @@ class FuseNorm(Detector):
     def confidence(self, experts: NDArray[Any]) -> NDArray[np.float64]:
         statistics = self._check_fitted()
         return statistics.confidence(experts[: len(self.experts)])
+
+    def is_ood(
+        self,
+        images: Images,
+        acceptance: float = 0.95,
+        groups: Any = None,
+        early: bool | str = False,
+    ) -> Tensor:
+        """Verdicts `[B]`, True = OOD; see `Detector.is_ood`.
+
+        With `early`, images leave the batch at the ends of stages, as soon as they are rejected:
+
+        - `True` or `"certain"`: where the confidence can no longer reach the threshold. The
+          verdicts are those of the whole pass.
+        - `"spending"`: where the joint distance of the layers so far is larger than that of nearly
+          all calibration images. The error 1 - acceptance is divided equally among the exits and
+          the confidence at the end, so that by the union bound at least `acceptance` of ID images
+          are accepted on average. More images leave, and some verdicts are others.
+
+        Raises:
+            TapError: `early` for a network in which images cannot leave a batch.
+            ConfigError, CalibrationError: also settings with which none ever would, or too few
+                calibration images for so many exits.
+        """
+        if not early:
+            return super().is_ood(images, acceptance, groups)
+        tensor, mode = self._tensor(images), "certain" if early is True else early
+        batch = tensor.unsqueeze(0) if tensor.ndim == 3 else tensor
+        ood = torch.from_numpy(judge_early(self, batch, acceptance, mode, groups).ood)
+        return (ood[0] if tensor.ndim == 3 else ood).to(tensor.device)
 
     def explain(self, images: Images, with_maps: bool = True, groups: Any = None) -> Explanation:
         """What the confidences of images `[B, C, H, W]` are made of, and where: see `Explanation`.

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward.gradient import gradients_of_images
-from fusenorm_openood.forward.passes import ForwardPass, forward_pass, head_logits, head_of, parts
+from fusenorm_openood.forward.passes import (
+    ForwardPass,
+    Thinning,
+    forward_pass,
+    head_logits,
+    head_of,
+    parts,
+)
 from fusenorm_openood.method.atf import FeatureNorm, atf_each
 from fusenorm_openood.method.scores.base import NO_HEAD, Features, Head, Score, State
 from fusenorm_openood.method.scores.odin import odin_direction, odin_step
@@ -159,16 +166,20 @@ class Scoring:
         with eval_mode(unwrapped(self.net)):
             for part in parts(images, self.structure.batch_dependent):
                 batches.append(self.run_part(part)[0])
-        return batches[0] if len(batches) == 1 else _joined(batches)
+        return batches[0] if len(batches) == 1 else joined(batches)
 
-    def run_part(self, images: Tensor) -> tuple[BatchScores, ForwardPass]:
+    def run_part(
+        self, images: Tensor, thinning: Thinning | None = None
+    ) -> tuple[BatchScores, ForwardPass]:
         """As `run`, for a network in eval mode, without splitting the images; with the pass."""
         moved, layers = dict[Score, Tensor](), self.experts.layers
         if self._by_gradient:
             first, moved = self._with_gradients(images)
         else:
             with torch.no_grad():
-                first = forward_pass(self.net, images, self.structure, layers, self._norms)
+                first = forward_pass(
+                    self.net, images, self.structure, layers, self._norms, thinning=thinning
+                )
         scores = dict[Expert, Tensor]()
         for layer in layers:
             for norm, column in zip(self.experts.norms, first.maps[layer].unbind(1), strict=True):
@@ -304,7 +315,7 @@ class Scoring:
         return moved
 
 
-def _joined(batches: Sequence[BatchScores]) -> BatchScores:
+def joined(batches: Sequence[BatchScores]) -> BatchScores:
     """The scores of the parts of a batch as those of one."""
     scores = {e: torch.cat([batch.scores[e] for batch in batches]) for e in batches[0].scores}
     feature, logits = zip(*(batch.features for batch in batches), strict=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,19 @@ from fusenorm_openood.network.running import (
 from fusenorm_openood.network.structure import Structure
 
 PIXELS = 2**14  # image pixels that one CPU thread processes at a time
+
+
+class Thinning(Protocol):
+    """Which images stay in a batch during a pass.
+
+    Attributes:
+        kept: their numbers in the batch that the pass began with.
+    """
+
+    kept: Tensor
+
+    def after(self, name: str, reduced: Mapping[str, Tensor]) -> Tensor | None:
+        """The numbers of those that stay after a module, in the batch before it; None = all do."""
 
 
 class ForwardPass(NamedTuple):
@@ -85,6 +98,7 @@ def forward_pass(
     taps: Sequence[str] = (),
     reduce: Callable[[Tensor], Tensor] = torch.clone,
     threshold: float | None = None,
+    thinning: Thinning | None = None,
 ) -> ForwardPass:
     """Run a network once: feature norms of its layers, penultimate feature, and logits.
 
@@ -100,6 +114,7 @@ def forward_pass(
         taps: names of the modules to tap.
         reduce: from the feature maps `[B, C, H, W]` of a tap to what is kept of them, `[B, ...]`.
         threshold: clips the input of the layers that make the logits, as ReAct does.
+        thinning: images that leave the batch during the pass, which is then over those that stay.
 
     Raises:
         TapError: an unusable tap (see `hooked_layers`), or logits that are not `[B, K]`.
@@ -112,10 +127,11 @@ def forward_pass(
     clip = None if threshold is None else partial(torch.clamp, max=threshold)
     with (
         own_pass(),
-        hooked_layers(core, taps, structure, images.shape, reduce) as maps,
+        hooked_layers(core, taps, structure, images.shape, reduce, thinning) as maps,
         hooked_head(layers, clip) as (inputs, outputs),
     ):
         output = scoring_run(core, structure.scoring)(images.clone())
+    images = images if thinning is None else images[thinning.kept]
     feature = feature_of(structure.head, layers, inputs, outputs)
     logits = _logits(core, structure, layers, output, inputs, outputs, feature, images.shape[0])
     classified = logits.detach()
@@ -136,6 +152,7 @@ def hooked_layers(
     structure: Structure,
     image: Sequence[int],
     reduce: Callable[[Tensor], Tensor],
+    thinning: Thinning | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Reduce the feature maps of the named modules during one forward pass.
 
@@ -150,13 +167,14 @@ def hooked_layers(
         structure: how the network is built.
         image: shape of the batch of images.
         reduce: what becomes of a feature map.
+        thinning: which images leave the batch after a module; see `forward.early`.
 
     Raises:
         TapError: a tap that returns no feature map, fires twice or never fires.
     """
     reduced = dict[str, Tensor]()
 
-    def take(name: str, module: nn.Module, args: Any, value: Any) -> None:
+    def take(name: str, module: nn.Module, args: Any, value: Any) -> Tensor | None:
         layout, number = structure.layouts.get(name), structure.outputs.get(name, 0)
         if type(value) is Tensor and not value.is_quantized:
             found: Tensor | None = value  # the usual case, without a search
@@ -171,6 +189,12 @@ def hooked_layers(
             if layout != "BCHW":
                 found = as_maps(found, layout, image, structure.prefixes.get(name))
             reduced[name] = reduce(found)
+            kept = None if thinning is None else thinning.after(name, reduced)
+        if kept is None:
+            return None
+        reduced.update({name: of_all[kept] for name, of_all in reduced.items()})
+        rest: Tensor = value[kept]
+        return rest
 
     def take_input(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         take(name, module, (), (args, kwargs))

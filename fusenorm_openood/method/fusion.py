@@ -1,7 +1,7 @@
 """Fuse strong and weak experts into one confidence."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -161,6 +161,39 @@ class Fusion(nn.Module):
         u = self.joint_distance.standardised(scores[: self.layers])
         weak = self.is_weak[: self.layers]
         return torch.cat([torch.where(weak, u, z[: self.layers]), z[self.layers :]])
+
+    @property
+    def most_of_strong(self) -> float:
+        """The largest confidence there is: that of strong experts without a penalty."""
+        most = self.weights * (self.most - self.origin) / self.scale
+        return float(most[self.weights > 0].sum())
+
+    @property
+    def largest_penalty(self) -> float:
+        """The largest penalty there is: the cap, or infinite where images may be far off."""
+        return math.inf if self.joint and self.settings.penalty != "joint" else self.settings.cap
+
+    def upper_bound(self, layers: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        """From norms `[l, N]` of some layers to what confidences `[N]` are at most.
+
+        The strong experts give at most `most_of_strong`. The joint distance and the largest
+        deviation of some layers, and so the penalties, are at most those of all.
+        """
+        s, rows, most = self.settings, list(layers), self.most_of_strong
+        joint = None if self.joint is None else self.joint.of_layers(rows)
+        origin, scale, is_weak = (t[rows] for t in (self.origin, self.scale, self.is_weak))
+
+        def bound(norms: Tensor) -> Tensor:
+            terms = None if joint is None else joint.terms(norms)
+            if joint is not None and terms is not None and s.penalty == "joint":
+                return most - joint.penalty(terms, s.joint_margin, s.cap)
+            deviations = torch.where(is_weak, deviation((norms - origin) / scale), 0)
+            found = most - penalty(deviations.amax(0), s.base, s.cap)
+            if joint is None or terms is None:
+                return found
+            return found - s.cap * joint.far_off(terms)
+
+        return bound
 
     @property
     def joint_distance(self) -> JointDistance:

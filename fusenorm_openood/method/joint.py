@@ -72,10 +72,24 @@ class JointDistance(nn.Module):
         self.log_mean, self.log_std = statistics.log_mean, statistics.log_std
         self.limit = statistics.limit
         self.varying = int(np.count_nonzero(np.isfinite(statistics.scale)))
+        self.statistics = statistics
         inverse = 1 / statistics.scale  # 0 for a constant layer
         constants = {"mean": statistics.mean, "inverse": inverse, "precision": statistics.precision}
         for name, array in constants.items():
             self.register_buffer(name, torch.tensor(array, dtype=torch.float64, device="cpu"))
+
+    def of_layers(self, layers: Sequence[int]) -> "JointDistance":
+        """The distance of the norms of some layers alone, which is at most that of all.
+
+        Their correlation is a block of that of all, so that u' C^-1 u loses what the other layers
+        add to it given these, which is no less than 0 (Schur complement).
+        """
+        rows, s = list(layers), self.statistics
+        block = np.linalg.inv(s.precision)[np.ix_(rows, rows)]
+        part = s._replace(mean=s.mean[rows], scale=s.scale[rows], precision=np.linalg.inv(block))
+        distance = JointDistance(part)
+        distance.varying = self.varying
+        return distance
 
     def standardised(self, norms: Tensor) -> Tensor:
         """u `[L, N]`: log norms with mean 0 and deviation 1 on ID images; 0 for constant ones."""

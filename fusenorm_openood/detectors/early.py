@@ -1,0 +1,134 @@
+"""Verdicts on images, of which some are rejected before the network has finished."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fusenorm_openood.detectors.base import check_finite
+from fusenorm_openood.errors import CalibrationError, ConfigError
+from fusenorm_openood.forward.batches import checked_images
+from fusenorm_openood.forward.early import Exit, early_scores, stage_ends
+from fusenorm_openood.forward.experts import Scoring
+from fusenorm_openood.kernels.devices import moved
+from fusenorm_openood.method.conformal import max_rank
+from fusenorm_openood.method.joint import JointDistance
+from fusenorm_openood.network.running import network_errors
+
+if TYPE_CHECKING:
+    from fusenorm_openood.detectors.fusenorm import FuseNorm
+
+MODES = ("certain", "spending")
+ROUNDING = 1e-5  # of bounds, relative to those above 1: another batch has other last digits
+
+
+class EarlyVerdicts(NamedTuple):
+    """Verdicts on `B` images, of which some were rejected before the network had finished.
+
+    Attributes:
+        ood: the verdicts `[B]`, True = OOD.
+        exits: the layer `[B]` after which an image was rejected, None for those that the whole
+            network has seen. Of the others, no class and no exact confidence is known.
+        kept: numbers `[b]` of the images that the whole network has seen.
+        experts: their scores `[L, b]`.
+        pred: their predicted classes `[b]`.
+        bounds: what the confidences `[B]` of rejected images are at most, with exits that are
+            certain; NaN of all others.
+    """
+
+    ood: NDArray[np.bool_]
+    exits: tuple[str | None, ...]
+    kept: NDArray[np.int64]
+    experts: NDArray[np.float64]
+    pred: NDArray[np.int64]
+    bounds: NDArray[np.float64]
+
+
+def judge_early(
+    detector: "FuseNorm",
+    images: Tensor,
+    acceptance: float = 0.95,
+    mode: str = "certain",
+    groups: Any = None,
+) -> EarlyVerdicts:
+    """Verdicts on images `[B, C, H, W]`; see `FuseNorm.is_ood`."""
+    with network_errors(detector.net, checked_images(images)):
+        on_device = moved(detector.net, images)
+        scoring = detector.scoring(lambda: on_device)
+        exits, accepted = _exits(detector, scoring, on_device, acceptance, mode)
+        done = early_scores(scoring, on_device, exits)
+    kept = done.kept.cpu().numpy()
+    numbers, calibration = done.exits.cpu().numpy(), detector._check_calibrated()
+    ood = numbers >= 0
+    experts, pred = np.empty((len(detector.rows), 0)), np.empty(0, np.int64)
+    if done.scores is not None:
+        experts = done.scores.matrix(detector.rows).cpu().numpy()
+        pred = done.scores.pred.cpu().numpy()
+        check_finite(images[done.kept.to(images.device)], experts, detector.rows)
+        given = None if groups is None else np.atleast_1d(np.asarray(groups))[kept]
+        group = calibration.numbers(pred, given)
+        ood[kept] = detector.confidence(experts) < calibration.thresholds(accepted)[group]
+    layers = [None if number < 0 else exits[number].layers[-1] for number in numbers.tolist()]
+    bounds = done.statistics.cpu().double().numpy()
+    if mode != "certain":
+        bounds = np.full_like(bounds, np.nan)
+    return EarlyVerdicts(ood, tuple(layers), kept, experts, pred, bounds)
+
+
+def _exits(
+    detector: "FuseNorm", scoring: Scoring, images: Tensor, acceptance: float, mode: str
+) -> tuple[list[Exit], float]:
+    """The exits, and the acceptance at their end."""
+    statistics, calibration = detector._check_fitted(), detector._check_calibrated()
+    if mode not in MODES:
+        raise ConfigError(f"early must be {' or '.join(MODES)}, got {mode!r}")
+    if scoring.by_network:
+        raise ConfigError(
+            "early needs strong experts that follow from one pass, and odin or ReAct before a mean "
+            "over pixels is none: judge without early"
+        )
+    if (known := detector._stage_ends) is None or known[0] is not scoring.structure:
+        ends = stage_ends(detector.net, images, scoring.structure, detector.taps)
+        known = detector._stage_ends = scoring.structure, ends
+    fusion, ends = statistics.fusion, known[1]
+    rows = [list(map(statistics.layers.index, layers)) for layers in ends]
+    if mode == "certain":
+        limit = float(calibration.thresholds(acceptance).min())
+        limit -= ROUNDING * max(1.0, abs(limit))
+        least = fusion.most_of_strong - fusion.largest_penalty
+        if not least < limit:
+            needed = fusion.most_of_strong - limit
+            raise ConfigError(
+                f"no image can be rejected before its strong experts are known: they reach "
+                f"{fusion.most_of_strong:.3g}, and an acceptance of {acceptance:g} rejects below "
+                f"{limit:.3g}, so that the penalty has to reach {needed:.3g}; fit with clip=True "
+                "and a cap above it, or choose early='spending'"
+            )
+        bounds = map(fusion.upper_bound, rows)
+        return [Exit(*of, limit) for of in zip(ends, bounds, strict=True)], acceptance
+    if calibration.by is not None or fusion.joint is None:
+        raise ConfigError(
+            "early='spending' needs calibration images without groups, and settings with clip or "
+            "the joint penalty: choose early='certain'"
+        )
+    share = (1 - acceptance) / (len(ends) + 1)  # by the union bound, together the error
+    try:
+        most = max_rank(1 - share, len(calibration))
+    except CalibrationError as error:
+        raise CalibrationError(
+            f"early='spending' judges {len(ends) + 1} times, each with an error of {share:.3g}: "
+            f"{error}"
+        ) from None
+    exits = []
+    for layers, some in zip(ends, rows, strict=True):
+        closeness = partial(_closeness, fusion.joint.of_layers(some))
+        scores = np.sort(closeness(torch.from_numpy(calibration.marks[some])).numpy())
+        exits.append(Exit(layers, closeness, float(scores[most - 1])))
+    return exits, 1 - share
+
+
+def _closeness(distance: JointDistance, norms: Tensor) -> Tensor:
+    return -distance.log_distance(distance.terms(norms))
