@@ -40,6 +40,12 @@ def add_score(parser: ArgumentParser) -> None:
     options.add(verdict, "--acceptance")
     at_fdr = "share of ID images among the OOD: judges all images together"
     verdict.add_argument("--fdr", type=options.fraction, help=at_fdr)
+    reject = "reject images before the network has finished, without a class"
+    for option, mode, how in (
+        ("--early", "certain", "with the same verdicts"),
+        ("--early-spending", "spending", "more of them, at the same acceptance of ID images"),
+    ):
+        add(option, dest="early", action="store_const", const=mode, help=f"{reject}: {how}")
     add("--csv", metavar="FILE", help="CSV or .parquet file of rows (default: standard output)")
     options.add(parser, "--report", help="also write an HTML page about the rows of --csv")
     add("--resume", action="store_true", help="go on with the rows that --csv already has")
@@ -83,7 +89,7 @@ def run_score(args: Namespace) -> int:
     def judged(paths: Places) -> Iterator[list[Judged]]:
         how = args.batch_size, args.num_workers, throughput
         if not args.store:
-            yield from judge_files(detector, paths, args.acceptance, *how)
+            yield from judge_files(detector, paths, args.acceptance, *how, args.early)
             return
         files = FileShards(detector, paths, place(args.store), *how)
         if args.engine == "native":
@@ -109,7 +115,8 @@ def run_score(args: Namespace) -> int:
                 bar.update(len(rows))
                 counts.update(map(_verdict, rows))
         level = args.fdr if by_fdr else args.acceptance
-        file.finish(lambda p: (rejects_at_fdr if by_fdr else rejects)(p, level))
+        decide = rejects_at_fdr if by_fdr else rejects
+        file.finish(None if args.early else lambda p: decide(p, level))
     if table and table.is_file():  # not /dev/stdout, from which nothing comes back
         counts = Counter(map(_verdict, read_rows(table)))
     summary = f"{counts.total()} images: {counts['OOD']} OOD, {counts['unreadable']} unreadable"
@@ -135,7 +142,10 @@ def run_score(args: Namespace) -> int:
 def _check_options(args: Namespace, world: int) -> None:
     """Raise ConfigError for options that do not go together, or go with others that are missing."""
     csv, store, several = args.csv, args.store, world > 1
+    rest = bool(args.fdr or args.store or args.report or args.resume)
     rules = {
+        "--early gives verdicts at an acceptance, and no class and no exact confidence: leave out "
+        "--fdr, --store, --report and --resume": args.early and rest,
         "--report is about the rows of a file: give --csv FILE": args.report and not csv,
         "--report shows verdicts at an acceptance: leave out --fdr": args.report and args.fdr,
         "--fdr judges all images together, for which it needs a file: --csv": args.fdr and not csv,

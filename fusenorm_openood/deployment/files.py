@@ -1,6 +1,7 @@
 """Judge image files one by one, or shard by shard into a store."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.detectors.early import judge_early
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.statistics import packed
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError
@@ -73,8 +75,13 @@ def judge_files(
     batch_size: int = 64,
     num_workers: int = 0,
     throughput: Pace | None = None,
+    early: str | None = None,
 ) -> Iterator[list[Judged]]:
     """The rows of image files, in order, batch by batch.
+
+    With `early`, an image that is rejected before the network has finished has no class, `objected`
+    is the layer after which it was, and its confidence and p-value are at most what the row says,
+    or None if `early` is `"spending"`.
 
     Args:
         detector: a fitted detector with its preprocessing; without calibration images it gives
@@ -83,17 +90,24 @@ def judge_files(
         acceptance: fraction of ID images to accept; see `FuseNorm.is_ood`.
         batch_size, num_workers: settings of the data loader.
         throughput: counts the images that are scored.
+        early: `"certain"` or `"spending"`, see `FuseNorm.is_ood`; None = the whole network.
 
     Raises:
         DataError: the detector has no preprocessing.
+        TapError: `early`, and images cannot leave a batch of the network.
         ConfigError: its calibration images are grouped by what files do not give.
     """
     first, files = 0, _image_files(detector, paths)
     loader = CpuLoader(files, batch_size, num_workers=num_workers, collate_fn=list)
-    for columns in _scored_batches(detector, loader, throughput):
-        end = first + len(columns["pred"])
-        yield judged(detector, paths[first:end], columns, acceptance)
-        first = end
+    counted = throughput or Pace()
+    for batch in counted.timed(loader):
+        counted.images += len(batch)
+        some = paths[first : first + len(batch)]
+        first += len(batch)
+        if early is None:
+            yield judged(detector, some, score(detector, batch), acceptance)
+        else:
+            yield judged_early(detector, some, batch, acceptance, early)
 
 
 def _image_files(detector: FuseNorm, paths: Sequence[Place]) -> ImageFiles:
@@ -152,6 +166,47 @@ def judged(
         Judged(str(path), error=error) if error else Judged(str(path), *next(rows))
         for path, error in zip(paths, columns["error"], strict=True)
     ]
+
+
+def judged_early(
+    detector: FuseNorm,
+    paths: Sequence[Place],
+    batch: Sequence[Tensor | str],
+    acceptance: float,
+    mode: str,
+) -> list[Judged]:
+    """The rows of `B` items of `ImageFiles`; see `judge_files`."""
+    images = [item for item in batch if isinstance(item, Tensor)]
+    try:
+        found = judge_early(detector, torch.stack(images), acceptance, mode) if images else None
+    except NonFiniteError as failure:  # find the images that it is about
+        if len(batch) == 1:
+            return [Judged(str(paths[0]), error=str(failure))]
+        pairs = zip(paths, batch, strict=True)
+        return [judged_early(detector, [p], [i], acceptance, mode)[0] for p, i in pairs]
+    if found is None:
+        return [Judged(str(p), error=str(e)) for p, e in zip(paths, batch, strict=True)]
+    calibration = detector.calibration_
+    assert calibration is not None  # there are verdicts
+    groups = np.arange(len(calibration.names))
+    rest = [paths[0]] * len(found.kept)
+    fine = {"scores": found.experts.T, "pred": found.pred, "error": np.full(len(rest), "")}
+    whole = iter(judged(detector, rest, fine, acceptance))
+    verdicts = iter(zip(found.ood.tolist(), found.exits, found.bounds.tolist(), strict=True))
+    rows = []
+    for path, item in zip(paths, batch, strict=True):
+        if isinstance(item, str):
+            rows.append(Judged(str(path), error=item))
+            continue
+        ood, layer, bound = next(verdicts)
+        if layer is None:
+            rows.append(next(whole)._replace(path=str(path), ood=ood))
+        elif math.isnan(bound):
+            rows.append(Judged(str(path), ood=ood, objected=layer))
+        else:
+            p = float(calibration.p_values(np.full(len(groups), bound), groups).max())
+            rows.append(Judged(str(path), None, bound, p, ood, layer))
+    return rows
 
 
 class FileShards:

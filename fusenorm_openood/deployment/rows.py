@@ -80,11 +80,11 @@ class RowFile:
             self._file.flush()
         self._undecided |= any(r.ood is None and r.p_value is not None for r in rows)
 
-    def finish(self, verdicts: Callable[[NDArray[np.float64]], NDArray[np.bool_]]) -> None:
+    def finish(self, verdicts: Callable[[NDArray[np.float64]], NDArray[np.bool_]] | None) -> None:
         """Give all rows their verdicts, also those of an earlier run, and make the file whole.
 
         Args:
-            verdicts: whether images with these p-values `[N]` are OOD.
+            verdicts: whether images with these p-values `[N]` are OOD; None = as they are.
 
         Raises:
             DataError: the disk is full; the rows stay.
@@ -95,12 +95,11 @@ class RowFile:
             self._file.close()
         if self._rows == self.path and not self.judged and not self._undecided:
             return
-        p = np.array([row.p_value for row in read_rows(self._rows) if row.p_value is not None])
-        ood = iter(verdicts(p).tolist())
-        rows = (
-            row if row.p_value is None else row._replace(ood=next(ood))
-            for row in read_rows(self._rows)
-        )
+        rows = read_rows(self._rows)
+        if verdicts is not None:
+            p = np.array([row.p_value for row in read_rows(self._rows) if row.p_value is not None])
+            ood = iter(verdicts(p).tolist())
+            rows = (r if r.p_value is None else r._replace(ood=next(ood)) for r in rows)
         write = _write_parquet if is_parquet(self.path) else _write_csv
         with self._writing():
             write_whole(self.path, lambda file: write(file, rows))

@@ -12,7 +12,6 @@ from fusenorm_openood.detectors.base import check_finite
 from fusenorm_openood.errors import CalibrationError, ConfigError
 from fusenorm_openood.forward.batches import checked_images
 from fusenorm_openood.forward.early import Exit, early_scores, stage_ends
-from fusenorm_openood.forward.experts import Scoring
 from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method.conformal import max_rank
 from fusenorm_openood.method.joint import JointDistance
@@ -58,7 +57,7 @@ def judge_early(
     with network_errors(detector.net, checked_images(images)):
         on_device = moved(detector.net, images)
         scoring = detector.scoring(lambda: on_device)
-        exits, accepted = _exits(detector, scoring, on_device, acceptance, mode)
+        exits, accepted = exits_of(detector, on_device, acceptance, mode)
         done = early_scores(scoring, on_device, exits)
     kept = done.kept.cpu().numpy()
     numbers, calibration = done.exits.cpu().numpy(), detector._check_calibrated()
@@ -78,10 +77,14 @@ def judge_early(
     return EarlyVerdicts(ood, tuple(layers), kept, experts, pred, bounds)
 
 
-def _exits(
-    detector: "FuseNorm", scoring: Scoring, images: Tensor, acceptance: float, mode: str
+def exits_of(
+    detector: "FuseNorm", images: Tensor, acceptance: float, mode: str
 ) -> tuple[list[Exit], float]:
-    """The exits, and the acceptance at their end."""
+    """The exits, and the acceptance of the confidence after them; see `FuseNorm.is_ood`.
+
+    `images` on the network's device show where a batch can be thinned.
+    """
+    scoring = detector.scoring(lambda: images)
     statistics, calibration = detector._check_fitted(), detector._check_calibrated()
     if mode not in MODES:
         raise ConfigError(f"early must be {' or '.join(MODES)}, got {mode!r}")

@@ -1,12 +1,13 @@
 """Passes in which images leave the batch between the stages of the network."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fusenorm_openood.errors import FuseNormError, TapError, is_out_of_memory
+from fusenorm_openood.errors import TapError, is_out_of_memory
 from fusenorm_openood.forward.experts import BatchScores, Scoring, joined
 from fusenorm_openood.forward.passes import forward_pass, parts
 from fusenorm_openood.network.running import eval_mode, preserved_randomness, unwrapped
@@ -82,10 +83,8 @@ def early_scores(scoring: Scoring, images: Tensor, exits: Sequence[Exit]) -> Ear
     with eval_mode(unwrapped(scoring.net)):
         for part in parts(images):
             leaving = _Leaving(part, exits)
-            try:
+            with suppress(_AllLeft):
                 batches.append(scoring.run_part(part, leaving)[0])
-            except _AllLeft:
-                pass
             done.append((leaving.kept + first, leaving.statistics, leaving.exits))
             first += len(part)
     kept, statistics, numbers = (torch.cat(of) for of in zip(*done, strict=True))

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fusenorm_openood import FuseNorm, load_network
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.lists import read_imagelist
-from fusenorm_openood.deployment.files import judge_files
+from fusenorm_openood.deployment.files import judge_files, judged_early
 from fusenorm_openood.deployment.rows import read_rows
 
 FIT, CALIBRATION, NOISE = 100, 60, 40  # images
@@ -304,3 +305,39 @@ def test_calibrations_of_a_file_are_merged(folders, by_class, tmp_path, capsys):
 
 def undated(page: Path) -> str:
     return re.sub(r"\d\d \w+ 20\d\d, \d\d:\d\d", "", page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_rows_of_images_that_leave_early(folders, tmp_path, suffix, capsys):
+    images = folders / "test_noise", folders / "test_digits", "--acceptance", "0.8"
+    tables = [tmp_path / f"{name}{suffix}" for name in ("whole", "certain", "spending")]
+    for table, option in zip(tables, ([], ["--early"], ["--early-spending"]), strict=True):
+        assert score(folders, *images, "--csv", table, *option) == 0
+    whole, certain, spending = (list(read_rows(table)) for table in tables)
+    left = [row for row in certain if row.predicted is None]
+    assert 0 < len(left) <= len([row for row in spending if row.predicted is None]) < len(whole)
+    for row, early in zip(whole, certain, strict=True):
+        assert (early.path, early.ood) == (row.path, row.ood)
+        if early.predicted is None:
+            assert early.objected.startswith("layer")
+            assert row.confidence <= early.confidence
+            assert row.p_value <= early.p_value <= 0.2
+        else:
+            assert early[2:4] == pytest.approx(row[2:4])
+            assert (early.predicted, early.objected) == (row.predicted, row.objected)
+    assert all(row.ood for row in spending if row.predicted is None)
+    # at the end, each has a quarter of the error
+    at_the_end = [row.ood == (row.p_value <= 0.05) for row in spending if row.predicted]
+    assert all(at_the_end)
+    assert score(folders, *images, "--early", "--csv", tables[1], "--resume") == 1
+    assert "leave out" in capsys.readouterr().err
+
+
+def test_early_rows_beside_images_that_are_not_finite(folders):
+    detector = FuseNorm.load(folders / "detector.safetensors", load_source(folders))
+    noise = detector.preprocessing.read(sorted((folders / "test_noise").iterdir())[0])
+    broken = torch.full_like(noise, torch.nan)
+    rows = judged_early(detector, "abcd", [noise, "no image", broken, noise], 0.8, "certain")
+    assert [row.error is None for row in rows] == [True, False, False, True]
+    assert rows[0][1:] == rows[3][1:]
+    assert rows[0].ood
