@@ -422,7 +422,7 @@ class Detector(ABC):
         new = new.keep(first if newest is None else first[-newest:])
         if pooled := new.pooled:
             warnings.warn(
-                f"{len(pooled)} of {len(new.names)} groups by {by} have less than {least} "
+                f"{len(pooled)} of {len(new.names)} groups by {by} have fewer than {least} "
                 f"calibration images, so theirs are compared with the {len(new.cells[-1])} of "
                 f"{'such' if new.is_pooled else 'all'} groups, and nothing is promised for one of "
                 f"them alone: {listed([self._group_names(new)[number] for number in pooled])}",

@@ -180,7 +180,7 @@ class Calibration:
         if self.counts[group] < self.least:
             if not self.is_pooled:
                 raise CalibrationError(
-                    f"nothing is promised for group {self.names[group]!r}: groups with less than "
+                    f"nothing is promised for group {self.names[group]!r}: groups with fewer than "
                     f"{self.least} calibration images have {len(self._pool)} together, so theirs "
                     "are compared with all: calibrate on more"
                 )

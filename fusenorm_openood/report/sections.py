@@ -131,9 +131,9 @@ def groups_section(
     ]
     if pooled := calibration.pooled:
         text.append(
-            f"{len(pooled)} of {len(names)} classes have less than {calibration.least} calibration "
-            f"images and are compared with {len(calibration.cells[-1]):,} "
-            f"of {'such' if calibration.is_pooled else 'all'} classes: nothing is promised for one "
+            f"{len(pooled)} of {len(names)} classes have fewer than {calibration.least} "
+            f"calibration images and are compared with {len(calibration.cells[-1]):,} of "
+            f"{'such' if calibration.is_pooled else 'all'} classes: nothing is promised for one "
             "of them alone."
         )
     figure = charts.shares("Accepted share by predicted class", rows, asked)

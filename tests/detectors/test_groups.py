@@ -17,7 +17,7 @@ from tests.nets import CLASSES, Net, some_images
 
 LEAST = 12
 FIT, OTHER, NEW = some_images(60), some_images(90, seed=5), some_images(20, seed=8)
-POOLED = f"groups by predicted have less than {LEAST} calibration images"
+POOLED = f"groups by predicted have fewer than {LEAST} calibration images"
 
 
 @pytest.fixture(scope="module")

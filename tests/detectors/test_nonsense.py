@@ -29,7 +29,8 @@ def kept(request, tmp_path_factory):
     """A network, its detector, and the contents of the detector's file."""
     net, path = Net(), tmp_path_factory.mktemp("kept") / "d"
     detector = FuseNorm(net, METHODS[request.param]).fit([IMAGES])
-    detector.calibrate([some_images(30, seed=2)])
+    by = "predicted" if request.param == "joint" else None
+    detector.calibrate([some_images(30, seed=2)], by=by, least=1)
     detector.preprocessing = Preprocessing(12, (12, 12), "bilinear", (0.5,) * 3, (0.25,) * 3)
     detector.class_names, detector.network_source = tuple("abcde"), {"network": "timm:resnet18"}
     detector.save(path)
@@ -134,7 +135,7 @@ EXAMPLES = {
     "reference belongs": lambda r, t: r.update(calibration=None),
     "reference.marks": lambda r, t: t.update({"reference.marks": t["reference.marks"][1:].clone()}),
     "reference.group": lambda r, t: t.update({"reference.group": t["reference.group"] + 5}),
-    "calibration.names": lambda r, t: r["calibration"].update(by="predicted"),
+    "calibration.names": lambda r, t: r["calibration"].update(names=["a", "b"]),
     "calibration.history": lambda r, t: r["calibration"]["history"][0].update(images=29),
     "calibration.history must be of times": lambda r, t: r["calibration"]["history"][0].update(
         when="in May"

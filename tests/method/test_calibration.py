@@ -57,6 +57,37 @@ def test_p_values_are_those_of_brute_force(images, tested, least, acceptance):
         np.testing.assert_array_equal(conf < cuts[of], rejects(p, acceptance))
 
 
+class Itself:
+    """A detector of nonconform whose scores are its inputs."""
+
+    n_features_in_ = 1
+
+    def fit(self, x, y=None):
+        return self
+
+    def decision_function(self, x):
+        return x[:, 0]
+
+    def get_params(self, deep=True):
+        return {}
+
+    def set_params(self, **given):
+        return self
+
+
+@pytest.mark.parametrize("decimals", [1, 9])
+def test_p_values_are_those_of_nonconform(decimals):
+    nonconform = pytest.importorskip("nonconform", reason="needs Python 3.12 and nonconform")
+    rng = np.random.default_rng(0)
+    group, of = np.repeat(range(5), rng.integers(19, 60, 5)), rng.integers(0, 5, 200)
+    scores, conf = (rng.normal(size=len(g)).round(decimals) + g for g in (group, of))
+    split = nonconform.Split(n_calib=0.5)
+    other = nonconform.ConformalDetector(Itself(), split, score_polarity="higher_is_normal")
+    other.calibrate(scores[:, None], groups=group)
+    expected = other.compute_p_values(conf[:, None], groups=of)
+    np.testing.assert_array_equal(calibration(scores, group, 5).p_values(conf, of), expected)
+
+
 @pytest.fixture(scope="module")
 def real(digits):
     """Confidences of ID digits and of the same moved by one pixel, and their predicted classes."""
