@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.inputs import load_detector
-from fusenorm_openood.data.paths import image_paths
+from fusenorm_openood.data.paths import each_page, image_paths
 from fusenorm_openood.export.recalibrate import recalibrate
 
 
@@ -15,7 +15,8 @@ def add_export(parser: ArgumentParser) -> None:
     add("--output", required=True, metavar="FILE", help="the program")
     target = "onnx, pt2, aoti, openvino, executorch, litert, coreml (default: by FILE's suffix)"
     add("--target", metavar="NAME", help=target)
-    add("--dtype", default="uint8", choices=("uint8", "float32"), help="of images (uint8)")
+    kinds = ("uint8", "uint16", "float32")
+    add("--dtype", choices=kinds, help="of images (default: that of the detector)")
     options.add(parser, "--acceptance", help="share of ID images to accept with max_rank (0.95)")
 
 
@@ -47,12 +48,14 @@ def add_recalibrate(parser: ArgumentParser) -> None:
     add("--output", metavar="FILE", help="where to write it (default: --program)")
     same = "share of ID images to accept with max_rank (default: as before)"
     options.add(parser, "--acceptance", default=None, help=same)
+    options.add(parser, "--pages")
 
 
 def run_recalibrate(args: Namespace) -> int:
     """Write the program with its own calibration scores."""
     program, output = Path(args.program), Path(args.output or args.program)
-    known = recalibrate(program, image_paths(args.calibration_dir), output, args.acceptance)
+    images = each_page(image_paths(args.calibration_dir), args.pages)
+    known = recalibrate(program, images, output, args.acceptance)
     print(f"calibrated {output} on {known['calibration_images']} images")
     print(f"an image is OOD if rank <= {known['max_rank']} (acceptance {known['acceptance']:g})")
     return 0

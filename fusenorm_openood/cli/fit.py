@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fusenorm_openood.cli import options
 from fusenorm_openood.cli.engines import read_postprocessor
 from fusenorm_openood.cli.inputs import load_detector, load_or_build, store_of
 from fusenorm_openood.data.lists import CpuLoader
-from fusenorm_openood.data.paths import image_paths, is_hidden
+from fusenorm_openood.data.paths import each_page, image_paths, is_hidden
 from fusenorm_openood.data.preprocessing import Normalization, Preprocessing
 from fusenorm_openood.deployment.files import ReadableFiles, network_key
 from fusenorm_openood.detectors.configuration import read_fusenorm
@@ -41,7 +42,17 @@ def add_fit(parser: ArgumentParser) -> None:
     add("--class-names", metavar="FILE", help=names)
     add("--image-size", type=options.positive, help="sides of the centre crop (default: declared)")
     add("--resize", type=options.positive, help="size before the crop (default: declared)")
-    options.add(parser, "--normalization", "--bits")
+    any_channels = partial(options.normalization, channels=None)
+    each = "mean and standard deviation of each channel, M,...,S,..., or a name: "
+    each += "cifar10, cifar100, imagenet, digits (default: declared)"
+    options.add(parser, "--normalization", type=any_channels, help=each)
+    options.add(parser, "--bits", "--pages")
+    kept = "pixels are kept as: uint8 (default), uint16 (see --bits), float32 (see --range)"
+    add("--dtype", choices=("uint8", "uint16", "float32"), default="uint8", help=kept)
+    within = "pixels of float32 that are 0 and 1 to --normalization, and the window of DICOM"
+    add("--range", type=options.values, metavar="LOW,HIGH", help=within)
+    pictured = "channels from 0 that reports show in red, green and blue (default: a grey mean)"
+    add("--shown", type=partial(options.values, kind=int), metavar="R,G,B", help=pictured)
     options.add(parser, "--config", help="YAML file of FuseNorm, or this package's name")
     options.add(parser, "--set")
     options.add(parser, "--batch-size", default=64, help="images per batch (default: 64)")
@@ -56,15 +67,17 @@ def run_fit(args: Namespace) -> int:
     device, progress = own_device(args.device), not args.no_progress
     store = store_of(args.store)
     settings = read_fusenorm(read_postprocessor(None, args.config, args.set)).settings
-    id_paths, other_paths = image_paths(args.id_dir), image_paths(args.calibration_dir or ())
+    given_paths = image_paths(args.id_dir), image_paths(args.calibration_dir or ())
+    id_paths, other_paths = (each_page(paths, args.pages) for paths in given_paths)
     _check_output(args.output)
     names = None if args.class_names is None else class_names(args.class_names, args.id_dir)
     if other_paths:
         check_enough(len(other_paths), ACCEPTANCE)
         check_apart(id_paths, other_paths)
     net = load_or_build(args.network, args.weights, args.image_size)
-    given = args.image_size, args.resize, args.normalization, args.bits
-    preprocessing = preprocessing_of(net, *given)
+    given = {name: getattr(args, name) for name in ("bits", "dtype", "range", "shown")}
+    sizes = args.image_size, args.resize, args.normalization
+    preprocessing = preprocessing_of(net, *sizes, **given)
     detector = FuseNorm(net.to(device), settings)
     detector.preprocessing, detector.class_names = preprocessing, names
     source = {name: getattr(args, name) for name in ("network", "weights", "image_size")}
@@ -91,13 +104,14 @@ def add_calibrate(parser: ArgumentParser) -> None:
     options.add(parser, "--least", default=None, help="images for scores of its own (as they are)")
     options.add(parser, "--batch-size", default=64, help="images per batch (default: 64)")
     options.add(parser, "--store", default=None, help="store the scores of images in this folder")
-    options.add(parser, *options.COMPUTING)
+    options.add(parser, "--pages", *options.COMPUTING)
 
 
 @among_peers()
 def run_calibrate(args: Namespace) -> int:
     """Calibrate the detector of a file on other images, save it."""
-    store, paths = store_of(args.store), image_paths(args.calibration_dir)
+    store = store_of(args.store)
+    paths = each_page(image_paths(args.calibration_dir), args.pages)
     _check_output(args.output)
     detector = load_detector(args.detector, args.network, args.weights, args.bits, args.device)
     known, by = detector.calibration_, args.calibrate_by
@@ -180,9 +194,11 @@ def preprocessing_of(
     size: int | None = None,
     resize: int | None = None,
     normalization: Normalization | None = None,
-    bits: int | None = None,
+    **pixels: Any,
 ) -> Preprocessing:
     """What a network declares, with what is given in its place; all of it if none is declared.
+
+    `pixels` are further fields of `Preprocessing`.
 
     Raises:
         ConfigError: a size or a normalization that is neither declared nor given.
@@ -194,6 +210,6 @@ def preprocessing_of(
                 f"{type(net).__name__} declares no preprocessing: give --image-size and "
                 "--normalization as they were in its training"
             )
-        return Preprocessing(resize or size, (size, size), "bilinear", *normalization, bits=bits)
+        return Preprocessing(resize or size, (size, size), "bilinear", *normalization, **pixels)
     mean, std = normalization or (declared.mean, declared.std)
-    return replace(declared, resize=resize or declared.resize, mean=mean, std=std, bits=bits)
+    return replace(declared, resize=resize or declared.resize, mean=mean, std=std, **pixels)

@@ -1,6 +1,7 @@
 """The options of all subcommands: each is declared once, and chosen by name."""
 
 from argparse import ArgumentTypeError, _ActionsContainer
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,14 +29,22 @@ def fraction(text: str) -> float:
     return value
 
 
-def normalization(text: str) -> Any:
+def normalization(text: str, channels: int | None = 3) -> Any:
     """Channel means and standard deviations, for argparse."""
     from fusenorm_openood.data.preprocessing import parse_normalization  # imports torch
 
     try:
-        return parse_normalization(text)
+        return parse_normalization(text, channels)
     except ConfigError as error:
         raise ArgumentTypeError(str(error)) from None
+
+
+def values(text: str, kind: Callable[[str], float] = float) -> tuple[float, ...]:
+    """Numbers with commas between them, for argparse."""
+    try:
+        return tuple(map(kind, text.split(",")))
+    except ValueError:
+        raise ArgumentTypeError(f"must be numbers such as 0,1, got {text!r}") from None
 
 
 FLAG = {"action": "store_true"}
@@ -89,6 +98,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "--bits": (
         {"type": whole},
         "bits per pixel of 16-bit images that do not say it themselves, 12 for example",
+    ),
+    "--pages": (
+        {"choices": ("first", "all"), "default": "first"},
+        "which pages or frames of a file are images (default: first)",
     ),
     "--batch-size": ({"type": positive, "default": 200}, "images per batch (default: 200)"),
     "--amp": ({"choices": ["bf16"]}, "run the network in bfloat16 where that is safe"),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.inputs import load_detector, store_of
-from fusenorm_openood.data.paths import image_paths, manifest_paths
+from fusenorm_openood.data.paths import each_page, image_paths, manifest_paths
 from fusenorm_openood.deployment.files import FileShards, Judged, judge_files
 from fusenorm_openood.deployment.ray import cluster, score_with_actors
 from fusenorm_openood.deployment.rows import RowFile, read_rows
@@ -25,7 +25,7 @@ from fusenorm_openood.method.conformal import fewest_rejections, rejects, reject
 from fusenorm_openood.report.files import report_of_files
 from fusenorm_openood.report.page import check_report, write_report
 from fusenorm_openood.storage.torchrun import among_peers, this_process
-from fusenorm_openood.storage.urls import Places, place
+from fusenorm_openood.storage.urls import Places, Url, place, split_page
 
 SOME_UNREADABLE = 3  # exit status
 
@@ -34,6 +34,7 @@ def add_score(parser: ArgumentParser) -> None:
     options.add(parser, *options.DETECTOR)
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="folders, patterns, lists, files, URLs, -")
+    options.add(parser, "--pages")
     columns = "column path of a Parquet, CSV, TSV or JSON Lines file, or lines of a text file"
     add("--manifest", metavar="FILE", help=f"files to score: {columns}; a path, pattern or URL")
     verdict = parser.add_mutually_exclusive_group()
@@ -84,7 +85,7 @@ def run_score(args: Namespace) -> int:
     if known is not None and args.fdr is None:
         known.check_enough(args.acceptance)
     listed = manifest_paths(args.manifest).texts if args.manifest else ()
-    given = Places(chain(image_paths(args.paths).texts, listed))
+    given = each_page(Places(chain(image_paths(args.paths).texts, listed)), args.pages)
 
     def judged(paths: Places) -> Iterator[list[Judged]]:
         how = args.batch_size, args.num_workers, throughput
@@ -168,9 +169,12 @@ def _check_options(args: Namespace, world: int) -> None:
 def _check_same(detector: FuseNorm, file: RowFile) -> None:
     """Raise ConfigError if another detector judged the images of an earlier run."""
     row = file.readable
-    if row is None or row.confidence is None or not Path(row.path).is_file():
+    path = None if row is None else place(row.path)
+    if row is None or path is None or row.confidence is None or isinstance(path, Url):
         return
-    ((again,),) = judge_files(detector, [Path(row.path)])
+    if not split_page(path)[0].exists():
+        return
+    ((again,),) = judge_files(detector, [path])
     now, then = again.confidence, row.confidence
     if now is None or not math.isclose(now, then, rel_tol=1e-3, abs_tol=1e-3):
         raise ConfigError(

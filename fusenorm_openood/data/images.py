@@ -1,7 +1,7 @@
 """Image files: read as in OpenOOD, and checked without decoding those that look complete."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from io import BytesIO
@@ -11,18 +11,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from fusenorm_openood.errors import DataError, RemoteError
-from fusenorm_openood.storage.urls import Place, Url
+from fusenorm_openood.storage.urls import Place, Url, split_page
 
 # What PIL raises for a file that it cannot decode; UnidentifiedImageError is an OSError.
-_BOMB = Image.DecompressionBombError
-UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, _BOMB)
+BOMB = Image.DecompressionBombError
+UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, BOMB)
+# Endings of files that `pixels` reads, and PIL does not, with the package that is needed.
+OTHERS = {".npy": "numpy", ".dcm": "pydicom", ".dicom": "pydicom"}
 # First and last bytes of files in the usual formats.
 _ENDS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xae\x42\x60\x82"))
 # Keys of `info` for what PIL knows of a file until it is decoded, and what is asked again later.
 _DEEP, _SBIT = "16-bit colour", "sBIT"
+LOW_BITS = "PIL drops the low bits of 16-bit colour"
 _flag = RLock()  # held by a thread while it changes PIL's flag
 
 
@@ -41,45 +44,58 @@ def read_image(given: Place | Image.Image, bits: int | None = None) -> Image.Ima
     PIL, and so OpenOOD, saturates instead. Pictures of 10 or 12 bits in 16-bit files are scaled by
     what the file itself says (`BitsPerSample` or `MaxSampleValue` of TIFF, `sBIT` of PNG), else by
     `bits`; without either, values that all fit in fewer bits issue an `ImageWarning`, as does a
-    file of several pages, the first of which is read. A truncated file is read as in OpenOOD, with
-    its missing rows filled with grey, and a `TruncatedImageWarning` is issued.
+    file of several pages, the first of which is read unless its name ends in `#page=2`, for
+    example. A truncated file is read as in OpenOOD, with its missing rows filled with grey, and a
+    `TruncatedImageWarning` is issued.
 
     Raises:
         FileNotFoundError, or another of `UNREADABLE`: the file cannot be read as an image.
         DataError: pixels with 32 bits, with more than `bits`, or of low bits that PIL drops.
         RemoteError: a URL cannot be read now.
     """
-    name = "the image" if isinstance(given, Image.Image) else f"image {given}"
     try:
-        with truncated_images(read=False), _opened(given) as file:
-            return _first_page(file, name, bits)
-    except (FileNotFoundError, _BOMB, DataError, RemoteError):
+        with truncated_images(read=False), opened(given) as file:
+            return _one_page(file, given, bits)
+    except (FileNotFoundError, BOMB, DataError, RemoteError):
         raise
     except UNREADABLE:
-        with truncated_images(read=True), _opened(given) as file:
-            image = _first_page(file, name, bits)
+        with truncated_images(read=True), opened(given) as file:
+            image = _one_page(file, given, bits)
         warnings.warn(
-            f"{name} is truncated: its missing rows are filled with grey, as in OpenOOD",
+            f"{_called(given)} is truncated: its missing rows are filled with grey, as in OpenOOD",
             TruncatedImageWarning,
             stacklevel=2,
         )
         return image
 
 
-def _opened(given: Place | Image.Image) -> AbstractContextManager[Image.Image]:
+def _called(given: Place | Image.Image) -> str:
+    return "the image" if isinstance(given, Image.Image) else f"image {given}"
+
+
+def opened(given: Place | Image.Image) -> AbstractContextManager[Image.Image]:
+    """A PIL image, or that of a file, at the page that its name says."""
     if isinstance(given, Image.Image):
         return nullcontext(given)
-    return Image.open(_Downloaded(given) if isinstance(given, Url) else given, formats=_formats())
+    given, page = split_page(given)
+    image = Image.open(Downloaded(given) if isinstance(given, Url) else given, formats=formats())
+    if page:
+        image.seek(page - 1)
+    return image
 
 
 @cache
-def _formats() -> tuple[str, ...]:
+def formats() -> tuple[str, ...]:
     """PIL's formats but EPS, a program that PIL has Ghostscript run, whatever the file's name."""
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     Image.init()
     return tuple(name for name in Image.OPEN if name != "EPS")
 
 
-class _Downloaded(BytesIO):
+class Downloaded(BytesIO):
     """The bytes of a URL, which PIL's messages call by it."""
 
     def __init__(self, url: Url) -> None:
@@ -97,49 +113,84 @@ class _Downloaded(BytesIO):
         return repr(str(self._url))
 
 
-def _first_page(file: Image.Image, name: str, bits: int | None) -> Image.Image:
-    image, pages = to_rgb(file, bits), 1
-    if file.format not in ("MPO", "PSD"):  # views and layers that belong to the first
-        with suppress(Exception):  # only the first page is intact
-            pages = 1 if file.tell() else getattr(file, "n_frames", 1)
-    if pages > 1:
+def _one_page(file: Image.Image, given: Place | Image.Image, bits: int | None) -> Image.Image:
+    image = to_rgb(file, bits)
+    warn_of_pages(page_count(file), given)
+    return image
+
+
+def page_count(file: Image.Image) -> int:
+    """How many pages or frames a PIL image has that is at its first, else 1."""
+    with suppress(Exception):  # only the first page is intact
+        if file.format not in ("MPO", "PSD") and not file.tell():  # whose others belong to it
+            return int(getattr(file, "n_frames", 1))
+    return 1
+
+
+def warn_of_pages(pages: int, given: Place | Image.Image) -> None:
+    """Issue an `ImageWarning` if the first of several pages is read without being named."""
+    if pages > 1 and (isinstance(given, Image.Image) or not split_page(given)[1]):
         warnings.warn(
-            f"{name} has {pages} pages or frames, of which the first is read: make each a file to "
-            "have all judged",
+            f"{_called(given)} has {pages} pages or frames, of which the first is read: --pages "
+            "all judges each, and so does a name that ends in #page=2, for example",
             ImageWarning,
             stacklevel=3,
         )
-    return image
 
 
 def to_rgb(file: Image.Image, bits: int | None = None) -> Image.Image:
     """A PIL image in RGB with 8 bits per channel; see `read_image`."""
-    # PNG and PPM hold at most 16 bits, which PIL may store in 32.
-    if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
-        stated = _stated_bits(file)
-        values = np.asarray(file)
-        used = _used_bits(values, stated, bits)
-        if getattr(file, "tag_v2", {}).get(262) == 0:  # white is 0, which PIL leaves as it is
-            values = (1 << used) - 1 - values
+    if is_deep_grey(file):
+        values, used = deep_grey(file, bits)
         grey = Image.fromarray((values >> (used - 8)).astype(np.uint8))
         grey.info |= file.info  # the EXIF orientation, for example
         return grey.convert("RGB")
     if file.mode in ("I", "F"):
-        kind = "integer" if file.mode == "I" else "floating-point"
-        raise DataError(f"its pixels are {kind} numbers of unknown range: convert it to 8 bit")
-    if any(";16" in str(tile) for tile in getattr(file, "tile", ())):
-        file.info[_DEEP] = True
-    deep = _DEEP in file.info
+        raise unknown_range(file.mode == "F")
+    deep = is_deep_colour(file)
     image = file.convert("RGB")
     if deep:
         # PIL has already dropped the low bits, which are all that a 12-bit picture would have.
         values = np.asarray(image).astype(np.uint16) << 8
-        if _used_bits(values, _stated_bits(file) if file.format == "TIFF" else None, bits) < 16:
-            raise DataError("PIL drops the low bits of 16-bit colour: convert it to 8 bit")
+        if used_bits(values, _stated_bits(file) if file.format == "TIFF" else None, bits) < 16:
+            raise DataError(f"{LOW_BITS}: convert it to 8 bit")
     return image
 
 
-def _used_bits(values: NDArray[Any], stated: int | None, bits: int | None) -> int:
+def unknown_range(floating: bool) -> DataError:
+    """The error for pixels that are no unsigned integers of 8 or 16 bits."""
+    return DataError(
+        f"its pixels are {'floating-point' if floating else 'integer'} numbers of unknown range: "
+        "convert it to 8 bit, or fit with --dtype float32 and --range"
+    )
+
+
+def is_deep_colour(file: Image.Image) -> bool:
+    """Whether a file has 16-bit colour, of which PIL keeps the higher 8 bits; asked at any time."""
+    tiles, depths = getattr(file, "tile", ()), np.ravel(getattr(file, "tag_v2", {}).get(258, 8))
+    if any(";16" in str(tile) for tile in tiles):
+        file.info[_DEEP] = True
+    elif tiles and len(depths) > 1 and max(depths) > 8 and _DEEP not in file.info:
+        raise UnidentifiedImageError("PIL misreads 16-bit colour in separate planes")
+    return _DEEP in file.info
+
+
+def is_deep_grey(file: Image.Image) -> bool:
+    """Whether a PIL image has 16-bit grey values; PIL may store those of PNG and PPM in 32."""
+    return file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM"))
+
+
+def deep_grey(file: Image.Image, bits: int | None) -> tuple[NDArray[Any], int]:
+    """16-bit grey values `[H, W]`, 0 = black, and how many bits of them are used."""
+    stated = _stated_bits(file)
+    values = np.asarray(file).astype(np.uint16)
+    used = used_bits(values, stated, bits)
+    if getattr(file, "tag_v2", {}).get(262) == 0:  # white is 0, which PIL leaves as it is
+        values = (1 << used) - 1 - values
+    return values, used
+
+
+def used_bits(values: NDArray[Any], stated: int | None, bits: int | None) -> int:
     """How many of 16 bits are used: what the file states, else `bits`, else all."""
     largest = int(values.max())
     if stated is not None and largest < 1 << stated:  # the file is wrong about a larger value
@@ -165,9 +216,14 @@ def _stated_bits(file: Image.Image) -> int | None:
         return _png_bits(file)
     if not isinstance(file, TiffImagePlugin.TiffImageFile):
         return None
+    return tiff_bits(file.tag_v2)
+
+
+def tiff_bits(tags: Mapping[int, Any]) -> int | None:
+    """How many bits of a 16-bit TIFF are used, by its tags, if they say so."""
     # Tag 258 is BitsPerSample; 281 and 341 are the largest value (MaxSampleValue, SMaxSampleValue).
-    depth = [int(bits) for bits in np.ravel(file.tag_v2.get(258, ())) if bits < 16]
-    tops = [int(top) for tag in (281, 341) for top in np.ravel(file.tag_v2.get(tag, ()))]
+    depth = [int(bits) for bits in np.ravel(tags.get(258, ())) if bits < 16]
+    tops = [int(top) for tag in (281, 341) for top in np.ravel(tags.get(tag, ()))]
     # A maximum of 2^n - 1 is that of the format, any other one that of this image.
     depth += [top.bit_length() for top in tops if 255 <= top < 65536 and not top & (top + 1)]
     return min(depth, default=None)
@@ -220,7 +276,7 @@ def explain(error: Exception) -> str:
     """Why an image cannot be read, from one of `UNREADABLE`."""
     if isinstance(error, FileNotFoundError):
         return "missing"
-    if isinstance(error, _BOMB):
+    if isinstance(error, BOMB):
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         return f"it has more than the {limit} pixels that PIL reads: make it smaller"
     return str(getattr(error, "strerror", None) or error)

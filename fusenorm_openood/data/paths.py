@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
+from importlib.util import find_spec
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path, PurePath
 
 from PIL import Image
 
+from fusenorm_openood.data.images import OTHERS, formats
+from fusenorm_openood.data.pixels import pages_of
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.storage.files import import_parquet
 from fusenorm_openood.storage.urls import Place, Places, Url, is_pattern, place
@@ -45,6 +48,13 @@ def image_paths(given: Iterable[str]) -> Places:
             stacklevel=2,
         )
     return found
+
+
+def each_page(paths: Places, pages: str) -> Places:
+    """The files, or with `pages` = `all` a place for each of their pages or frames."""
+    if pages != "all":
+        return paths
+    return Places(page for path in paths for page in pages_of(path))
 
 
 def _paths(argument: str, walk: "Walk") -> Iterator[Place]:
@@ -178,8 +188,12 @@ def is_hidden(name: str) -> bool:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's name has the ending of an image format that PIL can read."""
-    return Image.registered_extensions().get(PurePath(name).suffix.lower()) in Image.OPEN
+    """Whether a file's name has the ending of an image format that can be read."""
+    formats()
+    suffix = PurePath(name).suffix.lower()
+    if suffix in OTHERS:
+        return find_spec(OTHERS[suffix]) is not None
+    return Image.EXTENSION.get(suffix) in Image.OPEN
 
 
 def _shown(found: Iterable[Place], given: Url) -> list[Place]:

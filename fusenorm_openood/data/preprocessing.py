@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from fusenorm_openood.data.images import read_image, reading
+from fusenorm_openood.data.images import reading
+from fusenorm_openood.data.pixels import read_bands
 from fusenorm_openood.errors import ConfigError, numbers, whole
 from fusenorm_openood.method.validation import Rule, among, check_fields, checked
 from fusenorm_openood.storage.configs import typed
@@ -31,11 +32,13 @@ NORMALIZATIONS: dict[str, Normalization] = {
 }
 
 
-def parse_normalization(text: str) -> Normalization:
+def parse_normalization(text: str, channels: int | None = 3) -> Normalization:
     """Mean and standard deviation from a name in `NORMALIZATIONS` or from `M,M,M,S,S,S`.
 
     >>> parse_normalization("0.5,0.5,0.5,0.25,0.25,0.25")
     ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+    `channels` is how many there must be of each, None = any number.
 
     Raises:
         ConfigError: neither of the two, or a standard deviation that is not positive.
@@ -46,12 +49,14 @@ def parse_normalization(text: str) -> Normalization:
         numbers = tuple(map(float, text.split(",")))
     except ValueError:
         numbers = ()
-    if len(numbers) != 6 or not all(map(isfinite, numbers)) or min(numbers[3:]) <= 0:
+    half = channels or max(len(numbers) // 2, 1)
+    if len(numbers) != 2 * half or not all(map(isfinite, numbers)) or min(numbers[half:]) <= 0:
+        given = "six numbers M,M,M,S,S,S" if channels else "M,...,S,... for each channel"
         raise ConfigError(
-            f"normalization must be one of {', '.join(NORMALIZATIONS)}, or six numbers "
-            f"M,M,M,S,S,S with each S > 0, got {text!r}"
+            f"normalization must be one of {', '.join(NORMALIZATIONS)}, or {given} with each "
+            f"S > 0, got {text!r}"
         )
-    return numbers[:3], numbers[3:]
+    return numbers[:half], numbers[half:]
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,17 @@ class EvalTransform:
         return tensor
 
 
+def to_unit(pixels: Tensor, span: tuple[float, float]) -> Tensor:
+    """Pixels within a span as float32 in [0, 1]."""
+    low, high = span
+    pixels = pixels.float()
+    return (pixels - low if low else pixels) / (high - low)
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as `[3, H, W]` in [0, 1]: torchvision's, in float32 whatever torch's default."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    return pixels.float().div(255)
+    return to_unit(pixels, (0, 255))
 
 
 def train_transform(
@@ -116,9 +128,12 @@ _SIZE = Rule(
     lambda v: _pixels(v) if whole(v) is None else whole(v),
     lambda v: len(as_pair(v)) == 2 and min(as_pair(v)) >= 1,
 )
-_MEAN = Rule("3 numbers", numbers, lambda v: len(v) == 3)
-_STD = Rule("3 numbers > 0", numbers, lambda v: len(v) == 3 and min(v) > 0)
+_MEAN = Rule("a number for each channel", numbers, lambda v: len(v) > 0)
+_STD = Rule("numbers > 0", numbers, lambda v: len(v) > 0 and min(v) > 0)
 _BITS = Rule("a whole number from 8 to 16", whole, lambda v: 8 <= v <= 16)
+_RANGE = Rule("two numbers LOW < HIGH", numbers, lambda v: len(v) == 2 and v[0] < v[1])
+_SHOWN = Rule("one or three channels >= 0", _pixels, lambda v: len(v) in (1, 3) and min(v) >= 0)
+DTYPES = ("uint8", "uint16", "float32")
 
 
 @dataclass(frozen=True)
@@ -133,15 +148,22 @@ class Preprocessing:
         resize: size before cropping: height and width, or one length for both.
         crop: height and width of the centre crop.
         interpolation: how pixels are interpolated, `bilinear` or `bicubic` for example.
-        mean: means of the RGB channels, of values in [0, 1].
+        mean: means of the channels, RGB if there are three, of values in [0, 1]; their number is
+            that of the channels.
         std: their standard deviations.
         crop_mode: as in timm. `center`: the image keeps its aspect ratio and covers `resize`, so
             that one length is that of its shorter side; `squash`: it gets that very size; `border`:
             it keeps its aspect ratio, fits into that size and is padded with `mean`.
         bits: bits per pixel of 16-bit images that do not say it themselves; see `read_image`.
+        dtype: what pixels are kept as. `uint8`: 0 to 255, to which 16-bit images are scaled;
+            `uint16`: 0 to 2^bits - 1, of images of just that many bits, 16 if it is None;
+            `float32`: of any numbers in `range`.
+        range: the numbers that are 0 and 1 to `mean` and `std`, of `float32` only.
+        shown: which channels, counted from 0, pictures in reports show as red, green and blue, or
+            in grey; None = the three of RGB, else the mean of all in grey.
 
     Raises:
-        ConfigError: a size, a name, a standard deviation or a number of bits that cannot be.
+        ConfigError: a field that cannot be, or does not go with the others.
     """
 
     resize: int | tuple[int, int] = checked(MISSING, _SIZE)
@@ -151,37 +173,86 @@ class Preprocessing:
     std: tuple[float, ...] = checked(MISSING, _STD)
     crop_mode: str = checked("center", among("center", "squash", "border"))
     bits: int | None = checked(None, _BITS.or_none())
+    dtype: str = checked("uint8", among(*DTYPES))
+    range: tuple[float, float] | None = checked(None, _RANGE.or_none())
+    shown: tuple[int, ...] | None = checked(None, _SHOWN.or_none())
 
     def __post_init__(self) -> None:
         check_fields(self)
+        count, is_float = self.channels, self.dtype == "float32"
+        Rule(f"{count} numbers > 0, as many as means", numbers, lambda v: len(v) == count)(
+            "std", self.std
+        )
+        if is_float == (self.range is None) or (is_float and self.bits is not None):
+            raise ConfigError(
+                "range must be two numbers LOW < HIGH with dtype float32, which has no bits, and "
+                f"None with others, got {self.range} with {self.dtype} and bits {self.bits}"
+            )
+        Rule(f"channels < {count}", _pixels, lambda v: max(v) < count).or_none()(
+            "shown", self.shown
+        )
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of an image."""
+        return len(self.mean)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The values of pixels that are 0 and 1 to `mean` and `std`."""
+        deepest = (self.bits or 16) if self.dtype == "uint16" else 8
+        return self.range or (0, 2**deepest - 1)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The tensor `[3, H, W]` of a PIL image, upright by its EXIF orientation.
+        """The tensor `[C, H, W]` of a PIL image, upright by its EXIF orientation.
 
-        DataError if it cannot be decoded, or the range of its pixels is unknown.
+        DataError if it cannot be decoded, or is not of this preprocessing's channels and range.
         """
-        with reading("the image"):
-            return self._prepared(read_image(image, self.bits))  # a copy
+        return self._normalised(self._pixels(image, "the image"))
 
     def read(self, path: str | Place) -> Tensor:
-        """The tensor `[3, H, W]` of an image file or URL; DataError if it cannot be read."""
-        with reading(f"image {path}"):
-            return self._prepared(read_image(place(path), self.bits))
+        """The tensor `[C, H, W]` of an image file or URL; DataError as for a PIL image."""
+        return self._normalised(self.pixels(path))
 
-    def _prepared(self, image: Image.Image) -> Tensor:
-        """The tensor of an RGB image, which is turned upright itself: a copy takes time."""
+    def pixels(self, path: str | Place) -> Tensor:
+        """The image of a file or URL as an exported program takes it: `[C, H, W]` within `span`.
+
+        In uint8, or in float32 for the other types. DataError as for a PIL image.
+        """
+        return self._pixels(place(path), f"image {path}")
+
+    def _pixels(self, given: Place | Image.Image, name: str) -> Tensor:
+        with reading(name):
+            bands = read_bands(given, self)  # copies, which are turned upright themselves
+            arrays = [np.array(self._cropped(n, band)) for n, band in enumerate(bands)]
+        parts = [torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1) for array in arrays]
+        pixels = torch.cat(parts)
+        return pixels.round().clamp(*self.span) if self.dtype == "uint16" else pixels
+
+    def _cropped(self, number: int, band: Image.Image) -> Image.Image:
+        """RGB, or one channel, as it is resized, padded and cropped."""
         from torchvision.transforms import InterpolationMode  # takes a second to import
         from torchvision.transforms import functional as TF
 
-        ImageOps.exif_transpose(image, in_place=True)
+        ImageOps.exif_transpose(band, in_place=True)
         mode = InterpolationMode(self.interpolation)
-        resized = TF.resize(image, self._resized(image.height, image.width), mode)
-        if self.crop_mode == "border":
-            short = [max(c - s, 0) for c, s in zip(self.crop[::-1], resized.size, strict=True)]
+        resized = TF.resize(band, self._resized(band.height, band.width), mode)
+        short = [max(c - s, 0) for c, s in zip(self.crop[::-1], resized.size, strict=True)]
+        if any(short):
+            (low, high), is_border = self.span, self.crop_mode == "border"
+            means = self.mean if band.mode == "RGB" else self.mean[number : number + 1]
+            fill = [low + value * is_border * (high - low) for value in means]
+            fill = fill if self.dtype == "float32" else [*map(round, fill)]
             sides = [*(side // 2 for side in short), *((side + 1) // 2 for side in short)]
-            resized = TF.pad(resized, sides, [round(255 * value) for value in self.mean])
-        cropped = TF.center_crop(resized, list(self.crop))
-        tensor: Tensor = TF.normalize(to_tensor(cropped), list(self.mean), list(self.std))
+            resized = TF.pad(resized, sides, fill if band.mode == "RGB" else fill[0])
+        cropped: Image.Image = TF.center_crop(resized, list(self.crop))
+        return cropped
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        from torchvision.transforms import functional as TF
+
+        unit = to_unit(pixels, self.span)
+        tensor: Tensor = TF.normalize(unit, list(self.mean), list(self.std))
         return tensor
 
     def _resized(self, height: int, width: int) -> list[int]:

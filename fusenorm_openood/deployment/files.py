@@ -45,7 +45,7 @@ class Judged(NamedTuple):
 
 
 class ImageFiles(Dataset[Any]):
-    """Tensors `[3, H, W]` of image files, or a string: why a file cannot be read."""
+    """Tensors `[C, H, W]` of image files, or a string: why a file cannot be read."""
 
     def __init__(self, paths: Sequence[Place], preprocessing: Preprocessing) -> None:
         self.paths, self.preprocessing = paths, preprocessing
@@ -62,7 +62,7 @@ class ImageFiles(Dataset[Any]):
 
 
 class ReadableFiles(ImageFiles):
-    """Image files without labels, `{"data": [3, H, W], "label": -1}`; DataError if unreadable."""
+    """Image files without labels, `{"data": [C, H, W], "label": -1}`; DataError if unreadable."""
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return {"data": self.preprocessing.read(self.paths[number]), "label": -1}
@@ -317,7 +317,7 @@ def experts_key(detector: FuseNorm, store: Place) -> dict[str, Any]:
 
 def network_key(net: nn.Module, preprocessing: Preprocessing, store: Place) -> dict[str, Any]:
     """What a store tells a network by: its modules and weights, and what it computes."""
-    found = identify(net, (3, *preprocessing.crop))
+    found = identify(net, (preprocessing.channels, *preprocessing.crop))
     key = {"version": __version__, "network": found.digest}
     if not found.logits:
         return {**key, "forward": None}

@@ -385,7 +385,7 @@ class FuseNorm(Detector):
     def export(
         self,
         path: str | Path,
-        dtype: Dtype = "uint8",
+        dtype: Dtype | None = None,
         acceptance: float = 0.95,
         shape: Sequence[int] | None = None,
         target: str | None = None,
@@ -393,8 +393,9 @@ class FuseNorm(Detector):
         """Write the network and the detector as one program for a runtime.
 
         It runs without this package and computes in float32 what this detector computes on the
-        CPU. Its input `image` is `[N, 3, H, W]` with values from 0 to 255, resized and cropped as
-        `preprocessing` says; without `preprocessing`, what the network takes, in float32. Outputs:
+        CPU. Its input `image` is `[N, C, H, W]` as `preprocessing` resizes and crops, with values
+        from 0 to 255 or within its range; without `preprocessing`, what the network takes, in
+        float32. Outputs:
 
         - `logits` `[N, K]` and `confidence` `[N]`.
         - `rank` `[N]`, integers, if the detector is calibrated: 1 + the number of calibration
@@ -407,7 +408,7 @@ class FuseNorm(Detector):
 
         Args:
             path: a file that ends in `.onnx`, `.pt2`, `.xml`, `.pte`, `.tflite` or `.mlpackage`.
-            dtype: of `image`, `"uint8"` or `"float32"`.
+            dtype: of `image`, that of `preprocessing` (None) or `"float32"`.
             acceptance: that of `max_rank` in the file's metadata.
             shape: of one image, `[C, H, W]`, without `preprocessing`.
             target: what the program is for: `onnx`, `pt2` (`torch.export`), `aoti` (AOTInductor),

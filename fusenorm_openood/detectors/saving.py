@@ -141,6 +141,8 @@ def _of_record(r: Record, settings: Settings) -> Iterator[Rule]:
     if r.preprocessing is not None:
         largest = max(*as_pair(r.preprocessing.resize), *r.preprocessing.crop)
         yield "preprocessing", largest < LARGEST, f"of sizes below {LARGEST}"
+        fits = n.image[:1] in ((), (r.preprocessing.channels,))
+        yield "preprocessing", fits, f"of the {n.image[:1]} channels of the network"
     if r.structure is not None:
         yield from _of_structure(r.structure)
         known = r.class_names is not None
@@ -245,6 +247,12 @@ def save(detector: "FuseNorm", path: Path) -> None:
     """Write a fitted detector; see `FuseNorm.save`."""
     statistics, preprocessing = detector._check_fitted(), detector.preprocessing
     structure = detector.known_structure
+    network = statistics.network or identify(detector.net, ())
+    if preprocessing and network.image[:1] not in ((), (preprocessing.channels,)):
+        raise ConfigError(
+            f"detector.preprocessing has {preprocessing.channels} channels, the images of its fit "
+            f"{network.image[0]}: set that of these images"
+        )
     tensors, record = packed(statistics)
     groups, known = None, detector.calibration_
     if known is not None:
@@ -257,7 +265,7 @@ def save(detector: "FuseNorm", path: Path) -> None:
         "calibration": groups,
         "version": __version__,
         "structure": structure and structure.to_json(),
-        "network": (statistics.network or identify(detector.net, ()))._asdict(),
+        "network": network._asdict(),
         "source": detector.network_source,
         "class_names": detector.class_names,
         "preprocessing": preprocessing and preprocessing.to_json(),

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, get_args
+from math import floor
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.data.preprocessing import Preprocessing, to_unit
 from fusenorm_openood.errors import ConfigError, ExportError
 from fusenorm_openood.forward.experts import Expert, Scoring
 from fusenorm_openood.method.calibration import Calibration
@@ -19,7 +20,7 @@ from fusenorm_openood.method.fusion import Fusion
 from fusenorm_openood.method.joint import sum_of_rows
 from fusenorm_openood.network.running import unwrapped
 
-Dtype = Literal["uint8", "float32"]
+Dtype = Literal["uint8", "uint16", "float32"]
 OUTPUTS = ("logits", "confidence", "rank")
 ERROR = 1e-5  # of confidences of ID images in float32; see `thresholds`
 
@@ -32,24 +33,28 @@ class Inputs(NamedTuple):
         dtype: of the images.
         normalization: mean and standard deviation of the channels, of values in [0, 1]; None =
             the images are normalised already.
+        span: the values of pixels that are 0 and 1.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     normalization: tuple[tuple[float, ...], tuple[float, ...]] | None
+    span: tuple[float, float] = (0, 255)
 
     @classmethod
     def of(
-        cls, preprocessing: Preprocessing | None, dtype: str, shape: Sequence[int] | None
+        cls, preprocessing: Preprocessing | None, dtype: str | None, shape: Sequence[int] | None
     ) -> "Inputs":
         """The inputs of a detector.
 
         Raises:
-            ConfigError: an unknown dtype; a shape that is missing, or differs from that of the
-                preprocessing.
+            ConfigError: a dtype or a shape that is not that of the preprocessing, or is missing.
         """
-        if dtype not in get_args(Dtype):
-            raise ConfigError(f"dtype must be uint8 or float32, got {dtype!r}")
+        own = "uint8" if preprocessing is None else preprocessing.dtype
+        dtype = dtype or own
+        if dtype not in (own, "float32"):
+            either = " or ".join(dict.fromkeys((own, "float32")))
+            raise ConfigError(f"dtype must be {either}, got {dtype!r}")
         if preprocessing is None:
             if shape is None or len(shape) != 3:
                 raise ConfigError(
@@ -57,11 +62,11 @@ class Inputs(NamedTuple):
                     "detector.preprocessing, or give shape=(C, H, W)"
                 )
             return cls(tuple(shape), torch.float32, None)
-        known = (3, *preprocessing.crop)
+        known = (preprocessing.channels, *preprocessing.crop)
         if shape is not None and tuple(shape) != known:
             raise ConfigError(f"shape must be that of the preprocessing, {known}, got {shape!r}")
         normalization = preprocessing.mean, preprocessing.std
-        return cls(known, getattr(torch, dtype), normalization)
+        return cls(known, getattr(torch, dtype), normalization, preprocessing.span)
 
     def examples(self) -> Tensor:
         """Noise and stripes `[4, C, H, W]`, always the same."""
@@ -69,15 +74,16 @@ class Inputs(NamedTuple):
         if self.normalization is None:
             drawn = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
         else:
-            drawn = torch.randint(0, 256, size, generator=generator, device="cpu").to(self.dtype)
+            low, high = map(floor, self.span)
+            drawn = torch.randint(low, high + 1, size, generator=generator, device="cpu")
         drawn[-1, ..., ::2] = drawn.max()
-        return drawn
+        return drawn.to(self.dtype)
 
     def normalised(self, image: Tensor) -> Tensor:
         """What the network takes."""
         if self.normalization is None:
             return image
-        unit = image.float() / 255
+        unit = to_unit(image, self.span)
         mean, std = (
             torch.tensor(values, dtype=unit.dtype, device=unit.device).view(-1, 1, 1)
             for values in self.normalization

@@ -52,7 +52,7 @@ class Exported(NamedTuple):
 def export_detector(
     detector: "FuseNorm",
     path: Path,
-    dtype: Dtype,
+    dtype: Dtype | None,
     acceptance: float,
     shape: Sequence[int] | None,
     target: str | None,

@@ -65,7 +65,7 @@ def recalibrate(
     preprocessing: Preprocessing = typed(Preprocessing, known["preprocessing"], "preprocessing")
     run, rows = find_target(program, None).load(program), []
     for path in images:
-        found = run(_pixels(preprocessing, path, known["dtype"])[None])
+        found = run(preprocessing.pixels(path).numpy().astype(known["dtype"])[None])
         rows.append([*found["confidence"], *found["logits"].flatten()])
     conf = np.unique(np.array(rows, np.float64), axis=0)[:, 0] if rows else np.empty(0)
     if not np.isfinite(conf).all():
@@ -78,14 +78,6 @@ def recalibrate(
         model.write(thresholds(conf, 0), json.dumps(known), draft)
         move(draft, output)
     return known
-
-
-def _pixels(preprocessing: Preprocessing, path: Place, dtype: str) -> NDArray[Any]:
-    """The image of a file as a program takes it: `[3, H, W]`, from 0 to 255."""
-    mean, std = (np.array(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
-    unit = preprocessing.read(path).numpy() * std + mean
-    pixels: NDArray[Any] = np.rint(255 * unit).astype(dtype)
-    return pixels
 
 
 class _Onnx:

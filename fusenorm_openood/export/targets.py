@@ -128,8 +128,9 @@ def to_litert(judge: Judge, images: Tensor, metadata: str, path: Path) -> None:
 def to_coreml(judge: Judge, images: Tensor, metadata: str, path: Path) -> None:
     import coremltools
 
-    if images.dtype == torch.uint8:
-        raise ConfigError("Core ML has no arrays of uint8: export with dtype float32")
+    if images.dtype != torch.float32:
+        kind = str(images.dtype).removeprefix("torch.")
+        raise ConfigError(f"Core ML has no arrays of {kind}: export with dtype float32")
     where = {  # which Core ML has for tensors only
         torch.ops.aten.where.ScalarOther: lambda c, a, b: torch.where(c, a, torch.full_like(a, b)),
         torch.ops.aten.where.ScalarSelf: lambda c, a, b: torch.where(c, torch.full_like(b, a), b),

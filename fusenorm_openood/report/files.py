@@ -55,7 +55,8 @@ def report_of_files(
     is_rejected = np.zeros(len(conf), bool) if cuts is None else conf < cuts[group]
     rejected = int(is_rejected.sum())
     shown = {n: [_shown(row, detector) for row in chosen] for n, chosen in summary.chosen.items()}
-    galleries, explained = gallery.gallery(shown, detector, (preprocessing.mean, preprocessing.std))
+    norm, visible = (preprocessing.mean, preprocessing.std), preprocessing.shown
+    galleries, explained = gallery.gallery(shown, detector, norm, visible)
 
     counts = [("all", len(conf) + summary.unreadable), ("unreadable", summary.unreadable)]
     if cuts is not None:
@@ -79,6 +80,10 @@ def report_of_files(
             )
         sections += parts.contributions_section(detector.experts, {"scored": summary.objected})
         text = f"Each image as the network sees it, and {parts.HEAT}."
+        if visible is not None:
+            text += f" Pictures show channel(s) {', '.join(map(str, visible))}, counted from 0."
+        elif preprocessing.channels not in (1, 3):
+            text += f" Pictures show the mean of {preprocessing.channels} channels."
         if cuts is not None:
             text += " Doubtful images are closest to the threshold."
         sections.append(Section("Images", (text,), galleries=galleries))

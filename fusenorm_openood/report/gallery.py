@@ -49,7 +49,7 @@ def choose(
 class Shown(NamedTuple):
     """An image to show: its file, facts such as its confidence, and how it is read.
 
-    `read` gives its tensor `[3, H, W]`, or raises DataError if its file has gone.
+    `read` gives its tensor `[C, H, W]`, or raises DataError if its file has gone.
     """
 
     name: str
@@ -58,7 +58,10 @@ class Shown(NamedTuple):
 
 
 def gallery(
-    groups: Mapping[str, Sequence[Shown]], detector: Detector, norm: Normalization
+    groups: Mapping[str, Sequence[Shown]],
+    detector: Detector,
+    norm: Normalization,
+    channels: Sequence[int] | None = None,
 ) -> tuple[tuple[tuple[str, tuple[Card, ...]], ...], dict[str, Explanation]]:
     """Cards by title, and the explanations of images that can be read; FuseNorm has heat maps."""
     galleries, explained = [], {}
@@ -72,7 +75,7 @@ def gallery(
         cards = [
             Card(image.name, (), image.facts, "Its file can no longer be read.")
             if tensor is None
-            else _card(image, thumbnail(tensor, norm), why, next(number))
+            else _card(image, thumbnail(tensor, norm, channels), why, next(number))
             for image, tensor in zip(images, read, strict=True)
         ]
         if cards:
@@ -107,10 +110,17 @@ def _card(image: Shown, picture: Image.Image, why: Explanation | None, number: i
     return Card(image.name, (*pictures, (data_uri(overlaid(picture, heat)), alt)), facts, remark)
 
 
-def thumbnail(image: Tensor, norm: Normalization) -> Image.Image:
-    """A small picture of a normalised tensor `[3, H, W]`."""
+def thumbnail(
+    image: Tensor, norm: Normalization, channels: Sequence[int] | None = None
+) -> Image.Image:
+    """A small picture of a normalised tensor `[C, H, W]`; see `Preprocessing.shown`."""
     mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu").view(-1, 1, 1) for v in norm)
-    pixels = (image.detach().cpu().float() * std + mean).clamp(0, 1).mul(255).round().byte()
+    unit = (image.detach().cpu().float() * std + mean).clamp(0, 1)
+    if channels is not None:
+        unit = unit[list(channels)]
+    elif len(unit) != 3:
+        unit = unit.mean(0, keepdim=True)
+    pixels = unit.mul(255).round().byte().expand(3, -1, -1)
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     picture.thumbnail((SIDE, SIDE))
     return picture

@@ -132,6 +132,21 @@ def place(text: str | Place) -> Place:
     return Url(given) if local == given else Path(local)
 
 
+_PAGE = re.compile(r"(.+)#page=([1-9]\d{0,8})", re.DOTALL)
+
+
+def split_page(given: Place) -> tuple[Place, int]:
+    """A file without the page that its name ends in, and that page, from 1; 0 = none is named.
+
+    >>> split_page(Path("scan.tif#page=2"))[1], split_page(Path("scan.tif"))[1]
+    (2, 0)
+    """
+    found = _PAGE.fullmatch(str(given)) if "#page=" in given.name else None
+    if found is None or (isinstance(given, Path) and given.exists()):
+        return given, 0
+    return place(found[1]), int(found[2])
+
+
 def is_pattern(given: Place) -> bool:
     """Whether a place has wildcards, and is nothing that exists."""
     if isinstance(given, Url) and given.text.startswith("http"):
@@ -159,7 +174,8 @@ def versions(places: Iterable[Place | str]) -> Iterator[str]:
     The folders of URLs are listed: that is one request per thousand files, not one per file.
     """
     folders: dict[Url, dict[str, str]] = {}
-    for one in places:
+    for given in places:
+        one = split_page(place(given))[0] if "#page=" in str(given) else given
         try:
             if not isinstance(one, Url):
                 found = os.stat(one)

@@ -91,19 +91,19 @@ def test_hidden_folders_are_no_classes(tmp_path):
 
 
 def test_what_is_left_out_is_counted_by_ending_and_folder(tmp_path):
-    names = ["a.HEIC", "b.heic", "ct.dcm", "in/3f9ac2", "in/1.2.840", "x.png"]
+    names = ["a.CR2", "b.cr2", "ct.nii", "in/3f9ac2", "in/1.2.840", "x.png"]
     with pytest.warns(UserWarning, match="left out") as caught:
         assert found(tmp_path, files(tmp_path, *names)) == ["x.png"]
     (said,) = (str(warning.message) for warning in caught)
-    assert "left out: 2 .heic" in said
-    assert {"1 .dcm", "1 without ending", "1 .840"} < set(said.split(" (")[0].split(", "))
+    assert "left out: 2 .cr2" in said
+    assert {"1 .nii", "1 without ending", "1 .840"} < set(said.split(" (")[0].split(", "))
     assert f"{tmp_path}: 3" in said
     assert f"{tmp_path / 'in'}: 2" in said
 
 
 def test_a_folder_of_other_files_says_which(tmp_path):
-    with pytest.raises(DataError, match=r"has no image files.*1 \.dcm"):
-        image_paths([str(files(tmp_path, "a.dcm"))])
+    with pytest.raises(DataError, match=r"has no image files.*1 \.nii"):
+        image_paths([str(files(tmp_path, "a.nii"))])
 
 
 def test_nothing_is_said_where_nothing_is_left_out(tmp_path):

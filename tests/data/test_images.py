@@ -130,6 +130,7 @@ def test_images_of_unknown_range_are_refused(folder, dtype, kind):
     Image.fromarray((RAMP / 65536).astype(dtype)).save(home / "f.tif")
     (home / "list.txt").write_text("whole.png 0\nf.tif 0\n")
     fault = f"its pixels are {kind} numbers of unknown range: convert it to 8 bit"
+    fault += ", or fit with --dtype float32 and --range"
     assert find_fault(home / "f.tif") == fault
     with pytest.raises(DataError, match=rf"list\.txt, line 2: image .*f\.tif .* \({fault}\)"):
         ImageList(home / "list.txt", home, lambda image: image)[1]
