@@ -167,7 +167,8 @@ def unknown_range(floating: bool) -> DataError:
 
 def is_deep_colour(file: Image.Image) -> bool:
     """Whether a file has 16-bit colour, of which PIL keeps the higher 8 bits; asked at any time."""
-    tiles, depths = getattr(file, "tile", ()), np.ravel(getattr(file, "tag_v2", {}).get(258, 8))
+    tiles, tags = getattr(file, "tile", ()), getattr(file, "tag_v2", {})
+    depths = np.ravel(tags.get(258, 8)) if tags else ()
     if any(";16" in str(tile) for tile in tiles):
         file.info[_DEEP] = True
     elif tiles and len(depths) > 1 and max(depths) > 8 and _DEEP not in file.info:

@@ -119,6 +119,16 @@ def test_resized_as_torch_does_with_antialias(tmp_path, interpolation, size, nam
     np.testing.assert_allclose(found, wanted, atol=1e-6 if low else 0.51 / high)
 
 
+@pytest.mark.parametrize("planes", ["contig", "separate"])
+def test_colour_of_16_bits_is_scaled_to_8(tmp_path, planes):
+    """PIL reads the bytes of separate planes as if they were pixels."""
+    tifffile = pytest.importorskip("tifffile")
+    values, path = draw((3, H, W)), tmp_path / "x.tif"
+    given = values if planes == "separate" else values.transpose(1, 2, 0)
+    tifffile.imwrite(path, given, photometric="rgb", planarconfig=planes)
+    np.testing.assert_allclose(unit(how(3), path) * 255, values >> 8, atol=1e-3)
+
+
 def test_a_grey_network_sees_colour_as_pil_turns_it_grey(tmp_path):
     colour = Image.fromarray(draw((H, W, 3), 256, np.uint8))
     colour.save(tmp_path / "x.png")

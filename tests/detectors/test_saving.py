@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.errors import DetectorFileError, NotFittedError
+from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.errors import ConfigError, DetectorFileError, NotFittedError
 from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
 from tests.nets import Net, some_images
 
@@ -167,6 +168,14 @@ class WideFeature(Net):
 
     def feature(self, x):
         return self.widen(super().feature(x)).relu()
+
+
+def test_a_preprocessing_of_other_channels_is_not_saved(tmp_path):
+    detector = FuseNorm(Net()).fit([some_images(24)])
+    detector.preprocessing = Preprocessing(12, (12, 12), "bilinear", (0.5,), (0.5,))
+    with pytest.raises(ConfigError, match="has 1 channels, the images of its fit 3: set"):
+        detector.save(tmp_path / "d")
+    assert not (tmp_path / "d").exists()
 
 
 def test_matrices_as_large_as_a_real_network_s_give_the_same_bits(tmp_path):
