@@ -48,7 +48,7 @@ STRONG = (
     ("output", "logitgap", "gen", "fdbd", "head_mds"),
     ("output", "gen", "fdbd", "head_mds", "mds++"),
     ("output", "gen", "fdbd", "mds++"),
-    ("output", "gen", "fdbd", "rmds"),
+    ("output", "gen", "fdbd", "rmds++"),
     ("output", "fdbd", "mds++"),
 )
 

@@ -56,8 +56,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "--postprocessor": (
         {},
         "fusenorm (default), fusenorm_published, fusenorm_deviation, t2fnorm, msp, mls, ebo, odin, "
-        "react, knn, nci, gen, logitgap, fdbd, scale, ash, ras, vim, mds, mds++, rmds, mahavar, "
-        "head_mds, she; with OpenOOD, also any of OpenOOD's",
+        "react, knn, nci, gen, logitgap, fdbd, scale, ash, ras, vim, mds, mds++, rmds, rmds++, "
+        "mahavar, head_mds, she; with OpenOOD, also any of OpenOOD's",
     ),
     "--fsood": (FLAG, "full-spectrum: covariate-shifted images count as ID"),
     "--output-dir": (

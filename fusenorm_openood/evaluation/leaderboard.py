@@ -37,9 +37,9 @@ _OURS = {
 # Names in `utils/papers.csv` of the leaderboard; any other name is used as it is.
 _UPPER = ("msp", "mls", "ebo", "odin", "knn", "nci", "gen", "she", "scale", "ash", "vim", "ras")
 _LISTED = {
-    **{name: name.upper() for name in (*_UPPER, "mds")},
-    **{"t2fnorm": "T2FNorm", "react": "ReAct", "fdbd": "fDBD", "mds++": "MDS++"},
-    **{"rmds": "RMDS++", "logitgap": "LogitGap", "mahavar": "MahaVar"},
+    **{name: name.upper() for name in (*_UPPER, "mds", "mds++", "rmds", "rmds++")},
+    **{"t2fnorm": "T2FNorm", "react": "ReAct", "fdbd": "fDBD"},
+    **{"logitgap": "LogitGap", "mahavar": "MahaVar"},
 }
 _UNKNOWN = "(to be filled in)"
 # OpenOOD's trainers that use only ID images, and their names on the leaderboard.

@@ -1,12 +1,17 @@
-"""OpenOOD's five metrics, with OOD as the positive class."""
+"""OpenOOD's five metrics, and as other packages compute them."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+import torch
+from numpy.typing import ArrayLike, NDArray
 from sklearn import metrics
 
 from fusenorm_openood.errors import DataError, NonFiniteError
+from fusenorm_openood.method.validation import among
+
+Values = NDArray[Any]
 
 
 class OODMetrics(NamedTuple):
@@ -18,24 +23,51 @@ class OODMetrics(NamedTuple):
     aupr_out: float
 
 
-def ood_metrics(id_conf: ArrayLike, ood_conf: ArrayLike) -> OODMetrics:
+def ood_metrics(
+    id_conf: ArrayLike, ood_conf: ArrayLike, convention: str = "openood", positive: str = "ood"
+) -> OODMetrics:
     """How well a confidence separates ID from OOD images.
+
+    FPR@95 is read off at the first threshold: with thresholds from the most to the least OOD
+    score, the first at which at least 95 % of the OOD images are classified as OOD. The packages
+    agree on that and differ in the thresholds that they try:
+
+    - `openood`: ROC points inside a straight piece of the curve are dropped first (scikit-learn's
+      `drop_intermediate`), so with few images or many ties the threshold is a later one, and
+      FPR@95 larger. AUPR is the trapezoidal area.
+    - `pytorch-ood`: every score; AUPR is the trapezoidal area.
+    - `torch-uncertainty`: every score. AUROC and AUPR are torchmetrics': unless all OOD scores are
+      in [0, 1], after a sigmoid in float32, which makes ties. AUPR is the average precision.
+    - `scio`: every score. AUROC is the area under the steps, where ties count as errors.
+    - `oodeel`: every fourth score, from the second smallest; FPR@95 at the first of these at which
+      *less* than 95 % are classified as OOD. AUROC is the area between these points.
+
+    No package interpolates. What a package does not compute is NaN.
 
     Args:
         id_conf: confidences of ID images `[N]`, larger = more in-distribution.
         ood_conf: confidences of OOD images `[M]`.
+        convention: whose figures: one of the above.
+        positive: which images FPR@95 keeps 95 % of: `ood`, as all packages above do, or `id`, as
+            many papers do: the share of OOD images accepted where 95 % of the ID images are.
 
     Returns:
-        FPR@95 (the share of ID images classified as OOD at the first threshold at which 95 % of
-        the OOD images are), AUROC, AUPR with ID as the positive class, AUPR with OOD as the
-        positive class.
+        FPR@95, AUROC, AUPR with ID as the positive class, AUPR with OOD as the positive class.
 
     Raises:
+        ConfigError: an unknown convention or positive class.
         DataError: one of the two is empty or not one-dimensional.
         NonFiniteError: NaN or infinity among the confidences.
 
-    Source: OpenOOD v1.5, whose AUPR is the trapezoidal area under the precision-recall curve.
+    Source: OpenOOD v1.5, pytorch-ood 0.4, torch-uncertainty 0.13 with torchmetrics 1.9, scio 1.1,
+    oodeel 0.4.
+
+    >>> known, unknown = range(1, 21), range(1, 21)  # as many OOD as ID images, with equal scores
+    >>> [ood_metrics(known, unknown, c).fpr95 for c in ("openood", "pytorch-ood", "oodeel")]
+    [1.0, 0.95, 0.9]
     """
+    among(*CONVENTIONS)("convention", convention)
+    among("ood", "id")("positive", positive)
     id_conf = np.asarray(id_conf, dtype=np.float64)  # unsigned integers cannot be negated
     ood_conf = np.asarray(ood_conf, dtype=np.float64)
     if id_conf.ndim != 1 or ood_conf.ndim != 1:
@@ -55,16 +87,64 @@ def ood_metrics(id_conf: ArrayLike, ood_conf: ArrayLike) -> OODMetrics:
             "the features"
         )
     is_ood = np.concatenate([np.zeros(len(id_conf), int), np.ones(len(ood_conf), int)])
+    figures = CONVENTIONS[convention](is_ood, -conf)
+    if positive == "id":
+        return figures._replace(fpr95=CONVENTIONS[convention](1 - is_ood, conf).fpr95)
+    return figures
 
-    fpr, tpr, _ = metrics.roc_curve(is_ood, -conf)
-    precision_in, recall_in, _ = metrics.precision_recall_curve(1 - is_ood, conf)
-    precision_out, recall_out, _ = metrics.precision_recall_curve(is_ood, -conf)
+
+def _openood(is_ood: Values, score: Values, drop: bool = True) -> OODMetrics:
+    fpr, tpr, _ = metrics.roc_curve(is_ood, score, drop_intermediate=drop)
+    precision_in, recall_in, _ = metrics.precision_recall_curve(1 - is_ood, -score)
+    precision_out, recall_out, _ = metrics.precision_recall_curve(is_ood, score)
     return OODMetrics(
         fpr95=float(fpr[np.argmax(tpr >= 0.95)]),
         auroc=float(metrics.auc(fpr, tpr)),
         aupr_in=float(metrics.auc(recall_in, precision_in)),
         aupr_out=float(metrics.auc(recall_out, precision_out)),
     )
+
+
+def _pytorch_ood(is_ood: Values, score: Values) -> OODMetrics:
+    return _openood(is_ood, score, drop=False)
+
+
+def _torch_uncertainty(is_ood: Values, score: Values) -> OODMetrics:
+    ranked = torch.from_numpy(score).float()
+    if ranked.min() < 0 or ranked.max() > 1:
+        ranked = ranked.sigmoid()
+    return OODMetrics(
+        fpr95=_pytorch_ood(is_ood, score).fpr95,
+        auroc=float(metrics.roc_auc_score(is_ood, ranked)),
+        aupr_in=np.nan,
+        aupr_out=float(metrics.average_precision_score(is_ood, ranked)),
+    )
+
+
+def _scio(is_ood: Values, score: Values) -> OODMetrics:
+    fpr, tpr, _ = metrics.roc_curve(is_ood, score, drop_intermediate=False)
+    steps = float(np.diff(fpr) @ tpr[:-1])
+    return OODMetrics(_pytorch_ood(is_ood, score).fpr95, steps, np.nan, np.nan)
+
+
+def _oodeel(is_ood: Values, score: Values) -> OODMetrics:
+    thresholds = np.sort(score)[1::4]
+    rates = [
+        np.array([1.0, *(np.mean(score[is_ood == label] >= t) for t in thresholds), 0.0])
+        for label in (0, 1)
+    ]
+    fpr, tpr = rates
+    area = -np.sum(np.diff(tpr) * (2 - fpr[1:] - fpr[:-1])) / 2
+    return OODMetrics(float(fpr[np.argmax(tpr < 0.95)]), float(area), np.nan, np.nan)
+
+
+CONVENTIONS: dict[str, Callable[[Values, Values], OODMetrics]] = {
+    "openood": _openood,
+    "pytorch-ood": _pytorch_ood,
+    "torch-uncertainty": _torch_uncertainty,
+    "scio": _scio,
+    "oodeel": _oodeel,
+}
 
 
 def accuracy(pred: ArrayLike, label: ArrayLike) -> float:

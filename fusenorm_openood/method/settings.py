@@ -92,7 +92,7 @@ class Settings:
         neighbours: number K of the nearest ID images for `knn`.
         strong: strong experts, each a layer's name, its number (from 0), `"output"` or the output
             expert's name, or one of `knn`, `fdbd`, `gen`, `logitgap`, `nci`, `mds`, `mds++`,
-            `rmds`, `mahavar`, `head_mds`, `vim`, `she`, `scale`, `ash`, `ras`;
+            `rmds`, `rmds++`, `mahavar`, `head_mds`, `vim`, `she`, `scale`, `ash`, `ras`;
             `"auto"` = the first layer of the last stage and the output expert. The other layers
             are weak.
         weights: one weight per strong expert; None = equal weights.

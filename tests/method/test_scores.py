@@ -66,14 +66,19 @@ def unit(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def mahalanobis_of(x, fit, y, ridge=None, divisor=None, weight=0.0):
-    """Closest squared distance of rows x to the class means of (fit, y), less weight x variance."""
+def mahalanobis_of(x, fit, y, ridge=None, divisor=None, weight=0.0, top=None):
+    """Squared distance of rows x to the closest class mean of (fit, y), less weight x variance.
+
+    With `top`, to the mean of that class.
+    """
     means = {c: fit[y == c].mean(0) for c in np.unique(y)}
     r = fit - np.stack([means[c] for c in y])
     s = r.T @ r / (divisor or len(fit))
     s += (np.trace(s) / len(s) * RIDGE if ridge is None else ridge) * np.eye(len(s))
     inverse = np.linalg.inv(s)
     each = [np.einsum("nd,de,ne->n", x - m, inverse, x - m) for m in means.values()]
+    if top is not None:
+        return -np.array(each)[top, np.arange(len(x))]
     return weight * np.var(each, axis=0) - np.min(each, axis=0)
 
 
@@ -97,13 +102,16 @@ def oracle(score, x, fit, y, w, b):
     top, mean = logits.argmax(1), fit.mean(0)
     if name == "knn":
         squares = ((unit(x)[:, None] - unit(fit)[None]) ** 2).sum(2)
-        return -np.sort(squares, 1)[:, a["K"] - 1]
+        kth = np.sort(squares, 1)[:, a["K"] - 1]
+        return -np.sqrt(kth) if a["root"] else -kth
     if name == "nci":
         c = x - mean
         return (w[top] * c).sum(1) / np.linalg.norm(c, axis=1) + a["alpha"] * np.abs(x).sum(1)
     if name == "gen":
         p = np.sort(softmax(logits, axis=1), 1)[:, -a["M"] :]
-        return -((p * (1 - p)) ** a["gamma"]).sum(1)
+        p = p.clip(a["clamp"] or 0, 1 - (a["clamp"] or 0))
+        terms = (p * (1 - p)) ** a["gamma"]
+        return -(terms.mean(1) if a["mean"] else terms.sum(1))
     if name == "fdbd":
         total = np.zeros(len(x))
         for i, c in enumerate(top):
@@ -116,24 +124,29 @@ def oracle(score, x, fit, y, w, b):
         k = x.shape[1] - int(np.round(x.shape[1] * a["percentile"] / 100))
         for i, row in enumerate(x):
             kept = np.argsort(-row, kind="stable")[:k]
-            if name == "ash":
-                out[i, kept] = row.sum() / k
+            factor = np.exp(row.sum() / row[kept].sum())
+            if name == "scale":
+                out[i] = row * factor
             else:
-                out[i] = row * np.exp(row.sum() / row[kept].sum())
+                of = {"b": row.sum() / k, "s": row[kept] * factor, "p": row[kept]}
+                out[i, kept] = of[a["variant"]]
         return logsumexp(out @ w.T + b, axis=1)
     if name == "vim":
-        u = -np.linalg.pinv(w) @ b
+        u = mean if a["origin"] == "mean" else -np.linalg.pinv(w) @ b
         values, vectors = np.linalg.eigh((fit - u).T @ (fit - u))
-        ns = vectors[:, np.argsort(-values)[a["dim"] :]]
+        values, vectors = values[::-1], vectors[:, ::-1]
+        dim = a["dim"]
+        if a["share"]:
+            dim = max(n for n in range(D) if values[:n].sum() <= a["share"] * values.sum())
+        ns = vectors[:, dim:]
         alpha = fit_logits.max(1).mean() / np.linalg.norm((fit - u) @ ns, axis=1).mean()
         return logsumexp(logits, axis=1) - alpha * np.linalg.norm((x - u) @ ns, axis=1)
-    if name == "mds":
-        return mahalanobis_of(x, fit, y, ridge=0)
-    if name == "mds++":
-        return mahalanobis_of(unit(x), unit(fit), y)
-    if name == "rmds":
-        overall = mahalanobis_of(unit(x), unit(fit), np.zeros(len(fit)))
-        return mahalanobis_of(unit(x), unit(fit), y) - overall
+    if name in ("mds", "mds++", "rmds", "rmds++"):
+        ridge = None if name.endswith("++") else 0
+        x, fit = (unit(x), unit(fit)) if name.endswith("++") else (x, fit)
+        nearest = top if a["class_mean"] == "predicted" else None
+        overall = mahalanobis_of(x, fit, np.zeros(len(fit)), ridge) if "r" in name else 0
+        return mahalanobis_of(x, fit, y, ridge, top=nearest) - overall
     if name == "mahavar":
         return mahalanobis_of(unit(x), unit(fit), y, weight=a["weight"])
     if name == "head_mds":
@@ -162,6 +175,15 @@ VARIANTS = [
     make_score("gen", {"gamma": 2}),
     make_score("ash", {"percentile": 0}),
     make_score("scale", {"percentile": 62.5}),
+    # The defaults of other packages.
+    make_score("ash", {"variant": "s", "percentile": 65}),
+    make_score("ash", {"variant": "p"}),
+    make_score("gen", {"M": 1000, "mean": True, "clamp": 1e-3}),
+    make_score("gen", {"M": 3, "gamma": 2, "clamp": 0}),
+    make_score("knn", {"K": 7, "root": True}),
+    make_score("vim", {"share": 0.9, "origin": "mean"}),
+    make_score("vim", {"share": 0.5}),
+    *(make_score(n, {"class_mean": "predicted"}) for n in ("mds", "mds++", "rmds", "rmds++")),
 ]
 
 
@@ -181,7 +203,9 @@ def test_id_images_score_higher_than_noise_whatever_the_batch(score):
     test, _ = make_features(200, head, seed=3)
     noise = torch.randn(200, D, generator=torch.Generator().manual_seed(4)).relu()
     inside, outside = score(test, head, state), score(Features(noise, head(noise)), head, state)
-    floor = 0.45 if score.name == "mds" else 0.6  # the norm of features is what MDS mistakes
+    floor = (
+        0.45 if score.name in ("mds", "rmds") else 0.6
+    )  # the norm of features is what MDS mistakes
     assert (inside.unsqueeze(1) > outside).float().mean() > floor
     single = [score(part(test, slice(i, i + 1)), head, state) for i in range(10)]
     torch.testing.assert_close(torch.cat(single), inside[:10], rtol=1e-4, atol=1e-5)
@@ -271,7 +295,7 @@ def test_the_order_of_the_fit_images_changes_nothing(score, seed):
     close(score(other, head, permuted, labels[order]), of_fit, rtol=1e-3, atol=1e-4)
 
 
-@scores_named("knn", "mds++", "rmds", "mahavar", "head_mds")
+@scores_named("knn", "mds++", "rmds++", "mahavar", "head_mds")
 @pytest.mark.parametrize("scale", [1e-3, 0.7, 1e3])
 def test_scaling_a_feature_does_not_change_scores_that_normalise_it(score, scale):
     head, _, _, state = fitted(score)
@@ -387,6 +411,18 @@ def test_she_compares_with_the_mean_of_all_images_where_a_class_has_none(score):
     torch.testing.assert_close(score(of_class, head, state), expected)
 
 
+def test_an_image_of_a_class_without_images_is_compared_with_the_closest_mean():
+    head, batch, labels, _ = fitted(make_score("mds"))
+    some, y = part(batch, labels != 2), labels[labels != 2]
+    closest, predicted = (
+        score(batch, head, fit(score, some, y, head))
+        for score in (make_score("mds"), make_score("mds", {"class_mean": "predicted"}))
+    )
+    absent = batch.logits.argmax(1) == 2
+    assert torch.equal(closest[absent], predicted[absent])
+    assert (closest[~absent] > predicted[~absent]).any()
+
+
 @scores_named("mds++")
 def test_mds_leaves_out_classes_without_images(score):
     head, batch, labels, _ = fitted(score)
@@ -401,6 +437,7 @@ def test_mds_leaves_out_classes_without_images(score):
 @pytest.mark.parametrize("name", ["ash", "scale"])
 @pytest.mark.parametrize("percentile", [0, 85, 99.99])
 def test_activation_shaping_is_finite_where_activations_cancel(name, percentile):
+    arguments = {"percentile": percentile, **({"variant": "s"} if name == "ash" else {})}
     head = make_head()
     rows = [
         [1.0, -1.0] * (D // 2),
@@ -411,7 +448,7 @@ def test_activation_shaping_is_finite_where_activations_cancel(name, percentile)
         [-1e-8] * 4 + [-1e6] * (D - 4),
     ]
     feature = torch.tensor(rows)
-    scores = make_score(name, {"percentile": percentile})(Features(feature, head(feature)), head)
+    scores = make_score(name, arguments)(Features(feature, head(feature)), head)
     assert torch.isfinite(scores).all()
 
 
@@ -452,7 +489,11 @@ def test_labels_outside_the_classes_are_refused(score):
     [
         ("knm", {}, "'knm': choose from .*knn, logitgap"),
         ("gen", {"k": 1}, "'k' of gen: choose from gamma, M"),
-        ("mds++", {"K": 1}, "'K' of mds.*: it has none"),
+        ("mds++", {"K": 1}, "'K' of mds.*: choose from class_mean"),
+        ("mls", {"K": 1}, "'K' of mls.*: it has none"),
+        ("ash", {"variant": "x"}, "variant must be one of b, s, p, got 'x'"),
+        ("vim", {"share": 1}, "share must be .* or None, got 1"),
+        ("gen", {"clamp": 0.5}, "clamp must be .* got 0.5"),
         ("logitgap", {"N": 0}, "N must be .* got 0"),
         ("knn", {"K": 0}, "knn: K must be .* >= 1, got 0"),
         ("knn", {"K": 2.5}, "K must be .* got 2.5"),

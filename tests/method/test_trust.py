@@ -38,12 +38,12 @@ def of_fit(name, images, classes=5, features=24):
     return trust(*(score(batch, head, state, y).numpy() for y in (labels, None)))
 
 
-@pytest.mark.parametrize("name", ["knn", "mds", "mds++", "rmds", "mahavar", "head_mds", "she"])
+@pytest.mark.parametrize("name", ["knn", "mds", "mds++", "rmds", "rmds++", "mahavar", "head_mds", "she"])
 def test_many_images_give_nearly_1(name):
     assert of_fit(name, 3000) > 0.99
 
 
-@pytest.mark.parametrize("name", ["mds", "mds++", "rmds"])
+@pytest.mark.parametrize("name", ["mds", "mds++", "rmds++"])
 def test_class_means_of_one_image_each_have_none(name):
     assert of_fit(name, 150, classes=400) < 0.3
     assert of_fit("head_mds", 150, classes=400) > 0.9

@@ -40,7 +40,7 @@ def make_score(name: str, arguments: Mapping[str, Any] | None = None, **fixed: A
         ConfigError: an unknown score or argument, a wrong type or a value outside its range.
 
     >>> make_score("gen", {"M": 10})
-    GEN(gamma=0.1, M=10)
+    GEN(gamma=0.1, M=10, mean=False, clamp=None)
     """
     if name not in SCORES:
         raise ConfigError(f"unknown score {name!r}: choose from {', '.join(SCORES)}")

@@ -15,14 +15,15 @@ from fusenorm_openood.method.scores.base import (
     fit_features,
     row_parts,
 )
-from fusenorm_openood.method.validation import COUNT, checked
+from fusenorm_openood.method.validation import COUNT, SWITCH, checked
 
 
 @dataclass(frozen=True)
 class KNN(Score):
     """Negative squared distance between L2-normalised features to the K-th nearest ID image.
 
-    With fewer than K images, to the farthest one.
+    With fewer than K images, to the farthest one. With `root`, the distance itself, which ranks
+    the same.
 
     >>> ids, one = torch.eye(2), torch.tensor([[3.0, 0.0]])
     >>> score = KNN(K=2)
@@ -36,6 +37,7 @@ class KNN(Score):
     state: ClassVar = {"features": "N D"}
 
     K: int = checked(50, COUNT)
+    root: bool = checked(False, SWITCH)
 
     def fit(self, sums: State, sample: Features, head: Head) -> State:
         return {"features": F.normalize(fit_features(sample), dim=1)}
@@ -50,7 +52,8 @@ class KNN(Score):
             nearness = torch.addmm(squares, part, stored.T, beta=-1, alpha=2)
             kth = nearness.topk(rank, dim=1, sorted=False).values.amin(dim=1)
             scores.append((kth - part.square().sum(dim=1)).clamp_max(0))
-        return torch.cat(scores)
+        found = torch.cat(scores)
+        return -(-found).sqrt() if self.root else found
 
     def score_fit(self, batch: Features, head: Head, state: State, labels: Tensor) -> Tensor:
         """Each image without itself; 0 if it is the only one."""

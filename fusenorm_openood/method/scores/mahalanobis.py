@@ -19,6 +19,7 @@ from fusenorm_openood.method.scores.base import (
     products,
     row_parts,
 )
+from fusenorm_openood.method.validation import among, checked
 
 RIDGE = 1e-3  # added to the covariance of normalised features, in units of the mean variance
 SMALLEST_VARIANCE = 1e-10  # of normalised features; below it is float32 rounding
@@ -32,6 +33,9 @@ class Mahalanobis(Score):
     `RIDGE` times the mean variance is added to the covariance before it is inverted, so that fewer
     images than dimensions do. Without, directions in which the ID features do not vary are left
     out, as by a pseudo-inverse. A class without images is left out.
+
+    `class_mean` is the mean that counts: the `closest`, or that of the `predicted` class (the
+    closest for a class that is left out).
     """
 
     needs_fit = True
@@ -43,6 +47,8 @@ class Mahalanobis(Score):
         "counts": "M",
         "classes": "M",
     }
+
+    class_mean: str = checked("closest", among("closest", "predicted"))
 
     def of_distances(self, distances: Tensor) -> Tensor:
         """Scores `[B]` of squared distances `[B, M]`; infinite for a class that is left out."""
@@ -87,25 +93,37 @@ class Mahalanobis(Score):
 
     def score(self, batch: Features, head: Head, state: State) -> Tensor:
         white, means = self._whitened(batch.feature, state), state["means"]
-        parts = row_parts(white, len(means))
-        return torch.cat([self.of_distances(squared_distances(p, means)) for p in parts])
+        scores = []
+        parts = (row_parts(t, len(means)) for t in (white, batch.logits))
+        for part, logits in zip(*parts, strict=True):
+            distances = squared_distances(part, means)
+            scores.append(self.of_distances(self._that_count(distances, logits, state)))
+        return torch.cat(scores)
+
+    def _that_count(self, distances: Tensor, logits: Tensor, state: State) -> Tensor:
+        """Distances `[B, M]`, infinite to the means that `class_mean` leaves out."""
+        if self.class_mean == "closest":
+            return distances
+        other = logits.argmax(dim=1, keepdim=True) != state["classes"]
+        return distances.masked_fill(other & ~other.all(dim=1, keepdim=True), torch.inf)
 
     def score_fit(self, batch: Features, head: Head, state: State, labels: Tensor) -> Tensor:
         """Each image left out of the means and the covariance, without further fits."""
         white, means, counts = self._whitened(batch.feature, state), state["means"], state["counts"]
         images = int(counts.sum())
         if images == 1:
-            return self.of_distances(squared_distances(white, means))
+            return self.score(batch, head, state)
         rows = torch.searchsorted(state["classes"], labels.contiguous())
         scores = []
-        parts = (row_parts(t, 2 * len(means)) for t in (white, rows))
-        for part, own in zip(*parts, strict=True):
+        parts = (row_parts(t, 2 * len(means)) for t in (white, rows, batch.logits))
+        for part, own, logits in zip(*parts, strict=True):
             n = counts[own].to(part.dtype).unsqueeze(1)
             # Without the image, its residual is n / (n - 1) times as long.
             distances = left_out(part, means, own, n / (n - 1).clamp_min(1), 1 / images)
             # The class of a single image has no mean without it.
             single = torch.zeros_like(n).masked_fill(n <= 1, float("inf"))
-            scores.append(self.of_distances(distances.scatter_add(1, own.unsqueeze(1), single)))
+            distances = distances.scatter_add(1, own.unsqueeze(1), single)
+            scores.append(self.of_distances(self._that_count(distances, logits, state)))
         return torch.cat(scores)
 
     def images_needed(self, features: int, classes: int) -> int:

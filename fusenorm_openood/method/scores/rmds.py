@@ -11,10 +11,10 @@ from fusenorm_openood.method.scores.mahalanobis import Mahalanobis, left_out
 
 @dataclass(frozen=True)
 class RMDS(Mahalanobis):
-    """`mds++` relative to the distance to all ID images, whatever their class.
+    """`mds` relative to the distance to all ID images, whatever their class.
 
-    The squared Mahalanobis distance of the L2-normalised feature to the mean of all ID images,
-    with their covariance, minus that to the closest class mean (RMDS++ of Mueller and Hein, 2025).
+    The squared Mahalanobis distance of the feature to the mean of all ID images, with their
+    covariance, minus that to the closest class mean.
 
     >>> import torch
     >>> ids = Features(torch.tensor([[2.0, 0.0], [3.0, 1.0], [0.0, 1.0]]), torch.eye(3))
@@ -25,7 +25,8 @@ class RMDS(Mahalanobis):
     """
 
     name = "rmds"
-    title = "RMDS++"
+    title = "RMDS"
+    normalised = False
     state: ClassVar = {**Mahalanobis.state, "overall": "D D"}
 
     def fit(self, sums: State, sample: Features, head: Head) -> State:

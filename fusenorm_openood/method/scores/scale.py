@@ -4,11 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fusenorm_openood.method.scores.ash import PRUNED, largest
+from fusenorm_openood.method.scores.ash import PRUNED, largest, scaling
 from fusenorm_openood.method.scores.base import Features, Head, Score, State
 from fusenorm_openood.method.validation import checked
-
-LARGEST_EXPONENT = 40.0  # exp(40) times a feature of 1e18 is still finite in float32
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,5 @@ class SCALE(Score):
     percentile: float = checked(85, PRUNED)
 
     def score(self, batch: Features, head: Head, state: State) -> Tensor:
-        feature = batch.feature
-        kept, _ = largest(feature, self.percentile)
-        ratio = feature.sum(dim=1) / kept.sum(dim=1)
-        limit = min(feature.shape[1] / kept.shape[1], LARGEST_EXPONENT)
-        factor = ratio.nan_to_num(nan=1.0).clamp(max=limit).exp()  # 0 / 0 only if all are 0
-        return head(feature * factor.unsqueeze(1)).logsumexp(dim=1)
+        kept, _ = largest(batch.feature, self.percentile)
+        return head(batch.feature * scaling(batch.feature, kept)).logsumexp(dim=1)

@@ -15,10 +15,11 @@ from fusenorm_openood.method.scores.base import (
     State,
     feature_sum,
     fit_features,
+    mean_feature,
     products,
     row_norms,
 )
-from fusenorm_openood.method.validation import COUNT, checked
+from fusenorm_openood.method.validation import COUNT, SHARE, among, checked
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class ViM(Score):
 
     The logits must be those of the feature and the head. A `dim` that leaves no residual, because
     there are not more than `dim` features or images, is replaced with half of their number.
+
+    Attributes:
+        dim: dimensions of the principal space.
+        share: instead of `dim`, as many dimensions as explain at most this share of the variance.
+        origin: the principal space goes through the point that the head maps to zero logits
+            (`head`), or through the mean ID feature (`mean`).
 
     >>> ids = torch.tensor([[2.0, 0.0, 0.1], [0.0, 2.0, -0.1], [1.0, 1.0, 0.1]])
     >>> score, head = ViM(dim=2), Head(torch.eye(3)[:2], torch.zeros(2))
@@ -44,6 +51,8 @@ class ViM(Score):
     state: ClassVar = {"origin": "D", "residual": "D R", "scale": ""}
 
     dim: int = checked(256, COUNT)
+    share: float | None = checked(None, SHARE.or_none())
+    origin: str = checked("head", among("head", "mean"))
 
     def sums(self, batch: Features, labels: Tensor) -> State:
         return {**feature_sum(batch), "products": products(fit_features(batch))}
@@ -51,14 +60,20 @@ class ViM(Score):
     def fit(self, sums: State, sample: Features, head: Head) -> State:
         """Origin, residual space and scale of the virtual logit; the scale is the sample's."""
         feature = fit_features(sample)
-        weight, bias = head.weight.detach().cpu().double(), head.bias.detach().cpu().double()
-        rounding = max(weight.shape) * ROUNDING  # the weight may have a lower rank
-        origin = -torch.linalg.pinv(weight, rtol=rounding) @ bias
+        if self.origin == "mean":
+            origin = mean_feature(sums)
+        else:
+            weight, bias = head.weight.detach().cpu().double(), head.bias.detach().cpu().double()
+            rounding = max(weight.shape) * ROUNDING  # the weight may have a lower rank
+            origin = -torch.linalg.pinv(weight, rtol=rounding) @ bias
         # The products of features less the origin, from those of the features.
         shift = torch.outer(sums["feature"] - sums["images"] / 2 * origin, origin)
         values, vectors = torch.linalg.eigh(sums["products"] - shift - shift.T)
         most = min(int(sums["images"]), len(values))
         dim = self.dim if self.dim < most else most // 2
+        if self.share is not None:
+            explained = values.flip(0).clamp_min(0).cumsum(dim=0)
+            dim = int((explained <= self.share * explained[-1]).sum())
         state = {
             "origin": origin.float(),
             "residual": vectors[:, : len(values) - dim].float(),
