@@ -45,7 +45,7 @@ class GEN(Score):
     def score(self, batch: Features, head: Head, state: State) -> Tensor:
         if self.clamp is not None:
             p = batch.logits.float().softmax(dim=1).clamp(self.clamp, 1 - self.clamp)
-            p = p.topk(self.M, dim=1).values if self.M < p.shape[1] else p
+            p = p.topk(self.M, dim=1).values if p.shape[1] > self.M else p
             return self._summed(p**self.gamma * (1 - p) ** self.gamma)
         logits = with_double(batch.logits).double()
         log_p, index = logits.log_softmax(dim=1).topk(min(self.M, logits.shape[1]), dim=1)
