@@ -37,7 +37,7 @@ class SingleScore(Detector):
 
     >>> from torchvision.models import resnet18
     >>> SingleScore(resnet18(num_classes=4), "knn", K=3)
-    SingleScore(ResNet, KNN(K=3); not fitted)
+    SingleScore(ResNet, KNN(K=3, root=False); not fitted)
     """
 
     def __init__(
