@@ -344,6 +344,52 @@ def alarm() -> str:
     return table(shifts, found.to_numpy().tolist())
 
 
+def packages() -> str:
+    """Near / far AUROC of each method in each package; packages with equal figures share a row."""
+    found = pd.read_csv(RESULTS / "peers_agree.csv", keep_default_na=False)
+    networks = list(dict.fromkeys(found["network"]))
+    merged: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for (method, package), of in found.groupby(["method", "package"], sort=False):
+        by_network, first = of.set_index("network"), of.iloc[0]
+        cells = [near_far(by_network.loc[n], "AUROC") for n in networks if n in by_network.index]
+        cells += [""] * (len(networks) - len(cells))
+        here = f"`{first['setting']}`" if first["setting"] else "none"
+        key = (method, *cells, near_far(first, "FPR@95"), here, first["reason"])
+        merged.setdefault(key, []).append((package, first["score"]))
+    rows = []
+    for (method, *cells), which in merged.items():
+        names, scores = (", ".join(dict.fromkeys(each)) for each in zip(*which, strict=True))
+        rows.append((method, names, scores, *cells))
+    fpr = f"{networks[0]}, FPR@95"
+    return table(("method", "package", "score", *networks, fpr, "setting here", "default"), rows)
+
+
+def near_far(row: Any, figure: str) -> str:
+    """The two figures of a network, or what came of them."""
+    if row["error"]:
+        return "NaN" if row["error"].startswith("NonFinite") else "error"
+    return f"{float(row[f'near {figure}']):.2f}/{float(row[f'far {figure}']):.2f}"
+
+
+def package_metrics() -> str:
+    """The figures of packages for the same scores."""
+    found = pd.read_csv(RESULTS / "peers_metrics.csv", index_col=[0, 1])
+    columns = {
+        "1 to 20, twice: FPR@95": ("1 to 20 twice", "FPR@95"),
+        "constant: FPR@95": ("constant", "FPR@95"),
+        "constant: AUROC": ("constant", "AUROC"),
+        "constant: AUPR": ("constant", "AUPR"),
+        "20 to 39, 100 to 119: AUROC": ("20 to 39, 100 to 119", "AUROC"),
+        "MSP, far: FPR@95": ("MSP, far", "FPR@95"),
+        "ID positive": ("MSP, far", "ID positive"),
+    }
+    rows = []
+    for name in dict.fromkeys(found.index.get_level_values(0)):
+        cells = [found.loc[(name, case), figure] for case, figure in columns.values()]
+        rows.append((f"`{name}`", *("" if np.isnan(c) else f"{c:.2f}" for c in cells)))
+    return table(("convention", *columns), rows)
+
+
 COMPARED = ("FuseNorm (default)", "FuseNorm (deviation)", "FuseNorm (published)")
 IMAGENET = "EfficientNet-Lite0"
 TITLES = {IMAGENET: "ImageNet-1k"}
@@ -377,6 +423,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "far-off": far_off,
     "alarm": alarm,
     "pseudo": pseudo_ood,
+    "packages": packages,
+    "package-metrics": package_metrics,
     "settings": settings,
     "sweep": sweep,
     "eval": lambda: options("eval"),
