@@ -2,9 +2,12 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
+
+MOST = 60  # names in a message
 
 
 class FuseNormError(Exception):
@@ -85,6 +88,19 @@ class DamagedShardError(StoreError):
 
 class ExportError(FuseNormError, RuntimeError):
     """A detector that cannot be exported, or whose exported program gives other confidences."""
+
+
+def unknown(what: str, name: object, known: Iterable[object], more: str = "") -> str:
+    """The message for a name that is not known, with the nearest one that is.
+
+    >>> unknown("score", "enrgy", ["energy", "msp"])
+    "unknown score 'enrgy' (did you mean 'energy'?): choose from energy, msp"
+    """
+    names = [str(n) for n in known]
+    near = get_close_matches(str(name), names, 1) or get_close_matches(str(name).lower(), names, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    listed = ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" * (len(names) > MOST))
+    return f"unknown {what} {name!r}{hint}: choose from {listed or 'none'}{more}"
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -1,7 +1,9 @@
 """`fusenorm compare`: FuseNorm, its parts and single experts on training runs."""
 
+import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from fusenorm_openood.kernels.devices import own_device
 from fusenorm_openood.report.evaluation import report_of_comparison
 from fusenorm_openood.report.page import check_report, write_report
 from fusenorm_openood.storage.configs import config_root, read_config
-from fusenorm_openood.storage.files import check_writable, write_whole
+from fusenorm_openood.storage.files import check_file, write_whole
 from fusenorm_openood.storage.torchrun import among_peers, this_process
 
 
@@ -42,7 +44,7 @@ def run_compare(args: Namespace) -> int:
     config = read_config(args.config or config_root() / "postprocessors" / "fusenorm.yml")
     sweep = read_fusenorm(config).sweep if args.search or args.config else None
     if args.csv and leads:
-        check_writable(Path(args.csv).parent, "--csv")
+        check_file(Path(args.csv), "--csv", ".csv")
     if args.report:
         check_report(args.report)
     image_sets = [*benchmark.tested(args.fsood), *([benchmark.val_ood] if sweep else [])]
@@ -71,15 +73,17 @@ def run_compare(args: Namespace) -> int:
         fpr95 = mean([result.fpr95 for result in results]).add_suffix(" FPR@95")
         figures[label] = mean([result.auroc for result in results]).join(fpr95)
         if args.csv and leads:
-            table = pd.concat(figures, names=["root", "method"]).round(2)
-            write_whole(Path(args.csv), lambda f, t=table: t.to_csv(f, float_format="%.2f"))  # type: ignore[misc]
+            text = pd.concat(figures, names=["root", "method"]).to_csv(
+                float_format="%.4f", lineterminator="\n"
+            )
+            write_whole(Path(args.csv), partial(Path.write_text, data=text, newline="\n"))
         _print_root(label, args.id_data, results)
     if len(figures) > 1:
         print(f"\nmean ± std over {len(figures)} roots, AUROC in percent:")
         tables = [table[["nearood", "farood"]] for table in figures.values()]
         # T2FNorm's networks have another MSP.
         common = [row for row in tables[0].index if all(row in table.index for table in tables)]
-        print(summarise([table.loc[common] for table in tables]).to_string(justify="right"))
+        print(fitting(summarise([table.loc[common] for table in tables])))
     if args.report and leads:
         count = sum(map(len, compared.values()))
         facts = (("roots", ", ".join(args.root)), ("training runs", str(count)))
@@ -102,14 +106,29 @@ def _print_root(label: str, id_data: str, results: Sequence[Comparison]) -> None
         which = f", run {number}" * (len(results) > 1)
         print(f"\n{label}, {id_data}{which}: AUROC and FPR@95 in percent,")
         print("with 95 % bootstrap intervals of the gain in AUROC over the best single expert:")
-        print(result.summary.to_string(float_format="{:.2f}".format), flush=True)
+        print(fitting(result.summary), flush=True)
     over = f", mean ± std over {len(results)} runs" * (len(results) > 1)
     table = summarise([r.auroc for r in results]) if over else results[0].auroc
     print(f"\n{label}, {id_data}{over}, AUROC in percent:")
-    print(table.to_string(float_format="{:.2f}".format, justify="right"), flush=True)
+    print(fitting(table), flush=True)
+
+
+def fitting(table: pd.DataFrame) -> str:
+    """A table, without single data sets and intervals if it is wider than the terminal.
+
+    Where there is no terminal, that is 80 columns, or the environment variable COLUMNS.
+    """
+    text: str = table.to_string(float_format="{:.2f}".format, justify="right")
+    if max(map(len, text.splitlines())) <= shutil.get_terminal_size().columns:
+        return text
+    names = map(str, table.columns)
+    groups = [n for n in names if n.startswith(("near", "far")) and " over " not in n]
+    text = table[groups].to_string(float_format="{:.2f}".format, justify="right")
+    return f"{text}\n(all columns: COLUMNS=200 or a wider terminal; all figures: --csv FILE)"
 
 
 def _labels(roots: Sequence[str]) -> list[str]:
     """A short name for each root: its last part, or the whole path where that is not unique."""
-    names = [Path(root).resolve().stem for root in roots]
+    paths = [Path(root).resolve() for root in roots]
+    names = [path.stem if path.is_file() else path.name for path in paths]
     return [n if names.count(n) == 1 else r for r, n in zip(roots, names, strict=True)]

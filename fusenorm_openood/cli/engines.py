@@ -14,7 +14,7 @@ from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.configuration import NATIVE, detector_for, read_fusenorm
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.search import search
-from fusenorm_openood.errors import ConfigError, OpenOODError
+from fusenorm_openood.errors import ConfigError, OpenOODError, unknown
 from fusenorm_openood.evaluation.evaluation import Evaluation, evaluate, sets_of
 from fusenorm_openood.evaluation.runs import Run
 from fusenorm_openood.method.scores import POSTHOC
@@ -47,10 +47,8 @@ def read_postprocessor(
     ours = {path.stem: path for path in (config_root() / "postprocessors").glob("*.yml")}
     name = name or ("fusenorm" if config is None else None)
     if name is not None and name not in NATIVE and not bridge.openood_installed():
-        raise ConfigError(
-            f"unknown postprocessor {name!r}: choose from {', '.join(NATIVE)}, or install "
-            f"OpenOOD, which has more, with '{INSTALL}'"
-        )
+        more = f", or install OpenOOD, which has more, with '{INSTALL}'"
+        raise ConfigError(unknown("postprocessor", name, NATIVE, more))
     if config is not None:
         path = ours.get(str(config), Path(config))
     elif name in ours:
@@ -228,5 +226,5 @@ def _searched(job: Job, run: Run, name: str) -> FuseNorm:
     )
     if job.trials is not None:
         path = job.trials / name / "aps" / f"{job.postprocessor}.csv"
-        write_whole(path, lambda file: found.trials.to_csv(file, index=False))
+        write_whole(path, lambda file: found.trials.to_csv(file, index=False, lineterminator="\n"))
     return FuseNorm(run.net, found.settings).with_statistics(found.statistics)

@@ -113,7 +113,7 @@ def run_eval(args: Namespace) -> int:
         folder = "val" if args.validation else "fsood" if args.fsood else "ood"
         path = output / folder / f"{name}.csv"
         if leads:
-            write_whole(path, table.to_csv)
+            write_whole(path, partial(table.to_csv, lineterminator="\n"))
         print(f"saved {path}")
     inputs.print_throughput(runs)
     if args.report and leads and first:

@@ -24,7 +24,7 @@ from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.kernels.devices import own_device
 from fusenorm_openood.method.calibration import LEAST
 from fusenorm_openood.method.conformal import check_enough
-from fusenorm_openood.storage.files import check_writable, manifest
+from fusenorm_openood.storage.files import check_file, manifest
 from fusenorm_openood.storage.torchrun import among_peers, this_process
 from fusenorm_openood.storage.urls import Place
 
@@ -123,9 +123,7 @@ def run_calibrate(args: Namespace) -> int:
 
 
 def _check_output(output: str) -> None:
-    check_writable(Path(output).resolve().parent, "--output")
-    if not output or Path(output).is_dir():
-        raise ConfigError(f"--output must be a file, got {output!r}: add its name")
+    check_file(Path(output), "--output", ".safetensors")
 
 
 def _loader(

@@ -6,12 +6,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from fusenorm_openood import __version__
-from fusenorm_openood.errors import FuseNormError, UnwritableError, is_lost_loader
+from fusenorm_openood.errors import FuseNormError, UnwritableError, is_lost_loader, unknown
 
 
 class Command(NamedTuple):
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     with tolerant_output(), own_warnings(), quiet_loaders():
-        args = _parser(argv[:1]).parse_args(argv)
+        args = _parsed(argv)
         try:
             status: int = args.run(args)
             sys.stdout.flush()
@@ -87,6 +88,19 @@ def quiet_loaders() -> Iterator[None]:
         sys.unraisablehook = usual
 
 
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; an unknown command or option ends with the nearest one that is known."""
+    parser = _parser(argv[:1])
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        parser.error(unknown("command", argv[0], COMMANDS))
+    args, rest = parser.parse_known_args(argv)
+    for option in rest[:1]:
+        near = get_close_matches(option.partition("=")[0], args.options, 1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    return args
+
+
 def _parser(chosen: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusenorm", description="OOD detection with FuseNorm.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -103,7 +117,8 @@ def add_command(name: str, parser: argparse.ArgumentParser) -> None:
     """Add the options of a subcommand, and what runs it."""
     module = import_module(f"fusenorm_openood.cli.{COMMANDS[name].module}")
     getattr(module, f"add_{name}")(parser)
-    parser.set_defaults(run=getattr(module, f"run_{name}"))
+    options = [option for action in parser._actions for option in action.option_strings]
+    parser.set_defaults(run=getattr(module, f"run_{name}"), options=options)
 
 
 @contextmanager

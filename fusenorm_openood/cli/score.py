@@ -24,6 +24,7 @@ from fusenorm_openood.forward.batches import Pace
 from fusenorm_openood.method.conformal import fewest_rejections, rejects, rejects_at_fdr
 from fusenorm_openood.report.files import report_of_files
 from fusenorm_openood.report.page import check_report, write_report
+from fusenorm_openood.storage.files import check_file
 from fusenorm_openood.storage.torchrun import among_peers, this_process
 from fusenorm_openood.storage.urls import Places, Url, place, split_page
 
@@ -72,6 +73,8 @@ def run_score(args: Namespace) -> int:
         check_report(args.report)
     store_of(args.store)
     _check_options(args, process.world)
+    if args.csv and process.leads:
+        check_file(Path(args.csv), "--csv", ".csv", ".tsv", ".parquet")
     load = partial(load_detector, args.detector, args.network, args.weights, args.bits, args.device)
     detector = load()
     known = detector.calibration_

@@ -14,7 +14,7 @@ from fusenorm_openood.data.preprocessing import (
     Transform,
     parse_normalization,
 )
-from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.errors import ConfigError, DataError, unknown
 from fusenorm_openood.storage.configs import config_root, lookup, read_config
 
 _DRIVE = "https://drive.google.com/file/d/"
@@ -125,9 +125,7 @@ def load_benchmark(
     """
     folder = config_root() / "datasets" / name
     if name not in benchmark_names():
-        raise ConfigError(
-            f"unknown ID data set {name!r}: choose from {', '.join(benchmark_names())}"
-        )
+        raise ConfigError(unknown("ID data set", name, benchmark_names()))
     dataset = lookup(read_config(folder / f"{name}.yml"), "dataset")
     ood = lookup(read_config(folder / f"{name}_ood.yml"), "ood_dataset")
     shifted = folder / f"{name}_fsood.yml"

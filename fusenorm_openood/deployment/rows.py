@@ -63,7 +63,7 @@ class RowFile:
             else:
                 raise
             raise ConfigError(f"{path} {why}") from None
-        self._writer = csv.writer(self._file)
+        self._writer = csv.writer(self._file, lineterminator="\n")
         if not self.judged:
             with self._writing():
                 self._writer.writerow(Judged._fields)
@@ -191,7 +191,7 @@ def _read_csv(path: Path) -> Iterator[Judged]:
 
 def _write_csv(path: Path, rows: Iterable[Judged]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(chain([Judged._fields], map(_cells, rows)))
+        csv.writer(file, lineterminator="\n").writerows(chain([Judged._fields], map(_cells, rows)))
 
 
 def _read_parquet(path: Path) -> Iterator[Judged]:

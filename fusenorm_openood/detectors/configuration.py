@@ -9,7 +9,7 @@ from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.search import candidates
 from fusenorm_openood.detectors.single import SingleScore
-from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.errors import ConfigError, unknown
 from fusenorm_openood.method.scores import SCORES, make_score
 from fusenorm_openood.method.settings import METHODS, Settings, check_names
 from fusenorm_openood.storage.configs import lookup
@@ -40,11 +40,9 @@ def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
     keys = ("name", "APS_mode", "postprocessor_args", "postprocessor_sweep")
     for key in keys:
         lookup(config, "postprocessor", key)
-    unknown = [key for key in section if key not in keys]
-    if unknown:
-        raise ConfigError(
-            f"unknown key 'postprocessor.{unknown[0]}': the keys are {', '.join(keys)}"
-        )
+    for key in section:
+        if key not in keys:
+            raise ConfigError(unknown("key of postprocessor,", key, keys))
     if section["APS_mode"] not in (False, True, "pseudo"):
         raise ConfigError(f"APS_mode must be True, False or 'pseudo', got {section['APS_mode']!r}")
     for key in keys[2:]:

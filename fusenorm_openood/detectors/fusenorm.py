@@ -19,7 +19,7 @@ from fusenorm_openood.detectors.early import judge_early
 from fusenorm_openood.detectors.fitting import enough_for, fit_experts, leave_one_out, try_experts
 from fusenorm_openood.detectors.repeats import check_apart, data_of
 from fusenorm_openood.detectors.statistics import DetectorStatistics, Explanation
-from fusenorm_openood.errors import ConfigError, NotFittedError
+from fusenorm_openood.errors import ConfigError, NotFittedError, unknown
 from fusenorm_openood.export.judge import Dtype
 from fusenorm_openood.export.program import Exported, export_detector
 from fusenorm_openood.forward.batches import checked_images
@@ -473,12 +473,11 @@ class FuseNorm(Detector):
             name = expert if isinstance(expert, str) else taps[expert]
             name = "output" if name == self.settings.output else name
             if name not in (*taps, *NO_LAYERS):
-                way_out = f"choose from {', '.join((*(taps or ['the taps']), *NO_LAYERS))}"
-                way_out = f"set output={name!r}" if name in OUTPUTS else way_out
-                raise ConfigError(
-                    f"unknown strong expert {name!r} with output={self.settings.output!r}: "
-                    f"{way_out}"
-                )
+                what = f"strong expert with output={self.settings.output!r},"
+                message = unknown(what, name, (*(taps or ["the taps"]), *NO_LAYERS))
+                if name in OUTPUTS:
+                    message = f"unknown {what} {name!r}: set output={name!r}"
+                raise ConfigError(message)
             strong.append(name)
         if len(set(strong)) != len(strong):
             raise ConfigError(f"strong must name each expert once, got {', '.join(strong)}")

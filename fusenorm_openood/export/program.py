@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusenorm_openood.errors import ConfigError, ExportError, FuseNormError, first_sentence
+from fusenorm_openood.errors import ConfigError, ExportError, FuseNormError, first_sentence, unknown
 from fusenorm_openood.export.judge import Dtype, Inputs, Judge, error_of, float32_copy
 from fusenorm_openood.export.targets import TARGETS, Outputs, Run, Target
 from fusenorm_openood.kernels.devices import on_cpu
@@ -123,7 +123,7 @@ def find_target(path: Path, name: str | None) -> Target:
         )
     name = name or by_suffix[path.suffix]
     if name not in TARGETS:
-        raise ConfigError(f"unknown target {name!r}: choose from {', '.join(TARGETS)}")
+        raise ConfigError(unknown("target", name, TARGETS))
     if path.suffix != TARGETS[name].suffix:
         raise ConfigError(f"a program for {name} must end in {TARGETS[name].suffix}, got {path}")
     return TARGETS[name]

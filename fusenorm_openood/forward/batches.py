@@ -59,14 +59,28 @@ def batches(
     Raises:
         DataError: an unknown kind of batch, or one with different numbers of images and labels.
     """
-    for batch in without_traceback(tqdm(loader, desc=desc, disable=not progress, leave=False)):
-        given, labels = _parts(batch)
-        if isinstance(given, np.ndarray) and given.dtype.kind == "f":
-            given = torch.from_numpy(given.astype(np.float32))
-        images = checked_images(given)
-        classes = _class_labels(labels, len(images))
-        if len(images):
-            yield images, classes
+    total = number_of_images(loader) if progress else None
+    with tqdm(total=total, desc=desc, unit=" images", disable=not progress, leave=False) as bar:
+        for batch in without_traceback(loader):
+            given, labels = _parts(batch)
+            if isinstance(given, np.ndarray) and given.dtype.kind == "f":
+                given = torch.from_numpy(given.astype(np.float32))
+            images = checked_images(given)
+            classes = _class_labels(labels, len(images))
+            if len(images):
+                yield images, classes
+            bar.update(len(images))
+
+
+def number_of_images(loader: Any) -> int | None:
+    """How many images a loader gives, by its data set and sampler; None if that is not known."""
+    loader = loader.loader if isinstance(loader, Readings) else loader
+    for source in ("sampler", "dataset"):
+        try:
+            return len(getattr(loader, source))
+        except (AttributeError, TypeError, NotImplementedError):
+            continue
+    return None
 
 
 def noting(loader: Iterable[Any], key: str, noted: list[str]) -> Iterator[Any]:

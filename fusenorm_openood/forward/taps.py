@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fusenorm_openood.errors import TapError
+from fusenorm_openood.errors import TapError, unknown
 from fusenorm_openood.network.graph import INPUT
 from fusenorm_openood.network.running import unwrapped
 from fusenorm_openood.network.structure import Structure, read_structure
@@ -38,10 +38,8 @@ def check_taps(net: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
     for name in (name.removesuffix(INPUT) for name in names):
         if name not in modules:
             near = [n for n in sorted(modules) if n.split(".")[0] == name.split(".")[0]]
-            raise TapError(
-                f"{type(net).__name__} has no module {name!r}: "
-                f"choose from {', '.join(near or sorted(modules))}"
-            )
+            of = f"module of {type(net).__name__},"
+            raise TapError(unknown(of, name, near or sorted(modules)))
     if len(set(names)) != len(names) or not names:
         raise TapError(f"taps must name at least one module, each once, got {list(taps)}")
     return names

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fusenorm_openood.errors import CalibrationError, ConfigError
+from fusenorm_openood.errors import CalibrationError, ConfigError, unknown
 from fusenorm_openood.method.conformal import (
     Guarantee,
     check_enough,
@@ -138,7 +138,7 @@ class Calibration:
     def number(self, name: str) -> int:
         """The number of a group; ConfigError if there is none of this name."""
         if name not in self.names:
-            raise ConfigError(f"unknown group {name!r}: choose from {listed(self.names)}")
+            raise ConfigError(unknown("group", name, self.names))
         return self.names.index(name)
 
     def check_enough(self, acceptance: float) -> None:

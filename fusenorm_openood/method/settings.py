@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fusenorm_openood.errors import ConfigError, number, numbers, whole
+from fusenorm_openood.errors import ConfigError, number, numbers, unknown, whole
 from fusenorm_openood.method.atf import FeatureNorm
 from fusenorm_openood.method.scores import OUTPUTS, make_score
 from fusenorm_openood.method.scores.base import Score
@@ -248,4 +248,4 @@ def check_names(names: Mapping[str, Any]) -> None:
     """Raise ConfigError for a name that is not a setting."""
     for name in names:
         if name not in SETTINGS:
-            raise ConfigError(f"unknown setting {name!r}: the settings are {', '.join(SETTINGS)}")
+            raise ConfigError(unknown("setting", name, SETTINGS))

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
@@ -50,8 +51,8 @@ def build_network(
     except (Exception, SystemExit) as error:  # code of others, which may raise anything
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"network {spec!r} cannot be built ({type(error).__name__}: {reason}): check its name "
-            "and its arguments"
+            f"network {spec!r} cannot be built ({type(error).__name__}: {reason}): "
+            f"{_near(source, name) or 'check its name and its arguments'}"
         ) from error
     if not isinstance(net, nn.Module):
         raise ConfigError(
@@ -71,6 +72,18 @@ def _sized(
         except Exception:  # networks refuse a size in many ways
             pass
     return create(name, **given)
+
+
+def _near(source: str, name: str) -> str:
+    """Networks of torchvision or timm with a name like this, if there is none of this name."""
+    if source == "timm":
+        listed = import_module(source).list_models()
+    elif source == "torchvision":
+        listed = import_module(source).models.list_models()
+    else:
+        return ""
+    near = [] if name in listed else get_close_matches(name, listed, 3)
+    return f"did you mean {', '.join(near)}?" if near else ""
 
 
 def _module(spec: str, name: str) -> Any:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fusenorm_openood.errors import CheckpointError, ConfigError
+from fusenorm_openood.errors import CheckpointError, ConfigError, unknown
 from fusenorm_openood.forward.passes import forward_pass
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.network.fingerprint import Fingerprint, fingerprint
@@ -163,8 +163,7 @@ def make_postprocessor(name: str, config: Mapping[str, Any], id_name: str) -> An
         return FuseNormPostprocessor(config)
     theirs = openood_module("evaluation_api.postprocessor").postprocessors
     if name not in theirs:
-        names = ", ".join(sorted({*theirs, *METHODS}))
-        raise ConfigError(f"unknown postprocessor {name!r}: choose from {names}")
+        raise ConfigError(unknown("postprocessor", name, sorted({*theirs, *METHODS})))
     aps_mode = bool(lookup(config, "postprocessor").get("APS_mode"))
     openood_config = openood_module("utils").Config(dict(config), dataset={"name": id_name})
     try:

@@ -19,7 +19,7 @@ from torch import nn
 
 from fusenorm_openood.data.images import truncated_images
 from fusenorm_openood.detectors.configuration import read_fusenorm
-from fusenorm_openood.errors import CheckpointError, ConfigError, FuseNormError
+from fusenorm_openood.errors import CheckpointError, ConfigError, FuseNormError, unknown
 from fusenorm_openood.kernels.devices import find_device, on_device
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.network.states import aligned, load_state
@@ -115,7 +115,7 @@ def check_config(config: Any, device: torch.device) -> None:
             name = lookup(config, section, "name")
             names = names_in(getattr(openood_module(f"{section}s.utils"), f"get_{section}"))
             if name not in names:
-                raise ConfigError(f"unknown {section} {name!r}: choose from {', '.join(names)}")
+                raise ConfigError(unknown(section, name, names))
     if "postprocessor" in config:
         if config.postprocessor.name in METHODS:
             read_fusenorm(config)

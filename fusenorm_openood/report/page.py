@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from fusenorm_openood.errors import ConfigError, DataError
-from fusenorm_openood.storage.files import check_writable, write_whole
+from fusenorm_openood.storage.files import check_file, write_whole
 from fusenorm_openood.version import __version__
 
 Facts = tuple[tuple[str, str], ...]  # names and values
@@ -121,9 +121,7 @@ def check_report(path: str | Path, option: str = "--report") -> None:
         raise ConfigError(
             f"{option} needs {' and '.join(missing)}: pip install 'fusenorm-openood[report]'"
         )
-    if Path(path).is_dir():
-        raise ConfigError(f"{path} is a folder: give a file to {option}")
-    check_writable(Path(path).absolute().parent, option)
+    check_file(Path(path), option, ".html", ".htm")
 
 
 def write_report(report: Report, path: str | Path) -> None:

@@ -82,8 +82,24 @@ def write_bytes_whole(path: Place, data: bytes) -> None:
         write_whole(path, lambda file: file.write_bytes(data))
 
 
+KINDS = set(".csv .html .htm .json .onnx .parquet .pdf .pt .pth .ckpt .safetensors .tsv".split())
+KINDS |= set(".xlsx .yml .yaml .zip .png .jpg .svg".split())  # what suffixes say
+
+
+def check_file(path: Path, option: str, *suffixes: str) -> None:
+    """Raise ConfigError unless a file can be written, and its suffix says no kind but these."""
+    if path.is_dir() or not path.name:
+        raise ConfigError(f"{option} must be a file, got {str(path)!r}: add its name")
+    if path.suffix.lower() in KINDS and path.suffix.lower() not in suffixes:
+        raise ConfigError(f"{option} writes a {suffixes[0]} file, got {path}: choose that suffix")
+    if not path.exists() or path.is_file():  # not /dev/stdout
+        check_writable(path.absolute().parent, option)
+
+
 def check_writable(folder: Path, option: str) -> None:
-    """Raise ConfigError unless a folder is writable; it is created if it does not exist."""
+    """Raise ConfigError unless a folder is writable; it is created, and named, if there is none."""
+    if not folder.exists():
+        print(f"fusenorm: {option} makes the folder {folder}", file=sys.stderr)
     try:
         write_whole(folder / ".writable", Path.touch)
         (folder / ".writable").unlink(missing_ok=True)  # several processes may check at once

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fusenorm_openood.errors import ConfigError, number, whole
+from fusenorm_openood.errors import ConfigError, number, unknown, whole
 from fusenorm_openood.network import ResNet18_32x32, ResNet18_224x224, ResNet50, T2FNormNet
 from fusenorm_openood.storage.configs import config_root, lookup, read_config
 
@@ -42,9 +42,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ConfigError(
-                f"unknown training method {self.method!r}: choose from {', '.join(METHODS)}"
-            )
+            raise ConfigError(unknown("training method", self.method, METHODS))
         for name, read in {
             "epochs": whole,
             "lr": number,
@@ -104,7 +102,7 @@ def find_recipe(id_data: str, **changes: Any) -> Recipe:
     root = config_root()
     names = sorted(path.stem for path in (root / "recipes").glob("*.yml"))
     if id_data not in names:
-        raise ConfigError(f"unknown ID data set {id_data!r}: choose from {', '.join(names)}")
+        raise ConfigError(unknown("ID data set", id_data, names))
     pipeline = METHODS[Recipe(id_data=id_data, **changes).method]  # the changes are valid
     general = read_config(root / "pipelines" / "train" / f"{pipeline}.yml")
     dataset = read_config(root / "datasets" / id_data / f"{id_data}.yml")

@@ -5,7 +5,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from fusenorm_openood.errors import ConfigError
+from fusenorm_openood.errors import ConfigError, unknown
 from fusenorm_openood.method.scores.base import LogitScore, Score
 
 
@@ -43,12 +43,11 @@ def make_score(name: str, arguments: Mapping[str, Any] | None = None, **fixed: A
     GEN(gamma=0.1, M=10, mean=False, clamp=None)
     """
     if name not in SCORES:
-        raise ConfigError(f"unknown score {name!r}: choose from {', '.join(SCORES)}")
+        raise ConfigError(unknown("score", name, SCORES))
     defaults = SCORES[name].arguments()
     for key in arguments or {}:
         if key not in defaults:
-            known = f"choose from {', '.join(defaults)}" if defaults else "it has none"
-            raise ConfigError(f"unknown argument {key!r} of {name}: {known}")
+            raise ConfigError(unknown(f"argument of {name},", key, defaults))
     try:
         return SCORES[name](**(arguments or {}), **fixed)
     except ConfigError as error:
