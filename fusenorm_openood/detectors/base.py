@@ -53,7 +53,9 @@ from fusenorm_openood.network.running import LazyNetwork, network_errors, unwrap
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import understand
 
-Images = Tensor | Image.Image | str | Path  # the last three where preprocessing is known
+# Tensors as the network takes them; or, where preprocessing is known, pictures, their files, uint8
+# pixels (tensors [C, H, W], arrays [H, W, C], or batches of them), and lists of these.
+Images = Tensor | NDArray[np.uint8] | Image.Image | str | Path | Sequence[Any]
 REPEATED = 0.1  # share of calibration images that may look like images of the fit
 D = TypeVar("D", bound="Detector")
 
@@ -307,11 +309,45 @@ class Detector(ABC):
             batch = scoring.complete(scoring.run(on_device))
         experts = batch.matrix(self.rows).cpu().numpy()
         check_finite(images, experts, self.rows)
+        self._check_size(images)
         return experts, batch.pred.cpu().numpy()
 
+    def _check_size(self, images: Tensor) -> None:
+        """Warn of images of another size than those of the fit, whose norms are others."""
+        network = None if self.id_statistics_ is None else self.id_statistics_.network
+        fitted, given = () if network is None else network.image, tuple(images.shape[1:])
+        if fitted and tuple(fitted) != given:
+            warnings.warn(
+                f"images of size {list(given)} are compared with ID statistics of images of size "
+                f"{list(fitted)}, from which their norms may differ: resize them, or fit on such",
+                UserWarning,
+                stacklevel=4,
+            )
+
     def score(self, images: Images) -> Tensor:
-        """Confidences `[B]` of images `[B, C, H, W]`, larger = more in-distribution."""
+        """Confidences `[B]` of images `[B, C, H, W]`, larger = more in-distribution.
+
+        Where `preprocessing` is set, images may also be paths, PIL images, uint8 tensors
+        `[B, 3, H, W]` or arrays `[B, H, W, 3]` of any size, or a list of these.
+        """
         return self.predict(images)[1]
+
+    def decision_function(self, images: Images) -> NDArray[np.float64]:
+        """The confidences `[B]` as an array, as scikit-learn's outlier detectors give them."""
+        return np.atleast_1d(self.score(images).double().cpu().numpy())
+
+    def threshold(self, acceptance: float = 0.95, group: int | str | None = None) -> float:
+        """The smallest confidence that is accepted, of a group if there are groups.
+
+        Raises:
+            CalibrationError: before `calibrate`, or too few calibration images for the acceptance.
+            ConfigError: an acceptance outside (0, 1), or a group that is missing or unknown.
+        """
+        calibration = self._check_calibrated()
+        number = self._group_number(calibration, group)
+        if calibration.by is not None and number is None:
+            raise ConfigError(f"thresholds are by {calibration.by}: give its group")
+        return float(calibration.thresholds(acceptance)[number or 0])
 
     def score_loader(self, loader: Iterable[Any], progress: bool = False) -> Tensor:
         """Confidences `[N]`, float64 on the CPU, of all images of a loader.
@@ -508,11 +544,14 @@ class Detector(ABC):
             CalibrationError: too few images for the acceptance, or for a promise to this group.
         """
         calibration = self._check_calibrated()
-        number = None
-        if group is not None:
-            names = self._group_names(calibration)
-            number = names.index(group) if group in names else calibration.number(str(group))
+        number = self._group_number(calibration, group)
         return calibration.guarantee(acceptance, confidence, number)
+
+    def _group_number(self, calibration: Calibration, group: int | str | None) -> int | None:
+        names = self._group_names(calibration)
+        if group is None or group in names:
+            return None if group is None else names.index(group)
+        return calibration.number(str(group))
 
     def _group_names(self, calibration: Calibration) -> Sequence[str]:
         """Names of groups, or of classes as far as they are known."""
@@ -555,7 +594,22 @@ class Detector(ABC):
         return "not calibrated" if self.calibration_ is None else f"{self.calibration_}{other}"
 
     def _tensor(self, images: Images) -> Tensor:
-        """Images that may be given as a picture or its file."""
+        """Images that may be given in other ways; see `Images`."""
+        if isinstance(images, list | tuple):
+            return torch.stack([self._tensor(image) for image in images])
+        if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim > 2:
+            images = images.movedim(-3, -1).cpu().numpy()
+        if isinstance(images, np.ndarray) and images.dtype == np.uint8:
+            if images.ndim == 4:
+                return self._tensor(list(images))
+            grey = images[..., 0] if images.ndim == 3 and images.shape[-1] == 1 else images
+            if grey.ndim != 2 and grey.shape[2:] != (3,):
+                raise DataError(
+                    "uint8 images must be arrays [H, W, 3] or [H, W], or tensors [3, H, W], got "
+                    f"pixels [H, W, C] of shape {list(images.shape)}: give files, or tensors as "
+                    "the network takes them"
+                )
+            images = Image.fromarray(grey)
         if isinstance(images, str | Path):
             return self.known_preprocessing().read(images)
         if isinstance(images, Image.Image):

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors import saving
 from fusenorm_openood.detectors.atomic import atomic
 from fusenorm_openood.detectors.base import Detector, Images, check_random, identified
@@ -37,6 +38,7 @@ from fusenorm_openood.method.scores import OUTPUTS, POSTHOC
 from fusenorm_openood.method.scores.base import LogitScore
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
 from fusenorm_openood.network.fingerprint import Fingerprint, is_network
+from fusenorm_openood.network.named import build_network
 from fusenorm_openood.network.running import eval_mode, unwrapped
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import understand
@@ -163,6 +165,38 @@ class FuseNorm(Detector):
     @property
     def row_names(self) -> tuple[str, ...]:
         return (*self.experts, *(score.label for score in self.companions))
+
+    @classmethod
+    def from_pretrained(
+        cls, network: str, settings: Settings | None = None, **changes: Any
+    ) -> "FuseNorm":
+        """A detector for `torchvision:NAME` or `timm:NAME` with default weights, not yet fitted.
+
+        The weights are downloaded once; `preprocessing` is what they declare.
+
+        Raises:
+            ConfigError: another network, or one that cannot be built or loaded.
+        """
+        net = build_network(network, pretrained=True)
+        detector = cls(net, settings, **changes)
+        detector.preprocessing = Preprocessing.of(net)
+        return detector
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The network and all settings by name, as scikit-learn's `clone` needs them."""
+        return {"net": self.net, **vars(self.settings)}
+
+    def set_params(self, **params: Any) -> "FuseNorm":
+        """Change the network or settings, after which the detector has to be fitted anew.
+
+        Raises:
+            ConfigError, TapError: as the constructor.
+        """
+        given = {**self.get_params(), **params}
+        fresh = type(self)(given.pop("net"), **given)
+        kept = {name: getattr(self, name) for name in ("preprocessing", "network_source")}
+        self.__dict__ = {**vars(fresh), **kept, "_class_names": self._class_names}
+        return self
 
     def with_companions(self: F) -> F:
         """Also score output experts that need no extra pass, which are not part of the fusion."""

@@ -86,7 +86,10 @@ def check_fields(instance: Any) -> None:
     """Check the fields of a frozen dataclass, and keep Python's own types of their values."""
     for f in fields(instance):
         if rule := f.metadata.get("rule"):
-            object.__setattr__(instance, f.name, rule(f.name, getattr(instance, f.name)))
+            value = getattr(instance, f.name)
+            found = rule(f.name, value)
+            if repr(found) != repr(value):  # scikit-learn's `clone` asks for the very object
+                object.__setattr__(instance, f.name, found)
 
 
 def check_order(low_name: str, low: float, high_name: str, high: float) -> None:

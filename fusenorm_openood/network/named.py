@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
+from math import nextafter
 from operator import attrgetter
 from typing import Any
 
@@ -16,15 +17,19 @@ _CATALOGUED = re.compile(r"(torchvision|timm):([A-Za-z0-9_.-]+)")
 
 
 def build_network(
-    spec: str, num_classes: int | None = None, image_size: int | None = None
+    spec: str,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    pretrained: bool = False,
 ) -> nn.Module:
-    """A network with random weights, in eval mode.
+    """A network, with random weights unless `pretrained`, in eval mode.
 
     Args:
         spec: `torchvision:NAME`, `timm:NAME` or `package.module:factory`, a function or class.
         num_classes: number of ID classes, None = the default; not passed to a factory without an
             argument of that name.
         image_size: height and width of the images, for networks that are built for one size.
+        pretrained: whether to load, and download once, the default weights of torchvision or timm.
 
     Raises:
         ConfigError: the network is unknown or cannot be built, or its library is not installed.
@@ -35,14 +40,19 @@ def build_network(
             "network must be torchvision:NAME, timm:NAME or package.module:factory, for example "
             f"torchvision:resnet18, got {spec!r}"
         )
+    if pretrained and source not in ("torchvision", "timm"):
+        raise ConfigError(f"only torchvision and timm have pretrained weights, got {spec!r}")
     classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        if source == "torchvision":
-            create, size = import_module("torchvision").models.get_model, "image_size"
-            net = _sized(create, name, {size: image_size}, {"weights": None, **classes})
+        if source == "torchvision" and pretrained:
+            net = _with_weights(import_module("torchvision").models, name, classes)
+        elif source == "torchvision":
+            create, size = import_module("torchvision").models.get_model, {"image_size": image_size}
+            net = _sized(create, name, size, {"weights": None, **classes})
         elif source == "timm":
             create = _module(spec, source).create_model
-            net = _sized(create, name, {"img_size": image_size}, classes)
+            size = {"img_size": image_size}
+            net = _sized(create, name, size, {"pretrained": pretrained, **classes})
         else:
             factory = attrgetter(name)(_module(spec, source))
             net = factory(**classes if _takes_classes(factory) else {})
@@ -60,6 +70,21 @@ def build_network(
             f"{type(net).__name__}: name another"
         )
     return net.eval()
+
+
+def _with_weights(models: Any, name: str, classes: dict[str, int]) -> Any:
+    """A network of torchvision with its weights; it declares their preprocessing as timm's do."""
+    weights = models.get_model_weights(name).DEFAULT
+    net, how = models.get_model(name, weights=weights, **classes), weights.transforms()
+    side, resize = how.crop_size[0], how.resize_size[0]
+    net.pretrained_cfg = {
+        "input_size": (3, side, side),
+        "crop_pct": nextafter(side / resize, 0),  # of which `Preprocessing.of` takes the floor
+        "interpolation": how.interpolation.value,
+        "mean": tuple(how.mean),
+        "std": tuple(how.std),
+    }
+    return net
 
 
 def _sized(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -82,15 +83,18 @@ def write_bytes_whole(path: Place, data: bytes) -> None:
         write_whole(path, lambda file: file.write_bytes(data))
 
 
-KINDS = set(".csv .html .htm .json .onnx .parquet .pdf .pt .pth .ckpt .safetensors .tsv".split())
-KINDS |= set(".xlsx .yml .yaml .zip .png .jpg .svg".split())  # what suffixes say
+# What suffixes say of a file.
+KINDS = (
+    r"\.(csv|html?|json|onnx|parquet|pdf|pth?|ckpt|safetensors|tsv|xlsx|ya?ml|zip|png|jpe?g|svg)"
+)
 
 
 def check_file(path: Path, option: str, *suffixes: str) -> None:
     """Raise ConfigError unless a file can be written, and its suffix says no kind but these."""
     if path.is_dir() or not path.name:
         raise ConfigError(f"{option} must be a file, got {str(path)!r}: add its name")
-    if path.suffix.lower() in KINDS and path.suffix.lower() not in suffixes:
+    suffix = path.suffix.lower()
+    if re.fullmatch(KINDS, suffix) and suffix not in suffixes:
         raise ConfigError(f"{option} writes a {suffixes[0]} file, got {path}: choose that suffix")
     if not path.exists() or path.is_file():  # not /dev/stdout
         check_writable(path.absolute().parent, option)
