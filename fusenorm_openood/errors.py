@@ -90,7 +90,7 @@ class ExportError(FuseNormError, RuntimeError):
     """A detector that cannot be exported, or whose exported program gives other confidences."""
 
 
-def unknown(what: str, name: object, known: Iterable[object], more: str = "") -> str:
+def unknown(what: str, name: object, known: Iterable[object], of: str = "", more: str = "") -> str:
     """The message for a name that is not known, with the nearest one that is.
 
     >>> unknown("score", "enrgy", ["energy", "msp"])
@@ -100,7 +100,8 @@ def unknown(what: str, name: object, known: Iterable[object], more: str = "") ->
     near = get_close_matches(str(name), names, 1) or get_close_matches(str(name).lower(), names, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     listed = ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" * (len(names) > MOST))
-    return f"unknown {what} {name!r}{hint}: choose from {listed or 'none'}{more}"
+    way_out = f"choose from {listed}" if names else "there is none"
+    return f"unknown {what} {name!r}{of}{hint}: {way_out}{more}"
 
 
 def is_out_of_memory(error: Exception) -> bool:

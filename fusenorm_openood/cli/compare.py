@@ -55,7 +55,7 @@ def run_compare(args: Namespace) -> int:
     loading = args.network, benchmark.image_size, args.batch_size, args.num_workers, store
     how: dict[str, Any] = {"amp": False, "channels_last": False}
     roots: dict[str, dict[str, Run]] = {}
-    for label, found in zip(_labels(list(checkpoints)), checkpoints.values(), strict=True):
+    for label, found in zip(labels(list(checkpoints)), checkpoints.values(), strict=True):
         roots[label] = load_runs(found, benchmark.num_classes, *loading, **how)
     figures: dict[str, pd.DataFrame] = {}
     compared: dict[str, list[Comparison]] = {}
@@ -127,7 +127,7 @@ def fitting(table: pd.DataFrame) -> str:
     return f"{text}\n(all columns: COLUMNS=200 or a wider terminal; all figures: --csv FILE)"
 
 
-def _labels(roots: Sequence[str]) -> list[str]:
+def labels(roots: Sequence[str]) -> list[str]:
     """A short name for each root: its last part, or the whole path where that is not unique."""
     paths = [Path(root).resolve() for root in roots]
     names = [path.stem if path.is_file() else path.name for path in paths]

@@ -48,7 +48,7 @@ def read_postprocessor(
     name = name or ("fusenorm" if config is None else None)
     if name is not None and name not in NATIVE and not bridge.openood_installed():
         more = f", or install OpenOOD, which has more, with '{INSTALL}'"
-        raise ConfigError(unknown("postprocessor", name, NATIVE, more))
+        raise ConfigError(unknown("postprocessor", name, NATIVE, more=more))
     if config is not None:
         path = ours.get(str(config), Path(config))
     elif name in ours:

@@ -63,7 +63,7 @@ class RowFile:
             else:
                 raise
             raise ConfigError(f"{path} {why}") from None
-        self._writer = csv.writer(self._file, lineterminator="\n")
+        self._writer = csv.writer(_Lines(self._file))
         if not self.judged:
             with self._writing():
                 self._writer.writerow(Judged._fields)
@@ -140,6 +140,16 @@ class RowFile:
             ) from None
 
 
+class _Lines:
+    """A file whose rows end in LF. As the writer's own end of rows, CR in a name is not quoted."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, row: str) -> None:
+        self._file.write(f"{row[:-2]}\n")
+
+
 def is_parquet(path: Path) -> bool:
     """Whether a file is Parquet by its ending."""
     return path.suffix.lower() in (".parquet", ".pq")
@@ -191,7 +201,7 @@ def _read_csv(path: Path) -> Iterator[Judged]:
 
 def _write_csv(path: Path, rows: Iterable[Judged]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(chain([Judged._fields], map(_cells, rows)))
+        csv.writer(_Lines(file)).writerows(chain([Judged._fields], map(_cells, rows)))
 
 
 def _read_parquet(path: Path) -> Iterator[Judged]:

@@ -584,7 +584,7 @@ class Detector(ABC):
         if self.preprocessing is None:
             raise DataError(
                 "this detector does not know how its network's images are preprocessed: set "
-                "detector.preprocessing, or give tensors"
+                "detector.preprocessing, or give tensors as the network takes them"
             )
         return self.preprocessing
 

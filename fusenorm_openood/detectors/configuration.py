@@ -42,7 +42,7 @@ def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
         lookup(config, "postprocessor", key)
     for key in section:
         if key not in keys:
-            raise ConfigError(unknown("key of postprocessor,", key, keys))
+            raise ConfigError(unknown("key", key, keys, " of postprocessor"))
     if section["APS_mode"] not in (False, True, "pseudo"):
         raise ConfigError(f"APS_mode must be True, False or 'pseudo', got {section['APS_mode']!r}")
     for key in keys[2:]:

@@ -507,11 +507,10 @@ class FuseNorm(Detector):
             name = expert if isinstance(expert, str) else taps[expert]
             name = "output" if name == self.settings.output else name
             if name not in (*taps, *NO_LAYERS):
-                what = f"strong expert with output={self.settings.output!r},"
-                message = unknown(what, name, (*(taps or ["the taps"]), *NO_LAYERS))
-                if name in OUTPUTS:
-                    message = f"unknown {what} {name!r}: set output={name!r}"
-                raise ConfigError(message)
+                of = f" with output={self.settings.output!r}"
+                known = (*(taps or ["the taps"]), *NO_LAYERS)
+                more = f", or set output={name!r}" if name in OUTPUTS else ""
+                raise ConfigError(unknown("strong expert", name, known, of, more))
             strong.append(name)
         if len(set(strong)) != len(strong):
             raise ConfigError(f"strong must name each expert once, got {', '.join(strong)}")

@@ -38,8 +38,8 @@ def check_taps(net: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
     for name in (name.removesuffix(INPUT) for name in names):
         if name not in modules:
             near = [n for n in sorted(modules) if n.split(".")[0] == name.split(".")[0]]
-            of = f"module of {type(net).__name__},"
-            raise TapError(unknown(of, name, near or sorted(modules)))
+            of = f" of {type(net).__name__}"
+            raise TapError(unknown("module", name, near or sorted(modules), of))
     if len(set(names)) != len(names) or not names:
         raise TapError(f"taps must name at least one module, each once, got {list(taps)}")
     return names

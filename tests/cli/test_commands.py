@@ -1,8 +1,13 @@
 """`taps` and `digits`, and what the help says."""
 
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import pytest
 from torch import nn
 
+from fusenorm_openood.cli.compare import fitting, labels
 from fusenorm_openood.cli.main import COMMANDS, main
 from tests.nets import Foo
 
@@ -86,3 +91,40 @@ def test_a_command_is_described_in_its_own_letters(command, capsys, monkeypatch)
     assert f"{summary[0].upper()}{summary[1:]}." in capsys.readouterr().out
     for word in ("HTML", "ID", "OOD", "OpenOOD", "ONNX", "T2FNorm"):
         assert (word.lower() in summary.lower().split()) == (word in summary.split()), summary
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["scroe"], "did you mean 'score'"),
+        (["taps", "--network", "timm:x", "--image-sise", "9"], "did you mean --image-size"),
+        (["taps", "--network", "torchvision:resnet81"], "did you mean resnet18"),
+        (["eval", "--root", "x", "--id-data", "cifar01"], "did you mean 'cifar10'"),
+        (["report", "--detector", "x", "--csv", "x.csv", "--output", "x.pdf"], "a .html file"),
+    ],
+)
+def test_what_is_nearly_right_is_named(arguments, named, capsys):
+    status = 1
+    try:
+        status = main(arguments)
+    except SystemExit as error:
+        status = error.code
+    assert status in (1, 2)
+    assert named in capsys.readouterr().err
+
+
+def test_tables_fit_the_terminal(monkeypatch):
+    columns = ["near AUROC", "far AUROC", *(f"a long name of a data set {n}" for n in range(6))]
+    table = pd.DataFrame(np.arange(16.0).reshape(2, 8), ["one", "two"], columns)
+    monkeypatch.setenv("COLUMNS", "300")
+    assert "a data set 5" in fitting(table)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = fitting(table).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "near AUROC  far AUROC" in lines[0]
+    assert "a data set" not in lines[0]
+
+
+def test_a_run_has_its_whole_name():
+    roots = ["results/cifar10_e8_lr0.05_default", "results/cifar10_e8_lr0.1_default"]
+    assert labels(roots) == [Path(root).name for root in roots]

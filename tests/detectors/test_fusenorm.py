@@ -191,10 +191,10 @@ def test_strong_experts_by_number_name_and_default(net):
     with pytest.raises(ConfigError, match="strong expert 8 is out of range: there are 8 taps"):
         strong([8])
     with pytest.raises(
-        ConfigError, match=r"expert 'layer5\.0' with output='energy': choose from layer1\.0, .*knn"
+        ConfigError, match=r"'layer5\.0' .*'energy' .*'layer4\.0'.*layer1\.0, .*knn"
     ):
         strong(["layer5.0"])
-    with pytest.raises(ConfigError, match=r"expert 'msp' with .*: set output='msp'"):
+    with pytest.raises(ConfigError, match=r"expert 'msp' with .*, or set output='msp'"):
         strong(["msp"])
 
 
@@ -230,7 +230,7 @@ def test_nothing_runs_before_the_first_images():
 def test_settings_can_be_given_as_an_object_or_by_name(net):
     settings = Settings(alpha=0.5)
     assert FuseNorm(net, settings, base=5).settings == Settings(alpha=0.5, base=5)
-    with pytest.raises(ConfigError, match="unknown setting 'alhpa': the settings are taps"):
+    with pytest.raises(ConfigError, match=r"unknown setting 'alhpa' .*: choose from taps"):
         FuseNorm(net, alhpa=0.5)
 
 
@@ -295,10 +295,12 @@ def test_an_empty_loader_is_an_error(net, loader, empty, react):
 KIND = r"images must be a floating-point tensor \[B, C, H, W\], got"
 
 
-@pytest.mark.parametrize("images", [IMAGES[0, 0], IMAGES.numpy(), (IMAGES * 9).to(torch.uint8)])
+@pytest.mark.parametrize("images", [IMAGES[0, 0], IMAGES.numpy()])
 def test_images_of_another_kind_are_an_error(fitted, images):
     with pytest.raises(DataError, match=KIND):
         fitted.score(images)
+    with pytest.raises(DataError, match="preprocessed"):
+        fitted.score((IMAGES * 9).to(torch.uint8))
 
 
 @pytest.mark.parametrize(("output", "bad"), [("energy", float("nan")), ("odin", float("inf"))])

@@ -47,7 +47,7 @@ def make_score(name: str, arguments: Mapping[str, Any] | None = None, **fixed: A
     defaults = SCORES[name].arguments()
     for key in arguments or {}:
         if key not in defaults:
-            raise ConfigError(unknown(f"argument of {name},", key, defaults))
+            raise ConfigError(unknown("argument", key, defaults, f" of {name}"))
     try:
         return SCORES[name](**(arguments or {}), **fixed)
     except ConfigError as error:
