@@ -26,7 +26,8 @@ from fusenorm_openood.storage.torchrun import among_peers, this_process
 def add_compare(parser: ArgumentParser) -> None:
     add = parser.add_argument
     options.add(parser, "--root", nargs="+", help="folders of training runs, or checkpoint files")
-    options.add(parser, "--network", "--id-data", "--data-root", "--normalization", "--fsood")
+    options.add(parser, "--network", "--weights-by-order", "--id-data", "--data-root")
+    options.add(parser, "--normalization", "--fsood")
     add("--search", action="store_true", help="also search settings, with and without OOD images")
     add("--config", help="YAML file with the sweep to search (default: this package's)")
     options.add(parser, "--batch-size")
@@ -52,11 +53,11 @@ def run_compare(args: Namespace) -> int:
     store = inputs.store_of(args.store)
     if leads:
         inputs.check_readable(image_sets, store)
-    loading = args.network, benchmark.image_size, args.batch_size, args.num_workers, store
+    loading = benchmark.image_size, args.batch_size, args.num_workers, store, args.weights_by_order
     how: dict[str, Any] = {"amp": False, "channels_last": False}
     roots: dict[str, dict[str, Run]] = {}
     for label, found in zip(labels(list(checkpoints)), checkpoints.values(), strict=True):
-        roots[label] = load_runs(found, benchmark.num_classes, *loading, **how)
+        roots[label] = load_runs(found, benchmark.num_classes, args.network, *loading, **how)
     figures: dict[str, pd.DataFrame] = {}
     compared: dict[str, list[Comparison]] = {}
     for label, runs in roots.items():

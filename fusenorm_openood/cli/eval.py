@@ -28,7 +28,9 @@ from fusenorm_openood.storage.torchrun import among_peers, this_process
 
 def add_eval(parser: ArgumentParser) -> None:
     options.add(parser, "--root", "--postprocessor", "--fsood", "--output-dir", "--network")
-    options.add(parser, "--id-data", "--data-root", "--normalization", "--batch-size")
+    options.add(
+        parser, "--weights-by-order", "--id-data", "--data-root", "--normalization", "--batch-size"
+    )
     add = parser.add_argument
     add("--save-csv", action="store_true", help="write OUTPUT/ood/NAME.csv (or fsood/, val/)")
     add("--save-score", action="store_true", help="write scores to OUTPUT/s0/scores/NAME.pkl")
@@ -75,9 +77,9 @@ def run_eval(args: Namespace) -> int:
     store = inputs.store_of(args.store) if engine == "native" else None
     if leads:
         inputs.check_readable(job.image_sets(), store)
-    loading = args.network, benchmark.image_size, args.batch_size, args.num_workers, store
+    loading = benchmark.image_size, args.batch_size, args.num_workers, store, args.weights_by_order
     how = {"amp": job.amp, "channels_last": args.channels_last}
-    runs = load_runs(checkpoints, benchmark.num_classes, *loading, **how)
+    runs = load_runs(checkpoints, benchmark.num_classes, args.network, *loading, **how)
     if job.is_native:
         _check_networks(job, runs)
 

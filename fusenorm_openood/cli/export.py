@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from fusenorm_openood.cli import options
-from fusenorm_openood.cli.inputs import load_detector
+from fusenorm_openood.cli.inputs import load_detector, of_detector
 from fusenorm_openood.data.paths import each_page, image_paths
 from fusenorm_openood.export.recalibrate import recalibrate
 
@@ -22,7 +22,7 @@ def add_export(parser: ArgumentParser) -> None:
 
 def run_export(args: Namespace) -> int:
     """Write the program, and say how much its confidences differ from PyTorch's."""
-    detector = load_detector(args.detector, args.network, args.weights, args.bits, "cpu")
+    detector = load_detector(*of_detector(args))
     exported = detector.export(args.output, args.dtype, args.acceptance, target=args.target)
     print(f"exported {args.output}: {', '.join(exported.outputs)}")
     if isinstance(exported.max_rank, list):

@@ -11,7 +11,7 @@ from torch import nn
 
 from fusenorm_openood.cli import options
 from fusenorm_openood.cli.engines import read_postprocessor
-from fusenorm_openood.cli.inputs import load_detector, load_or_build, store_of
+from fusenorm_openood.cli.inputs import load_detector, load_or_build, of_detector, store_of
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.paths import each_page, image_paths, is_hidden
 from fusenorm_openood.data.preprocessing import Normalization, Preprocessing
@@ -33,7 +33,7 @@ ACCEPTANCE = 0.95
 
 def add_fit(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    options.add(parser, "--network")
+    options.add(parser, "--network", "--weights-by-order")
     options.add(parser, "--weights", help="checkpoint (default: the network's random weights)")
     add("--id-dir", required=True, nargs="+", help="ID images: folders, patterns, lists, files")
     add("--calibration-dir", nargs="+", help="other ID images, for p-values and verdicts")
@@ -74,7 +74,7 @@ def run_fit(args: Namespace) -> int:
     if other_paths:
         check_enough(len(other_paths), ACCEPTANCE)
         check_apart(id_paths, other_paths)
-    net = load_or_build(args.network, args.weights, args.image_size)
+    net = load_or_build(args.network, args.weights, args.image_size, args.weights_by_order)
     given = {name: getattr(args, name) for name in ("bits", "dtype", "range", "shown")}
     sizes = args.image_size, args.resize, args.normalization
     preprocessing = preprocessing_of(net, *sizes, **given)
@@ -113,7 +113,7 @@ def run_calibrate(args: Namespace) -> int:
     store = store_of(args.store)
     paths = each_page(image_paths(args.calibration_dir), args.pages)
     _check_output(args.output)
-    detector = load_detector(args.detector, args.network, args.weights, args.bits, args.device)
+    detector = load_detector(*of_detector(args))
     known, by = detector.calibration_, args.calibrate_by
     if known is not None:
         by, args.least = by or known.by, args.least or known.least

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,7 @@ def load_detector(
     weights: str | None = None,
     bits: int | None = None,
     device: str = "auto",
+    by_order: bool = False,
 ) -> FuseNorm:
     """The detector of a file, with the network that is given, or else the one that `fit` had.
 
@@ -123,17 +125,26 @@ def load_detector(
         )
     size = None if source.image_size is None else int(source.image_size)
     network = source.network if network is None else network
-    net = load_or_build(network, source.weights if weights is None else weights, size)
+    weights = source.weights if weights is None else weights
+    net = load_or_build(network, weights, size, by_order)
     detector = FuseNorm.load(file, net.to(on))
     if bits is not None:
         detector.preprocessing = replace(detector.known_preprocessing(), bits=bits)
     return detector
 
 
-def load_or_build(network: str | None, weights: str | None, image_size: int | None) -> nn.Module:
+def of_detector(args: Namespace) -> tuple[str, str | None, str | None, int | None, str, bool]:
+    """What `load_detector` takes, from the options of a command."""
+    device = getattr(args, "device", "cpu")
+    return args.detector, args.network, args.weights, args.bits, device, args.weights_by_order
+
+
+def load_or_build(
+    network: str | None, weights: str | None, image_size: int | None, by_order: bool = False
+) -> nn.Module:
     """The network of `--network` and `--weights`; ConfigError without either of them."""
     if weights is not None:
-        return load_network(weights, network=network, image_size=image_size)
+        return load_network(weights, None, network, image_size, by_order)
     if network is None:
         raise ConfigError("a network is needed: give --weights FILE, --network SPEC, or both")
     return build_network(network, image_size=image_size)

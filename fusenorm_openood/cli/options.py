@@ -74,6 +74,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "architecture of the checkpoints: torchvision:NAME, timm:NAME or package.module:factory "
         "(default: recognised by their keys)",
     ),
+    "--weights-by-order": (
+        FLAG,
+        "take weights with other keys than the network's by their order, if all shapes agree",
+    ),
     "--weights": ({"metavar": "FILE"}, "checkpoint (default: where `fit` found it)"),
     "--detector": ({"required": True, "metavar": "FILE"}, "what `fusenorm fit` has saved"),
     "--acceptance": ({"type": fraction, "default": 0.95}, "share of ID images to accept (0.95)"),
@@ -118,7 +122,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "--report": ({"metavar": "FILE"}, "also write an HTML page with figures and images"),
 }
 COMPUTING = ("--device", "--num-workers", "--no-progress")
-DETECTOR = ("--detector", "--network", "--bits", "--weights")  # what `load_detector` takes
+DETECTOR = ("--detector", "--network", "--bits", "--weights", "--weights-by-order")
 
 
 def add(parser: _ActionsContainer, *names: str, **changes: Any) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fusenorm_openood.cli import options
-from fusenorm_openood.cli.inputs import load_detector, store_of
+from fusenorm_openood.cli.inputs import load_detector, of_detector, store_of
 from fusenorm_openood.data.paths import each_page, image_paths, manifest_paths
 from fusenorm_openood.deployment.files import FileShards, Judged, judge_files
 from fusenorm_openood.deployment.ray import cluster, score_with_actors
@@ -75,7 +75,7 @@ def run_score(args: Namespace) -> int:
     _check_options(args, process.world)
     if args.csv and process.leads:
         check_file(Path(args.csv), "--csv", ".csv", ".tsv", ".parquet")
-    load = partial(load_detector, args.detector, args.network, args.weights, args.bits, args.device)
+    load = partial(load_detector, *of_detector(args))
     detector = load()
     known = detector.calibration_
     if known is None and args.fdr is not None:
@@ -202,7 +202,7 @@ def add_report(parser: ArgumentParser) -> None:
 def run_report(args: Namespace) -> int:
     """Read the rows, score the images of the gallery again, write the page."""
     check_report(args.output, "--output")
-    detector = load_detector(args.detector, args.network, args.weights, args.bits, args.device)
+    detector = load_detector(*of_detector(args))
     _write_page(args.output, detector, args.detector, Path(args.csv), args.acceptance)
     print(f"saved {args.output}")
     return 0

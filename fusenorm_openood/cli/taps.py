@@ -22,6 +22,7 @@ def add_taps(parser: ArgumentParser) -> None:
     add("checkpoint", nargs="?", help="best.ckpt of a training run; without, random weights")
     spec = f"torchvision:NAME, timm:NAME or package.module:factory {default}"
     add("--network", "--arch", metavar="SPEC", help=spec)
+    options.add(parser, "--weights-by-order")
     add("--all", action="store_true", help="list every module that can be a layer")
     size = "(default: the network's own, or 32 for a checkpoint without --network)"
     add("--image-size", type=options.positive, help=size)
@@ -31,7 +32,7 @@ def run_taps(args: Namespace) -> int:
     """Print the default layers, and with `--all` every module that can be one."""
     size = args.image_size
     if args.checkpoint is not None:
-        net = load_network(args.checkpoint, network=args.network, image_size=size)
+        net = load_network(args.checkpoint, None, args.network, size, args.weights_by_order)
         size = size or (None if args.network else 32)
     elif args.network is not None:
         net = build_network(args.network, image_size=size)

@@ -152,6 +152,7 @@ def load_runs(
     batch_size: int = 200,
     num_workers: int = 0,
     store: Path | None = None,
+    by_order: bool = False,
     **how: Any,
 ) -> dict[str, Run]:
     """The training runs under one root, whose networks must be of the same kind.
@@ -161,7 +162,7 @@ def load_runs(
     Args:
         checkpoints: file by run; see `find_checkpoints`.
         num_classes: number of classes of the ID data set.
-        network, image_size: see `load_network`.
+        network, image_size, by_order: see `load_network`.
         batch_size, num_workers, store, how: see `Run` and `network_key`.
 
     Raises:
@@ -171,10 +172,12 @@ def load_runs(
     """
     expected = num_classes if network else None  # a network that is recognised has its own
     load = {
-        run: partial(load_network, path, expected, network, image_size)
+        run: partial(load_network, path, expected, network, image_size, by_order)
         for run, path in checkpoints.items()
     }
     keys, stored = {run: dict[str, Any]() for run in load}, {}
+    if by_order:
+        how["by_order"] = True
     if store is not None:
         keys = {run: network_key(p, network, image_size, **how) for run, p in checkpoints.items()}
         stored = {run: found for run in load if (found := _stored_network(store, keys[run]))}

@@ -1,6 +1,7 @@
 """Load networks from checkpoint files; the keys or a name determine the architecture."""
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from fusenorm_openood.network.states import (
     HEADS,
     State,
     aligned,
+    in_order,
     load_state,
     misfit,
     without_wrappers,
@@ -40,6 +42,7 @@ def load_network(
     num_classes: int | None = None,
     network: str | None = None,
     image_size: int | None = None,
+    by_order: bool = False,
 ) -> nn.Module:
     """The network of a checkpoint, in float32 on the CPU and in eval mode.
 
@@ -53,6 +56,8 @@ def load_network(
         network: the architecture, `torchvision:NAME`, `timm:NAME` or `package.module:factory`;
             None = recognise it by its keys.
         image_size: for networks that are built for one size; see `build_network`.
+        by_order: where the keys of `network` are others, take weights by their order, if all agree
+            in shape. A warning lists the pairs; only the accuracy shows whether they are right.
 
     Raises:
         CheckpointError: the file is missing or damaged, holds no known network, does not fit
@@ -61,7 +66,7 @@ def load_network(
     """
     state = load_state(path)
     if network is not None:
-        return _load_named(path, state, num_classes, network, image_size)
+        return _load_named(path, state, num_classes, network, image_size, by_order)
     try:
         build, weights, tau = _recognise(state)
     except CheckpointError as error:
@@ -82,12 +87,29 @@ def load_network(
 
 
 def _load_named(
-    path: str | Path, state: State, num_classes: int | None, network: str, image_size: int | None
+    path: str | Path,
+    state: State,
+    num_classes: int | None,
+    network: str,
+    image_size: int | None,
+    by_order: bool,
 ) -> nn.Module:
     """A network that is built from its name, with the weights of a checkpoint."""
     net = build_network(network, num_classes, image_size)
     own = {without_wrappers(key): key for key in net.state_dict()}
     fitting = {own.get(key, key): value for key, value in aligned(state, own).items()}
+    way_out = "name the network that it was saved from"
+    ordered = in_order(net, fitting)
+    if by_order and ordered:
+        listed = (f"\n  {k} <- {v} {list(fitting[v].shape)}" for k, v in ordered.items())
+        taken = f"the weights of {path} are taken by order, so check the accuracy:"
+        warnings.warn(taken + "".join(listed), stacklevel=3)
+        fitting = {ours: fitting[theirs] for ours, theirs in ordered.items()}
+    elif by_order:
+        way_out += ", its weights do not agree in order either"
+    elif ordered:
+        way_out += f" or, as all {len(ordered)} shapes agree in order, load it with "
+        way_out += "--weights-by-order (by_order=True in Python)"
     pairs = [(v, fitting[key]) for key, v in net.state_dict().items() if key in fitting]
     rows = {  # of all weights of another shape, which may differ in the number of classes only
         len(theirs) if theirs.shape[1:] == ours.shape[1:] and theirs.ndim else None
@@ -98,10 +120,7 @@ def _load_named(
         check_classes(path, classes, num_classes)
         net = build_network(network, classes, image_size)
     if reason := misfit(net, fitting):
-        raise CheckpointError(
-            f"{path} does not fit the network {network} ({reason}): name the network that it was "
-            "saved from"
-        )
+        raise CheckpointError(f"{path} does not fit the network {network} ({reason}): {way_out}")
     weights = net.state_dict()  # with the versions of its modules, which some of them check
     weights.update(fitting)
     net.load_state_dict(weights)

@@ -148,3 +148,27 @@ def misfit(net: nn.Module, state: State) -> str:
         if key in state and state[key].shape != value.shape:
             return f"{key!r} must be {list(value.shape)}, got {list(state[key].shape)}"
     return next((f"key {key!r} is unexpected" for key in state if key not in own), "")
+
+
+def in_order(net: nn.Module, state: State) -> dict[str, str]:
+    """The key that each weight of a network has in a state dict with other keys, by order.
+
+    Empty unless all shapes agree, but for one number of classes, and no name says another kind,
+    such as `bias` for `weight`. Sorted keys, as of safetensors, are in no order.
+    """
+    own, theirs = (
+        {k: v.shape for k, v in s.items() if torch.is_tensor(v) and "num_batches" not in k}
+        for s in (net.state_dict(), state)
+    )
+    if len(own) != len(theirs) or set(own) == set(theirs) or list(theirs) == sorted(theirs):
+        return {}
+    rows = set[int]()
+    for (ours, a), (key, b) in zip(own.items(), theirs.items(), strict=True):
+        kinds = {ours.rpartition(".")[2], key.rpartition(".")[2]}
+        if (len(kinds) > 1 and kinds <= _KINDS) or len(a) != len(b) or a[1:] != b[1:]:
+            return {}
+        rows |= {b[0]} if a != b else set()
+    return dict(zip(own, theirs, strict=True)) if len(rows) < 2 else {}
+
+
+_KINDS = {"weight", "bias", "running_mean", "running_var"}

@@ -57,6 +57,21 @@ def test_compare_scores_a_network_that_is_named(data_root, tmp_path, capsys):
     assert "FuseNorm (deviation)" in capsys.readouterr().out
 
 
+def test_weights_are_taken_by_order_on_request(data_root, tmp_path, capsys):
+    path, spec = tmp_path / "net.pth", "torchvision:resnet18"
+    saved(path, spec)
+    options = ["--network", spec, "--postprocessor", "msp"]
+    assert main(command("eval", data_root, path, *options)) == 0
+    table = capsys.readouterr().out.split("in percent:")[1]
+    state = torch.load(path)["state_dict"]
+    torch.save({k.replace("bn1", "norm"): v for k, v in state.items()}, path)
+    assert main(command("eval", data_root, path, *options)) == 1
+    assert "load it with --weights-by-order" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="bn1.weight <- layer4.1.norm.weight"):
+        assert main(command("eval", data_root, path, *options, "--weights-by-order")) == 0
+    assert capsys.readouterr().out.split("in percent:")[1] == table
+
+
 def test_a_recognised_checkpoint_gives_the_same_table_under_its_name(data_root, tmp_path, capsys):
     path, tables = saved(tmp_path / "net.pth", "torchvision:resnet18"), []
     for options in ([], ["--network", "torchvision:resnet18"]):
@@ -84,6 +99,6 @@ def test_a_network_that_does_not_fit_is_one_sentence(spec, message, data_root, t
 
 def test_no_network_is_trained_in_place_of_a_missing_checkpoint(data_root, tmp_path, capsys):
     options = ["--network", "torchvision:resnet18"]
-    assert main(command("eval", data_root, tmp_path / "none", *options)) == 1
+    assert main(command("eval", data_root, tmp_path / "none", "--network", spec)) == 1
     assert "none does not exist" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

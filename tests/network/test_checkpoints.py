@@ -10,7 +10,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
@@ -26,6 +26,7 @@ from fusenorm_openood.network import (
 )
 from fusenorm_openood.network.checkpoints import network_kind
 from fusenorm_openood.network.resnet import PaddingBlock
+from fusenorm_openood.network.states import in_order
 from tests.conftest import make_net
 
 NET = make_net()
@@ -359,3 +360,67 @@ def test_code_and_programs_in_a_file_are_not_run(tmp_path):
     for name in ("script.pt", "program.pt2"):
         with pytest.raises(CheckpointError, match="holds a program and not weights"):
             load_network(tmp_path / name)
+
+
+def other_names(state):
+    """The keys that another implementation of the same network has, in the same order."""
+    modules = list(dict.fromkeys(key.rpartition(".")[0] for key in state))
+    parts = [(key.rpartition("."), value) for key, value in state.items()]
+    return {
+        f"part{modules.index(module):03}.{leaf}": value
+        for (module, _, leaf), value in parts
+        if leaf != "num_batches_tracked"
+    }
+
+
+def swapped(state):
+    """One pair of a batch norm's equally large weights the other way round."""
+    keys = list(state)
+    keys[1], keys[2] = keys[2], keys[1]
+    return {key: state[key] for key in keys}
+
+
+SPEC = "torchvision:resnet18"
+
+
+@pytest.mark.parametrize("classes", [1000, 7])
+def test_weights_with_other_keys_load_by_order_on_request_alone(classes, tmp_path):
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(num_classes=classes).eval()
+    path = save({"model": other_names(net.state_dict())}, tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match=r"all 102 shapes agree .* --weights-by-order"):
+        load_network(path, network=SPEC)
+    with pytest.warns(UserWarning, match=r"by order.*\n  conv1.weight <- part000.weight \[64"):
+        loaded = load_network(path, network=SPEC, by_order=True)
+    assert_same(loaded, net)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: dict(list(s.items())[:-1]),
+        swapped,
+        lambda s: {**s, "part000.weight": s["part000.weight"][:, :2]},
+        lambda s: {**s, "part000.weight": s["part000.weight"][:9]},
+    ],
+)
+def test_weights_that_disagree_in_number_kind_or_shape_load_by_no_order(change, tmp_path):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torchvision.models.resnet18(num_classes=7))
+    state = {key.removeprefix("1."): value for key, value in net[1].state_dict().items()}
+    save(change(other_names(state)), tmp_path / "net.pth")
+    for by_order in (False, True):
+        with pytest.raises(CheckpointError, match="does not fit") as error:
+            load_network(tmp_path / "net.pth", network=SPEC, by_order=by_order)
+        assert "--weights-by-order" not in str(error.value)
+    assert "do not agree in order either" in str(error.value)
+
+
+def test_sorted_keys_are_in_no_order(tmp_path):
+    """As of TensorFlow in safetensors: gamma is the weight, but comes after beta."""
+    net, names = torch.nn.BatchNorm2d(3), ("gamma", "beta", "mean", "variance")
+    state = dict(zip((f"bn.{n}" for n in names), net.state_dict().values(), strict=False))
+    assert in_order(net, state)["weight"] == "bn.gamma"
+    save_file(state, tmp_path / "net.safetensors")
+    assert in_order(net, load_file(tmp_path / "net.safetensors")) == {}
