@@ -99,6 +99,6 @@ def test_a_network_that_does_not_fit_is_one_sentence(spec, message, data_root, t
 
 def test_no_network_is_trained_in_place_of_a_missing_checkpoint(data_root, tmp_path, capsys):
     options = ["--network", "torchvision:resnet18"]
-    assert main(command("eval", data_root, tmp_path / "none", "--network", spec)) == 1
+    assert main(command("eval", data_root, tmp_path / "none", *options)) == 1
     assert "none does not exist" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
