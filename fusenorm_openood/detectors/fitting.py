@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood.detectors.base import collect
-from fusenorm_openood.forward.batches import Readings
-from fusenorm_openood.forward.batches import batches as batches_of
+from fusenorm_openood.forward.batches import number_of_images
 from fusenorm_openood.forward.experts import BatchScores, Fitted, Scoring
 from fusenorm_openood.forward.react import check_features, react_thresholds
 from fusenorm_openood.forward.recorded import batch_scores
@@ -122,13 +121,13 @@ def warn_if_few(
 
     It is `images`, or what the loader tells without being read.
     """
-    images = _known_count(loader) if images is None else images
+    images = number_of_images(loader) if images is None else images
     posthoc = [score for score in scoring.experts.scores if not isinstance(score, LogitScore)]
     classes, features = scoring.structure.classes, scoring.width if posthoc else 0
-    needs = {"percentiles of the scores": least, f"{classes} classes": classes}
+    needs = {"percentiles of the scores": least}
     for score in posthoc:
         count = score.images_needed(features, classes)
-        needs[f"{score.name} with {features} features"] = count
+        needs[f"{score.name} with {classes} classes and {features} features"] = count
     few = [what for what, count in needs.items() if images is not None and images < SHORT * count]
     if few:
         warnings.warn(
@@ -138,16 +137,3 @@ def warn_if_few(
             stacklevel=5,
         )
     return images is not None
-
-
-def _known_count(loader: Iterable[Any]) -> int | None:
-    """The number of images of a loader, if it is known before they are read."""
-    given: Any = loader.loader if isinstance(loader, Readings) else loader
-    if isinstance(given, list | tuple):
-        return sum(len(images) for images, _ in batches_of(given))
-    if getattr(given, "batch_sampler", None) is not None and given.batch_size is None:
-        return None
-    try:
-        return len(getattr(given, "sampler", None) or given.dataset)
-    except (AttributeError, NotImplementedError, TypeError):
-        return None

@@ -73,14 +73,16 @@ def batches(
 
 
 def number_of_images(loader: Any) -> int | None:
-    """How many images a loader gives, by its data set and sampler; None if that is not known."""
-    loader = loader.loader if isinstance(loader, Readings) else loader
-    for source in ("sampler", "dataset"):
-        try:
-            return len(getattr(loader, source))
-        except (AttributeError, TypeError, NotImplementedError):
-            continue
-    return None
+    """The number of images of a loader, if it is known before they are read."""
+    given: Any = loader.loader if isinstance(loader, Readings) else loader
+    if isinstance(given, list | tuple):
+        return sum(len(images) for images, _ in batches(given))
+    if getattr(given, "batch_sampler", None) is not None and given.batch_size is None:
+        return None
+    try:
+        return len(getattr(given, "sampler", None) or given.dataset)
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
 
 
 def noting(loader: Iterable[Any], key: str, noted: list[str]) -> Iterator[Any]:

@@ -33,7 +33,7 @@ def warnings_of(detector, loader):
         (lambda net: FuseNorm(net, strong=["mds++"]), 4, 2, 36),
         (lambda net: FuseNorm(net, strong=["mds++"]), 4, 31, 36),  # 32 features and 4 classes
         (lambda net: FuseNorm(net, **OUTPUT), 4, 5, 20),
-        (lambda net: FuseNorm(net, **OUTPUT), 90, 60, 90),
+        (FuseNorm, 90, 15, 20),  # its experts need no image of each class
         (lambda net: FuseNorm(net, **OUTPUT, percentile_low=1.0), 4, 60, 100),
         (lambda net: FuseNorm(net, strong=["vim"]), 4, 20, 32),
         (lambda net: FuseNorm(net, strong=["knn"], neighbours=50), 4, 40, 51),

@@ -66,6 +66,9 @@ class SHE(Score):
         target = torch.where((labels == predicted).unsqueeze(1), others, means)
         return self._similarity(batch.feature, target)
 
+    def images_needed(self, features: int, classes: int) -> int:
+        return classes
+
     def _similarity(self, feature: Tensor, target: Tensor) -> Tensor:
         if self.metric == "cosine":
             return F.cosine_similarity(feature, target, dim=1)
