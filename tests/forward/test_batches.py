@@ -3,7 +3,6 @@
 import os
 import sys
 from collections import UserDict
-from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 
 import numpy as np
 import pytest
@@ -110,6 +109,8 @@ def test_other_batches_are_refused(batch, found):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits open files as Linux does")
 def test_no_batch_keeps_a_file_of_a_worker_process_open():
+    from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+
     open_files, (before, most) = len(os.listdir("/proc/self/fd")), getrlimit(RLIMIT_NOFILE)
     data = TensorDataset(torch.randn(120, 3, 2, 2), torch.zeros(120, dtype=torch.long))
     setrlimit(RLIMIT_NOFILE, (open_files + 50, most))
