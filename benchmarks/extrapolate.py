@@ -3,7 +3,7 @@
     python benchmarks/extrapolate.py [--resnet18 4500] [--resnet50 1500] [--slowdown 1.2]
         [--cores 12] [--price 2.5] [--startup 30] [--archive 1e9] [--manifest 1e7] [--measured DIR]
 
-Prints the Markdown tables of benchmarks/results/large.md. What was measured is read from the files
+Prints the Markdown tables of docs/measured/large.md. What was measured is read from the files
 that `imagenet.py --json DIR` writes; every option but --measured is an assumption.
 """
 

@@ -1,4 +1,4 @@
-"""The tables of benchmarks/results/*.md, as CSV files in benchmarks/results.
+"""The tables of docs/measured, as CSV files in benchmarks/results.
 
     python benchmarks/tables.py TABLE NAME:ID_DATA:DATA_ROOT:CHECKPOINT[:NORMALIZATION] ...
         [--limit N] [--forward-only]

@@ -77,16 +77,17 @@ class FuseNorm(Detector):
         ConfigError: settings that do not fit the network.
         TapError: taps that do not fit the network.
 
-    >>> from torchvision.models import resnet18
-    >>> net = resnet18(num_classes=4)
-    >>> detector = FuseNorm(net, cap=5)
-    >>> detector
-    FuseNorm(ResNet, cap=5; not fitted)
-    >>> images = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    >>> detector.fit([images[:20]]).calibrate([images[20:]])  # doctest: +ELLIPSIS
-    FuseNorm(ResNet, cap=5; 8 layers, strong: output..., logitgap...; fitted on 20 ID images, ...)
-    >>> detector.is_ood(images[:2], acceptance=0.9).shape
-    torch.Size([2])
+    Examples:
+        >>> from torchvision.models import resnet18
+        >>> net = resnet18(num_classes=4)
+        >>> detector = FuseNorm(net, cap=5)
+        >>> detector
+        FuseNorm(ResNet, cap=5; not fitted)
+        >>> images = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> detector.fit([images[:20]]).calibrate([images[20:]])  # doctest: +ELLIPSIS
+        FuseNorm(ResNet, cap=5; 8 layers, strong: output...; fitted on 20 ID images, ...)
+        >>> detector.is_ood(images[:2], acceptance=0.9).shape
+        torch.Size([2])
     """
 
     def __init__(

@@ -100,13 +100,14 @@ class Watch:
         ConfigError: an acceptance or a level outside (0, 1); a file of another calibration, with
             another acceptance or level, or that no `Watch` has written.
 
-    >>> import numpy as np
-    >>> draw = np.random.default_rng(0).normal
-    >>> watch = Watch(calibration=draw(size=500))
-    >>> watch.update(draw(size=1000)).alarm, watch.update(draw(-1, size=100)).alarm
-    (False, True)
-    >>> watch.now.alarm_row, watch.now.shift
-    (1025, 'lower')
+    Examples:
+        >>> import numpy as np
+        >>> draw = np.random.default_rng(0).normal
+        >>> watch = Watch(calibration=draw(size=500))
+        >>> watch.update(draw(size=1000)).alarm, watch.update(draw(-1, size=100)).alarm
+        (False, True)
+        >>> watch.now.alarm_row, watch.now.shift
+        (1025, 'lower')
     """
 
     def __init__(

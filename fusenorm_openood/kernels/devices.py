@@ -33,9 +33,10 @@ def on_device(device: str | torch.device) -> Iterator[None]:
 
     OpenOOD moves everything to CUDA; so its evaluators, pipelines and trainers run elsewhere, too.
 
-    >>> with on_device("cpu"):
-    ...     torch.ones(2).cuda().device
-    device(type='cpu')
+    Examples:
+        >>> with on_device("cpu"):
+        ...     torch.ones(2).cuda().device
+        device(type='cpu')
     """
     device = torch.device(device)
     with nullcontext() if device == torch.device("cuda") else _RedirectCuda(device):

@@ -62,8 +62,9 @@ def fuse(
 
     Source: `fuse_norm` in the FuseNorm repository (equal weights, base 20, cap 1).
 
-    >>> fuse([[0.5, 0.5]], [[0.5, 1.1]])  # the second one: 0.5 - (20^0.1 - 1)
-    array([0.5       , 0.15071715])
+    Examples:
+        >>> fuse([[0.5, 0.5]], [[0.5, 1.1]])  # the second one: 0.5 - (20^0.1 - 1)
+        array([0.5       , 0.15071715])
     """
     strong, weak = (np.array(z, dtype=np.float64) for z in (strong, weak))
     if strong.ndim != 2 or weak.ndim != 2 or len(strong) == 0 or strong.shape[1] != weak.shape[1]:

@@ -62,9 +62,10 @@ def ood_metrics(
     Source: OpenOOD v1.5, pytorch-ood 0.4, torch-uncertainty 0.13 with torchmetrics 1.9, scio 1.1,
     oodeel 0.4.
 
-    >>> known, unknown = range(1, 21), range(1, 21)  # as many OOD as ID images, with equal scores
-    >>> [ood_metrics(known, unknown, c).fpr95 for c in ("openood", "pytorch-ood", "oodeel")]
-    [1.0, 0.95, 0.9]
+    Examples:
+        >>> known, unknown = range(1, 21), range(1, 21)  # equal scores
+        >>> [ood_metrics(known, unknown, c).fpr95 for c in ("openood", "pytorch-ood", "oodeel")]
+        [1.0, 0.95, 0.9]
     """
     among(*CONVENTIONS)("convention", convention)
     among("ood", "id")("positive", positive)

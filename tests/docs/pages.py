@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 from fusenorm_openood.cli.main import main
 
 ROOT = Path(__file__).parent.parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
-    *sorted(RESULTS.glob("*.md")),
+    *sorted((ROOT / "docs" / "measured").glob("*.md")),
 ]
 LANGUAGES = {"python", "bash", "text", "yaml", "toml", "markdown", "javascript"}
 
