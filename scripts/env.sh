@@ -65,7 +65,12 @@ install_into() { # install_into FOLDER EXTRA
     fi
     if ! cmp -s "$ROOT/pyproject.toml" "$stamp"; then
         echo "installing fusenorm-openood[$extra] into $venv; the first time this takes minutes (torch)"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$ROOT[$extra]" ||
+        if ! command -v nvidia-smi >/dev/null && ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+            echo "there is no NVIDIA GPU: to save some GB, stop, and install torch's CPU build into $venv first"
+        fi
+        (set -o pipefail && "$venv/bin/python" -m pip install --disable-pip-version-check \
+            --progress-bar off -e "$ROOT[$extra]" |
+            awk '/^ *(Downloading|Using cached) / { print; fflush() }') ||
             fail "installation failed: see pip's message above"
         cp "$ROOT/pyproject.toml" "$stamp"
     fi
