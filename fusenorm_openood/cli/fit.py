@@ -71,6 +71,8 @@ def run_fit(args: Namespace) -> int:
     id_paths, other_paths = (each_page(paths, args.pages) for paths in given_paths)
     _check_output(args.output)
     names = None if args.class_names is None else class_names(args.class_names, args.id_dir)
+    if args.calibrate_by and not other_paths:
+        raise ConfigError("--calibrate-by groups calibration images: give --calibration-dir")
     if other_paths:
         check_enough(len(other_paths), ACCEPTANCE)
         check_apart(id_paths, other_paths)

@@ -73,7 +73,7 @@ def run_score(args: Namespace) -> int:
         check_report(args.report)
     store_of(args.store)
     _check_options(args, process.world)
-    if args.csv and process.leads:
+    if args.csv and process.leads and Path(args.csv).absolute().parent.is_dir():
         check_file(Path(args.csv), "--csv", ".csv", ".tsv", ".parquet")
     load = partial(load_detector, *of_detector(args))
     detector = load()

@@ -45,7 +45,8 @@ def run_watch(args: Namespace) -> int:
     file = None if args.scores == "-" else str(Path(args.scores).resolve())
     watch = Watch(_calibration(args.detector), args.acceptance, args.level, state)
     rows, known = _rows(args.scores), watch.positions.get(file or "", Position(0, ""))
-    if known.rows and [mark for _, mark in deque(islice(rows, known.rows), 1)] != [known.last]:
+    skipped = deque(enumerate(islice(rows, known.rows), 1), maxlen=1)
+    if known.rows and [(count, mark) for count, (_, mark) in skipped] != [known]:
         raise ConfigError(
             f"{args.scores} no longer has the {known.rows} rows that {state} has read: give the "
             "file that goes on, or another --state"
@@ -59,7 +60,7 @@ def run_watch(args: Namespace) -> int:
             write_bytes_whole(Path(args.prometheus), metrics(now).encode())
         print(json.dumps(now._asdict()), flush=True)
         if now.alarm and not before:
-            told = f"alarm at row {now.alarm_row}: confidences are {now.shift}"
+            told = f"alarm after {now.alarm_row} confidences: they are {now.shift}"
             print(f"fusenorm: {told} than at calibration", file=sys.stderr)
         before = now.alarm
     return 0
@@ -117,11 +118,11 @@ def _rows(name: str) -> Iterator[Row]:
             yield None, str(row.get("path"))
             continue
         try:
-            conf = float(text)  # type: ignore[arg-type]
+            conf = float("no number" if isinstance(text, bool) else text)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             raise DataError(
                 f"{name}, row {number} must have a confidence or an error, got {text!r}: remove "
-                "the row, or score again"
+                "the row, or score again without --early"
             ) from None
         if not math.isfinite(conf):
             raise NonFiniteError(
@@ -142,7 +143,7 @@ def _named(name: str) -> Iterator[dict[str, Any]]:
 
             yield from (row._asdict() for row in read_rows(path))
         else:
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 yield from _parsed(file, growing=True)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
@@ -159,7 +160,7 @@ def _parsed(lines: Iterable[str], growing: bool = False) -> Iterator[dict[str, A
     if not first.startswith("{"):
         yield from csv.DictReader(lines)
         return
-    for line in lines:
+    for line in filter(str.strip, lines):
         try:
             row = json.loads(line)
         except ValueError:

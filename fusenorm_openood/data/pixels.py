@@ -97,6 +97,9 @@ def _read(given: Place | Image.Image, how: "Preprocessing") -> Read:
                 raise UnidentifiedImageError
     with truncated_images(read=False), opened(given) as file:
         is_grey = images.is_deep_grey(file)
+        apart = file.format == "TIFF" and images.page_count(file) == how.channels > 1
+        if apart and how.dtype != "uint8" and not isinstance(given, Image.Image):
+            raise UnidentifiedImageError("a page for each channel, all of which tifffile reads")
         if not is_grey and how.dtype != "uint8" and images.is_deep_colour(file):
             if file.format == "TIFF":  # of which tifffile keeps all bits
                 raise UnidentifiedImageError(images.LOW_BITS)
@@ -208,10 +211,10 @@ def _npy(stream: BinaryIO, page: int, how: "Preprocessing") -> Read:
     if dtype.hasobject or len(data) - header.tell() < prod(shape) * dtype.itemsize or page > 1:
         raise DataError(f"it is no NPY of one array of numbers with all its {prod(shape)} values")
     values = np.load(BytesIO(data), allow_pickle=False)
-    if values.ndim == 2:
-        values = values[..., None]
     fits = {how.channels, 1} if how.channels == 3 else {how.channels}
     last, first = (values.ndim == 3 and values.shape[axis] in fits for axis in (2, 0))
+    if values.ndim == 2 and 1 in fits:
+        values, last = values[..., None], True
     if last == first:
         why = "at both ends" if last else "nowhere"
         raise DataError(
@@ -237,7 +240,8 @@ def _tiff(stream: BinaryIO, page: int, how: "Preprocessing") -> Read:
         tags = {tag.code: tag.value for tag in first.tags}
         stated = images.tiff_bits(tags) if values.dtype.itemsize == 2 else None
         if photometric == "MINISWHITE" and values.dtype.kind == "u":
-            used = stated or (values.itemsize == 2 and how.bits) or 8 * values.itemsize
+            is_16_bit = values.dtype.itemsize == 2
+            used = used_bits(values, stated, how.bits) if is_16_bit else 8 * values.itemsize
             values = values.dtype.type((1 << used) - 1) - values
         return Read(values, stated, int(tags.get(274, 1)), 1 if apart else len(file.pages))
 
@@ -295,7 +299,7 @@ def _dicom(stream: BinaryIO, page: int, how: "Preprocessing") -> Read:
     if not np.isfinite(shown).all():
         raise DataError("it is DICOM whose rescaling or window gives no numbers: correct it")
     shown = 1 - shown if kind == "MONOCHROME1" else shown
-    scaled = low + shown.clip(0, 1) * (high - low)
+    scaled = (low + shown.clip(0, 1) * (high - low)).clip(low, high)  # also when rounded
     if not is_float:
         scaled = scaled.round().astype(how.dtype)
     return Read(scaled[..., None], how.bits or 16, pages=pages)

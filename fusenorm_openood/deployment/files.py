@@ -42,6 +42,7 @@ class Judged(NamedTuple):
     ood: bool | None = None  # the verdict, None without calibration images
     objected: str | None = None  # the expert of the lowest contribution; see `Explanation`
     error: str | None = None  # why the file could not be judged
+    bound: float | None = None  # of an image that has left early, what its confidence is at most
 
 
 class ImageFiles(Dataset[Any]):
@@ -79,9 +80,9 @@ def judge_files(
 ) -> Iterator[list[Judged]]:
     """The rows of image files, in order, batch by batch.
 
-    With `early`, an image that is rejected before the network has finished has no class, `objected`
-    is the layer after which it was, and its confidence and p-value are at most what the row says,
-    or None if `early` is `"spending"`.
+    With `early`, an image that is rejected before the network has finished has no class, confidence
+    and p-value; `objected` is the layer after which it was, and its confidence is at most `bound`,
+    which is None if `early` is `"spending"`.
 
     Args:
         detector: a fitted detector with its preprocessing; without calibration images it gives
@@ -186,9 +187,6 @@ def judged_early(
         return [judged_early(detector, [p], [i], acceptance, mode)[0] for p, i in pairs]
     if found is None:
         return [Judged(str(p), error=str(e)) for p, e in zip(paths, batch, strict=True)]
-    calibration = detector.calibration_
-    assert calibration is not None  # there are verdicts
-    groups = np.arange(len(calibration.names))
     rest = [paths[0]] * len(found.kept)
     fine = {"scores": found.experts.T, "pred": found.pred, "error": np.full(len(rest), "")}
     whole = iter(judged(detector, rest, fine, acceptance))
@@ -201,11 +199,9 @@ def judged_early(
         ood, layer, bound = next(verdicts)
         if layer is None:
             rows.append(next(whole)._replace(path=str(path), ood=ood))
-        elif math.isnan(bound):
-            rows.append(Judged(str(path), ood=ood, objected=layer))
         else:
-            p = float(calibration.p_values(np.full(len(groups), bound), groups).max())
-            rows.append(Judged(str(path), None, bound, p, ood, layer))
+            known = None if math.isnan(bound) else bound
+            rows.append(Judged(str(path), ood=ood, objected=layer, bound=known))
     return rows
 
 

@@ -17,6 +17,7 @@ from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.storage.files import import_parquet, lock, unlock, write_whole
 
 AT_ONCE = 10_000  # rows in memory
+NUMBERS = ("confidence", "p_value", "bound")
 _HEADER = ",".join(Judged._fields).encode()
 
 
@@ -223,7 +224,7 @@ def _write_parquet(path: Path, rows: Iterator[Judged]) -> None:
     parquet = import_parquet()
     import pyarrow as pa
 
-    kinds = {"confidence": pa.float64(), "p_value": pa.float64(), "ood": pa.bool_()}
+    kinds = {**dict.fromkeys(NUMBERS, pa.float64()), "ood": pa.bool_()}
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in Judged._fields])
     with parquet.ParquetWriter(path, schema) as writer:
         while group := list(islice(rows, AT_ONCE)):
@@ -233,7 +234,7 @@ def _write_parquet(path: Path, rows: Iterator[Judged]) -> None:
 
 
 def _check_columns(path: Path, names: Sequence[str]) -> None:
-    if tuple(names) != Judged._fields:
+    if tuple(names) not in (Judged._fields, Judged._fields[:-1]):  # rows of 0.2.0 have no bound
         raise DataError(
             f"{path} was not written by this version of fusenorm score: its columns must be "
             f"{', '.join(Judged._fields)}"
@@ -245,14 +246,15 @@ def _cells(row: Judged) -> list[object]:
 
 
 _READ: dict[str, Callable[[str], Any]] = {
-    "confidence": float,
-    "p_value": float,
+    **dict.fromkeys(NUMBERS, float),
     "ood": {"True": True, "False": False}.__getitem__,
 }
 
 
 def _row(cells: Sequence[str]) -> Judged:
-    named = dict(zip(Judged._fields, map(_unescaped, cells), strict=True))
+    if len(cells) < len(Judged._fields) - 1:
+        raise ValueError("cells are missing")
+    named = dict(zip(Judged._fields, map(_unescaped, cells), strict=False))
     read = {n: _READ.get(n, unguarded)(cell) for n, cell in named.items() if cell or n == "path"}
     return Judged(**read)
 

@@ -414,6 +414,8 @@ class Detector(ABC):
                 "the calibration images were scored by other weights, and cannot be merged with "
                 "new ones: calibrate without merge"
             )
+        if merge and self.calibration_ is not None:
+            self.calibration_.check_mergeable(by)
         fitted_on = self._data and self._data()
         if fitted_on is not None:
             check_apart(fitted_on, data_of(loader))
@@ -549,9 +551,11 @@ class Detector(ABC):
 
     def _group_number(self, calibration: Calibration, group: int | str | None) -> int | None:
         names = self._group_names(calibration)
-        if group is None or group in names:
-            return None if group is None else names.index(group)
-        return calibration.number(str(group))
+        if group is None:
+            return None
+        if names.count(group) > 1:
+            raise ConfigError(f"several groups are named {group!r}: give the number of a class")
+        return names.index(group) if group in names else calibration.number(str(group))
 
     def _group_names(self, calibration: Calibration) -> Sequence[str]:
         """Names of groups, or of classes as far as they are known."""
@@ -596,7 +600,11 @@ class Detector(ABC):
     def _tensor(self, images: Images) -> Tensor:
         """Images that may be given in other ways; see `Images`."""
         if isinstance(images, list | tuple):
-            return torch.stack([self._tensor(image) for image in images])
+            tensors = [self._tensor(image) for image in images]
+            if len({tensor.shape for tensor in tensors}) != 1:
+                shapes = [list(tensor.shape) for tensor in tensors[:3]]
+                raise DataError(f"a list must have images of one size, got {shapes or 'none'}")
+            return torch.stack(tensors)
         if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim > 2:
             images = images.movedim(-3, -1).cpu().numpy()
         if isinstance(images, np.ndarray) and images.dtype == np.uint8:
@@ -626,7 +634,7 @@ class Detector(ABC):
         return self.calibration_
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_data": None, "_last": None}
+        return {**vars(self), "_data": None, "_last": None, "_exits": None}
 
 
 def check_energy(net: nn.Module, structure: Structure, scores: Iterable[Score]) -> None:

@@ -9,10 +9,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusenorm_openood.detectors.base import check_finite
-from fusenorm_openood.errors import CalibrationError, ConfigError
+from fusenorm_openood.detectors.statistics import DetectorStatistics
+from fusenorm_openood.errors import CalibrationError, ConfigError, DataError
 from fusenorm_openood.forward.batches import checked_images
 from fusenorm_openood.forward.early import Exit, early_scores, stage_ends
+from fusenorm_openood.forward.experts import Scoring
 from fusenorm_openood.kernels.devices import moved
+from fusenorm_openood.method.calibration import Calibration
 from fusenorm_openood.method.conformal import max_rank
 from fusenorm_openood.method.joint import JointDistance
 from fusenorm_openood.network.running import network_errors
@@ -54,11 +57,15 @@ def judge_early(
     groups: Any = None,
 ) -> EarlyVerdicts:
     """Verdicts on images `[B, C, H, W]`; see `FuseNorm.is_ood`."""
+    if not len(images):
+        raise DataError("there must be at least one image, got none")
+    detector._check_calibrated().numbers(np.zeros(len(images), np.int64), groups)  # or an error
     with network_errors(detector.net, checked_images(images)):
         on_device = moved(detector.net, images)
         scoring = detector.scoring(lambda: on_device)
         exits, accepted = exits_of(detector, on_device, acceptance, mode)
         done = early_scores(scoring, on_device, exits)
+    detector._check_size(images)
     kept = done.kept.cpu().numpy()
     numbers, calibration = done.exits.cpu().numpy(), detector._check_calibrated()
     ood = numbers >= 0
@@ -84,10 +91,26 @@ def exits_of(
 
     `images` on the network's device show where a batch can be thinned.
     """
-    scoring = detector.scoring(lambda: images)
-    statistics, calibration = detector._check_fitted(), detector._check_calibrated()
     if mode not in MODES:
         raise ConfigError(f"early must be {' or '.join(MODES)}, got {mode!r}")
+    scoring = detector.scoring(lambda: images)
+    key = (scoring, detector._check_fitted(), detector._check_calibrated(), acceptance, mode)
+    known = detector._exits
+    same = known is not None and all(a is b for a, b in zip(key[:3], known[0][:3], strict=True))
+    if known is None or not same or known[0][3:] != key[3:]:
+        known = detector._exits = key, _new_exits(detector, images, *key)
+    return known[1]
+
+
+def _new_exits(
+    detector: "FuseNorm",
+    images: Tensor,
+    scoring: Scoring,
+    statistics: DetectorStatistics,
+    calibration: Calibration,
+    acceptance: float,
+    mode: str,
+) -> tuple[list[Exit], float]:
     if scoring.by_network:
         raise ConfigError(
             "early needs strong experts that follow from one pass, and odin or ReAct before a mean "

@@ -24,6 +24,7 @@ from fusenorm_openood.errors import ConfigError, NotFittedError, unknown
 from fusenorm_openood.export.judge import Dtype
 from fusenorm_openood.export.program import Exported, export_detector
 from fusenorm_openood.forward.batches import checked_images
+from fusenorm_openood.forward.early import Exit
 from fusenorm_openood.forward.experts import Experts, Fitted
 from fusenorm_openood.forward.passes import forward_pass
 from fusenorm_openood.forward.taps import (
@@ -117,6 +118,7 @@ class FuseNorm(Detector):
 
     taps: tuple[str, ...]
     strong: tuple[str, ...]
+    _exits: tuple[tuple[Any, ...], tuple[list[Exit], float]] | None = None  # the last, see `early`
     _stage_ends: tuple[Structure, list[tuple[str, ...]]] | None = None  # found by a trial
 
     def __repr__(self) -> str:
@@ -196,6 +198,7 @@ class FuseNorm(Detector):
         given = {**self.get_params(), **params}
         fresh = type(self)(given.pop("net"), **given)
         kept = {name: getattr(self, name) for name in ("preprocessing", "network_source")}
+        fresh = fresh.with_companions() if self.companions else fresh
         self.__dict__ = {**vars(fresh), **kept, "_class_names": self._class_names}
         return self
 

@@ -36,9 +36,9 @@ class Watched(NamedTuple):
         log10_largest: the most that it has been.
         alarm: whether it has ever reached 1 / level, on streams without drift with a probability
             of at most `level`.
-        alarm_row: the first row at which it had, counted from 1; None before.
-        shift: what the best bet is on: confidences that are `lower`, `higher`, `wider` or
-            `narrower`.
+        alarm_row: the number of confidences after which it first had; None before.
+        shift: what the best bet of an alarm is on: confidences that are `lower`, `higher`, `wider`
+            or `narrower`; None before.
     """
 
     rows: int
@@ -54,7 +54,7 @@ class Watched(NamedTuple):
     log10_largest: float
     alarm: bool
     alarm_row: int | None
-    shift: str
+    shift: str | None
 
 
 class Position(NamedTuple):
@@ -153,7 +153,7 @@ class Watch:
             s.log_largest / ln10,
             s.alarm_row is not None,
             s.alarm_row,
-            drift.SHIFTS[int(np.argmax(s.log_capitals))],
+            None if s.alarm_row is None else drift.SHIFTS[int(np.argmax(s.log_capitals))],
         )
 
     @property

@@ -187,13 +187,17 @@ class Calibration:
             of = f"ID images of the {len(self.pooled)} pooled groups together"
         return replace(guarantee(n, acceptance, confidence), of=of)
 
-    def then(self, new: "Calibration") -> "Calibration":
-        """This calibration with newer images; ConfigError if their groups are others."""
-        if new.by != self.by:
+    def check_mergeable(self, by: str | None) -> None:
+        """Raise ConfigError if new images are grouped in another way."""
+        if by != self.by:
             raise ConfigError(
                 f"calibration images grouped by {self.by} cannot be merged with new ones grouped "
-                f"by {new.by}: choose the same, or calibrate without merge"
+                f"by {by}: choose the same, or calibrate without merge"
             )
+
+    def then(self, new: "Calibration") -> "Calibration":
+        """This calibration with newer images; ConfigError if their groups are others."""
+        self.check_mergeable(new.by)
         names = tuple(dict.fromkeys((*self.names, *new.names)))
         renamed = np.array([names.index(name) for name in new.names], np.int64)[new.group]
         return replace(
@@ -228,7 +232,8 @@ class Calibration:
 
 def group_names(groups: Any) -> list[str]:
     """Names of groups: strings, integers or a tensor of these."""
-    return [str(value) for value in np.atleast_1d(np.asarray(groups)).tolist()]
+    given = groups.tolist() if hasattr(groups, "tolist") else groups  # also of a GPU
+    return [str(value) for value in np.atleast_1d(np.asarray(given)).tolist()]
 
 
 def listed(names: Sequence[str]) -> str:

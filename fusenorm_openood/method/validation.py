@@ -1,6 +1,7 @@
 """Rules that settings and arguments must satisfy: one table, checked when they are made."""
 
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -88,7 +89,8 @@ def check_fields(instance: Any) -> None:
         if rule := f.metadata.get("rule"):
             value = getattr(instance, f.name)
             found = rule(f.name, value)
-            if repr(found) != repr(value):  # scikit-learn's `clone` asks for the very object
+            # scikit-learn's `clone` asks for the very object.
+            if pickle.dumps(found) != pickle.dumps(value):
                 object.__setattr__(instance, f.name, found)
 
 

@@ -100,7 +100,9 @@ def _group_of(detector: FuseNorm) -> Callable[[Judged], int]:
     if calibration is None or calibration.by is None:
         return lambda row: 0
     names = detector.class_names or calibration.names
-    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)}
+    numbers: dict[str | None, list[int]] = {}
+    for group, name in enumerate(names):  # some data sets have two classes of one name
+        numbers.setdefault(name, []).append(group)
 
     def number(row: Judged) -> int:
         if row.predicted not in numbers:
@@ -108,7 +110,9 @@ def _group_of(detector: FuseNorm) -> Callable[[Judged], int]:
                 f"{row.path} was judged by another detector: this one has no class "
                 f"{row.predicted!r}: give the detector that judged it, or score again"
             )
-        return numbers[row.predicted]
+        groups = np.array(numbers[row.predicted])
+        p = calibration.p_values(np.full(len(groups), row.confidence), groups)
+        return int(groups[abs(p - (row.p_value or 0.0)).argmin()])
 
     return number
 
@@ -135,10 +139,16 @@ def _summarise(
     """Read rows once; DataError if the p-values are not those of this detector."""
     summary, rows = _Summary(), iter(rows)
     while chunk := list(islice(rows, CHUNK)):
-        faulty = [row for row in chunk if row.confidence is None]
+        faulty = [row for row in chunk if row.error is not None]
         summary.unreadable += len(faulty)
         summary.faulty += faulty[: FAULTY - len(summary.faulty)]
-        judged = [row for row in chunk if row.confidence is not None]
+        judged = [row for row in chunk if row.error is None]
+        for row in judged:
+            if row.confidence is None:
+                raise DataError(
+                    f"{row.path} has no confidence, as it was rejected early: score it again "
+                    "without --early"
+                )
         conf = np.array([row.confidence for row in judged], np.float64)
         group = np.array([group_of(row) for row in judged], np.int64)
         summary.confidences.extend(conf)

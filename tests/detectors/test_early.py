@@ -1,5 +1,6 @@
 """Images that leave the batch before the network has finished."""
 
+import pickle
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ from torchvision.models import densenet121, mobilenet_v3_small, resnet18
 
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.early import exits_of, judge_early
-from fusenorm_openood.errors import CalibrationError, ConfigError, TapError
+from fusenorm_openood.errors import CalibrationError, ConfigError, DataError, TapError
 from fusenorm_openood.forward.early import stage_ends
 from fusenorm_openood.network.understanding import understand
 from tests.conftest import assert_undisturbed, make_net, state_of
@@ -178,3 +179,31 @@ def test_by_class_and_groups(detector: FuseNorm) -> None:
                 detector.is_ood(images, 0.9, given, early="spending")
     finally:
         detector.calibration_ = kept
+
+
+def test_groups_are_checked_before_the_pass(detector: FuseNorm) -> None:
+    images, kept = far_off()[-5:], detector.calibration_  # all of them leave early
+    batch = {"data": some_images(199, SIZE, seed=2), "camera": ["a"] * 199}
+    try:
+        detector.calibrate([batch], by="camera")
+        for groups in (None, ["a"] * 4, ["a"] * 6, ["c"] * 5):
+            for early in (False, True):
+                with pytest.raises(ConfigError, match="group"):
+                    detector.is_ood(images, groups=groups, early=early)
+        assert detector.is_ood(images, groups=["a"] * 5, early=True).all()
+    finally:
+        detector.calibration_ = kept
+    with pytest.warns(UserWarning, match=r"\[3, 20, 20\]"):
+        detector.is_ood(some_images(2, (20, 20)), early=True)
+    with pytest.raises(DataError, match="none"):
+        detector.is_ood(images[:0], early=True)
+
+
+def test_exits_follow_the_calibration(detector: FuseNorm) -> None:
+    images = far_off()
+    first = judge_early(detector, images, 0.9)
+    detector = pickle.loads(pickle.dumps(detector))
+    detector.calibrate([1.2 * some_images(199, SIZE, seed=2)])  # which accepts more
+    second = judge_early(detector, images, 0.9)
+    assert second.ood.tolist() == detector.is_ood(images, 0.9).tolist()
+    assert second.ood.tolist() != first.ood.tolist()

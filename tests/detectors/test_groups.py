@@ -9,9 +9,13 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fusenorm_openood import FuseNorm
+from fusenorm_openood.data.preprocessing import Preprocessing
+from fusenorm_openood.deployment.files import Judged
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import CalibrationError, ConfigError, DataError
 from fusenorm_openood.forward.recorded import RecordedLoader
+from fusenorm_openood.report.files import report_of_files
+from tests.conftest import make_loader, make_net
 from tests.detectors.test_calibration import Images
 from tests.nets import CLASSES, Net, some_images
 
@@ -204,3 +208,32 @@ def test_numbers_below_1_are_errors(detector, wrong):
 def test_the_data_set_is_where_images_are_from(detector):
     loader = torch.utils.data.DataLoader(TensorDataset(OTHER, torch.zeros(90)), 16)
     assert detector.calibrate(loader).calibration_.history[0].source == "TensorDataset"
+
+
+def test_classes_of_one_name_are_told_by_their_numbers():
+    detector = FuseNorm(make_net(classes=4)).fit(make_loader(200))
+    detector.class_names = ("a", "crane", "crane", "b")
+    detector.calibrate(make_loader(300, seed=2), by="predicted", least=9)
+    calibration = detector.calibration_
+    assert [detector.threshold(0.8, k) for k in range(4)] == list(calibration.thresholds(0.8))
+    with pytest.raises(ConfigError, match=r"several .*'crane'"):
+        detector.threshold(0.8, "crane")
+    pred, conf = (t.numpy() for t in detector.predict(next(iter(make_loader(40, seed=3)))[0]))
+    p = calibration.p_values(conf, pred)
+    rows = [
+        Judged(str(n), detector.class_names[k], float(c), float(q), bool(q <= 0.2))
+        for n, (k, c, q) in enumerate(zip(pred, conf, p, strict=True))
+    ]
+    detector.preprocessing = Preprocessing(16, (16, 16), "bilinear", (0.5,) * 3, (0.5,) * 3)
+    assert report_of_files(detector, rows, 0.8, ()).sections
+
+
+def test_groups_that_cannot_be_merged_are_told_before_images_are_read():
+    detector = FuseNorm(make_net()).fit(make_loader(60)).calibrate(make_loader(40, seed=2))
+
+    class Read:
+        def __iter__(self):
+            raise AssertionError("was read")
+
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        detector.calibrate(Read(), by="predicted", merge=True)

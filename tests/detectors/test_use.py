@@ -100,3 +100,9 @@ def test_a_pretrained_network_in_one_line(tmp_path, monkeypatch):
     for name in ("torchvision:resnet81", "package.module:factory"):
         with pytest.raises(ConfigError, match=r"resnet18|timm"):
             FuseNorm.from_pretrained(name)
+
+
+def test_lists_must_have_images_of_one_size(detector):
+    for images in ([], [torch.zeros(3, 16, 16), torch.zeros(3, 20, 20)]):
+        with pytest.raises(DataError, match="one size"):
+            detector.score(images)

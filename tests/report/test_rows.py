@@ -139,7 +139,7 @@ def test_a_place_that_cannot_be_written_is_found_before_any_work(tmp_path, capsy
     for command in ("eval", "compare"):
         arguments = [command, "--id-data", "digits", "--root", "absent", "--report"]
         assert main([*arguments, str(tmp_path)]) == 1
-        assert "is a folder: give a file to --report" in capsys.readouterr().err
+        assert "--report must be a file" in capsys.readouterr().err
         assert main([*arguments, str(tmp_path / "file" / "page.html")]) == 1
         assert "is not writable" in capsys.readouterr().err
 
