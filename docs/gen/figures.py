@@ -91,7 +91,85 @@ def atf_figure() -> str:
     return svg(640, 282, parts)
 
 
-FIGURES: dict[str, Callable[[], str]] = {"penalty": penalty_figure, "atf": atf_figure}
+# Where the strong experts of the default come from, how they are called, and what they are.
+STRONG = {
+    "head_mds": ("feature", "head_mds", "to class means"),
+    "fdbd": ("feature", "fDBD", "to class boundaries"),
+    "output": ("logits", "energy", "of all logits"),
+    "logitgap": ("logits", "LogitGap", "to the next logits"),
+}
+
+
+def data_flow_figure() -> str:
+    """From images to confidences with the default settings."""
+    settings = Settings()
+    parts = [*box(10, 155, 80, 60, "images", "", "#fff")]
+    for number in range(4):
+        x = 115 + 125 * number
+        parts += [*box(x, 155, 105, 60, f"stage {number + 1}", "blocks", "#e3f2fd")]
+        parts += [*box(x, 60, 105, 50, "ATF", "a norm per block", "#e8f5e9")]
+        parts += [arrow((x - (25 if number == 0 else 20), 185), (x, 185))]
+        parts += [arrow((x + 52, 155), (x + 52, 110))]
+        parts += [arrow((x + 52, 60), (x + 52, 36), (835, 36), (835, 60))]
+    parts += [*box(770, 60, 130, 50, "penalty", "joint distance", "#fff3e0")]
+    parts += [*box(640, 155, 105, 60, "feature", "penultimate", "#e3f2fd")]
+    parts += [*box(795, 155, 105, 60, "logits", "of the classes", "#e3f2fd")]
+    parts += [arrow((595, 185), (640, 185)), arrow((745, 185), (795, 185))]
+    left = {"feature": 692, "logits": 847}
+    strong = sorted(map(name_of_strong, settings.strong), key=list(STRONG).index)
+    for number, name in enumerate(strong):
+        source, title, what = STRONG[name]
+        x = 505 + 130 * number
+        parts += [*box(x, 262, 120, 50, title, what, "#f3e5f5")]
+        parts += [arrow((left[source], 215), (x + 60, 262)), arrow((x + 60, 312), (x + 60, 345))]
+    bar = "standardised by ID statistics, weighted by trust, summed"
+    parts += [*box(505, 345, 510, 40, bar, "", "#f3e5f5")]
+    parts += [*box(1045, 155, 120, 60, "confidence", "strong - penalty", "#fff")]
+    parts += [
+        arrow((900, 85), (1105, 85), (1105, 155)),
+        arrow((1015, 365), (1105, 365), (1105, 215)),
+    ]
+    parts += [text(100, 245, "blocks: weak experts, found in any network", SOFT)]
+    parts += [text(1032, 338, "strong", SOFT), text(1000, 78, "weak", SOFT)]
+    return svg(1180, 400, parts)
+
+
+def name_of_strong(expert: object) -> str:
+    """A default strong expert: one that the figure has no place for is an error."""
+    if expert not in STRONG:
+        raise KeyError(f"the data flow has no place for {expert!r}: add it to STRONG")
+    return str(expert)
+
+
+def box(
+    x: float, y: float, width: float, height: float, title: str, what: str, colour: str
+) -> list[str]:
+    middle = y + height / 2
+    edge = 'rx="8" stroke="#37474f" stroke-width="1.5"'
+    return [
+        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="{colour}" {edge}/>',
+        text(x + width / 2, middle + (-3 if what else 5), title, INK, "middle"),
+        *([text(x + width / 2, middle + 14, what, SOFT, "middle", 11)] if what else []),
+    ]
+
+
+def arrow(*points: tuple[float, float]) -> str:
+    """A line through points, with a head at the last."""
+    (x0, y0), (x1, y1) = points[-2:]
+    length = ((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5
+    u, v = 7 * (x1 - x0) / length, 7 * (y1 - y0) / length
+    head = f"{x1:.0f},{y1:.0f} {x1 - u - v / 2:.1f},{y1 - v + u / 2:.1f} "
+    head += f"{x1 - u + v / 2:.1f},{y1 - v - u / 2:.1f}"
+    listed = " ".join(f"{x},{y}" for x, y in points)
+    line = f'<polyline points="{listed}" fill="none" stroke="#37474f" stroke-width="1.5"/>'
+    return f'{line}<polygon points="{head}" fill="#37474f"/>'
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "data-flow": data_flow_figure,
+    "penalty": penalty_figure,
+    "atf": atf_figure,
+}
 
 
 def channels() -> Tensor:
@@ -124,8 +202,12 @@ def grey(value: float) -> str:
     return f"#{level:02x}{level:02x}{level:02x}"
 
 
-def text(x: float, y: float, content: str, colour: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.0f}" y="{y:.0f}" fill="{colour}" text-anchor="{anchor}">{content}</text>'
+def text(
+    x: float, y: float, content: str, colour: str, anchor: str = "start", size: int | None = None
+) -> str:
+    place = f'x="{x:.0f}" y="{y:.0f}" fill="{colour}" text-anchor="{anchor}"'
+    place += f' font-size="{size}"' if size else ""
+    return f"<text {place}>{content}</text>"
 
 
 def line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float = 1) -> str:

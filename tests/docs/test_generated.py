@@ -2,6 +2,7 @@
 
 import re
 
+import fusenorm_openood
 from docs.gen.generate import DOCS, documented, generated
 from fusenorm_openood.method.atf import atf
 from fusenorm_openood.method.settings import SETTINGS
@@ -16,6 +17,13 @@ def test_generated_parts_are_up_to_date():
 def test_every_setting_is_on_its_page():
     page = (DOCS / "settings.md").read_text(encoding="utf-8").partition("<!-- end -->")[0]
     assert tuple(re.findall(r"^\| `(\w+)` \| `", page, re.MULTILINE)) == SETTINGS
+
+
+def test_every_public_name_has_a_task_and_a_place_on_the_page_of_the_api():
+    tasks, _, places = (DOCS / "api.md").read_text(encoding="utf-8").partition("\n## ")
+    for name in set(fusenorm_openood.__all__) - {"__version__"}:
+        assert f"`{name}`" in tasks
+        assert f"::: fusenorm_openood.{name}\n" in places + "\n"
 
 
 def test_a_docstrings_arguments_are_found():
