@@ -20,7 +20,7 @@ from fusenorm_openood.deployment.ray import cluster, score_with_actors
 from fusenorm_openood.deployment.rows import RowFile, read_rows
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.forward.batches import Pace
+from fusenorm_openood.forward.batches import Throughput
 from fusenorm_openood.method.conformal import fewest_rejections, rejects, rejects_at_fdr
 from fusenorm_openood.report.files import report_of_files
 from fusenorm_openood.report.page import check_report, write_report
@@ -68,7 +68,7 @@ def run_score(args: Namespace) -> int:
         0 = all were judged, 3 = some were unreadable; among several processes 0, because `torchrun`
         takes any other status for a failure.
     """
-    process, throughput = this_process(), Pace()
+    process, throughput = this_process(), Throughput()
     if args.report:
         check_report(args.report)
     store_of(args.store)

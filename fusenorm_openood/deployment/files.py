@@ -18,7 +18,7 @@ from fusenorm_openood.detectors.early import judge_early
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.statistics import packed
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError
-from fusenorm_openood.forward.batches import Pace
+from fusenorm_openood.forward.batches import Throughput
 from fusenorm_openood.method.calibration import PREDICTED
 from fusenorm_openood.method.conformal import rejects
 from fusenorm_openood.network.fingerprint import identify
@@ -75,7 +75,7 @@ def judge_files(
     acceptance: float = 0.95,
     batch_size: int = 64,
     num_workers: int = 0,
-    throughput: Pace | None = None,
+    throughput: Throughput | None = None,
     early: str | None = None,
 ) -> Iterator[list[Judged]]:
     """The rows of image files, in order, batch by batch.
@@ -100,7 +100,7 @@ def judge_files(
     """
     first, files = 0, _image_files(detector, paths)
     loader = CpuLoader(files, batch_size, num_workers=num_workers, collate_fn=list)
-    counted = throughput or Pace()
+    counted = throughput or Throughput()
     for batch in counted.timed(loader):
         counted.images += len(batch)
         some = paths[first : first + len(batch)]
@@ -226,7 +226,7 @@ class FileShards:
         store: Place,
         batch_size: int = 64,
         num_workers: int = 0,
-        throughput: Pace | None = None,
+        throughput: Throughput | None = None,
     ) -> None:
         self.detector, self.paths, self.throughput = detector, paths, throughput
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -278,7 +278,9 @@ class FileShards:
 
 
 def scored(
-    detector: FuseNorm, batches: Iterable[Sequence[Tensor | str]], throughput: Pace | None = None
+    detector: FuseNorm,
+    batches: Iterable[Sequence[Tensor | str]],
+    throughput: Throughput | None = None,
 ) -> Columns:
     """The columns of a shard, from the items of `ImageFiles`; `throughput` counts the images."""
     parts = list(_scored_batches(detector, batches, throughput))
@@ -286,9 +288,9 @@ def scored(
 
 
 def _scored_batches(
-    detector: FuseNorm, batches: Iterable[Sequence[Tensor | str]], throughput: Pace | None
+    detector: FuseNorm, batches: Iterable[Sequence[Tensor | str]], throughput: Throughput | None
 ) -> Iterator[Columns]:
-    counted = throughput or Pace()
+    counted = throughput or Throughput()
     for batch in counted.timed(batches):
         counted.images += len(batch)
         yield score(detector, batch)

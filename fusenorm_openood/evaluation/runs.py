@@ -16,7 +16,7 @@ from torch import nn
 from fusenorm_openood.data.benchmarks import ImageSet, image_loader
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.errors import CheckpointError, TapError
-from fusenorm_openood.forward.batches import Pace
+from fusenorm_openood.forward.batches import Throughput
 from fusenorm_openood.forward.passes import head_of
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.method.scores.base import Head
@@ -111,7 +111,9 @@ class Run:
     num_workers: int = 0
     store: Path | None = None  # where scores are stored, so that no image is scored twice
     key: Mapping[str, Any] = field(default_factory=dict)  # see `network_key`
-    throughput: Pace = field(default_factory=Pace)  # counts the images that the network is run on
+    throughput: Throughput = field(
+        default_factory=Throughput
+    )  # counts the images that the network is run on
 
     def load(self, image_set: ImageSet) -> Iterable[Any]:
         """A loader of an image set, which stores the scores of its images if there is a store."""
@@ -196,7 +198,7 @@ def load_runs(
                     "kind"
                 )
         check_classes(checkpoints[first], kind.classes, num_classes)
-    throughput, loading = Pace(), (batch_size, num_workers, store)
+    throughput, loading = Throughput(), (batch_size, num_workers, store)
     return {
         run: Run(net, checkpoints[run], *loading, keys[run], throughput)
         for run, net in networks.items()

@@ -212,7 +212,7 @@ SLOW = 0.2  # share of the time from which on loading is what limits a run
 
 
 @dataclass
-class Pace:
+class Throughput:
     """Counts images and times over any number of loaders.
 
     Attributes:

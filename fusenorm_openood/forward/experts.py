@@ -172,9 +172,9 @@ class Scoring:
         self, images: Tensor, thinning: Thinning | None = None
     ) -> tuple[BatchScores, ForwardPass]:
         """As `run`, for a network in eval mode, without splitting the images; with the pass."""
-        moved, layers = dict[Score, Tensor](), self.experts.layers
+        perturbed, layers = dict[Score, Tensor](), self.experts.layers
         if self._by_gradient:
-            first, moved = self._with_gradients(images)
+            first, perturbed = self._with_gradients(images)
         else:
             with torch.no_grad():
                 first = forward_pass(
@@ -187,8 +187,8 @@ class Scoring:
         with torch.no_grad():
             for score in self.by_network:
                 given, done = images, first
-                if score in moved:
-                    given = moved[score]
+                if score in perturbed:
+                    given = perturbed[score]
                     done = forward_pass(self.net, given, self.structure)
                 logits = self._logits(given, done, score)
                 scores[score] = score(Features(logits[:, :0], logits))
@@ -298,21 +298,21 @@ class Scoring:
 
         split = parts(images, self.structure.batch_dependent, with_graph=True)
         done = [gradients_of_images(self.net, part, differentiate) for part in split]
-        moved = {score: torch.cat([of[score] for _, of in done]) for score in done[0][1]}
-        return ForwardPass.joined([first for first, _ in done]), moved
+        perturbed = {score: torch.cat([of[score] for _, of in done]) for score in done[0][1]}
+        return ForwardPass.joined([first for first, _ in done]), perturbed
 
     def _perturbed(self, leaf: Tensor, first: ForwardPass) -> dict[Score, Tensor]:
         """ODIN's images for each score that needs a gradient; equal gradients are shared."""
         alike: dict[tuple[float, float | None], list[Any]] = {}
         for score in self._by_gradient:
             alike.setdefault((score.temperature, score.clip_percentile), []).append(score)
-        moved = dict[Score, Tensor]()
+        perturbed = dict[Score, Tensor]()
         for number, ((temperature, _), scores) in enumerate(alike.items(), start=1):
             logits = self._logits(leaf, first, scores[0])
             direction = odin_direction(leaf, logits, temperature, number < len(alike))
             for score in scores:
-                moved[score] = odin_step(leaf, direction, score.noise, score.input_std)
-        return moved
+                perturbed[score] = odin_step(leaf, direction, score.noise, score.input_std)
+        return perturbed
 
 
 def joined(batches: Sequence[BatchScores]) -> BatchScores:

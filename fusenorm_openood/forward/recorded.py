@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fusenorm_openood.data.lists import CpuLoader
-from fusenorm_openood.forward.batches import Pace, batches
+from fusenorm_openood.forward.batches import Throughput, batches
 from fusenorm_openood.forward.experts import BatchScores, Expert, Scoring
 from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method.scores.base import Features
@@ -51,7 +51,7 @@ class RecordedLoader:
             images and how they are read, in terms of JSON.
         name: a name of the images, for people.
         batch_size, num_workers: settings of the data loader.
-        pace: counts the images that are scored.
+        throughput: counts the images that are scored.
         start: shards of other loaders that are dealt out before; see `dealt_out`.
     """
 
@@ -61,7 +61,7 @@ class RecordedLoader:
     name: str
     batch_size: int = 200
     num_workers: int = 0
-    pace: Pace = field(default_factory=Pace, compare=False)
+    throughput: Throughput = field(default_factory=Throughput, compare=False)
     start: int = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -99,12 +99,12 @@ class RecordedLoader:
             with tqdm(total=total, desc=desc, unit=" images", disable=hidden, leave=False) as bar:
                 for _, loaded in shard_batches(stored.shards, numbers, self._load, self.batch_size):
                     done = []
-                    for images, labels in batches(self.pace.timed(loaded)):
+                    for images, labels in batches(self.throughput.timed(loaded)):
                         with network_errors(scoring.net, images):
                             batch = scoring.run(moved(scoring.net, images))
                         label = np.full(len(images), -1) if labels is None else labels
                         done.append(batch._replace(label=label))
-                        self.pace.images += len(images)
+                        self.throughput.images += len(images)
                         bar.update(len(images))
                     yield _to_columns(scoring.recorded, done)
 

@@ -1,4 +1,4 @@
-"""Fuse strong and weak experts into one confidence."""
+"""Fuse strong and weak experts into one confidence: `Fusion`; as published, also `fuse`."""
 
 import math
 from collections.abc import Callable, Sequence

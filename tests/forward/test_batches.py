@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.forward.batches import Pace, Readings, batches
+from fusenorm_openood.forward.batches import Throughput, Readings, batches
 from tests.nets import Net, some_images
 
 IMAGES = some_images(30)
@@ -229,7 +229,7 @@ def test_time_is_counted_as_waiting_or_as_scoring(monkeypatch):
     now = 0.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
 
-    def run(pace, batches, loading, scoring):
+    def run(throughput, batches, loading, scoring):
         nonlocal now
 
         def loader():
@@ -239,18 +239,20 @@ def test_time_is_counted_as_waiting_or_as_scoring(monkeypatch):
                 yield size
             now += loading  # to find out that there are no more
 
-        for size in pace.timed(loader()):
+        for size in throughput.timed(loader()):
             now += scoring
-            pace.images += size
+            throughput.images += size
 
-    pace, idle = Pace(), Pace()
-    assert str(pace).startswith("0 images per second")
-    run(pace, [10, 10, 5], loading=1.0, scoring=4.0)
-    assert (pace.images, pace.seconds, pace.waited) == (25, 16.0, 4.0)
-    run(pace, [75], loading=2.0, scoring=0.0)
-    assert (pace.images, pace.seconds, pace.waited) == (100, 20.0, 8.0)
-    assert str(pace).startswith("5 images per second")
-    assert "40% of the time was spent waiting for images: try more loader processes" in str(pace)
+    throughput, idle = Throughput(), Throughput()
+    assert str(throughput).startswith("0 images per second")
+    run(throughput, [10, 10, 5], loading=1.0, scoring=4.0)
+    assert (throughput.images, throughput.seconds, throughput.waited) == (25, 16.0, 4.0)
+    run(throughput, [75], loading=2.0, scoring=0.0)
+    assert (throughput.images, throughput.seconds, throughput.waited) == (100, 20.0, 8.0)
+    assert str(throughput).startswith("5 images per second")
+    assert "40% of the time was spent waiting for images: try more loader processes" in str(
+        throughput
+    )
     run(idle, [10] * 10, loading=0.1, scoring=10.0)
     assert "1% of the time was spent waiting for images" in str(idle)
     assert "--num-workers" not in str(idle)
