@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.forward.batches import Throughput, Readings, batches
+from fusenorm_openood.forward.batches import Readings, Throughput, batches
 from tests.nets import Net, some_images
 
 IMAGES = some_images(30)
