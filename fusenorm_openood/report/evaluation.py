@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,13 +13,14 @@ from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.evaluation.comparison import DEFAULT, Comparison
 from fusenorm_openood.evaluation.evaluation import Evaluation, mean, with_experts
 from fusenorm_openood.method.conformal import conformal_p_values
+from fusenorm_openood.report import plots
 from fusenorm_openood.report import sections as parts
-from fusenorm_openood.report.charts import Series, dots
-from fusenorm_openood.report.gallery import REJECTED, TRUSTED, Shown, choose, gallery
-from fusenorm_openood.report.page import Facts, Report, Section
+from fusenorm_openood.report.gallery import REJECTED, TRUSTED, Shown, choose, gallery, varied
+from fusenorm_openood.report.page import SIZE, Facts, Figure, Report, Section
 from fusenorm_openood.report.sections import GROUPS, Score, Values
 
 ACCEPTANCE = 0.95
+VARIED = 12  # images of which the most different ones are shown
 SHOWN = 6  # methods whose distributions are drawn
 METHOD = "FuseNorm"  # with which its rows begin
 
@@ -54,17 +56,26 @@ def report_of_evaluation(
         cut = float(np.quantile(conf.ids, 1 - ACCEPTANCE))
     caption = "Metrics in percent; in bold the means of the groups"
     tables = [parts.table_of(result.table if table is None else table, caption, "data set")]
+    compared = []
     if len(result.compare) > 1:
         caption = "AUROC / FPR@95 in percent of the fused confidence and of every expert"
-        tables.append(parts.table_of(result.compare, caption, "expert"))
-    sections = [
-        Section("Results", (note,) if note else (), tuple(tables)),
-        parts.histograms_section(scores, cut),
-        parts.roc_section(scores),
-    ]
+        compared.append(parts.table_of(result.compare, caption, "expert"))
+    figures = (parts.histogram(conf, cut), *parts.roc_figures(scores))
+    text = (note, parts.READ) if note else (parts.READ,)
+    sections = [Section("Results", text, tuple(tables), figures)]
     if calibration is not None and promised is not None:
         tested = np.concatenate([c[1::2] for c in id_conf])
         sections.append(_acceptance(conf, calibration, tested))
+    if detector is not None:
+        images = _images(result, benchmark, cut, calibration, "val" if validation else "test")
+        galleries, _ = gallery(images, detector, benchmark.norm)
+        heat = f", and {parts.HEAT}" if isinstance(detector, FuseNorm) else ""
+        about = (
+            f"Each image as the network sees it{heat}. Doubtful images are closest to the "
+            f"threshold {cut:.3g}, which {ACCEPTANCE:.0%} of ID images exceed."
+        )
+        sections.append(Section("Images", (about,), galleries=galleries))
+        facts = (*facts, *parts.detector_facts(detector))
     if isinstance(detector, FuseNorm):
         counts = {}
         for group in conf.ood:
@@ -72,17 +83,9 @@ def report_of_evaluation(
             rejected = experts[:, conf.pooled(group) < cut]
             pred = np.zeros(rejected.shape[1], np.int64)
             counts[GROUPS[group]] = Counter(detector.explain_scores(rejected, pred).objected)
-        sections += parts.contributions_section(detector.experts, counts)
-    if detector is not None:
-        images = _images(result, benchmark, cut, calibration, "val" if validation else "test")
-        galleries, _ = gallery(images, detector, benchmark.norm)
-        heat = f", and {parts.HEAT}" if isinstance(detector, FuseNorm) else ""
-        text = (
-            f"Each image as the network sees it{heat}. Doubtful images are closest to the "
-            f"threshold {cut:.3g}, which {ACCEPTANCE:.0%} of ID images exceed."
-        )
-        sections.append(Section("Images", (text,), galleries=galleries))
-        facts = (*facts, *parts.detector_facts(detector))
+        drawn = {score.name: parts.histogram(score) for score in scores[1:]}
+        why = parts.why_section(detector, counts, drawn, f"The scores of the experts: {parts.READ}")
+        sections.append(why._replace(tables=tuple(compared)))
     highlights = tuple(
         (f"{GROUPS[group]} {name}", f"{value:.2f}%")
         for group in conf.ood
@@ -108,16 +111,15 @@ def _scores(result: Evaluation) -> list[Score]:
 
 
 def _acceptance(conf: Score, calibration: Values, tested: Values) -> Section:
-    ids = Series("ID accepted", conformal_p_values(tested, calibration))
-    others = [
-        Series(f"{GROUPS[group]} rejected", conformal_p_values(conf.pooled(group), calibration))
-        for group in conf.ood
-    ]
+    ids = {"ID images": conformal_p_values(tested, calibration)}
+    others = {GROUPS[g]: conformal_p_values(conf.pooled(g), calibration) for g in conf.ood}
     about = (
         f"Every other ID image calibrates ({len(calibration):,}), the others are tested "
         f"({len(tested):,}), whose share scatters a little more."
     )
-    return parts.acceptance_section(len(calibration), ids, others, ACCEPTANCE, about)
+    text = (about, *parts.promised(len(calibration), ACCEPTANCE))
+    figures = parts.acceptance_figures(len(calibration), ids, others, ACCEPTANCE)
+    return Section("Acceptance and rejection", text, figures=figures)
 
 
 class _Tested(NamedTuple):
@@ -165,10 +167,15 @@ def _images(
 
     ids = [image for group in ("id", "csid") for image in tested(group)]
     ood = [image for group in GROUPS for image in tested(group)]
-    chosen = choose([*ids, *ood], lambda image: cut)
-    chosen["OOD images that are trusted most"] = choose(ood, None)[TRUSTED]
-    chosen["ID images that are rejected most"] = choose(ids, None)[REJECTED]
-    return {title: [shown(image) for image in images] for title, images in chosen.items()}
+    chosen = choose([*ids, *ood], lambda image: cut, VARIED)
+    chosen["OOD images that are trusted most"] = choose(ood, None, VARIED)[TRUSTED]
+    chosen["ID images that are rejected most"] = choose(ids, None, VARIED)[REJECTED]
+    return {
+        title: [
+            shown(image) for image in varied(images, lambda i: (i.name, f"class {i.predicted}"))
+        ]
+        for title, images in chosen.items()
+    }
 
 
 def report_of_comparison(
@@ -191,8 +198,11 @@ def report_of_comparison(
     scores = _scores_of_methods(runs[0], groups)
     several = len(results) > 1 or len(runs) > 1
     which = (f"Of the first training run of {root}.",) if several else ()
-    for section in (parts.roc_section(scores), parts.histograms_section(scores[:SHOWN])):
-        sections.append(section._replace(text=(*which, *section.text)))
+    roc = Section("ROC curves", (*which, parts.READ), figures=parts.roc_figures(scores))
+    text = (*which, parts.READ)
+    drawn = {score.name: parts.histogram(score) for score in scores[:SHOWN]}
+    best = Section("Scores of ID and OOD images", text)
+    sections += [roc, parts.multiples(best, drawn, {"More methods": list(drawn)})]
     others = auroc[~auroc.index.str.startswith(METHOD)]
     highlights = tuple(
         (f"{GROUPS[group]} AUROC, {name}", f"{dict(auroc[group])[name]:.2f}%")
@@ -216,7 +226,8 @@ def _tables(runs: Sequence[Comparison], of: str) -> list[Section]:
         groups = [group for group in GROUPS if group in table]
         order = table[groups].mean(axis=1).sort_values(ascending=not largest).index
         values = {GROUPS[group]: table.loc[order, group].to_dict() for group in groups}
-        charts.append(dots(f"{name} of every method, best mean first", values, f"{name}, %"))
+        title, size = f"{name} of every method, best mean first", (SIZE[0], 1.0 + 0.17 * len(table))
+        charts.append(Figure(title, partial(plots.dots, values, axis=f"{name}, %"), size))
     if len(runs) == 1:
         caption = (
             "Mean rank by AUROC over the data sets, and 95% bootstrap intervals of the gain in "

@@ -4,6 +4,8 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,20 @@ import numpy as np
 
 from fusenorm_openood.deployment.files import Judged
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.detectors.statistics import Explanation
-from fusenorm_openood.errors import DataError
+from fusenorm_openood.detectors.statistics import DetectorStatistics, Explanation
+from fusenorm_openood.errors import DataError, NotFittedError
 from fusenorm_openood.method.calibration import Calibration
-from fusenorm_openood.report import charts, gallery
+from fusenorm_openood.report import gallery, plots
 from fusenorm_openood.report import sections as parts
-from fusenorm_openood.report.charts import Series
 from fusenorm_openood.report.gallery import DOUBTFUL, REJECTED, TRUSTED
-from fusenorm_openood.report.page import Facts, Report, Section, Table
+from fusenorm_openood.report.page import Facts, Figure, Report, Row, Rows, Section, Table
 from fusenorm_openood.report.sections import Values
+from fusenorm_openood.storage.urls import Url, place
 
 CHUNK = 10_000  # rows in memory at a time
 FAULTY = 10  # unreadable files that are listed
+LISTED = 3_000  # images in a list, at most
+ROWS, PICTURES = 800_000, 3_200_000  # bytes of its rows and of their pictures, at most
 
 
 def report_of_files(
@@ -33,7 +37,7 @@ def report_of_files(
     facts: Facts = (),
     per_group: int = gallery.PER_GROUP,
 ) -> Report:
-    """The report about judged files; only the images of its gallery are read and scored again.
+    """The report about judged files; as many images as it can hold are read again.
 
     Args:
         detector: the detector that judged them, with its preprocessing.
@@ -45,6 +49,7 @@ def report_of_files(
     Raises:
         CalibrationError: too few calibration images for the acceptance.
         DataError: rows of another detector, or a detector without its preprocessing.
+        NotFittedError: before `fit`.
     """
     calibration, preprocessing = detector.calibration_, detector.known_preprocessing()
     cuts = None if calibration is None else calibration.thresholds(acceptance)
@@ -58,37 +63,42 @@ def report_of_files(
     norm, visible = (preprocessing.mean, preprocessing.std), preprocessing.shown
     galleries, explained = gallery.gallery(shown, detector, norm, visible)
 
-    counts = [("all", len(conf) + summary.unreadable), ("unreadable", summary.unreadable)]
+    counts = [("images", len(conf) + summary.unreadable), ("unreadable", summary.unreadable)]
     if cuts is not None:
         counts[1:1] = [("accepted", len(conf) - rejected), ("rejected as OOD", rejected)]
-    sections = [_counts(counts, summary.faulty)]
+    sections = [_unreadable(summary)]
     if len(conf):
-        sections.append(_confidences(detector, conf, cuts))
-        if calibration is not None and calibration.by:
-            names = detector.class_names or calibration.names
-            sections.append(
-                parts.groups_section(calibration, names, group, ~is_rejected, acceptance)
-            )
-        elif calibration is not None:
-            p = Series("scored, rejected", calibration.p_values(conf, group))
-            about = (
+        said, figure = _confidences(detector, conf, cuts)
+        text, figures = [said], [figure]
+        about = f"Each image as the network sees it, and {parts.HEAT}."
+        if cuts is None:
+            text.append("The detector is not calibrated: there are no verdicts.")
+        else:
+            text[:0] = [
                 f"{rejected / len(conf):.1%} of the scored images are rejected, of ID images about "
                 f"{100 * (1 - acceptance):.3g}%."
+            ]
+            about += (
+                " Doubtful images are closest to the threshold; of the rejected ones, those with "
+                "the lowest confidence that differ in class and in the expert that objects."
             )
-            sections.append(
-                parts.acceptance_section(len(calibration), None, [p], acceptance, about)
-            )
-        sections += parts.contributions_section(detector.experts, {"scored": summary.objected})
-        text = f"Each image as the network sees it, and {parts.HEAT}."
         if visible is not None:
-            text += f" Pictures show channel(s) {', '.join(map(str, visible))}, counted from 0."
+            about += f" Pictures show channel(s) {', '.join(map(str, visible))}, counted from 0."
         elif preprocessing.channels not in (1, 3):
-            text += f" Pictures show the mean of {preprocessing.channels} channels."
-        if cuts is not None:
-            text += " Doubtful images are closest to the threshold."
-        sections.append(Section("Images", (text,), galleries=galleries))
-        sections += _experts(detector, explained)
-    highlights = tuple((name.replace("all", "images"), f"{number:,}") for name, number in counts)
+            about += f" Pictures show the mean of {preprocessing.channels} channels."
+        listed = _listed(summary.lowest, detector, cut, len(conf))
+        sections.append(Section("Images", (about,), galleries=galleries, listed=listed))
+        sections.append(_why(detector, summary.objected, explained))
+        if calibration is not None and calibration.by:
+            names = detector.class_names or calibration.names
+            shares = parts.groups_section(calibration, names, group, ~is_rejected, acceptance)
+            sections.append(shares)
+        elif calibration is not None:
+            p, images = {"scored": calibration.p_values(conf, group)}, len(calibration)
+            figures += parts.acceptance_figures(images, {}, p, acceptance)
+            text += parts.promised(images, acceptance)
+        sections[0] = sections[0]._replace(text=tuple(text), figures=tuple(figures))
+    highlights = tuple((name, f"{number:,}") for name, number in counts)
     asked = () if cuts is None else (("acceptance", f"{acceptance:g}"),)
     about_all = (*facts, *parts.detector_facts(detector), *asked)
     return Report("Judged images", about_all, highlights, tuple(sections))
@@ -127,6 +137,7 @@ class _Summary:
     unreadable: int = 0
     faulty: list[Judged] = field(default_factory=list)  # the first unreadable files
     chosen: dict[str, list[Judged]] = field(default_factory=dict)  # to show, by group
+    lowest: list[Judged] = field(default_factory=list)  # relative to the threshold
 
 
 def _summarise(
@@ -138,6 +149,10 @@ def _summarise(
 ) -> _Summary:
     """Read rows once; DataError if the p-values are not those of this detector."""
     summary, rows = _Summary(), iter(rows)
+
+    def margin(row: Judged) -> float:
+        return (row.confidence or 0.0) - (cut(row) if cut else 0.0)
+
     while chunk := list(islice(rows, CHUNK)):
         faulty = [row for row in chunk if row.error is not None]
         summary.unreadable += len(faulty)
@@ -164,14 +179,18 @@ def _summarise(
         if cut is not None:
             rejected = (row for row, c in zip(judged, conf, strict=True) if c < cut(row))
             summary.objected.update(row.objected for row in rejected if row.objected)
+        summary.lowest = nsmallest(LISTED, [*summary.lowest, *judged], key=margin)
         # Some may be in another group already.
         summary.chosen = gallery.choose(judged, cut, 3 * per_group, summary.chosen)
     chosen, taken = summary.chosen, set[str]()
+    low = [r for r in summary.lowest if margin(r) < 0] if cut else chosen.get(REJECTED, [])
+    chosen[REJECTED] = gallery.varied(
+        low, lambda row: (row.objected, row.predicted, row.path), per_group
+    )
     for name in (REJECTED, TRUSTED, DOUBTFUL):
         free = [row for row in chosen.get(name, ()) if row.path not in taken]
         if cut is not None and name != DOUBTFUL:
-            low = {row.path for row in free if (row.confidence or 0.0) < cut(row)}
-            free = [row for row in free if (row.path in low) == (name == REJECTED)]
+            free = [row for row in free if (margin(row) < 0) == (name == REJECTED)]
         chosen[name] = free[:per_group]
         taken.update(row.path for row in chosen[name])
     order = (REJECTED, DOUBTFUL, TRUSTED)
@@ -185,54 +204,96 @@ def _shown(row: Judged, detector: FuseNorm) -> gallery.Shown:
     if row.p_value is not None:
         facts.append(("p-value", f"{row.p_value:.3g}"))
     read = detector.known_preprocessing().read
-    return gallery.Shown("/".join(Path(row.path).parts[-2:]), tuple(facts), lambda: read(row.path))
+    name = "/".join(Path(row.path).parts[-2:])
+    return gallery.Shown(name, tuple(facts), lambda: read(row.path), link_to(row.path))
 
 
-def _counts(counts: list[tuple[str, int]], faulty: list[Judged]) -> Section:
-    total = max(counts[0][1], 1)
-    rows = tuple((name, f"{n:,}", f"{100 * n / total:.2f}") for name, n in counts)
-    tables = [Table("Number of images", ("images", "number", "%"), rows)]
-    is_calibrated = len(counts) > 2
-    text = () if is_calibrated else ("The detector is not calibrated: there are no verdicts.",)
-    if faulty:
-        named = tuple((row.path, row.error or "") for row in faulty)
-        first = f", the first {len(named)}" if counts[-1][1] > len(named) else ""
-        tables.append(Table(f"Unreadable files{first}", ("file", "reason"), named, prose=True))
-    return Section("Verdicts", text, tuple(tables))
+def link_to(path: str) -> str:
+    """The URL of an image file, empty if no browser could open it."""
+    found = place(path)
+    if isinstance(found, Url):
+        return path if path.lower().startswith(("http://", "https://")) else ""
+    return found.absolute().as_uri()
 
 
-def _confidences(detector: FuseNorm, conf: Values, cuts: Values | None) -> Section:
-    ids = Series("ID", np.zeros(0))
-    if detector.calibration_scores_ is not None:
-        ids = Series("ID (calibration)", detector.calibration_scores_)
-    elif (statistics := detector.id_statistics_) is not None:
-        ids = Series("ID (fit)", detector.confidence(statistics.id_scores))
-    text = f"Larger = more in-distribution. {parts.ENDS}"
-    cut = float(cuts[0]) if cuts is not None and len(cuts) == 1 else None
+def _unreadable(summary: _Summary) -> Section:
+    if not summary.faulty:
+        return Section("Verdicts")
+    named = tuple((row.path, row.error or "") for row in summary.faulty)
+    first = f", the first {len(named)}" if summary.unreadable > len(named) else ""
+    table = Table(f"Unreadable files{first}", ("file", "reason"), named, prose=True)
+    return Section("Verdicts", tables=(table,))
+
+
+def _listed(
+    lowest: list[Judged], detector: FuseNorm, cut: Callable[[Any], float] | None, number: int
+) -> Rows:
+    """The rows of the lowest confidences, beginning with pictures, as many as fit into the page."""
+    preprocessing, room = detector.known_preprocessing(), ROWS
+    fitting = []
+    for row in lowest:
+        link = link_to(row.path)
+        room -= 300 + len(link) + 2 * len(row.path)
+        if room < 0:
+            break
+        fitting.append((row, link))
+    norm = (preprocessing.mean, preprocessing.std)
+    reads = (partial(preprocessing.read, row.path) for row, _ in fitting)
+    pictures = gallery.thumbnails(reads, norm, PICTURES, preprocessing.shown)
+    rows = []
+    pictures += [""] * (len(fitting) - len(pictures))
+    for (row, link), picture in zip(fitting, pictures, strict=True):
+        conf = row.confidence or 0.0
+        cells = [row.predicted or "", f"{conf:.3f}", row.objected or ""]
+        if cut is not None:
+            p = "" if row.p_value is None else f"{row.p_value:.3g}"
+            verdict = "rejected" if conf < cut(row) else "accepted"
+            cells = [verdict, *cells[:2], p, cells[2]]
+        rows.append(Row(row.path, link, picture, tuple(cells)))
+    columns = [("predicted", True), ("confidence", False), ("lowest contribution", True)]
     if cut is not None:
-        text += f" Images below the threshold, {cut:.3g}, are rejected."
+        columns[:2] = [("verdict", True), *columns[:2], ("p-value", False)]
+    which = "All" if len(rows) == number else f"{len(rows):,} of {number:,}"
+    caption = f"{which} images, those farthest below the threshold first"
+    return Rows(caption if cut else f"{which} images", tuple(columns), tuple(rows))
+
+
+def _confidences(detector: FuseNorm, conf: Values, cuts: Values | None) -> tuple[str, Figure]:
+    if detector.calibration_scores_ is not None:
+        name, ids = "ID (calibration)", detector.calibration_scores_
+    else:
+        name, ids = "ID (fit)", detector.confidence(_statistics(detector).id_scores)
+    text = f"Confidences: larger = more in-distribution. {parts.ENDS}"
+    cut = float(cuts[0]) if cuts is not None and len(cuts) == 1 else None
+    title = "Confidence of the scored images and of ID images"
+    if cut is not None:
+        title = f"Rejected: images below the threshold, {cut:.3g}"
     elif cuts is not None:
         text += (
             f" Images below the threshold of their predicted class, from {cuts.min():.3g} to "
             f"{cuts.max():.3g}, are rejected."
         )
-    title = "Confidence of the scored images and of ID images"
-    figure = charts.histogram(title, ids, [Series("scored", conf)], "confidence", cut)
-    return Section("Confidences", (text,), figures=(figure,))
+    draw = partial(plots.histograms, {name: ids, "scored": conf}, threshold=cut)
+    return text, Figure(title, draw)
 
 
-def _experts(detector: FuseNorm, explained: Mapping[str, Explanation]) -> list[Section]:
+def _why(
+    detector: FuseNorm, objected: Counter[str], explained: Mapping[str, Explanation]
+) -> Section:
     """Every expert's scores on ID images, with the images of the gallery as marks."""
-    statistics = detector.id_statistics_
-    if statistics is None or not explained:
-        return []
-    figures = []
+    statistics, figures = _statistics(detector), {}
     for row, name in enumerate(statistics.experts):
-        marks = [Series(title.lower(), why.scores[row]) for title, why in explained.items()]
-        ids = Series("ID (fit)", statistics.id_scores[row])
-        figures.append(charts.histogram(name, ids, [], "score", marks=marks))
+        marks = {title.lower(): why.scores[row] for title, why in explained.items()}
+        ids = {"ID (fit)": statistics.id_scores[row]}
+        figures[name] = Figure(name, partial(plots.histograms, ids, marks=marks))
     text = (
-        "How every expert scores the ID images of the fit; the marks are images of the gallery. "
+        "How the experts score the ID images of the fit; the marks are images of the gallery. "
         f"Larger = more in-distribution. {parts.ENDS}"
     )
-    return [Section("Experts", (text,), figures=tuple(figures))]
+    return parts.why_section(detector, {"scored": objected}, figures, text)
+
+
+def _statistics(detector: FuseNorm) -> DetectorStatistics:
+    if detector.id_statistics_ is None:
+        raise NotFittedError("this FuseNorm is not fitted: give the detector that judged the rows")
+    return detector.id_statistics_

@@ -3,6 +3,7 @@
 import base64
 import heapq
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +18,10 @@ from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.statistics import Explanation
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.report.page import Card, Facts
+from fusenorm_openood.report.plots import FEW, lowest_layer, overlaid, where
 
 SIDE = 128  # pixels of the longer side, at most
-FEW = 64  # pixels of the longer side up to which nothing is lost
+LISTED = 96  # of the pictures in a list
 PER_GROUP = 4
 REJECTED, DOUBTFUL, TRUSTED = "Most rejected", "Most doubtful", "Most trusted"
 
@@ -46,6 +48,18 @@ def choose(
     }
 
 
+def varied(
+    images: Iterable[Any], kinds: Callable[[Any], Iterable[Any]], most: int = PER_GROUP
+) -> list[Any]:
+    """The first images, each as different in its `kinds` from those before it as can be."""
+    left, chosen, seen = list(images), list[Any](), Counter[Any]()
+    while left and len(chosen) < most:
+        number = min(range(len(left)), key=lambda n: sum(seen[k] for k in kinds(left[n])))
+        chosen.append(left.pop(number))
+        seen.update(kinds(chosen[-1]))
+    return chosen
+
+
 class Shown(NamedTuple):
     """An image to show: its file, facts such as its confidence, and how it is read.
 
@@ -55,6 +69,7 @@ class Shown(NamedTuple):
     name: str
     facts: Facts
     read: Callable[[], Tensor]
+    link: str = ""
 
 
 def gallery(
@@ -93,25 +108,28 @@ def _read(image: Shown) -> Tensor | None:
 def _card(image: Shown, picture: Image.Image, why: Explanation | None, number: int) -> Card:
     pictures = ((data_uri(picture), f"{image.name} as the network sees it"),)
     if why is None:
-        return Card(image.name, pictures, image.facts)
+        return Card(image.name, pictures, image.facts, link=image.link)
     objected = why.objected[number]
     facts = (*image.facts, ("lowest contribution", objected))
-    rows = [row for row, name in enumerate(why.experts) if name in why.maps]
-    if not rows:
-        return Card(image.name, pictures, facts)
+    if not why.maps:
+        return Card(image.name, pictures, facts, link=image.link)
     layer, remark = objected, f"Heat map: {objected}."
     if objected not in why.maps:
-        layer = why.experts[max(rows, key=lambda row: float(why.below_mean[row, number]))]
+        layer = lowest_layer(why, number)
         remark = (
             f"{objected} has no heat map; this is {layer}, the layer with the lowest contribution."
         )
     heat = why.maps[layer][number]
     alt = f"heat map of {layer} on {image.name}: most energy in the {where(heat)}"
-    return Card(image.name, (*pictures, (data_uri(overlaid(picture, heat)), alt)), facts, remark)
+    heated = (data_uri(overlaid(picture, heat)), alt)
+    return Card(image.name, (*pictures, heated), facts, remark, image.link)
 
 
 def thumbnail(
-    image: Tensor, norm: Normalization, channels: Sequence[int] | None = None
+    image: Tensor,
+    norm: Normalization,
+    channels: Sequence[int] | None = None,
+    side: int = SIDE,
 ) -> Image.Image:
     """A small picture of a normalised tensor `[C, H, W]`; see `Preprocessing.shown`."""
     mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu").view(-1, 1, 1) for v in norm)
@@ -122,38 +140,35 @@ def thumbnail(
         unit = unit.mean(0, keepdim=True)
     pixels = unit.mul(255).round().byte().expand(3, -1, -1)
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    picture.thumbnail((SIDE, SIDE))
+    picture.thumbnail((side, side))
     return picture
 
 
-def overlaid(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """A picture in grey under its heat map `[H, W]`, in cividis from dark (none) to yellow."""
-    from matplotlib import colormaps
-
-    values = heat.detach().cpu().float().numpy()
-    scaled = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
-    size = (max(picture.width, FEW), max(picture.height, FEW))
-    smooth = Image.fromarray((255 * scaled).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    colours = colormaps["cividis"](np.asarray(smooth) / 255.0)[..., :3]
-    grey = np.asarray(picture.convert("L").resize(size, Image.Resampling.NEAREST)) / 255.0
-    mixed = 0.35 * grey[..., None] + 0.65 * colours
-    return Image.fromarray((255 * mixed).round().astype(np.uint8))
-
-
-def where(heat: Tensor) -> str:
-    """In which part of an image a heat map `[H, W]` is largest."""
-    row, column = np.unravel_index(int(heat.argmax()), heat.shape)
-    up = ("upper", "middle", "lower")[int(3 * (row + 0.5) / heat.shape[0])]
-    side = ("left", "centre", "right")[int(3 * (column + 0.5) / heat.shape[1])]
-    return "centre" if (up, side) == ("middle", "centre") else f"{up} {side}"
+def thumbnails(
+    images: Iterable[Callable[[], Tensor]],
+    norm: Normalization,
+    room: int,
+    channels: Sequence[int] | None = None,
+) -> list[str]:
+    """Data URIs of images until `room` is full, empty for those that cannot be read."""
+    uris: list[str] = []
+    for read in images:
+        try:
+            uris.append(data_uri(thumbnail(read(), norm, channels, LISTED), quality=70))
+        except DataError:
+            uris.append("")
+        room -= len(uris[-1])
+        if room < 0:
+            return uris[:-1]
+    return uris
 
 
-def data_uri(picture: Image.Image) -> str:
+def data_uri(picture: Image.Image, quality: int = 82) -> str:
     """A picture as a data URI: PNG if it has few pixels, else JPEG."""
     file, few = io.BytesIO(), max(picture.size) <= FEW
     if few:
         picture.save(file, "PNG", optimize=True)
     else:
-        picture.save(file, "JPEG", quality=82)
+        picture.save(file, "JPEG", quality=quality)
     kind = "png" if few else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

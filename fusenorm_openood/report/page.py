@@ -1,14 +1,18 @@
 """The content of an HTML page that needs no other file, and how it is rendered and written."""
 
 import io
+import re
+from base64 import b64encode
 from collections.abc import Callable
 from datetime import datetime
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
 from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.report.plots import BLUE, GRID, INK, LINES, SOFT
 from fusenorm_openood.storage.files import check_file, write_whole
 from fusenorm_openood.version import __version__
 
@@ -16,6 +20,7 @@ Facts = tuple[tuple[str, str], ...]  # names and values
 
 FOLDER = Path(__file__).parent
 SIZE = (3.7, 2.6)  # inches; 360 pixels of a phone show text of 8 points as 10.5 pixels
+SMALL = (1.9, 1.3)  # of small multiples, whose legend is drawn once
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 
@@ -34,10 +39,12 @@ class Figure(NamedTuple):
     """A drawing."""
 
     title: str
-    text: str  # what it shows, for those who cannot see it
-    draw: Callable[[Any], None]  # on matplotlib's axes
+    draw: Callable[
+        [Any], str
+    ]  # on matplotlib's axes; returns what is shown, for those who cannot see
     size: tuple[float, float] = SIZE
     lines: tuple[str, ...] = ()  # more lines of the title
+    legend: Literal["below", "none", "alone"] = "below"  # alone: in place of the axes
 
 
 class Card(NamedTuple):
@@ -47,6 +54,24 @@ class Card(NamedTuple):
     pictures: Facts
     facts: Facts
     remark: str = ""
+    link: str = ""  # to its file
+
+
+class Row(NamedTuple):
+    """One image of a list that can be sorted and filtered: its picture and link may be empty."""
+
+    name: str
+    link: str
+    picture: str  # a data URI
+    cells: tuple[str, ...]
+
+
+class Rows(NamedTuple):
+    """A list of images."""
+
+    caption: str
+    columns: tuple[tuple[str, bool], ...]  # of the cells; whether one chooses among their values
+    rows: tuple[Row, ...]
 
 
 class Section(NamedTuple):
@@ -57,13 +82,16 @@ class Section(NamedTuple):
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
     galleries: tuple[tuple[str, tuple[Card, ...]], ...] = ()  # titles and their cards
+    key: Figure | None = None  # the legend of all figures
+    folded: tuple[tuple[str, tuple[Figure, ...]], ...] = ()  # titles and their small multiples
+    listed: Rows | None = None
 
 
 class Report(NamedTuple):
     """A whole page."""
 
     title: str
-    facts: Facts  # detector, network, settings, number of images
+    facts: Facts  # detector, network, settings, number of images; they come last
     highlights: Facts  # the figures to see first, with what they are
     sections: tuple[Section, ...]
 
@@ -79,7 +107,15 @@ def svg(figure: Figure, name: str) -> str:
     file = io.StringIO()
     with style.context(["default", FOLDER / "page.mplstyle", {"svg.hashsalt": name}]):
         canvas = Canvas(figsize=figure.size, layout="constrained")
-        figure.draw(canvas.subplots())
+        axes = canvas.subplots()
+        text = figure.draw(axes)
+        if figure.legend != "none":
+            _legend(canvas, axes)
+        if figure.legend == "alone":
+            axes.remove()
+        if figure.size == SMALL:
+            axes.set(xlabel="", ylabel="")
+            axes.locator_params(nbins=3)
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         canvas.savefig(file, format="svg", metadata=metadata, transparent=True)
     ElementTree.register_namespace("", _SVG)
@@ -91,7 +127,9 @@ def svg(figure: Figure, name: str) -> str:
     for element in root.iter():
         if f"#{element.get('id')}" not in links:  # most ids are the same in all figures
             element.attrib.pop("id", None)
-    description = " ".join((*figure.lines, figure.text))
+        if "style" in element.attrib:  # in the colours of the page, light or dark
+            element.set("style", re.sub("#[0-9a-f]{6}", _variable, element.attrib["style"]))
+    description = " ".join((*figure.lines, text))
     for number, (tag, content) in enumerate((("title", figure.title), ("desc", description))):
         child = ElementTree.Element(f"{{{_SVG}}}{tag}", {"id": f"{name}-{tag}"})
         child.text = content
@@ -99,6 +137,21 @@ def svg(figure: Figure, name: str) -> str:
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img"}
     root.set("aria-labelledby", f"{name}-title {name}-desc")
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _legend(canvas: Any, axes: Any) -> None:
+    """A legend below the axes, where it hides nothing, in as many columns as fit."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        columns = int(72 * canvas.get_figwidth() // (42 + 4.8 * max(map(len, labels))))
+        where: Any = {"loc": "outside lower center", "ncols": min(max(columns, 1), len(labels))}
+        canvas.legend(handles, labels, columnspacing=1.2, **where)
+
+
+def _variable(match: re.Match[str]) -> str:
+    names = {INK: "ink", SOFT: "soft", GRID: "line", BLUE: "blue", "#ffffff": "paper"}
+    names |= {colour: f"line{number}" for number, (colour, _) in enumerate(LINES)}
+    return f"var(--{names[match[0]]})" if match[0] in names else match[0]
 
 
 def render(report: Report, date: str | None = None) -> str:
@@ -110,8 +163,11 @@ def render(report: Report, date: str | None = None) -> str:
     environment = Environment(loader=FileSystemLoader(FOLDER), undefined=StrictUndefined, **how)
     environment.filters["svg"] = lambda figure, name: Markup(svg(figure, name))
     date = date or f"{datetime.now():%d %B %Y, %H:%M}"
+    script = (FOLDER / "page.js").read_text(encoding="utf-8")
+    digest = b64encode(sha256(script.encode()).digest()).decode()  # no other script may run
     page = environment.get_template("page.html")
-    return page.render(report=report, date=date, version=__version__)
+    about: Any = {"date": date, "version": __version__, "digest": digest}
+    return page.render(report=report, script=Markup(script), **about)
 
 
 def check_report(path: str | Path, option: str = "--report") -> None:

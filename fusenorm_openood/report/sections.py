@@ -1,8 +1,10 @@
 """Sections that several reports share, and the facts about a detector."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,15 +19,20 @@ from fusenorm_openood.method.conformal import EQUAL, Guarantee, guarantee, neede
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network.running import unwrapped
-from fusenorm_openood.report import charts
-from fusenorm_openood.report.charts import Series
-from fusenorm_openood.report.page import Facts, Section, Table
+from fusenorm_openood.report import plots
+from fusenorm_openood.report.page import SIZE, SMALL, Facts, Figure, Section, Table
 
 Values = NDArray[np.float64]
 
 GROUPS = {"nearood": "near-OOD", "farood": "far-OOD", "valood": "validation OOD"}
 HEAT = "a heat map of the energy that a block's norm comes from (dark blue = none, yellow = most)"
+OPEN = 3  # small multiples that are not folded
+KEY = (SIZE[0], 0.45)
 ENDS = "The outermost bins also hold all images beyond them."
+READ = (
+    f"Larger = more in-distribution. {ENDS} AUROC and FPR@95 in percent, with OOD as the positive "
+    "class, are means over the data sets, as in the table; ROC curves are such means too."
+)
 
 
 class Score(NamedTuple):
@@ -50,61 +57,94 @@ class Score(NamedTuple):
         return (("ID images", f"{len(self.ids):,}"), *groups)
 
 
-def histograms_section(scores: Sequence[Score], cut: float | None = None) -> Section:
-    """The distribution of every score, ID against OOD; `cut` is the threshold of the first."""
-    figures = []
-    for score in scores:
-        metrics = tuple(
-            "{} AUROC {:.2f}, FPR@95 {:.2f}".format(GROUPS[group], *score.figures(group))
-            for group in score.ood
-        )
-        others = [Series(GROUPS[group], score.pooled(group)) for group in score.ood]
-        line = cut if score is scores[0] else None
-        ids = Series("ID", score.ids)
-        figures.append(charts.histogram(score.name, ids, others, "score", line, lines=metrics))
-    text = (
-        f"Larger = more in-distribution. {ENDS} AUROC and FPR@95 in percent are means over the "
-        "data sets, as in the table."
+def histogram(score: Score, cut: float | None = None) -> Figure:
+    """The distribution of a score, ID against OOD; `cut` is its threshold."""
+    lines = tuple(
+        "{} AUROC {:.2f}, FPR@95 {:.2f}".format(GROUPS[group], *score.figures(group))
+        for group in score.ood
     )
-    return Section("Scores of ID and OOD images", (text,), figures=tuple(figures))
+    scores = {"ID": score.ids, **{GROUPS[group]: score.pooled(group) for group in score.ood}}
+    draw = partial(plots.histograms, scores, threshold=cut)
+    return Figure(score.name, draw, lines=lines)
 
 
-def roc_section(scores: Sequence[Score]) -> Section:
+def roc_figures(scores: Sequence[Score]) -> tuple[Figure, ...]:
     """ROC curves of the first score and of the others, the best of which are named."""
     figures = []
     for group in scores[0].ood:
-        auroc = {score.name: score.figures(group)[0] for score in scores}
-        rest = sorted(scores[1:], key=lambda score: -auroc[score.name])
-        curves = {
-            f"{score.name} ({auroc[score.name]:.2f})": charts.mean_roc(
-                score.ids, list(score.ood[group].values())
-            )
-            for score in (scores[0], *rest)
-        }
-        figures.append(charts.roc(f"{GROUPS[group]} (AUROC in percent)", curves))
-    text = (
-        "OOD is the positive class; curves are means over the data sets, so the area below one is "
-        "the AUROC of the table."
+        curves = {s.name: (s.ids, list(s.ood[group].values())) for s in scores}
+        title = f"ROC curves, {GROUPS[group]} (AUROC in percent)"
+        figures.append(Figure(title, partial(plots.roc, curves), (SIZE[0], 3.3)))
+    return tuple(figures)
+
+
+def acceptance_figures(
+    images: int, ids: Mapping[str, Values], others: Mapping[str, Values], asked: float
+) -> tuple[Figure, Figure]:
+    """The accepted share of ID images beside the rejected share of others, from p-values."""
+    accepted = partial(plots.acceptance, ids, images, asked=asked)
+    rejected = partial(plots.rejection, others, images, asked=asked)
+    title = f"Rejected: {' and '.join(others)} images"
+    return Figure("Accepted: ID images", accepted), Figure(title, rejected)
+
+
+def promised(images: int, asked: float) -> tuple[str, str]:
+    """What is promised about acceptance, in sentences."""
+    return (
+        f"At an acceptance of {asked:.0%}, {guarantee(images, asked)}.",
+        "The band is where the accepted share of ID images lies with a probability of 95% (Beta "
+        "distribution); between the dotted lines it lies at all acceptances at once (Dvoretzky, "
+        "Kiefer, Wolfowitz). Both hold for ID images like the calibration images.",
     )
-    return Section("ROC curves", (text,), figures=tuple(figures))
 
 
-def acceptance_section(
-    images: int, ids: Series | None, others: Sequence[Series], asked: float, about: str
+def multiples(
+    section: Section, figures: Mapping[str, Figure], groups: Mapping[str, Sequence[str]]
 ) -> Section:
-    """Acceptance against rejection, with the guarantee; the series are p-values."""
-    text = f"{about} At an acceptance of {asked:.0%}, {guarantee(images, asked)}."
-    title = "Share of the images by the acceptance asked for"
-    return Section(
-        "Acceptance and rejection",
-        (
-            text[0].upper() + text[1:],
-            "The band is where the accepted share of ID images lies with a probability of 95% "
-            "(Beta distribution); between the dotted lines it lies at all acceptances at once "
-            "(Dvoretzky, Kiefer, Wolfowitz). Both hold for ID images like the calibration images.",
-        ),
-        figures=(charts.acceptance_curves(title, images, ids, others, asked),),
-    )
+    """A section with small multiples under one legend: the first of them, the others folded."""
+    first = list(figures)[:OPEN]
+    shown = (figures[name]._replace(legend="none") for name in first)
+    key = next(iter(figures.values()))._replace(title="Legend", size=KEY, legend="alone", lines=())
+    folded = []
+    for title, names in groups.items():
+        rest = [figures[n]._replace(size=SMALL, legend="none") for n in names if n not in first]
+        folded += [(f"{title} ({len(rest)})", tuple(rest))] if rest else []
+    figs = (*section.figures, *shown)
+    return section._replace(figures=figs, key=key, folded=tuple(folded))
+
+
+def why_section(
+    detector: FuseNorm,
+    objected: Mapping[str, Mapping[str, int]],
+    figures: Mapping[str, Figure],
+    text: str,
+) -> Section:
+    """The experts that contribute least to rejected images, and the scores of all experts.
+
+    Args:
+        detector: a fitted detector.
+        objected: by group of rejected images, how often each expert contributes least.
+        figures: the distribution of every expert's scores.
+        text: what they show.
+    """
+    counts = {group: count for group, count in objected.items() if sum(count.values())}
+    total = sum(map(Counter, counts.values()), Counter[str]())
+    said, lead = text, tuple[Figure, ...]()
+    if counts:
+        name, most = total.most_common(1)[0]
+        numbers = ", ".join(f"{sum(count.values()):,} {group}" for group, count in counts.items())
+        said = (
+            f"For each rejected image ({numbers}), the expert whose contribution to the confidence "
+            f"is furthest below its mean over ID images. {text}"
+        )
+        title = f"Lowest contribution: {name}, in {most / total.total():.0%} of the rejected images"
+        lead = (Figure(title, partial(plots.contributions, counts)),)
+    order = sorted(figures, key=lambda name: (-total[name], name not in detector.strong))
+    section = Section("Why images are rejected", (said,), figures=lead)
+    layers = detector.id_statistics_.layers if detector.id_statistics_ else ()
+    others = [name for name in detector.experts if name not in layers]
+    ordered = {name: figures[name] for name in order}
+    return multiples(section, ordered, {"Layers": layers, "Other experts": others})
 
 
 def groups_section(
@@ -123,7 +163,7 @@ def groups_section(
             return None
 
     shares = sorted((float(accepted[group == g].mean()), int(g)) for g in np.unique(group))
-    rows = [(names[g], share, promise(g)) for share, g in shares[: charts.MOST]]
+    rows = [(names[g], share, promise(g)) for share, g in shares[: plots.MOST]]
     text = [
         f"At an acceptance of {asked:.0%}: the {len(rows)} lowest of {len(shares)} classes. The "
         "line on a bar is where the share of ID images of this class lies with a probability of "
@@ -136,7 +176,9 @@ def groups_section(
             f"{'such' if calibration.is_pooled else 'all'} classes: nothing is promised for one "
             "of them alone."
         )
-    figure = charts.shares("Accepted share by predicted class", rows, asked)
+    size = (SIZE[0], 0.9 + 0.17 * len(rows))
+    draw = partial(plots.bars, rows, asked=asked)
+    figure = Figure("Accepted share by predicted class", draw, size)
     return Section("Acceptance by class", tuple(text), figures=(figure,))
 
 
@@ -146,26 +188,6 @@ def threshold(calibration: Values | None, acceptance: float) -> float | None:
         return None
     k = math.floor((1 - acceptance + EQUAL) * (len(calibration) + 1))
     return float(np.sort(calibration)[k - 1])
-
-
-def contributions_section(
-    experts: Sequence[str], counts: Mapping[str, Mapping[str, int]]
-) -> list[Section]:
-    """How often each expert contributes least to rejected images; none without such images."""
-    totals = {group: n for group, count in counts.items() if (n := sum(count.values()))}
-    if not totals:
-        return []
-    percent = {
-        group: {name: 100 * counts[group].get(name, 0) / n for name in experts}
-        for group, n in totals.items()
-    }
-    numbers = ", ".join(f"{n:,} {group}" for group, n in totals.items())
-    text = (
-        f"For each rejected image ({numbers}), the expert whose contribution to the confidence is "
-        "furthest below its mean over ID images. Layers are in the network's order."
-    )
-    figure = charts.bars("Expert with the lowest contribution", percent, "% of the rejected images")
-    return [Section("Contributions of layers", (text,), figures=(figure,))]
 
 
 def detector_facts(detector: Detector) -> Facts:
