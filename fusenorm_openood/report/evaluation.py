@@ -20,7 +20,6 @@ from fusenorm_openood.report.page import SIZE, Facts, Figure, Report, Section
 from fusenorm_openood.report.sections import GROUPS, Score, Values
 
 ACCEPTANCE = 0.95
-VARIED = 12  # images of which the most different ones are shown
 SHOWN = 6  # methods whose distributions are drawn
 METHOD = "FuseNorm"  # with which its rows begin
 
@@ -167,15 +166,12 @@ def _images(
 
     ids = [image for group in ("id", "csid") for image in tested(group)]
     ood = [image for group in GROUPS for image in tested(group)]
-    chosen = choose([*ids, *ood], lambda image: cut, VARIED)
-    chosen["OOD images that are trusted most"] = choose(ood, None, VARIED)[TRUSTED]
-    chosen["ID images that are rejected most"] = choose(ids, None, VARIED)[REJECTED]
-    return {
-        title: [
-            shown(image) for image in varied(images, lambda i: (i.name, f"class {i.predicted}"))
-        ]
-        for title, images in chosen.items()
-    }
+    chosen = choose([*ids, *ood], lambda image: cut)
+    rejected = sorted((i for i in (*ids, *ood) if i.confidence < cut), key=lambda i: i.confidence)
+    chosen[REJECTED] = varied(rejected, lambda image: (image.name, f"class {image.predicted}"))
+    chosen["OOD images that are trusted most"] = choose(ood, None)[TRUSTED]
+    chosen["ID images that are rejected most"] = choose(ids, None)[REJECTED]
+    return {title: [shown(image) for image in images] for title, images in chosen.items()}
 
 
 def report_of_comparison(

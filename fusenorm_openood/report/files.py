@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from heapq import nsmallest
+from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from fusenorm_openood.method.calibration import Calibration
 from fusenorm_openood.report import gallery, plots
 from fusenorm_openood.report import sections as parts
 from fusenorm_openood.report.gallery import DOUBTFUL, REJECTED, TRUSTED
-from fusenorm_openood.report.page import Facts, Figure, Report, Row, Rows, Section, Table
+from fusenorm_openood.report.page import ENCODED, Facts, Figure, Report, Row, Rows, Section, Table
 from fusenorm_openood.report.sections import Values
 from fusenorm_openood.storage.urls import Url, place
 
 CHUNK = 10_000  # rows in memory at a time
 FAULTY = 10  # unreadable files that are listed
 LISTED = 3_000  # images in a list, at most
-ROWS, PICTURES = 800_000, 3_200_000  # bytes of its rows and of their pictures, at most
+ROWS, PICTURES = 800_000, 3_500_000  # bytes of its rows and of their pictures, at most
 
 
 def report_of_files(
@@ -204,8 +205,12 @@ def _shown(row: Judged, detector: FuseNorm) -> gallery.Shown:
     if row.p_value is not None:
         facts.append(("p-value", f"{row.p_value:.3g}"))
     read = detector.known_preprocessing().read
-    name = "/".join(Path(row.path).parts[-2:])
+    name = short_name(row.path)
     return gallery.Shown(name, tuple(facts), lambda: read(row.path), link_to(row.path))
+
+
+def short_name(path: str) -> str:
+    return "/".join(Path(path).parts[-2:])
 
 
 def link_to(path: str) -> str:
@@ -233,7 +238,7 @@ def _listed(
     fitting = []
     for row in lowest:
         link = link_to(row.path)
-        room -= 300 + len(link) + 2 * len(row.path)
+        room -= 200 + len(escape(f"{link}{row.path}{row.predicted}").encode(*ENCODED))
         if room < 0:
             break
         fitting.append((row, link))
@@ -249,7 +254,8 @@ def _listed(
             p = "" if row.p_value is None else f"{row.p_value:.3g}"
             verdict = "rejected" if conf < cut(row) else "accepted"
             cells = [verdict, *cells[:2], p, cells[2]]
-        rows.append(Row(row.path, link, picture, tuple(cells)))
+        name = short_name(row.path) if link else row.path
+        rows.append(Row(name, link, picture, tuple(cells)))
     columns = [("predicted", True), ("confidence", False), ("lowest contribution", True)]
     if cut is not None:
         columns[:2] = [("verdict", True), *columns[:2], ("p-value", False)]

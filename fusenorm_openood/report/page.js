@@ -11,7 +11,7 @@ for (const list of document.querySelectorAll(".list")) {
   const rows = [...body.rows].map((row) => ({
     row,
     cells: [...row.cells].map((cell) => cell.textContent.trim()),
-    text: row.textContent.toLowerCase(),
+    text: `${row.textContent} ${row.querySelector("a")?.href ?? ""}`.toLowerCase(),
   }));
   const of = new Map(rows.map((item) => [item.row, item]));
   const heads = [...list.querySelectorAll("thead th")];

@@ -20,6 +20,7 @@ Facts = tuple[tuple[str, str], ...]  # names and values
 
 FOLDER = Path(__file__).parent
 SIZE = (3.7, 2.6)  # inches; 360 pixels of a phone show text of 8 points as 10.5 pixels
+ENCODED = ("utf-8", "backslashreplace")
 SMALL = (1.9, 1.3)  # of small multiples, whose legend is drawn once
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
@@ -182,7 +183,7 @@ def check_report(path: str | Path, option: str = "--report") -> None:
 
 def write_report(report: Report, path: str | Path) -> None:
     """Render a report and write it, completely or not at all; DataError if it cannot be written."""
-    page = render(report).encode("utf-8", "backslashreplace")
+    page = render(report).encode(*ENCODED)
     try:
         write_whole(Path(path), lambda file: file.write_bytes(page))
     except OSError as error:

@@ -3,23 +3,20 @@
 import base64
 import io
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from fusenorm_openood import ood_metrics
-from fusenorm_openood.report.charts import (
-    POINTS,
-    Series,
-    acceptance_curves,
-    bin_edges,
-    histogram,
-    mean_roc,
-)
-from fusenorm_openood.report.gallery import SIDE, data_uri, overlaid, thumbnail, where
-from fusenorm_openood.report.page import Report, Section, Table, render, svg
+from fusenorm_openood.report import plots
+from fusenorm_openood.report.files import PICTURES
+from fusenorm_openood.report.gallery import SIDE, data_uri, thumbnail, thumbnails, varied
+from fusenorm_openood.report.page import SMALL, Figure, Report, Section, Table, render, svg
+from fusenorm_openood.report.plots import POINTS, bin_edges, mean_roc, overlaid, where
 
 NORM = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
@@ -56,18 +53,20 @@ def test_equal_values_can_be_drawn(values):
 def test_a_drawing_does_not_grow_with_the_number_of_images(rng):
     sizes = []
     for count in (1_000, 20_000):
-        series = Series("ID", rng.normal(size=count))
-        drawing = histogram("score", series, [Series("OOD", series.values - 1)], "score")
-        p = Series("ID", rng.uniform(size=count))
-        curves = acceptance_curves("curves", 500, p, [p], 0.95)
-        sizes.append(sum(len(svg(figure, "one")) for figure in (drawing, curves)))
+        values, p = rng.normal(size=count), {"ID": rng.uniform(size=count)}
+        drawings = (
+            partial(plots.histograms, {"ID": values, "OOD": values - 1}),
+            partial(plots.acceptance, p, 500),
+            partial(plots.rejection, p, 500),
+        )
+        sizes.append(sum(len(svg(Figure("title", draw), "one")) for draw in drawings))
     assert sizes[1] < 1.2 * sizes[0]
 
 
 def test_labels_are_escaped_and_are_no_formulas(rng):
     values = rng.normal(size=20)
-    drawing = histogram("<b>$x$", Series("<script>$\\alpha$", values), [Series("b", values)], "c")
-    text = svg(drawing, "one")
+    scores = {"<script>$\\alpha$": values, "b": values}
+    text = svg(Figure("<b>$x$", partial(plots.histograms, scores)), "one")
     assert "<script>" not in text
     assert "&lt;script&gt;$\\alpha$" in text
     assert "&lt;b&gt;$x$" in text
@@ -75,10 +74,64 @@ def test_labels_are_escaped_and_are_no_formulas(rng):
 
 def test_two_copies_of_a_drawing_share_no_id(rng):
     values = rng.normal(size=20)
-    drawing = histogram("a", Series("b", values), [Series("c", values)], "d", 0.0)
+    drawing = Figure("a", partial(plots.histograms, {"b": values, "c": values}, threshold=0.0))
     ids = [re.findall(r' id="([^"]+)"', svg(drawing, name)) for name in ("s1f1", "s1f11")]
     assert ids[0]
     assert not set(ids[0]) & set(ids[1])
+
+
+@pytest.mark.parametrize("scale", [1e7, 1e-7])
+def test_an_axis_has_no_factor_beside_it(rng, scale):
+    values = scale * (20 + rng.normal(size=50))
+    text = svg(Figure("a", partial(plots.histograms, {"b": values}), SMALL), "one")
+    found = [float(t.replace("\N{MINUS SIGN}", "-")) for t in re.findall(r">([^<>]+)</text>", text)]
+    assert any(15 * scale < tick < 25 * scale for tick in found)
+
+
+def test_drawings_are_in_the_colours_of_the_page(rng):
+    scores = {name: rng.normal(size=50) for name in "abcd"}
+    text = svg(Figure("#d55e00", partial(plots.histograms, scores, threshold=0.0)), "one")
+    assert set(re.findall("#[0-9a-f]{6}", text)) == {"#d55e00"}
+    assert {f"--line{n}" for n in range(3)} | {"--blue", "--ink"} <= {*re.findall(r"--\w+", text)}
+
+
+def test_acceptance_and_rejection_are_the_shares_of_p_values(rng):
+    from matplotlib.figure import Figure as Canvas
+
+    p = rng.uniform(size=200) ** 2
+    for draw, share in ((plots.acceptance, p > 0.2), (plots.rejection, p <= 0.2)):
+        ax = Canvas().subplots()
+        text = draw({"them": p}, 10**6, ax, asked=0.8)
+        (line,) = (line for line in ax.lines if line.get_label() == "them")
+        at = np.interp(80, *line.get_data())
+        assert at == pytest.approx(100 * share.mean(), abs=0.5)
+        said = float(re.search(r"([\d.]+)% of them", text)[1])
+        assert said == pytest.approx(100 * share.mean(), abs=1)
+    assert "rejected" in ax.get_ylabel()
+
+
+def test_the_best_curve_is_the_first_and_then_those_of_the_largest_auroc(rng):
+    from matplotlib.figure import Figure as Canvas
+
+    ids = rng.normal(size=300)
+    methods = {f"m{shift}": (ids, [ids - shift]) for shift in (0.5, 0.1, 3.0, 1.0, 2.0)}
+    text = plots.roc(methods, Canvas().subplots(), shown=2)
+    assert re.findall(r"m[\d.]+", text) == ["m0.5", "m3.0", "m2.0", "m1.0", "m0.1"]
+
+
+def test_images_are_chosen_for_variety():
+    images = [*("aaaabaac"), *("dd")]
+    assert varied(images, lambda image: image, 5) == ["a", "b", "c", "d", "a"]
+    assert varied(images[:2], lambda image: image, 5) == ["a", "a"]
+
+
+def test_a_thousand_pictures_of_photographs_fit(rng):
+    photograph = torch.from_numpy(load_sample_image("flower.jpg") / 255.0).permute(2, 0, 1)
+    corners = (rng.integers(0, [427 - 224, 640 - 224]) for _ in range(50))
+    reads = [lambda y=y, x=x: photograph[:, y : y + 224, x : x + 224] for y, x in corners]
+    uris = thumbnails(reads, ((0.0,) * 3, (1.0,) * 3), PICTURES)
+    assert 20 * sum(map(len, uris)) < PICTURES
+    assert len(thumbnails(reads, NORM, 20_000)) < 20
 
 
 def test_a_cell_is_text():

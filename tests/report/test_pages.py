@@ -3,7 +3,9 @@
 import ast
 import csv
 import re
+from base64 import b64encode
 from collections import Counter
+from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from fusenorm_openood import FuseNorm, load_network, ood_metrics
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.deployment.rows import read_rows
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.evaluation import evaluate
 from fusenorm_openood.report import page
@@ -59,9 +62,12 @@ def test_ids_are_unique_and_links_lead_to_them(elements):
 
 def test_a_page_refers_to_nothing_outside(elements):
     for tag, attributes in elements.tags:
-        assert tag not in ("script", "iframe", "object", "embed", "base")
+        assert tag not in ("iframe", "object", "embed", "base")
+        assert tag != "script" or not attributes
         for name, value in attributes.items():
-            if name in ("src", "srcset", "href", "xlink:href", "action", "data"):
+            if (tag, name) == ("a", "href"):
+                assert value.startswith(("#", "file:///")), value
+            elif name in ("src", "srcset", "href", "xlink:href", "action", "data"):
                 assert value.startswith(("data:", "#")), (tag, name, value)
             elif not name.startswith("xmlns"):
                 assert "//" not in (value or "") or name in ("alt", "aria-label"), (tag, name)
@@ -86,7 +92,9 @@ def test_a_page_is_small(name, request):
 
 def test_hostile_names_are_text(score_page):
     page = score_page.read_text(encoding="utf-8")
-    assert "<script" not in page
+    assert page.count("<script") == page.count("</script") == 1
+    content = page.partition("<script>")[2].partition("</script>")[0].encode()
+    assert f"script-src 'sha256-{b64encode(sha256(content).digest()).decode()}'" in page
     assert "&lt;script&gt;class_" in page
     assert "broken&lt;b&gt;.png" in page
 
@@ -120,6 +128,24 @@ def test_another_acceptance_gives_other_verdicts(folders, judged, tmp_path):
     p = np.array([float(row["p_value"]) for row in rows if row["p_value"]])
     text = " ".join(Elements(page.read_text(encoding="utf-8")).text.split())
     assert f"rejected as OOD {(p <= 0.2 + 1e-12).sum()} " in text
+
+
+def test_every_image_is_listed_the_most_rejected_first(score_page, judged):
+    rows = [row for row in read_rows(judged) if row.confidence is not None]
+    page = Elements(score_page.read_text(encoding="utf-8"))
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    listed = [link for link in links if link.startswith("file:")][-len(rows) :]
+    rows.sort(key=lambda row: row.confidence)
+    assert listed == [Path(row.path).as_uri() for row in rows]
+
+
+def test_three_experts_are_open_and_the_others_folded(score_page):
+    page = score_page.read_text(encoding="utf-8").partition('id="s3"')[2]
+    opened, *folded = page.partition('id="settings"')[0].split("<details>")
+    assert opened.count("<figcaption>") == 4
+    counts = [int(re.search(r"<summary>[\w ]+\((\d+)\)", part)[1]) for part in folded]
+    assert counts == [part.count("<figcaption>") for part in folded]
+    assert sum(counts) == 12 - 3
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +201,7 @@ def test_without_experts_there_are_still_curves(evaluated):
     result, benchmark = evaluated
     alone = result._replace(detector=None, compare=result.compare.iloc[:0])
     titles = [s.title for s in report_of_evaluation(alone, benchmark, "digits").sections]
-    assert titles[:3] == ["Results", "Scores of ID and OOD images", "ROC curves"]
-    assert "Images" not in titles
+    assert titles == ["Results", "Acceptance and rejection"]
 
 
 def test_a_report_on_the_validation_pair_promises_nothing(digits, short_data):
@@ -230,4 +255,4 @@ def test_a_single_expert_has_pictures_without_heat_maps(digits, short_data):
     text = render(report_of_evaluation(result, benchmark, "digits"))
     assert "as the network sees it" in text
     assert "eat map" not in text
-    assert "Contributions" not in text
+    assert "Why images are rejected" not in text

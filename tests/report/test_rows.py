@@ -11,7 +11,7 @@ from fusenorm_openood.deployment.files import Judged
 from fusenorm_openood.deployment.rows import read_rows
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.method.conformal import conformal_p_values, rejects
-from fusenorm_openood.report.files import report_of_files
+from fusenorm_openood.report.files import link_to, report_of_files
 from fusenorm_openood.report.page import check_report, render
 from fusenorm_openood.report.sections import threshold
 
@@ -70,6 +70,41 @@ def test_thousands_of_rows_make_a_small_page(detector, folders):
     page = render(report)
     assert len(page.encode()) < 5 * 2**20
     assert "can no longer be read" in page
+
+
+def test_long_paths_are_no_large_page(detector):
+    rows = (
+        Judged(f"{i}/" + "<" * 4_000, "class", -float(i), None, True, "mds") for i in range(3_000)
+    )
+    report = report_of_files(detector, rows)
+    listed = next(s.listed for s in report.sections if s.listed)
+    assert listed.caption.startswith(f"{len(listed.rows):,} of 3,000 images")
+    assert len(render(report).encode()) < 3 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("path", "link"),
+    [
+        ("/a/b c.png", "file:///a/b%20c.png"),
+        ("https://host/a.png", "https://host/a.png"),
+        ("file:///a.png", "file:///a.png"),
+        ("/javascript:alert(1)", "file:///javascript%3Aalert%281%29"),
+        ("s3://bucket/a.png", ""),
+        ("javascript://%0aalert(1)", ""),
+        ("data://text/html,x", ""),
+    ],
+)
+def test_links_lead_to_files_only(path, link):
+    assert link_to(path) == link
+
+
+def test_rejected_images_are_chosen_for_variety(detector):
+    names = detector.experts[:3]
+    rows = [Judged(f"gone/{i}", "class", -50.0 + i, None, True, names[0]) for i in range(20)]
+    rows += [Judged(f"gone/{n}", "class", -20.0, None, True, n) for n in names[1:]]
+    galleries = next(s for s in report_of_files(detector, rows).sections if s.galleries).galleries
+    cards = dict(galleries)["Most rejected"]
+    assert [card.name for card in cards][:3] == ["gone/0", *(f"gone/{n}" for n in names[1:])]
 
 
 def test_an_image_is_shown_once(detector, folders):
