@@ -83,7 +83,7 @@ def report_of_evaluation(
             pred = np.zeros(rejected.shape[1], np.int64)
             counts[GROUPS[group]] = Counter(detector.explain_scores(rejected, pred).objected)
         drawn = {score.name: parts.histogram(score) for score in scores[1:]}
-        why = parts.why_section(detector, counts, drawn, f"The scores of the experts: {parts.READ}")
+        why = parts.why_section(detector, counts, drawn, parts.READ)
         sections.append(why._replace(tables=tuple(compared)))
     highlights = tuple(
         (f"{GROUPS[group]} {name}", f"{value:.2f}%")
