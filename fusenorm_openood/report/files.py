@@ -23,7 +23,7 @@ from fusenorm_openood.report import sections as parts
 from fusenorm_openood.report.gallery import DOUBTFUL, REJECTED, TRUSTED
 from fusenorm_openood.report.page import ENCODED, Facts, Figure, Report, Row, Rows, Section, Table
 from fusenorm_openood.report.sections import Values
-from fusenorm_openood.storage.urls import Url, place
+from fusenorm_openood.storage.urls import Url, place, split_page
 
 CHUNK = 10_000  # rows in memory at a time
 FAULTY = 10  # unreadable files that are listed
@@ -215,10 +215,10 @@ def short_name(path: str) -> str:
 
 def link_to(path: str) -> str:
     """The URL of an image file, empty if no browser could open it."""
-    found = place(path)
-    if isinstance(found, Url):
+    file, page = split_page(place(path))
+    if isinstance(file, Url):
         return path if path.lower().startswith(("http://", "https://")) else ""
-    return found.absolute().as_uri()
+    return file.absolute().as_uri() + (f"#page={page}" if page else "")
 
 
 def _unreadable(summary: _Summary) -> Section:

@@ -5,108 +5,81 @@ const make = (tag, fields = {}, ...children) => {
   element.append(...children);
   return element;
 };
+const { compare } = new Intl.Collator(undefined, { numeric: true });
 
 for (const list of document.querySelectorAll(".list")) {
-  const body = list.querySelector("tbody");
-  const rows = [...body.rows].map((row) => ({
-    row,
+  const body = list.querySelector("tbody"), heads = [...list.querySelectorAll("thead th")];
+  const names = heads.map((head) => head.textContent), dialog = list.querySelector("dialog");
+  const items = new Map([...body.rows].map((row) => [row, {
     cells: [...row.cells].map((cell) => cell.textContent.trim()),
     text: `${row.textContent} ${row.querySelector("a")?.href ?? ""}`.toLowerCase(),
-  }));
-  const of = new Map(rows.map((item) => [item.row, item]));
-  const heads = [...list.querySelectorAll("thead th")];
-  const names = heads.map((head) => head.textContent.trim());
-  const search = make("input", { type: "search", placeholder: "any text of a row" });
-  const count = make("output");
-  const controls = make("div", { className: "controls" }, make("label", {}, "search", search));
-  const choices = [];
+  }]));
   const visible = () => [...body.rows].filter((row) => !row.hidden);
+  const select = (row) => { for (const other of items.keys()) other.tabIndex = other === row ? 0 : -1; };
 
-  const current = (row) => {
-    for (const { row: other } of rows) other.tabIndex = other === row ? 0 : -1;
-  };
+  const search = make("input", { type: "search", placeholder: "any text of a row" });
+  const choices = new Map(), count = make("output");
   const filter = () => {
     const text = search.value.trim().toLowerCase();
-    const chosen = choices.filter(({ select }) => select.selectedIndex > 0);
-    for (const { row, cells, text: whole } of rows) {
-      row.hidden = !(whole.includes(text) &&
-        chosen.every(({ select, column }) => cells[column] === select.value));
+    for (const [row, item] of items) {
+      row.hidden = !item.text.includes(text) || [...choices].some(([column, { selectedIndex, value }]) =>
+        selectedIndex > 0 && item.cells[column] !== value);
     }
-    const shown = visible();
-    count.textContent = `${shown.length} of ${rows.length} images`;
-    current(shown[0]);
+    count.textContent = `${visible().length} of ${items.size} images`;
+    select(visible()[0]);
   };
-  const sort = (column, down) => {
-    const number = (item) => parseFloat(item.cells[column]);
-    const isNumber = rows.every((item) => item.cells[column] === "" || !isNaN(number(item)));
-    const order = new Intl.Collator(undefined, { numeric: true });
-    const value = (item) => (item.cells[column] === "" ? Infinity : number(item));
-    rows.sort((a, b) => (down ? -1 : 1) *
-      (isNumber ? value(a) - value(b) || 0 : order.compare(a.cells[column], b.cells[column])));
-    heads.forEach((head, n) => head.removeAttribute("aria-sort"));
-    heads[column].setAttribute("aria-sort", down ? "descending" : "ascending");
-    body.append(...rows.map((item) => item.row));
-    current(visible()[0]);
+  const sort = (column) => {
+    const isDown = heads[column].ariaSort === "ascending";
+    const cell = (row) => items.get(row).cells[column];
+    const isNumber = [...items.keys()].every((row) => !isNaN(cell(row)));
+    const order = (a, b) => isNumber ? cell(a) - cell(b) : compare(cell(a), cell(b));
+    body.append(...[...body.rows].sort((a, b) => isDown ? order(b, a) : order(a, b)));
+    for (const head of heads) head.ariaSort = null;
+    heads[column].ariaSort = isDown ? "descending" : "ascending";
+    select(visible()[0]);
   };
-
+  const controls = make("div", { className: "controls" }, make("label", {}, "search", search));
   heads.forEach((head, column) => {
-    if (column === 0) return; // the pictures
-    const button = make("button", { type: "button" }, names[column]);
-    button.onclick = () => sort(column, head.getAttribute("aria-sort") === "ascending");
-    head.replaceChildren(button);
+    if (!column) return; // the pictures
+    head.replaceChildren(make("button", { type: "button", onclick: () => sort(column) }, names[column]));
     if (!("choose" in head.dataset)) return;
-    const values = [...new Set(rows.map((item) => item.cells[column]))];
-    values.sort(new Intl.Collator(undefined, { numeric: true }).compare);
-    const all = make("option", { value: "" }, "all");
-    const select = make("select", { onchange: filter }, all,
-      ...values.map((value) => make("option", { value }, value || "none")));
-    choices.push({ select, column });
-    controls.append(make("label", {}, names[column], select));
+    const values = [...new Set([...items.values()].map((item) => item.cells[column]))].sort(compare);
+    choices.set(column, make("select", { onchange: filter }, make("option", {}, "all"),
+      ...values.map((value) => make("option", { value }, value || "none"))));
+    controls.append(make("label", {}, names[column], choices.get(column)));
   });
   search.oninput = filter;
+  count.ariaLive = "polite";
   controls.append(count);
-  count.setAttribute("aria-live", "polite");
 
-  const dialog = list.querySelector("dialog");
-  let open = null;
+  let open = null; // the row that is enlarged
   const show = (row) => {
     open = row;
-    current(row);
-    const { cells } = of.get(row);
-    const picture = row.querySelector("img");
-    const link = row.querySelector("a");
-    const facts = names.flatMap((name, n) =>
-      n > 1 ? [make("dt", {}, name), make("dd", {}, cells[n])] : []);
-    dialog.querySelector(".content").replaceChildren(
-      picture ? make("img", { src: picture.src, alt: picture.alt }) : "There is no picture here.",
-      make("p", { className: "name" }, link ? make("a", { href: link.href }, cells[1]) : cells[1]),
-      make("dl", {}, ...facts));
+    select(row);
+    const { cells } = items.get(row), image = row.querySelector("img"), link = row.querySelector("a");
+    dialog.firstElementChild.replaceChildren(
+      image ? make("img", { src: image.src, alt: image.alt }) : "There is no picture on this page.",
+      make("p", { className: "name" }, link ? link.cloneNode(true) : cells[1]),
+      make("dl", {}, ...names.flatMap((name, n) =>
+        n > 1 ? [make("dt", {}, name), make("dd", {}, cells[n])] : [])));
     if (!dialog.open) dialog.showModal();
   };
-  const step = (by) => {
-    const shown = visible();
-    show(shown[Math.min(Math.max(shown.indexOf(open) + by, 0), shown.length - 1)]);
-  };
-  const [before, after, close] = dialog.querySelectorAll("button");
-  before.onclick = () => step(-1);
-  after.onclick = () => step(1);
+  const step = (by) => show(visible()[visible().indexOf(open) + by] ?? open);
+  const [previous, next, close] = dialog.querySelectorAll("button");
+  previous.onclick = () => step(-1);
+  next.onclick = () => step(1);
   close.onclick = () => dialog.close();
-  dialog.onclick = (event) => event.target === dialog && dialog.close();
   dialog.onclose = () => open.focus();
-  dialog.onkeydown = (event) => {
-    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (by) step(by);
-  };
-  body.onclick = (event) => event.target.closest("a") || show(event.target.closest("tr"));
+  dialog.onkeydown = ({ key }) => { if (key.startsWith("Arrow")) step({ ArrowLeft: -1, ArrowRight: 1 }[key] ?? 0); };
+  body.onclick = ({ target }) => target.closest("a") || show(target.closest("tr"));
   body.onkeydown = (event) => {
-    if (event.target.tagName !== "TR") return;
-    const shown = visible();
-    const at = shown.indexOf(event.target);
-    const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: shown.length - 1 }[event.key];
-    if (event.key === "Enter" || event.key === " ") show(event.target);
-    else if (to === undefined) return;
-    else if (shown[to]) { current(shown[to]); shown[to].focus(); }
+    const rows = visible(), at = rows.indexOf(event.target);
+    const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: rows.length - 1 }[event.key];
+    if (at < 0 || (to === undefined && event.key !== "Enter" && event.key !== " ")) return;
     event.preventDefault();
+    if (to === undefined) return show(event.target);
+    select(rows[to] ?? event.target);
+    rows[to]?.focus();
   };
   list.querySelector(".scroll").before(controls);
   list.open = true;

@@ -89,6 +89,7 @@ def test_long_paths_are_no_large_page(detector):
         ("https://host/a.png", "https://host/a.png"),
         ("file:///a.png", "file:///a.png"),
         ("/javascript:alert(1)", "file:///javascript%3Aalert%281%29"),
+        ("/scan.tif#page=2", "file:///scan.tif#page=2"),
         ("s3://bucket/a.png", ""),
         ("javascript://%0aalert(1)", ""),
         ("data://text/html,x", ""),
