@@ -21,7 +21,7 @@ from fusenorm_openood.method.calibration import Calibration
 from fusenorm_openood.report import gallery, plots
 from fusenorm_openood.report import sections as parts
 from fusenorm_openood.report.gallery import DOUBTFUL, REJECTED, TRUSTED
-from fusenorm_openood.report.page import ENCODED, Facts, Figure, Report, Row, Rows, Section, Table
+from fusenorm_openood.report.page import ENCODED, Card, Facts, Figure, Report, Rows, Section, Table
 from fusenorm_openood.report.sections import Values
 from fusenorm_openood.storage.urls import Url, place, split_page
 
@@ -202,8 +202,8 @@ def _summarise(
 def _shown(row: Judged, detector: FuseNorm) -> gallery.Shown:
     predicted = str(row.predicted) if detector.class_names else f"class {row.predicted}"
     facts = [("predicted", predicted), ("confidence", f"{row.confidence:.3f}")]
-    if row.p_value is not None:
-        facts.append(("p-value", f"{row.p_value:.3g}"))
+    if detector.calibration_ is not None:
+        facts.append(("p-value", "" if row.p_value is None else f"{row.p_value:.3g}"))
     read = detector.known_preprocessing().read
     name = short_name(row.path)
     return gallery.Shown(name, tuple(facts), lambda: read(row.path), link_to(row.path))
@@ -234,34 +234,26 @@ def _listed(
     lowest: list[Judged], detector: FuseNorm, cut: Callable[[Any], float] | None, number: int
 ) -> Rows:
     """The rows of the lowest confidences, beginning with pictures, as many as fit into the page."""
-    preprocessing, room = detector.known_preprocessing(), ROWS
-    fitting = []
+    preprocessing, room, cards = detector.known_preprocessing(), ROWS, list[Card]()
     for row in lowest:
-        link = link_to(row.path)
-        room -= 200 + len(escape(f"{link}{row.path}{row.predicted}").encode(*ENCODED))
+        name, facts, _, link = _shown(row, detector)
+        if cut is not None:
+            verdict = "rejected" if (row.confidence or 0.0) < cut(row) else "accepted"
+            facts = (("verdict", verdict), *facts)
+        facts = (*facts, ("lowest contribution", row.objected or ""))
+        cards.append(Card(name if link else row.path, (), facts, link=link))
+        room -= 200 + len(escape(f"{cards[-1]}").encode(*ENCODED))
         if room < 0:
             break
-        fitting.append((row, link))
     norm = (preprocessing.mean, preprocessing.std)
-    reads = (partial(preprocessing.read, row.path) for row, _ in fitting)
+    reads = (partial(preprocessing.read, row.path) for row in lowest[: len(cards)])
     pictures = gallery.thumbnails(reads, norm, PICTURES, preprocessing.shown)
-    rows = []
-    pictures += [""] * (len(fitting) - len(pictures))
-    for (row, link), picture in zip(fitting, pictures, strict=True):
-        conf = row.confidence or 0.0
-        cells = [row.predicted or "", f"{conf:.3f}", row.objected or ""]
-        if cut is not None:
-            p = "" if row.p_value is None else f"{row.p_value:.3g}"
-            verdict = "rejected" if conf < cut(row) else "accepted"
-            cells = [verdict, *cells[:2], p, cells[2]]
-        name = short_name(row.path) if link else row.path
-        rows.append(Row(name, link, picture, tuple(cells)))
-    columns = [("predicted", True), ("confidence", False), ("lowest contribution", True)]
-    if cut is not None:
-        columns[:2] = [("verdict", True), *columns[:2], ("p-value", False)]
-    which = "All" if len(rows) == number else f"{len(rows):,} of {number:,}"
-    caption = f"{which} images, those farthest below the threshold first"
-    return Rows(caption if cut else f"{which} images", tuple(columns), tuple(rows))
+    for n, uri in enumerate(pictures):
+        cards[n] = cards[n]._replace(pictures=((uri, ""),) if uri else ())
+    which = "All" if len(cards) == number else f"{len(cards):,} of {number:,}"
+    order = "lowest confidence first" if cut is None else "those farthest below the threshold first"
+    choose = frozenset(("verdict", "predicted", "lowest contribution"))
+    return Rows(f"{which} images, {order}", choose, tuple(cards))
 
 
 def _confidences(detector: FuseNorm, conf: Values, cuts: Values | None) -> tuple[str, Figure]:

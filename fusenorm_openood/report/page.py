@@ -58,21 +58,12 @@ class Card(NamedTuple):
     link: str = ""  # to its file
 
 
-class Row(NamedTuple):
-    """One image of a list that can be sorted and filtered: its picture and link may be empty."""
-
-    name: str
-    link: str
-    picture: str  # a data URI
-    cells: tuple[str, ...]
-
-
 class Rows(NamedTuple):
-    """A list of images."""
+    """A list of images that can be sorted and filtered; all have the same facts."""
 
     caption: str
-    columns: tuple[tuple[str, bool], ...]  # of the cells; whether one chooses among their values
-    rows: tuple[Row, ...]
+    choose: frozenset[str]  # facts among whose values one chooses
+    cards: tuple[Card, ...]
 
 
 class Section(NamedTuple):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from fusenorm_openood.report.page import Report, Row, Rows, Section, render
+from fusenorm_openood.report.page import Card, Report, Rows, Section, render
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra test)")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -44,11 +44,13 @@ def browsed(browser, tmp_path_factory):
     for n in range(1_000):
         verdict, conf = ("rejected" if n < 100 else "accepted"), f"{(n * 7919) % 1000 - 500}.5"
         name = HOSTILE if n == 7 else f"{n}.png"
-        picture = PIXEL if n < 500 else ""
-        cells = (verdict, f"class {n % 12}", conf, ("mds", "layer4", HOSTILE)[n % 3])
-        rows.append(Row(name, f"file:///images/{n}.png", picture, cells))
-    columns = (("verdict", True), ("predicted", True), ("confidence", False), ("expert", True))
-    section = Section("Images", listed=Rows("All images", columns, tuple(rows)))
+        picture = ((PIXEL, ""),) if n < 500 else ()
+        expert = ("mds", "layer4", HOSTILE)[n % 3]
+        cells = (verdict, f"class {n % 12}", conf, expert)
+        facts = tuple(zip(("verdict", "predicted", "confidence", "expert"), cells, strict=True))
+        rows.append(Card(name, picture, facts, link=f"file:///images/{n}.png"))
+    choose = frozenset(("verdict", "predicted", "expert"))
+    section = Section("Images", listed=Rows("All images", choose, tuple(rows)))
     path = tmp_path_factory.mktemp("browsed") / "page.html"
     path.write_text(render(Report("Many", (), (), (section,))), encoding="utf-8")
     page, wrong = browser.new_page(), []

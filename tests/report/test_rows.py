@@ -78,7 +78,7 @@ def test_long_paths_are_no_large_page(detector):
     )
     report = report_of_files(detector, rows)
     listed = next(s.listed for s in report.sections if s.listed)
-    assert listed.caption.startswith(f"{len(listed.rows):,} of 3,000 images")
+    assert listed.caption.startswith(f"{len(listed.cards):,} of 3,000 images")
     assert len(render(report).encode()) < 3 * 2**20
 
 
