@@ -58,7 +58,7 @@ for (const list of document.querySelectorAll(".list")) {
     select(row);
     const { cells } = items.get(row), image = row.querySelector("img"), link = row.querySelector("a");
     dialog.firstElementChild.replaceChildren(
-      image ? make("img", { src: image.src, alt: image.alt }) : "There is no picture on this page.",
+      image ? make("img", { src: image.src, alt: cells[1] }) : "There is no picture on this page.",
       make("p", { className: "name" }, link ? link.cloneNode(true) : cells[1]),
       make("dl", {}, ...names.flatMap((name, n) =>
         n > 1 ? [make("dt", {}, name), make("dd", {}, cells[n])] : [])));
