@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fusenorm_openood import FuseNorm, load_network
 from fusenorm_openood.cli.main import main
@@ -13,6 +14,7 @@ from fusenorm_openood.errors import DataError
 from fusenorm_openood.method.conformal import conformal_p_values, rejects
 from fusenorm_openood.report.files import link_to, report_of_files
 from fusenorm_openood.report.page import check_report, render
+from fusenorm_openood.report.plots import heat_map
 from fusenorm_openood.report.sections import threshold
 
 HEADER = ",".join(Judged._fields)
@@ -106,6 +108,25 @@ def test_rejected_images_are_chosen_for_variety(detector):
     galleries = next(s for s in report_of_files(detector, rows).sections if s.galleries).galleries
     cards = dict(galleries)["Most rejected"]
     assert [card.name for card in cards][:3] == ["gone/0", *(f"gone/{n}" for n in names[1:])]
+
+
+def test_a_heat_map_is_of_the_layer_that_contributes_least(detector, folders):
+    from matplotlib.figure import Figure
+
+    images = [
+        detector.preprocessing.read(p) for p in sorted((folders / "test_noise").iterdir())[1:4]
+    ]
+    why, ax = detector.explain(torch.stack(images)), Figure().subplots()
+    text = heat_map(why, ax, image=2)
+    below = {n: why.below_mean[row, 2] for row, n in enumerate(why.experts) if n in why.maps}
+    layer = max(below, key=below.get)
+    assert ax.get_title() == layer
+    assert text.startswith(f"Heat map of {layer}: most energy in the ")
+    drawn, heat = np.asarray(ax.images[0].get_array(), int), why.maps[layer][2]
+    height, width = drawn.shape[:2]
+    row, column = np.unravel_index(int(heat.argmax()), heat.shape)
+    place = int((row + 0.5) * height / heat.shape[0]), int((column + 0.5) * width / heat.shape[1])
+    assert drawn[place][0] > np.median(drawn[..., 0])
 
 
 def test_an_image_is_shown_once(detector, folders):
