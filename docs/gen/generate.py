@@ -1,6 +1,5 @@
 """Tables from the code and from benchmarks/results, put between a page's markers."""
 
-import argparse
 import inspect
 import json
 import re
@@ -16,7 +15,6 @@ import numpy as np
 import pandas as pd
 
 from docs.gen import figures
-from fusenorm_openood.cli.main import add_command
 from fusenorm_openood.detectors.configuration import FuseNormConfig, read_fusenorm
 from fusenorm_openood.forward.taps import resolve_taps
 from fusenorm_openood.method.atf import atf
@@ -81,20 +79,6 @@ def sweep() -> str:
     values = shipped_config().sweep
     lines = ["postprocessor_sweep:", *(f"  {name}: {tried}" for name, tried in values.items())]
     return "\n".join(["```yaml", *lines, "```"])
-
-
-def options(command: str) -> str:
-    """The options of a subcommand, from its parser."""
-    parser = argparse.ArgumentParser(prog=f"fusenorm {command}")
-    add_command(command, parser)
-    rows = []
-    for action in parser._actions:
-        if not isinstance(action, argparse._HelpAction):
-            values = "|".join(action.choices or ()) or action.metavar or action.dest.upper()
-            shown = {0: [], "?": [f"[{values}]"]}.get(action.nargs, [values])
-            usage = [*action.option_strings[:1], *shown]
-            rows.append((f"`{escaped(' '.join(map(str, usage)))}`", plain(action.help or "")))
-    return table(("option", "meaning"), rows)
 
 
 def speed_of_atf() -> str:
@@ -203,18 +187,6 @@ def short_comparison(methods: Iterable[str]) -> str:
         ]
         rows.append((name, *cells))
     return table(("near / far AUROC", *found), rows)
-
-
-def on_imagenet() -> str:
-    """Near- and far-OOD figures of some methods on ImageNet-1k, all fitted on the same images."""
-    found = pd.read_csv(RESULTS / "compare" / f"{IMAGENET}.csv", index_col=0)
-    figures = ["near AUROC", "near FPR@95", "far AUROC", "far FPR@95"]
-    rows = [
-        (name, *(f"{found.loc[name, f]:.2f}" for f in figures))
-        for name in (*ON_IMAGENET, *COMPARED)
-        if name in found.index
-    ]
-    return table(("method", *figures), rows)
 
 
 def fit_sizes() -> str:
@@ -393,17 +365,6 @@ def package_metrics() -> str:
 COMPARED = ("FuseNorm (default)", "FuseNorm (deviation)", "FuseNorm (published)")
 IMAGENET = "EfficientNet-Lite0"
 TITLES = {IMAGENET: "ImageNet-1k"}
-ON_IMAGENET = (
-    "MSP",
-    "Energy",
-    "GEN",
-    "LogitGap",
-    "NCI",
-    "fDBD",
-    "MDS",
-    "MDS++",
-    "Head-tied MDS",
-)
 BEFORE, CHOSEN = "default before 0.3.0", "output+logitgap+fdbd+head_mds, joint 3"
 
 MEASURED_TABLES: dict[str, Callable[[str], str]] = {
@@ -416,7 +377,6 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "results-short": lambda: short_comparison(("Energy", "GEN", *COMPARED)),
     "sizes": fit_sizes,
-    "imagenet": on_imagenet,
     "catalogue": catalogue,
     "protocol": protocol,
     "protocol-short": protocol_in_short,
@@ -427,7 +387,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "package-metrics": package_metrics,
     "settings": settings,
     "sweep": sweep,
-    "eval": lambda: options("eval"),
     "atf": speed_of_atf,
     "postprocess": speed_of_postprocess,
     "memory": memory_of_postprocess,
