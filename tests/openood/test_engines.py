@@ -232,7 +232,7 @@ def test_a_wrapped_network_is_not_wrapped_again(networks, home):
 
 def test_postprocessors_that_cannot_be_built_raise(networks):
     with pytest.raises(
-        ConfigError, match=r"'fusenrom': choose from .*fusenorm, fusenorm_deviation, .*gen, gm"
+        ConfigError, match=r"'fusenrom' .*: choose from .*fusenorm, fusenorm_deviation, .*gen, gm"
     ):
         make_postprocessor("fusenrom", {"postprocessor": {"name": "msp"}}, "cifar10")
     with pytest.raises(ConfigError, match="'knn' cannot be built from its configuration"):

@@ -202,10 +202,13 @@ def test_names_are_found_in_openoods_functions():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--pipeline.name", "test"], "unknown pipeline 'test': choose from feat_extract"),
-        (["--postprocessor.name", "fusenrom"], "unknown postprocessor 'fusenrom': choose from a"),
-        (["--network.name", "resnet"], "unknown network 'resnet': choose from arpl_gan"),
-        (["--evaluator.name", "odd"], "unknown evaluator 'odd': choose from ad, arpl, base"),
+        (["--pipeline.name", "test"], ": choose from feat_extract"),
+        (
+            ["--postprocessor.name", "fusenrom"],
+            "unknown postprocessor 'fusenrom' (did you mean 'fusenorm'?)",
+        ),
+        (["--network.name", "resnet"], ": choose from arpl_gan"),
+        (["--evaluator.name", "odd"], ": choose from ad, arpl, base"),
         (["--nothing", "1"], "key 'nothing' is missing from the configurations"),
         (["--seed", "1:nothing"], "the configuration cannot be read (NameError"),
         (["--num_gpus", "2"], "must be 1, since pipeline 'test_ood' on cpu runs in one process"),
