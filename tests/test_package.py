@@ -50,7 +50,7 @@ def test_workflows_test_what_there_is_on_three_systems():
 def test_the_image_has_all_that_the_wheel_is_built_from():
     lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
     steps = [line.split(maxsplit=1) for line in lines if line and line[0] not in "# "]
-    known = {"FROM", "COPY", "RUN", "WORKDIR", "ENV", "ENTRYPOINT", "CMD"}
+    known = {"FROM", "COPY", "ARG", "RUN", "WORKDIR", "ENV", "ENTRYPOINT", "CMD"}
     assert {word for word, _ in steps} == known
     assert json.loads(dict(steps)["ENTRYPOINT"]) == ["fusenorm"]
     kept = re.findall(r"^!(\S+)", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
