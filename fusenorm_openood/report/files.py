@@ -121,6 +121,8 @@ def _group_of(detector: FuseNorm) -> Callable[[Judged], int]:
                 f"{row.path} was judged by another detector: this one has no class "
                 f"{row.predicted!r}: give the detector that judged it, or score again"
             )
+        if len(numbers[row.predicted]) == 1:
+            return numbers[row.predicted][0]
         groups = np.array(numbers[row.predicted])
         p = calibration.p_values(np.full(len(groups), row.confidence), groups)
         return int(groups[abs(p - (row.p_value or 0.0)).argmin()])
