@@ -83,7 +83,7 @@ def test_an_output_that_is_no_file_is_refused_before_the_fit(
     given = tmp_path / output if output else output
     (tmp_path / output).mkdir(exist_ok=True)
     assert fit("--output", given) == 1
-    assert f"--output must be a file, got '{given}'" in capsys.readouterr().err
+    assert f"--output must be a file, got '{given or '.'}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("distinct", "store"), [(10, False), (30, True)])

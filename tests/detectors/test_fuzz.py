@@ -122,7 +122,7 @@ def test_images_and_files(
     [
         None,
         b"image",
-        [torch.zeros(3, 16, 16)],
+        [b"image"],
         np.zeros((3, 16, 16)),
         torch.empty(2, 3, 16, 16, device="meta"),
         torch.zeros(2, 3, 16, 16).to_sparse(),

@@ -67,8 +67,8 @@ def test_named_taps_and_their_strong_tap(net, structure):
 @pytest.mark.parametrize(
     ("taps", "named"),
     [
-        (["layer4.2"], r"no module 'layer4\.2': choose from .*layer4\.1"),
-        (["nowhere"], r"no module 'nowhere': choose from .*layer1\.0"),
+        (["layer4.2"], r"module 'layer4\.2' of .*: choose from .*layer4\.1"),
+        (["nowhere"], r"module 'nowhere' of .*: choose from .*layer1\.0"),
         ([], "at least one"),
         (["layer1", "layer1"], "each once"),
         ("everything", "'blocks', 'stages' or a list .* got 'everything'"),
