@@ -100,7 +100,7 @@ def unknown(what: str, name: object, known: Iterable[object], of: str = "", more
     near = get_close_matches(str(name), names, 1) or get_close_matches(str(name).lower(), names, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     listed = ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" * (len(names) > MOST))
-    way_out = f"choose from {listed}" if names else "there is none"
+    way_out = f"choose from {listed}" if names else "none exists"
     return f"unknown {what} {name!r}{of}{hint}: {way_out}{more}"
 
 

@@ -189,10 +189,11 @@ def _cut_to_whole_rows(path: Path) -> None:
 def _read_csv(path: Path) -> Iterator[Judged]:
     with path.open(encoding="utf-8", newline="") as file:
         lines = csv.reader(file)
-        _check_columns(path, next(lines, []))
+        names = next(lines, [])
+        _check_columns(path, names)
         for cells in lines:
             try:
-                yield _row(cells)
+                yield _row(names, cells)
             except (KeyError, ValueError):
                 raise DataError(
                     f"{path}, line {lines.line_num} is not a row of fusenorm score: "
@@ -251,10 +252,8 @@ _READ: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _row(cells: Sequence[str]) -> Judged:
-    if len(cells) < len(Judged._fields) - 1:
-        raise ValueError("cells are missing")
-    named = dict(zip(Judged._fields, map(_unescaped, cells), strict=False))
+def _row(names: Sequence[str], cells: Sequence[str]) -> Judged:
+    named = dict(zip(names, map(_unescaped, cells), strict=True))
     read = {n: _READ.get(n, unguarded)(cell) for n, cell in named.items() if cell or n == "path"}
     return Judged(**read)
 

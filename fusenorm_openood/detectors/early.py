@@ -15,7 +15,7 @@ from fusenorm_openood.forward.batches import checked_images
 from fusenorm_openood.forward.early import Exit, early_scores, stage_ends
 from fusenorm_openood.forward.experts import Scoring
 from fusenorm_openood.kernels.devices import moved
-from fusenorm_openood.method.calibration import Calibration
+from fusenorm_openood.method.calibration import Calibration, group_names
 from fusenorm_openood.method.conformal import max_rank
 from fusenorm_openood.method.joint import JointDistance
 from fusenorm_openood.network.running import network_errors
@@ -67,18 +67,18 @@ def judge_early(
         done = early_scores(scoring, on_device, exits)
     detector._check_size(images)
     kept = done.kept.cpu().numpy()
-    numbers, calibration = done.exits.cpu().numpy(), detector._check_calibrated()
+    numbers, calibration = done.exits.numpy(), detector._check_calibrated()
     ood = numbers >= 0
     experts, pred = np.empty((len(detector.rows), 0)), np.empty(0, np.int64)
     if done.scores is not None:
         experts = done.scores.matrix(detector.rows).cpu().numpy()
         pred = done.scores.pred.cpu().numpy()
         check_finite(images[done.kept.to(images.device)], experts, detector.rows)
-        given = None if groups is None else np.atleast_1d(np.asarray(groups))[kept]
+        given = None if groups is None else np.array(group_names(groups))[kept]
         group = calibration.numbers(pred, given)
         ood[kept] = detector.confidence(experts) < calibration.thresholds(accepted)[group]
     layers = [None if number < 0 else exits[number].layers[-1] for number in numbers.tolist()]
-    bounds = done.statistics.cpu().double().numpy()
+    bounds = done.statistics.numpy()
     if mode != "certain":
         bounds = np.full_like(bounds, np.nan)
     return EarlyVerdicts(ood, tuple(layers), kept, experts, pred, bounds)
@@ -113,8 +113,8 @@ def _new_exits(
 ) -> tuple[list[Exit], float]:
     if scoring.by_network:
         raise ConfigError(
-            "early needs strong experts that follow from one pass, and odin or ReAct before a mean "
-            "over pixels is none: judge without early"
+            "early works with strong experts that one forward pass computes, unlike odin and ReAct "
+            "before a mean over pixels: leave out early"
         )
     if (known := detector._stage_ends) is None or known[0] is not scoring.structure:
         ends = stage_ends(detector.net, images, scoring.structure, detector.taps)

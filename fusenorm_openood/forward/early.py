@@ -55,22 +55,24 @@ class _Leaving:
 
     def __init__(self, images: Tensor, exits: Sequence[Exit]) -> None:
         self.kept = torch.arange(len(images), device=images.device)
-        self.statistics = torch.full((len(images),), torch.nan, device=images.device)
-        self.exits = torch.full_like(self.kept, -1)
+        nan = torch.nan
+        self.statistics = torch.full((len(images),), nan, dtype=torch.float64, device="cpu")
+        self.exits = torch.full((len(images),), -1, dtype=torch.int64, device="cpu")
         self._of = {found.layers[-1]: (number, found) for number, found in enumerate(exits)}
 
     def after(self, name: str, reduced: Mapping[str, Tensor]) -> Tensor | None:
         if name not in self._of:
             return None
         number, (layers, statistic, limit) = self._of[name]
-        norms = torch.stack([reduced[layer][:, 0] for layer in layers])
-        # NaN stays, and is told where all scores are.
-        found = statistic(norms.double() if norms.device.type != "mps" else norms.cpu().double())
-        leaves = (found < limit).to(norms.device)
+        # On the CPU, where the ID statistics are. NaN stays, and is told where all scores are.
+        norms = torch.stack([reduced[layer][:, 0] for layer in layers]).cpu().double()
+        found = statistic(norms)
+        leaves = found < limit
         if not leaves.any():
             return None
-        gone, kept = self.kept[leaves], (~leaves).nonzero()[:, 0]
-        self.statistics[gone], self.exits[gone] = found[leaves].to(self.statistics), number
+        kept = (~leaves).nonzero()[:, 0].to(self.kept.device)
+        gone = self.kept.cpu()[leaves]
+        self.statistics[gone], self.exits[gone] = found[leaves], number
         self.kept = self.kept[kept]
         if not len(kept):
             raise _AllLeft
@@ -115,7 +117,8 @@ def stage_ends(
     if not last:
         raise TapError(f"the layers of {name} are one stage, so nothing is saved: {advice}")
     size = len(last) + 2
-    drawn = torch.randn((size, *images.shape[1:]), generator=torch.Generator().manual_seed(0))
+    shape, generator = (size, *images.shape[1:]), torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     trial = drawn.to(images)
 
     def norms(x: Tensor) -> Tensor:

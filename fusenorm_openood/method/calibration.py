@@ -136,7 +136,7 @@ class Calibration:
         return np.array([self.number(name) for name in given], np.int64)
 
     def number(self, name: str) -> int:
-        """The number of a group; ConfigError if there is none of this name."""
+        """The number of a group; ConfigError if no group has this name."""
         if name not in self.names:
             raise ConfigError(unknown("group", name, self.names))
         return self.names.index(name)

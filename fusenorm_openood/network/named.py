@@ -100,7 +100,7 @@ def _sized(
 
 
 def _near(source: str, name: str) -> str:
-    """Networks of torchvision or timm with a name like this, if there is none of this name."""
+    """Networks of torchvision or timm with similar names, if no network has this name."""
     if source == "timm":
         listed = import_module(source).list_models()
     elif source == "torchvision":

@@ -101,7 +101,7 @@ def check_file(path: Path, option: str, *suffixes: str) -> None:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Raise ConfigError unless a folder is writable; it is created, and named, if there is none."""
+    """Raise ConfigError unless a folder is writable; a missing one is created, with a message."""
     if not folder.exists():
         print(f"fusenorm: {option} makes the folder {folder}", file=sys.stderr)
     try:

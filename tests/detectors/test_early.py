@@ -207,3 +207,20 @@ def test_exits_follow_the_calibration(detector: FuseNorm) -> None:
     second = judge_early(detector, images, 0.9)
     assert second.ood.tolist() == detector.is_ood(images, 0.9).tolist()
     assert second.ood.tolist() != first.ood.tolist()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.device("meta")], ids=str)
+def test_defaults_of_torch_change_nothing(default: torch.dtype | torch.device) -> None:
+    detector = FuseNorm(make_net()).fit([some_images(200, SIZE)])
+    detector.calibrate([some_images(199, SIZE, seed=2)])
+    images, wanted = far_off(), detector.is_ood(far_off())
+    old = torch.get_default_dtype()
+    try:
+        is_dtype = isinstance(default, torch.dtype)
+        (torch.set_default_dtype if is_dtype else torch.set_default_device)(default)
+        found = judge_early(detector, images)
+    finally:
+        torch.set_default_dtype(old)
+        torch.set_default_device(None)
+    assert found.ood.tolist() == wanted.tolist()
+    assert any(found.exits)

@@ -490,7 +490,7 @@ def test_labels_outside_the_classes_are_refused(score):
         ("knm", {}, "'knm' .did you mean 'knn'.*: choose from .*knn, logitgap"),
         ("gen", {"k": 1}, "'k' of gen: choose from gamma, M"),
         ("mds++", {"K": 1}, "'K' of mds.*: choose from class_mean"),
-        ("mls", {"K": 1}, "'K' of mls.*: there is none"),
+        ("mls", {"K": 1}, "'K' of mls.*: none exists"),
         ("ash", {"variant": "x"}, "variant must be one of b, s, p, got 'x'"),
         ("vim", {"share": 1}, "share must be .* or None, got 1"),
         ("gen", {"clamp": 0.5}, "clamp must be .* got 0.5"),
