@@ -11,15 +11,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from fusenorm_openood import errors
 from fusenorm_openood.cli import options
 from fusenorm_openood.detectors.watch import Position, Watch, Watched
-from fusenorm_openood.errors import (
-    CalibrationError,
-    ConfigError,
-    DataError,
-    FuseNormError,
-    NonFiniteError,
-)
 from fusenorm_openood.storage.files import write_bytes_whole
 
 Row = tuple[float | None, str]  # confidence, None if unreadable; a text to recognise the row by
@@ -47,7 +41,7 @@ def run_watch(args: Namespace) -> int:
     rows, known = _rows(args.scores), watch.positions.get(file or "", Position(0, ""))
     skipped = deque(enumerate(islice(rows, known.rows), 1), maxlen=1)
     if known.rows and [(count, mark) for count, (_, mark) in skipped] != [known]:
-        raise ConfigError(
+        raise errors.ConfigError(
             f"{args.scores} no longer has the {known.rows} rows that {state} has read: give the "
             "file that goes on, or another --state"
         )
@@ -82,7 +76,7 @@ def _calibration(detector: str) -> Any:
 
     scores = read_contents(Path(detector)).tensors.get("reference")
     if scores is None:
-        raise CalibrationError(
+        raise errors.CalibrationError(
             f"detector file {detector} has no calibration images: run fusenorm calibrate"
         )
     return scores.numpy()
@@ -97,7 +91,7 @@ def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
             if len(batch) == size:
                 yield batch
                 batch = []
-    except FuseNormError:
+    except errors.FuseNormError:
         if batch:
             yield batch
         raise
@@ -120,12 +114,12 @@ def _rows(name: str) -> Iterator[Row]:
         try:
             conf = float("no number" if isinstance(text, bool) else text)  # type: ignore[arg-type]
         except (TypeError, ValueError):
-            raise DataError(
+            raise errors.DataError(
                 f"{name}, row {number} must have a confidence or an error, got {text!r}: remove "
                 "the row, or score again without --early"
             ) from None
         if not math.isfinite(conf):
-            raise NonFiniteError(
+            raise errors.NonFiniteError(
                 f"{name}, row {number} must have a finite confidence, got {conf}: check the image "
                 f"{row.get('path')}, or remove the row"
             )
@@ -147,7 +141,7 @@ def _named(name: str) -> Iterator[dict[str, Any]]:
                 yield from _parsed(file, growing=True)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(
+        raise errors.DataError(
             f"{name} cannot be read ({reason}): give the rows of fusenorm score"
         ) from None
 

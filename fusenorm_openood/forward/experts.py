@@ -11,15 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
+from fusenorm_openood.forward import passes
 from fusenorm_openood.forward.gradient import gradients_of_images
-from fusenorm_openood.forward.passes import (
-    ForwardPass,
-    Thinning,
-    forward_pass,
-    head_logits,
-    head_of,
-    parts,
-)
+from fusenorm_openood.forward.passes import ForwardPass, Thinning, forward_pass
 from fusenorm_openood.method.atf import FeatureNorm, atf_each
 from fusenorm_openood.method.scores.base import NO_HEAD, Features, Head, Score, State
 from fusenorm_openood.method.scores.odin import odin_direction, odin_step
@@ -164,7 +158,7 @@ class Scoring:
         """As `__call__`, but only the scores that need the network."""
         batches = []
         with eval_mode(unwrapped(self.net)):
-            for part in parts(images, self.structure.batch_dependent):
+            for part in passes.parts(images, self.structure.batch_dependent):
                 batches.append(self.run_part(part)[0])
         return batches[0] if len(batches) == 1 else joined(batches)
 
@@ -206,7 +200,7 @@ class Scoring:
             features = batch.features
             if percentile is not None:
                 clipped = feature.clamp(max=self.fitted.thresholds[percentile])
-                features = Features(feature, head_logits(self.net, self.structure, clipped))
+                features = Features(feature, passes.head_logits(self.net, self.structure, clipped))
             elif not score.needs_feature:
                 features = Features(logits, logits)
             scores[score] = score(features, head, self.fitted.state(score, logits.device))
@@ -215,13 +209,13 @@ class Scoring:
     def head(self) -> Head:
         """The network's final layer as it is now; empty if no score reads it."""
         reads = any(score.needs_head for score in self.experts.scores)
-        return head_of(self.net, self.structure) if reads else NO_HEAD
+        return passes.head_of(self.net, self.structure) if reads else NO_HEAD
 
     @property
     def width(self) -> int:
         """Number of features, 0 where the logits are no affine function of them."""
         try:
-            return head_of(self.net, self.structure).weight.shape[1]
+            return passes.head_of(self.net, self.structure).weight.shape[1]
         except TapError:
             return 0
 
@@ -286,7 +280,7 @@ class Scoring:
         if not self.structure.head.is_linear:
             return forward_pass(self.net, images, self.structure, threshold=threshold).logits
         assert done.feature is not None  # of the layers that make the logits
-        return head_logits(self.net, self.structure, done.feature.clamp(max=threshold))
+        return passes.head_logits(self.net, self.structure, done.feature.clamp(max=threshold))
 
     def _with_gradients(self, images: Tensor) -> tuple[ForwardPass, dict[Score, Tensor]]:
         """One pass for the layers and the gradients; ODIN's perturbed images by score."""
@@ -296,7 +290,7 @@ class Scoring:
             first = forward_pass(self.net, leaf, self.structure, layers, self._norms)
             return first, self._perturbed(leaf, first)
 
-        split = parts(images, self.structure.batch_dependent, with_graph=True)
+        split = passes.parts(images, self.structure.batch_dependent, with_graph=True)
         done = [gradients_of_images(self.net, part, differentiate) for part in split]
         perturbed = {score: torch.cat([of[score] for _, of in done]) for score in done[0][1]}
         return ForwardPass.joined([first for first, _ in done]), perturbed

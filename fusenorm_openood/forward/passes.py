@@ -14,20 +14,12 @@ from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward.taps import unusable_tap
 from fusenorm_openood.kernels.devices import following, full_precision
 from fusenorm_openood.method.scores.base import Head
+from fusenorm_openood.network import running
 from fusenorm_openood.network.graph import INPUT
 from fusenorm_openood.network.head import HALF, feature_of, head_layers, hooked_head, linear_head
 from fusenorm_openood.network.layouts import as_maps
 from fusenorm_openood.network.outputs import logits_at, of_two_classes
 from fusenorm_openood.network.resnet import classification_feature
-from fusenorm_openood.network.running import (
-    LazyNetwork,
-    eval_mode,
-    hooked,
-    own_pass,
-    scoring_run,
-    tensors_in,
-    unwrapped,
-)
 from fusenorm_openood.network.structure import Structure
 
 PIXELS = 2**14  # image pixels that one CPU thread processes at a time
@@ -120,17 +112,17 @@ def forward_pass(
         TapError: an unusable tap (see `hooked_layers`), or logits that are not `[B, K]`.
     """
     # In a trace, which holds for all sizes, a batch always counts as too small.
-    traced, core = torch.compiler.is_compiling(), unwrapped(net)
+    traced, core = torch.compiler.is_compiling(), running.unwrapped(net)
     is_short = structure.smallest_batch > 1 and (traced or len(images) == 1)
     images = torch.cat([images, images[:1]]) if is_short else images
     layers = head_layers(core, structure.head)
     clip = None if threshold is None else partial(torch.clamp, max=threshold)
     with (
-        own_pass(),
+        running.own_pass(),
         hooked_layers(core, taps, structure, images.shape, reduce, thinning) as maps,
         hooked_head(layers, clip) as (inputs, outputs),
     ):
-        output = scoring_run(core, structure.scoring)(images.clone())
+        output = running.scoring_run(core, structure.scoring)(images.clone())
     images = images if thinning is None else images[thinning.kept]
     feature = feature_of(structure.head, layers, inputs, outputs)
     logits = _logits(core, structure, layers, output, inputs, outputs, feature, images.shape[0])
@@ -179,7 +171,7 @@ def hooked_layers(
         if type(value) is Tensor and not value.is_quantized:
             found: Tensor | None = value  # the usual case, without a search
         else:
-            found = next((x for _, x in islice(tensors_in(value), number, None)), None)
+            found = next((x for _, x in islice(running.tensors_in(value), number, None)), None)
         if name in reduced or found is None or layout is None or found.ndim != len(layout):
             shape = () if found is None else tuple(found.shape)
             runs = max(structure.runs.get(name, 1), 1 + (name in reduced))
@@ -205,7 +197,7 @@ def hooked_layers(
             before.append((net.get_submodule(name.removesuffix(INPUT)), partial(take_input, name)))
         else:
             after.append((net.get_submodule(name), partial(take, name)))
-    with hooked(before, after):
+    with running.hooked(before, after):
         yield reduced
     for name in set(names) - reduced.keys():
         raise unusable_tap(net, name, 0, ())
@@ -277,16 +269,18 @@ def head_of(net: nn.Module, structure: Structure) -> Head:
     Raises:
         TapError: they are none.
     """
-    if isinstance(net, LazyNetwork) and net.stored is not None and net.stored.head is not None:
-        head: Head = net.stored.head
-        return head
+    stored: Any = net.stored if isinstance(net, running.LazyNetwork) else None
+    if stored is not None and stored.head is not None:
+        return Head(*stored.head)
     if structure.affine is not None:
         return structure.affine
-    layers, found = [unwrapped(net).get_submodule(name) for name in structure.head.names], None
+    core, found = running.unwrapped(net), None
+    layers = [core.get_submodule(name) for name in structure.head.names]
     if structure.head.is_affine and not any(layer.training for layer in layers):
         found = linear_head(layers, structure.head.shares)
     elif structure.head.is_affine:
-        with eval_mode(nn.ModuleList(layers)):  # a spectral norm in training changes when read
+        # A spectral norm in training changes when it is read.
+        with running.eval_mode(nn.ModuleList(layers)):
             found = linear_head(layers, structure.head.shares)
     if found is None:
         raise TapError(

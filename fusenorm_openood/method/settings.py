@@ -6,28 +6,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fusenorm_openood.errors import ConfigError, number, numbers, unknown, whole
+from fusenorm_openood.method import validation as rules
 from fusenorm_openood.method.atf import FeatureNorm
 from fusenorm_openood.method.scores import OUTPUTS, make_score
 from fusenorm_openood.method.scores.base import Score
-from fusenorm_openood.method.validation import (
-    BASE,
-    COUNT,
-    FINITE,
-    FRACTION,
-    NOT_NEGATIVE,
-    PERCENTILE,
-    POSITIVE,
-    SWITCH,
-    UNIT,
-    WITHIN_100,
-    Rule,
-    among,
-    check_fields,
-    check_order,
-    check_percentiles,
-    checked,
-    scaled_weights,
-)
+from fusenorm_openood.method.validation import Rule, among, checked
 
 
 def _read_text(rule: Rule) -> Rule:
@@ -120,29 +103,29 @@ class Settings:
     """
 
     taps: str | tuple[str, ...] = checked("blocks", NAMES)
-    k_min: float = checked(0.1, _read_text(FRACTION))
-    k_max: float = checked(0.25, _read_text(FRACTION))
-    alpha: float = checked(0.0, _read_text(UNIT))
-    eps: float = checked(1e-8, _read_text(POSITIVE))
+    k_min: float = checked(0.1, _read_text(rules.FRACTION))
+    k_max: float = checked(0.25, _read_text(rules.FRACTION))
+    alpha: float = checked(0.0, _read_text(rules.UNIT))
+    eps: float = checked(1e-8, _read_text(rules.POSITIVE))
     output: str = checked("energy", among(*OUTPUTS))
-    temperature: float | None = checked(None, _read_text(POSITIVE.or_none()))
-    noise: float = checked(0.01, _read_text(NOT_NEGATIVE))
+    temperature: float | None = checked(None, _read_text(rules.POSITIVE.or_none()))
+    noise: float = checked(0.01, _read_text(rules.NOT_NEGATIVE))
     input_std: tuple[float, ...] | None = checked(None, DEVIATIONS)
-    react_percentile: float | None = checked(None, _read_text(PERCENTILE.or_none()))
-    neighbours: int = checked(5, COUNT)
+    react_percentile: float | None = checked(None, _read_text(rules.PERCENTILE.or_none()))
+    neighbours: int = checked(5, rules.COUNT)
     strong: str | tuple[str | int, ...] = checked(
         ("output", "logitgap", "fdbd", "head_mds"), EXPERTS
     )
     weights: tuple[float, ...] | None = checked(None, WEIGHTS)
-    trust: bool = checked(True, SWITCH)
+    trust: bool = checked(True, rules.SWITCH)
     normalisation: str = checked("standardised", among("standardised", "percentiles"))
-    clip: bool = checked(True, SWITCH)
+    clip: bool = checked(True, rules.SWITCH)
     penalty: str = checked("joint", among("joint", "deviation"))
-    base: float = checked(2.0, _read_text(BASE))
-    cap: float = checked(10.0, _read_text(NOT_NEGATIVE))
-    joint_margin: float = checked(3.0, _read_text(FINITE))
-    percentile_low: float = checked(5.0, _read_text(WITHIN_100))
-    percentile_high: float = checked(95.0, _read_text(WITHIN_100))
+    base: float = checked(2.0, _read_text(rules.BASE))
+    cap: float = checked(10.0, _read_text(rules.NOT_NEGATIVE))
+    joint_margin: float = checked(3.0, _read_text(rules.FINITE))
+    percentile_low: float = checked(5.0, _read_text(rules.WITHIN_100))
+    percentile_high: float = checked(95.0, _read_text(rules.WITHIN_100))
     random: str = checked("refuse", among("refuse", "allow"))
 
     @classmethod
@@ -179,11 +162,12 @@ class Settings:
             value = getattr(self, f.name)
             if f.metadata["rule"].optional and isinstance(value, str) and value.lower() == "none":
                 object.__setattr__(self, f.name, None)
-        check_fields(self)
-        check_order("k_min", self.k_min, "k_max", self.k_max)
-        check_percentiles(self.percentile_low, self.percentile_high)
+        rules.check_fields(self)
+        rules.check_order("k_min", self.k_min, "k_max", self.k_max)
+        rules.check_percentiles(self.percentile_low, self.percentile_high)
         if self.weights is not None:
-            scaled_weights(self.weights, 2 if isinstance(self.strong, str) else len(self.strong))
+            count = 2 if isinstance(self.strong, str) else len(self.strong)
+            rules.scaled_weights(self.weights, count)
 
     @property
     def feature_norm(self) -> FeatureNorm:

@@ -9,24 +9,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import CheckpointError
+from fusenorm_openood.network import resnet, states
 from fusenorm_openood.network.named import build_network
-from fusenorm_openood.network.resnet import (
-    CifarResNet,
-    ResNet18_32x32,
-    ResNet18_224x224,
-    ResNet50,
-    T2FNormNet,
-    WideResNet,
-)
-from fusenorm_openood.network.states import (
-    HEADS,
-    State,
-    aligned,
-    in_order,
-    load_state,
-    misfit,
-    without_wrappers,
-)
 
 ARCHITECTURES = (
     "ResNet18_32x32, ResNet18_224x224, ResNet50, WideResNet, CifarResNet, T2FNormNet around one"
@@ -64,7 +48,7 @@ def load_network(
             `network`, or has another number of classes.
         ConfigError: `network` cannot be built.
     """
-    state = load_state(path)
+    state = states.load_state(path)
     if network is not None:
         return _load_named(path, state, num_classes, network, image_size, by_order)
     try:
@@ -74,21 +58,21 @@ def load_network(
     classes = len(weights["fc.weight"])
     check_classes(path, classes, num_classes)
     net = build(classes)
-    if reason := misfit(net, weights):
+    if reason := states.misfit(net, weights):
         raise CheckpointError(
             f"{path} looks like a {type(net).__name__} but does not fit it ({reason}): the known "
             f"networks are {ARCHITECTURES}; {WAY_OUT}"
         )
     net.load_state_dict(weights)
     if tau is not None:
-        net = T2FNormNet(net, classes)
+        net = resnet.T2FNormNet(net, classes)
         net.tau.copy_(tau)
     return net.eval()
 
 
 def _load_named(
     path: str | Path,
-    state: State,
+    state: states.State,
     num_classes: int | None,
     network: str,
     image_size: int | None,
@@ -96,10 +80,10 @@ def _load_named(
 ) -> nn.Module:
     """A network that is built from its name, with the weights of a checkpoint."""
     net = build_network(network, num_classes, image_size)
-    own = {without_wrappers(key): key for key in net.state_dict()}
-    fitting = {own.get(key, key): value for key, value in aligned(state, own).items()}
+    own = {states.without_wrappers(key): key for key in net.state_dict()}
+    fitting = {own.get(key, key): value for key, value in states.aligned(state, own).items()}
     way_out = "name the network that it was saved from"
-    ordered = in_order(net, fitting)
+    ordered = states.in_order(net, fitting)
     if by_order and ordered:
         listed = (f"\n  {k} <- {v} {list(fitting[v].shape)}" for k, v in ordered.items())
         taken = f"the weights of {path} are taken by order, so check the accuracy:"
@@ -119,7 +103,7 @@ def _load_named(
     if len(rows) == 1 and (classes := rows.pop()) is not None:
         check_classes(path, classes, num_classes)
         net = build_network(network, classes, image_size)
-    if reason := misfit(net, fitting):
+    if reason := states.misfit(net, fitting):
         raise CheckpointError(f"{path} does not fit the network {network} ({reason}): {way_out}")
     weights = net.state_dict()  # with the versions of its modules, which some of them check
     weights.update(fitting)
@@ -129,11 +113,11 @@ def _load_named(
 
 def load_backbone(net: nn.Module, path: str | Path) -> None:
     """Load a checkpoint's weights into a network; each may be plain or T2FNorm's."""
-    target = net.backbone if isinstance(net, T2FNormNet) else net
-    state = load_state(path)
+    target = net.backbone if isinstance(net, resnet.T2FNormNet) else net
+    state = states.load_state(path)
     try:
         weights = _recognise(state)[1]
-        reason = misfit(target, weights)
+        reason = states.misfit(target, weights)
     except CheckpointError as error:
         reason = f"it {error}"
     if reason:
@@ -156,7 +140,7 @@ def check_classes(path: str | Path, classes: int, num_classes: int | None) -> No
         )
 
 
-def _recognise(state: State) -> tuple[Build, State, Tensor | None]:
+def _recognise(state: states.State) -> tuple[Build, states.State, Tensor | None]:
     """The one known network in a state dict, whatever its keys begin with.
 
     A function from the number of classes to the plain network, its state dict with a last layer
@@ -181,18 +165,18 @@ def _recognise(state: State) -> tuple[Build, State, Tensor | None]:
     # The last layer may lie outside the network, as in encoder.conv1.weight and fc.weight.
     parts = place.split(".")[:-1]
     around = ["".join(f"{part}." for part in parts[:length]) for length in range(len(parts) + 1)]
-    heads = [f"{level}{name}." for level in around for name in HEADS]
+    heads = [f"{level}{name}." for level in around for name in states.HEADS]
     heads = [head for head in heads if f"{head}weight" in state]
     if not heads:
         raise CheckpointError(
             "must hold a classifier, got a network without its last linear layer "
-            f"({', '.join(HEADS)}), as self-supervised training saves it"
+            f"({', '.join(states.HEADS)}), as self-supervised training saves it"
         )
     if len(heads) > 1:
         raise CheckpointError(f"must hold one last layer, got {' and '.join(map(repr, heads))}")
     taus = [(k, match[1]) for k in state if (match := _TAU.fullmatch(k))]
     tau = next((k for k, before in taus if place.startswith(f"{before}backbone.")), None)
-    weights: State = {}
+    weights: states.State = {}
     for key, value in state.items():
         if key.startswith(heads[0]):
             weights["fc." + key.removeprefix(heads[0])] = value
@@ -203,7 +187,7 @@ def _recognise(state: State) -> tuple[Build, State, Tensor | None]:
     return build, weights, None if tau is None else state[tau]
 
 
-def _architecture(state: State) -> Build | None:
+def _architecture(state: states.State) -> Build | None:
     """The plain network with these keys, if known."""
 
     def blocks(pattern: str) -> int:
@@ -216,15 +200,15 @@ def _architecture(state: State) -> Build | None:
     if "block1.layer.0.conv1.weight" in state:
         depth = 6 * blocks(r"block1\.layer\.(\d+)\.") + 4
         widen = len(state["block1.layer.0.conv1.weight"]) // 16
-        return lambda classes: WideResNet(depth, widen, classes)
+        return lambda classes: resnet.WideResNet(depth, widen, classes)
     if not stages[3] and stages[0] and len(set(stages[:3])) == 1:
-        return lambda classes: CifarResNet(6 * stages[0] + 2, classes, width)
+        return lambda classes: resnet.CifarResNet(6 * stages[0] + 2, classes, width)
     if "layer1.0.conv3.weight" in state:
-        return ResNet50
+        return resnet.ResNet50
     if "layer2.0.downsample.0.weight" in state:
-        return ResNet18_224x224
+        return resnet.ResNet18_224x224
     if "layer2.0.shortcut.0.weight" in state:
-        return lambda classes: ResNet18_32x32(classes, width)
+        return lambda classes: resnet.ResNet18_32x32(classes, width)
     return None
 
 
@@ -244,8 +228,8 @@ def network_kind(net: nn.Module, network: str | None = None) -> NetworkKind:
 
     A plain network counts as trained with cross-entropy, since nothing in its keys says otherwise.
     """
-    training = "T2FNorm" if isinstance(net, T2FNormNet) else "CrossEntropy"
-    plain = net.backbone if isinstance(net, T2FNormNet) else net
+    training = "T2FNorm" if isinstance(net, resnet.T2FNormNet) else "CrossEntropy"
+    plain = net.backbone if isinstance(net, resnet.T2FNormNet) else net
     linear = [module for module in plain.modules() if isinstance(module, nn.Linear)]
     classes = linear[-1].out_features if linear else len(list(plain.parameters())[-1])
     name = getattr(plain, "architecture", type(plain).__name__)

@@ -14,15 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusenorm_openood.errors import is_out_of_memory
 from fusenorm_openood.kernels.devices import moved
-from fusenorm_openood.network.running import (
-    eval_mode,
-    own_pass,
-    preserved_randomness,
-    scoring_module,
-    scoring_run,
-    tensors_in,
-    unwrapped,
-)
+from fusenorm_openood.network import running
 
 # How far logits may be from those on another machine, in units of their range: in float32, and in
 # all that rounds more, such as TF32 on a GPU.
@@ -116,13 +108,18 @@ def identify(net: nn.Module, image: Sequence[int], passes: int = 2) -> Fingerpri
     Networks may have the same modules and weights, and another forward. The logits are left out if
     the network does not take such images, or is random as a second pass shows.
     """
-    core = unwrapped(net)
+    core = running.unwrapped(net)
     own = fingerprint(core)
     if not image:
         return own
     images = moved(core, fixed_images(image))
     try:
-        with eval_mode(core), preserved_randomness(images.device), torch.no_grad(), own_pass():
+        with (
+            running.eval_mode(core),
+            running.preserved_randomness(images.device),
+            torch.no_grad(),
+            running.own_pass(),
+        ):
             answers = [_logits(core, images.clone()) for _ in range(passes)]
     except Exception as error:  # its own, which whoever scores images will meet, too
         if is_out_of_memory(error):
@@ -160,6 +157,6 @@ def fixed_images(image: Sequence[int]) -> Tensor:
 
 def _logits(core: nn.Module, images: Tensor) -> Tensor:
     """All that a network returns as one row per image `[2, K]`, its logits among it."""
-    output = scoring_run(core, scoring_module(core))(images)
-    rows = [t for _, t in tensors_in(output) if t.ndim in (1, 2) and len(t) == len(images)]
+    output = running.scoring_run(core, running.scoring_module(core))(images)
+    rows = [t for _, t in running.tensors_in(output) if t.ndim in (1, 2) and len(t) == len(images)]
     return torch.cat([t.detach().cpu().float().view(len(images), -1) for t in rows], dim=1)

@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from fusenorm_openood.errors import (
-    FuseNormError,
-    NetworkError,
-    TapError,
-    is_lost_loader,
-    is_out_of_memory,
-)
+from fusenorm_openood import errors
 from fusenorm_openood.network.resnet import has_scoring_logits
 
 Path = tuple[Any, ...]  # the keys, indices and attributes that lead to a tensor
@@ -217,9 +211,10 @@ def unwrapped(net: nn.Module) -> nn.Module:
         else:
             inner = net.core if isinstance(net, LazyNetwork) else getattr(net, "_orig_mod", None)
     if not isinstance(net, nn.Module):
-        raise TapError(f"net must be a torch.nn.Module, got {type(net).__name__}: wrap it in one")
+        kind = type(net).__name__
+        raise errors.TapError(f"net must be a torch.nn.Module, got {kind}: wrap it in one")
     if isinstance(net, torch.jit.ScriptModule) or hasattr(net, "_guards_fn"):
-        raise TapError(
+        raise errors.TapError(
             f"{type(net).__name__} is scripted, traced or exported, so its modules run no hooks: "
             "give the network that it was made from"
         )
@@ -240,13 +235,13 @@ def network_errors(net: nn.Module, images: Tensor) -> Iterator[None]:
     """Turn what a network itself raises on images into a NetworkError that shows their shape."""
     try:
         yield
-    except FuseNormError:
+    except errors.FuseNormError:
         raise
     except Exception as error:
-        if is_out_of_memory(error) or is_lost_loader(error):
+        if errors.is_out_of_memory(error) or errors.is_lost_loader(error):
             raise
         why = (str(error).strip().splitlines() or [""])[0]
-        raise NetworkError(
+        raise errors.NetworkError(
             f"{type(unwrapped(net)).__name__} fails on images {list(images.shape)} of "
             f"{images.dtype} ({type(error).__name__}: {why}): give it images as it takes them"
         ) from error
@@ -275,7 +270,7 @@ def scoring_run(net: nn.Module, scoring: str | None) -> Callable[..., Any]:
         except _Reached as found:
             args, kwargs = found.args
         else:
-            raise TapError(f"{type(net).__name__} does not call its module {scoring!r}")
+            raise errors.TapError(f"{type(net).__name__} does not call its module {scoring!r}")
         return module.forward_ood_inference(*args, **kwargs)  # type: ignore[operator]
 
     return run

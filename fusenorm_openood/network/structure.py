@@ -13,21 +13,12 @@ from torch import Tensor, nn
 
 from fusenorm_openood.errors import FuseNormError, is_out_of_memory
 from fusenorm_openood.method.scores.base import Head
+from fusenorm_openood.network import running
 from fusenorm_openood.network.blocks import find_blocks, outermost
 from fusenorm_openood.network.graph import INPUT, Call, Graph, Node, WithGraph, recorded
 from fusenorm_openood.network.head import HeadLayers, weight_of
 from fusenorm_openood.network.layouts import Prefix, find_layout, find_prefixes, pixels
 from fusenorm_openood.network.outputs import find_logits, last_activation, logits_at, value_at
-from fusenorm_openood.network.running import (
-    Path,
-    eval_mode,
-    network_errors,
-    own_pass,
-    preserved_randomness,
-    scoring_module,
-    scoring_run,
-    unwrapped,
-)
 from fusenorm_openood.storage.configs import typed
 
 _IN_JSON = {"batch_dependent": "mixes"}  # attributes with another name in files
@@ -45,7 +36,7 @@ class Structure:
     pixels: Mapping[str, int]  # of these feature maps, without prefix tokens
     head: HeadLayers
     classes: int  # number of logits, two for a single one
-    logits: Path = ()  # where they are in the output
+    logits: running.Path = ()  # where they are in the output
     scoring: str | None = None  # name of the module with separate scoring logits
     batch_dependent: bool = False  # the images of a batch influence each other's logits
     random: bool = False  # two passes over the same images give other logits
@@ -83,15 +74,15 @@ class Structure:
 
 def read_structure(net: nn.Module, images: Tensor) -> Structure:
     """The structure of a network, from one pass over two images; see `understand`."""
-    core, two = unwrapped(net), two_images(images)
-    with eval_mode(core), preserved_randomness(images.device):
+    core, two = running.unwrapped(net), two_images(images)
+    with running.eval_mode(core), running.preserved_randomness(images.device):
         output, calls, leaf = _recorded(core, two)
         path = find_logits(core, output, len(two))
         logits = logits_at(core, output, path, len(two))
         if value_at(output, path).ndim == 1:  # [2] may be something else than one logit per image
             three = torch.cat([two, two[:1]])
-            with own_pass(), torch.no_grad():
-                output = scoring_run(core, scoring_module(core))(three)
+            with running.own_pass(), torch.no_grad():
+                output = running.scoring_run(core, running.scoring_module(core))(three)
             logits_at(core, output, path, len(three))
         graph, modules = Graph(logits, leaf), dict(core.named_modules())
         for call in calls.values():
@@ -124,7 +115,7 @@ def read_structure(net: nn.Module, images: Tensor) -> Structure:
         head=head,
         classes=logits.shape[1],
         logits=path,
-        scoring=scoring_module(core),
+        scoring=running.scoring_module(core),
         activation=last_activation(logits.grad_fn),
         prefixes=prefixes,
         outputs={name: calls[name].index for name in layouts if calls[name].index},
@@ -140,17 +131,18 @@ def two_images(images: Tensor) -> Tensor:
 
 def _recorded(core: nn.Module, images: Tensor) -> tuple[Any, dict[str, Call], Tensor]:
     """Output and calls of a pass with a graph, or without one where that is impossible."""
-    run, leaf = scoring_run(core, scoring_module(core)), images.clone().requires_grad_()
+    run = running.scoring_run(core, running.scoring_module(core))
+    leaf = images.clone().requires_grad_()
     for mode in (WithGraph(), nullcontext()):
         try:
-            with own_pass(), torch.inference_mode(False), torch.enable_grad(), mode:
+            with running.own_pass(), torch.inference_mode(False), torch.enable_grad(), mode:
                 return *recorded(core, lambda: run(leaf.clone())), leaf
         except FuseNormError:
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-    with network_errors(core, images), own_pass(), torch.no_grad():
+    with running.network_errors(core, images), running.own_pass(), torch.no_grad():
         return *recorded(core, lambda: run(images.clone())), leaf
 
 

@@ -13,31 +13,14 @@ from torch.nn import functional as F
 from fusenorm_openood.errors import TapError, is_out_of_memory
 from fusenorm_openood.kernels.devices import casts_down, full_precision
 from fusenorm_openood.method.scores.base import Head
+from fusenorm_openood.network import head as heads
+from fusenorm_openood.network import running
 from fusenorm_openood.network.graph import recorded
-from fusenorm_openood.network.head import (
-    HALF,
-    HeadLayers,
-    feature_of,
-    flat_feature,
-    has_quantised_weight,
-    head_layers,
-    hooked_head,
-    linear_head,
-)
 from fusenorm_openood.network.outputs import (
     checked_activation,
     is_activation,
     logits_at,
     of_two_classes,
-)
-from fusenorm_openood.network.running import (
-    eval_mode,
-    hooked,
-    network_errors,
-    own_pass,
-    preserved_randomness,
-    scoring_run,
-    unwrapped,
 )
 from fusenorm_openood.network.structure import Structure, read_structure, two_images
 
@@ -61,9 +44,9 @@ def understand(net: nn.Module, images: Tensor) -> Structure:
     Raises:
         TapError: it is no module, fails on the images, or returns no logits `[B, K]`.
     """
-    core, structure, two = unwrapped(net), read_structure(net, images), two_images(images)
-    with eval_mode(core), preserved_randomness(images.device), torch.no_grad():
-        with network_errors(net, two):
+    core, structure, two = running.unwrapped(net), read_structure(net, images), two_images(images)
+    with running.eval_mode(core), running.preserved_randomness(images.device), torch.no_grad():
+        with running.network_errors(net, two):
             before = _generators(images.device)
             first = _pass(core, structure, two)
             passes = PASSES if _generators(images.device) != before else 1
@@ -108,8 +91,9 @@ class _Pass(NamedTuple):
 
 
 def _pass(core: nn.Module, structure: Structure, images: Tensor) -> _Pass:
-    with own_pass(), hooked_head(head_layers(core, structure.head)) as (inputs, outputs):
-        run = scoring_run(core, structure.scoring)
+    layers = heads.head_layers(core, structure.head)
+    with running.own_pass(), heads.hooked_head(layers) as (inputs, outputs):
+        run = running.scoring_run(core, structure.scoring)
         output, calls = recorded(core, lambda: run(images.clone()))
     for name, layout in structure.layouts.items():
         gave = calls[name].gave[structure.outputs.get(name, 0) :] if name in calls else ()
@@ -155,34 +139,35 @@ def _is_close(found: Tensor, expected: Tensor) -> bool:
     if not (x.isfinite().all() and y.isfinite().all()):
         return True
     # Kernels round otherwise in batches of other sizes; other images have more influence than that.
-    is_half = expected.dtype in HALF or casts_down(expected.device)
+    is_half = expected.dtype in heads.HALF or casts_down(expected.device)
     tolerance = (1e-2 if is_half else 1e-3) * float(expected.max() - expected.min())
     return torch.allclose(x, y, rtol=0, atol=tolerance + 1e-6)
 
 
-def _head_by_weights(layers: Mapping[str, nn.Module], first: _Pass) -> HeadLayers:
+def _head_by_weights(layers: Mapping[str, nn.Module], first: _Pass) -> heads.HeadLayers:
     """How the logits come from the last layers, as far as the weights of these give them."""
     (inputs, outputs, logits), names = first, tuple(layers)
-    found = HeadLayers(names, (1 / len(names),) * len(names) if names else ())
+    found = heads.HeadLayers(names, (1 / len(names),) * len(names) if names else ())
     if any(len(inputs[name]) != len(logits) for name in names):
-        return HeadLayers()  # several features for an image, such as those of its crops
+        return heads.HeadLayers()  # several features for an image, such as those of its crops
     if not torch.isfinite(logits).all():
         return found._replace(is_affine=bool(names))  # the error will be that of their scores
     single = outputs[names[0]].flatten(1) if len(names) == 1 else None
     if single is not None and is_activation(single, logits[:, -single.shape[1] :]):
-        found, logits = HeadLayers(names, (1.0,), before_softmax=True), of_two_classes(single)
+        found, logits = heads.HeadLayers(names, (1.0,), before_softmax=True), of_two_classes(single)
     sums = list[Tensor]()  # of each layer, the logits that its weights give of its feature
     for name, layer in layers.items():
-        head, feature = linear_head([layer], [1.0]), flat_feature(layer, inputs[name]).float()
+        head = heads.linear_head([layer], [1.0])
+        feature = heads.flat_feature(layer, inputs[name]).float()
         if head is None or head.weight.shape != (logits.shape[1], feature.shape[1]):
             return found
         sums.append(F.linear(feature, head.weight.float(), head.bias.float()))
     if not sums:
         return found
-    rounded = logits.dtype in HALF or any(map(has_quantised_weight, layers.values()))
+    rounded = logits.dtype in heads.HALF or any(map(heads.has_quantised_weight, layers.values()))
     shares, exact = find_shares(sums, logits, ROUNDED if rounded else EXACT)
     has_pixels = any(
-        inputs[n].numel() != flat_feature(m, inputs[n]).numel() for n, m in layers.items()
+        inputs[n].numel() != heads.flat_feature(m, inputs[n]).numel() for n, m in layers.items()
     )
     return found._replace(shares=shares, is_linear=exact and not has_pixels, is_affine=exact)
 
@@ -205,7 +190,7 @@ def find_shares(
 
 def _head_by_gradients(
     core: nn.Module, structure: Structure, images: Tensor, first: _Pass
-) -> tuple[HeadLayers, Head] | None:
+) -> tuple[heads.HeadLayers, Head] | None:
     """The logits as an affine function of the feature at `structure.head.feature`.
 
     Of the feature itself, or else of its direction, as those of a cosine head are; the function is
@@ -228,7 +213,7 @@ def _head_by_gradients(
     if found is None:
         return None
     head = head._replace(is_linear=True, is_affine=True, is_normalised=is_normalised)
-    feature = feature_of(head, head_layers(core, head), first.inputs, first.outputs)
+    feature = heads.feature_of(head, heads.head_layers(core, head), first.inputs, first.outputs)
     logits = _scored(head, first.outputs, first.logits)
     if feature is not None and torch.isfinite(logits).all():  # else the scores raise their error
         given = F.linear(feature.to(found.weight), found.weight, found.bias)
@@ -261,23 +246,23 @@ def _pass_of_other_features(
     modules = {name: core.get_submodule(name) for name in names}
     after = [(m, lambda module, args, output: other(output)) for m in modules.values()]
     with (
-        own_pass(),
-        hooked(after=after) if side == "output" else hooked_head(modules, other),
-        hooked_head(head_layers(core, structure.head)) as (_, outputs),
+        running.own_pass(),
+        running.hooked(after=after) if side == "output" else heads.hooked_head(modules, other),
+        heads.hooked_head(heads.head_layers(core, structure.head)) as (_, outputs),
     ):
-        output = scoring_run(core, structure.scoring)(images)
+        output = running.scoring_run(core, structure.scoring)(images)
     if not structure.head.before_softmax:
         return values[0], logits_at(core, output, structure.logits, len(images))
     return values[0], _scored(structure.head, outputs, output)
 
 
-def _scored(head: HeadLayers, outputs: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+def _scored(head: heads.HeadLayers, outputs: Mapping[str, Tensor], logits: Tensor) -> Tensor:
     """The logits, which are those before a softmax if the network returns one."""
     return of_two_classes(outputs[head.names[0]].flatten(1)) if head.before_softmax else logits
 
 
 def _tolerance(logits: Tensor) -> float:
-    return ROUNDED if logits.dtype in HALF else EXACT
+    return ROUNDED if logits.dtype in heads.HALF else EXACT
 
 
 def _affine(module: nn.Module, x: Tensor, logits: Tensor, is_normalised: bool) -> Head | None:
@@ -285,7 +270,7 @@ def _affine(module: nn.Module, x: Tensor, logits: Tensor, is_normalised: bool) -
 
     Of an affine score w f + b, the gradient is w for every feature f.
     """
-    u = flat_feature(module, x).detach().cpu().double()
+    u = heads.flat_feature(module, x).detach().cpu().double()
     length = u.norm(dim=1, keepdim=True) if is_normalised else u.new_ones(len(x), 1)
     u = u / length
 
@@ -294,7 +279,8 @@ def _affine(module: nn.Module, x: Tensor, logits: Tensor, is_normalised: bool) -
 
     def solved(scores: Tensor) -> tuple[Tensor, Tensor] | None:
         (gradient,) = torch.autograd.grad(scores.sum(), x, retain_graph=True)
-        g = flat_feature(module, gradient).detach().cpu().double() * (x[0].numel() / u.shape[1])
+        g = heads.flat_feature(module, gradient).detach().cpu().double()
+        g *= x[0].numel() / u.shape[1]
         s = scores.detach().cpu().double()
         if not is_normalised:
             w = g.mean(0)

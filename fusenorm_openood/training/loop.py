@@ -15,17 +15,11 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
+from fusenorm_openood import errors
 from fusenorm_openood.data.benchmarks import Benchmark, image_loader, load_benchmark
 from fusenorm_openood.data.digits import write_digits
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.preprocessing import train_transform
-from fusenorm_openood.errors import (
-    CheckpointError,
-    ConfigError,
-    DamagedFileError,
-    DataError,
-    NonFiniteError,
-)
 from fusenorm_openood.forward.batches import Labels, batches
 from fusenorm_openood.kernels.devices import device_of, on_cpu
 from fusenorm_openood.method.metrics import accuracy
@@ -58,13 +52,13 @@ def processes(device: torch.device) -> Iterator[Process]:
         yield process
         return
     if device.type not in ("cpu", "cuda") or device.index is not None:
-        raise ConfigError(
+        raise errors.ConfigError(
             f"the device of {process.world} processes must be 'cuda', with one GPU per process, or "
             f"'cpu', got {str(device)!r}"
         )
     if device.type == "cuda":
         if process.local_rank >= torch.cuda.device_count():
-            raise ConfigError(
+            raise errors.ConfigError(
                 f"the local rank must be < {torch.cuda.device_count()}, the number of CUDA "
                 f"devices, got {process.local_rank}: start one process per device"
             )
@@ -124,7 +118,7 @@ def train(
         return best
     if channels_last and device.type == "cpu" and recipe.width < 8:
         # https://github.com/uxlfoundation/oneDNN/issues/6035
-        raise ConfigError(
+        raise errors.ConfigError(
             "width must be >= 8 for channels_last on a CPU, below which oneDNN computes wrong "
             f"gradients, got {recipe.width}: train without channels_last"
         )
@@ -219,7 +213,7 @@ def train_epoch(
             finite = torch.stack(losses).isfinite()
             if not finite.all():
                 first = int((~finite).nonzero()[0, 0])
-                raise NonFiniteError(
+                raise errors.NonFiniteError(
                     f"the loss is {losses[first].item()} at step {epoch * steps + first + 1}: the "
                     "last good checkpoint stays; lower the learning rate"
                 )
@@ -243,7 +237,9 @@ def validation_accuracy(net: nn.Module, loader: Iterable[Any]) -> float:
 
 def _required(labels: Labels | None) -> Labels:
     if labels is None:
-        raise DataError("training needs one integer label per image, got a batch without labels")
+        raise errors.DataError(
+            "training needs one integer label per image, got a batch without labels"
+        )
     return labels
 
 
@@ -254,7 +250,7 @@ def _check_recipe(path: Path, recipe: Recipe) -> None:
     begun = read_config(path)
     for name, value in asdict(recipe).items():
         if begun.get(name) != value:
-            raise CheckpointError(
+            raise errors.CheckpointError(
                 f"{name} must be {begun.get(name)}, as in the run in {path.parent}, got {value}: "
                 "use the same recipe or another folder"
             )
@@ -319,15 +315,15 @@ def resume(path: Path, net: nn.Module, optimiser: SGD) -> Progress:
         return Progress()
     try:
         content = read_saved(path)
-    except DamagedFileError as error:
-        raise DamagedFileError(f"{error}, or remove it to start the run again") from None
+    except errors.DamagedFileError as error:
+        raise errors.DamagedFileError(f"{error}, or remove it to start the run again") from None
 
     def shapes(state: Any) -> Any:
         return {k: getattr(v, "shape", None) for k, v in state.items()} if state else None
 
     is_run = isinstance(content, dict) and set(content) == {"net", "optimiser", "progress"}
     if not is_run or shapes(content["net"]) != shapes(net.state_dict()):
-        raise CheckpointError(
+        raise errors.CheckpointError(
             f"{path} holds no interrupted run of a {type(net).__name__}: remove it to start again"
         )
     net.load_state_dict(content["net"])

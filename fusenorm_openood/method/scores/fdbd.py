@@ -6,16 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusenorm_openood.method.scores.base import (
-    EPS,
-    Features,
-    Head,
-    Score,
-    State,
-    feature_sum,
-    mean_feature,
-    row_norms,
-)
+from fusenorm_openood.method.scores import base
+from fusenorm_openood.method.scores.base import Features, Head, Score, State
 from fusenorm_openood.method.validation import SWITCH, checked
 
 
@@ -41,18 +33,18 @@ class FDBD(Score):
     distance_as_normalizer: bool = checked(True, SWITCH)
 
     def sums(self, batch: Features, labels: Tensor) -> State:
-        return feature_sum(batch)
+        return base.feature_sum(batch)
 
     def fit(self, sums: State, sample: Features, head: Head) -> State:
         """Mean feature, and 1 / ||w_p - w_q||, which turns gaps of logits into distances."""
         weight = head.weight.detach().cpu().double()
         gaps = torch.cdist(weight, weight, compute_mode="donot_use_mm_for_euclid_dist")
         # No boundary separates a class from itself, or from one with the same weights.
-        inverse = torch.where(gaps > EPS, 1 / gaps, 0.0)
-        return {"mean": mean_feature(sums).float(), "inverse": inverse.float()}
+        inverse = torch.where(gaps > base.EPS, 1 / gaps, 0.0)
+        return {"mean": base.mean_feature(sums).float(), "inverse": inverse.float()}
 
     def score(self, batch: Features, head: Head, state: State) -> Tensor:
         top, predicted = batch.logits.max(dim=1)
         distances = (top.unsqueeze(1) - batch.logits) * state["inverse"][predicted]
         origin = state["mean"] if self.distance_as_normalizer else 0.0
-        return distances.sum(dim=1) / row_norms(batch.feature - origin).clamp_min(EPS)
+        return distances.sum(dim=1) / base.row_norms(batch.feature - origin).clamp_min(base.EPS)

@@ -7,21 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusenorm_openood.method.scores.base import (
-    Features,
-    Head,
-    Score,
-    State,
-    class_sums,
-    fit_features,
-    products,
-    row_parts,
-)
-from fusenorm_openood.method.scores.mahalanobis import (
-    SMALLEST_VARIANCE,
-    left_out,
-    squared_distances,
-)
+from fusenorm_openood.method.scores import base, mahalanobis
+from fusenorm_openood.method.scores.base import Features, Head, Score, State
+from fusenorm_openood.method.scores.mahalanobis import left_out, squared_distances
 
 
 @dataclass(frozen=True)
@@ -49,17 +37,17 @@ class HeadMDS(Score):
     state: ClassVar = {"centre": "D", "whitening": "D D", "means": "K D", "share": ""}
 
     def sums(self, batch: Features, labels: Tensor) -> State:
-        feature = F.normalize(fit_features(batch), dim=1)
+        feature = F.normalize(base.fit_features(batch), dim=1)
         predicted = batch.logits.detach().cpu().argmax(dim=1)
-        sums, counts = class_sums(feature, predicted, batch.logits.shape[1])
-        return {"class_sums": sums, "counts": counts, "products": products(feature)}
+        sums, counts = base.class_sums(feature, predicted, batch.logits.shape[1])
+        return {"class_sums": sums, "counts": counts, "products": base.products(feature)}
 
     def fit(self, sums: State, sample: Features, head: Head) -> State:
         of_classes, counts = sums["class_sums"], sums["counts"].double()
         images, weight = counts.sum(), head.weight.detach().cpu().double()
         centre, centred = of_classes.sum(dim=0) / images, weight - counts @ weight / images
         spread = (counts * centred.square().sum(dim=1)).sum()
-        slope = (of_classes * centred).sum() / spread.clamp_min(SMALLEST_VARIANCE)
+        slope = (of_classes * centred).sum() / spread.clamp_min(mahalanobis.SMALLEST_VARIANCE)
         means = centre + slope * centred
         cross = of_classes.T @ means
         covariance = sums["products"] - cross - cross.T + (means.T * counts) @ means
@@ -67,7 +55,7 @@ class HeadMDS(Score):
         values = values.clamp_min(0)  # rounding
         shrinkage = oas(values, int(images))
         variance = (1 - shrinkage) * values + shrinkage * values.mean()
-        whitening = vectors / variance.clamp_min(SMALLEST_VARIANCE).sqrt()
+        whitening = vectors / variance.clamp_min(mahalanobis.SMALLEST_VARIANCE).sqrt()
         return {
             "centre": centre.float(),
             "whitening": whitening.float(),
@@ -77,7 +65,7 @@ class HeadMDS(Score):
 
     def score(self, batch: Features, head: Head, state: State) -> Tensor:
         white, means = _whitened(batch.feature, state), state["means"]
-        parts = row_parts(white, len(means))
+        parts = base.row_parts(white, len(means))
         return torch.cat([-squared_distances(part, means).amin(dim=1) for part in parts])
 
     def score_fit(self, batch: Features, head: Head, state: State, labels: Tensor) -> Tensor:
@@ -85,7 +73,7 @@ class HeadMDS(Score):
         white, means = _whitened(batch.feature, state), state["means"]
         share = float(state["share"])
         own = batch.logits.argmax(dim=1)
-        parts = zip(*(row_parts(t, 2 * len(means)) for t in (white, own)), strict=True)
+        parts = zip(*(base.row_parts(t, 2 * len(means)) for t in (white, own)), strict=True)
         return torch.cat([-left_out(p, means, o, 1.0, share).amin(dim=1) for p, o in parts])
 
 

@@ -7,14 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusenorm_openood.method.scores.base import (
-    Features,
-    Head,
-    Score,
-    State,
-    fit_features,
-    row_parts,
-)
+from fusenorm_openood.method.scores import base
+from fusenorm_openood.method.scores.base import Features, Head, Score, State
 from fusenorm_openood.method.validation import COUNT, SWITCH, checked
 
 
@@ -40,14 +34,14 @@ class KNN(Score):
     root: bool = checked(False, SWITCH)
 
     def fit(self, sums: State, sample: Features, head: Head) -> State:
-        return {"features": F.normalize(fit_features(sample), dim=1)}
+        return {"features": F.normalize(base.fit_features(sample), dim=1)}
 
     def score(self, batch: Features, head: Head, state: State) -> Tensor:
         stored = state["features"]
         rank = min(self.K, len(stored))
         squares = stored.square().sum(dim=1)  # 1, or 0 for a zero feature
         scores = []
-        for part in row_parts(F.normalize(batch.feature, dim=1), len(stored)):
+        for part in base.row_parts(F.normalize(batch.feature, dim=1), len(stored)):
             # 2 a b - |b|^2 ranks the stored b by their distance to a.
             nearness = torch.addmm(squares, part, stored.T, beta=-1, alpha=2)
             kth = nearness.topk(rank, dim=1, sorted=False).values.amin(dim=1)

@@ -7,18 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusenorm_openood.method.scores.base import (
-    ROUNDING,
-    Features,
-    Head,
-    Score,
-    State,
-    class_sums,
-    fit_features,
-    fit_labels,
-    products,
-    row_parts,
-)
+from fusenorm_openood.method.scores import base
+from fusenorm_openood.method.scores.base import Features, Head, Score, State
 from fusenorm_openood.method.validation import among, checked
 
 RIDGE = 1e-3  # added to the covariance of normalised features, in units of the mean variance
@@ -55,9 +45,9 @@ class Mahalanobis(Score):
         return -distances.amin(dim=1)
 
     def sums(self, batch: Features, labels: Tensor) -> State:
-        feature = self._given(fit_features(batch))
-        sums, counts = class_sums(feature, fit_labels(labels, batch), batch.logits.shape[1])
-        return {"class_sums": sums, "counts": counts, "products": products(feature)}
+        feature, labels = self._given(base.fit_features(batch)), base.fit_labels(labels, batch)
+        sums, counts = base.class_sums(feature, labels, batch.logits.shape[1])
+        return {"class_sums": sums, "counts": counts, "products": base.products(feature)}
 
     def fit(self, sums: State, sample: Features, head: Head) -> State:
         classes = sums["counts"].nonzero().flatten()
@@ -80,7 +70,7 @@ class Mahalanobis(Score):
         if self.normalised:
             variance = (values + RIDGE * values.mean()).clamp_min(SMALLEST_VARIANCE)
         else:
-            varies = values > len(values) * ROUNDING * values.amax()
+            varies = values > len(values) * base.ROUNDING * values.amax()
             variance = torch.where(varies, values, torch.inf)
         whitening: Tensor = vectors / variance.sqrt()
         return whitening
@@ -94,7 +84,7 @@ class Mahalanobis(Score):
     def score(self, batch: Features, head: Head, state: State) -> Tensor:
         white, means = self._whitened(batch.feature, state), state["means"]
         scores = []
-        parts = (row_parts(t, len(means)) for t in (white, batch.logits))
+        parts = (base.row_parts(t, len(means)) for t in (white, batch.logits))
         for part, logits in zip(*parts, strict=True):
             distances = squared_distances(part, means)
             scores.append(self.of_distances(self._that_count(distances, logits, state)))
@@ -115,7 +105,7 @@ class Mahalanobis(Score):
             return self.score(batch, head, state)
         rows = torch.searchsorted(state["classes"], labels.contiguous())
         scores = []
-        parts = (row_parts(t, 2 * len(means)) for t in (white, rows, batch.logits))
+        parts = (base.row_parts(t, 2 * len(means)) for t in (white, rows, batch.logits))
         for part, own, logits in zip(*parts, strict=True):
             n = counts[own].to(part.dtype).unsqueeze(1)
             # Without the image, its residual is n / (n - 1) times as long.
@@ -158,5 +148,5 @@ def left_out(
     weight, rows = growth * share, own.unsqueeze(1)
     distances = squared_distances(white, means).scatter(1, rows, growth * growth * square)
     inner = inner.scatter(1, rows, growth * square)
-    left = (1 - weight * square).clamp_min(ROUNDING)
+    left = (1 - weight * square).clamp_min(base.ROUNDING)
     return distances + weight * inner.square() / left

@@ -5,16 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fusenorm_openood.method.scores.base import (
-    EPS,
-    Features,
-    Head,
-    Score,
-    State,
-    feature_sum,
-    mean_feature,
-    row_norms,
-)
+from fusenorm_openood.method.scores import base
+from fusenorm_openood.method.scores.base import Features, Head, Score, State
 from fusenorm_openood.method.validation import NOT_NEGATIVE, checked
 
 
@@ -37,14 +29,14 @@ class NCI(Score):
     alpha: float = checked(0.0001, NOT_NEGATIVE)
 
     def sums(self, batch: Features, labels: Tensor) -> State:
-        return feature_sum(batch)
+        return base.feature_sum(batch)
 
     def fit(self, sums: State, sample: Features, head: Head) -> State:
-        return {"mean": mean_feature(sums).float()}
+        return {"mean": base.mean_feature(sums).float()}
 
     def score(self, batch: Features, head: Head, state: State) -> Tensor:
         feature = batch.feature
         weight = head.weight[batch.logits.argmax(dim=1)]
         centred = feature - state["mean"]
-        proximity = (weight * centred).sum(dim=1) / row_norms(centred).clamp_min(EPS)
+        proximity = (weight * centred).sum(dim=1) / base.row_norms(centred).clamp_min(base.EPS)
         return proximity + self.alpha * feature.abs().sum(dim=1)

@@ -7,18 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusenorm_openood.method.scores.base import (
-    Features,
-    Head,
-    Score,
-    State,
-    class_sums,
-    feature_sum,
-    fit_features,
-    fit_labels,
-    mean_feature,
-    row_norms,
-)
+from fusenorm_openood.method.scores import base
+from fusenorm_openood.method.scores.base import Features, Head, Score, State
 from fusenorm_openood.method.validation import among, checked
 
 
@@ -43,13 +33,13 @@ class SHE(Score):
     metric: str = checked("inner_product", among("inner_product", "cosine", "euclidean"))
 
     def sums(self, batch: Features, labels: Tensor) -> State:
-        feature, labels = fit_features(batch), fit_labels(labels, batch)
+        feature, labels = base.fit_features(batch), base.fit_labels(labels, batch)
         right = labels == batch.logits.cpu().argmax(dim=1)
-        sums, counts = class_sums(feature[right], labels[right], batch.logits.shape[1])
-        return {**feature_sum(batch), "class_sums": sums, "counts": counts}
+        sums, counts = base.class_sums(feature[right], labels[right], batch.logits.shape[1])
+        return {**base.feature_sum(batch), "class_sums": sums, "counts": counts}
 
     def fit(self, sums: State, sample: Features, head: Head) -> State:
-        counts, overall = sums["counts"].unsqueeze(1), mean_feature(sums)
+        counts, overall = sums["counts"].unsqueeze(1), base.mean_feature(sums)
         means = torch.where(counts > 0, sums["class_sums"] / counts, overall)
         return {"means": means.float(), "overall": overall.float(), "counts": sums["counts"]}
 
@@ -73,5 +63,5 @@ class SHE(Score):
         if self.metric == "cosine":
             return F.cosine_similarity(feature, target, dim=1)
         if self.metric == "euclidean":
-            return -row_norms(feature - target)
+            return -base.row_norms(feature - target)
         return (feature * target).sum(dim=1)

@@ -6,19 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusenorm_openood.method.scores.base import (
-    EPS,
-    ROUNDING,
-    Features,
-    Head,
-    Score,
-    State,
-    feature_sum,
-    fit_features,
-    mean_feature,
-    products,
-    row_norms,
-)
+from fusenorm_openood.method.scores import base
+from fusenorm_openood.method.scores.base import Features, Head, Score, State
 from fusenorm_openood.method.validation import COUNT, SHARE, among, checked
 
 
@@ -55,16 +44,16 @@ class ViM(Score):
     origin: str = checked("head", among("head", "mean"))
 
     def sums(self, batch: Features, labels: Tensor) -> State:
-        return {**feature_sum(batch), "products": products(fit_features(batch))}
+        return {**base.feature_sum(batch), "products": base.products(base.fit_features(batch))}
 
     def fit(self, sums: State, sample: Features, head: Head) -> State:
         """Origin, residual space and scale of the virtual logit; the scale is the sample's."""
-        feature = fit_features(sample)
+        feature = base.fit_features(sample)
         if self.origin == "mean":
-            origin = mean_feature(sums)
+            origin = base.mean_feature(sums)
         else:
             weight, bias = head.weight.detach().cpu().double(), head.bias.detach().cpu().double()
-            rounding = max(weight.shape) * ROUNDING  # the weight may have a lower rank
+            rounding = max(weight.shape) * base.ROUNDING  # the weight may have a lower rank
             origin = -torch.linalg.pinv(weight, rtol=rounding) @ bias
         # The products of features less the origin, from those of the features.
         shift = torch.outer(sums["feature"] - sums["images"] / 2 * origin, origin)
@@ -80,9 +69,9 @@ class ViM(Score):
         }
         length = _residual(feature, state).mean(dtype=torch.float64)
         # Residuals that are rounding errors must not become a scale.
-        smallest = ROUNDING * feature.norm(dim=1).mean(dtype=torch.float64)
+        smallest = base.ROUNDING * feature.norm(dim=1).mean(dtype=torch.float64)
         largest_logit = sample.logits.detach().cpu().double().amax(dim=1).mean()
-        state["scale"] = (largest_logit / length.clamp_min(max(float(smallest), EPS))).float()
+        state["scale"] = (largest_logit / length.clamp_min(max(float(smallest), base.EPS))).float()
         return state
 
     def score(self, batch: Features, head: Head, state: State) -> Tensor:
@@ -94,4 +83,4 @@ class ViM(Score):
 
 
 def _residual(feature: Tensor, state: State) -> Tensor:
-    return row_norms((feature - state["origin"]) @ state["residual"])
+    return base.row_norms((feature - state["origin"]) @ state["residual"])
