@@ -70,7 +70,7 @@ def run_compare(args: Namespace) -> int:
             run.net.cpu()
             if leads:
                 run.save(result.structure)
-        inputs.print_throughput(runs)
+        inputs.log_throughput(runs)
         fpr95 = mean([result.fpr95 for result in results]).add_suffix(" FPR@95")
         figures[label] = mean([result.auroc for result in results]).join(fpr95)
         if args.csv and leads:

@@ -1,8 +1,8 @@
 """`fusenorm eval`: evaluate a postprocessor on training runs; `fusenorm leaderboard`."""
 
+import logging
 import pickle
 import shlex
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -24,6 +24,8 @@ from fusenorm_openood.report.evaluation import report_of_evaluation
 from fusenorm_openood.report.page import check_report, write_report
 from fusenorm_openood.storage.files import check_writable, write_whole
 from fusenorm_openood.storage.torchrun import among_peers, this_process
+
+log = logging.getLogger(__name__)
 
 
 def add_eval(parser: ArgumentParser) -> None:
@@ -86,9 +88,7 @@ def run_eval(args: Namespace) -> int:
     print(f"{name} on {args.id_data}: engine {engine}, device {device}", flush=True)
     for run in runs.values():
         if leads and run.is_unfinished:
-            print(
-                f"fusenorm: training run {run.checkpoint.parent} is not finished", file=sys.stderr
-            )
+            log.warning(f"training run {run.checkpoint.parent} is not finished")
     tables, first = [], None
     for run_name, run in runs.items():
         run.net.to(device)
@@ -117,7 +117,7 @@ def run_eval(args: Namespace) -> int:
         if leads:
             write_whole(path, partial(table.to_csv, lineterminator="\n"))
         print(f"saved {path}")
-    inputs.print_throughput(runs)
+    inputs.log_throughput(runs)
     if args.report and leads and first:
         facts = (("training runs", args.root), ("evaluated by", f"{engine} engine"))
         on = "validation pair of " * job.validation + benchmark.name

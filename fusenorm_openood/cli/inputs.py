@@ -1,7 +1,7 @@
 """What a command line names: checkpoints, images, a store, a detector; whether they are usable."""
 
+import logging
 import re
-import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +18,8 @@ from fusenorm_openood.kernels.devices import own_device
 from fusenorm_openood.network import build_network, load_network
 from fusenorm_openood.network.named import is_catalogued
 from fusenorm_openood.storage.torchrun import this_process
+
+log = logging.getLogger(__name__)
 
 _NOT_LOCAL = re.compile(r"[\\/]{2}|[A-Za-z][A-Za-z0-9+.-]+:")  # URLs, network shares
 
@@ -61,10 +63,9 @@ def check_readable(image_sets: Iterable[ImageSet], store: Path | None = None) ->
     truncated = [where for where, fault in faults if fault == "truncated"]
     unreadable = [f"{where} ({fault})" for where, fault in faults if fault != "truncated"]
     if truncated:
-        print(
-            f"fusenorm: {len(truncated)} truncated image(s), read as in OpenOOD, with missing rows "
-            f"in grey:{_listed(truncated)}",
-            file=sys.stderr,
+        log.warning(
+            f"{len(truncated)} truncated image(s), read as in OpenOOD, with missing rows in grey:"
+            f"{_listed(truncated)}"
         )
     if unreadable:
         raise DataError(
@@ -88,11 +89,11 @@ def store_of(given: str | None) -> Path | None:
     return None
 
 
-def print_throughput(runs: Mapping[str, Run]) -> None:
-    """Print to standard error how fast images were scored for a store, if any were."""
+def log_throughput(runs: Mapping[str, Run]) -> None:
+    """Log how fast images were scored for a store, if any were."""
     counted = next(iter(runs.values())).throughput
     if counted.images and this_process().leads:
-        print(f"fusenorm: {counted.images:,} images scored, {counted}", file=sys.stderr)
+        log.info(f"{counted.images:,} images scored, {counted}")
 
 
 def load_detector(

@@ -1,6 +1,7 @@
 """The command `fusenorm`."""
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -10,6 +11,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
+
+from tqdm import tqdm
 
 from fusenorm_openood import __version__
 from fusenorm_openood.errors import FuseNormError, UnwritableError, is_lost_loader, unknown
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if "_ARGCOMPLETE" in os.environ:  # set by the shell, for the extra `completion`
         import_module("argcomplete").autocomplete(_parser(os.environ["COMP_LINE"].split()[1:2]))
-    with tolerant_output(), own_warnings(), quiet_loaders():
+    with tolerant_output(), own_warnings(), own_messages(), quiet_loaders():
         args = _parsed(argv)
         try:
             status: int = args.run(args)
@@ -141,6 +144,31 @@ def own_warnings() -> Iterator[None]:
             yield
         finally:
             warnings.formatwarning = usual
+
+
+@contextmanager
+def own_messages() -> Iterator[None]:
+    """Show on standard error what this package logs, unless its logger has been configured."""
+    log, handler = logging.getLogger("fusenorm_openood"), _Messages()
+    if log.handlers or log.level:
+        yield
+        return
+    propagate, log.propagate = log.propagate, False
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+        log.propagate = propagate
+
+
+class _Messages(logging.Handler):
+    """Writes each message above the progress bar, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"fusenorm: {record.getMessage()}", file=sys.stderr)
 
 
 @contextmanager

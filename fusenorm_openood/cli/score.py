@@ -1,7 +1,7 @@
 """`fusenorm score`: confidences, p-values and verdicts of image files; `fusenorm report`."""
 
+import logging
 import math
-import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +27,8 @@ from fusenorm_openood.report.page import check_report, write_report
 from fusenorm_openood.storage.files import check_file
 from fusenorm_openood.storage.torchrun import among_peers, this_process
 from fusenorm_openood.storage.urls import Places, Url, place, split_page
+
+log = logging.getLogger(__name__)
 
 SOME_UNREADABLE = 3  # exit status
 
@@ -84,7 +86,7 @@ def run_score(args: Namespace) -> int:
             "--calibration-dir"
         )
     if known is None and process.leads:
-        print("fusenorm: the detector is not calibrated, so there are no verdicts", file=sys.stderr)
+        log.warning("the detector is not calibrated, so there are no verdicts")
     if known is not None and args.fdr is None:
         known.check_enough(args.acceptance)
     listed = manifest_paths(args.manifest).texts if args.manifest else ()
@@ -126,17 +128,16 @@ def run_score(args: Namespace) -> int:
     summary = f"{counts.total()} images: {counts['OOD']} OOD, {counts['unreadable']} unreadable"
     summary += f", {len(file.judged)} judged before" if file.judged else ""
     summary += f"; {throughput}" if throughput.images else ""
-    print(f"fusenorm: {summary}", file=sys.stderr)
+    log.info(summary)
     tested = counts.total() - counts["unreadable"]
     if by_fdr and known is not None and tested and not counts["OOD"]:
         n = max(map(len, known.cells))
         fewest = fewest_rejections(n, tested, args.fdr)
         more = "more than there are" if fewest > tested else "or none is rejected"
-        print(
-            f"fusenorm: {n} calibration images give no p-value below {1 / (n + 1):.2g}, which "
+        log.warning(
+            f"{n} calibration images give no p-value below {1 / (n + 1):.2g}, which "
             f"{fewest} of {tested} images must have at an FDR of {args.fdr:g}, {more}: calibrate "
-            "on more, or choose --acceptance",
-            file=sys.stderr,
+            "on more, or choose --acceptance"
         )
     if args.report and table:
         _write_page(args.report, detector, args.detector, table, args.acceptance)

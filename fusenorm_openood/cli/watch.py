@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import sys
 from argparse import ArgumentParser, Namespace
@@ -15,6 +16,8 @@ from fusenorm_openood import errors
 from fusenorm_openood.cli import options
 from fusenorm_openood.detectors.watch import Position, Watch, Watched
 from fusenorm_openood.storage.files import write_bytes_whole
+
+log = logging.getLogger(__name__)
 
 Row = tuple[float | None, str]  # confidence, None if unreadable; a text to recognise the row by
 
@@ -55,7 +58,7 @@ def run_watch(args: Namespace) -> int:
         print(json.dumps(now._asdict()), flush=True)
         if now.alarm and not before:
             told = f"alarm after {now.alarm_row} confidences: they are {now.shift}"
-            print(f"fusenorm: {told} than at calibration", file=sys.stderr)
+            log.warning(f"{told} than at calibration")
         before = now.alarm
     return 0
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.deployment.files import FileShards, ImageFiles, experts_key, scored
@@ -27,6 +26,8 @@ from fusenorm_openood.errors import ClusterError, ConfigError, FuseNormError, is
 from fusenorm_openood.storage.shards import ShardSet
 from fusenorm_openood.storage.stored import Batches, row_batches
 from fusenorm_openood.storage.urls import Place
+
+log = logging.getLogger(__name__)
 
 TRIES = 3  # actors that may end at one shard, or in a row before any shard
 _OBJECTS = 100_000_000  # bytes of the object store of a local cluster; results do not go through it
@@ -194,4 +195,4 @@ def _count(ended: Counter[int | None], shard: int | None, error: Exception) -> N
             f"{TRIES} actors ended while {doing} ({reason}): see Ray's logs; memory is the usual "
             "reason, which a smaller --batch-size or more --cores-per-actor saves"
         )
-    tqdm.write(f"fusenorm: an actor ended while {doing} ({reason}): replaced", file=sys.stderr)
+    log.warning(f"an actor ended while {doing} ({reason}): replaced")

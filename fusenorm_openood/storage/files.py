@@ -1,6 +1,7 @@
 """Write files completely or not at all, lock them, and tell whether they have changed."""
 
 import json
+import logging
 import os
 import re
 import sys
@@ -16,6 +17,8 @@ from fusenorm_openood.storage.urls import Place, Url, versions
 
 if sys.platform != "win32":
     import fcntl
+
+log = logging.getLogger(__name__)
 
 
 def file_digest(path: str | Path) -> str:
@@ -103,7 +106,7 @@ def check_file(path: Path, option: str, *suffixes: str) -> None:
 def check_writable(folder: Path, option: str) -> None:
     """Raise ConfigError unless a folder is writable; a missing one is created, with a message."""
     if not folder.exists():
-        print(f"fusenorm: {option} makes the folder {folder}", file=sys.stderr)
+        log.info(f"{option} makes the folder {folder}")
     try:
         write_whole(folder / ".writable", Path.touch)
         (folder / ".writable").unlink(missing_ok=True)  # several processes may check at once

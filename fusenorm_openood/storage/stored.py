@@ -1,6 +1,6 @@
 """Read rows that a store has, compute and store the others."""
 
-import sys
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from fusenorm_openood.errors import DamagedShardError, StoreError
 from fusenorm_openood.storage.shards import DIGITS, Columns, Key, ShardSet, digest
 from fusenorm_openood.storage.torchrun import this_process, wait_until
 from fusenorm_openood.storage.urls import Place
+
+log = logging.getLogger(__name__)
 
 Batches = Sequence[Any]  # ranges or lists of rows; torch's annotations have lists only
 Take = Callable[[Columns], Columns]
@@ -125,7 +126,7 @@ class StoredScores:
             found = wait_until(arrived, WORD)
             if not (found or is_waiting_said):
                 is_waiting_said = True
-                _say(
+                log.warning(
                     f"waiting for other processes of WORLD_SIZE={world}: unset it unless torchrun "
                     "started this one"
                 )
@@ -164,12 +165,8 @@ def _but_content(key: Key) -> str:
     return digest({**vars(key), "record": {**key.record, "content": None}})
 
 
-def _say(text: str) -> None:
-    tqdm.write(f"fusenorm: {text}", file=sys.stderr)
-
-
 def _say_damaged(error: StoreError) -> None:
-    _say(f"{str(error).removesuffix(': delete it')}: it is computed again")
+    log.warning(f"{str(error).removesuffix(': delete it')}: it is computed again")
 
 
 def shard_batches(

@@ -1,6 +1,7 @@
 """A command finishes and saves its files whatever becomes of its standard output."""
 
 import io
+import logging
 import os
 import resource
 import subprocess
@@ -10,7 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 import pandas as pd
 import pytest
 
-from fusenorm_openood.cli.main import tolerant_output
+from fusenorm_openood.cli.main import main, tolerant_output
 
 MSP = ("--postprocessor", "msp", "--compare", "--save-csv")
 
@@ -65,6 +66,15 @@ def test_a_process_whose_pipe_is_closed_ends_without_a_word():
         process.stdout.close()  # as `| head -1` does later
         said = process.stderr.read()
     assert (process.returncode, said) == (0, b"")
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.ERROR])
+def test_messages_are_shown_unless_logging_is_configured(tmp_path, level, monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger("fusenorm_openood"), "level", level)
+    made = tmp_path / "new"
+    assert main(["train", "--data-root", str(tmp_path / "none"), "--results-dir", str(made)]) == 1
+    said = f"fusenorm: --results-dir makes the folder {made}" in capsys.readouterr().err
+    assert said == (level == logging.NOTSET)
 
 
 def test_standard_output_is_as_before_afterwards(capsys):

@@ -154,7 +154,7 @@ def test_a_file_with_a_damaged_header_is_found_by_its_header(folder):
     assert "cannot identify" in find_fault(path)
 
 
-def test_all_faults_of_all_lists_are_reported_at_once(folder, capsys):
+def test_all_faults_of_all_lists_are_reported_at_once(folder, caplog):
     home, cut = folder
     cut("png", 0.9)
     cut("jpg", 0.01)
@@ -163,7 +163,7 @@ def test_all_faults_of_all_lists_are_reported_at_once(folder, capsys):
     image_sets = [ImageSet(home / name, home, lambda image: image) for name in ("list.txt",)]
     with pytest.raises(DataError) as error:
         check_readable([*image_sets, ImageSet(home / "other.txt", home, lambda image: image)])
-    warning = capsys.readouterr().err
+    warning = caplog.text
     assert "2 truncated image(s)" in warning
     assert f"list.txt, line 2: image {home / 'cut.png'}" in warning
     assert f"other.txt, line 2: image {home / 'cut.png'}" in warning
@@ -172,7 +172,7 @@ def test_all_faults_of_all_lists_are_reported_at_once(folder, capsys):
     assert f"other.txt, line 1: image {home / 'gone.png'} (missing)" in str(error.value)
 
 
-def test_images_are_opened_once_per_store_until_they_change(folder, capsys, monkeypatch):
+def test_images_are_opened_once_per_store_until_they_change(folder, caplog, monkeypatch):
     home, cut = folder
     path = cut("png", 0.9)
     (home / "list.txt").write_text("whole.png 0\n\ncut.png 1\n")
@@ -181,7 +181,7 @@ def test_images_are_opened_once_per_store_until_they_change(folder, capsys, monk
     image_sets = [ImageSet(home / "list.txt", home, lambda image: image)]
     for store, count in ((None, 2), (None, 4), (home / "store", 6), (home / "store", 6)):
         check_readable(image_sets, store)
-        assert f"list.txt, line 3: image {path}" in capsys.readouterr().err
+        assert f"list.txt, line 3: image {path}" in caplog.text
         assert len(opened) == count
     path.write_bytes(b"no image")
     for count in (8, 10):  # what cannot be read may become readable as it is

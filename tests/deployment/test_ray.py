@@ -99,7 +99,7 @@ def test_actors_change_no_bit_of_shards_and_rows(ray, home, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("line", ["begins 2", "written 2"])
 def test_an_actor_that_ends_loses_no_shard_and_repeats_none_that_is_written(
-    ray, home, files, tmp_path, line, capsys
+    ray, home, files, tmp_path, line, caplog
 ):
     load = Loading(home / "d.st", tmp_path / "log", killed=line)
     assert sorted(score_with_actors(ray, files, load, cores=1)) == list(range(5))
@@ -107,7 +107,7 @@ def test_an_actor_that_ends_loses_no_shard_and_repeats_none_that_is_written(
     assert load.lines("written") == [f"written {number}" for number in range(5)]
     assert load.lines("begins 2") == ["begins 2"] * (2 if line == "begins 2" else 1)
     assert shards_in(tmp_path / "store") == shards_in(home / "one.store")
-    assert "an actor ended while scoring shard 2" in capsys.readouterr().err
+    assert "an actor ended while scoring shard 2" in caplog.text
 
 
 def test_only_missing_shards_are_dealt_out(ray, home, files, tmp_path):

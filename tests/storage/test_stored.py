@@ -72,14 +72,14 @@ def test_shards_are_computed_when_they_are_needed_and_survive_a_failure(tmp_path
     assert again.log == [1, 2]
 
 
-def test_a_damaged_shard_is_computed_again_and_said(tmp_path, capsys):
+def test_a_damaged_shard_is_computed_again_and_said(tmp_path, caplog):
     Computing(tmp_path).rows()
     damage(tmp_path, 1)
     again = Computing(tmp_path)
     assert again.rows() == SQUARES
     assert again.log == [1]
-    assert "000001-" in (said := capsys.readouterr().err)
-    assert said.endswith("is computed again\n")
+    assert "000001-" in (said := caplog.messages[0])
+    assert said.endswith("is computed again")
     assert len(list(tmp_path.glob("images-*/000001-*"))) == 1
 
 
@@ -95,7 +95,7 @@ def test_an_empty_set_has_no_rows(tmp_path):
 
 
 @pytest.mark.parametrize("start", [0, 1])
-def test_processes_compute_their_shares_and_wait_for_the_others(tmp_path, rank, start, capsys):
+def test_processes_compute_their_shares_and_wait_for_the_others(tmp_path, rank, start, caplog):
     rank(1)
     other = Computing(tmp_path, start=start)
     other.stored.compute_share()
@@ -104,10 +104,10 @@ def test_processes_compute_their_shares_and_wait_for_the_others(tmp_path, rank, 
     mine = Computing(tmp_path, start=start)
     assert mine.rows() == SQUARES
     assert mine.log == [n for n in range(3) if (n + start) % 2 == 0]
-    assert capsys.readouterr().err == ""
+    assert not caplog.messages
 
 
-def test_a_process_that_waits_says_so(tmp_path, rank, monkeypatch, capsys):
+def test_a_process_that_waits_says_so(tmp_path, rank, monkeypatch, caplog):
     rank(0)
     monkeypatch.setattr(module, "WORD", 0.05)
     late = threading.Timer(0.3, lambda: list(Computing(tmp_path).stored.computed([1])))
@@ -115,7 +115,7 @@ def test_a_process_that_waits_says_so(tmp_path, rank, monkeypatch, capsys):
     waiting = Computing(tmp_path)
     assert waiting.rows() == SQUARES
     assert waiting.log == [0, 2]
-    assert capsys.readouterr().err.count("waiting for other processes of WORLD_SIZE=2") == 1
+    assert caplog.text.count("waiting for other processes of WORLD_SIZE=2") == 1
     late.join()
 
 
@@ -177,7 +177,7 @@ def test_a_complete_set_that_contains_the_rows_is_read_instead(tmp_path, content
     assert len(list(tmp_path.iterdir())) == (1 if found else 2)
 
 
-def test_rows_that_an_incomplete_or_damaged_set_lacks_are_computed(tmp_path, capsys):
+def test_rows_that_an_incomplete_or_damaged_set_lacks_are_computed(tmp_path, caplog):
     write_powers(tmp_path, numbers=[0, 1])
     reader = Computing(tmp_path / "2", taken=taken)
     assert reader.rows() == SQUARES
@@ -187,7 +187,7 @@ def test_rows_that_an_incomplete_or_damaged_set_lacks_are_computed(tmp_path, cap
     reader = Computing(tmp_path, taken=taken)
     assert reader.rows() == SQUARES
     assert reader.log == [1]
-    assert capsys.readouterr().err.count("computed again") == 1
+    assert caplog.text.count("computed again") == 1
 
 
 def test_a_wait_ends_when_another_process_takes_the_rows_of_a_larger_set(tmp_path, rank):
