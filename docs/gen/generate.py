@@ -272,21 +272,6 @@ def protocol() -> str:
     return table(("candidate", *networks, "worst margin", "far-off, %"), rows)
 
 
-def protocol_in_short() -> str:
-    """Means over networks of the candidates that reject what is far off, the best first."""
-    found, networks = candidates()
-    kept = found[found["worst", "far-off"] <= 1]
-    rows = []
-    for name in dict.fromkeys([*kept.index[:8], CHOSEN, BEFORE]):
-        row = kept.loc[name]
-        near, far = (np.mean([row[n, group] for n in networks]) for group in ("near", "far"))
-        margin = f"{row['worst', 'margin']:.2f}"
-        rows.append(
-            (f"{name}{' = `fusenorm`' * (name == CHOSEN)}", f"{near:.2f} / {far:.2f}", margin)
-        )
-    return table(("candidate", "near / far", "worst margin"), rows)
-
-
 def candidates() -> tuple[pd.DataFrame, list[str]]:
     """The candidates of the protocol, the best worst margin first, and the networks."""
     found = pd.read_csv(RESULTS / "protocol.csv", header=[0, 1], index_col=0)
@@ -365,7 +350,6 @@ def package_metrics() -> str:
 COMPARED = ("FuseNorm (default)", "FuseNorm (deviation)", "FuseNorm (published)")
 IMAGENET = "EfficientNet-Lite0"
 TITLES = {IMAGENET: "ImageNet-1k"}
-BEFORE, CHOSEN = "default before 0.3.0", "output+logitgap+fdbd+head_mds, joint 3"
 
 MEASURED_TABLES: dict[str, Callable[[str], str]] = {
     "compare": comparison,
@@ -379,7 +363,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "sizes": fit_sizes,
     "catalogue": catalogue,
     "protocol": protocol,
-    "protocol-short": protocol_in_short,
     "far-off": far_off,
     "alarm": alarm,
     "pseudo": pseudo_ood,
