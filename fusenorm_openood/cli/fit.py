@@ -170,8 +170,7 @@ def _save(args: Namespace, detector: FuseNorm) -> int:
 def class_names(file: str, id_dirs: Sequence[str]) -> tuple[str, ...]:
     """The lines of a text file; for `folders`, names of folders in the order of ImageFolder.
 
-    Raises:
-        ConfigError: the file cannot be read, or there are no folders.
+    ConfigError if the file cannot be read, or there are no folders.
     """
     if file == "folders":
         inside = (folder for given in id_dirs for folder in Path(given).glob("*/"))
@@ -198,10 +197,8 @@ def preprocessing_of(
 ) -> Preprocessing:
     """What a network declares, with what is given in its place; all of it if none is declared.
 
-    `pixels` are further fields of `Preprocessing`.
-
-    Raises:
-        ConfigError: a size or a normalization that is neither declared nor given.
+    `pixels` are further fields of `Preprocessing`. ConfigError for a size or a normalization that
+    is neither declared nor given.
     """
     declared = Preprocessing.of(net, size)
     if declared is None:

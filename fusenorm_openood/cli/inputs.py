@@ -54,10 +54,8 @@ def check_files(
 def check_readable(image_sets: Iterable[ImageSet], store: Path | None = None) -> None:
     """Warn about truncated images, which are read as in OpenOOD, with missing rows in grey.
 
-    With a store, files are not opened again until they change.
-
-    Raises:
-        DataError: images that cannot be read; the message lists all of them.
+    With a store, files are not opened again until they change. DataError if images cannot be read;
+    the message lists all of them.
     """
     faults = [f for image_set in image_sets for f in find_faults(image_set.images(), store)]
     truncated = [where for where, fault in faults if fault == "truncated"]

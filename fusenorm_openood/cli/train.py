@@ -76,9 +76,7 @@ def ensure_digits(data_root: str, root: str | None, progress: bool = False) -> N
     """Create what the digits benchmark is missing: its images, and a network under `root`.
 
     A network is only trained under a root that has the name of a recipe of the digits.
-
-    Raises:
-        CheckpointError: a root of another name without a checkpoint.
+    CheckpointError for a root of another name without a checkpoint.
     """
     with alone_in(Path(data_root)):
         if root is not None:

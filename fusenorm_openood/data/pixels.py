@@ -38,11 +38,9 @@ class Read(NamedTuple):
 def read_bands(given: Place | Image.Image, how: "Preprocessing") -> list[Image.Image]:
     """An image as PIL images: one in RGB or grey with 8 bits, or one for each channel.
 
-    These are grey with 8 bits, or of floating-point numbers for `uint16` and `float32`.
-
-    Raises:
-        DataError: its channels, bits or values are not those of the preprocessing, or it cannot be
-            read; and what `read_image` raises.
+    These are grey with 8 bits, or of floating-point numbers for `uint16` and `float32`. DataError
+    if it cannot be read, or its channels, bits or values are others than those of the
+    preprocessing; also what `read_image` raises.
     """
     plain = how.dtype == "uint8" and how.channels in (1, 3)
     try:

@@ -61,15 +61,11 @@ def parse_normalization(text: str, channels: int | None = 3) -> Normalization:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """OpenOOD's transform of test images: resize, centre-crop and normalise to `[3, size, size]`.
-
-    Attributes:
-        norm: mean and standard deviation of the RGB channels.
-        sizes: length of the shorter side after bilinear resizing, and of the sides of the centre
-            crop; None = neither resized nor cropped.
-    """
+    """OpenOOD's transform of test images: resized, cropped, normalised to `[3, size, size]`."""
 
     norm: Normalization
+    # Length of the shorter side after bilinear resizing, and of the sides of the centre crop; None
+    # = neither resized nor cropped.
     sizes: tuple[int, int] | None = None
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -78,8 +74,7 @@ class EvalTransform:
         if self.sizes:
             bilinear = TF.InterpolationMode.BILINEAR
             image = TF.center_crop(TF.resize(image, self.sizes[0], bilinear), self.sizes[1])
-        tensor: Tensor = TF.normalize(to_tensor(image), *self.norm)
-        return tensor
+        return TF.normalize(to_tensor(image), *self.norm)
 
 
 def to_unit(pixels: Tensor, span: tuple[float, float]) -> Tensor:
@@ -112,8 +107,7 @@ def train_transform(
     else:
         sizes = [T.Resize(pre_size, bilinear), T.CenterCrop(image_size)]
         steps = [*sizes, *mirror, T.RandomCrop(image_size, padding=image_size // 8)]
-    transform: Transform = T.Compose([*steps, to_tensor, T.Normalize(*norm)])
-    return transform
+    return T.Compose([*steps, to_tensor, T.Normalize(*norm)])
 
 
 def _pixels(value: Any) -> tuple[int, ...] | None:
@@ -245,15 +239,13 @@ class Preprocessing:
             fill = fill if self.dtype == "float32" else [*map(round, fill)]
             sides = [*(side // 2 for side in short), *((side + 1) // 2 for side in short)]
             resized = TF.pad(resized, sides, fill if band.mode == "RGB" else fill[0])
-        cropped: Image.Image = TF.center_crop(resized, list(self.crop))
-        return cropped
+        return TF.center_crop(resized, list(self.crop))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         from torchvision.transforms import functional as TF
 
         unit = to_unit(pixels, self.span)
-        tensor: Tensor = TF.normalize(unit, list(self.mean), list(self.std))
-        return tensor
+        return TF.normalize(unit, list(self.mean), list(self.std))
 
     def _resized(self, height: int, width: int) -> list[int]:
         """What torchvision's `resize` takes: one length is that of the shorter side."""
@@ -273,8 +265,7 @@ class Preprocessing:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Preprocessing":
         """The preprocessing that `to_json` gave; ConfigError if it is something else."""
-        preprocessing: Preprocessing = typed(cls, record, "preprocessing")
-        return preprocessing
+        return typed(cls, record, "preprocessing")
 
     @classmethod
     def of(cls, net: nn.Module, size: int | None = None) -> "Preprocessing | None":

@@ -31,8 +31,7 @@ def blur(images: Tensor, generator: Generator) -> Tensor:
 
     sigma = min(images.shape[2:]) / 8
     reach = min(int(3 * sigma), min(images.shape[2:]) - 1)
-    blurred: Tensor = V.gaussian_blur(images, [2 * reach + 1] * 2, [sigma, sigma])
-    return blurred
+    return V.gaussian_blur(images, [2 * reach + 1] * 2, [sigma, sigma])
 
 
 def noise(images: Tensor, generator: Generator) -> Tensor:

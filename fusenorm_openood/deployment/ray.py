@@ -38,11 +38,8 @@ def cluster() -> Iterator[Any]:
     """Context with the module `ray`, connected to the cluster of `RAY_ADDRESS` or a local one.
 
     Standard output is redirected to standard error: Ray prints messages of its nodes. A local
-    cluster sends no usage statistics unless `RAY_USAGE_STATS_ENABLED` says so.
-
-    Raises:
-        ConfigError: Ray is not installed.
-        ClusterError: the cluster cannot be reached.
+    cluster sends no usage statistics unless `RAY_USAGE_STATS_ENABLED` says so. ConfigError if Ray
+    is not installed, ClusterError if the cluster cannot be reached.
     """
     try:
         import ray
@@ -81,10 +78,7 @@ def cluster() -> Iterator[Any]:
 def shape(ray: Any, cores: int, gpus: bool) -> tuple[int, dict[str, int]]:
     """How many actors with so many cores there is room for, and the resources of each.
 
-    With `gpus` an actor has a GPU, if the cluster has any.
-
-    Raises:
-        ClusterError: there are fewer cores.
+    With `gpus` an actor has a GPU, if the cluster has any. ClusterError if there are fewer cores.
     """
     has = ray.cluster_resources()
     room, devices = int(has.get("CPU", 0)) // cores, int(has.get("GPU", 0)) if gpus else 0

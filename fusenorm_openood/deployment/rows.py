@@ -72,9 +72,7 @@ class RowFile:
     def write(self, rows: Sequence[Judged]) -> None:
         """Append rows; they are in the file when this returns.
 
-        Raises:
-            DataError: the disk is full.
-            UnwritableError: likewise, that of standard output.
+        DataError if the disk is full, UnwritableError if it is that of standard output.
         """
         with self._writing():
             self._writer.writerows(map(_cells, rows))

@@ -164,8 +164,7 @@ def _fitted_peers(head: Head, ids: Features) -> dict[str, Callable[[Features], V
 
     def score(predict: Callable[[Tensor], Tensor], batch: Features) -> Values:
         scores = [-predict(part).detach() for part in torch.split(batch.feature, 200)]
-        joined: Values = torch.cat(scores).double().numpy()
-        return joined
+        return torch.cat(scores).double().numpy()
 
     return {
         "DICE": partial(score, dice.predict_features),
@@ -279,5 +278,4 @@ def _aurocs(id_conf: ArrayLike, ood_conf: ArrayLike, n: Values, m: Values) -> Va
 
     ours, others = per_level(n, 0), per_level(m, n.shape[1])
     below = np.cumsum(others, axis=1) - others / 2
-    aurocs: Values = (below * ours).sum(axis=1) / (n.sum(axis=1) * m.sum(axis=1))
-    return aurocs
+    return (below * ours).sum(axis=1) / (n.sum(axis=1) * m.sum(axis=1))

@@ -112,8 +112,7 @@ def summarise(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     stacked = np.stack([table.to_numpy() for table in tables])
     pairs = np.stack([stacked.mean(axis=0), stacked.std(axis=0)], axis=-1)
     cells = [[f"{mean:.2f} \u00b1 {std:.2f}" for mean, std in row] for row in pairs]
-    summary: pd.DataFrame = pd.DataFrame(cells, tables[0].index, list(tables[0].columns))
-    return summary
+    return pd.DataFrame(cells, tables[0].index, list(tables[0].columns))
 
 
 def check_fsood(benchmark: Benchmark, fsood: bool) -> None:
@@ -124,8 +123,7 @@ def check_fsood(benchmark: Benchmark, fsood: bool) -> None:
 
 def mean(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """The mean over the tables of several training runs."""
-    average: pd.DataFrame = sum(tables[1:], start=tables[0]) / len(tables)
-    return average
+    return sum(tables[1:], start=tables[0]) / len(tables)
 
 
 def _openood_scores(sets: Mapping[str, Mapping[str, Scored]], name: str) -> dict[str, Any]:

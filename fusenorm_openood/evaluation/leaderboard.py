@@ -63,8 +63,7 @@ class Split(NamedTuple):
 def read_results(path: Path, benchmark: Benchmark) -> pd.DataFrame:
     """A results CSV of OpenOOD or of `fusenorm eval`, with its cells as text.
 
-    Raises:
-        DataError: not a table of the benchmark, or a cell that is not a percentage.
+    DataError if it is no table of the benchmark, or a cell is not a percentage.
     """
     again = "evaluate again with --save-csv"
     try:

@@ -35,10 +35,8 @@ def find_checkpoints(root: str | Path) -> dict[str, Path]:
     """The checkpoint of each training run `s0`, `s1`, ... under a root.
 
     Without such runs it is the root's own checkpoint, and a root that is a file is a checkpoint;
-    either has the key `""`.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or a run has none, or a folder cannot be read.
+    either has the key `""`. CheckpointError if there is none, or a run has none, or a folder cannot
+    be read.
     """
     root = Path(root)
     try:
@@ -259,11 +257,8 @@ def find_faults(images: ImageList, store: Path | None = None) -> list[tuple[str,
     """The position and the fault of each faulty image; see `find_fault`.
 
     With a store, if all files can be read, some of them truncated, they are not opened again until
-    the list, or the size or time of a file, changes.
-
-    Raises:
-        DataError: with a store, a file is missing.
-        StoreError: the store cannot be written.
+    the list, or the size or time of a file, changes. With a store, DataError if a file is missing,
+    StoreError if the store cannot be written.
     """
     found, name = None, f"{images.path.stem}_faults"
     if store is not None:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fusenorm_openood.data.preprocessing import Preprocessing, to_unit
+from fusenorm_openood.data.preprocessing import Normalization, Preprocessing, to_unit
 from fusenorm_openood.errors import ConfigError, ExportError
 from fusenorm_openood.forward.experts import Expert, Scoring
 from fusenorm_openood.method.calibration import Calibration
@@ -26,20 +26,12 @@ ERROR = 1e-5  # of confidences of ID images in float32; see `thresholds`
 
 
 class Inputs(NamedTuple):
-    """What an exported program is given.
+    """What an exported program is given."""
 
-    Attributes:
-        shape: of one image, `[C, H, W]`.
-        dtype: of the images.
-        normalization: mean and standard deviation of the channels, of values in [0, 1]; None =
-            the images are normalised already.
-        span: the values of pixels that are 0 and 1.
-    """
-
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one image, `[C, H, W]`
     dtype: torch.dtype
-    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None
-    span: tuple[float, float] = (0, 255)
+    normalization: Normalization | None  # of values in [0, 1]; None = they are normalised already
+    span: tuple[float, float] = (0, 255)  # the values of pixels that are 0 and 1
 
     @classmethod
     def of(
@@ -47,8 +39,7 @@ class Inputs(NamedTuple):
     ) -> "Inputs":
         """The inputs of a detector.
 
-        Raises:
-            ConfigError: a dtype or a shape that is not that of the preprocessing, or is missing.
+        ConfigError for a dtype or a shape that is missing, or not that of the preprocessing.
         """
         own = "uint8" if preprocessing is None else preprocessing.dtype
         dtype = dtype or own
@@ -202,8 +193,7 @@ def _zeros(values: Tensor) -> Tensor:
 def float32_copy(net: nn.Module) -> nn.Module:
     """A copy of a network on the CPU, in float32 and in evaluation mode.
 
-    Raises:
-        ExportError: it cannot be copied.
+    ExportError if it cannot be copied.
     """
     core = unwrapped(net)
     try:

@@ -113,8 +113,7 @@ def is_new_enough() -> bool:
 def find_target(path: Path, name: str | None) -> Target:
     """The target of that name, or else the first one with the suffix of a file.
 
-    Raises:
-        ConfigError: an unknown target, or a file with another suffix.
+    ConfigError for an unknown target, or a file with another suffix.
     """
     by_suffix = {target.suffix: known for known, target in reversed(TARGETS.items())}
     if name is None and path.suffix not in by_suffix:

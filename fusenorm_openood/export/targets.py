@@ -23,32 +23,21 @@ METADATA = "fusenorm.json"  # the name of the metadata, which is JSON
 
 
 class Target(NamedTuple):
-    """A format of programs.
+    """A format of programs."""
 
-    Attributes:
-        suffix: of its files.
-        batch: how many images a program takes at most; None = any number.
-        tools: packages that write it.
-        runtime: package that runs it, empty = none does on this machine.
-        write: writes a judge, given images to trace it with, to a file with metadata.
-        load: the program in a file.
-        extra: extra of this package that installs all of them, empty = none is needed.
-    """
-
-    suffix: str
-    batch: int | None
-    tools: tuple[str, ...]
-    runtime: str
-    write: Callable[[Judge, Tensor, str, Path], None]
-    load: Callable[[Path], Run]
-    extra: str
+    suffix: str  # of its files
+    batch: int | None  # how many images a program takes at most; None = any number
+    tools: tuple[str, ...]  # packages that write it
+    runtime: str  # package that runs it, empty = none does on this machine
+    write: Callable[[Judge, Tensor, str, Path], None]  # given images to trace with, and metadata
+    load: Callable[[Path], Run]  # the program in a file
+    extra: str  # of this package, which installs all of them, empty = none is needed
 
 
 def traced(judge: Judge, images: Tensor, batch: int | None = None) -> ExportedProgram:
     """The judge as a program for batches of any size, or of at most `batch` images.
 
-    Raises:
-        ExportError: `torch.export` cannot trace the network.
+    ExportError if `torch.export` cannot trace the network.
     """
     shapes = (None,) if batch == 1 else ({0: Dim("batch", min=1, max=batch)},)
     try:

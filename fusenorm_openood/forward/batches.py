@@ -54,10 +54,8 @@ def batches(
     A batch is `(images, labels)`, images alone, or a dict (also as the only item of a list) with
     one of `IMAGES` and one of `LABELS` among its keys. Images are tensors or NumPy arrays. Labels
     are copied, for a view of what a worker process shares would hold a file open; they are None if
-    the loader gives none, or something else than one integer per image.
-
-    Raises:
-        DataError: an unknown kind of batch, or one with different numbers of images and labels.
+    the loader gives none, or something else than one integer per image. DataError for an unknown
+    kind of batch, or other numbers of labels than of images.
     """
     total = number_of_images(loader) if progress else None
     with tqdm(total=total, desc=desc, unit=" images", disable=not progress, leave=False) as bar:
@@ -88,8 +86,7 @@ def number_of_images(loader: Any) -> int | None:
 def noting(loader: Iterable[Any], key: str, noted: list[str]) -> Iterator[Any]:
     """The batches of a loader, whose values under a key, one for each image, are noted as texts.
 
-    Raises:
-        DataError: a batch that is no dict with this key.
+    DataError for a batch that is no dict with this key.
     """
     for batch in loader:
         given = batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch
@@ -213,17 +210,11 @@ SLOW = 0.2  # share of the time from which on loading is what limits a run
 
 @dataclass
 class Throughput:
-    """Counts images and times over any number of loaders.
+    """Counts images and times over any number of loaders."""
 
-    Attributes:
-        images: number of images that were scored.
-        seconds: how long it took, in this process.
-        waited: how many seconds of it no image was there to be scored.
-    """
-
-    images: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
+    images: int = 0  # that were scored
+    seconds: float = 0.0  # that it took, in this process
+    waited: float = 0.0  # seconds of these in which no image was there to be scored
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches; what happens between two of them counts as scoring."""

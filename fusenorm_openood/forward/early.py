@@ -17,33 +17,21 @@ AGREES = 1e-3  # largest difference of logits of a thinned batch, relative to th
 
 
 class Exit(NamedTuple):
-    """After which layer images leave a batch: those whose statistic is below a limit.
+    """After which layer images leave a batch: those whose statistic is below a limit."""
 
-    Attributes:
-        layers: the layers that have run by then, the last of which it is.
-        statistic: from their norms `[l, B]` to `[B]`, larger = more in-distribution.
-        limit: images below it leave.
-    """
-
-    layers: tuple[str, ...]
+    layers: tuple[str, ...]  # that have run by then, the last of which it is
+    # From their norms `[l, B]` to `[B]`, larger = more in-distribution.
     statistic: Callable[[Tensor], Tensor]
-    limit: float
+    limit: float  # images below it leave
 
 
 class EarlyScores(NamedTuple):
-    """Scores of `B` images, of which some have left the batch.
+    """Scores of `B` images, of which some have left the batch."""
 
-    Attributes:
-        kept: numbers of the images that have not, ascending.
-        scores: their scores; None if there are none.
-        statistics: the statistics `[B]` with which the others have left, NaN of those that stayed.
-        exits: numbers `[B]` of the exits at which the others have left, -1 of those that stayed.
-    """
-
-    kept: Tensor
-    scores: BatchScores | None
-    statistics: Tensor
-    exits: Tensor
+    kept: Tensor  # numbers of the images that have not, ascending
+    scores: BatchScores | None  # their scores; None if there are none
+    statistics: Tensor  # `[B]`, with which the others have left, NaN of those that stayed
+    exits: Tensor  # numbers `[B]` of the exits at which they have left, -1 of those that stayed
 
 
 class _AllLeft(BaseException):  # no `except Exception` on its way stops it
@@ -101,11 +89,9 @@ def stage_ends(
     """The layers that have run by the end of each stage but the last, where a batch can be thinned.
 
     It can where the rest of the network depends on the last layer's output alone, as in sequential
-    and residual networks: a trial shows it, on noise of the size of images `[B, C, H, W]`.
-
-    Raises:
-        TapError: it cannot, for example with connections around stages; a network whose images
-            depend on each other; or there is only one stage.
+    and residual networks: a trial shows it, on noise of the size of images `[B, C, H, W]`. TapError
+    if it cannot, for example with connections around stages, if images depend on each other, or if
+    there is only one stage.
     """
     name, ran = type(unwrapped(net)).__name__, list[str]()
     advice = "judge its images without early"

@@ -50,17 +50,11 @@ class Experts:
 
 @dataclass
 class Fitted:
-    """What experts have fitted on ID images.
+    """What experts have fitted on ID images."""
 
-    Attributes:
-        thresholds: ReAct's clipping thresholds by percentile.
-        states: states of the scores, on the CPU.
-        trust: how far the fits of scores can be trusted, in [0, 1]; see `method.trust`.
-    """
-
-    thresholds: dict[float, float] = field(default_factory=dict)
-    states: dict[Score, State] = field(default_factory=dict)
-    trust: dict[Score, float] = field(default_factory=dict)
+    thresholds: dict[float, float] = field(default_factory=dict)  # ReAct's, by percentile
+    states: dict[Score, State] = field(default_factory=dict)  # on the CPU
+    trust: dict[Score, float] = field(default_factory=dict)  # in [0, 1]; see `method.trust`
 
     def __post_init__(self) -> None:
         self._moved: dict[tuple[Score, torch.device], State] = {}
@@ -79,21 +73,13 @@ class Fitted:
 
 
 class BatchScores(NamedTuple):
-    """Scores of `B` images.
+    """Scores of `B` images."""
 
-    Attributes:
-        scores: scores `[B]` by expert, larger = more in-distribution.
-        pred: predicted classes `[B]`.
-        features: features and logits; features are `[B, 0]` where no expert needs them.
-        label: labels `[B]`, -1 for images without a label.
-        images: the images `[B, C, H, W]`; None if the pass was recorded.
-    """
-
-    scores: Mapping[Expert, Tensor]
-    pred: Tensor
-    features: Features
-    label: NDArray[np.int64] = np.empty(0, np.int64)
-    images: Tensor | None = None
+    scores: Mapping[Expert, Tensor]  # `[B]` by expert, larger = more in-distribution
+    pred: Tensor  # predicted classes `[B]`
+    features: Features  # and logits; features are `[B, 0]` where no expert needs them
+    label: NDArray[np.int64] = np.empty(0, np.int64)  # `[B]`, -1 for images without a label
+    images: Tensor | None = None  # `[B, C, H, W]`; None if the pass was recorded
 
     def matrix(self, experts: Sequence[Expert]) -> Tensor:
         """Scores `[L, B]` of some experts, in float64 where the device has it."""
@@ -149,8 +135,7 @@ class Scoring:
     def __call__(self, images: Tensor) -> BatchScores:
         """Scores of images `[B, C, H, W]` on the network's device.
 
-        Raises:
-            TapError: a layer gives no feature map, or no gradient reaches the images.
+        TapError if a layer gives no feature map, or no gradient reaches the images.
         """
         return self.complete(self.run(images))
 

@@ -21,8 +21,7 @@ _recomputing: WeakSet[nn.Module] = WeakSet()
 def gradients_of_images(net: nn.Module, images: Tensor, differentiate: Callable[[Tensor], T]) -> T:
     """What a function computes from images `[B, C, H, W]` that require a gradient.
 
-    Raises:
-        TapError: no gradient reaches the images.
+    TapError if none reaches them.
     """
 
     def attempt(saving: Any) -> T:

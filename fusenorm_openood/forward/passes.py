@@ -26,35 +26,24 @@ PIXELS = 2**14  # image pixels that one CPU thread processes at a time
 
 
 class Thinning(Protocol):
-    """Which images stay in a batch during a pass.
+    """Which images stay in a batch during a pass."""
 
-    Attributes:
-        kept: their numbers in the batch that the pass began with.
-    """
-
-    kept: Tensor
+    kept: Tensor  # their numbers in the batch that the pass began with
 
     def after(self, name: str, reduced: Mapping[str, Tensor]) -> Tensor | None:
         """The numbers of those that stay after a module, in the batch before it; None = all do."""
 
 
 class ForwardPass(NamedTuple):
-    """Result of one forward pass over `B` images.
+    """Result of one forward pass over `B` images."""
 
-    Attributes:
-        maps: what was made of the feature map of each tap, `[B, ...]`, for example its norms.
-        feature: input `[B, D]` of the layers that make the logits, None without such layers.
-        logits: logits `[B, K]` that OOD scores are computed from, at least in float32: a final
-            linear layer is applied in full precision where autocast or its weights are half.
-        classified: logits `[B, K]` that classes are predicted from.
-        activations: the same input `[B, A]` before any mean over its pixels.
-    """
-
-    maps: dict[str, Tensor]
-    feature: Tensor | None
+    maps: dict[str, Tensor]  # what was made of each tap's feature map `[B, ...]`, such as its norms
+    feature: Tensor | None  # input `[B, D]` of the layers that make the logits, None without these
+    # Logits `[B, K]` that OOD scores are computed from, at least in float32: a final linear layer
+    # is applied in full precision where autocast or its weights are half.
     logits: Tensor
-    classified: Tensor
-    activations: Tensor | None
+    classified: Tensor  # logits `[B, K]` that classes are predicted from
+    activations: Tensor | None  # the input `[B, A]` as `feature`, before any mean over its pixels
 
     @property
     def pred(self) -> Tensor:
@@ -185,8 +174,7 @@ def hooked_layers(
         if kept is None:
             return None
         reduced.update({name: of_all[kept] for name, of_all in reduced.items()})
-        rest: Tensor = value[kept]
-        return rest
+        return value[kept]
 
     def take_input(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         take(name, module, (), (args, kwargs))
@@ -266,8 +254,7 @@ def _classified(
 def head_of(net: nn.Module, structure: Structure) -> Head:
     """Weight and bias of the network's logits as an affine function of its feature.
 
-    Raises:
-        TapError: they are none.
+    TapError if they are none.
     """
     stored: Any = net.stored if isinstance(net, running.LazyNetwork) else None
     if stored is not None and stored.head is not None:

@@ -43,26 +43,18 @@ class RecordedLoader:
     What `Scoring.run` gives for `SHARD` images is one file of a store. Shards that exist are read;
     the others are dealt out by number among the processes of `torchrun`, and every process reads
     all of them.
-
-    Attributes:
-        dataset: images with labels, in OpenOOD's format.
-        store: folder of the store.
-        record: what the scores depend on besides `Scoring.record`: the network's weights, the
-            images and how they are read, in terms of JSON.
-        name: a name of the images, for people.
-        batch_size, num_workers: settings of the data loader.
-        throughput: counts the images that are scored.
-        start: shards of other loaders that are dealt out before; see `dealt_out`.
     """
 
-    dataset: Dataset[Any]
+    dataset: Dataset[Any]  # images with labels, in OpenOOD's format
     store: Path
+    # What the scores depend on besides `Scoring.record`, in terms of JSON: the network's weights,
+    # the images and how they are read.
     record: Mapping[str, Any]
-    name: str
+    name: str  # of the images, for people
     batch_size: int = 200
     num_workers: int = 0
     throughput: Throughput = field(default_factory=Throughput, compare=False)
-    start: int = 0
+    start: int = 0  # shards of other loaders that are dealt out before; see `dealt_out`
 
     def __iter__(self) -> Iterator[Any]:
         return self._load(row_batches(range(len(self)), self.batch_size))
@@ -78,10 +70,8 @@ class RecordedLoader:
     def run(self, scoring: Scoring, progress: bool, desc: str) -> Iterator[BatchScores]:
         """What `Scoring.run` gives for the images, shard by shard.
 
-        Raises:
-            StoreError: the store cannot be written.
-            DataError: an image cannot be read.
-            NetworkError: the network fails on images.
+        StoreError if the store cannot be written, DataError if an image cannot be read,
+        NetworkError if the network fails.
         """
         stored = self._stored(scoring, progress, desc)
         return map(partial(_from_columns, scoring.recorded), stored)
@@ -179,8 +169,7 @@ def _to_columns(experts: Sequence[Expert], batches: Sequence[BatchScores]) -> Co
 
     def joined(tensors: Iterable[Tensor]) -> NDArray[Any]:
         whole = torch.cat([tensor.detach().cpu() for tensor in tensors])
-        array: NDArray[Any] = (whole if whole.dtype == torch.float64 else whole.float()).numpy()
-        return array
+        return (whole if whole.dtype == torch.float64 else whole.float()).numpy()
 
     columns = {
         "pred": torch.cat([batch.pred.cpu() for batch in batches]).numpy().astype(np.int64),

@@ -24,8 +24,7 @@ class TapCandidate(NamedTuple):
 def check_taps(net: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
     """The modules that `taps` names, none if it is `"blocks"` or `"stages"`.
 
-    Raises:
-        TapError: it is neither, or names a module that the network lacks, or one twice.
+    TapError if it is neither, or names a module that the network lacks, or one twice.
     """
     if isinstance(taps, str):
         if taps not in ("blocks", "stages"):

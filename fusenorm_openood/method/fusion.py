@@ -77,8 +77,7 @@ def fuse(
     fused = sum_of_rows(scaled[:, None] * torch.from_numpy(strong))
     if len(weak):
         fused = fused - penalty(deviation(torch.from_numpy(weak)).amax(0), base, cap)
-    confidences: NDArray[np.float64] = fused.numpy()
-    return confidences
+    return fused.numpy()
 
 
 class Fusion(nn.Module):

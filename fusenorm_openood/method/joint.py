@@ -22,21 +22,13 @@ STEEP = 16.0  # growth of `JointDistance.far_off` per deviation
 
 
 class JointStatistics(NamedTuple):
-    """Statistics of the log norms of `L` layers on ID images.
+    """Statistics of the log norms of `L` layers on ID images."""
 
-    Attributes:
-        mean: means `[L]`.
-        scale: standard deviations `[L]`, infinite for a layer whose norm is constant.
-        precision: inverse `[L, L]` of their correlation matrix with its ridge.
-        log_mean: mean of the log joint distance on the ID images, each left out of the statistics
-            that it is compared with.
-        log_std: its standard deviation.
-        limit: the log joint distance beyond which an image is far off.
-    """
-
-    mean: NDArray[np.float64]
-    scale: NDArray[np.float64]
-    precision: NDArray[np.float64]
+    mean: NDArray[np.float64]  # `[L]`
+    scale: NDArray[np.float64]  # standard deviations `[L]`, infinite where a norm is constant
+    precision: NDArray[np.float64]  # inverse `[L, L]` of their correlation matrix with its ridge
+    # Of the log joint distance on the ID images, each left out of what it is compared with: mean,
+    # standard deviation, and beyond which an image is far off.
     log_mean: float
     log_std: float
     limit: float = math.inf
@@ -130,11 +122,8 @@ def joint_statistics(norms: ArrayLike, names: Sequence[str] | None = None) -> Jo
     """Statistics of the feature norms `[L, N]` of ID images; see `JointDistance`.
 
     A layer whose norm is constant on the ID images, such as a dead one, is left out with a
-    RuntimeWarning.
-
-    Raises:
-        DataError: norms that are not `[L, N]`, or no images.
-        ZeroRangeError: no layer's norm varies.
+    RuntimeWarning. DataError for norms that are not `[L, N]`, or no images; ZeroRangeError if no
+    norm varies.
     """
     v = np.log(np.maximum(np.asarray(norms, dtype=np.float64), SMALLEST))
     if v.ndim != 2 or v.shape[1] == 0:

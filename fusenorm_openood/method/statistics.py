@@ -90,5 +90,4 @@ def normalise(scores: ArrayLike, statistics: IDStatistics) -> NDArray[np.float64
             f"ID statistics, got shape {s.shape}"
         )
     lower, upper = statistics.lower[:, None], statistics.upper[:, None]
-    z: NDArray[np.float64] = (s - lower) / (upper - lower)
-    return z
+    return (s - lower) / (upper - lower)

@@ -9,25 +9,14 @@ from typing import Any
 from fusenorm_openood.errors import ConfigError, number, numbers, whole
 
 
-def _anything(value: Any) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be.
+    """What a value must be."""
 
-    Attributes:
-        text: in words, after "must be".
-        read: the value as Python's own type; None for a value of another type.
-        holds: whether the value is in its range.
-        optional: whether None is a value, too.
-    """
-
-    text: str
-    read: Callable[[Any], Any]
-    holds: Callable[[Any], bool] = _anything
-    optional: bool = False
+    text: str  # in words, after "must be"
+    read: Callable[[Any], Any]  # the value as Python's own type; None for one of another type
+    holds: Callable[[Any], bool] = lambda value: True  # whether the value is in its range
+    optional: bool = False  # whether None is a value, too
 
     def __call__(self, name: str, value: Any) -> Any:
         """The value of `name`; ConfigError if it breaks the rule."""
@@ -53,8 +42,7 @@ def among(*values: str) -> Rule:
 def scaled_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """Weights of `count` strong experts, scaled to sum to 1; None = equal weights.
 
-    Raises:
-        ConfigError: not one number >= 0 for each, or all 0.
+    ConfigError unless they are one number >= 0 for each, not all 0.
     """
     given = (1.0,) * count if weights is None else numbers(weights)
     if given is None or len(given) != count or min(given) < 0 or not 0 < sum(given) < math.inf:

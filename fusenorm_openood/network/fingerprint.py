@@ -29,7 +29,7 @@ class Fingerprint(NamedTuple):
     kind: str  # its class
     shapes: dict[str, str]  # of its parameters and buffers, such as `float32 [64, 3]`
     weights: str  # SHA-256 of all their values, in hexadecimal digits
-    modules: dict[str, str] | None = None  # such as `Dropout()`; None in files of format 1
+    modules: dict[str, str]  # such as `Dropout()`
     image: tuple[int, ...] = ()  # shape of two fixed images; empty without logits
     logits: tuple[tuple[float, ...], ...] = ()  # of these images
     rounding: float = 0.0  # share of their range by which they may differ on another machine
@@ -42,9 +42,7 @@ class Fingerprint(NamedTuple):
     def differences(self, other: "Fingerprint") -> list[str]:
         """In which weights two networks differ by name, type or shape, or else in which modules."""
 
-        def named(ours: Mapping[str, str] | None, theirs: Mapping[str, str] | None) -> list[str]:
-            if ours is None or theirs is None:
-                return []
+        def named(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
             pairs = [
                 (n, ours.get(n, "absent"), theirs.get(n, "absent")) for n in {**ours, **theirs}
             ]
@@ -126,7 +124,7 @@ def identify(net: nn.Module, image: Sequence[int], passes: int = 2) -> Fingerpri
             raise
         return own
     wide = all(p.dtype in (torch.float32, torch.float64) for p in core.parameters())
-    wide &= not any("uantized" in module for module in (own.modules or {}).values())
+    wide &= not any("uantized" in module for module in own.modules.values())
     is_exact = wide and images.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     found = [
         own._replace(

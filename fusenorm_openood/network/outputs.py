@@ -19,10 +19,8 @@ def find_logits(net: nn.Module, output: Any, batch: int) -> Path:
 
     The tensor under the key `logits`, the only tensor `[B, K]`, or of several the one that is
     computed from all others. A softmax or a sigmoid of another one does not count. Where there are
-    none, a single logit `[B, 1]` or `[B]` likewise.
-
-    Raises:
-        TapError: there are none, or several that may be.
+    none, a single logit `[B, 1]` or `[B]` likewise. TapError if there are none, or several that may
+    be.
     """
     given = list(tensors_in(output))
     found = {p: t for p, t in given if _may_be_logits(t, batch)}
@@ -128,10 +126,8 @@ def is_activation(before: Tensor, after: Tensor) -> bool:
 def checked_activation(net: nn.Module, outputs: Tensor, activation: str) -> str:
     """`log_softmax` if what count as logits `[B, K]` are log-probabilities, else empty.
 
-    `activation` is what they were made with by their graph; see `last_activation`.
-
-    Raises:
-        TapError: outputs that are no logits.
+    `activation` is what they were made with by their graph; see `last_activation`. TapError if they
+    are no logits.
     """
     if _are_probabilities(outputs.exp()):
         return "log_softmax"

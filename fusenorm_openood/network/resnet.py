@@ -74,8 +74,7 @@ class BasicBlock(_TwoConvolutions):
             self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(channels))
 
     def skip(self, x: Tensor) -> Tensor:
-        y: Tensor = self.shortcut(x)
-        return y
+        return self.shortcut(x)
 
 
 class PaddingBlock(_TwoConvolutions):
@@ -209,16 +208,11 @@ class WideResNetStage(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y
+        return self.layer(x)
 
 
 class WideResNet(FeatureClassifier):
-    """WRN-depth-widen_factor, for 32x32 images.
-
-    Raises:
-        ConfigError: a depth that is not 6n + 4.
-    """
+    """WRN-depth-widen_factor, for 32x32 images; ConfigError for a depth that is not 6n + 4."""
 
     def __init__(self, depth: int = 16, widen_factor: int = 8, num_classes: int = 10) -> None:
         super().__init__()
@@ -264,20 +258,14 @@ class T2FNormNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[B, K]` of normalised features, for training and classification."""
-        return self._logits(F.normalize(self._feature(x), dim=-1) / self.tau)
+        feature = self.backbone(x, return_feature=True)[1]
+        return self.backbone.fc(F.normalize(feature, dim=-1) / self.tau)  # type: ignore[operator]
 
     def forward_ood_inference(self, x: Tensor) -> Tensor:
         """Logits `[B, K]` of unnormalised features, for OOD scores."""
-        feature = self._feature(x)
-        return self._logits(feature if self.num_classes == IMAGENET_CLASSES else feature / self.tau)
-
-    def _feature(self, x: Tensor) -> Tensor:
-        feature: Tensor = self.backbone(x, return_feature=True)[1]
-        return feature
-
-    def _logits(self, feature: Tensor) -> Tensor:
-        logits: Tensor = self.backbone.fc(feature)  # type: ignore[operator]
-        return logits
+        feature = self.backbone(x, return_feature=True)[1]
+        feature = feature if self.num_classes == IMAGENET_CLASSES else feature / self.tau
+        return self.backbone.fc(feature)  # type: ignore[operator]
 
 
 def has_scoring_logits(net: nn.Module) -> bool:

@@ -224,8 +224,7 @@ def unwrapped(net: nn.Module) -> nn.Module:
 def scoring_module(net: nn.Module) -> str | None:
     """Name of the module with separate scoring logits, `""` for the network itself, or None."""
     if isinstance(net, LazyNetwork) and net.stored is not None:
-        scoring: str | None = net.stored.structure.scoring
-        return scoring
+        return net.stored.structure.scoring
     modules = unwrapped(net).named_modules()
     return next((name for name, module in modules if has_scoring_logits(module)), None)
 

@@ -155,9 +155,8 @@ def adapted(postprocessor: Any, name: str) -> Any:
 def make_postprocessor(name: str, config: Mapping[str, Any], id_name: str) -> Any:
     """FuseNorm's or one of OpenOOD's postprocessors, for OpenOOD's evaluator on an ID data set.
 
-    Raises:
-        ConfigError: an unknown name, or an incomplete configuration.
-        OpenOODError: OpenOOD is absent or broken.
+    ConfigError for an unknown name or an incomplete configuration, OpenOODError if OpenOOD is
+    absent or broken.
     """
     if name in METHODS:
         return FuseNormPostprocessor(config)

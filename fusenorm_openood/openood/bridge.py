@@ -64,8 +64,7 @@ def base_postprocessor() -> type[Any]:
     """OpenOOD's `BasePostprocessor`, or a minimal class with its interface without OpenOOD."""
     if openood_installed():
         try:
-            base: type[Any] = openood_module("postprocessors").BasePostprocessor
-            return base
+            return openood_module("postprocessors").BasePostprocessor
         except OpenOODError as error:
             text = "FuseNormPostprocessor is not a subclass of OpenOOD's BasePostprocessor"
             warnings.warn(f"{text}: {error}", RuntimeWarning, stacklevel=2)
@@ -90,9 +89,8 @@ def evaluate_with_openood(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Table and scores of OpenOOD's `Evaluator`, on the network's device.
 
-    Raises:
-        OpenOODError: OpenOOD is absent or broken, or does not know the ID data set.
-        DataError: an image cannot be read.
+    OpenOODError if OpenOOD is absent or broken or lacks the ID data set, DataError if an image
+    cannot be read.
     """
     api = openood_module("evaluation_api")
     if id_name not in api.evaluator.DATA_INFO:

@@ -83,8 +83,7 @@ def find_config(path: str) -> str:
 def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> Any:
     """OpenOOD's configuration from these files, with `--key value` overrides, read by OpenOOD.
 
-    Raises:
-        ConfigError: files or overrides that OpenOOD cannot read.
+    ConfigError if OpenOOD cannot read them.
     """
     before = sys.argv
     try:
@@ -185,10 +184,8 @@ def load_checkpoint(
 
     OpenOOD itself silently skips tensors that do not fit, even all of them, and can load a
     checkpoint that was saved on CUDA only on CUDA. If the `head_may_differ`, it keeps its initial
-    weights where the number of classes differs.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read, or lacks parts of the network.
+    weights where the number of classes differs. CheckpointError if the file cannot be read, or
+    lacks parts of the network.
     """
     path = config.checkpoint
     if not config.pretrained or not isinstance(path, str) or config.name in NO_STATE_DICT:

@@ -206,8 +206,7 @@ def _validation(loaders: Mapping[str, Any] | None, name: str, purpose: str) -> I
     if not loaders or "val" not in loaders:
         found = ", ".join(loaders or ()) or "no loader"
         raise DataError(f"{name} must contain 'val', the loader {purpose}, got {found}")
-    loader: Iterable[Any] = loaders["val"]
-    return loader
+    return loaders["val"]
 
 
 def register() -> None:

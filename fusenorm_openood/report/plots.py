@@ -90,8 +90,7 @@ def bin_edges(ids: Values, others: Sequence[Values]) -> Values:
     every = np.concatenate([ids, *others])
     first = max(np.percentile(every, 0.5), low - 2.5 * span)
     last = min(np.percentile(every, 99.5), high + 2.5 * span)
-    edges: Values = np.linspace(min(first, low), max(last, low + span), BINS + 1)
-    return edges
+    return np.linspace(min(first, low), max(last, low + span), BINS + 1)
 
 
 def roc(scores: Mapping[str, tuple[Values, Sequence[Values]]], ax: Any, shown: int = 4) -> str:

@@ -46,8 +46,7 @@ def write_contents(path: Path, contents: Contents) -> None:
 def read_contents(path: Path) -> Contents:
     """Read a detector file; no byte of it may have changed.
 
-    Raises:
-        DetectorFileError: the file is missing, damaged, no detector file or of a newer format.
+    DetectorFileError if the file is missing, damaged, no detector file or of another format.
     """
     way_out = "give a file that detector.save wrote"
     try:

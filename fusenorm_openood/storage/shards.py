@@ -57,19 +57,12 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Key:
-    """What a set of rows is computed from: the content of its `key.json`.
+    """What a set of rows is computed from: the content of its `key.json`."""
 
-    Attributes:
-        record: what the rows are computed from and how, in values that JSON has.
-        name: a short name for humans; no part of the digest.
-        rows: rows of the whole set; 0 = a set without shards.
-        shard_rows: rows of each shard but the last.
-    """
-
-    record: Mapping[str, Any]
-    name: str
-    rows: int
-    shard_rows: int = 1024
+    record: Mapping[str, Any]  # what the rows are computed from and how, in values that JSON has
+    name: str  # for humans; no part of the digest
+    rows: int  # of the whole set; 0 = a set without shards
+    shard_rows: int = 1024  # rows of each shard but the last
 
     @property
     def shard_count(self) -> int:

@@ -47,8 +47,7 @@ class Url:
 
     def read_bytes(self) -> bytes:
         with self._system() as (system, path):
-            data: bytes = system.cat_file(path)
-            return data
+            return system.cat_file(path)
 
     def read_text(self, encoding: str) -> str:
         return self.read_bytes().decode(encoding)
@@ -90,8 +89,7 @@ class Url:
     def _entries(self) -> list[dict[str, Any]]:
         with self._system() as (system, path):
             system.invalidate_cache(path)
-            entries: list[dict[str, Any]] = system.ls(path, detail=True)
-            return entries
+            return system.ls(path, detail=True)
 
     @contextmanager
     def _system(self) -> Iterator[tuple[Any, str]]:

@@ -44,8 +44,7 @@ class Progress(NamedTuple):
 def processes(device: torch.device) -> Iterator[Process]:
     """Join the processes that `torchrun` started, if any.
 
-    Raises:
-        ConfigError: a device on which several processes cannot train.
+    ConfigError for a device on which several processes cannot train.
     """
     process = this_process()
     if process.world == 1:
@@ -192,8 +191,7 @@ def train_epoch(
 ) -> float:
     """Train for one pass over the training images, and return the mean loss.
 
-    Raises:
-        NonFiniteError: the loss became NaN or infinite within the last `CHECK_EVERY` steps.
+    NonFiniteError if the loss became NaN or infinite within the last `CHECK_EVERY` steps.
     """
     model.train()
     device, steps, losses = device_of(model), len(loader), []

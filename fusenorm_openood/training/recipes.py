@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from fusenorm_openood.errors import ConfigError, number, unknown, whole
+from fusenorm_openood.errors import ConfigError, unknown
+from fusenorm_openood.method.validation import COUNT, POSITIVE, check_fields, checked
 from fusenorm_openood.network import ResNet18_32x32, ResNet18_224x224, ResNet50, T2FNormNet
 from fusenorm_openood.storage.configs import config_root, lookup, read_config
 
@@ -22,18 +23,17 @@ NETWORKS: dict[str, type[nn.Module]] = {
 class Recipe:
     """What determines a network's weights, apart from images and machine (T2FNorm, OpenOOD v1.5).
 
-    Raises:
-        ConfigError: an invalid value.
+    ConfigError for an invalid value.
     """
 
     id_data: str  # name of the ID data set
     method: str = "base"  # base (cross-entropy) or t2fnorm
     network: str = "resnet18_32x32"  # the classifier, or T2FNorm's backbone
     width: int = 64  # number of channels in the network's first stage
-    epochs: int = 100
-    lr: float = 0.1  # initial learning rate of SGD
-    batch_size: int = 128  # images per step, over all processes
-    tau: float = 0.1  # T2FNorm's temperature
+    epochs: int = checked(100, COUNT)
+    lr: float = checked(0.1, POSITIVE)  # initial learning rate of SGD
+    batch_size: int = checked(128, COUNT)  # images per step, over all processes
+    tau: float = checked(0.1, POSITIVE)  # T2FNorm's temperature
     seed: int = 0  # of the weights, and of the order and augmentation of the images
     amp: bool = False  # whether to compute in bfloat16 where that is safe; weights stay in float32
     init: str | None = None  # checkpoint to start from, plain or T2FNorm's; None = random weights
@@ -43,18 +43,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(unknown("training method", self.method, METHODS))
-        for name, read in {
-            "epochs": whole,
-            "lr": number,
-            "batch_size": whole,
-            "tau": number,
-        }.items():
-            given = getattr(self, name)
-            value = read(given)
-            if value is None or value <= 0:
-                kind = "whole" if read is whole else "finite"
-                raise ConfigError(f"{name} must be a {kind} number > 0, got {given!r}")
-            object.__setattr__(self, name, value)
+        check_fields(self)
 
     def batch_per_process(self, processes: int) -> int:
         """Images per step and process; ConfigError if the batch cannot be divided evenly."""
@@ -93,11 +82,8 @@ def find_recipe(id_data: str, **changes: Any) -> Recipe:
     """The published recipe of an ID data set, with some values changed.
 
     Read from `configs/pipelines/train`, `configs/datasets` (the batch size) and `configs/recipes`
-    (the differences of the data set), which OpenOOD's pipelines read as well.
-
-    Raises:
-        ConfigError: a data set without a recipe, an invalid value, or a recipe that fine-tunes
-            without `init`.
+    (the differences of the data set), which OpenOOD's pipelines read as well. ConfigError for a
+    data set without a recipe, an invalid value, or a recipe that fine-tunes without `init`.
     """
     root = config_root()
     names = sorted(path.stem for path in (root / "recipes").glob("*.yml"))

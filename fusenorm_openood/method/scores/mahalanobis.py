@@ -72,8 +72,7 @@ class Mahalanobis(Score):
         else:
             varies = values > len(values) * base.ROUNDING * values.amax()
             variance = torch.where(varies, values, torch.inf)
-        whitening: Tensor = vectors / variance.sqrt()
-        return whitening
+        return vectors / variance.sqrt()
 
     def _given(self, feature: Tensor) -> Tensor:
         return F.normalize(feature, dim=1) if self.normalised else feature
