@@ -16,7 +16,7 @@ from fusenorm_openood.forward.early import Exit, early_scores, stage_ends
 from fusenorm_openood.forward.experts import Scoring
 from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method.calibration import Calibration, group_names
-from fusenorm_openood.method.conformal import max_rank
+from fusenorm_openood.method.conformal import check_enough, threshold
 from fusenorm_openood.method.joint import JointDistance
 from fusenorm_openood.network.running import network_errors
 
@@ -142,7 +142,7 @@ def _new_exits(
         )
     share = (1 - acceptance) / (len(ends) + 1)  # by the union bound, together the error
     try:
-        most = max_rank(1 - share, len(calibration))
+        check_enough(len(calibration), 1 - share)
     except CalibrationError as error:
         raise CalibrationError(
             f"early='spending' judges {len(ends) + 1} times, each with an error of {share:.3g}: "
@@ -152,7 +152,7 @@ def _new_exits(
     for layers, some in zip(ends, rows, strict=True):
         closeness = partial(_closeness, fusion.joint.of_layers(some))
         scores = np.sort(closeness(torch.from_numpy(calibration.marks[some])).numpy())
-        exits.append(Exit(layers, closeness, float(scores[most - 1])))
+        exits.append(Exit(layers, closeness, threshold(scores, 1 - share)))
     return exits, 1 - share
 
 

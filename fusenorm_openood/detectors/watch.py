@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fusenorm_openood.errors import ConfigError, NonFiniteError
 from fusenorm_openood.method import drift
-from fusenorm_openood.method.conformal import guarantee, max_rank
+from fusenorm_openood.method.conformal import guarantee, threshold
 from fusenorm_openood.method.validation import SHARE
 from fusenorm_openood.storage.configs import typed
 from fusenorm_openood.storage.files import write_bytes_whole
@@ -122,7 +122,7 @@ class Watch:
         if not np.isfinite(scores).all():
             raise NonFiniteError("calibration must be finite, got NaN or infinity")
         acceptance, level = SHARE("acceptance", acceptance), SHARE("level", level)
-        self._threshold = scores[max_rank(acceptance, len(scores)) - 1]
+        self._threshold = threshold(scores, acceptance)
         promise = guarantee(len(scores), acceptance, 1 - level / 2)
         self._promised = 1 - promise.high, 1 - promise.low
         self._path, self._seed = path and Path(path), seed

@@ -19,6 +19,7 @@ from fusenorm_openood.method.conformal import (
     guarantee,
     max_rank,
     needed_images,
+    threshold,
 )
 
 LEAST = 19  # images with which one can be rejected at an acceptance of 95 %
@@ -158,8 +159,9 @@ class Calibration:
 
     def thresholds(self, acceptance: float) -> Values:
         """The smallest confidence that is accepted in each group `[G]`."""
-        most = self.max_ranks(acceptance)
-        return np.array([self.cell(group)[k - 1] for group, k in enumerate(most)])
+        self.check_enough(acceptance)
+        by_cell = np.array([threshold(scores, acceptance) for scores in self.cells])
+        return by_cell[self.cell_of]
 
     def guarantee(
         self, acceptance: float, confidence: float = 0.95, group: int | None = None

@@ -4,6 +4,7 @@ Source: Bates et al., "Testing for outliers with conformal p-values", Annals of 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,8 +48,7 @@ def rejects(p: ArrayLike, acceptance: float) -> NDArray[np.bool_]:
     Raises:
         ConfigError: an acceptance outside (0, 1).
     """
-    acceptance = SHARE("acceptance", acceptance)
-    rejected: NDArray[np.bool_] = np.asarray(p) <= 1 - acceptance + EQUAL
+    rejected: NDArray[np.bool_] = np.asarray(p) <= _error(acceptance)
     return rejected
 
 
@@ -65,8 +65,18 @@ def max_rank(acceptance: float, n: int) -> int:
         ConfigError: an acceptance outside (0, 1).
     """
     check_enough(n, acceptance)
-    share: float = 1 - SHARE("acceptance", acceptance)
-    return math.floor((share + EQUAL) * (n + 1))
+    return math.floor(_error(acceptance) * (n + 1))
+
+
+def threshold(scores: Sequence[float] | NDArray[np.float64], acceptance: float) -> float:
+    """The smallest confidence that is accepted, among sorted calibration scores `[n]`.
+
+    A confidence is below it if and only if its rank is at most `max_rank`. Errors as there.
+
+    >>> threshold(range(39), 0.95)
+    1.0
+    """
+    return float(scores[max_rank(acceptance, len(scores)) - 1])
 
 
 def needed_images(acceptance: float) -> int:
@@ -75,19 +85,23 @@ def needed_images(acceptance: float) -> int:
     >>> needed_images(0.95), needed_images(0.9), needed_images(0.999)
     (19, 9, 999)
     """
-    acceptance = SHARE("acceptance", acceptance)
-    return max(math.ceil(1 / (1 - acceptance + EQUAL) - 1e-6) - 1, 1)
+    return max(math.ceil(1 / _error(acceptance)) - 1, 1)
 
 
 def check_enough(n: int, acceptance: float, of: str = "") -> None:
     """Raise CalibrationError unless n calibration images, `of` a group, suffice."""
-    acceptance = SHARE("acceptance", acceptance)
     needed = needed_images(acceptance)
     if n < needed:
         raise CalibrationError(
             f"acceptance={acceptance:g} needs at least {needed} calibration images, got {n}{of}: "
             "calibrate on more, or choose a smaller acceptance"
         )
+
+
+def _error(acceptance: float) -> float:
+    """The share of ID images that may be rejected; ConfigError for an acceptance outside (0, 1)."""
+    share: float = SHARE("acceptance", acceptance)
+    return 1 - share + EQUAL
 
 
 @dataclass(frozen=True)

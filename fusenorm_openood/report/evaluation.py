@@ -12,7 +12,7 @@ from fusenorm_openood.data.benchmarks import Benchmark
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.evaluation.comparison import DEFAULT, Comparison
 from fusenorm_openood.evaluation.evaluation import Evaluation, mean, with_experts
-from fusenorm_openood.method.conformal import conformal_p_values
+from fusenorm_openood.method.conformal import conformal_p_values, needed_images, threshold
 from fusenorm_openood.report import plots
 from fusenorm_openood.report import sections as parts
 from fusenorm_openood.report.gallery import REJECTED, TRUSTED, Shown, choose, gallery, varied
@@ -50,8 +50,10 @@ def report_of_evaluation(
     # Every other ID image calibrates, the rest is tested.
     id_conf = [s.conf for group in ("id", "csid") for s in result.sets[group].values()]
     calibration = None if validation else np.sort(np.concatenate([c[::2] for c in id_conf]))
-    promised = cut = parts.threshold(calibration, ACCEPTANCE)
-    if cut is None:
+    is_enough = calibration is not None and len(calibration) >= needed_images(ACCEPTANCE)
+    if calibration is not None and is_enough:
+        cut = threshold(calibration, ACCEPTANCE)
+    else:
         cut = float(np.quantile(conf.ids, 1 - ACCEPTANCE))
     caption = "Metrics in percent; in bold the means of the groups"
     tables = [parts.table_of(result.table if table is None else table, caption, "data set")]
@@ -62,7 +64,7 @@ def report_of_evaluation(
     figures = (parts.histogram(conf, cut), *parts.roc_figures(scores))
     text = (note, parts.READ) if note else (parts.READ,)
     sections = [Section("Results", text, tuple(tables), figures)]
-    if calibration is not None and promised is not None:
+    if calibration is not None and is_enough:
         tested = np.concatenate([c[1::2] for c in id_conf])
         sections.append(_acceptance(conf, calibration, tested))
     if detector is not None:

@@ -1,6 +1,5 @@
 """Sections that several reports share, and the facts about a detector."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import CalibrationError
 from fusenorm_openood.method.calibration import Calibration
-from fusenorm_openood.method.conformal import EQUAL, Guarantee, guarantee, needed_images
+from fusenorm_openood.method.conformal import Guarantee, guarantee
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network.running import unwrapped
@@ -180,14 +179,6 @@ def groups_section(
     draw = partial(plots.bars, rows, asked=asked)
     figure = Figure("Accepted share by predicted class", draw, size)
     return Section("Acceptance by class", tuple(text), figures=(figure,))
-
-
-def threshold(calibration: Values | None, acceptance: float) -> float | None:
-    """The smallest confidence that is accepted at an acceptance, None without enough images."""
-    if calibration is None or len(calibration) < needed_images(acceptance):
-        return None
-    k = math.floor((1 - acceptance + EQUAL) * (len(calibration) + 1))
-    return float(np.sort(calibration)[k - 1])
 
 
 def detector_facts(detector: Detector) -> Facts:

@@ -14,6 +14,7 @@ from fusenorm_openood.method.conformal import (
     needed_images,
     rejects,
     rejects_at_fdr,
+    threshold,
 )
 
 scores = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30)
@@ -69,10 +70,19 @@ def test_the_uniform_band_holds_for_all_acceptances_at_once():
     assert missed.mean() < 0.1
 
 
+@pytest.mark.parametrize("acceptance", [0.5, 0.8, 0.95, 0.99])
+def test_the_threshold_is_where_rejection_begins(acceptance):
+    reference = np.sort(np.random.default_rng(0).normal(size=199))
+    cut = threshold(reference, acceptance)
+    p = conformal_p_values([np.nextafter(cut, -np.inf), cut], reference)
+    assert rejects(p, acceptance).tolist() == [True, False]
+
+
 def test_equal_to_one_minus_the_acceptance_is_rejected():
     assert rejects([0.1, 0.11], 0.9).tolist() == [True, False]
-    for acceptance in (0.5, 0.9, 0.95, 0.99, 0.999):
+    for acceptance in (0.5, 0.9, 0.95, 0.99, 0.99000000005, 0.999):
         n = needed_images(acceptance)
+        assert threshold(range(n), acceptance) == 0
         assert rejects(1 / (n + 1), acceptance)
         assert not rejects(1 / n, acceptance)
 

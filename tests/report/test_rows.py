@@ -11,11 +11,10 @@ from fusenorm_openood.cli.main import main
 from fusenorm_openood.deployment.files import Judged
 from fusenorm_openood.deployment.rows import read_rows
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.method.conformal import conformal_p_values, rejects
+from fusenorm_openood.method.conformal import conformal_p_values, rejects, threshold
 from fusenorm_openood.report.files import link_to, report_of_files
 from fusenorm_openood.report.page import check_report, render
 from fusenorm_openood.report.plots import heat_map
-from fusenorm_openood.report.sections import threshold
 
 HEADER = ",".join(Judged._fields)
 
@@ -161,15 +160,6 @@ def test_without_calibration_there_are_no_verdicts(folders, digits):
 def test_rows_of_another_detector_are_refused(detector):
     with pytest.raises(DataError, match=r"a.png was judged by another detector: .* 0.123"):
         report_of_files(detector, [Judged("a.png", "c", 0.0, 0.123)])
-
-
-@pytest.mark.parametrize("acceptance", [0.5, 0.8, 0.95, 0.99])
-def test_the_threshold_is_where_rejection_begins(acceptance):
-    reference = np.sort(np.random.default_rng(0).normal(size=199))
-    cut = threshold(reference, acceptance)
-    p = conformal_p_values([np.nextafter(cut, -np.inf), cut], reference)
-    assert rejects(p, acceptance).tolist() == [True, False]
-    assert threshold(reference[:5], 0.95) is None
 
 
 def test_an_image_at_the_threshold_is_accepted(detector, folders):
