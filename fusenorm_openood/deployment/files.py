@@ -105,10 +105,7 @@ def judge_files(
         counted.images += len(batch)
         some = paths[first : first + len(batch)]
         first += len(batch)
-        if early is None:
-            yield judged(detector, some, score(detector, batch), acceptance)
-        else:
-            yield judged_early(detector, some, batch, acceptance, early)
+        yield judged(detector, some, score(detector, batch, acceptance, early), acceptance)
 
 
 def _image_files(detector: FuseNorm, paths: Sequence[Place]) -> ImageFiles:
@@ -122,86 +119,76 @@ def _image_files(detector: FuseNorm, paths: Sequence[Place]) -> ImageFiles:
     return ImageFiles(paths, detector.known_preprocessing())
 
 
-def score(detector: FuseNorm, batch: Sequence[Tensor | str]) -> Columns:
-    """What a store has of `B` items of `ImageFiles`.
+def score(
+    detector: FuseNorm,
+    batch: Sequence[Tensor | str],
+    acceptance: float = 0.95,
+    early: str | None = None,
+) -> Columns:
+    """What a store has of `B` items of `ImageFiles`; with `early`, what rows need besides.
 
     Returns:
         `scores` of the experts `[B, L]`, NaN for images that cannot be scored; `pred`, the
         predicted classes `[B]`, -1 for these; `error`, why they cannot be scored `[B]`, else empty.
+        With `early`: the verdicts `ood` `[B]`, and of images that have left, which have no scores,
+        the layer `left` after which, and the `bound` of the confidence, NaN if none is known.
     """
     scores = np.full((len(batch), len(detector.experts)), np.nan)
     pred = np.full(len(batch), -1, np.int64)
     error = np.array([item if isinstance(item, str) else "" for item in batch], dtype=object)
+    columns = {"scores": scores, "pred": pred, "error": error}
+    if early is not None:
+        columns |= {"ood": np.zeros(len(batch), bool), "left": error.copy()}
+        columns["bound"] = np.full(len(batch), np.nan)
 
-    def fill(rows: Sequence[int]) -> None:
+    def fill(rows: NDArray[np.int64]) -> None:
         images = torch.stack([batch[row] for row in rows])  # type: ignore[misc]
-        experts, pred[rows] = detector.expert_scores(images)
-        scores[rows] = experts.T
+        if early is None:
+            experts, pred[rows] = detector.expert_scores(images)
+            scores[rows] = experts.T
+        else:
+            found = judge_early(detector, images, acceptance, early)
+            scores[rows[found.kept]], pred[rows[found.kept]] = found.experts.T, found.pred
+            columns["ood"][rows], columns["left"][rows] = found.ood, found.exits
+            columns["bound"][rows] = found.bounds
 
-    rows = [row for row, item in enumerate(batch) if isinstance(item, Tensor)]
+    rows = np.flatnonzero(error == "")
     try:
-        if rows:
+        if len(rows):
             fill(rows)
     except NonFiniteError:  # find the images that it is about
         for row in rows:
             try:
-                fill([row])
+                fill(row[None])
             except NonFiniteError as failure:
                 error[row] = str(failure)
-    return {"scores": scores, "pred": pred, "error": error}
+    return columns
 
 
 def judged(
     detector: FuseNorm, paths: Sequence[Place], columns: Columns, acceptance: float
 ) -> list[Judged]:
     """The rows of files with these columns; see `score`."""
-    fine = columns["error"] == ""
-    why = detector.explain_scores(columns["scores"][fine].T, columns["pred"][fine])
+    whole = columns["pred"] >= 0
+    why = detector.explain_scores(columns["scores"][whole].T, columns["pred"][whole])
     pred, conf = why.pred.tolist(), why.conf.tolist()
     names = [str(k) if detector.class_names is None else detector.class_names[k] for k in pred]
     p = ood = [None] * len(pred)
     if why.p_values is not None:
         p, ood = why.p_values.tolist(), rejects(why.p_values, acceptance).tolist()
-    rows = zip(names, conf, p, ood, why.objected, strict=True)
-    return [
-        Judged(str(path), error=error) if error else Judged(str(path), *next(rows))
-        for path, error in zip(paths, columns["error"], strict=True)
-    ]
-
-
-def judged_early(
-    detector: FuseNorm,
-    paths: Sequence[Place],
-    batch: Sequence[Tensor | str],
-    acceptance: float,
-    mode: str,
-) -> list[Judged]:
-    """The rows of `B` items of `ImageFiles`; see `judge_files`."""
-    images = [item for item in batch if isinstance(item, Tensor)]
-    try:
-        found = judge_early(detector, torch.stack(images), acceptance, mode) if images else None
-    except NonFiniteError as failure:  # find the images that it is about
-        if len(batch) == 1:
-            return [Judged(str(paths[0]), error=str(failure))]
-        pairs = zip(paths, batch, strict=True)
-        return [judged_early(detector, [p], [i], acceptance, mode)[0] for p, i in pairs]
-    if found is None:
-        return [Judged(str(p), error=str(e)) for p, e in zip(paths, batch, strict=True)]
-    rest = [paths[0]] * len(found.kept)
-    fine = {"scores": found.experts.T, "pred": found.pred, "error": np.full(len(rest), "")}
-    whole = iter(judged(detector, rest, fine, acceptance))
-    verdicts = iter(zip(found.ood.tolist(), found.exits, found.bounds.tolist(), strict=True))
+    if "ood" in columns:  # at an acceptance of its own
+        ood = columns["ood"][whole].tolist()
+    known = zip(names, conf, p, ood, why.objected, strict=True)
     rows = []
-    for path, item in zip(paths, batch, strict=True):
-        if isinstance(item, str):
-            rows.append(Judged(str(path), error=item))
-            continue
-        ood, layer, bound = next(verdicts)
-        if layer is None:
-            rows.append(next(whole)._replace(path=str(path), ood=ood))
+    for number, (path, error) in enumerate(zip(map(str, paths), columns["error"], strict=True)):
+        if whole[number]:
+            rows.append(Judged(path, *next(known)))
+        elif error:
+            rows.append(Judged(path, error=error))
         else:
-            known = None if math.isnan(bound) else bound
-            rows.append(Judged(str(path), ood=ood, objected=layer, bound=known))
+            bound = float(columns["bound"][number])
+            known_bound = None if math.isnan(bound) else bound
+            rows.append(Judged(path, ood=True, objected=columns["left"][number], bound=known_bound))
     return rows
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from fusenorm_openood import FuseNorm, load_network
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.lists import read_imagelist
-from fusenorm_openood.deployment.files import judge_files, judged_early
+from fusenorm_openood.deployment.files import judge_files, judged
+from fusenorm_openood.deployment.files import score as scores_of
 from fusenorm_openood.deployment.rows import read_rows
 
 FIT, CALIBRATION, NOISE = 100, 60, 40  # images
@@ -343,7 +344,8 @@ def test_early_rows_beside_images_that_are_not_finite(folders):
     detector = FuseNorm.load(folders / "detector.safetensors", load_source(folders))
     noise = detector.preprocessing.read(sorted((folders / "test_noise").iterdir())[0])
     broken = torch.full_like(noise, torch.nan)
-    rows = judged_early(detector, "abcd", [noise, "no image", broken, noise], 0.8, "certain")
+    columns = scores_of(detector, [noise, "no image", broken, noise], 0.8, "certain")
+    rows = judged(detector, "abcd", columns, 0.8)
     assert [row.error is None for row in rows] == [True, False, False, True]
     assert rows[0][1:] == rows[3][1:]
     assert rows[0].ood
