@@ -168,7 +168,7 @@ def measured(
 def compared(detector: FuseNorm, conf: np.ndarray, found: Outputs) -> dict[str, Any]:
     """Verdicts at acceptances that are steps of p, of several numbers of calibration scores."""
     scores, near = detector.calibration_scores_, found["confidence"]
-    statistics = detector._check_fitted()
+    statistics = detector.check_fitted()
     error = error_of(statistics.fusion, statistics.id_scores)
     assert scores is not None
     difference = abs(near - conf) / np.maximum(1, abs(conf))

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -102,6 +103,14 @@ def unknown(what: str, name: object, known: Iterable[object], of: str = "", more
     listed = ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" * (len(names) > MOST))
     way_out = f"choose from {listed}" if names else "none exists"
     return f"unknown {what} {name!r}{of}{hint}: {way_out}{more}"
+
+
+def warn(text: str) -> None:
+    """A UserWarning that points to the first line outside this package."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(f"{__package__}."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, UserWarning, stacklevel=level)
 
 
 def is_out_of_memory(error: Exception) -> bool:

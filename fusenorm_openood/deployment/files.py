@@ -142,7 +142,7 @@ def score(
         columns["bound"] = np.full(len(batch), np.nan)
 
     def fill(rows: NDArray[np.int64]) -> None:
-        images = torch.stack([batch[row] for row in rows])  # type: ignore[misc]
+        images = torch.stack([batch[row] for row in rows])
         if early is None:
             experts, pred[rows] = detector.expert_scores(images)
             scores[rows] = experts.T
@@ -159,7 +159,7 @@ def score(
     except NonFiniteError:  # find the images that it is about
         for row in rows:
             try:
-                fill(row[None])
+                fill(np.array([row]))
             except NonFiniteError as failure:
                 error[row] = str(failure)
     return columns
@@ -285,7 +285,7 @@ def _scored_batches(
 
 def experts_key(detector: FuseNorm, store: Place) -> dict[str, Any]:
     """All that the expert scores of image files depend on besides these, in terms of JSON."""
-    statistics, preprocessing = detector._check_fitted(), detector.known_preprocessing()
+    statistics, preprocessing = detector.check_fitted(), detector.known_preprocessing()
     tensors, facts = packed(statistics)
     hashed = sha256(json.dumps([facts["posthoc"], facts["thresholds"]]).encode())
     for name in sorted(name for name in tensors if name.startswith("state.")):

@@ -9,22 +9,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fusenorm_openood.detectors.atomic import atomic
-from fusenorm_openood.detectors.base import (
-    Scored,
-    begin,
-    collect,
-    identified,
-    known_structure,
-    prepared,
-)
-from fusenorm_openood.detectors.fitting import fit_experts, leave_one_out, try_experts
 from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.loaders import Scored, collect
+from fusenorm_openood.detectors.scorer import Scorer
 from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.errors import NonFiniteError
-from fusenorm_openood.forward.experts import BatchScores, Expert, Experts, Fitted, Scoring
+from fusenorm_openood.forward.experts import BatchScores, Expert, Experts, Fitted
 from fusenorm_openood.forward.recorded import batch_scores
 from fusenorm_openood.forward.samples import Sample
-from fusenorm_openood.forward.taps import warn_of_left_out
 from fusenorm_openood.method.scores.base import Features, Head, Score
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network.fingerprint import Fingerprint
@@ -33,7 +25,7 @@ from fusenorm_openood.network.structure import Structure
 B = TypeVar("B", bound="ScoreBank")
 
 
-class ScoreBank:
+class ScoreBank(Scorer):
     """Expert scores under many settings, from one pass over each image set.
 
     Args:
@@ -58,59 +50,31 @@ class ScoreBank:
         keep_features: bool = False,
         structure: Structure | None = None,
     ) -> None:
-        self.net, self._structure = net, known_structure(net, structure)
         self._settings, self._singles = tuple(dict.fromkeys(settings)), tuple(singles)
-        self._fitted = Fitted()
+        allowed = any(s.random == "allow" for s in self._settings)
+        super().__init__(net, structure, "allow" if allowed else "refuse")
         self.network: Fingerprint | None = None
         self.keep_features, self._features = keep_features, dict[int, Features]()
         self._scored: dict[int, tuple[Iterable[Any], Scored]] = {}
         self.id_loader: Iterable[Any] = ()
-        self._experts = Experts()
         self._detectors: dict[Settings, FuseNorm] = {}
-        if self._structure is not None:
-            self._resolve(self._structure)
+        if self.known_structure is not None:
+            self._resolve(self.known_structure)
 
-    @property
-    def known_structure(self) -> Structure | None:
-        """How the network is built, None before `fit`."""
-        return self._structure
-
-    def _resolve(self, structure: Structure) -> None:
-        """Name the experts of a network that is built like this."""
+    def _resolve(self, structure: Structure) -> set[Any]:
         self._detectors = {s: FuseNorm(self.net, s, structure) for s in self._settings}
-        self._experts = Experts()
+        self.all_experts = Experts()
         for detector in self._detectors.values():
-            self._experts |= detector.all_experts
-        self._experts |= Experts(scores=self._singles)
-
-    def scoring(self) -> Scoring:
-        """How the images are scored, after `fit`."""
-        assert self._structure is not None
-        return Scoring(self.net, self._structure, self._experts, self._fitted)
-
-    def prepare(self, loaders: Iterable[Any], progress: bool = False) -> list[Any]:
-        """Let recorded loaders score their images before any is waited for; see `prepared`."""
-        scoring = self.scoring()
-        return prepared(self.net, lambda _: scoring, loaders, progress)
+            self.all_experts |= detector.all_experts
+        self.all_experts |= Experts(scores=self._singles)
+        return {s.taps for s in self._settings}
 
     @atomic
     def fit(self, loader: Iterable[Any], progress: bool = False) -> "ScoreBank":
         """Score the ID validation images, on which all ID statistics are based."""
-        self._scored, self._features, self._fitted = {}, {}, Fitted()
-        random = "allow" if any(s.random == "allow" for s in self._settings) else "refuse"
-        readings, structure, images = begin(self.net, loader, self._structure, random)
-        self._structure = structure
-        if images is not None:
-            self._resolve(structure)
-            for taps in {s.taps for s in self._settings}:
-                warn_of_left_out(self.net, taps, structure)
-            try_experts(self.scoring(), images)
-        self.network = identified(self.net, readings)
-        self._fitted, batch = fit_experts(
-            self.scoring(), readings, progress, "APS", may_overflow=True
-        )
-        batch = leave_one_out(self.scoring(), batch)
-        experts = batch.matrix(list(self._experts)).numpy()
+        self._scored, self._features = {}, {}
+        self.network, batch = self.fit_on(loader, progress, "APS", may_overflow=True)
+        experts = batch.matrix(list(self.all_experts)).numpy()
         scored = Scored(np.empty(0), batch.pred.numpy(), batch.label, experts)
         self._scored[id(loader)] = loader, scored
         if self.keep_features:
@@ -121,7 +85,7 @@ class ScoreBank:
     def add(self: B, loader: Iterable[Any], progress: bool = False) -> B:
         """Score the images of a loader under all settings, unless they already have been."""
         if not self.holds(loader):
-            sample, rows = Sample(math.inf, math.inf), list(self._experts)
+            sample, rows = Sample(math.inf, math.inf), list(self.all_experts)
 
             def add(batch: BatchScores) -> None:
                 sample.add(batch.features)
@@ -137,11 +101,11 @@ class ScoreBank:
 
     def narrowed(self, settings: Iterable[Settings], singles: Iterable[Score] = ()) -> "ScoreBank":
         """A bank for a subset of the settings, with the scores that this one already holds."""
-        bank = ScoreBank(self.net, settings, singles, self.keep_features, self._structure)
-        rows = self._rows(list(bank._experts))
+        bank = ScoreBank(self.net, settings, singles, self.keep_features, self.known_structure)
+        rows = self._rows(list(bank.all_experts))
         for key, (loader, scored) in self._scored.items():
             bank._scored[key] = loader, scored._replace(experts=scored.experts[rows])
-        bank._fitted, bank.network, bank.id_loader = self._fitted, self.network, self.id_loader
+        bank.fitted, bank.network, bank.id_loader = self.fitted, self.network, self.id_loader
         bank._features = dict(self._features)
         return bank
 
@@ -174,12 +138,12 @@ class ScoreBank:
                     "or check the network's weights"
                 )
         id_scores = self._scored[id(self.id_loader)][1].experts[rows]
-        experts, states = detector.all_experts, self._fitted.states
+        experts, states = detector.all_experts, self.fitted.states
         kept = {score: states[score] for score in experts.scores if score in states}
         fitted = Fitted(
-            {q: self._fitted.thresholds[q] for q in experts.percentiles},
+            {q: self.fitted.thresholds[q] for q in experts.percentiles},
             kept,
-            {score: t for score, t in self._fitted.trust.items() if score in kept},
+            {score: t for score, t in self.fitted.trust.items() if score in kept},
         )
         return detector.learn(id_scores, fitted, self.network)
 
@@ -211,5 +175,5 @@ class ScoreBank:
         return scored._replace(conf=np.full(len(scored.pred), rank))
 
     def _rows(self, experts: Sequence[Expert]) -> list[int]:
-        ours = {expert: row for row, expert in enumerate(self._experts)}
+        ours = {expert: row for row, expert in enumerate(self.all_experts)}
         return [ours[expert] for expert in experts]

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusenorm_openood.detectors.base import check_finite
+from fusenorm_openood.detectors.loaders import check_finite
 from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.errors import CalibrationError, ConfigError, DataError
 from fusenorm_openood.forward.batches import checked_images
@@ -59,15 +59,15 @@ def judge_early(
     """Verdicts on images `[B, C, H, W]`; see `FuseNorm.is_ood`."""
     if not len(images):
         raise DataError("there must be at least one image, got none")
-    detector._check_calibrated().numbers(np.zeros(len(images), np.int64), groups)  # or an error
+    detector.check_calibrated().numbers(np.zeros(len(images), np.int64), groups)  # or an error
     with network_errors(detector.net, checked_images(images)):
         on_device = moved(detector.net, images)
         scoring = detector.scoring(lambda: on_device)
         exits, accepted = exits_of(detector, on_device, acceptance, mode)
         done = early_scores(scoring, on_device, exits)
-    detector._check_size(images)
+    detector.check_size(images)
     kept = done.kept.cpu().numpy()
-    numbers, calibration = done.exits.numpy(), detector._check_calibrated()
+    numbers, calibration = done.exits.numpy(), detector.check_calibrated()
     ood = numbers >= 0
     experts, pred = np.empty((len(detector.rows), 0)), np.empty(0, np.int64)
     if done.scores is not None:
@@ -94,11 +94,11 @@ def exits_of(
     if mode not in MODES:
         raise ConfigError(f"early must be {' or '.join(MODES)}, got {mode!r}")
     scoring = detector.scoring(lambda: images)
-    key = (scoring, detector._check_fitted(), detector._check_calibrated(), acceptance, mode)
-    known = detector._exits
+    key = (scoring, detector.check_fitted(), detector.check_calibrated(), acceptance, mode)
+    known = detector.exits
     same = known is not None and all(a is b for a, b in zip(key[:3], known[0][:3], strict=True))
     if known is None or not same or known[0][3:] != key[3:]:
-        known = detector._exits = key, _new_exits(detector, images, *key)
+        known = detector.exits = key, _new_exits(detector, images, *key)
     return known[1]
 
 
@@ -116,9 +116,9 @@ def _new_exits(
             "early works with strong experts that one forward pass computes, unlike odin and ReAct "
             "before a mean over pixels: leave out early"
         )
-    if (known := detector._stage_ends) is None or known[0] is not scoring.structure:
+    if (known := detector.stage_ends) is None or known[0] is not scoring.structure:
         ends = stage_ends(detector.net, images, scoring.structure, detector.taps)
-        known = detector._stage_ends = scoring.structure, ends
+        known = detector.stage_ends = scoring.structure, ends
     fusion, ends = statistics.fusion, known[1]
     rows = [list(map(statistics.layers.index, layers)) for layers in ends]
     if mode == "certain":

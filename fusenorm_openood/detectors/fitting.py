@@ -1,7 +1,6 @@
 """Fit experts on ID images, and tell how many images that takes."""
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusenorm_openood.detectors.base import collect
+from fusenorm_openood.detectors.loaders import collect
+from fusenorm_openood.errors import warn
 from fusenorm_openood.forward.batches import number_of_images
 from fusenorm_openood.forward.experts import BatchScores, Fitted, Scoring
 from fusenorm_openood.forward.react import check_features, react_thresholds
@@ -130,10 +130,8 @@ def warn_if_few(
         needs[f"{score.name} with {classes} classes and {features} features"] = count
     few = [what for what, count in needs.items() if images is not None and images < SHORT * count]
     if few:
-        warnings.warn(
+        warn(
             f"{images} ID images are too few for {', '.join(few)}: fit on at least "
-            f"{max(needs.values())}",
-            UserWarning,
-            stacklevel=5,
+            f"{max(needs.values())}"
         )
     return images is not None

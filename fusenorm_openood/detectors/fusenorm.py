@@ -1,9 +1,7 @@
 """The FuseNorm detector, for any torch network; it does not need OpenOOD."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,37 +13,35 @@ from torch import Tensor, nn
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors import saving
 from fusenorm_openood.detectors.atomic import atomic
-from fusenorm_openood.detectors.base import Detector, Images, check_random, identified
+from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.early import judge_early
-from fusenorm_openood.detectors.fitting import enough_for, fit_experts, leave_one_out, try_experts
+from fusenorm_openood.detectors.explaining import Explanation, heat_maps
+from fusenorm_openood.detectors.fitting import enough_for
+from fusenorm_openood.detectors.naming import (
+    NO_LAYERS,
+    check_experts,
+    names_of,
+    names_of_fit,
+)
 from fusenorm_openood.detectors.repeats import check_apart, data_of
-from fusenorm_openood.detectors.statistics import DetectorStatistics, Explanation
-from fusenorm_openood.errors import ConfigError, NotFittedError, unknown
+from fusenorm_openood.detectors.statistics import DetectorStatistics
+from fusenorm_openood.errors import ConfigError, NotFittedError, warn
 from fusenorm_openood.export.judge import Dtype
 from fusenorm_openood.export.program import Exported, export_detector
-from fusenorm_openood.forward.batches import checked_images
 from fusenorm_openood.forward.early import Exit
 from fusenorm_openood.forward.experts import Experts, Fitted
-from fusenorm_openood.forward.passes import forward_pass
-from fusenorm_openood.forward.taps import (
-    check_taps,
-    first_of_last_stage,
-    resolve_taps,
-    warn_of_left_out,
-)
-from fusenorm_openood.kernels.devices import find_device, moved
-from fusenorm_openood.method.atf import FeatureNorm, atf_map
-from fusenorm_openood.method.scores import OUTPUTS, POSTHOC
+from fusenorm_openood.forward.given import Given, Images
+from fusenorm_openood.forward.taps import check_taps
+from fusenorm_openood.kernels.devices import find_device
+from fusenorm_openood.method.scores import OUTPUTS
 from fusenorm_openood.method.scores.base import LogitScore
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
 from fusenorm_openood.network.fingerprint import Fingerprint, is_network
 from fusenorm_openood.network.named import build_network
-from fusenorm_openood.network.running import eval_mode, unwrapped
+from fusenorm_openood.network.running import unwrapped
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.understanding import understand
 
 NO_TRUST = 0.005  # shown as 0.00
-NO_LAYERS = ("output", *POSTHOC)  # experts that are not feature norms of a layer
 F = TypeVar("F", bound="FuseNorm")
 
 
@@ -100,26 +96,18 @@ class FuseNorm(Detector):
     ) -> None:
         self.settings = (settings or Settings()).replace(**changes)
         super().__init__(net, structure, self.settings.random)
-        named, strong = check_taps(net, self.settings.taps), self.settings.strong
         self.id_statistics_: DetectorStatistics | None = None
         self.companions: tuple[LogitScore, ...] = ()
-        self._name(named, ())
-        self.experts = ()
         self._class_names: tuple[str, ...] | None = None
         self.network_source: dict[str, str] = {}
-        if self._structure is not None:
-            self._resolve(self._structure)
-        elif named and not isinstance(strong, str):
-            self._name(named, self._named_strong(strong, named))
-        elif not isinstance(strong, str):  # any module may turn out to be a layer to tap
-            modules = dict(unwrapped(net).named_modules())
-            names = [name for name in strong if isinstance(name, str) and name not in modules]
-            self._named_strong(names, ())
+        self.taps = check_taps(net, self.settings.taps)
+        if names := names_of(net, self.settings, self.known_structure):
+            self._name(*names)
 
     taps: tuple[str, ...]
-    strong: tuple[str, ...]
-    _exits: tuple[tuple[Any, ...], tuple[list[Exit], float]] | None = None  # the last, see `early`
-    _stage_ends: tuple[Structure, list[tuple[str, ...]]] | None = None  # found by a trial
+    strong: tuple[str, ...] = ()
+    exits: tuple[tuple[Any, ...], tuple[list[Exit], float]] | None = None  # see `exits_of`
+    stage_ends: Any = None  # those of a structure, found by a trial
 
     def __repr__(self) -> str:
         default, text = Settings(), [type(unwrapped(self.net)).__name__]
@@ -147,8 +135,8 @@ class FuseNorm(Detector):
     @class_names.setter
     def class_names(self, names: Sequence[str] | None) -> None:
         names = None if names is None else tuple(names)
-        if self._structure is not None:
-            _check_names(names, self._structure)
+        if self.known_structure is not None:
+            _check_names(names, self.known_structure)
         self._class_names = names
 
     def to(self: F, device: str | torch.device) -> F:
@@ -159,11 +147,6 @@ class FuseNorm(Detector):
         """
         self.net.to(find_device(str(device)))
         return self
-
-    @property
-    def all_experts(self) -> Experts:
-        """The experts and what is scored beside them for comparison, each once."""
-        return self._experts
 
     @property
     def row_names(self) -> tuple[str, ...]:
@@ -239,25 +222,13 @@ class FuseNorm(Detector):
         if calibration is not None:
             check_apart(data_of(loader), data_of(calibration))
         self.id_statistics_ = None
-        readings, images = self._begin(loader)
-        if images is not None and self._structure is not None:
-            _check_names(self._class_names, self._structure)
-            self._resolve(self._structure)
-            warn_of_left_out(self.net, self.settings.taps, self._structure)
-            try_experts(self.scoring(), images)
-        network = identified(self.net, readings)  # what cannot be saved fails before the fit
-        layers = len(self.taps) + 1 if self.settings.penalty == "joint" else 0
-        least = max(enough_for(self.settings.percentile_low), layers)
-        self._fitted, batch = fit_experts(self.scoring(), readings, progress, least=least)
-        batch = leave_one_out(self.scoring(), batch)
+        network, batch = self.fit_on(loader, progress)
         id_scores = batch.matrix(self.rows[: len(self.experts)]).numpy()
-        self.id_statistics_ = self.learn(id_scores, self._fitted, network)
+        self.id_statistics_ = self.learn(id_scores, self.fitted, network)
         if none := [n for n, weight in self.id_statistics_.trust.items() if weight < NO_TRUST]:
-            warnings.warn(
+            warn(
                 f"strong experts cannot be trusted after a fit on {id_scores.shape[1]} ID images: "
-                f"{', '.join(none)}; fit on more, or leave them out of strong",
-                UserWarning,
-                stacklevel=3,
+                f"{', '.join(none)}; fit on more, or leave them out of strong"
             )
         return self if calibration is None else self.calibrate(calibration, progress)
 
@@ -265,7 +236,8 @@ class FuseNorm(Detector):
         self, id_scores: NDArray[np.float64], fitted: Fitted, network: Fingerprint | None = None
     ) -> DetectorStatistics:
         """The ID statistics from scores `[L, N]` of the experts on ID images; they are not kept."""
-        largest = 0.0 if self._structure is None else self._structure.largest_logit
+        structure = self.known_structure
+        largest = 0.0 if structure is None else structure.largest_logit
         return DetectorStatistics(
             self.experts, fitted, id_scores, self.settings, self.strong, network, largest
         )
@@ -297,9 +269,9 @@ class FuseNorm(Detector):
                 f"{then[name]!r}: fit again"
             )
         self.name_as(statistics)
-        _check_experts(statistics, self.experts)
+        check_experts(statistics, self.experts)
         self._name(self.taps, self.strong, statistics.experts)  # perhaps in an older order
-        self._fitted, self.calibration_, self._other = statistics.fitted, None, None
+        self.fitted, self.calibration_, self.other_network = statistics.fitted, None, None
         if then != now:
             statistics = replace(statistics, settings=self.settings, strong=self.strong)
         self.id_statistics_ = statistics
@@ -307,19 +279,11 @@ class FuseNorm(Detector):
 
     def name_as(self, statistics: DetectorStatistics) -> None:
         """Name the experts as those of an earlier fit, if they are not known yet."""
-        if self.experts:
-            return
-        check_taps(self.net, statistics.layers)
-        if self.settings.strong == statistics.settings.strong:
-            self._name(statistics.layers, statistics.strong)
-        elif isinstance(self.settings.strong, str):
-            raise ConfigError("strong='auto' needs the network's stages: fit again")
-        else:
-            strong = self._named_strong(self.settings.strong, statistics.layers)
-            self._name(statistics.layers, strong)
+        if not self.experts:
+            self._name(*names_of_fit(self.net, self.settings, statistics))
 
     def confidence(self, experts: NDArray[Any]) -> NDArray[np.float64]:
-        statistics = self._check_fitted()
+        statistics = self.check_fitted()
         return statistics.confidence(experts[: len(self.experts)])
 
     def is_ood(
@@ -347,10 +311,9 @@ class FuseNorm(Detector):
         """
         if not early:
             return super().is_ood(images, acceptance, groups)
-        tensor, mode = self._tensor(images), "certain" if early is True else early
-        batch = tensor.unsqueeze(0) if tensor.ndim == 3 else tensor
-        ood = torch.from_numpy(judge_early(self, batch, acceptance, mode, groups).ood)
-        return (ood[0] if tensor.ndim == 3 else ood).to(tensor.device)
+        given = Given.of(images, self.known_preprocessing)
+        mode = "certain" if early is True else early
+        return given.results(judge_early(self, given.batch, acceptance, mode, groups).ood)
 
     def explain(self, images: Images, with_maps: bool = True, groups: Any = None) -> Explanation:
         """What the confidences of images `[B, C, H, W]` are made of, and where: see `Explanation`.
@@ -358,16 +321,10 @@ class FuseNorm(Detector):
         Of one image `[C, H, W]` as of a batch of one. Heat maps take one more pass. `groups` as in
         `p_values`.
         """
-        self._check_fitted()
-        tensor = self._tensor(images)
-        batch = checked_images(tensor.unsqueeze(0) if tensor.ndim == 3 else tensor)
+        self.check_fitted()
+        batch = Given.of(images, self.known_preprocessing).batch
         experts, pred = self.expert_scores(batch)
-        maps = dict[str, Tensor]()
-        if with_maps:
-            on_device, norm = moved(self.net, batch), self.settings.feature_norm
-            structure, run = self.structure(on_device), partial(_heat_map, norm=norm)
-            with eval_mode(unwrapped(self.net)), torch.no_grad():
-                maps = forward_pass(self.net, on_device, structure, self.taps, run).maps
+        maps = heat_maps(self, batch) if with_maps else {}
         return self.explain_scores(experts, pred, maps, groups)
 
     def explain_scores(
@@ -378,23 +335,11 @@ class FuseNorm(Detector):
         groups: Any = None,
     ) -> Explanation:
         """As `explain`, of images with these scores `[L, B]` of the experts."""
-        statistics, known = self._check_fitted(), self.calibration_
-        scores = experts[: len(self.experts)]
-        conf, contributions = statistics.confidence(scores), statistics.contributions(scores)
-        below = statistics.mean_contributions - contributions
-        return Explanation(
-            self.experts,
-            conf,
-            pred,
-            scores,
-            statistics.normalised(scores),
-            contributions,
-            below,
-            tuple(self.experts[row] for row in below.argmax(axis=0)),
-            maps or {},
-            statistics.weights,
-            None if known is None else known.p_values(conf, known.numbers(pred, groups)),
-        )
+        statistics, known = self.check_fitted(), self.calibration_
+        why = Explanation.of(statistics, experts[: len(self.experts)], pred, maps or {})
+        if known is None:
+            return why
+        return replace(why, p_values=known.p_values(why.conf, known.numbers(pred, groups)))
 
     def save(self, path: str | Path) -> None:
         """Write the fitted detector to a file: safetensors and JSON, no pickle, not the network.
@@ -461,24 +406,20 @@ class FuseNorm(Detector):
         """
         return export_detector(self, Path(path), dtype, acceptance, shape, target)
 
-    def structure(self, images: Tensor) -> Structure:
-        if self._structure is None and self.id_statistics_ is not None:
-            structure = understand(self.net, images)
-            check_random(self.net, structure, self.settings.random)
-            # The fit came before the structure was read.
-            _check_experts(
-                self.id_statistics_, FuseNorm(self.net, self.settings, structure).experts
-            )
-            self._structure = structure
-        return super().structure(images)
+    @property
+    def least(self) -> int:
+        layers = len(self.taps) + 1 if self.settings.penalty == "joint" else 0
+        return max(enough_for(self.settings.percentile_low), layers)
 
-    def _resolve(self, structure: Structure) -> None:
-        """Name the experts of a network that is built like this."""
-        taps = resolve_taps(self.net, self.settings.taps, structure)
-        if isinstance(self.settings.strong, str):
-            self._name(taps, (first_of_last_stage(structure, taps), "output"))
-        else:
-            self._name(taps, self._named_strong(self.settings.strong, taps))
+    def _check(self, structure: Structure) -> None:
+        if self.id_statistics_ is not None:  # the fit came before the structure was read
+            check_experts(self.id_statistics_, FuseNorm(self.net, self.settings, structure).experts)
+
+    def _resolve(self, structure: Structure) -> tuple[Any, ...]:
+        _check_names(self._class_names, structure)
+        if names := names_of(self.net, self.settings, structure):
+            self._name(*names)
+        return (self.settings.taps,)
 
     def _name(
         self, taps: tuple[str, ...], strong: tuple[str, ...], order: Sequence[str] = NO_LAYERS
@@ -487,50 +428,12 @@ class FuseNorm(Detector):
         self.taps, self.strong, self.experts = taps, strong, (*taps, *others)
         norm, scores = self.settings.feature_norm, tuple(map(self.settings.score, others))
         self.rows = [*((tap, norm) for tap in taps), *scores, *self.companions]
-        self._experts = Experts(taps, (norm,), tuple(dict.fromkeys((*scores, *self.companions))))
+        self.all_experts = Experts(taps, (norm,), tuple(dict.fromkeys((*scores, *self.companions))))
 
-    def _check_fitted(self) -> DetectorStatistics:
+    def check_fitted(self) -> DetectorStatistics:
         if self.id_statistics_ is None:
             raise NotFittedError("this FuseNorm is not fitted: call fit(loader) first")
         return self.id_statistics_
-
-    def _named_strong(self, experts: Sequence[str | int], taps: Sequence[str]) -> tuple[str, ...]:
-        """Names of strong experts, of which some may be taps.
-
-        Raises:
-            ConfigError: an expert that is unknown, or named twice.
-        """
-        strong = []
-        for expert in experts:
-            number = expert if isinstance(expert, int) else None
-            if number is not None and not 0 <= number < len(taps):
-                raise ConfigError(
-                    f"strong expert {number} is out of range: there are {len(taps)} taps, "
-                    f"numbered from 0: {', '.join(taps)}"
-                )
-            name = expert if isinstance(expert, str) else taps[expert]
-            name = "output" if name == self.settings.output else name
-            if name not in (*taps, *NO_LAYERS):
-                of = f" with output={self.settings.output!r}"
-                known = (*(taps or ["the taps"]), *NO_LAYERS)
-                more = f", or set output={name!r}" if name in OUTPUTS else ""
-                raise ConfigError(unknown("strong expert", name, known, of, more))
-            strong.append(name)
-        if len(set(strong)) != len(strong):
-            raise ConfigError(f"strong must name each expert once, got {', '.join(strong)}")
-        return tuple(strong)
-
-
-def _check_experts(statistics: DetectorStatistics, experts: tuple[str, ...]) -> None:
-    if set(statistics.experts) != set(experts):
-        raise ConfigError(
-            f"the ID statistics must have the detector's experts {', '.join(experts)}, got "
-            f"{', '.join(statistics.experts)}: fit again"
-        )
-
-
-def _heat_map(feature_map: Tensor, norm: FeatureNorm) -> Tensor:
-    return atf_map(feature_map, *norm).cpu()
 
 
 def _check_names(names: tuple[str, ...] | None, structure: Structure) -> None:

@@ -1,7 +1,6 @@
 """What a file keeps of a fitted FuseNorm, and whether it is sensible and belongs to a network."""
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from math import prod
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusenorm_openood.data.preprocessing import Preprocessing, as_pair
-from fusenorm_openood.detectors.base import check_random
+from fusenorm_openood.detectors.scorer import check_random
 from fusenorm_openood.detectors.statistics import DetectorStatistics, packed, unpacked
 from fusenorm_openood.errors import (
     ConfigError,
@@ -20,6 +19,7 @@ from fusenorm_openood.errors import (
     FuseNormError,
     NonFiniteError,
     TapError,
+    warn,
 )
 from fusenorm_openood.method.calibration import PREDICTED, Calibrated, Calibration
 from fusenorm_openood.method.scores import POSTHOC, make_score
@@ -245,7 +245,7 @@ def _check_tensors(record: Record, tensors: Mapping[str, Tensor]) -> None:
 
 def save(detector: "FuseNorm", path: Path) -> None:
     """Write a fitted detector; see `FuseNorm.save`."""
-    statistics, preprocessing = detector._check_fitted(), detector.preprocessing
+    statistics, preprocessing = detector.check_fitted(), detector.preprocessing
     structure = detector.known_structure
     network = statistics.network or identify(detector.net, ())
     if preprocessing and network.image[:1] not in ((), (preprocessing.channels,)):
@@ -293,7 +293,7 @@ def load(cls: "type[FuseNorm]", path: Path, net: nn.Module, strict: bool) -> "Fu
     except (ConfigError, TapError) as error:
         raise nonsense(path, error) from None
     detector.calibration_, detector.preprocessing = calibration, record.preprocessing
-    detector._other = given if is_other else None
+    detector.other_network = given if is_other else None
     source = record.source._asdict()
     detector.network_source = {name: value for name, value in source.items() if value is not None}
     if record.network.image:  # whose scores an image of this size has to have
@@ -351,7 +351,7 @@ def _check_network(
     if strict:
         raise DetectorFileError(message)
     stale = "the fit and the calibration are" if is_calibrated else "the fit is"
-    warnings.warn(f"{message}: {stale} stale", UserWarning, stacklevel=4)
+    warn(f"{message}: {stale} stale")
     return True
 
 

@@ -51,7 +51,7 @@ class SingleScore(Detector):
                 f"{type(unwrapped(net)).__name__}: use such a checkpoint, or another postprocessor"
             )
         self._score, self.rows = chosen, [chosen]
-        self.experts, self._experts = (chosen.name,), Experts(scores=(chosen,))
+        self.experts, self.all_experts = (chosen.name,), Experts(scores=(chosen,))
         self.fitted_on = "val" if chosen.name in LOGIT_SCORES else "train"
 
     def __repr__(self) -> str:
@@ -72,19 +72,19 @@ class SingleScore(Detector):
             if images is not None:
                 try_experts(scoring, images)
             if self._score.needs_fit:
-                self._fitted, _ = fit_experts(scoring, readings, progress, by_label=True)
+                self.fitted, _ = fit_experts(scoring, readings, progress, by_label=True)
             else:
                 warn_if_few(scoring, readings)
-                self._fitted = Fitted(react_thresholds(scoring, readings, progress))
+                self.fitted = Fitted(react_thresholds(scoring, readings, progress))
         return self
 
     @property
     def threshold_(self) -> float | None:
         """ReAct's clipping threshold, None before `fit`."""
-        return next(iter(self._fitted.thresholds.values()), None)
+        return next(iter(self.fitted.thresholds.values()), None)
 
-    def _check_fitted(self) -> None:
-        unfitted = self._score.needs_fit and self._score not in self._fitted.states
+    def check_fitted(self) -> None:
+        unfitted = self._score.needs_fit and self._score not in self.fitted.states
         if unfitted or (self._score.clip_percentile is not None and self.threshold_ is None):
             raise NotFittedError(f"this {self._score.name} is not fitted: call fit(loader) first")
 

@@ -137,38 +137,6 @@ class DetectorStatistics:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What the confidences of `B` images are made of.
-
-    Attributes:
-        experts: names of the experts.
-        conf: confidences `[B]`, larger = more in-distribution.
-        pred: predicted classes `[B]`.
-        scores: scores `[L, B]` of the experts, larger = more in-distribution.
-        normalised: normalised scores `[L, B]`: in standard deviations from the mean of the ID
-            images, those of blocks by their logarithms; or by percentiles, if the settings say so.
-        weights: weights of the strong experts, which sum to 1.
-        contributions: contributions `[L, B]` of the experts to the confidences, their sums.
-        below_mean: by how much each contribution `[L, B]` is below its mean over the ID images.
-        objected: the expert whose contribution is farthest below its mean, for each image.
-        maps: by layer, heat maps `[B, H, W]` that add up to its norms; see `atf_map`.
-        p_values: conformal p-values `[B]`, None without calibration images.
-    """
-
-    experts: tuple[str, ...]
-    conf: NDArray[np.float64]
-    pred: NDArray[np.int64]
-    scores: NDArray[np.float64]
-    normalised: NDArray[np.float64]
-    contributions: NDArray[np.float64]
-    below_mean: NDArray[np.float64]
-    objected: tuple[str, ...]
-    maps: dict[str, Tensor]
-    weights: dict[str, float]
-    p_values: NDArray[np.float64] | None = None
-
-
 def packed(statistics: DetectorStatistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of ID statistics, and the rest of them in terms of JSON."""
     s = statistics

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
-from fusenorm_openood.detectors.base import Detector, Scored
+from fusenorm_openood.detectors.base import Detector
+from fusenorm_openood.detectors.loaders import Scored
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.evaluation.runs import Loader
 from fusenorm_openood.method.metrics import accuracy, ood_metrics

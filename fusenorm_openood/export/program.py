@@ -58,7 +58,7 @@ def export_detector(
     target: str | None,
 ) -> Exported:
     """Write a detector and its network as one program; see `FuseNorm.export`."""
-    statistics, calibration = detector._check_fitted(), detector.calibration_
+    statistics, calibration = detector.check_fitted(), detector.calibration_
     metadata: dict[str, Any] = {"version": __version__, "calibration_images": 0}
     if calibration is not None:
         if calibration.by not in (None, PREDICTED):

@@ -1,13 +1,12 @@
 """Choose the layers of a network that are tapped."""
 
 import re
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fusenorm_openood.errors import TapError, unknown
+from fusenorm_openood.errors import TapError, unknown, warn
 from fusenorm_openood.network.graph import INPUT
 from fusenorm_openood.network.running import unwrapped
 from fusenorm_openood.network.structure import Structure, read_structure
@@ -79,11 +78,9 @@ def resolve_taps(
 def warn_of_left_out(net: nn.Module, taps: str | Sequence[str], structure: Structure) -> None:
     """Warn of what the blocks of a network leave out, unless the taps are named."""
     for note in structure.notes if isinstance(taps, str) else ():
-        warnings.warn(
+        warn(
             f"{type(unwrapped(net)).__name__}: {note}; name others with taps=[...], "
-            "tap_candidates(net, images) lists them",
-            UserWarning,
-            stacklevel=4,
+            "tap_candidates(net, images) lists them"
         )
 
 

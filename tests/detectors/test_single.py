@@ -178,9 +178,9 @@ def test_more_images_than_the_limit_are_thinned_evenly(net, monkeypatch):
 def test_a_single_score_keeps_no_more_features_than_memory_allows(net, monkeypatch):
     loader = make_loader(60, batch_size=7)
     row = 4 * (net.fc.in_features + net.fc.out_features)
-    (whole,) = SingleScore(net, "knn").fit(loader)._fitted.states.values()
+    (whole,) = SingleScore(net, "knn").fit(loader).fitted.states.values()
     monkeypatch.setattr(fitting, "Sample", lambda limit: Sample(limit, 20 * row))
-    (thinned,) = SingleScore(net, "knn").fit(loader)._fitted.states.values()
+    (thinned,) = SingleScore(net, "knn").fit(loader).fitted.states.values()
     assert torch.equal(thinned["features"], whole["features"][::4])
 
 

@@ -51,7 +51,7 @@ def loaded(path: Path) -> Program:
 
 def error(detector: FuseNorm) -> float:
     """What a program's confidences may differ by: more than 1e-5 for networks without training."""
-    statistics = detector._check_fitted()
+    statistics = detector.check_fitted()
     return error_of(statistics.fusion, statistics.id_scores)
 
 

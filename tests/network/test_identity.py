@@ -142,7 +142,7 @@ def test_what_cannot_be_recognised_fails_before_the_fit(monkeypatch):
     loader = [IMAGES, IMAGES]
     detector = FuseNorm(Net())
     monkeypatch.setattr(
-        "fusenorm_openood.detectors.fusenorm.fit_experts", lambda *_: passes.append(1)
+        "fusenorm_openood.detectors.scorer.fit_experts", lambda *_: passes.append(1)
     )
     with pytest.raises(NotImplementedError):
         detector.fit(loader)
