@@ -3,7 +3,8 @@
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
@@ -111,6 +112,19 @@ def warn(text: str) -> None:
     while frame.f_back is not None and frame.f_globals["__name__"].startswith(f"{__package__}."):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, UserWarning, stacklevel=level)
+
+
+@contextmanager
+def os_errors(
+    kind: type[FuseNormError], what: str, way_out: str, *others: type[Exception]
+) -> Iterator[None]:
+    """Context in which an error of the file system, or one of `others`, is one of this package."""
+    kinds: tuple[type[Exception], ...] = (OSError, *others)
+    try:
+        yield
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or error
+        raise kind(f"{what} ({reason}): {way_out}") from None
 
 
 def is_out_of_memory(error: Exception) -> bool:

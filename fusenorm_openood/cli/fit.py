@@ -19,7 +19,7 @@ from fusenorm_openood.deployment.files import ReadableFiles, network_key
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.repeats import check_apart
-from fusenorm_openood.errors import CalibrationError, ConfigError
+from fusenorm_openood.errors import CalibrationError, ConfigError, os_errors
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.kernels.devices import own_device
 from fusenorm_openood.method.calibration import LEAST
@@ -181,11 +181,9 @@ def class_names(file: str, id_dirs: Sequence[str]) -> tuple[str, ...]:
                 f"{', '.join(id_dirs)} has none: give a text file"
             )
         return tuple(sorted(names))
-    try:
+    what, way_out = f"class names {file} cannot be read", "give a text file in UTF-8"
+    with os_errors(ConfigError, what, way_out, UnicodeDecodeError):
         return tuple(Path(file).read_text(encoding="utf-8-sig").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not in UTF-8"
-        raise ConfigError(f"class names {file} cannot be read ({reason})") from None
 
 
 def preprocessing_of(

@@ -131,8 +131,8 @@ def _rows(name: str) -> Iterator[Row]:
 
 def _named(name: str) -> Iterator[dict[str, Any]]:
     """Rows by column."""
-    path = Path(name)
-    try:
+    path, what, way_out = Path(name), f"{name} cannot be read", "give the rows of fusenorm score"
+    with errors.os_errors(errors.DataError, what, way_out, UnicodeDecodeError, csv.Error):
         if name == "-":
             yield from _parsed(sys.stdin)
         elif path.suffix.lower() in (".parquet", ".pq"):
@@ -142,11 +142,6 @@ def _named(name: str) -> Iterator[dict[str, Any]]:
         else:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 yield from _parsed(file, growing=True)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise errors.DataError(
-            f"{name} cannot be read ({reason}): give the rows of fusenorm score"
-        ) from None
 
 
 def _parsed(lines: Iterable[str], growing: bool = False) -> Iterator[dict[str, Any]]:

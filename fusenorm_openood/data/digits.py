@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from fusenorm_openood.data.benchmarks import load_benchmark
-from fusenorm_openood.errors import DataError
+from fusenorm_openood.errors import DataError, os_errors
 
 Grey = NDArray[np.uint8]  # [N, 24, 24]
 Labelled = tuple[Grey, NDArray[np.int64]]
@@ -58,7 +58,8 @@ def write_digits(data_root: str | Path, seed: int = 0) -> None:
         return
     root = Path(data_root)
     homes = {"images": root / "images_digits", "lists": root / "benchmark_imglist" / "digits"}
-    try:
+    what = f"the digits benchmark cannot be written under {root}"
+    with os_errors(DataError, what, "choose a writable folder with --data-root"):
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".digits-") as unfinished:
             for name, (grey, labels) in digits_image_sets(seed).items():
@@ -67,11 +68,6 @@ def write_digits(data_root: str | Path, seed: int = 0) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 (Path(unfinished) / made).rename(folder)
-    except OSError as error:
-        raise DataError(
-            f"the digits benchmark cannot be written under {root} ({error}): "
-            "choose a writable folder with --data-root"
-        ) from None
 
 
 def _write(root: Path, name: str, images: Grey, labels: Iterable[int]) -> None:

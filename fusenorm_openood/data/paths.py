@@ -22,7 +22,7 @@ from PIL import Image
 
 from fusenorm_openood.data.images import OTHERS, formats
 from fusenorm_openood.data.pixels import pages_of
-from fusenorm_openood.errors import DataError
+from fusenorm_openood.errors import DataError, os_errors
 from fusenorm_openood.storage.files import import_parquet
 from fusenorm_openood.storage.urls import Place, Places, Url, is_pattern, place
 
@@ -64,7 +64,7 @@ def _paths(argument: str, walk: "Walk") -> Iterator[Place]:
         yield from (place(line.strip()) for line in sys.stdin if line.strip())
         return
     path, before = place(argument), walk.repeats
-    try:
+    with os_errors(DataError, f"{argument} cannot be read", "check it"):
         if is_pattern(path):
             found, lacks = walk.matched(path), f"pattern {argument} matches no file: check it"
         elif _kind(path)[0] in _READERS and (isinstance(path, Url) or path.is_file()):
@@ -77,8 +77,6 @@ def _paths(argument: str, walk: "Walk") -> Iterator[Place]:
             found = [path]
         else:
             raise DataError(f"{argument} is no file, folder or pattern: check the path")
-    except OSError as error:
-        raise DataError(f"{argument} cannot be read ({error.strerror})") from None
     if not found and walk.repeats == before:
         raise DataError(lacks)
     yield from found
@@ -203,14 +201,10 @@ def _shown(found: Iterable[Place], given: Url) -> list[Place]:
 
 
 def _entries(folder: str) -> list["os.DirEntry[str]"]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name, reverse=True)
-    except OSError as error:
-        raise DataError(
-            f"folder {folder} cannot be read ({error.strerror}): let this user read it, or name "
-            "the folders to read"
-        ) from None
+    what = f"folder {folder} cannot be read"
+    way_out = "let this user read it, or name the folders to read"
+    with os_errors(DataError, what, way_out), os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name, reverse=True)
 
 
 def _leads(names: Sequence[str], parts: Sequence[str]) -> bool:
@@ -250,10 +244,8 @@ def manifest_paths(given: str) -> Places:
         ConfigError: a Parquet file without pyarrow.
     """
     path = place(given)
-    try:
+    with os_errors(DataError, f"pattern {given} cannot be read", "check it"):
         manifests = Walk().matched(path) if is_pattern(path) else [path]
-    except OSError as error:
-        raise DataError(f"pattern {given} cannot be read ({error.strerror})") from None
     if not manifests:
         raise DataError(f"pattern {given} matches no file: check it")
     listed = Places(path for manifest in manifests for path in _listed(manifest))

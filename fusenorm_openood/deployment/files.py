@@ -270,17 +270,11 @@ def scored(
     throughput: Throughput | None = None,
 ) -> Columns:
     """The columns of a shard, from the items of `ImageFiles`; `throughput` counts the images."""
-    parts = list(_scored_batches(detector, batches, throughput))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _scored_batches(
-    detector: FuseNorm, batches: Iterable[Sequence[Tensor | str]], throughput: Throughput | None
-) -> Iterator[Columns]:
-    counted = throughput or Throughput()
+    counted, parts = throughput or Throughput(), list[Columns]()
     for batch in counted.timed(batches):
         counted.images += len(batch)
-        yield score(detector, batch)
+        parts.append(score(detector, batch))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def experts_key(detector: FuseNorm, store: Place) -> dict[str, Any]:

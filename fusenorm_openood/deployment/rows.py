@@ -4,7 +4,7 @@ import csv
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusenorm_openood.deployment.files import Judged
-from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.errors import ConfigError, DataError, os_errors
 from fusenorm_openood.storage.files import import_parquet, lock, unlock, write_whole
 
 AT_ONCE = 10_000  # rows in memory
@@ -126,17 +126,11 @@ class RowFile:
                 self.readable = row if row.error is None else self.readable
         return rows.open("a" if self.judged else "w", encoding="utf-8", newline="")
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if self.path is None:
-                raise
-            raise DataError(
-                f"{self.path} cannot be written ({error.strerror}): make room, then start again, "
-                "with --resume unless there is a --store"
-            ) from None
+    def _writing(self) -> AbstractContextManager[None]:
+        if self.path is None:
+            return nullcontext()
+        way_out = "make room, then start again, with --resume unless there is a --store"
+        return os_errors(DataError, f"{self.path} cannot be written", way_out)
 
 
 class _Lines:
@@ -161,13 +155,9 @@ def read_rows(path: Path) -> Iterator[Judged]:
         ConfigError: a Parquet file, and pyarrow is not installed.
         DataError: the file cannot be read, has other columns, or a malformed row.
     """
-    try:
+    what, way_out = f"{path} cannot be read", "give a file that fusenorm score wrote"
+    with os_errors(DataError, what, way_out, UnicodeDecodeError, csv.Error):
         yield from _read_parquet(path) if is_parquet(path) else _read_csv(path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(
-            f"{path} cannot be read ({reason}): give a file that fusenorm score wrote"
-        ) from None
 
 
 def _cut_to_whole_rows(path: Path) -> None:

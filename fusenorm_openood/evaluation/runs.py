@@ -15,7 +15,7 @@ from torch import nn
 
 from fusenorm_openood.data.benchmarks import ImageSet, image_loader
 from fusenorm_openood.data.lists import ImageList
-from fusenorm_openood.errors import CheckpointError, TapError
+from fusenorm_openood.errors import CheckpointError, TapError, os_errors
 from fusenorm_openood.forward.batches import Throughput
 from fusenorm_openood.forward.passes import head_of
 from fusenorm_openood.forward.recorded import RecordedLoader
@@ -39,7 +39,7 @@ def find_checkpoints(root: str | Path) -> dict[str, Path]:
     be read.
     """
     root = Path(root)
-    try:
+    with os_errors(CheckpointError, f"root {root} cannot be read", "give another one"):
         if root.is_file():
             return {"": root}
         found = _runs(root)
@@ -53,10 +53,6 @@ def find_checkpoints(root: str | Path) -> dict[str, Path]:
             raise CheckpointError(
                 f"no checkpoint {root / 's0' / 'best.ckpt'} (or s1, s2, ...) found: {_inside(root)}"
             )
-    except OSError as error:
-        raise CheckpointError(
-            f"root {root} cannot be read ({error.strerror}): give another one"
-        ) from None
     return found
 
 

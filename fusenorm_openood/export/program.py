@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusenorm_openood.errors import ConfigError, ExportError, FuseNormError, first_sentence, unknown
+from fusenorm_openood import errors
+from fusenorm_openood.errors import ConfigError, ExportError
 from fusenorm_openood.export.judge import Dtype, Inputs, Judge, error_of, float32_copy
 from fusenorm_openood.export.targets import TARGETS, Outputs, Run, Target
 from fusenorm_openood.kernels.devices import on_cpu
@@ -122,7 +123,7 @@ def find_target(path: Path, name: str | None) -> Target:
         )
     name = name or by_suffix[path.suffix]
     if name not in TARGETS:
-        raise ConfigError(unknown("target", name, TARGETS))
+        raise ConfigError(errors.unknown("target", name, TARGETS))
     if path.suffix != TARGETS[name].suffix:
         raise ConfigError(f"a program for {name} must end in {TARGETS[name].suffix}, got {path}")
     return TARGETS[name]
@@ -149,12 +150,12 @@ def _write(target: Target, judge: Judge, images: Tensor, metadata: str, draft: P
             )
     try:
         target.write(judge, images, metadata, draft)
-    except FuseNormError:
+    except errors.FuseNormError:
         raise
     except Exception as error:
         raise ExportError(
             f"{type(judge.net).__name__} cannot be written as {draft.name} "
-            f"({first_sentence(error)}): export it to a file that ends in .pt2"
+            f"({errors.first_sentence(error)}): export it to a file that ends in .pt2"
         ) from error
 
 
@@ -198,14 +199,10 @@ def _compared(
 
 def move(draft: Path, path: Path) -> None:
     """Move a program to its place: a file, all files of the same name, or a folder."""
-    try:
+    with errors.os_errors(ExportError, f"{path} cannot be written", "choose another folder"):
         for part in sorted(draft.parent.iterdir()):  # .bin before .xml
             place = path.with_name(part.name)
             if part.is_dir():
                 shutil.copytree(part, place, dirs_exist_ok=True)
             else:
                 write_whole(place, partial(shutil.copyfile, part))
-    except OSError as error:
-        raise ExportError(
-            f"{path} cannot be written ({error.strerror}): choose another folder"
-        ) from None

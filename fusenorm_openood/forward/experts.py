@@ -181,8 +181,8 @@ class Scoring:
         """All scores of a batch, from those that need the network and from its features."""
         feature, logits = batch.features
         scores, head = dict(batch.scores), self.head()
-        for score, percentile in self._clips:
-            features = batch.features
+        for score in self.by_feature:
+            features, percentile = batch.features, score.clip_percentile
             if percentile is not None:
                 clipped = feature.clamp(max=self.fitted.thresholds[percentile])
                 features = Features(feature, passes.head_logits(self.net, self.structure, clipped))
@@ -218,10 +218,6 @@ class Scoring:
     def by_feature(self) -> list[Score]:
         """The other scores, which are functions of features and logits."""
         return [score for score in self.experts.scores if score not in self.by_network]
-
-    @cached_property
-    def _clips(self) -> list[tuple[Score, float | None]]:
-        return [(score, score.clip_percentile) for score in self.by_feature]
 
     @cached_property
     def _by_gradient(self) -> list[Any]:

@@ -108,15 +108,8 @@ class RecordedLoader:
 
     def _load(self, batches: Batches) -> Iterator[Any]:
         """Batches of images, given by their numbers."""
-        pinned = torch.cuda.is_available()
-        return iter(
-            CpuLoader(
-                self.dataset,
-                batch_sampler=batches,
-                num_workers=self.num_workers,
-                pin_memory=pinned,
-            )
-        )
+        how: dict[str, Any] = {"num_workers": self.num_workers, "batch_sampler": batches}
+        return iter(CpuLoader(self.dataset, pin_memory=torch.cuda.is_available(), **how))
 
 
 def batch_scores(

@@ -42,15 +42,11 @@ def _list_of(*kinds: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return read
 
 
-def _names_each_once(value: Any) -> bool:
-    return value == "auto" or (isinstance(value, tuple) and 0 < len(value) == len(set(value)))
-
-
 NAMES = Rule("'blocks', 'stages' or a list of names", _list_of())
 EXPERTS = Rule(
     "'auto' or a list of at least one expert, by name or number, each once",
     _list_of(whole),
-    _names_each_once,
+    lambda v: v == "auto" or (isinstance(v, tuple) and 0 < len(v) == len(set(v))),
 )
 WEIGHTS = Rule("a list of numbers", numbers, optional=True)
 DEVIATIONS = Rule("a list of numbers > 0", numbers, lambda v: min(v, default=1) > 0, optional=True)

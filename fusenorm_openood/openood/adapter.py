@@ -5,14 +5,13 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import CheckpointError, ConfigError, unknown
 from fusenorm_openood.forward.passes import forward_pass
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.network.fingerprint import Fingerprint, fingerprint
-from fusenorm_openood.network.resnet import has_scoring_logits
+from fusenorm_openood.network.resnet import FeatureClassifier, has_scoring_logits
 from fusenorm_openood.network.running import eval_mode, without_weight_gradients
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import understand
@@ -32,7 +31,7 @@ WRAPPERS = {
 PERTURBING = ("odin", "iodin")
 
 
-class ScoringView(nn.Module):
+class ScoringView(FeatureClassifier):
     """A network with the interface of OpenOOD's plain classifiers, by its scoring logits."""
 
     def __init__(self, net: nn.Module) -> None:
@@ -51,7 +50,7 @@ class ScoringView(nn.Module):
         return done.logits, done.feature
 
     @property
-    def fc(self) -> nn.Linear:
+    def fc(self) -> nn.Linear:  # type: ignore[override]
         if self._structure is not None and self._structure.affine is not None:
             fc, (weight, bias) = nn.Linear(0, 0), self._structure.affine
             fc.weight, fc.bias = nn.Parameter(weight), nn.Parameter(bias)
@@ -60,14 +59,6 @@ class ScoringView(nn.Module):
         if not linear:
             raise self._no_head()
         return linear[-1]
-
-    def get_fc_layer(self) -> nn.Linear:
-        return self.fc
-
-    def get_fc(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Weight `[K, D]` and bias `[K]` of the linear layer."""
-        fc = self.fc
-        return fc.weight.detach().cpu().numpy(), fc.bias.detach().cpu().numpy()
 
     def _no_head(self) -> CheckpointError:
         return CheckpointError(

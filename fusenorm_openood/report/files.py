@@ -208,12 +208,8 @@ def _shown(row: Judged, detector: FuseNorm) -> gallery.Shown:
     if detector.calibration_ is not None:
         facts.append(("p-value", "" if row.p_value is None else f"{row.p_value:.3g}"))
     read = detector.known_preprocessing().read
-    name = short_name(row.path)
+    name = "/".join(Path(row.path).parts[-2:])
     return gallery.Shown(name, tuple(facts), lambda: read(row.path), link_to(row.path))
-
-
-def short_name(path: str) -> str:
-    return "/".join(Path(path).parts[-2:])
 
 
 def link_to(path: str) -> str:

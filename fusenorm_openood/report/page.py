@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
-from fusenorm_openood.errors import ConfigError, DataError
+from fusenorm_openood.errors import ConfigError, DataError, os_errors
 from fusenorm_openood.report.plots import BLUE, GRID, INK, LINES, SOFT
 from fusenorm_openood.storage.files import check_file, write_whole
 from fusenorm_openood.version import __version__
@@ -175,9 +175,6 @@ def check_report(path: str | Path, option: str = "--report") -> None:
 def write_report(report: Report, path: str | Path) -> None:
     """Render a report and write it, completely or not at all; DataError if it cannot be written."""
     page = render(report).encode(*ENCODED)
-    try:
+    way_out = "make room, or give another file"
+    with os_errors(DataError, f"report {path} cannot be written", way_out):
         write_whole(Path(path), lambda file: file.write_bytes(page))
-    except OSError as error:
-        raise DataError(
-            f"report {path} cannot be written ({error.strerror}): make room, or give another file"
-        ) from None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 from torch import Tensor
 
-from fusenorm_openood.errors import DetectorFileError
+from fusenorm_openood.errors import DetectorFileError, os_errors
 from fusenorm_openood.storage.files import metadata, write_whole
 
 FORMAT = 3
@@ -35,12 +35,9 @@ def write_contents(path: Path, contents: Contents) -> None:
     data = safetensors.torch.save(tensors, {"fusenorm": json.dumps(record)})
     digits = sha256(data).hexdigest().encode()
     data = _CHECKSUM.sub(lambda match: match[0].replace(match[1], digits), data, count=1)
-    try:
+    what = f"detector file {path} cannot be written"
+    with os_errors(DetectorFileError, what, "choose another folder"):
         write_whole(path, lambda file: file.write_bytes(data))
-    except OSError as error:
-        raise DetectorFileError(
-            f"detector file {path} cannot be written ({error.strerror}): choose another folder"
-        ) from None
 
 
 def read_contents(path: Path) -> Contents:
@@ -49,12 +46,8 @@ def read_contents(path: Path) -> Contents:
     DetectorFileError if the file is missing, damaged, no detector file or of another format.
     """
     way_out = "give a file that detector.save wrote"
-    try:
+    with os_errors(DetectorFileError, f"detector file {path} cannot be read", way_out):
         data = path.read_bytes()
-    except OSError as error:
-        raise DetectorFileError(
-            f"detector file {path} cannot be read ({error.strerror}): {way_out}"
-        ) from None
     found = _CHECKSUM.search(data)
     if found is None:
         raise DetectorFileError(f"{path} is no detector file, or a damaged one: {way_out}")

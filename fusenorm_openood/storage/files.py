@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from fusenorm_openood.errors import ConfigError, UnwritableError
+from fusenorm_openood.errors import ConfigError, UnwritableError, os_errors
 from fusenorm_openood.storage.urls import Place, Url, versions
 
 if sys.platform != "win32":
@@ -107,13 +107,10 @@ def check_writable(folder: Path, option: str) -> None:
     """Raise ConfigError unless a folder is writable; a missing one is created, with a message."""
     if not folder.exists():
         log.info(f"{option} makes the folder {folder}")
-    try:
+    what, way_out = f"folder {folder} is not writable", f"choose another with {option}"
+    with os_errors(ConfigError, what, way_out):
         write_whole(folder / ".writable", Path.touch)
         (folder / ".writable").unlink(missing_ok=True)  # several processes may check at once
-    except OSError as error:
-        raise ConfigError(
-            f"folder {folder} is not writable ({error.strerror}): choose another with {option}"
-        ) from None
 
 
 _locks = set[int]()
@@ -146,13 +143,8 @@ def unlock(locked: int | None) -> None:
         os.close(locked)
 
 
-def _close_locks() -> None:
-    while _locks:
-        os.close(_locks.pop())
-
-
 if sys.platform != "win32":  # a loader process that outlives its parent must not keep a lock
-    os.register_at_fork(after_in_child=_close_locks)
+    os.register_at_fork(after_in_child=lambda: [*map(unlock, set(_locks))])
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fusenorm_openood.errors import DamagedShardError, StoreError
-from fusenorm_openood.storage.shards import KEY, Key, ShardSet, delete, shard_number, store_errors
+from fusenorm_openood.errors import DamagedShardError, StoreError, os_errors
+from fusenorm_openood.storage.shards import KEY, OTHER, Key, ShardSet, delete, shard_number
 
 _TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{32}\.tmp")
 _DAY = 24 * 60 * 60  # a process takes seconds to write a temporary file
@@ -63,9 +63,9 @@ def prune(
 ) -> list[Removal]:
     """Remove sets of another version, and files of sets that nothing reads any more.
 
-    These are the Parquet shards of version 0.2.0, and temporary files of killed writers older than
-    a day. Only files of this store are deleted, and only folders that are then empty. No other
-    process may write the sets that are removed.
+    These are temporary files of killed writers, older than a day. Only files of this store are
+    deleted, and only folders that are then empty. No other process may write the sets that are
+    removed.
 
     Args:
         root: the store; StoreError if it does not exist, or a file cannot be deleted.
@@ -88,13 +88,8 @@ def prune(
             for path in _own_files(entry.folder):
                 with suppress(FileNotFoundError):  # another process may have removed it
                     found = path.stat()
-                    if path.suffix == ".parquet":
-                        reason = "Parquet shard of version 0.2.0"
-                    elif path.suffix == ".tmp" and time.time() - found.st_mtime > _DAY:
-                        reason = "temporary file"
-                    else:
-                        continue
-                    removals.append(Removal(path, found.st_size, reason))
+                    if path.suffix == ".tmp" and time.time() - found.st_mtime > _DAY:
+                        removals.append(Removal(path, found.st_size, "temporary file"))
     for removal in [] if dry_run else removals:
         # A set keeps its key, and so is a set, until its shards are gone.
         is_set = removal.path.is_dir()
@@ -108,9 +103,10 @@ def prune(
 
 def _sets(root: Path) -> Iterator[tuple[Path, ShardSet]]:
     """The sets of a store and their folders; other folders are passed over."""
+    way_out = "choose another with --store"
     if not root.exists():
-        raise StoreError(f"store {root} does not exist: choose another with --store")
-    with store_errors(f"store {root} cannot be read", "choose another with --store"):
+        raise StoreError(f"store {root} does not exist: {way_out}")
+    with os_errors(StoreError, f"store {root} cannot be read", way_out):
         folders = sorted(path for path in root.iterdir() if path.is_dir())
     for folder in folders:
         with suppress(FileNotFoundError, StoreError):
@@ -121,7 +117,7 @@ def _sets(root: Path) -> Iterator[tuple[Path, ShardSet]]:
 
 def _own_files(folder: Path) -> list[Path]:
     """The files of a set that this package wrote, its key last."""
-    with store_errors(f"folder {folder} cannot be read"):
+    with os_errors(StoreError, f"folder {folder} cannot be read", OTHER):
         paths = sorted(folder.iterdir())
     names = {path: match[1] for path in paths if (match := _TEMPORARY.fullmatch(path.name))}
     shards = [path for path in paths if shard_number(names.get(path, path.name)) >= 0]

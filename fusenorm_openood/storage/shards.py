@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fusenorm_openood.errors import DamagedShardError, StoreError
+from fusenorm_openood.errors import DamagedShardError, StoreError, os_errors
 from fusenorm_openood.storage.files import metadata, write_bytes_whole
 from fusenorm_openood.storage.urls import Place
 
@@ -28,6 +28,7 @@ Columns = dict[str, NDArray[Any]]
 FORMAT = "fusenorm shards 1"
 KEY = "key.json"
 DIGITS = 20  # of a record's digest
+OTHER = "choose another store"
 NUMBERS = (np.float32, np.float64, np.int64, np.bool_)
 _NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})-([0-9a-f]{16})\.(safetensors|parquet)")
 
@@ -90,9 +91,7 @@ class Key:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise StoreError(
-                f"{path} cannot be read ({error.strerror}): choose another store"
-            ) from None
+            raise StoreError(f"{path} cannot be read ({error.strerror}): {OTHER}") from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             raise StoreError(f"{path} is damaged: delete its folder") from None
 
@@ -117,7 +116,7 @@ class ShardSet:
         except FileNotFoundError:
             created = datetime.now(timezone.utc).isoformat(timespec="seconds")
             content = _plain({"format": FORMAT, "created": created, **vars(key)})
-            with store_errors(f"folder {self.folder} is not writable"):
+            with os_errors(StoreError, f"folder {self.folder} is not writable", OTHER):
                 write_bytes_whole(self.folder / KEY, f"{json.dumps(content, indent=2)}\n".encode())
             found = Key.read(self.folder)  # another process may have written one at the same time
         if digest(found.record) != self._digest:
@@ -156,7 +155,7 @@ class ShardSet:
         data = encode(columns, self._label(number), rows)
         path = self.folder / f"{number:06d}-{_checksum(data)}.safetensors"
         what = f"shard {number} cannot be written to {self.folder}"
-        with store_errors(what, "free disk space, or choose another store"):
+        with os_errors(StoreError, what, "free disk space, or choose another store"):
             write_bytes_whole(path, data)
         if number in self._listed:  # damaged, and deleted only now: others would find it missing
             for other, fault in self.verify(number):
@@ -191,7 +190,7 @@ class ShardSet:
 
     def _files(self) -> list[tuple[int, Place]]:
         """Number and path of all shard files, sorted."""
-        with store_errors(f"folder {self.folder} cannot be read"):
+        with os_errors(StoreError, f"folder {self.folder} cannot be read", OTHER):
             names = sorted(path.name for path in self.folder.iterdir())
         files = [(shard_number(n), self.folder / n) for n in names if n.endswith(".safetensors")]
         return [(number, path) for number, path in files if 0 <= number < self.key.shard_count]
@@ -267,17 +266,8 @@ def _read(path: Place, label: str) -> Columns:
 
 def delete(path: Place) -> None:
     """Delete a file, which another process may have deleted; StoreError if it cannot be."""
-    with store_errors(f"{path} cannot be deleted", "check who may write there"):
+    with os_errors(StoreError, f"{path} cannot be deleted", "check who may write there"):
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def store_errors(what: str, way_out: str = "choose another store") -> Iterator[None]:
-    """Context in which an error of the file system is a StoreError."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(f"{what} ({error.strerror}): {way_out}") from None
 
 
 def _checksum(data: bytes) -> str:

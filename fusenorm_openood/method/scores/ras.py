@@ -6,7 +6,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusenorm_openood.method.scores.base import Features, Head, Score, State, fit_features
+from fusenorm_openood.method.scores.base import (
+    Features,
+    Head,
+    Score,
+    State,
+    feature_sum,
+    mean_feature,
+)
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,11 @@ class RAS(Score):
     state: ClassVar = {"values": "D"}
 
     def sums(self, batch: Features, labels: Tensor) -> State:
-        feature = fit_features(batch).sort(dim=1, descending=True).values
-        images = torch.tensor(len(feature), device=feature.device)
-        return {"sorted": feature.sum(dim=0, dtype=torch.float64), "images": images}
+        ordered = batch.feature.sort(dim=1, descending=True).values
+        return feature_sum(batch._replace(feature=ordered))
 
     def fit(self, sums: State, sample: Features, head: Head) -> State:
-        return {"values": (sums["sorted"] / sums["images"]).float()}
+        return {"values": mean_feature(sums).float()}
 
     def score(self, batch: Features, head: Head, state: State) -> Tensor:
         order = batch.feature.argsort(dim=1, descending=True, stable=True)
