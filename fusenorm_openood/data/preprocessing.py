@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fusenorm_openood.data.images import reading
 from fusenorm_openood.data.pixels import read_bands
-from fusenorm_openood.errors import ConfigError, numbers, whole
+from fusenorm_openood.errors import ConfigError, DataError, numbers, whole
 from fusenorm_openood.method.validation import Rule, among, check_fields, checked
 from fusenorm_openood.storage.configs import typed
 from fusenorm_openood.storage.urls import Place, place
@@ -218,6 +218,10 @@ class Preprocessing:
     def _pixels(self, given: Place | Image.Image, name: str) -> Tensor:
         with reading(name):
             bands = read_bands(given, self)  # copies, which are turned upright themselves
+            for band in bands:
+                if 0 in band.size:
+                    width, height = band.size
+                    raise DataError(f"it has no pixels, at {width} x {height}: leave it out")
             arrays = [np.array(self._cropped(n, band)) for n, band in enumerate(bands)]
         parts = [torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1) for array in arrays]
         pixels = torch.cat(parts)

@@ -44,6 +44,16 @@ def test_images_in_any_form_have_one_confidence(detector, tmp_path):
         detector.score(np.zeros((20, 24, 4), np.uint8))
 
 
+@pytest.mark.parametrize("shape", [(0, 0), (5, 0), (0, 5, 3), (0, 5, 1), (2, 0, 0, 3)])
+def test_images_without_pixels_are_refused(detector, shape):
+    array = np.zeros(shape, np.uint8)
+    for images in (array, torch.from_numpy(array.reshape(*shape, 1)[..., :3]).movedim(-1, -3)):
+        with pytest.raises(DataError, match=r"no pixels|\[H, W, C\]"):
+            detector.score(images)
+    with pytest.raises(DataError, match="no pixels"):
+        detector.score(Image.new("RGB", (0, 4)))
+
+
 def test_thresholds_are_where_verdicts_change(detector):
     images = some_images(60, SIZE, seed=2)  # those of the calibration: ties with the threshold
     for acceptance in (0.5, 0.8, 0.95):
