@@ -32,7 +32,7 @@ from fusenorm_openood.forward.experts import Expert, Scoring
 from fusenorm_openood.forward.given import Given, Images
 from fusenorm_openood.forward.recorded import batch_scores
 from fusenorm_openood.kernels.devices import moved
-from fusenorm_openood.method.calibration import LEAST, PREDICTED, Calibration
+from fusenorm_openood.method.calibration import LEAST, PREDICTED, Calibration, GroupsOf
 from fusenorm_openood.method.conformal import Guarantee
 from fusenorm_openood.method.scores.energy import Energy
 from fusenorm_openood.network.fingerprint import Fingerprint, identify
@@ -184,7 +184,7 @@ class Detector(Scorer, ABC):
         self: D,
         loader: Iterable[Any],
         progress: bool = False,
-        by: str | None = None,
+        by: str | GroupsOf | None = None,
         least: int = LEAST,
         merge: bool = False,
         newest: int | None = None,
@@ -204,7 +204,10 @@ class Detector(Scorer, ABC):
             progress: whether to show a progress bar.
             by: what the groups are: `"predicted"` = the predicted classes, all those of the
                 network; else a key of batches that are dicts, such as `"camera"`, or `"label"`, and
-                `p_values` and `is_ood` need the groups of their images; None = one group.
+                `p_values` and `is_ood` need the groups of their images; or a function `by(images,
+                pred)` of images `[B, C, H, W]`, as the network takes them, and predicted classes
+                `[B]` that gives one name or number for each, of which a file and a pickle keep the
+                name alone, so that they need the groups, too; None = one group.
             least: the number of images with which a group is compared with itself alone; 19 are
                 needed for an acceptance of 95 %, 99 for 99 %.
             merge: whether to keep the images of earlier calls, grouped in the same way.
@@ -214,7 +217,7 @@ class Detector(Scorer, ABC):
         Raises:
             NotFittedError: before `fit`.
             ConfigError: `least` or `newest` below 1, or groups that cannot be merged.
-            DataError: a loader that does not give the groups.
+            DataError: a loader or a function that does not give the groups.
             CalibrationError: the loader, its data set, one of its files or more than a tenth of its
                 images are those of `fit`; or images of another network are to be merged.
         """
@@ -250,7 +253,7 @@ class Detector(Scorer, ABC):
         """
         calibration = self.check_calibrated()
         given, pred, conf = self._judged(images)
-        p = calibration.p_values(conf, calibration.numbers(pred, groups))
+        p = calibration.p_values(conf, calibration.numbers(pred, groups, given.batch))
         return given.results(p.astype(conf.dtype))
 
     def is_ood(self, images: Images, acceptance: float = 0.95, groups: Any = None) -> Tensor:
@@ -268,7 +271,7 @@ class Detector(Scorer, ABC):
         calibration = self.check_calibrated()
         thresholds = calibration.thresholds(acceptance)
         given, pred, conf = self._judged(images)
-        return given.results(conf < thresholds[calibration.numbers(pred, groups)])
+        return given.results(conf < thresholds[calibration.numbers(pred, groups, given.batch)])
 
     def guarantee(
         self, acceptance: float = 0.95, confidence: float = 0.95, group: int | str | None = None

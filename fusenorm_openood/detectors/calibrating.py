@@ -23,6 +23,7 @@ from fusenorm_openood.method.calibration import (
     PREDICTED,
     Calibrated,
     Calibration,
+    GroupsOf,
     group_names,
     listed,
 )
@@ -37,7 +38,7 @@ def calibration_of(
     detector: "Detector",
     loader: Iterable[Any],
     progress: bool,
-    by: str | None,
+    by: str | GroupsOf | None,
     least: int,
     merge: bool,
     newest: int | None,
@@ -52,13 +53,15 @@ def calibration_of(
             "the calibration images were scored by other weights, and cannot be merged with "
             "new ones: calibrate without merge"
         )
+    function = by if callable(by) else None
+    by = f"{getattr(by, '__name__', type(by).__name__)}()" if callable(by) else by
     before = detector.calibration_ if merge else None
     if before is not None:
         before.check_mergeable(by)
     fitted_on = detector.fit_data and detector.fit_data()
     if fitted_on is not None:
         check_apart(fitted_on, data_of(loader))
-    new = _scored(detector, loader, progress, by, least, source)
+    new = _scored(detector, loader, progress, by, function, least, source)
     new = new if before is None else before.then(new)
     first = np.sort(distinct_columns(new.marks))
     if len(first) < len(new):
@@ -83,20 +86,25 @@ def _scored(
     loader: Iterable[Any],
     progress: bool,
     by: str | None,
+    function: GroupsOf | None,
     least: int,
     source: str | None,
 ) -> Calibration:
     """The calibration with the images of a loader alone, also those that repeat others."""
     marks, given = list[NDArray[np.float64]](), list[str]()
 
-    def mark(batch: BatchScores) -> None:
-        marks.append(projections(batch.features if batch.images is None else [batch.images]))
+    def read(batch: BatchScores) -> None:
+        if len(detector.experts) == 1:  # two images may well have a single score in common
+            marks.append(projections(batch.features if batch.images is None else [batch.images]))
+        if function is not None:
+            if batch.images is None:
+                raise DataError(f"by={by} needs images, which a store lacks: leave out the store")
+            given.extend(group_names(function(batch.images, batch.pred.cpu().numpy())))
 
-    noted = by not in (None, PREDICTED, *LABELS)
+    noted = function is None and by not in (None, PREDICTED, *LABELS)
     images = noting(loader, str(by), given) if noted else loader
     batches = batch_scores(detector.net, detector.scoring, images, progress, "calibrate")
-    # Two images may well have a single score in common.
-    scored = collect(batches, detector.rows, mark if len(detector.experts) == 1 else None)
+    scored = collect(batches, detector.rows, read)
     conf = detector.confidence(scored.experts).astype(np.float64)
     if (fit := detector.id_statistics_) is not None:
         layers = len(fit.layers)  # others may score the images of their fit in another way
@@ -112,7 +120,7 @@ def _scored(
     source = type(data_of(loader)).__name__ if source is None else source
     history = (Calibrated(now, len(conf), source),)
     stacked = np.vstack(told).astype(np.float64)
-    return Calibration(conf, stacked, history, by, names, group, least)
+    return Calibration(conf, stacked, history, by, names, group, least, function)
 
 
 def _groups(
@@ -127,5 +135,8 @@ def _groups(
         if (scored.label < 0).any():
             raise DataError(f"by={by!r} needs a loader that gives labels >= 0")
         given = group_names(scored.label)
+    if len(given) != len(scored.pred):
+        count = len(scored.pred)
+        raise DataError(f"{by} must give a group for each of {count} images, got {len(given)}")
     names, group = np.unique(given, return_inverse=True)
     return tuple(names.tolist()), group.astype(np.int64)

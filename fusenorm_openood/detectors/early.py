@@ -59,7 +59,9 @@ def judge_early(
     """Verdicts on images `[B, C, H, W]`; see `FuseNorm.is_ood`."""
     if not len(images):
         raise DataError("there must be at least one image, got none")
-    detector.check_calibrated().numbers(np.zeros(len(images), np.int64), groups)  # or an error
+    calibration = detector.check_calibrated()
+    if groups is not None or calibration.function is None:
+        calibration.numbers(np.zeros(len(images), np.int64), groups)  # or an error
     with network_errors(detector.net, checked_images(images)):
         on_device = moved(detector.net, images)
         scoring = detector.scoring(lambda: on_device)
@@ -67,15 +69,16 @@ def judge_early(
         done = early_scores(scoring, on_device, exits)
     detector.check_size(images)
     kept = done.kept.cpu().numpy()
-    numbers, calibration = done.exits.numpy(), detector.check_calibrated()
+    numbers = done.exits.numpy()
     ood = numbers >= 0
     experts, pred = np.empty((len(detector.rows), 0)), np.empty(0, np.int64)
     if done.scores is not None:
         experts = done.scores.matrix(detector.rows).cpu().numpy()
         pred = done.scores.pred.cpu().numpy()
-        check_finite(images[done.kept.to(images.device)], experts, detector.rows)
+        stayed = images[done.kept.to(images.device)]
+        check_finite(stayed, experts, detector.rows)
         given = None if groups is None else np.array(group_names(groups))[kept]
-        group = calibration.numbers(pred, given)
+        group = calibration.numbers(pred, given, stayed)
         ood[kept] = detector.confidence(experts) < calibration.thresholds(accepted)[group]
     layers = [None if number < 0 else exits[number].layers[-1] for number in numbers.tolist()]
     bounds = done.statistics.numpy()

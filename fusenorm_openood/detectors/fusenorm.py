@@ -325,7 +325,7 @@ class FuseNorm(Detector):
         batch = Given.of(images, self.known_preprocessing).batch
         experts, pred = self.expert_scores(batch)
         maps = heat_maps(self, batch) if with_maps else {}
-        return self.explain_scores(experts, pred, maps, groups)
+        return self.explain_scores(experts, pred, maps, groups, batch)
 
     def explain_scores(
         self,
@@ -333,13 +333,14 @@ class FuseNorm(Detector):
         pred: NDArray[np.int64],
         maps: dict[str, Tensor] | None = None,
         groups: Any = None,
+        images: Tensor | None = None,
     ) -> Explanation:
         """As `explain`, of images with these scores `[L, B]` of the experts."""
         statistics, known = self.check_fitted(), self.calibration_
         why = Explanation.of(statistics, experts[: len(self.experts)], pred, maps or {})
         if known is None:
             return why
-        return replace(why, p_values=known.p_values(why.conf, known.numbers(pred, groups)))
+        return replace(why, p_values=known.p_values(why.conf, known.numbers(pred, groups, images)))
 
     def save(self, path: str | Path) -> None:
         """Write the fitted detector to a file: safetensors and JSON, no pickle, not the network.

@@ -3,13 +3,14 @@
 Source: Vovk, "Conditional validity of inductive conformal predictors", ACML 2012 (Mondrian).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fusenorm_openood.errors import CalibrationError, ConfigError, unknown
 from fusenorm_openood.method.conformal import (
@@ -27,6 +28,7 @@ PREDICTED = "predicted"
 SHOWN = 5  # names in a message
 Values = NDArray[np.float64]
 Numbers = NDArray[np.int64]
+GroupsOf = Callable[[Tensor, Numbers], Any]  # of images `[B, C, H, W]` and predicted classes `[B]`
 
 
 class Calibrated(NamedTuple):
@@ -52,10 +54,11 @@ class Calibration:
         marks: what tells the images from each other `[M, n]`.
         history: the calls of `calibrate` that gave them, the oldest first.
         by: what the groups are: `"predicted"` = predicted classes, None = one group, else a key of
-            the batches that `calibrate` was given.
+            the batches that `calibrate` was given, or the name of a function.
         names: names of the groups `[G]`.
         group: the number of each image's group `[n]`.
         least: the number of images with which a group has its own scores.
+        function: the function, which neither a file nor a pickle keeps; None without one.
     """
 
     scores: Values
@@ -65,6 +68,10 @@ class Calibration:
     names: tuple[str, ...]
     group: Numbers
     least: int = LEAST
+    function: GroupsOf | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "function": None}
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -118,8 +125,13 @@ class Calibration:
             p[cell == number] = conformal_p_values(conf[cell == number], self.cells[number])
         return p
 
-    def numbers(self, pred: Numbers, groups: Any = None) -> Numbers:
-        """The number of each image's group `[B]`, from predicted classes or from given groups.
+    def numbers(self, pred: Numbers, groups: Any = None, images: Tensor | None = None) -> Numbers:
+        """The number of each image's group `[B]`.
+
+        Args:
+            pred: predicted classes `[B]`.
+            groups: the names of the groups, where neither these nor the function tell them.
+            images: the images `[B, C, H, W]`, for the function.
 
         Raises:
             ConfigError: groups that are missing, unknown, too many, or that are not asked for.
@@ -128,6 +140,8 @@ class Calibration:
             if groups is not None:
                 raise ConfigError(f"groups must be left out of a calibration by {self.by}")
             return pred if self.by else np.zeros_like(pred)
+        if groups is None and self.function is not None and images is not None:
+            groups = self.function(images, pred)
         given = () if groups is None else group_names(groups)
         if len(given) != len(pred):
             raise ConfigError(

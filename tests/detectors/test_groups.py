@@ -139,6 +139,30 @@ def test_groups_that_a_loader_gives(detector, tmp_path):
     assert torch.equal(detector.p_values(NEW, of), before)
 
 
+def brightness(images, pred):
+    return (images.mean((1, 2, 3)) > 0).int()
+
+
+def test_groups_that_a_function_gives(detector, tmp_path):
+    detector.calibrate([OTHER], by=brightness)
+    conf, tested, of = detector.score(OTHER), detector.score(NEW), brightness(NEW, None)
+    expected = by_hand(conf.numpy(), brightness(OTHER, None).numpy(), tested.numpy(), of.numpy())
+    np.testing.assert_array_equal(detector.p_values(NEW).numpy(), expected)
+    np.testing.assert_array_equal(detector.explain(NEW, with_maps=False).p_values, expected)
+    for early in (False, True):
+        assert detector.is_ood(NEW, 0.9, early=early).tolist() == (expected <= 0.1).tolist()
+    detector.save(tmp_path / "d")
+    for same in (pickle.loads(pickle.dumps(detector)), FuseNorm.load(tmp_path / "d", detector.net)):
+        np.testing.assert_array_equal(same.p_values(NEW, of).numpy(), expected)
+        with pytest.raises(ConfigError, match=r"the brightness\(\) of 20 images, got 0"):
+            same.p_values(NEW)
+    with pytest.raises(DataError, match="a group for each of 90 images, got 1"):
+        detector.calibrate([OTHER], by=lambda images, pred: pred[:1])
+    with pytest.raises(DataError, match="leave out the store"):
+        given = RecordedLoader(Images(OTHER), tmp_path, {"images": 1}, "other", 90)
+        detector.calibrate(given, by=brightness)
+
+
 def test_labels_as_groups(detector):
     labels = torch.arange(90) % 3
     detector.calibrate([(OTHER, labels)], by="label")
