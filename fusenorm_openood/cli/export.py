@@ -25,14 +25,8 @@ def run_export(args: Namespace) -> int:
     detector = load_detector(*of_detector(args))
     exported = detector.export(args.output, args.dtype, args.acceptance, target=args.target)
     print(f"exported {args.output}: {', '.join(exported.outputs)}")
-    if isinstance(exported.max_rank, list):
-        least, most = min(exported.max_rank), max(exported.max_rank)
-        print(
-            "an image is OOD if rank <= max_rank of its predicted class, which is from "
-            f"{least} to {most} (acceptance {args.acceptance:g})"
-        )
-    elif exported.max_rank is not None:
-        print(f"an image is OOD if rank <= {exported.max_rank} (acceptance {args.acceptance:g})")
+    if exported.max_rank is not None:
+        print(_verdict(exported.max_rank, args.acceptance))
     if exported.difference is None:
         print("not compared with PyTorch: its runtime is not installed")
     else:
@@ -54,8 +48,18 @@ def add_recalibrate(parser: ArgumentParser) -> None:
 def run_recalibrate(args: Namespace) -> int:
     """Write the program with its own calibration scores."""
     program, output = Path(args.program), Path(args.output or args.program)
-    images = each_page(image_paths(args.calibration_dir), args.pages)
-    known = recalibrate(program, images, output, args.acceptance)
-    print(f"calibrated {output} on {known['calibration_images']} images")
-    print(f"an image is OOD if rank <= {known['max_rank']} (acceptance {known['acceptance']:g})")
+    paths = each_page(image_paths(args.calibration_dir), args.pages)
+    known = recalibrate(program, paths, output, args.acceptance)
+    images = known["calibration_images"]
+    on = f"images of {len(images)} classes" if isinstance(images, list) else f"{images} images"
+    print(f"calibrated {output} on {on}")
+    print(_verdict(known["max_rank"], known["acceptance"]))
     return 0
+
+
+def _verdict(most: int | list[int], acceptance: float) -> str:
+    if isinstance(most, list):
+        limit = f"max_rank of its predicted class, which is from {min(most)} to {max(most)}"
+    else:
+        limit = str(most)
+    return f"an image is OOD if rank <= {limit} (acceptance {acceptance:g})"

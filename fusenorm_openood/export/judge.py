@@ -120,6 +120,29 @@ def error_of(fusion: Fusion, id_scores: NDArray[np.float64]) -> float:
     return max(ERROR, 8 * float((conf[0] - conf[1]).abs().max()))
 
 
+def compared_with(calibration: Calibration, error: float = ERROR) -> dict[str, NDArray[Any]]:
+    """The constants of a program that confidences are compared with; see `Judge`."""
+    cells = [thresholds(cell, error) for cell in calibration.cells]
+    constants: dict[str, NDArray[Any]] = {"thresholds": np.concatenate(cells)}
+    if calibration.by is not None:
+        constants["cell"] = np.repeat(range(len(cells)), [*map(len, cells)])
+        constants["cell_of"] = calibration.cell_of
+    return constants
+
+
+def facts_of(calibration: Calibration, acceptance: float) -> dict[str, Any]:
+    """What a program's metadata say of its calibration; CalibrationError for too few images."""
+    most = calibration.max_ranks(acceptance)
+    counts = [len(calibration.cell(group)) for group in range(len(most))]
+    return {
+        "acceptance": acceptance,
+        "calibration_by": calibration.by,
+        "calibration_least": calibration.least,
+        "calibration_images": counts if calibration.by else counts[0],
+        "max_rank": most if calibration.by else most[0],
+    }
+
+
 class Judge(nn.Module):
     """Logits, confidences and ranks of a batch of images, in float32.
 
@@ -156,11 +179,8 @@ class Judge(nn.Module):
         for name in ("thresholds", "cell", "cell_of"):
             self.register_buffer(name, None)
         if calibration is not None:
-            lowered = [thresholds(cell, error) for cell in calibration.cells]
-            self.thresholds = torch.from_numpy(np.concatenate(lowered))
-            if calibration.by is not None:
-                self.cell = torch.from_numpy(np.repeat(range(len(lowered)), [*map(len, lowered)]))
-                self.cell_of = torch.from_numpy(calibration.cell_of)
+            for name, constant in compared_with(calibration, error).items():
+                setattr(self, name, torch.from_numpy(constant))
         self.outputs = OUTPUTS[:2] if calibration is None else OUTPUTS
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:

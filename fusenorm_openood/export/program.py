@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fusenorm_openood import errors
 from fusenorm_openood.errors import ConfigError, ExportError
-from fusenorm_openood.export.judge import Dtype, Inputs, Judge, error_of, float32_copy
+from fusenorm_openood.export.judge import Dtype, Inputs, Judge, error_of, facts_of, float32_copy
 from fusenorm_openood.export.targets import TARGETS, Outputs, Run, Target
 from fusenorm_openood.kernels.devices import on_cpu
 from fusenorm_openood.method.calibration import PREDICTED
@@ -67,11 +67,7 @@ def export_detector(
                 f"a program cannot know the {calibration.by} of an image, by which the calibration "
                 "images are grouped: calibrate by predicted class, or without groups"
             )
-        metadata |= {"acceptance": acceptance, "calibration_by": calibration.by}
-        counts = [len(calibration.cell(group)) for group in range(len(calibration.names))]
-        most = calibration.max_ranks(acceptance)
-        metadata["calibration_images"] = counts if calibration.by else counts[0]
-        metadata["max_rank"] = most if calibration.by else most[0]
+        metadata |= facts_of(calibration, acceptance)
     rows = detector.rows[: len(detector.experts)]
     if any(isinstance(expert, Score) and expert.needs_gradient for expert in rows):
         raise ConfigError(

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.errors import ConfigError, ExportError
-from fusenorm_openood.export.judge import OUTPUTS, thresholds
+from fusenorm_openood.export.judge import OUTPUTS, compared_with, facts_of
 from fusenorm_openood.export.program import find_target, move
 from fusenorm_openood.export.targets import METADATA
-from fusenorm_openood.method.conformal import max_rank
+from fusenorm_openood.method.calibration import LEAST, Calibration
 from fusenorm_openood.storage.configs import typed
 from fusenorm_openood.storage.urls import Place
 
-SCORES = "thresholds"  # the constant that confidences are compared with
+Constants = dict[str, NDArray[Any]]  # by name; see `compared_with`
 
 
 def recalibrate(
@@ -26,7 +26,8 @@ def recalibrate(
 ) -> dict[str, Any]:
     """Write a program with the calibration scores that it gives to images itself, one by one.
 
-    Images with the same logits and confidence count once.
+    Images with the same logits and confidence count once. If its ranks are by predicted class,
+    these are grouped and pooled anew; see `Calibration`.
 
     Args:
         program: an `.onnx` or `.xml` file that was exported from a calibrated detector.
@@ -41,8 +42,7 @@ def recalibrate(
         ConfigError: a program of another kind, or another suffix.
         CalibrationError: too few images for the acceptance.
         DataError: an image that cannot be read.
-        ExportError: a program without ranks, with ranks by predicted class, or whose confidences
-            are not finite.
+        ExportError: a program without ranks, or whose confidences are not finite.
     """
     models: dict[str, type[_Onnx | _OpenVINO]] = {".onnx": _Onnx, ".xml": _OpenVINO}
     if program.suffix not in models or output.suffix != program.suffix:
@@ -57,25 +57,24 @@ def recalibrate(
             f"{program} was not exported from a calibrated detector with preprocessing by this "
             "version: export the detector again"
         )
-    if known.get("calibration_by"):
-        raise ExportError(
-            f"{program} has its own calibration scores for each predicted class, which cannot be "
-            "replaced: export the detector without groups"
-        )
     preprocessing: Preprocessing = typed(Preprocessing, known["preprocessing"], "preprocessing")
     run, rows = find_target(program, None).load(program), []
     for path in images:
         found = run(preprocessing.pixels(path).numpy().astype(known["dtype"])[None])
         rows.append([*found["confidence"], *found["logits"].flatten()])
-    conf = np.unique(np.array(rows, np.float64), axis=0)[:, 0] if rows else np.empty(0)
+    distinct = np.unique(np.array(rows, np.float64), axis=0) if rows else np.empty((0, 2))
+    conf, by = distinct[:, 0], known.get("calibration_by")
     if not np.isfinite(conf).all():
         raise ExportError(f"{program} gives confidences that are not finite: quantise it otherwise")
-    known["acceptance"] = known["acceptance"] if acceptance is None else acceptance
-    known["max_rank"] = max_rank(known["acceptance"], len(conf))
-    known["calibration_images"] = len(conf)
+    group, classes = np.zeros(len(conf), np.int64), 1
+    if by is not None:
+        group, classes = distinct[:, 1:].argmax(axis=1), len(known["max_rank"])
+    names, least = tuple(map(str, range(classes))), known.get("calibration_least", LEAST)
+    calibration = Calibration(conf, conf[None], (), by, names, group, least)
+    known |= facts_of(calibration, known["acceptance"] if acceptance is None else acceptance)
     with TemporaryDirectory() as folder:
         draft = Path(folder) / output.name
-        model.write(thresholds(conf, 0), json.dumps(known), draft)
+        model.write(compared_with(calibration, 0), json.dumps(known), draft)
         move(draft, output)
     return known
 
@@ -88,12 +87,12 @@ class _Onnx:
         entries = {entry.key: entry.value for entry in self.model.metadata_props}
         self.metadata = entries.get(METADATA)
 
-    def write(self, scores: NDArray[np.float32], metadata: str, path: Path) -> None:
+    def write(self, constants: Constants, metadata: str, path: Path) -> None:
         import onnx
 
-        found = [i for i in self.model.graph.initializer if i.name == SCORES]
-        _check_found(found, path)
-        found[0].CopyFrom(onnx.numpy_helper.from_array(scores, SCORES))
+        for name, values in constants.items():
+            found = _only([i for i in self.model.graph.initializer if i.name == name], name, path)
+            found.CopyFrom(onnx.numpy_helper.from_array(values, name))
         onnx.helper.set_model_props(self.model, {METADATA: metadata})
         onnx.save(self.model, path)
 
@@ -106,23 +105,24 @@ class _OpenVINO:
         known = self.model.has_rt_info(METADATA)
         self.metadata = self.model.get_rt_info(METADATA).astype(str) if known else None
 
-    def write(self, scores: NDArray[np.float32], metadata: str, path: Path) -> None:
+    def write(self, constants: Constants, metadata: str, path: Path) -> None:
         import openvino
 
-        found = [op for op in self.model.get_ops() if op.get_friendly_name() == SCORES]
-        _check_found(found, path)
-        constant = openvino.op.Constant(scores)
-        constant.set_friendly_name(SCORES)
-        for user in found[0].output(0).get_target_inputs():
-            user.replace_source_output(constant.output(0))
+        for name, values in constants.items():
+            ops = [op for op in self.model.get_ops() if op.get_friendly_name() == name]
+            constant = openvino.op.Constant(values)
+            constant.set_friendly_name(name)
+            for user in _only(ops, name, path).output(0).get_target_inputs():
+                user.replace_source_output(constant.output(0))
         self.model.validate_nodes_and_infer_types()
         self.model.set_rt_info(metadata, METADATA)
         openvino.save_model(self.model, path, compress_to_fp16=False)
 
 
-def _check_found(found: list[Any], path: Path) -> None:
+def _only(found: list[Any], name: str, path: Path) -> Any:
     if len(found) != 1:
         raise ExportError(
-            f"{path.name} has {len(found)} constants named {SCORES!r}, where an exported program "
+            f"{path.name} has {len(found)} constants named {name!r}, where an exported program "
             "has one: change it in a way that keeps names"
         )
+    return found[0]

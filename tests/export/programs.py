@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fusenorm_openood import FuseNorm, Settings
@@ -29,6 +30,13 @@ def drawn_pixels(count: int, seed: int, size: int = SIZE) -> Tensor:
     level = torch.rand(count, 3, 1, 1, generator=generator) * 255
     noise = torch.randn(count, 3, size, size, generator=generator)
     return (level + contrast * noise).clamp(0, 255).to(torch.uint8)
+
+
+def write_images(folder: Path, count: int, seed: int) -> Path:
+    folder.mkdir()
+    for number, image in enumerate(drawn_pixels(count, seed).permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(folder / f"{number:03}.png")
+    return folder
 
 
 def normalised(pixels: Tensor) -> Tensor:

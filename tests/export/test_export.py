@@ -1,6 +1,7 @@
 """Exported programs against the detector that they were made from."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from tests.export.programs import (
     loaded,
     needs_export,
     normalised,
+    write_images,
 )
 from tests.nets import CLASSES, Net
 
@@ -158,8 +160,13 @@ def test_ranks_by_predicted_class(suffix, by_class, tmp_path):
     assert (found["rank"] <= most).tolist() == by_class.is_ood(normalised(pixels), 0.9).tolist()
     assert len(exported.max_rank) == CLASSES
     if suffix == ".onnx":
-        with pytest.raises(ExportError, match="its own calibration scores for each predicted"):
-            recalibrate(exported.path, [], tmp_path / "new.onnx")
+        files = write_images(tmp_path / "images", 90, 5)
+        again = tmp_path / "again.onnx"
+        known = recalibrate(exported.path, sorted(files.iterdir()), again, 0.8)
+        by_class = pickle.loads(pickle.dumps(by_class))
+        by_class.calibrate([normalised(drawn_pixels(90, 5))], by="predicted")
+        assert_agrees(by_class, loaded(again), pixels)
+        assert known["max_rank"] == by_class.calibration_.max_ranks(0.8)
 
 
 def test_groups_that_a_program_cannot_know(tmp_path):

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.errors import CalibrationError, ConfigError, ExportError
@@ -25,6 +24,7 @@ from tests.export.programs import (
     loaded,
     needs_export,
     normalised,
+    write_images,
 )
 from tests.nets import Net
 
@@ -121,13 +121,6 @@ def quantised(tmp_path_factory):
     q.quantize_static(plain, static, Reader(), **convolutions)
     q.quantize_dynamic(plain, dynamic, **convolutions)
     return detector, home
-
-
-def write_images(folder, count, seed):
-    folder.mkdir()
-    for number, image in enumerate(drawn_pixels(count, seed).permute(0, 2, 3, 1).numpy()):
-        Image.fromarray(image).save(folder / f"{number:03}.png")
-    return folder
 
 
 @pytest.mark.slow
