@@ -10,16 +10,23 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fusenorm_openood import errors
 from fusenorm_openood.cli import options
 from fusenorm_openood.detectors.watch import Position, Watch, Watched
+from fusenorm_openood.method.calibration import PREDICTED, by_group
 from fusenorm_openood.storage.files import write_bytes_whole
 
 log = logging.getLogger(__name__)
 
-Row = tuple[float | None, str]  # confidence, None if unreadable; a text to recognise the row by
+
+class Row(NamedTuple):
+    """One row: its confidence, None if unreadable, a text to recognise it by, and its group."""
+
+    confidence: float | None
+    mark: str
+    group: str | None = None
 
 
 def add_watch(parser: ArgumentParser) -> None:
@@ -40,19 +47,21 @@ def run_watch(args: Namespace) -> int:
     """Print one JSON line per batch, after its state is on disk; 0, also after an alarm."""
     state = Path(args.state) if args.state else None
     file = None if args.scores == "-" else str(Path(args.scores).resolve())
-    watch = Watch(_calibration(args.detector), args.acceptance, args.level, state)
-    rows, known = _rows(args.scores), watch.positions.get(file or "", Position(0, ""))
+    calibration, column = _calibration(args.detector)
+    watch = Watch(calibration, args.acceptance, args.level, state)
+    rows, known = _rows(args.scores, column), watch.positions.get(file or "", Position(0, ""))
     skipped = deque(enumerate(islice(rows, known.rows), 1), maxlen=1)
-    if known.rows and [(count, mark) for count, (_, mark) in skipped] != [known]:
+    if known.rows and [(count, row.mark) for count, row in skipped] != [known]:
         raise errors.ConfigError(
             f"{args.scores} no longer has the {known.rows} rows that {state} has read: give the "
             "file that goes on, or another --state"
         )
     read, before = known.rows, watch.now.alarm
     for batch in _batches(rows, args.batch_size):
-        conf, read = [c for c, _ in batch if c is not None], read + len(batch)
-        position = {file: Position(read, batch[-1][1])} if file else None
-        now = watch.update(conf, len(batch) - len(conf), position)
+        scored, read = [(c, group) for c, _, group in batch if c is not None], read + len(batch)
+        position = {file: Position(read, batch[-1].mark)} if file else None
+        conf, groups = [c for c, _ in scored], [group for _, group in scored] if column else None
+        now = watch.update(conf, len(batch) - len(conf), position, groups)
         if args.prometheus:
             write_bytes_whole(Path(args.prometheus), metrics(now).encode())
         print(json.dumps(now._asdict()), flush=True)
@@ -74,15 +83,23 @@ def metrics(now: Watched) -> str:
     return "\n".join([*lines, ""])
 
 
-def _calibration(detector: str) -> Any:
+def _calibration(detector: str) -> tuple[Any, str | None]:
+    """The calibration scores of a detector; by group, also the column of rows that tells theirs."""
     from fusenorm_openood.storage.detector_file import read_contents  # imports torch
 
-    scores = read_contents(Path(detector)).tensors.get("reference")
-    if scores is None:
+    tensors, record = read_contents(Path(detector))
+    if "reference" not in tensors:
         raise errors.CalibrationError(
             f"detector file {detector} has no calibration images: run fusenorm calibrate"
         )
-    return scores.numpy()
+    scores, known = tensors["reference"].numpy(), record.get("calibration") or {}
+    if (by := known.get("by")) is None:
+        return scores, None
+    names, column = known["names"], by
+    if by == PREDICTED:
+        names = record["class_names"] or list(map(str, range(record["structure"]["classes"])))
+        column = "predicted"
+    return by_group(scores, tensors["reference.group"].numpy(), names), column
 
 
 def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
@@ -102,17 +119,17 @@ def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def _rows(name: str) -> Iterator[Row]:
-    """The rows of a file, or of standard input.
+def _rows(name: str, column: str | None) -> Iterator[Row]:
+    """The rows of a file, or of standard input, with their groups in a column.
 
     Raises:
-        DataError: the file cannot be read, or a row has no confidence and no error.
+        DataError: the file cannot be read, or a row has no confidence and no error, or no group.
         NonFiniteError: a confidence that is not finite.
     """
     for number, row in enumerate(_named(name), 1):
         text = row.get("confidence")
         if text in (None, "") and row.get("error"):
-            yield None, str(row.get("path"))
+            yield Row(None, str(row.get("path")))
             continue
         try:
             conf = float("no number" if isinstance(text, bool) else text)  # type: ignore[arg-type]
@@ -126,7 +143,13 @@ def _rows(name: str) -> Iterator[Row]:
                 f"{name}, row {number} must have a finite confidence, got {conf}: check the image "
                 f"{row.get('path')}, or remove the row"
             )
-        yield conf, f"{row.get('path')}: {conf}"
+        group = None if column is None else row.get(column)
+        if column is not None and group in (None, ""):
+            raise errors.DataError(
+                f"{name}, row {number} must have {column!r}, by which the calibration images are "
+                "grouped: add this column, or calibrate without groups"
+            )
+        yield Row(conf, f"{row.get('path')}: {conf}", None if group is None else str(group))
 
 
 def _named(name: str) -> Iterator[dict[str, Any]]:

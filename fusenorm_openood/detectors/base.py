@@ -307,11 +307,16 @@ class Detector(Scorer, ABC):
     ) -> Watch:
         """An alarm for drift, to be updated with confidences; its arguments are those of `Watch`.
 
+        Calibrated by groups, it is updated with these, too: the numbers of predicted classes, or
+        the names of other groups.
+
         Raises:
             CalibrationError: before `calibrate`, or too few calibration images for the acceptance.
             ConfigError: what `path` holds is of another calibration, acceptance or level.
         """
-        return Watch(self.check_calibrated().scores, acceptance, level, path)
+        calibration = self.check_calibrated()
+        scores = calibration.by_group() if calibration.by else calibration.scores
+        return Watch(scores, acceptance, level, path)
 
     def _begin(self, loader: Iterable[Any]) -> tuple[Any, Tensor | None]:
         begun = super()._begin(loader)

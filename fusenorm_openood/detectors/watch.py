@@ -5,17 +5,21 @@ from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from fusenorm_openood.errors import ConfigError, NonFiniteError
+from fusenorm_openood.errors import ConfigError, NonFiniteError, unknown
 from fusenorm_openood.method import drift
+from fusenorm_openood.method.calibration import group_names
 from fusenorm_openood.method.conformal import guarantee, threshold
 from fusenorm_openood.method.validation import SHARE
 from fusenorm_openood.storage.configs import typed
 from fusenorm_openood.storage.files import write_bytes_whole
+
+ALL = ""  # the name of the only group
+LEAST = 100  # scores of a group that a new one is ranked among, if there are as many
 
 
 class Watched(NamedTuple):
@@ -70,7 +74,7 @@ class State(NamedTuple):
     calibration: str  # the SHA-256 of the calibration scores
     acceptance: float
     level: float
-    scores: str  # base64 of those that the next one is ranked among, float64
+    scores: str | dict[str, str]  # base64 of those that are ranked among, float64; or by group
     log_capitals: tuple[float, ...]  # of the bets
     positions: dict[str, Position]  # how far each file has been read
     log_martingale: float = 0.0
@@ -88,8 +92,11 @@ class Watch:
     alarm. A shift is compared with at most the 10,000 scores before, so that one much slower than
     that is only seen by the bounds of the rejection rate.
 
+    By group, confidences are compared with those of their own group, so that groups that become
+    more or less frequent are no alarm; the rejection rate is that of all groups together.
+
     Args:
-        calibration: calibration scores `[n]`.
+        calibration: calibration scores `[n]`; or those of each group by its name, perhaps none.
         acceptance: share of ID images that is accepted, for the rejection rate.
         level: probability of a false alarm, in all rows of a stream together.
         path: a JSON file to go on from if it exists, written whole after each update.
@@ -112,13 +119,15 @@ class Watch:
 
     def __init__(
         self,
-        calibration: ArrayLike,
+        calibration: ArrayLike | Mapping[str, ArrayLike],
         acceptance: float = 0.95,
         level: float = 0.01,
         path: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        scores = np.sort(np.asarray(calibration, np.float64))
+        groups = calibration if isinstance(calibration, Mapping) else {ALL: calibration}
+        parts = {name: np.sort(np.asarray(part, np.float64)) for name, part in groups.items()}
+        scores = np.sort(np.concatenate([*parts.values()]))
         if not np.isfinite(scores).all():
             raise NonFiniteError("calibration must be finite, got NaN or infinity")
         acceptance, level = SHARE("acceptance", acceptance), SHARE("level", level)
@@ -126,12 +135,14 @@ class Watch:
         promise = guarantee(len(scores), acceptance, 1 - level / 2)
         self._promised = 1 - promise.high, 1 - promise.low
         self._path, self._seed = path and Path(path), seed
-        digest = sha256(scores.astype("<f8").tobytes()).hexdigest()
-        if len(scores) > drift.KEPT:
-            scores = np.random.default_rng([seed, 1]).choice(scores, drift.KEPT, replace=False)
-            scores.sort()
+        digest, draw = sha256(), np.random.default_rng([seed, 1])
+        self._most, self._names = max(drift.KEPT // len(parts), LEAST), tuple(parts)
+        for name, part in parts.items():
+            digest.update(name.encode() + part.astype("<f8").tobytes())
+            if len(part) > self._most:
+                parts[name] = np.sort(draw.choice(part, self._most, replace=False))
         bets = tuple(drift.start().tolist())
-        self._state = State(digest, acceptance, level, _packed(scores), bets, {})
+        self._state = State(digest.hexdigest(), acceptance, level, _packed(parts), bets, {})
         if self._path and self._path.exists():
             self._state = self._read(self._path)
 
@@ -162,7 +173,11 @@ class Watch:
         return self._state.positions
 
     def update(
-        self, conf: ArrayLike, unreadable: int = 0, positions: Mapping[str, Position] | None = None
+        self,
+        conf: ArrayLike,
+        unreadable: int = 0,
+        positions: Mapping[str, Position] | None = None,
+        groups: Any = None,
     ) -> Watched:
         """Go on with confidences `[N]` in their order, and write the state.
 
@@ -170,8 +185,10 @@ class Watch:
             conf: confidences.
             unreadable: number of images among them that have none.
             positions: of files that they come from, to be kept with the state.
+            groups: the group of each confidence, where calibration scores are by group.
 
         Raises:
+            ConfigError: groups that are missing, unknown, or not asked for.
             NonFiniteError: a confidence that is not finite; nothing has changed.
             UnwritableError: the state cannot be written; nothing has changed.
         """
@@ -181,15 +198,26 @@ class Watch:
                 f"row {s.rows + row + 1} of the stream must be a finite confidence, got "
                 f"{conf[row]}: check the image, or count it as unreadable"
             )
+        given = [] if groups is None else group_names(groups)
+        if groups is None and self._names == (ALL,):
+            given = [ALL] * len(conf)
+        if len(given) != len(conf):
+            raise ConfigError(f"groups must be those of {len(conf)} confidences, got {len(given)}")
+        for name in set(given) - {*self._names}:
+            raise ConfigError(unknown("group", name, filter(None, self._names)))
         # Two numbers per row, so that the size of the batches changes nothing.
         random = np.random.Generator(np.random.PCG64(self._seed).advance(2 * s.rows))
-        p, scores = drift.online_p_values(conf, _scores(s), random.random((len(conf), 2)))
+        drawn, scores, p = random.random((len(conf), 2)), _scores(s), np.empty(len(conf))
+        for name in dict.fromkeys(given):
+            of = np.array(given) == name
+            found = drift.online_p_values(conf[of], scores[name], drawn[of], self._most)
+            p[of], scores[name] = found
         path, capitals = drift.bet(p, np.array(s.log_capitals), s.rows)
         path = np.insert(path, 0, s.log_martingale)
         row, over = s.alarm_row, np.flatnonzero(path >= -np.log(s.level))
         self._write(
             s._replace(
-                scores=_packed(np.array(scores)),
+                scores=_packed(scores),
                 log_capitals=tuple(capitals.tolist()),
                 positions={**s.positions, **(positions or {})},
                 log_martingale=float(path[-1]),
@@ -213,7 +241,7 @@ class Watch:
         way_out = "give another file for the state, or delete it to begin anew"
         try:
             state: State = typed(State, json.loads(path.read_bytes()), "the state")
-            if len(state.log_capitals) != len(drift.SHIFTS) or not _scores(state):
+            if len(state.log_capitals) != len(drift.SHIFTS) or not any(_scores(state).values()):
                 raise ValueError("its bets or scores are missing")
         except (OSError, ValueError) as error:  # ConfigError is a ValueError
             raise ConfigError(f"{path} is no state of a stream ({error}): {way_out}") from None
@@ -224,10 +252,11 @@ class Watch:
         return state
 
 
-def _packed(scores: NDArray[np.float64]) -> str:
-    return b64encode(scores.astype("<f8").tobytes()).decode()
+def _packed(scores: Mapping[str, ArrayLike]) -> str | dict[str, str]:
+    texts = {n: b64encode(np.asarray(s, "<f8").tobytes()).decode() for n, s in scores.items()}
+    return texts[ALL] if texts.keys() == {ALL} else texts
 
 
-def _scores(state: State) -> list[float]:
-    scores: list[float] = np.frombuffer(b64decode(state.scores), "<f8").tolist()
-    return scores
+def _scores(state: State) -> dict[str, list[float]]:
+    texts = {ALL: state.scores} if isinstance(state.scores, str) else state.scores
+    return {name: np.frombuffer(b64decode(text), "<f8").tolist() for name, text in texts.items()}

@@ -6,11 +6,10 @@ Source: Vovk, "Conditional validity of inductive conformal predictors", ACML 201
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fusenorm_openood.errors import CalibrationError, ConfigError, unknown
 from fusenorm_openood.method.conformal import (
@@ -23,12 +22,16 @@ from fusenorm_openood.method.conformal import (
     threshold,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LEAST = 19  # images with which one can be rejected at an acceptance of 95 %
 PREDICTED = "predicted"
 SHOWN = 5  # names in a message
 Values = NDArray[np.float64]
 Numbers = NDArray[np.int64]
-GroupsOf = Callable[[Tensor, Numbers], Any]  # of images `[B, C, H, W]` and predicted classes `[B]`
+# From images `[B, C, H, W]` and predicted classes `[B]` to the name or number of each group.
+GroupsOf = Callable[["Tensor", Numbers], Any]
 
 
 class Calibrated(NamedTuple):
@@ -91,6 +94,10 @@ class Calibration:
             return tuple(own)
         return (*own, np.sort(self._pool if self.is_pooled else self.scores))
 
+    def by_group(self) -> dict[str, Values]:
+        """The confidences of each group by its name, perhaps none."""
+        return by_group(self.scores, self.group, self.names)
+
     @property
     def _pool(self) -> Values:
         pool: Values = self.scores[(self.counts <= self.least)[self.group]]
@@ -125,7 +132,7 @@ class Calibration:
             p[cell == number] = conformal_p_values(conf[cell == number], self.cells[number])
         return p
 
-    def numbers(self, pred: Numbers, groups: Any = None, images: Tensor | None = None) -> Numbers:
+    def numbers(self, pred: Numbers, groups: Any = None, images: "Tensor | None" = None) -> Numbers:
         """The number of each image's group `[B]`.
 
         Args:
@@ -244,6 +251,12 @@ class Calibration:
             calls.insert(0, f"{earlier} earlier")
         by = f" by {self.by}" if self.by else ""
         return f"calibrated on {len(self):,}{by} ({'; '.join(calls)})"
+
+
+def by_group(scores: Values, group: Numbers, names: Sequence[str]) -> dict[str, Values]:
+    """Scores `[n]` by the names of their groups, given by numbers `[n]`; two may have one name."""
+    named = np.array(names)[group]
+    return {name: scores[named == name] for name in names}
 
 
 def group_names(groups: Any) -> list[str]:

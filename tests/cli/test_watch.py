@@ -76,6 +76,21 @@ def test_only_new_rows_of_a_file_that_grows_are_read(name, home, capsys):
     }
 
 
+def test_rows_of_a_detector_by_class(home, capsys):
+    record = {"calibration": {"by": "predicted", "names": ()}, "class_names": ["dog", "cat"]}
+    group = torch.arange(99) % 2
+    tensors = {"reference": torch.from_numpy(CALIBRATION), "reference.group": group}
+    write_contents(Path("detector"), Contents(tensors, record))
+    write(STREAM)
+    assert watch() == 0
+    expected = Watch({"dog": CALIBRATION[::2], "cat": CALIBRATION[1::2]})
+    expected = expected.update(STREAM, 5, groups=["cat"] * 50)
+    assert lines(capsys) == [pytest.approx(expected._asdict())]
+    Path("rows.jsonl").write_text('{"confidence": 1.0}\n')
+    assert watch(scores="rows.jsonl") == 1
+    assert "rows.jsonl, row 1 must have 'predicted'" in capsys.readouterr().err
+
+
 def test_an_alarm_is_told_once(home, capsys):
     write([*STREAM, *STREAM - 3])
     assert watch("--batch-size", 10) == 0

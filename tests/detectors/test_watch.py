@@ -37,6 +37,28 @@ def test_a_stream_in_pieces_is_the_same_as_in_one(tmp_path):
     assert whole.above_promise
 
 
+def test_by_group_other_frequencies_are_no_alarm(tmp_path):
+    draw, alarms = np.random.default_rng(0), np.zeros(3)
+    for number in range(50):
+        means = {"a": 0.0, "b": 4.0, "c": -2.0}
+        known = {name: draw.normal(mean, size=60) for name, mean in means.items()}
+        known["c"] = known["c"][:0]
+        groups = draw.choice([*means], 300, p=[0.2, 0.3, 0.5])
+        conf = draw.normal([means[name] for name in groups])
+        watch = Watch(known, level=0.1, path=tmp_path / f"{number}.json")
+        for part, of in zip(np.array_split(conf, 3), np.array_split(groups, 3), strict=True):
+            found = watch.update(part, groups=of)
+        watches = Watch(known, level=0.1), Watch(np.concatenate([*known.values()]), level=0.1)
+        assert watches[0].update(conf, groups=groups) == pytest.approx(found)
+        shifted = Watch(known, level=0.1).update(conf - 2 * (groups != "c"), groups=groups)
+        alarms += found.alarm, watches[1].update(conf).alarm, shifted.alarm
+    assert alarms[0] <= 5 + 3 * 2.1  # in 50 streams at a level of 10 %
+    assert min(alarms[1:]) > 45
+    for wrong, why in ((None, "300 confidences, got 0"), (["d"] * 300, "unknown group 'd'")):
+        with pytest.raises(ConfigError, match=why):
+            watch.update(conf, groups=wrong)
+
+
 def test_nothing_is_known_before_the_first_row():
     now = Watch(CALIBRATION).update([])
     assert (now.rows, now.rate_low, now.rate_high, now.alarm) == (0, 0, 1, False)
