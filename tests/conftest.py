@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fusenorm_openood import atf
 from fusenorm_openood.data.benchmarks import Benchmark, load_benchmark
 from fusenorm_openood.data.digits import write_digits
-from fusenorm_openood.network import ResNet18_32x32
+from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.training.loop import train_digits
 
 CLASSES = 4
@@ -53,6 +54,13 @@ def make_net(seed: int = 0, classes: int = CLASSES) -> nn.Module:
     with torch.no_grad():
         net(torch.randn(64, 3, 16, 16))
     return net.eval()
+
+
+def make_t2fnorm(classes: int = CLASSES) -> T2FNormNet:
+    """The same network trained with T2FNorm, at a temperature of 0.1."""
+    net = T2FNormNet(make_net(classes=classes), classes).eval()
+    net.set_tau(0.1)
+    return net
 
 
 def make_loader(n: int = 60, seed: int = 1, batch_size: int = 16, scale: float = 1.0) -> DataLoader:
@@ -121,6 +129,15 @@ def without_environment(**variables: str) -> dict[str, str]:
     """The variables of this process and others, none of which names a Python environment."""
     named = ("FUSENORM_VENV", "VIRTUAL_ENV", "CONDA_PREFIX")
     return {k: v for k, v in os.environ.items() if k not in named} | variables
+
+
+@pytest.fixture
+def memory() -> Any:
+    """An empty file system in memory."""
+    system = pytest.importorskip("fsspec").filesystem("memory")
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+    return system
 
 
 @pytest.fixture

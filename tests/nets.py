@@ -48,6 +48,11 @@ def some_images(count: int = 24, size: tuple[int, int] = (12, 12), seed: int = 1
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
+def listed(images: Tensor, classes: int = CLASSES) -> list[dict[str, Tensor | int]]:
+    """A data set of images in OpenOOD's format."""
+    return [{"data": image, "label": n % classes} for n, image in enumerate(images)]
+
+
 def outputs_of(net: nn.Module, names: tuple[str, ...], images: Tensor) -> list[Tensor]:
     """What modules return in one pass, by plain hooks."""
     kept: dict[str, Tensor] = {}

@@ -18,17 +18,12 @@ from fusenorm_openood.method.atf import atf_map
 from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.training.recipes import Recipe
 from tests.forward.test_other_devices import FUSED
-from tests.nets import CLASSES, Net, some_images
+from tests.nets import CLASSES, Net, listed, some_images
 
 DEFAULTS = {"float64": torch.float64, "meta": "meta"}
 PRE = Preprocessing(12, (12, 12), "bilinear", (0.5,) * 3, (0.25,) * 3)
 PIXELS = np.random.default_rng(0).integers(0, 256, (14, 16, 3), np.uint8)
 NORM = ((0.5,) * 3, (0.25,) * 3)
-
-
-def listed(images):
-    """A data set of images in OpenOOD's format."""
-    return [{"data": image, "label": n % CLASSES} for n, image in enumerate(images)]
 
 
 @pytest.fixture(params=DEFAULTS)
@@ -95,17 +90,6 @@ def test_calibrate_save_load_and_explain(under, tmp_path):
             *(explained.contributions, explained.normalised, *explained.maps.values()),
             *(loaded.score(Image.fromarray(PIXELS)), loaded.guarantee().low),
         ]
-
-    under(compute)
-
-
-@pytest.mark.slow  # its example images are among those of test_images_and_loaders
-def test_export(under, tmp_path):
-    detector = FuseNorm(Net()).fit([some_images(40)], calibration=[some_images(40, seed=2)])
-    detector.preprocessing = PRE
-
-    def compute():
-        return detector.export(tmp_path / "it.pt2").path.name
 
     under(compute)
 

@@ -18,7 +18,6 @@ from fusenorm_openood.cli.inputs import check_files
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.data.preprocessing import NORMALIZATIONS
-from fusenorm_openood.detectors.configuration import NATIVE, read_fusenorm
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.openood.bridge import openood_installed
 from tests.cli.conftest import DIGITS, IMAGES
@@ -58,16 +57,6 @@ def test_the_table_is_printed_and_what_is_requested_is_saved(evaluate, runs, cap
     scores = pickle.loads((runs / "s0" / "scores" / "fusenorm.pkl").read_bytes())
     assert len(scores["ood"]["far"]["noise"][1]) == IMAGES
     assert not list(runs.rglob("*.tmp"))
-
-
-def test_with_a_store_no_image_is_scored_twice(evaluate, tmp_path, capsys):
-    said = []
-    for _ in range(2):
-        assert evaluate("--store", tmp_path / "store") == 0
-        said.append(capsys.readouterr())
-    assert said[0].out == said[1].out
-    assert "images scored" in said[0].err
-    assert "images scored" not in said[1].err
 
 
 def test_a_checkpoint_file_is_a_root_and_has_its_results_next_to_it(evaluate, runs, few, capsys):
@@ -110,12 +99,7 @@ def test_several_runs_give_a_mean_and_a_standard_deviation(evaluate, runs, capsy
     assert not table["AUROC"].str.endswith("± 0.00").all()
 
 
-@pytest.mark.parametrize("name", NATIVE)
-def test_every_native_postprocessor_can_be_built_from_its_configuration(name):
-    job(name).check()
-
-
-@pytest.mark.parametrize("name", ["odin", "react", "knn"])  # a gradient, a fit, training images
+@pytest.mark.parametrize("name", ["react", "knn"])  # a fit, training images
 def test_single_experts_run_under_openoods_name(evaluate, name, capsys):
     assert evaluate("--postprocessor", name, "--compare") == 0
     out = capsys.readouterr().out
@@ -165,14 +149,10 @@ def test_a_custom_configuration(evaluate, tmp_path, capsys):
         (["--engine", "openood"], "--engine openood does not support --id-data digits: choose"),
         (["--postprocessor", "t2fnorm"], "'t2fnorm' needs a network trained with T2FNorm"),
         (["--set", "alpha"], "--set must be KEY=VALUE, for example alpha=0.5, got 'alpha'"),
-        (["--set", "alhpa=1"], "unknown setting 'alhpa'"),
         (["--set", "alpha=[1"], "is not valid YAML"),
         (["--fsood"], "no covariate-shifted ID images"),
         (["--fsood", "--validation"], "--validation and --fsood cannot be combined"),
-        (["--postprocessor", "react", "--set", "percentile=200"], "percentile"),
-        (["--postprocessor", "odin", "--set", "temperature=hot"], "temperature"),
         (["--postprocessor", "odin", "--aps"], "cannot search settings for 'odin'"),
-        (["--aps", "--sweep", "bsae=[2]"], "unknown setting 'bsae'"),
         (["--aps", "--sweep", "base"], "--sweep must be KEY=VALUE"),
         (["--config", "nowhere.yml"], "nowhere.yml cannot be read"),
         (["--output-dir", "/dev/null/x", "--save-csv"], "choose another with --output-dir"),
@@ -234,21 +214,6 @@ def test_a_label_that_is_no_class_is_found_before_any_image_is_scored(
     assert f"{listed}, line 3: the label of {lines[2].split()[0]} must be one of" in captured.err
     assert f"7 classes 0 to 6, got {label}" in captured.err
     assert captured.out == ""
-
-
-def test_numbers_and_none_are_read_as_what_they_mean():
-    texts = (
-        ["eps=1e-8", "temperature=None", "react_percentile=none", "base=2e0"],
-        ["eps=0.00000001", "temperature=null", "react_percentile=null", "base=2"],
-    )
-    settings = [read_fusenorm(read_postprocessor("fusenorm", None, t)).settings for t in texts]
-    assert settings[0] == settings[1]
-    assert settings[0].react_percentile is None
-    read = read_postprocessor("fusenorm", None, (), ["eps=[1e-8, 1.e-3]"])["postprocessor"]
-    assert read["postprocessor_sweep"]["eps"] == [1e-8, 1e-3]
-    read = read_postprocessor("gen", None, ["gamma=1e-1", "M=7"])["postprocessor"]
-    args = read["postprocessor_args"]
-    assert (args["gamma"], args["M"]) == (0.1, 7)
 
 
 def test_a_change_fills_an_empty_section(tmp_path):
@@ -330,8 +295,9 @@ def untrained(evaluate, tmp_path, monkeypatch):
     return lambda root: evaluate(data_root="data", root=root)
 
 
-@pytest.mark.parametrize("root", ["results/nonsense", f"{BASE}/s0/best.ckpt", f"{BASE}x"])
-@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize(
+    ("root", "exists"), [("results/nonsense", True), (f"{BASE}/s0/best.ckpt", False)]
+)
 def test_no_network_is_trained_under_another_root(untrained, capsys, root, exists):
     if exists:
         Path(root).mkdir(parents=True)
@@ -345,7 +311,6 @@ def test_no_network_is_trained_under_another_root(untrained, capsys, root, exist
 
 
 @pytest.mark.parametrize(("root", "method"), [(BASE, "base"), (T2FNORM, "t2fnorm")])
-@pytest.mark.parametrize("folder", ["elsewhere/deep", "."])
-def test_a_network_is_trained_under_the_root_of_its_recipe(untrained, folder, root, method):
+def test_a_network_is_trained_under_the_root_of_its_recipe(untrained, root, method):
     with pytest.raises(TrainingError, match=f"^{method}$"):
-        untrained(Path(folder, root))
+        untrained(Path("elsewhere/deep", root))

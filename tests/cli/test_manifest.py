@@ -20,15 +20,6 @@ from tests.deployment.imagefiles import NETWORK, write_detector, write_images
 from tests.storage.sets import RECORD, assert_same_bits, columns_of
 
 
-@pytest.fixture
-def memory():
-    """An empty file system in memory."""
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-    return system
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")

@@ -11,7 +11,6 @@ from torch import nn
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.deployment.rows import read_rows
-from tests.data.test_bits import written
 from tests.data.test_pixels import write_dicom
 from tests.nets import Net
 
@@ -33,9 +32,7 @@ class Thirteen(Channels):
 
 
 KINDS = {  # network, writes a file, options of fit, type of the program's input
-    "12-bit PNG": (Channels, 1, "png", ["--dtype", "uint16", "--bits", 12], "uint16"),
     "DICOM": (Channels, 1, "dcm", ["--dtype", "float32", "--range=-1000,3095"], "float32"),
-    "grey": (Channels, 1, "grey.npy", [], "uint8"),
     "13 channels": (Thirteen, 13, "npy", ["--dtype", "uint16", "--bits", 12], "uint16"),
     "13 shown": (
         Thirteen,
@@ -50,15 +47,10 @@ KINDS = {  # network, writes a file, options of fit, type of the program's input
 def write(path, values, ending):
     """Values [C, H, W] of 12 bits as a file; what a program is given of it."""
     path = path.with_suffix(f".{ending}")
-    if ending == "png":
-        written(path, values[0])
-    elif ending == "dcm":
+    if ending == "dcm":
         write_dicom(path, values[0], BitsStored=12, RescaleSlope=1, RescaleIntercept=-1000)
         return path, values - 1000.0
-    elif ending == "grey.npy":
-        values = (values >> 4).astype(np.uint8)
-        np.save(path, values[0])
-    elif ending == "npy":
+    if ending == "npy":
         np.save(path, values)
     else:
         tifffile = pytest.importorskip("tifffile")

@@ -76,13 +76,6 @@ def test_prune_prints_what_it_removes(store, capsys):
     assert capsys.readouterr().out == f"{root} has no sets of scores\n"
 
 
-def test_all_removes_complete_sets(store, capsys):
-    root, _, _ = store
-    assert run("prune", "--store", root, "--all") == 0
-    assert "(all sets)" in capsys.readouterr().out
-    assert list(root.iterdir()) == []
-
-
 @pytest.mark.parametrize("action", ["list", "verify", "prune"])
 def test_a_store_that_does_not_exist_is_one_sentence(tmp_path, monkeypatch, capsys, action):
     monkeypatch.chdir(tmp_path)

@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -158,19 +155,3 @@ def test_what_does_not_belong_is_one_sentence(home, capsys):
     write_contents(Path("uncalibrated"), Contents({}, {}))
     assert watch(detector="uncalibrated") == 1
     assert "has no calibration images: run fusenorm calibrate" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(home, capsys):
-    conf = np.random.default_rng(3).normal(size=500)
-    write(conf)
-    options = ["--state", "state.json", "--batch-size", "10"]
-    command = [sys.executable, "-m", "fusenorm_openood.cli", "watch", "--detector", "detector"]
-    with subprocess.Popen([*command, "--scores", "rows.csv", *options], stdout=-1) as run:
-        said = [json.loads(run.stdout.readline()) for _ in range(3)][-1]
-        os.kill(run.pid, signal.SIGKILL)
-        run.stdout.read()
-    assert json.loads(Path("state.json").read_text())["rows"] >= said["rows"]
-    assert watch(*options) == 0
-    expected = Watch(CALIBRATION).update(conf, unreadable=50)
-    assert lines(capsys)[-1] == pytest.approx(expected._asdict())

@@ -118,14 +118,6 @@ def test_a_picture_that_is_judged_again_has_the_same_pixels(tmp_path, stated):
     np.testing.assert_array_equal(first, np.asarray(read_image(path)))
 
 
-def test_a_colour_picture_that_is_refused_is_refused_again(tmp_path):
-    (tmp_path / "x.png").write_bytes(png_of(np.stack([grey(12)] * 3, axis=2)))
-    with Image.open(tmp_path / "x.png") as file:
-        for _ in range(2):
-            with pytest.raises(DataError, match="convert it to 8 bit"):
-                read_image(file, 12)
-
-
 @pytest.mark.parametrize("bits", [12, 16])
 def test_white_is_zero_in_some_tiffs(tmp_path, bits):
     values, top = grey(bits), 2**bits - 1
@@ -135,28 +127,6 @@ def test_white_is_zero_in_some_tiffs(tmp_path, bits):
     with Image.open(light) as file:
         assert file.tag_v2[262] == 0
     np.testing.assert_array_equal(read_image(light, bits), read_image(dark, bits))
-
-
-PAGED = {"tif": {}, "gif": {}, "png": {}, "webp": {"lossless": True}}
-
-
-@pytest.mark.parametrize("ending", PAGED)
-@pytest.mark.parametrize("count", [1, 3])
-def test_the_first_of_several_pages_is_read_with_a_word(tmp_path, ending, count):
-    draw = np.random.default_rng(0).integers
-    pages = [Image.fromarray(draw(0, 256, (8, 8, 3), np.uint8)) for _ in range(count)]
-    path = tmp_path / f"x.{ending}"
-    pages[0].save(path, save_all=True, append_images=pages[1:], **PAGED[ending])
-    with Image.open(path) as file:
-        for given in (path, file):
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                image = read_image(given)
-            said = [str(w.message) for w in caught if w.category is ImageWarning]
-            assert len(said) == (count > 1)
-            assert all(f"has {count} pages" in text for text in said)
-            if ending != "gif":  # a palette
-                np.testing.assert_array_equal(image, pages[0])
 
 
 def test_a_page_that_was_chosen_is_read(tmp_path):

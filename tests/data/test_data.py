@@ -24,6 +24,7 @@ from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.forward.batches import batches
 from fusenorm_openood.storage.configs import lookup, parse_yaml, read_config
 from tests.conftest import drawn_benchmark
+from tests.preprocessing import PREPROCESSING, drawn_image
 
 HALF = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 TRANSFORM = EvalTransform(HALF)
@@ -156,42 +157,21 @@ def test_errors_for_unknown_names_list_the_known_ones():
         load_benchmark("svhn")
 
 
+FAR = "inaturalist textures openimage_o"
+
+
 @pytest.mark.parametrize(
     ("name", "classes", "near", "far", "csid"),
     [
-        (
-            "cifar10",
-            10,
-            ["cifar100", "tin"],
-            ["mnist", "svhn", "texture", "places365"],
-            ["cifar10c"],
-        ),
-        (
-            "cifar100",
-            100,
-            ["cifar10", "tin"],
-            ["mnist", "svhn", "texture", "places365"],
-            ["cifar100c"],
-        ),
-        (
-            "imagenet200",
-            200,
-            ["ssb_hard", "ninco"],
-            ["inaturalist", "textures", "openimage_o"],
-            ["imagenet_v2", "imagenet_c", "imagenet_r"],
-        ),
-        (
-            "imagenet",
-            1000,
-            ["ssb_hard", "ninco"],
-            ["inaturalist", "textures", "openimage_o"],
-            ["imagenet_v2", "imagenet_c", "imagenet_r", "imagenet_es"],
-        ),
-        ("digits", 7, ["digit8", "digit9"], ["china", "flower", "noise", "stripes"], []),
+        ("cifar10", 10, "cifar100 tin", "mnist svhn texture places365", "cifar10c"),
+        ("cifar100", 100, "cifar10 tin", "mnist svhn texture places365", "cifar100c"),
+        ("imagenet200", 200, "ssb_hard ninco", FAR, "imagenet_v2 imagenet_c imagenet_r"),
+        ("imagenet", 1000, "ssb_hard ninco", FAR, "imagenet_v2 imagenet_c imagenet_r imagenet_es"),
+        ("digits", 7, "digit8 digit9", "china flower noise stripes", ""),
     ],
 )
 def test_benchmarks_equal_openoods(name, classes, near, far, csid, tmp_path):
-    b = load_benchmark(name, tmp_path)
+    b, (near, far, csid) = load_benchmark(name, tmp_path), (x.split() for x in (near, far, csid))
     assert name in benchmark_names()
     assert (b.num_classes, list(b.near), list(b.far), list(b.csid)) == (classes, near, far, csid)
     assert b.id["test"].imagelist == tmp_path / f"benchmark_imglist/{name}/test_{name}.txt"
@@ -250,18 +230,8 @@ def test_digits_cannot_be_written_over_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-3", 1e-3),
-        ("+2E5", 2e5),
-        ("-.5e1", -5.0),
-        ("1.e3", 1e3),
-        ("1e+3", 1e3),
-        ("7", 7),
-        ("0.5", 0.5),
-        ("none", "none"),
-        ("e5", "e5"),
-        ("1e", "1e"),
-        ("1e5x", "1e5x"),
-        ("'1e5'", "1e5"),
+        *(("1e-3", 1e-3), ("+2E5", 2e5), ("-.5e1", -5.0), ("1.e3", 1e3), ("7", 7), ("0.5", 0.5)),
+        *(("none", "none"), ("e5", "e5"), ("1e", "1e"), ("1e5x", "1e5x"), ("'1e5'", "1e5")),
     ],
 )
 def test_numbers_in_configurations_need_no_point(text, value):
@@ -285,3 +255,22 @@ def test_unreadable_configurations_are_reported(tmp_path):
         ConfigError, match=r"'a\.c' is missing from the configuration: found only b"
     ):
         lookup({"a": {"b": 1}}, "a", "c")
+
+
+@pytest.mark.parametrize("name", PREPROCESSING)
+def test_images_are_resized_bilinearly_cropped_and_normalised(name):
+    image, preprocessing = drawn_image(), PREPROCESSING[name]
+    expected = preprocessing.normalised(preprocessing.resized(image))
+    benchmark = load_benchmark(name)
+    plain = benchmark.csid.get("imagenet_c")
+    for image_set in benchmark.every():
+        if image_set is not plain:
+            np.testing.assert_allclose(image_set.transform(image), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["imagenet200", "imagenet"])
+def test_imagenet_c_comes_in_its_final_size_and_is_only_normalised(name):
+    image = drawn_image()
+    expected = PREPROCESSING[name].normalised(np.asarray(image))
+    transform = load_benchmark(name).csid["imagenet_c"].transform
+    np.testing.assert_allclose(transform(image), expected, atol=1e-5)

@@ -9,7 +9,6 @@ import warnings
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
-import fsspec
 import pandas as pd
 import pytest
 
@@ -104,6 +103,8 @@ def test_what_is_left_out_is_counted_by_ending_and_folder(tmp_path):
 def test_a_folder_of_other_files_says_which(tmp_path):
     with pytest.raises(DataError, match=r"has no image files.*1 \.nii"):
         image_paths([str(files(tmp_path, "a.nii"))])
+    with pytest.raises(DataError, match="no file, folder"):
+        image_paths([str(tmp_path / "absent")])
 
 
 def test_nothing_is_said_where_nothing_is_left_out(tmp_path):
@@ -153,14 +154,10 @@ def test_a_pattern_of_folders_stands_for_their_images(tmp_path):
 
 
 @pytest.fixture
-def memory():
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
+def shots(memory):
     for name in ("a.png", "in/b.jpg", "in/notes.md", "@eaDir/a.png", "x[1].png", "noname"):
-        system.pipe_file(f"/shots/{name}", b"x")
-    yield system
-    system.store.clear()
+        memory.pipe_file(f"/shots/{name}", b"x")
+    return memory
 
 
 @pytest.mark.parametrize(
@@ -176,14 +173,14 @@ def memory():
     ],
 )
 @pytest.mark.filterwarnings("ignore:left out")
-def test_folders_and_patterns_at_urls(memory, given, expected):
+def test_folders_and_patterns_at_urls(shots, given, expected):
     names = [str(path).replace("memory:///", "memory://") for path in image_paths([given])]
     assert names == [f"memory://shots/{name}" for name in expected]
 
 
 @pytest.mark.filterwarnings("ignore:left out")
-def test_the_root_of_a_file_system(memory):
-    memory.pipe_file("/list.txt", b"top.png\n")
+def test_the_root_of_a_file_system(shots):
+    shots.pipe_file("/list.txt", b"top.png\n")
     names = ["shots/a.png", "shots/in/b.jpg", "shots/x[1].png"]
     assert list(image_paths(["memory://"])) == [Url(f"memory:///{name}") for name in names]
     for root in ("memory://", "memory:///"):
@@ -198,7 +195,7 @@ def test_a_parquet_list_without_paths_is_one_sentence(tmp_path):
         manifest_paths(str(tmp_path / "m.parquet"))
 
 
-def test_a_pattern_at_a_url_without_files(memory):
+def test_a_pattern_at_a_url_without_files(shots):
     with pytest.raises(DataError, match=r"pattern memory://shots/\*\.tif matches no file"):
         image_paths(["memory://shots/*.tif"])
     query = "https://host/image?id=3&size=[2]"

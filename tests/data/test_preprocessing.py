@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from torch import nn
 
 from fusenorm_openood.cli.fit import preprocessing_of
 from fusenorm_openood.data.images import TruncatedImageWarning
-from fusenorm_openood.data.paths import image_paths
 from fusenorm_openood.data.preprocessing import NORMALIZATIONS, EvalTransform, Preprocessing
 from fusenorm_openood.errors import ConfigError, DataError
 
@@ -29,11 +27,6 @@ def photograph(width: int = 50, height: int = 40) -> Image.Image:
 def test_the_same_pixels_as_openoods_preprocessing():
     image = photograph()
     assert torch.equal(PREPROCESSING(image), EvalTransform(NORM, (36, 32))(image))
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA", "1"])
-def test_every_mode_becomes_rgb(mode):
-    assert PREPROCESSING(photograph().convert(mode)).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -172,67 +165,17 @@ def test_whatever_pil_raises_for_an_image_is_one_error(error):
     ("changed", "message"),
     [
         ({"resize": 0}, "resize must be one or two whole numbers >= 1, got 0"),
-        ({"resize": (8, 0)}, "resize must be"),
         ({"resize": (8,)}, "resize must be"),
-        ({"resize": 8.0}, "resize must be"),
         ({"crop": (8, 0)}, "crop must be two whole"),
-        ({"crop": (8,)}, "crop must be"),
         ({"crop": (8, 8, 8)}, "crop must be"),
-        ({"crop": (8, 8.5)}, "crop must be"),
         ({"interpolation": "cubic"}, "interpolation must be one of nearest, .*, got 'cubic'"),
         ({"crop_mode": "pad"}, "crop_mode must be one of center, .*, got 'pad'"),
         ({"std": (1.0, 0.0, 1.0)}, "std must be numbers > 0"),
         ({"mean": (1.0,)}, "std must be 1 numbers > 0, as many as means, got"),
         ({"mean": ()}, "mean must be a number for each channel"),
-        ({"mean": (1.0, 1.0, float("nan"))}, "mean must be"),
         *(({"bits": b}, "bits must be a whole number from 8 to 16") for b in (7, 17, 12.0, "12")),
     ],
 )
 def test_values_that_cannot_be(changed, message):
     with pytest.raises(ConfigError, match=message):
         Preprocessing(**{**PREPROCESSING.to_json(), **changed})
-
-
-def test_files_that_are_no_images(tmp_path):
-    (tmp_path / "text.png").write_text("no image")
-    for name, reason in (("text.png", "cannot identify"), ("absent.png", "missing")):
-        with pytest.raises(DataError, match=f"{name} cannot be read .*{reason}"):
-            PREPROCESSING.read(tmp_path / name)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for name in ("b.png", "a.JPG", "inner/c d.webp", "notes.md"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    return tmp_path
-
-
-@pytest.mark.filterwarnings("ignore:left out")
-def test_folders_patterns_lists_and_files_name_images(folder, monkeypatch):
-    found = [folder / "a.JPG", folder / "b.png", folder / "inner" / "c d.webp"]
-    assert list(image_paths([str(folder)])) == found
-    assert list(image_paths([str(folder / "*.png"), str(folder)])) == [found[1], found[0], found[2]]
-    assert list(image_paths([str(folder / "**" / "*.webp")])) == [found[2]]
-    listed = folder / "list.txt"
-    listed.write_text("\ufeffb.png 3\n\ninner/c d.webp\na.JPG\t-1\n", encoding="utf-8")
-    assert list(image_paths([str(listed)])) == [found[1], found[2], found[0]]
-    monkeypatch.setattr("sys.stdin", [f"{found[0]}\n", "\n"])
-    assert list(image_paths(["-"])) == [found[0]]
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("absent", "no file, folder"),
-        ("*.tif", "matches no file"),
-        ("inner2", "has no image files"),
-        ("latin1.txt", "must be in UTF-8"),
-    ],
-)
-def test_arguments_that_name_nothing(folder, argument, message):
-    (folder / "inner2").mkdir()
-    (folder / "latin1.txt").write_bytes("é.png".encode("latin-1"))
-    with pytest.raises(DataError, match=message):
-        image_paths([str(Path(folder / argument))])

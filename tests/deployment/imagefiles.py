@@ -1,7 +1,6 @@
 """Image files and a detector of them, which actors can load as well."""
 
 import os
-import resource
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from torch import nn
 
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.deployment.files import ImageFiles
 from fusenorm_openood.errors import CheckpointError
 from fusenorm_openood.storage.shards import ShardSet
 from tests.conftest import make_loader, make_net
@@ -102,19 +100,3 @@ def ends() -> FuseNorm:
 
 def fails() -> FuseNorm:
     raise CheckpointError("checkpoint a.ckpt is damaged: download it again")
-
-
-def on_a_full_disk(file: Path) -> FuseNorm:
-    """Load a detector in a process that can write no file of more than 300 bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
-    return FuseNorm.load(file, network())
-
-
-def loader_ends(file: Path) -> FuseNorm:
-    """Load a detector in a process whose loader processes end at the first image."""
-
-    def reading(images, number):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    ImageFiles.__getitem__ = reading
-    return FuseNorm.load(file, network())

@@ -3,9 +3,7 @@
 import os
 import subprocess
 import sys
-import time
-from contextlib import nullcontext, suppress
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,8 @@ from fusenorm_openood.cli.main import main
 from fusenorm_openood.deployment import files as sharded
 from fusenorm_openood.deployment.files import FileShards
 from fusenorm_openood.deployment.ray import TRIES, score_with_actors, shape
-from fusenorm_openood.errors import CheckpointError, ClusterError, StoreError, is_lost_loader
+from fusenorm_openood.errors import CheckpointError, ClusterError
 from fusenorm_openood.storage.shards import ShardSet
-from fusenorm_openood.storage.torchrun import wait_until
 from tests.deployment import imagefiles
 from tests.deployment.actors import Ray
 from tests.deployment.imagefiles import (
@@ -25,9 +22,7 @@ from tests.deployment.imagefiles import (
     Loading,
     ends,
     fails,
-    loader_ends,
     network,
-    on_a_full_disk,
     write_detector,
     write_images,
 )
@@ -45,10 +40,15 @@ def two_cores():
     ray.shutdown()
 
 
-@pytest.fixture(params=["stand-in", pytest.param("ray", marks=pytest.mark.slow)])
+REAL = pytest.mark.parametrize(
+    "ray", ["stand-in", pytest.param("ray", marks=pytest.mark.slow)], indirect=True
+)
+
+
+@pytest.fixture
 def ray(request, monkeypatch):
-    """Two cores of the stand-in, or of Ray itself."""
-    if request.param == "ray":
+    """Two cores of the stand-in, or on request of Ray itself."""
+    if getattr(request, "param", "") == "ray":
         return request.getfixturevalue("two_cores")
     monkeypatch.setattr(imagefiles, "IN_THIS_PROCESS", True)
     monkeypatch.setattr(ShardSet, "write", ShardSet.write)  # which `Loading` changes
@@ -86,6 +86,7 @@ def shards_in(store: Path) -> dict[Path, bytes]:
     return {p.relative_to(store): p.read_bytes() for p in store.rglob("files-*/*.safetensors")}
 
 
+@REAL
 def test_actors_change_no_bit_of_shards_and_rows(ray, home, tmp_path, monkeypatch):
     monkeypatch.setattr(sharded, "SHARD", 10)
     if isinstance(ray, Ray):
@@ -97,6 +98,7 @@ def test_actors_change_no_bit_of_shards_and_rows(ray, home, tmp_path, monkeypatc
     assert (tmp_path / "ray.csv").read_bytes() == (home / "one.csv").read_bytes()
 
 
+@REAL
 @pytest.mark.parametrize("line", ["begins 2", "written 2"])
 def test_an_actor_that_ends_loses_no_shard_and_repeats_none_that_is_written(
     ray, home, files, tmp_path, line, caplog
@@ -136,15 +138,6 @@ def test_an_actor_with_another_detector_writes_nothing(ray, files, tmp_path):
     assert shards_in(tmp_path / "store") == {}
 
 
-def test_another_run_at_once_changes_no_shard(ray, home, files, tmp_path):
-    load = Loading(home / "d.st", tmp_path / "log")
-    done = score_with_actors(ray, files, load, cores=1)
-    first = next(done)
-    list(files.stored.computed([number for number in range(5) if number != first]))
-    assert sorted([first, *done]) == list(range(5))
-    assert shards_in(tmp_path / "store") == shards_in(home / "one.store")
-
-
 def test_too_few_cores_are_one_sentence(files):
     with pytest.raises(ClusterError, match=r"has 2 CPU cores, and an actor takes 3: choose fewer"):
         list(score_with_actors(Ray(), files, fails, cores=3))
@@ -155,23 +148,6 @@ def test_gpus_and_cores_say_how_many_actors_there_are():
     assert shape(Ray(CPU=8.0, GPU=2.0), 2, gpus=True) == (2, {"num_cpus": 2, "num_gpus": 1})
     assert shape(Ray(CPU=2.0, GPU=2.0), 2, gpus=True) == (1, {"num_cpus": 2, "num_gpus": 1})
     assert shape(Ray(CPU=8.0, GPU=2.0), 2, gpus=False) == (4, {"num_cpus": 2, "num_gpus": 0})
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_one_sentence(two_cores, home, files, tmp_path):
-    list(files.stored.computed([0, 3]))
-    with pytest.raises(StoreError, match=r"^shard \d cannot be written to .*: free disk space"):
-        list(score_with_actors(two_cores, files, partial(on_a_full_disk, home / "d.st"), cores=1))
-    assert sorted(files.shards.present()) == [0, 3]
-    assert list((tmp_path / "store").rglob("*.tmp")) == []
-
-
-@pytest.mark.slow
-def test_a_loader_process_that_ends_is_said(two_cores, home, files):
-    files.num_workers = 1
-    with pytest.raises(RuntimeError, match=r"^DataLoader worker") as raised:
-        list(score_with_actors(two_cores, files, partial(loader_ends, home / "d.st"), cores=1))
-    assert is_lost_loader(raised.value)
 
 
 COMMAND = """
@@ -201,46 +177,3 @@ def command(home, tmp_path):
     argv += ["--csv", tmp_path / "ray.csv", "--num-workers", 0, "--batch-size", 4]
     argv += ["--engine", "ray", "--cores-per-actor", 1, "--device", "cpu", "--no-progress"]
     return [sys.executable, "-c", COMMAND, *map(str, argv)]
-
-
-def started_by(ancestor: int) -> set[int]:
-    """The processes that a process started, and those that these started."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    found = {ancestor}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {ancestor}
-
-
-def computes(pid: int) -> bool:
-    """Whether a process is alive and not one of Ray's agents, which end on their own later."""
-    name = Path(f"/proc/{pid}/cmdline")
-    with suppress(OSError):
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state != "Z" and "Agent" not in name.read_text()
-    return False
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-def test_a_killed_driver_leaves_no_actor_and_no_half_shard(home, tmp_path, monkeypatch):
-    pytest.importorskip("ray")
-    monkeypatch.setattr(sharded, "SHARD", 10)
-    store = tmp_path / "store"
-    program, *argv = command(home, tmp_path)[2:]
-    waits = "import signal; from fusenorm_openood.deployment.rows import RowFile\n"
-    waits += "RowFile.write = lambda self, rows: signal.pause()\n"
-    started = [sys.executable, "-c", waits + program, *argv]
-    with subprocess.Popen(started, stderr=subprocess.DEVNULL) as driver:
-        while driver.poll() is None and not list(store.rglob("files-*/*.safetensors")):
-            time.sleep(0.005)
-        others = started_by(driver.pid)
-        driver.kill()
-    assert len(others) > 2
-    assert wait_until(lambda: not any(map(computes, others)), 600)
-    assert shards_in(store).items() <= shards_in(home / "one.store").items()
-    assert score(home, tmp_path / "again", "--store", store) == 3
-    assert (tmp_path / "again.csv").read_bytes() == (home / "one.csv").read_bytes()

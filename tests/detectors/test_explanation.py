@@ -6,7 +6,6 @@ import torch
 import torchvision
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.method.atf import atf_map
 from tests.conftest import assert_undisturbed, state_of
 from tests.nets import Net, energies, outputs_of, some_images
 
@@ -56,27 +55,6 @@ def test_contributions_are_compared_with_their_mean_over_the_id_images():
     below = expected[4] > 0
     assert [name == "output" for name in why.objected] == below.tolist()
     assert 0 < below.sum() < len(below)
-
-
-def test_the_weak_expert_that_deviates_most_has_the_whole_penalty(net, loader):
-    detector = FuseNorm(net, Settings.deviation(clip=False)).fit(
-        loader
-    )  # no other penalty of what is far off
-    why = detector.explain(IMAGES * 30)
-    weak = why.contributions[: len(detector.taps)]
-    assert (np.count_nonzero(weak, axis=0) == 1).all()
-    deviations = np.maximum(-why.normalised, why.normalised - 1)[: len(detector.taps)]
-    np.testing.assert_array_equal(weak.argmin(0), deviations.argmax(0))
-
-
-def test_the_heat_map_is_where_the_energy_is():
-    """One bright pixel per channel: k = 1 of 16 pixels, so that pixel is the whole norm."""
-    x = torch.zeros(1, 2, 4, 4)
-    x[0, 0, 1, 2], x[0, 1, 3, 0] = 3.0, 4.0
-    heat = atf_map(x, 0.0625, 0.0625)
-    expected = torch.zeros(1, 4, 4, dtype=torch.float64)
-    expected[0, 1, 2], expected[0, 3, 0] = 1.5, 2.0  # equal channel weights
-    torch.testing.assert_close(heat, expected, rtol=1e-5, atol=1e-9)
 
 
 def test_tokens_have_heat_maps_on_their_grid():

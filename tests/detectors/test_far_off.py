@@ -1,7 +1,5 @@
 """Far off means out: the more absurd an image, the less it may be accepted."""
 
-from copy import copy
-
 import numpy as np
 import pytest
 import torch
@@ -109,16 +107,6 @@ def ray(direction, steps, strong):
 
 @pytest.mark.parametrize("method", METHODS)
 @settings(max_examples=25)
-@given(direction=directions, strong=st.floats(-3, 1e30))
-def test_the_farther_the_blocks_are_the_lower_is_the_confidence(method, direction, strong):
-    steps = np.linspace(0, 60, 200)
-    conf = DETECTORS[method].confidence(ray(direction, steps, strong))
-    assert (np.diff(conf) <= 1e-9).all()
-    assert conf[-1] < conf[0] - 5
-
-
-@pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=25)
 @given(direction=directions, strong=st.sampled_from([0.0, 3.0, 1e3, 1e30]))
 def test_no_strong_score_however_high_rescues_what_is_far_off(method, direction, strong):
     detector = DETECTORS[method]
@@ -126,35 +114,6 @@ def test_no_strong_score_however_high_rescues_what_is_far_off(method, direction,
     far = detector.confidence(ray(direction, np.array([20.0, 50.0]), strong))
     assert (far < np.percentile(known, 5)).all()
     assert (far < known.min()).all()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_blocks_that_are_odd_only_together_are_rejected_at_the_best_strong_scores(method):
-    detector, known = DETECTORS[method], id_scores()
-    low, high = np.percentile(known[:BLOCKS], [5, 95], axis=1)
-    blocks = np.where(np.arange(BLOCKS) % 2, low, high)[:, None]  # each alone is as ID images are
-    image = np.concatenate([blocks, known[BLOCKS:].max(1)[:, None]])
-    assert detector.confidence(image)[0] < np.percentile(detector.confidence(known), 5) - 1
-
-
-def test_images_that_are_not_far_off_have_the_confidence_of_the_plain_fusion():
-    detector = made(Settings.deviation())
-    images = id_scores(2000, seed=1)
-    conf = detector.confidence(images)
-    statistics = detector.id_statistics_
-    plain = copy(statistics)
-    object.__setattr__(plain, "joint", statistics.joint._replace(limit=np.inf))
-    before = plain.confidence(images[: len(detector.experts)])
-    assert (before == conf).mean() > 0.99
-    assert (conf <= before).all()
-
-
-@pytest.mark.parametrize("method", [Settings, Settings.deviation])
-@pytest.mark.parametrize("cap", [0.0, 8.0])
-def test_the_cap_scales_the_penalty_of_what_is_far_off(cap, method):
-    strong = ray([1] * BLOCKS, np.array([0.0, 40.0]), 0.5)
-    conf = made(method(cap=cap)).confidence(strong)
-    assert (conf[1] < conf[0] - 5) == (cap > 0)
 
 
 def test_the_published_method_has_no_such_penalty():

@@ -11,7 +11,6 @@ from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.search import search
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import FuseNormError
-from fusenorm_openood.network import ResNet18_32x32
 from tests.conftest import make_loader, make_net
 
 OUTPUT = {"strong": ["output"]}
@@ -76,29 +75,6 @@ def test_the_warning_comes_before_the_fit(net):
         warnings.simplefilter("error")
         FuseNorm(net).fit(torch.utils.data.DataLoader(images, 2))
     assert Counted.read == 2
-
-
-@pytest.mark.parametrize(("width", "classes", "count"), [(16, 7, 127), (64, 100, 1000)])
-def test_ordinary_fits_are_enough(width, classes, count):
-    """The digits benchmark, and OpenOOD's validation images of CIFAR."""
-    net = ResNet18_32x32(classes, width=width).eval()
-    loader = Sized(count)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*too few")
-        for detector in (FuseNorm(net), FuseNorm(net, strong=["knn", "vim", "she", "nci"])):
-            with pytest.raises(InterruptedError):
-                detector.fit(loader)
-
-
-class Sized:
-    """A loader of many images that ends after the first two."""
-
-    def __init__(self, count):
-        self.dataset = range(count)
-
-    def __iter__(self):
-        yield torch.randn(2, 3, 16, 16)
-        raise InterruptedError
 
 
 def test_a_shorter_sampler_counts(net):

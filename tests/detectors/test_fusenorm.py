@@ -4,9 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from fusenorm_openood import FuseNorm, Settings, atf, compute_id_statistics, fuse, normalise
 from fusenorm_openood.detectors.bank import ScoreBank
@@ -19,11 +19,10 @@ from fusenorm_openood.errors import (
     ZeroRangeError,
 )
 from fusenorm_openood.forward.passes import PIXELS, parts
-from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.network.structure import read_structure
-from tests.conftest import CLASSES, assert_undisturbed, make_loader, make_net, state_of
+from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
+from tests.method.test_joint import left_out, log_m
 
-OUTPUTS = ["msp", "mls", "energy", "odin"]
 IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 
 
@@ -89,16 +88,6 @@ def test_equals_the_published_separate_passes(net, output, react):
     np.testing.assert_allclose(detector.score(IMAGES), expected, rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize(("make", "output"), [(FuseNorm, "msp"), (published, "odin")])
-def test_the_network_is_left_unchanged(net, loader, output, make):
-    net.train()
-    net.layer1.eval()
-    net.layer2.requires_grad_(False)
-    before = state_of(net)
-    make(net, output=output).fit(loader).score(IMAGES)
-    assert_undisturbed(net, before)
-
-
 @pytest.mark.parametrize(("make", "output"), [(FuseNorm, "energy"), (published, "odin")])
 def test_batch_size_memory_format_and_grad_mode_change_nothing(net, output, make):
     scores = make(net, output=output).fit(make_loader(batch_size=60)).score(IMAGES)
@@ -113,28 +102,6 @@ def test_batch_size_memory_format_and_grad_mode_change_nothing(net, output, make
         torch.testing.assert_close(detector.score(IMAGES), scores, **close)
     with torch.inference_mode():
         torch.testing.assert_close(detector.score(IMAGES.clone()), scores, **close)
-
-
-def test_every_kind_of_loader_gives_the_same_scores(fitted, loader):
-    scores = fitted.score_loader(loader)
-    as_dicts = [{"data": images, "label": labels} for images, labels in loader]
-    alone = [images for images, _ in loader]
-    parallel = DataLoader(loader.dataset, 16, num_workers=1)
-    for given in (as_dicts, alone, parallel):
-        assert torch.equal(fitted.score_loader(given), scores)
-    assert scores.dtype == torch.float64
-    inferred = fitted.infer(as_dicts)
-    assert inferred.label.tolist() == torch.cat([labels for _, labels in loader]).tolist()
-    assert set(fitted.infer(alone).label) == {-1}
-    assert inferred.experts.shape == (12, 60)
-
-
-def test_predictions_are_the_networks(fitted):
-    pred, conf = fitted.predict(IMAGES)
-    with torch.no_grad():
-        assert torch.equal(pred, fitted.net(IMAGES).argmax(1))
-    assert torch.equal(conf, fitted.score(IMAGES))
-    assert conf.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -160,6 +127,23 @@ def test_every_setting_of_the_fusion_counts(net, loader, change):
     fused -= np.minimum(s.cap, s.base**largest - 1)
     np.testing.assert_allclose(scored.conf, fused, rtol=1e-5, atol=1e-5)
     assert not np.allclose(plain.infer(unknown).conf, fused)
+
+
+def test_the_default_confidence_is_its_formula(net, loader):
+    detector = FuseNorm(net).fit(loader)
+    known, in_sample = detector.id_statistics_.id_scores, detector.infer(loader).experts
+    scores = detector.infer(make_loader(seed=5, scale=1.2)).experts
+    high = np.percentile(known[8:], 95, axis=1)[:, None]
+    of_id, strong = (np.minimum(x[8:], high) for x in (known, scores))
+    z = (strong - of_id.mean(1, keepdims=True)) / of_id.std(1, keepdims=True)
+    pairs = zip(known[8:], in_sample[8:], strict=True)
+    weights = [max(0, spearmanr(*pair).statistic) for pair in pairs]
+    apart, distance = left_out(known[:8]), log_m(known[:8], scores[:8])
+    penalty = np.minimum(10, np.exp((distance - apart.mean()) / apart.std() - 3))
+    assert (strong == high).any()  # the clip matters
+    assert (penalty > 0.5).any()
+    expected = np.average(z, axis=0, weights=weights) - penalty
+    np.testing.assert_allclose(detector.confidence(scores), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_joint_penalty_is_e_times_smaller_for_each_deviation_of_its_margin(net, loader):
@@ -232,19 +216,6 @@ def test_settings_can_be_given_as_an_object_or_by_name(net):
     assert FuseNorm(net, settings, base=5).settings == Settings(alpha=0.5, base=5)
     with pytest.raises(ConfigError, match=r"unknown setting 'alhpa' .*: choose from taps"):
         FuseNorm(net, alhpa=0.5)
-
-
-def test_t2fnorm_networks_score_by_their_scoring_logits(loader):
-    net = T2FNormNet(make_net(), CLASSES)
-    net.set_tau(0.1)
-    detector = FuseNorm(net, strong="auto").fit(loader)
-    assert detector.strong == ("backbone.layer4.0", "output")
-    with torch.no_grad():
-        expected = net.forward_ood_inference(IMAGES).double().logsumexp(1)
-        pred = net(IMAGES).argmax(1)
-    experts = detector.infer([IMAGES])
-    np.testing.assert_allclose(experts.experts[-1], expected, rtol=1e-6)
-    assert experts.pred.tolist() == pred.tolist()
 
 
 def test_companions_take_no_part_in_the_fusion(net, loader):
@@ -333,41 +304,6 @@ def test_constant_id_scores_are_an_error(net):
         FuseNorm(net, Settings.deviation()).fit([IMAGES[:1].repeat(4, 1, 1, 1)])
 
 
-class Headless(nn.Module):
-    """A network whose logits are distances to prototypes."""
-
-    def __init__(self):
-        super().__init__()
-        self.block = ResNet18_32x32(CLASSES, width=8).layer1
-        self.stem = nn.Conv2d(3, 8, 3)
-        self.prototypes = nn.Parameter(torch.randn(CLASSES, 8))
-
-    def forward(self, x):
-        return -torch.cdist(self.block(self.stem(x)).mean((2, 3)), self.prototypes)
-
-
-def test_what_needs_a_head_is_an_error_without_one(loader):
-    net = Headless()
-    before = state_of(net)
-    with pytest.raises(TapError, match=r"found in Headless: set react_percentile=None"):
-        published(net).fit(loader)
-    with pytest.raises(TapError, match=r"fdbd.* linear function.*Headless .*strong=\['output'\]"):
-        FuseNorm(net).fit(loader)
-    assert_undisturbed(net, before)
-    for output in OUTPUTS:
-        assert torch.isfinite(
-            FuseNorm(net, output=output, strong=["output"]).fit(loader).score(IMAGES)
-        ).all()
-    assert torch.isfinite(FuseNorm(net, strong=["gen"]).fit(loader).score(IMAGES)).all()
-
-
-def test_an_exception_in_the_network_leaves_it_unchanged(fitted):
-    before = state_of(fitted.net)
-    with pytest.raises(RuntimeError):
-        fitted.score(torch.randn(2, 5, 16, 16))
-    assert_undisturbed(fitted.net, before)
-
-
 def test_forward_passes_are_shared(net, loader):
     """One pass for the experts without a gradient; ODIN adds one for its perturbed images."""
     calls = []
@@ -395,15 +331,6 @@ def test_fit_keeps_no_feature_map(net):
         assert statistics.id_scores.shape == (8 + len(strong), 64)
         held = len(pickle.dumps(replace(statistics, network=None)))
         assert held < 8 * (8 + len(strong)) * 64 + rest + 12_000
-
-
-@pytest.mark.parametrize("output", ["energy", "odin"])
-def test_scores_under_autocast_are_close_and_not_half(net, loader, output):
-    full = FuseNorm(net, output=output).fit(loader).infer(loader)
-    with torch.autocast("cpu", torch.bfloat16):
-        half = FuseNorm(net, output=output).fit(loader).infer(loader)
-    assert np.corrcoef(full.experts.ravel(), half.experts.ravel())[0, 1] > 0.99
-    assert len(np.unique(half.experts[-1])) == len(half.conf)  # bfloat16 scores would contain ties
 
 
 def test_a_cpu_processes_four_large_images_per_thread_and_a_device_whole_batches():

@@ -16,8 +16,7 @@ from fusenorm_openood.errors import CalibrationError, ConfigError, DataError
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.report.files import report_of_files
 from tests.conftest import make_loader, make_net
-from tests.detectors.test_calibration import Images
-from tests.nets import CLASSES, Net, some_images
+from tests.nets import CLASSES, Net, listed, some_images
 
 LEAST = 12
 FIT, OTHER, NEW = some_images(60), some_images(90, seed=5), some_images(20, seed=8)
@@ -90,7 +89,7 @@ def test_recorded_images_have_the_same_groups(fitted, tmp_path, score):
     detector = SingleScore(fitted.net, "msp") if score == "msp" else fitted
     p = []
     for _ in range(2):  # scored, then read from the store
-        given = RecordedLoader(Images(OTHER), tmp_path, {"images": 1}, "other", 90)
+        given = RecordedLoader(listed(OTHER), tmp_path, {"images": 1}, "other", 90)
         detector = pickle.loads(pickle.dumps(detector))
         with pytest.warns(UserWarning, match=POOLED):
             detector.calibrate(given, by="predicted", least=LEAST)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.method.settings import FUSION_SETTINGS, SETTINGS
 from fusenorm_openood.network.structure import read_structure
@@ -85,15 +84,6 @@ def test_a_setting_of_the_fusion_gives_the_right_number(kept, name):
         assert not torch.allclose(detector.score(NEW), plain.score(NEW))
 
 
-@pytest.mark.parametrize(("output", "react"), [("msp", None), ("energy", 90.0), ("odin", 90.0)])
-def test_the_same_settings_give_the_same_numbers(output, react):
-    settings = Settings(output=output, react_percentile=react, strong=("output", "fdbd", "knn"))
-    fitted = FuseNorm(Net(), settings).fit([IMAGES])
-    kept = pickle.loads(pickle.dumps(fitted.id_statistics_))
-    detector = FuseNorm(Net(), settings).with_statistics(kept)
-    torch.testing.assert_close(detector.score(NEW), fitted.score(NEW), rtol=0, atol=0)
-
-
 def test_strong_experts_that_were_not_scored_are_an_error(kept):
     detector = FuseNorm(Net(), BASE.replace(strong=("output", "fdbd")))
     with pytest.raises(ConfigError, match=r"experts a\.0, .*output, fdbd, got a\.0, .*output: fit"):
@@ -130,16 +120,3 @@ def test_statistics_before_the_first_images(kept):
         assert detector.experts == kept.experts
         expected = FuseNorm(Net(), settings).fit([IMAGES])
         torch.testing.assert_close(detector.score(NEW), expected.score(NEW))
-
-
-def test_a_bank_gives_what_a_fit_would_learn():
-    settings = [BASE, BASE.replace(**OF_FUSION), BASE.replace(output="msp", k_max=0.5)]
-    bank = ScoreBank(Net(), settings).fit([IMAGES])
-    for each in settings:
-        learned = bank.statistics(each)
-        assert learned.settings == each
-        detector = FuseNorm(Net(), each).with_statistics(learned)
-        expected = FuseNorm(Net(), each).fit([IMAGES])
-        torch.testing.assert_close(detector.score(NEW), expected.score(NEW))
-    with pytest.raises(ConfigError, match=r"output = 'energy', got 'msp'|k_max = 0.25, got 0.5"):
-        FuseNorm(Net(), BASE).with_statistics(bank.statistics(settings[2]))

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -51,39 +49,12 @@ def test_a_loaded_detector_gives_the_same_bits(net, loader, tmp_path, settings):
     assert loaded.guarantee(0.9) == detector.guarantee(0.9)
 
 
-def test_a_new_process_gives_the_same_bits(saved, net, tmp_path):
-    detector, path = saved
-    torch.save((net.state_dict(), IMAGES, torch.get_num_threads()), tmp_path / "net.pt")
-    program = """if True:
-        import sys, torch
-        from fusenorm_openood import FuseNorm
-        from fusenorm_openood.network import ResNet18_32x32
-        state, images, threads = torch.load(sys.argv[1])
-        torch.set_num_threads(threads)
-        net = ResNet18_32x32(4, width=4).eval()
-        net.load_state_dict(state)
-        detector = FuseNorm.load(sys.argv[2], net)
-        torch.save((detector.score(images), detector.p_values(images)), sys.argv[3])
-    """
-    arguments = [tmp_path / "net.pt", path, tmp_path / "scores.pt"]
-    subprocess.run([sys.executable, "-c", program, *map(str, arguments)], check=True)
-    score, p = torch.load(tmp_path / "scores.pt")
-    assert torch.equal(score, detector.score(IMAGES))
-    assert torch.equal(p, detector.p_values(IMAGES))
-
-
 def test_before_fit_there_is_nothing_to_save_and_calibration_images_may_lack(net, loader, tmp_path):
     with pytest.raises(NotFittedError):
         FuseNorm(net).save(tmp_path / "d")
     assert not (tmp_path / "d").exists()
     FuseNorm(net).fit(loader).save(tmp_path / "d")
     assert FuseNorm.load(tmp_path / "d", net).calibration_scores_ is None
-
-
-def test_wrappers_do_not_make_another_network(saved, net):
-    detector, path = saved
-    for wrapped in (nn.DataParallel(net), torch.compile(net, backend="eager")):
-        assert torch.equal(FuseNorm.load(path, wrapped).score(IMAGES), detector.score(IMAGES))
 
 
 def test_another_network_is_an_error_that_says_what_differs(saved):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import shortened_digits
-from tests.docs.pages import LANGUAGES, PAGES, ROOT, Block, agree, blocks, run
+from tests.docs.pages import LANGUAGES, PAGES, ROOT, blocks, run
 from tests.export.programs import CAN_EXPORT
 
 RUN = "digits_resnet18_32x32_base_e16_lr0.05_default"
@@ -71,14 +71,6 @@ def test_readme_is_short_and_shows_python_at_once():
     assert lines.index("```python") < 40
 
 
-def test_a_block_has_the_reason_right_above_it():
-    text = "<!-- not run: slow -->\n\n```bash\nsleep 9\n```\n\n```python\nprint(1)\n```\n"
-    assert list(blocks(text)) == [
-        Block("bash", "sleep 9\n", 4, "slow"),
-        Block("python", "print(1)\n", 8, None),
-    ]
-
-
 def test_output_that_differs_and_commands_that_fail_are_noticed(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     monkeypatch.setattr("tests.docs.pages.ROOT", tmp_path)
@@ -91,10 +83,3 @@ def test_output_that_differs_and_commands_that_fail_are_noticed(tmp_path, monkey
         page.write_text(f"```bash\n{command}\n```\n")
         with pytest.raises(AssertionError, match="line 2"):
             run(page)
-
-
-def test_numbers_agree_to_the_digits_shown():
-    assert agree("a 0.60\nb", "a  0.59 b")
-    assert not agree("a 0.60", "a 0.55")
-    assert not agree("a 60", "a 61")
-    assert not agree("0.5 0.5", "0.5")

@@ -12,8 +12,10 @@ from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.evaluation import evaluate
 from fusenorm_openood.evaluation.runs import Run
+from fusenorm_openood.method.scores import make_score
 from tests import document
 from tests.conftest import drawn_benchmark, make_net
+from tests.preprocessing import PREPROCESSING
 
 IMAGES = 6
 VAL, VAL_OOD = ["val_cifar10.txt"] * IMAGES, ["val_tin.txt"] * IMAGES
@@ -53,14 +55,6 @@ def test_fusenorm_reads_the_validation_list_for_react_and_for_the_statistics(ben
     np.testing.assert_allclose([s.mean, s.std, s.lower, s.upper], expected, rtol=1e-6)
 
 
-def test_react_reads_the_validation_list_for_its_threshold(benchmark, read):
-    evaluate(
-        SingleScore(make_net(classes=10), "react", percentile=90.0), benchmark, True, progress=False
-    )
-    assert read[:IMAGES] == VAL
-    assert Counter(read[IMAGES:]) == each_tested_list_once(benchmark)
-
-
 def test_a_search_reads_the_validation_pair_before_the_test(benchmark, read):
     config = read_postprocessor("fusenorm", None, [], [], True)
     config["postprocessor"]["postprocessor_sweep"] = {"base": [2, 20]}
@@ -87,3 +81,12 @@ def test_experts_that_openood_fits_on_training_images_read_the_training_list(ben
     assert benchmark.id["train"] in list(job.image_sets())
     evaluate_run(job, "native", Run(make_net(classes=10)))
     assert read[:IMAGES] == [benchmark.id["train"].imagelist.name] * IMAGES
+
+
+def test_a_table_of_odin_counts_the_step_in_pixels_before_normalisation(benchmark):
+    net = make_net(classes=10)
+    job = Job(config=read_postprocessor("odin", None, ["noise=0.05"]), benchmark=benchmark)
+    _, conf, _ = evaluate_run(job, "native", Run(net)).scores["id"]["test"]
+    score = make_score("odin", {"noise": 0.05}, input_std=PREPROCESSING["cifar10"].std)
+    expected = SingleScore(net, score).infer(image_loader(benchmark.id["test"])).conf
+    np.testing.assert_allclose(conf, expected, rtol=1e-6)

@@ -20,7 +20,8 @@ from fusenorm_openood.evaluation.leaderboard import (
     splits,
 )
 from fusenorm_openood.evaluation.runs import Run
-from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
+from fusenorm_openood.network import ResNet18_32x32
+from tests.conftest import make_t2fnorm
 
 CIFAR10_ROWS = ["cifar100", "tin", "nearood", "mnist", "svhn", "texture", "places365", "farood"]
 NAME = "cifar10_t2fnorm_net_t2fnorm_e100_lr0.1_alpha0.1_default"
@@ -52,18 +53,12 @@ def save_results(path, rows, cell="90.00 ± 1.00"):
     table.to_csv(path)
 
 
-def t2fnorm(classes=10):
-    net = T2FNormNet(ResNet18_32x32(classes, width=4), classes)
-    net.set_tau(0.1)
-    return net
-
-
 @pytest.fixture
 def root(tmp_path):
     """A root with two T2FNorm runs on CIFAR-10 and results newer than them."""
     root = tmp_path / NAME
     for run in ("s0", "s1"):
-        os.utime(save_run(root, run, t2fnorm()), (1e9, 1e9))
+        os.utime(save_run(root, run, make_t2fnorm(10)), (1e9, 1e9))
     save_results(root / "ood" / "fusenorm.csv", CIFAR10_ROWS)
     return root
 
@@ -231,16 +226,8 @@ def test_a_folder_named_after_another_training_method_gives_a_warning(root, list
 @pytest.mark.parametrize(
     ("rows", "cell", "message"),
     [
-        (
-            ["digit8", "nearood", "farood"],
-            "90.00 ± 1.00",
-            "must have the rows cifar100, tin, .* as results on cifar10 do, got the rows digit8",
-        ),
-        (
-            CIFAR10_ROWS,
-            "nan ± nan",
-            "FPR@95 of cifar100 in .* must be a percentage .* got 'nan ± nan'",
-        ),
+        (["digit8", "nearood", "farood"], "90.00 ± 1.00", "rows cifar100, tin, .* got .* digit8"),
+        (CIFAR10_ROWS, "nan ± nan", "FPR@95 of cifar100 in .* got 'nan ± nan'"),
     ],
 )
 def test_results_of_another_benchmark_are_rejected(tmp_path, rows, cell, message):
@@ -253,14 +240,6 @@ def test_a_file_that_is_not_csv_is_rejected(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"x\.csv cannot be read"):
         read_results(tmp_path / "x.csv", load_benchmark("cifar10"))
-
-
-def test_runs_of_different_kinds_are_rejected(root, lists, capsys):
-    save_run(root, "s2", ResNet18_32x32(10, width=4))
-    assert entry(root, lists) == 1
-    error = capsys.readouterr().err
-    assert f"{root / 's0' / 'best.ckpt'}, a ResNet18_32x32 of width 4 (T2FNorm, 10" in error
-    assert f"{root / 's2' / 'best.ckpt'}, a ResNet18_32x32 of width 4 (CrossEntropy" in error
 
 
 def test_full_sizes_belong_to_lists_of_the_benchmarks():

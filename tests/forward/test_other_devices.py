@@ -9,19 +9,18 @@ from functools import partial
 import pytest
 import torch
 
-from fusenorm_openood import FuseNorm, Settings, atf
+from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.runs import StoredNetwork
 from fusenorm_openood.forward.experts import Fitted
 from fusenorm_openood.forward.passes import head_of
 from fusenorm_openood.forward.recorded import RecordedLoader
-from fusenorm_openood.method.atf import atf_map
 from fusenorm_openood.method.scores import POSTHOC, make_score
-from fusenorm_openood.method.scores.base import Features, Head
+from fusenorm_openood.method.scores.base import Head
 from fusenorm_openood.network.running import LazyNetwork
 from fusenorm_openood.network.understanding import understand
-from tests.nets import CLASSES, Net, some_images
+from tests.nets import CLASSES, Net, listed, some_images
 from tests.standin import StandIn
 
 DEVICES = {"mps": False, "xpu": True}
@@ -60,8 +59,7 @@ def _no_kernel(monkeypatch):
 
 
 def recorded(images, folder, name):
-    dataset = [{"data": image, "label": i % 20 % CLASSES} for i, image in enumerate(images)]
-    return RecordedLoader(dataset, folder, {}, name, 20)
+    return RecordedLoader(listed(images), folder, {}, name, 20)
 
 
 def close(found, expected):
@@ -141,32 +139,8 @@ def test_a_detector_moves_between_devices(device, tmp_path):
 @pytest.mark.slow
 def test_a_detector_is_exported_from_any_device(tmp_path):
     with StandIn("mps"):
-        detector = FuseNorm(Net().to("mps")).fit([FIT])
+        detector = FuseNorm(Net().to("mps"), strong=("output",)).fit([FIT])
         detector.export(tmp_path / "it.pt2", shape=(3, 12, 12))
-
-
-@everywhere
-def test_norms_and_heat_maps(device):
-    x = some_images(4).relu()
-    for norms in (atf(x.to(device), alpha=0.5), atf(x.to(device).bfloat16().float(), 1, 1)):
-        assert (norms.device, norms.dtype) == (device, torch.float32)
-    close(atf(x.to(device)), atf(x))
-    close(atf_map(x.to(device)), atf_map(x))
-
-
-@pytest.mark.parametrize("name", POSTHOC)
-def test_a_score_is_computed_where_the_feature_is(name):
-    generator = torch.Generator().manual_seed(0)
-    feature, weight = (torch.randn(n, 6, generator=generator) for n in (40, 3))
-    head, labels = Head(weight, weight[:, 0]), torch.arange(40) % 3
-    batch, score = Features(feature, head(feature)), make_score(name)
-    state = score.fit(score.sums(batch, labels), batch, head)
-    there = Features(*(t.to("meta") for t in batch))
-    of_fit = [] if "whitening" in state else [labels.to("meta")]  # counted
-    for given in (None, *of_fit):
-        scores = score(there, head, state, given)
-        precise = torch.float64 if name == "gen" else torch.float32
-        assert (scores.device.type, scores.dtype, scores.shape) == ("meta", precise, (40,))
 
 
 @everywhere

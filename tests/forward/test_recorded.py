@@ -67,6 +67,13 @@ def test_a_pass_serves_others_whose_scores_it_has(tmp_path):
     assert reads_of(FuseNorm(net, strong=["gen"], taps=["a.1"]).fit([FIT]), loader) == 10
 
 
+def test_a_pass_serves_none_that_need_what_it_lacks(tmp_path):
+    net, loader = Net(), RecordedLoader(Images(), tmp_path, {}, "images")
+    assert reads_of(SingleScore(net, "msp"), loader) == 12  # two to understand the network
+    assert reads_of(SingleScore(net, "knn").fit([FIT]), loader) == 10  # features
+    assert reads_of(FuseNorm(net, strong=["output"]).fit([FIT]), loader) == 10  # norms
+
+
 def test_a_pass_with_gradients_serves_none_without(tmp_path):
     """Gradients split a batch in another way, in which a network may round otherwise."""
     net, loader = Net(), RecordedLoader(Images(), tmp_path, {}, "images")

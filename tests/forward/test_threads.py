@@ -9,12 +9,10 @@ import torch
 from torch import nn
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import FuseNormError
-from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.network.running import eval_mode
 from tests.conftest import assert_undisturbed, state_of
-from tests.nets import Net, energies, some_images
+from tests.nets import Net, some_images
 
 IMAGES = some_images(8)
 THREADS = 4
@@ -96,45 +94,6 @@ def test_one_detector_that_fails_leaves_the_others_undisturbed():
     assert_undisturbed(net, before)
 
 
-def test_threads_that_share_a_t2fnorm_network():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Identity(), T2FNormNet(ResNet18_32x32(4, width=2), 4)).eval()
-    net[1].set_tau(0.1)
-    detector = SingleScore(net, "t2fnorm")
-    with torch.no_grad():
-        right = net[1].forward_ood_inference(IMAGES).softmax(1).amax(1)
-        classes = net(IMAGES).argmax(1)
-    for pred, conf in in_threads(detector.predict, [IMAGES] * 30):
-        torch.testing.assert_close(conf, right)
-        assert torch.equal(pred, classes)
-
-
-def test_detectors_beside_the_networks_own_user():
-    net = Moody()
-    detector = FuseNorm(net, strong=["output"]).fit([IMAGES])
-    right, expected = detector.score(IMAGES), energies(net, IMAGES)
-
-    def use(is_own):
-        return energies(net, IMAGES) if is_own else detector.score(IMAGES)
-
-    for number, found in enumerate(in_threads(use, [False, True] * 60)):
-        torch.testing.assert_close(found, expected if number % 2 else right)
-
-
-def test_overlapping_passes_restore_the_modes_from_before_the_first():
-    net = Moody().train()
-    net.a.eval()
-    before = {name: module.training for name, module in net.named_modules()}
-    first, second = eval_mode(net), eval_mode(net)
-    first.__enter__()
-    second.__enter__()
-    assert not any(module.training for module in net.modules())
-    first.__exit__(None, None, None)
-    assert not any(module.training for module in net.modules())  # the second still runs
-    second.__exit__(None, None, None)
-    assert {name: module.training for name, module in net.named_modules()} == before
-
-
 def test_overlapping_passes_over_networks_that_share_modules():
     net = Moody().train()
     whole, part = eval_mode(net), eval_mode(net.b)
@@ -146,11 +105,3 @@ def test_overlapping_passes_over_networks_that_share_modules():
     assert not any(module.training for module in net.b.modules())
     part.__exit__(None, None, None)
     assert all(module.training for module in net.modules())
-
-
-def test_a_data_parallel_network_runs_on_one_device():
-    net, settings = Net(), Settings.published()
-    expected = FuseNorm(net, settings).fit([IMAGES]).score(IMAGES)
-    detector = FuseNorm(nn.DataParallel(net), settings).fit([IMAGES])
-    for conf in in_threads(detector.score, [IMAGES] * 20):
-        torch.testing.assert_close(conf, expected)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fusenorm_openood import on_device
-from fusenorm_openood.kernels.devices import moved
+from fusenorm_openood.kernels.devices import device_of, moved
 
 
 def test_cuda_means_the_device_within_the_context():
@@ -56,3 +56,4 @@ def test_images_take_the_precision_of_the_weights():
     assert moved(nn.Linear(2, 2).double(), images).dtype == torch.float64
     assert moved(nn.Linear(2, 2).bfloat16(), images).dtype == torch.bfloat16
     assert moved(nn.ReLU(), images.half()).dtype == torch.float16
+    assert device_of(nn.ReLU()) == torch.device("cpu")

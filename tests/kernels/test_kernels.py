@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-import fusenorm_openood
 from fusenorm_openood import atf, kernels
 from fusenorm_openood.errors import ConfigError
-from tests.conftest import forced_backend, without_environment
+from tests.conftest import forced_backend
 
 
 def test_numba_is_used_on_a_cpu_where_it_is_installed():
@@ -103,17 +102,6 @@ def test_numba_computes_the_same_on_any_number_of_threads(threads):
         torch.set_num_threads(before)
 
 
-def test_numba_has_threads_of_its_own_where_torch_has_none_of_openmp(monkeypatch):
-    pytest.importorskip("numba")
-    from fusenorm_openood.kernels import cpu
-
-    x = torch.randn(7, 40, 5, 5)
-    with forced_backend("numba"):
-        norms = atf(x)
-        monkeypatch.setattr(cpu, "_openmp", lambda: None)
-        assert torch.equal(atf(x), norms)
-
-
 @pytest.fixture
 def small(monkeypatch):
     """The module of numba's kernel, with little to compile: it writes the number of samples."""
@@ -160,49 +148,6 @@ def test_without_a_folder_for_compiled_code_the_kernel_is_compiled(small, monkey
     with pytest.warns(RuntimeWarning, match="cannot be saved .*: set NUMBA_CACHE_DIR"):
         work = small._compiled(1)
     assert samples_by(work, small) == 5
-
-
-SAVING = """
-import resource, sys, warnings, torch
-from fusenorm_openood import atf, kernels
-x = torch.randn(2, 3, 6, 6)
-if "full" in sys.argv:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    norms = atf(x), atf(x)
-(warning,) = caught
-print(warning.message)
-assert kernels.backend().name == "numba"
-for norm in norms:
-    torch.testing.assert_close(norm, atf(x.double()).float())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="simulated with POSIX means")
-@pytest.mark.parametrize("disk", ["read-only", "full"])
-def test_one_warning_says_that_compiled_code_cannot_be_saved(disk, tmp_path):
-    """A regular file at each cache path simulates a read-only folder, even for root."""
-    pytest.importorskip("numba")
-    package = tmp_path / "package" / "fusenorm_openood"
-    source = Path(fusenorm_openood.__file__).parent
-    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
-    home = package / "kernels" / "__pycache__"
-    home.touch()
-    places = {"HOME": str(home), "XDG_CACHE_HOME": str(home), "PYTHONPATH": str(package.parent)}
-    env = without_environment(**places)
-    env.pop("NUMBA_CACHE_DIR", None)
-    if disk == "full":
-        env["NUMBA_CACHE_DIR"] = str(tmp_path / "cache")
-    done = subprocess.run(
-        [sys.executable, "-c", SAVING, disk],
-        env=env, cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("the compiled CPU kernels cannot be saved (")
-    assert ("File too large" in done.stdout) == (disk == "full")
-    assert "\n" not in done.stdout.strip()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")

@@ -1,4 +1,4 @@
-"""p-values by group: by brute force, by their law on real scores, and what is pooled."""
+"""p-values by group: by brute force, by their law, and what is pooled."""
 
 from dataclasses import replace
 
@@ -8,8 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fusenorm_openood import FuseNorm, load_network
-from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.errors import CalibrationError, ConfigError
 from fusenorm_openood.method.calibration import Calibrated, Calibration
 from fusenorm_openood.method.conformal import guarantee, rejects
@@ -57,51 +55,11 @@ def test_p_values_are_those_of_brute_force(images, tested, least, acceptance):
         np.testing.assert_array_equal(conf < cuts[of], rejects(p, acceptance))
 
 
-class Itself:
-    """A detector of nonconform whose scores are its inputs."""
-
-    n_features_in_ = 1
-
-    def fit(self, x, y=None):
-        return self
-
-    def decision_function(self, x):
-        return x[:, 0]
-
-    def get_params(self, deep=True):
-        return {}
-
-    def set_params(self, **given):
-        return self
-
-
-@pytest.mark.parametrize("decimals", [1, 9])
-def test_p_values_are_those_of_nonconform(decimals):
-    nonconform = pytest.importorskip("nonconform", reason="needs Python 3.12 and nonconform")
-    rng = np.random.default_rng(0)
-    group, of = np.repeat(range(5), rng.integers(19, 60, 5)), rng.integers(0, 5, 200)
-    scores, conf = (rng.normal(size=len(g)).round(decimals) + g for g in (group, of))
-    split = nonconform.Split(n_calib=0.5)
-    other = nonconform.ConformalDetector(Itself(), split, score_polarity="higher_is_normal")
-    other.calibrate(scores[:, None], groups=group)
-    expected = other.compute_p_values(conf[:, None], groups=of)
-    np.testing.assert_array_equal(calibration(scores, group, 5).p_values(conf, of), expected)
-
-
 @pytest.fixture(scope="module")
-def real(digits):
-    """Confidences of ID digits and of the same moved by one pixel, and their predicted classes."""
-    data_root, checkpoint = digits
-    benchmark = load_benchmark("digits", data_root)
-    detector = FuseNorm(load_network(checkpoint)).fit(image_loader(benchmark.id["val"]))
-    conf, pred = [], []
-    for split in (benchmark.id["test"], benchmark.id["train"]):
-        images = [batch["data"] for batch in image_loader(split)]
-        for shift in (0, 1):
-            scored = detector.infer([batch.roll(shift, -1) for batch in images])
-            conf.append(scored.conf)
-            pred.append(scored.pred)
-    return np.concatenate(conf), np.concatenate(pred)
+def drawn():
+    """Confidences of 2,100 images of seven classes, some less confident, and their classes."""
+    pred = np.arange(2100) % 7
+    return np.random.default_rng(1).normal(size=2100) - 0.5 * pred, pred
 
 
 def failures(conf, pred, counts, by):
@@ -134,17 +92,14 @@ def failures(conf, pred, counts, by):
 
 
 @pytest.mark.parametrize("n", [19, 50, 200])
-def test_each_class_has_the_acceptance_that_it_is_promised(real, n):
-    classes = int(real[1].max()) + 1
-    assert np.bincount(real[1]).min() >= n + TESTED
-    assert failures(*real, [n] * classes, "predicted") == []
+def test_each_class_has_the_acceptance_that_it_is_promised(drawn, n):
+    assert failures(*drawn, [n] * 7, "predicted") == []
 
 
-def test_marginal_p_values_promise_nothing_for_a_class(real):
-    classes = int(real[1].max()) + 1
-    imbalanced = [200] + [20] * (classes - 1)
-    assert len(failures(*real, imbalanced, None)) >= classes // 2
-    assert failures(*real, imbalanced, "predicted") == []
+def test_marginal_p_values_promise_nothing_for_a_class(drawn):
+    imbalanced = [200] + [20] * 6
+    assert len(failures(*drawn, imbalanced, None)) > 3
+    assert failures(*drawn, imbalanced, "predicted") == []
 
 
 def test_p_values_of_pooled_classes_are_valid_for_these_together():

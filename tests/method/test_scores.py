@@ -248,20 +248,6 @@ HARD = {
     "a feature far off": lambda f: torch.cat([f[:1] * 1e6, f]),
     "dead units": lambda f: f * (torch.arange(f.shape[1]) < 6),
 }
-MANY = 300
-
-
-@each_score
-def test_many_classes_with_few_images_each(score):
-    head = make_head(16, MANY)
-    labels = torch.arange(4 * MANY) % MANY
-    noise = torch.randn(4 * MANY, 16, generator=torch.Generator().manual_seed(0))
-    feature = (0.3 * noise + head.weight[labels]).relu()
-    batch = Features(feature, head(feature))
-    state = fit(score, batch, labels, head)
-    for scores in (score(batch, head, state), score(batch, head, state, labels)):
-        assert torch.isfinite(scores).all()
-        assert len(scores.unique()) > MANY
 
 
 @pytest.mark.parametrize("name", POSTHOC)
@@ -293,16 +279,6 @@ def test_the_order_of_the_fit_images_changes_nothing(score, seed):
     close(score(test, head, permuted), score(test, head, state), rtol=1e-4, atol=1e-4)
     of_fit = score(batch, head, state, labels)[order]
     close(score(other, head, permuted, labels[order]), of_fit, rtol=1e-3, atol=1e-4)
-
-
-@scores_named("knn", "mds++", "rmds++", "mahavar", "head_mds")
-@pytest.mark.parametrize("scale", [1e-3, 0.7, 1e3])
-def test_scaling_a_feature_does_not_change_scores_that_normalise_it(score, scale):
-    head, _, _, state = fitted(score)
-    test, _ = make_features(10, head, seed=2)
-    scaled = Features(test.feature * scale, test.logits)
-    expected = score(test, head, state)
-    torch.testing.assert_close(score(scaled, head, state), expected, rtol=1e-4, atol=1e-5)
 
 
 @scores_named("knn", "she")
@@ -346,16 +322,6 @@ def test_head_mds_scores_a_fit_image_without_its_part_of_the_covariance(score, n
     w = head.weight.double().numpy()
     expected = [head_tied(z[i : i + 1], z, top, w, removed=i)[0] for i in range(n)]
     np.testing.assert_allclose(score(batch, head, state, labels), expected, rtol=2e-3)
-
-
-@scores_named("mds++")
-def test_mds_scores_of_fit_images_are_like_those_of_others_where_n_is_about_d(score):
-    head = make_head(64, 5)
-    (batch, labels), (test, _) = make_features(70, head), make_features(500, head, seed=2)
-    state = fit(score, batch, labels, head)
-    held_out = score(test, head, state).median()
-    assert score(batch, head, state).median() / held_out < 0.3
-    assert 0.7 < score(batch, head, state, labels).median() / held_out < 1.4
 
 
 @each_score
@@ -494,18 +460,12 @@ def test_labels_outside_the_classes_are_refused(score):
         ("ash", {"variant": "x"}, "variant must be one of b, s, p, got 'x'"),
         ("vim", {"share": 1}, "share must be .* or None, got 1"),
         ("gen", {"clamp": 0.5}, "clamp must be .* got 0.5"),
-        ("logitgap", {"N": 0}, "N must be .* got 0"),
         ("knn", {"K": 0}, "knn: K must be .* >= 1, got 0"),
         ("knn", {"K": 2.5}, "K must be .* got 2.5"),
-        ("knn", {"K": True}, "K must be .* got True"),
         ("gen", {"gamma": 0}, "gamma must be .* > 0, got 0"),
-        ("gen", {"M": "10"}, "M must be .* got '10'"),
         ("nci", {"alpha": -1}, "alpha must be .* >= 0, got -1"),
-        ("nci", {"alpha": float("nan")}, "alpha must be .* got nan"),
         ("ash", {"percentile": 100}, "percentile must be .* < 100, got 100"),
-        ("scale", {"percentile": -1}, "percentile must be .* got -1"),
         ("fdbd", {"distance_as_normalizer": 1}, "distance_as_normalizer must be .* got 1"),
-        ("vim", {"dim": 0}, "dim must be .* got 0"),
         ("she", {"metric": "l2"}, "must be one of inner_product, cosine, euclidean, got 'l2'"),
         ("ebo", {"temperature": 0}, "temperature must be .* > 0, got 0"),
         ("odin", {"noise": -1}, "noise must be .* >= 0, got -1"),
@@ -606,3 +566,10 @@ def test_odin_divides_its_step_by_the_channels_standard_deviation():
     assert steps == pytest.approx([0.1, 0.05, 0.02], rel=1e-4)
     with pytest.raises(ConfigError, match="2 entries for images with 3 channels"):
         odin_images(net, images, input_std=(1.0, 1.0))
+
+
+def test_a_gradient_of_zero_counts_as_positive():
+    images = torch.ones(1, 1, 1, 3, requires_grad=True)
+    score = (images * torch.tensor([-1.0, 0.0, 2.0])).sum((1, 2, 3))  # 1, so class 0
+    direction = odin_direction(images, torch.stack([score, -score], dim=1), 1000)
+    assert odin_step(images, direction, 0.5).flatten().tolist() == [0.5, 0.5, 1.5]

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.errors import TapError
+from fusenorm_openood.network.graph import Graph
 from fusenorm_openood.network.structure import read_structure
 from tests.nets import BLOCKS, Foo, Net, energy_detector, norms_of, some_images
 
@@ -308,3 +309,24 @@ def test_the_ends_of_parallel_trunks_are_no_taps():
     structure = read_structure(Parallel(), SMALL)
     assert structure.blocks == ()
     assert structure.rule.endswith("parallel trunks")
+
+
+def leaf() -> Tensor:
+    return torch.randn(2, 3, 4, 4).requires_grad_()
+
+
+def test_a_sum_without_weights_on_its_branches_is_no_merge():
+    images = leaf()
+    x = images.clone()
+    swish = x.relu() + x.sigmoid()
+    assert not Graph(swish.mean((2, 3)), images).merges()
+    assert not Graph((swish + 1 + torch.ones(4)).mean((2, 3)), images).merges()
+
+
+def test_the_first_wanted_nodes_on_every_path():
+    images, weight = leaf(), torch.randn(3, 3, 1, 1)
+    one, two = (F.conv2d(images.clone(), weight) for _ in range(2))
+    graph = Graph((one.relu() + two).mean((2, 3)), images)
+    wanted = {one.grad_fn, two.grad_fn}
+    assert set(graph.first_on_every_path(wanted)) == wanted
+    assert graph.first_on_every_path({one.grad_fn}) == []

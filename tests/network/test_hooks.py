@@ -1,5 +1,3 @@
-import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -48,27 +46,3 @@ def test_hooks_change_what_a_module_is_given_and_are_removed_after_an_error():
     with pytest.raises(KeyError), own_pass(), hooked(after=[(net[1], {}.__getitem__)]):
         raise KeyError
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
-
-
-def test_threads_that_register_hooks_at_the_same_time_do_not_lose_any():
-    net, interval, threads = nn.Identity(), sys.getswitchinterval(), 4
-    barrier = threading.Barrier(threads)
-
-    def work(thread):
-        barrier.wait()
-        for _ in range(2000):
-            called = []
-            with (
-                own_pass(),
-                hooked([(net, lambda *given, called=called: called.append(len(given)))]),
-            ):
-                net(X)
-            assert called == [3]
-
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, range(threads)))
-    finally:
-        sys.setswitchinterval(interval)
-    assert not net._forward_pre_hooks

@@ -60,17 +60,12 @@ def test_another_forward_is_another_network(act, tmp_path):
     assert records[0] == records[2] != records[1] == records[3]
 
 
-def test_rounding_of_another_machine_is_the_same_network(tmp_path, monkeypatch):
-    net = Net()
-    known, record = identify(net, (3, 12, 12)), network_key(net, SIZE, tmp_path)
+def test_rounding_of_another_machine_is_the_same_network():
+    known = identify(Net(), (3, 12, 12))
     logits = torch.tensor(known.logits)
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).clamp(-3, 3) / 3
     there = logits + 0.9 * EXACT * noise * (logits.max() - logits.min())
-    elsewhere = known._replace(logits=tuple(map(tuple, there.tolist())))
-    assert known.agrees(elsewhere)
-    monkeypatch.setattr("fusenorm_openood.deployment.files.identify", lambda *_: elsewhere)
-    assert network_key(net, SIZE, tmp_path) == record
-    assert network_key(net, SIZE, tmp_path / "other") != record
+    assert known.agrees(known._replace(logits=tuple(map(tuple, there.tolist()))))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -131,22 +126,6 @@ def test_weights_in_a_wrapper_class_are_saved(tmp_path):
     ]
     net.fc.weight = nn.Parameter(TwoTensor(plain, plain + 1), requires_grad=False)
     assert fingerprint(net).weights != known.weights
-
-
-def test_what_cannot_be_recognised_fails_before_the_fit(monkeypatch):
-    def broken(net):
-        raise NotImplementedError("no bytes")
-
-    passes = []
-    monkeypatch.setattr("fusenorm_openood.network.fingerprint.fingerprint", broken)
-    loader = [IMAGES, IMAGES]
-    detector = FuseNorm(Net())
-    monkeypatch.setattr(
-        "fusenorm_openood.detectors.scorer.fit_experts", lambda *_: passes.append(1)
-    )
-    with pytest.raises(NotImplementedError):
-        detector.fit(loader)
-    assert not passes
 
 
 OTHERS = {

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from fusenorm_openood import FuseNorm, atf
 from fusenorm_openood.network.layouts import as_maps, fits, pixels, token_grid
 from fusenorm_openood.network.structure import read_structure
-from tests.nets import CLASSES, Net, energy_detector, outputs_of, some_images
+from tests.nets import BLOCKS, CLASSES, Foo, Net, energy_detector, outputs_of, some_images
 
 
 @pytest.mark.parametrize(
@@ -125,53 +125,22 @@ def test_the_stages_of_a_channels_last_network():
 
 
 class Tokens(nn.Module):
-    """A transformer on patches, with tokens before them and any order of axes."""
+    """A transformer on patches: class tokens anywhere, axes in any order, images that are resized,
+    tokens that are dropped or merged."""
 
-    def __init__(self, prefix: int = 1, batch_first: bool = True, channels: int = 8) -> None:
+    def __init__(
+        self, prefix=1, start=0.0, size=None, drop=0, merge=0, patch=(4, 4), batch_first=True
+    ):
         super().__init__()
         torch.manual_seed(0)
-        self.batch_first = batch_first
-        self.patch = nn.Conv2d(3, channels, 4, 4)
-        self.prefix = nn.Parameter(3 * torch.randn(1, prefix, channels))
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(channels, 2, 16, 0.0, batch_first=batch_first)
-            for _ in range(3)
-        )
-        self.head = nn.Linear(channels, CLASSES)
-        self.eval()
-
-    def forward(self, x):
-        x = torch.cat([self.prefix.expand(len(x), -1, -1), self.patch(x).flatten(2).mT], 1)
-        x = x if self.batch_first else x.transpose(0, 1)
-        for block in self.blocks:
-            x = block(x)
-        x = x if self.batch_first else x.transpose(0, 1)
-        return self.head(x.mean(1))
-
-
-@pytest.mark.parametrize(
-    ("prefix", "batch_first", "size"),
-    [(0, True, (24, 24)), (1, False, (16, 40)), (2, True, (16, 40)), (5, False, (24, 24))],
-)
-def test_tokens_without_their_prefix(prefix, batch_first, size):
-    net, images = Tokens(prefix, batch_first), some_images(16, size)
-    names = ("blocks.0", "blocks.1", "blocks.2")
-    detector = energy_detector(net, images)
-    assert detector.taps == names
-    kept = [x if batch_first else x.transpose(0, 1) for x in outputs_of(net, names, images)]
-    height, width = size[0] // 4, size[1] // 4
-    maps = [x[:, prefix:].mT.unflatten(2, (height, width)) for x in kept]
-    got = torch.tensor(detector.infer([images]).experts[:3])
-    torch.testing.assert_close(got, torch.stack([atf(x) for x in maps]).double())
-
-
-class Odd(Tokens):
-    """Class tokens anywhere, images that are resized, tokens that are dropped or merged."""
-
-    def __init__(self, prefix=1, start=0.0, size=None, drop=0, merge=0, patch=(4, 4)):
-        super().__init__(prefix)
         self.start, self.size, self.drop, self.merge, self.count = start, size, drop, merge, prefix
-        self.patch = nn.Conv2d(3, 8, *patch)
+        self.patch, self.dim = nn.Conv2d(3, 8, *patch), int(batch_first)  # axis of the tokens
+        self.prefix = nn.Parameter(3 * torch.randn(1, prefix, 8))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=batch_first) for _ in range(3)
+        )
+        self.head = nn.Linear(8, CLASSES)
+        self.eval()
 
     def forward(self, x):
         x = x if self.size is None else F.interpolate(x, size=self.size)
@@ -179,7 +148,8 @@ class Odd(Tokens):
         at = int(self.start * patches.shape[1])
         x, self.seen = torch.cat([patches[:, :at], token, patches[:, at:]], 1), []
         for block in self.blocks:
-            x = block(x)
+            x = block(x if self.dim else x.transpose(0, 1))
+            x = x if self.dim else x.transpose(0, 1)
             self.seen.append(torch.cat([x[:, :at], x[:, at + self.count :]], 1))
             if self.merge:  # the first patches, in pairs
                 one, left = self.count + self.merge, self.count + 2 * self.merge
@@ -188,10 +158,19 @@ class Odd(Tokens):
             x = x[:, : x.shape[1] - self.drop]
         return self.head(x.mean(1))
 
+    def right(self, images):
+        """Feature norms of what the blocks return, without the class tokens."""
+        with torch.no_grad():
+            self(images)
+        return torch.stack([atf(x.mT.unsqueeze(-1)) for x in self.seen]).double()
+
 
 @pytest.mark.parametrize(
     ("options", "size"),
     [
+        ({"prefix": 0}, (24, 24)),
+        ({"batch_first": False}, (16, 40)),
+        ({"prefix": 5, "batch_first": False}, (24, 24)),
         ({"start": 1.0}, (24, 24)),
         ({"start": 0.5, "prefix": 2}, (20, 20)),
         ({"start": 0.25, "prefix": 3}, (16, 40)),
@@ -203,25 +182,22 @@ class Odd(Tokens):
         ({"patch": (16, 10), "prefix": 2}, (128, 98)),  # overlapping, as in AST
     ],
 )
-def test_prefix_tokens_are_those_that_are_no_patches(options, size):
-    net, images = Odd(**options), some_images(16, size)
+def test_tokens_without_those_that_are_no_patches(options, size):
+    net, images = Tokens(**options), some_images(16, size)
     detector = energy_detector(net, images)
-    with torch.no_grad():
-        net(images)
-    right = torch.stack([atf(x.mT.unsqueeze(-1)) for x in net.seen]).double()
-    torch.testing.assert_close(torch.tensor(detector.infer([images]).experts[:3]), right)
+    assert detector.taps == ("blocks.0", "blocks.1", "blocks.2")
+    found = torch.tensor(detector.infer([images]).experts[:3])
+    torch.testing.assert_close(found, net.right(images))
 
 
 @pytest.mark.parametrize("start", [0.0, 0.5])
 def test_a_class_token_anywhere_in_images_of_another_size(start):
-    net, images = Odd(start=start), some_images(16, (20, 20))
+    net, images = Tokens(start=start), some_images(16, (20, 20))
     detector = energy_detector(net, images)
     for size in ((24, 24), (12, 28)):
         others = some_images(8, size, seed=3)
-        with torch.no_grad():
-            net(others)
-        right = torch.stack([atf(x.mT.unsqueeze(-1)) for x in net.seen]).double()
-        torch.testing.assert_close(torch.tensor(detector.infer([others]).experts[:3]), right)
+        found = torch.tensor(detector.infer([others]).experts[:3])
+        torch.testing.assert_close(found, net.right(others))
 
 
 class Rows(nn.Module):
@@ -263,48 +239,59 @@ def test_the_batch_size_does_not_decide_the_layout_of_tokens():
         torch.testing.assert_close(alone, detector.score(images), rtol=1e-4, atol=1e-4)
 
 
-class Wrapping(nn.Module):
-    """A block whose output is wrapped in something."""
+class Wrapping(Foo):
+    """A block whose feature map is wrapped in something, in which it has a place."""
 
-    def __init__(self, wrap, inner: nn.Module) -> None:
-        super().__init__()
-        self.wrap, self.inner = wrap, inner
+    def __init__(self, wrap, place, stride):
+        super().__init__(8, stride)
+        self.wrap, self.place = wrap, place
 
     def forward(self, x):
-        x = x if isinstance(x, torch.Tensor) else first_of(x)
-        return self.wrap(self.inner(x))
+        return self.wrap(super().forward(x if isinstance(x, torch.Tensor) else x[self.place]))
 
 
-def first_of(value):
-    return next(iter(value.values())) if isinstance(value, dict) else value[0]
+def gated(gate):
+    """What a block returns that gives its gate, and more, before its gated map."""
+
+    def wrap(y):
+        first, *others = gate(y)
+        return first, *others, y * (first[..., None, None] if first.ndim == 2 else first)
+
+    return wrap
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda x: (x, x.mean((2, 3))),
-        lambda x: (x,),
-        lambda x: [x, None],
-        lambda x: {"hidden_states": x, "attention": None},
-    ],
-    ids=["tuple", "one", "list", "dict"],
-)
-def test_blocks_that_return_more_than_a_feature_map(wrap):
-    plain, net, images = Net(), Net(), some_images()
+WRAPS = {
+    "tuple": (lambda x: (x, x.mean((2, 3))), 0),
+    "one": (lambda x: (x,), 0),
+    "list": (lambda x: [x, None], 0),
+    "dict": (lambda x: {"hidden_states": x, "attention": None}, "hidden_states"),
+    "a gate of pixels": (gated(lambda y: (y.mean(1, keepdim=True).sigmoid(),)), -1),
+    "a gate of other dimensions": (gated(lambda y: (y.mean((2, 3)).sigmoid(),)), -1),
+    "weights of an attention": (
+        gated(lambda y: (y.sigmoid(), y.flatten(2).mT @ y.flatten(2))),
+        -1,
+    ),
+}
 
-    class Wrapped(nn.Module):
+
+@pytest.mark.parametrize("kind", WRAPS)
+def test_blocks_that_return_more_than_a_feature_map(kind):
+    wrap, place = WRAPS[kind]
+
+    class Wrapped(Net):
         def __init__(self):
             super().__init__()
-            self.stem, self.fc = net.stem, net.fc
-            self.blocks = nn.ModuleList(Wrapping(wrap, block) for block in (*net.a, *net.b))
+            self.a, self.b = (
+                nn.Sequential(Wrapping(wrap, place, stride), Wrapping(wrap, place, 1))
+                for stride in (1, 2)
+            )
+            self.eval()
 
         def forward(self, x):
-            x = self.stem(x)
-            for block in self.blocks:
-                x = block(x)
-            return self.fc(first_of(x).mean((2, 3)))
+            return self.fc(self.b(self.a(self.stem(x)))[place].mean((2, 3)))
 
-    expected = energy_detector(plain, images).infer([images]).experts
-    detector = energy_detector(Wrapped(), images)
-    assert len(detector.taps) == 4
-    torch.testing.assert_close(detector.infer([images]).experts, expected)
+    net, images = Wrapped(), some_images()
+    detector = energy_detector(net, images)
+    assert detector.taps == BLOCKS
+    right = torch.stack([atf(y[place]) for y in outputs_of(net, BLOCKS, images)]).double()
+    torch.testing.assert_close(torch.tensor(detector.infer([images]).experts[:4]), right)

@@ -1,8 +1,5 @@
 """Nothing is left on a network, in torch's random numbers, or in a user's hooks."""
 
-import random
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +8,7 @@ from torch.nn.utils import parametrizations
 from fusenorm_openood import FuseNorm, Settings, tap_candidates
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import FuseNormError, NetworkError
-from fusenorm_openood.network.running import eval_mode, preserved_randomness
+from fusenorm_openood.network.running import eval_mode
 from tests.conftest import assert_undisturbed, state_of
 from tests.nets import BLOCKS, Net, energies, some_images
 
@@ -103,7 +100,7 @@ def test_errors_leave_everything_as_before():
         lambda: tap_candidates(net, IMAGES),
         lambda: SingleScore(net, "msp").score(IMAGES),
     ):
-        with pytest.raises(FuseNormError, match="broken"):
+        with pytest.raises(FuseNormError, match=r"\[2, 3, 12, 12\].*broken"):
             use()
     assert_undisturbed(net, before)
     assert torch.equal(torch.get_rng_state(), randomness)
@@ -250,17 +247,6 @@ def test_overlapping_passes_merge_once():
     assert net.fc.training
     assert not net.fc.merged
     assert torch.equal(net.fc.weight, weight)
-
-
-def test_all_random_numbers_are_preserved_also_after_an_error():
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    with pytest.raises(KeyError), preserved_randomness(torch.device("cpu")):
-        random.random()
-        np.random.rand()
-        torch.randn(5)
-        raise KeyError
-    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    assert after == before
 
 
 @pytest.mark.parametrize("norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])

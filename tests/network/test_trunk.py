@@ -190,53 +190,6 @@ def test_a_traced_network_is_tapped_as_the_network_that_it_was_made_from(trace):
     torch.testing.assert_close(torch.tensor(detector.infer([images]).experts[:8]), right)
 
 
-class WithGate(Foo):
-    """Returns its feature map after others."""
-
-    others = staticmethod(lambda y: (y.mean((2, 3), keepdim=True).sigmoid(),))
-
-    def forward(self, x):
-        y = super().forward(x[-1] if isinstance(x, tuple) else x)
-        others = self.others(y)
-        gate = others[0]
-        return *others, y * (gate[..., None, None] if gate.ndim == 2 else gate)
-
-
-@pytest.mark.parametrize(
-    "others",
-    [
-        lambda y: (y.mean(1, keepdim=True).sigmoid(),),
-        lambda y: (y.mean((2, 3)).sigmoid(),),  # of other dimensions than the map
-        lambda y: (y.sigmoid(), y.flatten(2).mT @ y.flatten(2)),  # weights of an attention
-    ],
-)
-def test_blocks_that_return_other_tensors_before_their_feature_map(others, monkeypatch):
-    monkeypatch.setattr(WithGate, "others", staticmethod(others))
-
-    class Gated(Net):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Sequential(WithGate(8), WithGate(8)), nn.Sequential(WithGate(8, 2))
-            self.eval()
-
-        def forward(self, x):
-            return self.fc(self.b(self.a(self.stem(x)))[-1].mean((2, 3)))
-
-    net, kept = Gated(), []
-    detector = energy_detector(net, IMAGES)
-    assert detector.taps == ("a.0", "a.1", "b.0")
-    hooks = [
-        net.get_submodule(tap).register_forward_hook(lambda m, x, y: kept.append(atf(y[-1])))
-        for tap in detector.taps
-    ]
-    with torch.no_grad():
-        net(IMAGES)
-    for hook in hooks:
-        hook.remove()
-    experts = torch.tensor(detector.infer([IMAGES]).experts[:3])
-    torch.testing.assert_close(experts, torch.stack(kept).double())
-
-
 def test_what_no_block_holds_is_told(recwarn):
     class Parallel(Net):  # a second backbone beside the blocks
         def __init__(self):

@@ -34,13 +34,6 @@ def first_images(data_root: Path, few: Path, count: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def few_images(bench, tmp_path_factory):
-    """The first 20 images of every list, and the results."""
-    data_root, results = bench
-    return first_images(data_root, tmp_path_factory.mktemp("few"), 20), results
-
-
-@pytest.fixture(scope="session")
 def home(bench, tmp_path_factory):
     """A folder whose ./data holds the first 8 images of every list."""
     home = tmp_path_factory.mktemp("home")

@@ -6,13 +6,10 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import ImageFile
-from sklearn.neighbors import NearestNeighbors
-from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm, on_device
 from fusenorm_openood.cli.engines import read_postprocessor
@@ -156,64 +153,6 @@ def test_openood_searches_strong_experts_penalty_and_base_as_the_native_engine(
     again = pickle.loads(pickle.dumps(postprocessor))
     images = torch.randn(4, 3, 32, 32)
     assert torch.equal(again.postprocess(net, images)[1], postprocessor.postprocess(net, images)[1])
-
-
-@pytest.mark.parametrize("root", ["base", "t2fnorm"])
-def test_knn_is_the_distance_to_the_kth_neighbour(home, networks, root):
-    net = networks[root]
-    config = read_postprocessor("knn", None, ["K=3"])
-    knn = make_postprocessor("knn", config, "cifar10")
-    _, scores = evaluate_with_openood(net, knn, "cifar10", home / "data", 4, 0, False, False)
-
-    backbone = net if root == "base" else net.backbone
-    benchmark = load_benchmark("cifar10", home / "data")
-
-    def features(image_set):
-        images = next(iter(image_loader(image_set, 8)))["data"]
-        with torch.no_grad():
-            return F.normalize(backbone(images, return_feature=True)[1]), net(images).argmax(1)
-
-    train, _ = features(benchmark.id["train"])
-    neighbours = NearestNeighbors(n_neighbors=3).fit(train)
-    for name, image_set in benchmark.far.items():
-        feature, classes = features(image_set)
-        distance = neighbours.kneighbors(feature)[0][:, -1]
-        pred, conf, _ = scores["ood"]["far"][name]
-        np.testing.assert_allclose(conf, -(distance**2), rtol=1e-3, atol=1e-5)
-        assert pred.tolist() == classes.tolist()
-    images = torch.randn(2, 3, 32, 32)
-    again = pickle.loads(pickle.dumps(knn))
-    assert torch.equal(again.postprocess(net, images)[1], knn.postprocess(net, images)[1])
-    assert again.setup_flag
-    assert again.args_dict == {"K_list": [50, 100, 200, 500, 1000]}
-
-
-@pytest.mark.parametrize("name", ["ash", "scale", "vim", "gen", "t2fnorm"])
-def test_a_t2fnorm_network_is_scored_by_its_scoring_logits(networks, name):
-    """The oracle is OpenOOD's postprocessor on a plain network with the same scoring logits."""
-    from openood.networks.resnet18_32x32 import ResNet18_32x32
-
-    net = networks["t2fnorm"]
-    plain = ResNet18_32x32()
-    plain.load_state_dict(net.backbone.state_dict())
-    plain.eval()
-    # fc(feature / tau) with a bias: dividing the last convolution's output scales the feature.
-    scale = float(net.tau)
-    plain.avgpool.register_forward_hook(lambda module, args, out: out / scale)
-    images = torch.randn(12, 3, 32, 32)
-    loaders = {"train": [{"data": images, "label": torch.zeros(12)}]}
-    args = ["dim=3"] if name == "vim" else []
-    config = read_postprocessor(name, None, args)
-    theirs = make_postprocessor("msp" if name == "t2fnorm" else name, config, "cifar10")
-    ours = make_postprocessor(name, config, "cifar10")
-    with on_device("cpu"):
-        ours.setup(net, loaders, {})
-        theirs.setup(plain, loaders, {})
-        pred, conf = ours.postprocess(net, images.clone())
-        expected = theirs.postprocess(plain, images.clone())[1]
-    torch.testing.assert_close(conf, expected, rtol=1e-3, atol=1e-4)
-    with torch.no_grad():
-        assert torch.equal(pred, net(images).argmax(1))
 
 
 def test_a_wrapped_network_is_not_wrapped_again(networks, home):

@@ -6,18 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from fusenorm_openood import FuseNorm, FuseNormPostprocessor, load_network
-from fusenorm_openood.cli.main import main
+from fusenorm_openood import FuseNorm, FuseNormPostprocessor
 from fusenorm_openood.errors import OpenOODError
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.network import ResNet18_32x32, T2FNormNet, WideResNet
 from fusenorm_openood.openood.bridge import evaluate_with_openood
 from fusenorm_openood.storage.configs import config_root, read_config
 from tests.conftest import make_net
-from tests.openood.conftest import RUNS
 from tests.without_openood.test_postprocessor import config
-
-BASE = RUNS["base"]
 
 
 def test_it_is_a_subclass_of_openoods_base_postprocessor():
@@ -84,63 +80,9 @@ def test_metrics_equal_openoods():
     assert list(ood_metrics(known, unknown)) == expected[:4]
 
 
-def test_openoods_search_selects_the_combination_with_the_best_auroc(few_images):
-    from openood.evaluation_api import Evaluator
-
-    data_root, results = few_images
-    net = load_network(results / BASE / "s0" / "best.ckpt", 10)
-    sweep = {"output": ["energy", "msp"], "cap": [0.0, 1.0]}
-    c = config(sweep, react_percentile=None, temperature=1)
-    c["postprocessor"]["APS_mode"] = True
-    p = FuseNormPostprocessor(c)
-    evaluator = Evaluator(
-        net, "cifar10", str(data_root), postprocessor=p, batch_size=20, num_workers=0
-    )
-    assert p.hyperparam_search_done
-    loaders = evaluator.dataloader_dict
-    aurocs = {}
-    for output in sweep["output"]:
-        for cap in sweep["cap"]:
-            d = FuseNorm(net, p.settings.replace(output=output, cap=cap)).fit(loaders["id"]["val"])
-            scores = (d.score_loader(loaders[group]["val"]) for group in ("id", "ood"))
-            aurocs[output, cap] = ood_metrics(*scores).auroc
-    assert aurocs[tuple(p.get_hyperparam())] == max(aurocs.values())
-
-
-def test_the_command_uses_openoods_evaluator(few_images, tmp_path, capsys):
-    data_root, results = few_images
-    args = ["eval", "--id-data", "cifar10", "--data-root", str(data_root)]
-    args += ["--root", str(results / BASE)]
-    more = ["--save-csv", "--save-score", "--num-workers", "0", "--no-progress", "--device", "cpu"]
-    tables = []
-    for engine in ("auto", "native"):
-        out = tmp_path / engine
-        assert main([*args, *more, "--engine", engine, "--output-dir", str(out)]) == 0
-        tables.append((out / "ood" / "fusenorm.csv").read_text())
-        assert (out / "s0" / "scores" / "fusenorm.pkl").is_file()
-    assert "engine openood" in capsys.readouterr().out
-    assert tables[0] == tables[1]
-
-
 def test_an_unknown_id_data_set_raises(tmp_path):
     net = make_net()
     with pytest.raises(OpenOODError, match="no ID data set 'digits': choose --engine native"):
         evaluate_with_openood(
             net, FuseNormPostprocessor(config()), "digits", tmp_path, 8, 0, False, False
         )
-
-
-def test_pickled_after_setup_it_gives_the_same_scores_in_another_evaluator(few_images):
-    from openood.evaluation_api import Evaluator
-
-    data_root, results = few_images
-    net = load_network(results / BASE / "s0" / "best.ckpt", 10)
-    first = Evaluator(
-        net, "cifar10", str(data_root), postprocessor=FuseNormPostprocessor(config()), num_workers=0
-    )
-    again = pickle.loads(pickle.dumps(first.postprocessor))
-    Evaluator(net, "cifar10", str(data_root), postprocessor=again, num_workers=0)
-    images = torch.randn(4, 3, 32, 32)
-    assert torch.equal(
-        again.postprocess(net, images)[1], first.postprocessor.postprocess(net, images)[1]
-    )

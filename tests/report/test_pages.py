@@ -24,7 +24,6 @@ from fusenorm_openood.report.page import render
 from tests.conftest import shortened_digits
 
 PAGES = ("eval_page", "compare_page", "score_page")
-LIMIT = 5 * 2**20
 
 
 class Elements(HTMLParser):
@@ -83,11 +82,6 @@ def test_every_picture_has_an_alternative_text(elements):
     assert drawings
     assert all(a["role"] == "img" and a["aria-labelledby"] for a in drawings)
     assert ("html", {"lang": "en"}) in elements.tags
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_is_small(name, request):
-    assert request.getfixturevalue(name).stat().st_size < LIMIT
 
 
 def test_hostile_names_are_text(score_page):
@@ -179,13 +173,6 @@ def test_figures_are_those_of_the_metrics(evaluated):
             )
             said.append(f"{title} AUROC {auroc:.2f}, FPR@95 {fpr95:.2f}")
         assert " ".join((name, *said)).replace(" ", "") in text.replace(" ", "")
-
-
-def test_the_same_data_give_the_same_page(evaluated):
-    first, again = (
-        render(report_of_evaluation(*evaluated, "digits"), date="today") for _ in range(2)
-    )
-    assert first == again
 
 
 def test_the_table_is_that_of_the_evaluation(evaluated):

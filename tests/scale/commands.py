@@ -110,6 +110,20 @@ def scored_twice(log: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return again
 
 
+def failed_among(done: Sequence[Done]) -> Done:
+    """A process that failed; the others did too, or were terminated and say why."""
+    assert {d.status for d in done} <= {1, -signal.SIGTERM}
+    return next(d for d in done if d.status == 1)
+
+
+def assert_one_sentence(done: Done, *said: str) -> None:
+    assert done.status == 1
+    assert done.err.startswith("fusenorm: ")
+    assert done.err.count("\n") == 1, done.err
+    for words in said:
+        assert words in done.err
+
+
 def _command(printed, argv, rank, world, shard, first):
     for number, stream in ((1, "out"), (2, "err")):
         opened = os.open(printed.with_suffix(f".{stream}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -1,13 +1,11 @@
-"""What interrupts `eval`, `fit` or `score` is one sentence, and the next run gives the result."""
+"""What interrupts `eval` or `score` is one sentence, and the next run gives the result."""
 
 import os
 import resource
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,30 +17,33 @@ from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.deployment.files import ImageFiles, ReadableFiles
 from fusenorm_openood.storage.maintenance import verify
 from fusenorm_openood.storage.shards import ShardSet
-from tests.scale.commands import Done, ended, log_of, run, scored_twice, start
-from tests.scale.test_failures import assert_one_sentence, failed_among
-from tests.scale.test_processes import agree
-
-DAY = 24 * 60 * 60
+from tests.scale.commands import (
+    assert_one_sentence,
+    ended,
+    failed_among,
+    log_of,
+    run,
+    scored_twice,
+    start,
+)
 
 
 class Command(NamedTuple):
-    """A command whose images are all in one folder, and what it makes of them."""
+    """A command whose images are all in one folder."""
 
     argv: Callable[..., list]
-    result: Callable[[Done], object]
     images: Path
 
-    def runs(self, home: Path, store: Path, world: int = 1, **how) -> object:
-        """What a run that succeeds makes."""
+    def runs(self, home: Path, store: Path, world: int = 1, **how) -> str:
+        """What a run that succeeds prints."""
         done = run(home, self.argv(store), world, shard=8, **how)
         assert [d.status for d in done] == [0] * world, done
-        return self.result(done[0])
+        return done[0].out
 
 
 @pytest.fixture(
     scope="module",
-    params=["score", *(pytest.param(c, marks=pytest.mark.slow) for c in ("eval", "fit"))],
+    params=["score", pytest.param("eval", marks=pytest.mark.slow)],
 )
 def command(request, short, detector, tmp_path_factory) -> Command:
     home = tmp_path_factory.mktemp("command")
@@ -59,25 +60,20 @@ def command(request, short, detector, tmp_path_factory) -> Command:
     quick = ["--num-workers", 0, "--no-progress", "--device", "cpu"]
     if request.param == "eval":
         known = short._replace(data=home / "data")
-        return Command(lambda store: known.argv("eval", store), lambda done: done.out, own)
-    if request.param == "score":
-        argv = ["score", "--detector", detector, own, *quick, "--store"]
-        return Command(lambda store: [*argv, store], lambda done: done.out, own)
-    out = home / "out" / "d.st"
-    argv = ["fit", "--weights", short.checkpoint, "--id-dir", own, "--image-size", 24]
-    argv += ["--normalization", "digits", *quick, "--output", out, "--store"]
-    return Command(lambda store: [*argv, store], lambda done: out.read_bytes(), own)
+        return Command(lambda store: known.argv("eval", store), own)
+    argv = ["score", "--detector", detector, own, *quick, "--store"]
+    return Command(lambda store: [*argv, store], own)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(command, tmp_path_factory) -> tuple[object, Path]:
-    """What an uninterrupted run makes, and its store."""
+def uninterrupted(command, tmp_path_factory) -> tuple[str, Path]:
+    """What an uninterrupted run prints, and its store."""
     home = tmp_path_factory.mktemp("uninterrupted")
     return command.runs(home, home / "store"), home / "store"
 
 
 @pytest.fixture
-def expected(uninterrupted) -> object:
+def expected(uninterrupted) -> str:
     return uninterrupted[0]
 
 
@@ -91,7 +87,7 @@ def remove_shard(store: Path, number: int) -> None:
     """Remove a shard of the images of `Command.images`."""
     (path,) = [
         path
-        for name in ("test_flower", "fit", "files")
+        for name in ("test_flower", "files")
         for path in store.glob(f"{name}-*/{number:06d}-*.safetensors")
     ]
     path.unlink()
@@ -128,11 +124,10 @@ def full_disk(size: int = 500):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_full_disk_is_one_sentence(command, expected, whole_store, tmp_path, world):
+def test_a_full_disk_is_one_sentence(command, expected, whole_store, tmp_path):
     home, store = tmp_path / "home", whole_store
     remove_shard(store, 1)
-    done = run(home, command.argv(store), world, shard=8, first=full_disk)
+    done = run(home, command.argv(store), 2, shard=8, first=full_disk)
     assert_one_sentence(failed_among(done), "shard 1 cannot be written", "free disk space")
     assert list(store.rglob("*.tmp")) == []
     assert command.runs(home, store) == expected
@@ -150,73 +145,11 @@ def test_a_full_disk_under_the_rows_is_one_sentence(short, detector, tmp_path):
     assert (tmp_path / "x.csv").read_text().count("\n") == 175
 
 
-@contextmanager
-def read_only(folder: Path):
-    """Context in which nobody, not even root, can write to a folder."""
-    if os.geteuid():
-        for path in (folder, *folder.glob("*/")):
-            path.chmod(0o555)
-        yield
-        return
-    for options in (["--bind"], ["-o", "remount,bind,ro"]):
-        done = subprocess.run(["mount", *options, folder, folder], capture_output=True)
-        if done.returncode:
-            pytest.skip("root cannot mount, and no other folder is read-only for root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-def test_a_complete_store_may_be_read_only_and_another_is_one_sentence(
-    command, expected, whole_store, tmp_path
-):
-    home, store = tmp_path / "home", whole_store
-    with read_only(store):
-        assert command.runs(home, store) == expected
-    remove_shard(store, 1)
-    with read_only(store):
-        (done,) = run(home, command.argv(store), shard=8)
-        assert_one_sentence(done, "shard 1 cannot be written", "choose another store")
-
-
 @pytest.mark.parametrize("where", ["file", "/proc/nowhere"])
 def test_a_store_that_cannot_be_a_folder_is_one_sentence(command, tmp_path, where):
     (tmp_path / "file").touch()
     (done,) = run(tmp_path / "home", command.argv(tmp_path / where))
     assert_one_sentence(done, str(tmp_path / where), "choose another store")
-
-
-def vanishing(image: Path):
-    """Let an image vanish while an earlier one of its set is read."""
-    for images in (ImageList, ImageFiles, ReadableFiles):
-        images.__getitem__ = _vanishing(images.__getitem__, image)
-
-
-def _vanishing(read, image):
-    def reading(self, number):
-        if number == 9:
-            image.unlink(missing_ok=True)
-        return read(self, number)
-
-    return reading
-
-
-def test_an_image_that_vanishes_loses_no_shard(command, expected, tmp_path):
-    home, store = tmp_path / "home", tmp_path / "store"
-    image = command.images / "0012.png"
-    shutil.copy2(image, tmp_path)
-    (done,) = run(home, command.argv(store), shard=8, first=partial(vanishing, image))
-    if "score" in command.argv(store):  # it is one row of 30
-        assert done.status == 3
-        (row,) = [line for line in done.out.splitlines() if "0012.png" in line]
-        assert "cannot be read" in row
-    else:
-        assert_one_sentence(done, "0012.png", "cannot be read")
-    shutil.copy2(tmp_path / "0012.png", image)
-    result = command.runs(home, store)
-    assert result == expected or agree(result, expected)  # it is scored in a batch of its own
-    assert scored_twice(log_of(home)) == []
 
 
 def process_1_stops(mark: Path):
@@ -251,45 +184,5 @@ def test_two_runs_at_once_share_a_store(command, expected, tmp_path):
     running = [start(tmp_path / str(number), argv, shard=8) for number in range(2)]
     done = [r.done() for r in running]
     assert [d.status for d in done] == [0, 0], done
-    assert [command.result(d) for d in done] == [expected] * 2
+    assert [d.out for d in done] == [expected] * 2
     assert not any(verify(tmp_path / "store").values())
-
-
-def clock_of_one(days: int):
-    """Let the clock of process 1 be wrong, also that of its files."""
-    if os.environ["RANK"] == "1":
-        clock, replace = time.time, Path.replace
-        time.time = lambda: clock() + days * DAY
-
-        def replaced(self, target):
-            os.utime(self, (time.time(),) * 2)
-            return replace(self, target)
-
-        Path.replace = replaced
-
-
-@pytest.mark.parametrize("days", [-400, pytest.param(400, marks=pytest.mark.slow)])
-def test_a_clock_that_is_wrong_changes_nothing(command, expected, tmp_path, days):
-    home, store = tmp_path / "home", tmp_path / "store"
-    assert command.runs(home, store, 2, first=partial(clock_of_one, days)) == expected
-    written = [line for line in log_of(home) if line[0] == "written"]
-    assert len(written) == len(set(written))
-    times = [path.stat().st_mtime - time.time() for path in store.rglob("*.safetensors")]
-    assert any(abs(seconds - days * DAY) < DAY / 2 for seconds in times)
-    before = log_of(home)
-    assert command.runs(home, store, 2) == expected
-    assert log_of(home) == before
-
-
-def clock_that_jumps(days: int):
-    """Let the clock jump to and fro whenever it is asked."""
-    clock, asked = time.time, iter(range(10**9))
-    time.time = lambda: clock() + (next(asked) % 2) * days * DAY
-
-
-@pytest.mark.slow
-def test_a_clock_that_jumps_changes_nothing(command, expected, tmp_path):
-    home = tmp_path / "home"
-    jumps = partial(clock_that_jumps, 1)
-    assert command.runs(home, tmp_path / "store", 2, first=jumps) == expected
-    assert scored_twice(log_of(home)) == []

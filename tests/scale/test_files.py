@@ -1,4 +1,4 @@
-"""`fusenorm score` with a store: files that are damaged, unreadable or changed."""
+"""`fusenorm score` with a store: files that are unreadable or changed."""
 
 import csv
 import os
@@ -6,10 +6,7 @@ import shutil
 
 import pytest
 
-from fusenorm_openood.storage import stored as loading
-from fusenorm_openood.storage.maintenance import verify
-from tests.scale.commands import ended, log_of, run, start
-from tests.scale.test_failures import assert_one_sentence, flip, misname
+from tests.scale.commands import assert_one_sentence, log_of, run
 
 
 @pytest.fixture
@@ -28,25 +25,7 @@ def argv(detector, images, tmp_path):
     return [*argv, "--num-workers", 0, "--no-progress", "--device", "cpu"]
 
 
-def shard_of(tmp_path, number):
-    (path,) = (tmp_path / "store").glob(f"files-*/{number:06d}-*.safetensors")
-    return path
-
-
-@pytest.mark.parametrize("world", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_damaged_scores_of_files_are_reported_and_computed_again(argv, tmp_path, world):
-    (first,) = run(tmp_path / "first", argv, shard=8)
-    flip(shard_of(tmp_path, 1), None)
-    misname(shard_of(tmp_path, 2), None)
-    done = run(tmp_path / "again", argv, world, shard=8)
-    assert [d.status for d in done] == [0] * world, done
-    assert done[0].out == first.out
-    assert done[0].err.count("it is computed again\n") == 2
-    assert [kind for kind, *_ in log_of(tmp_path / "again")] == ["loaded", "written"] * 2
-    assert not any(verify(tmp_path / "store").values())
-
-
-def test_another_image_detector_setting_or_version_is_computed(argv, images, tmp_path):
+def test_a_changed_image_is_computed_again_and_another_acceptance_is_not(argv, images, tmp_path):
     run(tmp_path / "first", argv, shard=8)
     (done,) = run(tmp_path / "same", [*argv, "--acceptance", "0.5"], shard=8)
     assert (done.status, log_of(tmp_path / "same")) == (0, [])
@@ -86,20 +65,6 @@ def test_an_image_that_was_unreadable_for_a_moment_is_read_again(argv, images, t
         conf, conf_again = float(row.pop("confidence")), float(again.pop("confidence"))
         assert (row, conf) == (again, pytest.approx(conf_again))
     assert log_of(tmp_path / "two") == []
-
-
-def impatient():
-    loading.WORD, loading.SILENCE = 0.1, 0.5
-
-
-def test_a_process_does_not_wait_for_ever_for_one_with_other_images(argv, images, tmp_path):
-    others = [images / "0001.png" if a == images else a for a in argv]
-    running = [
-        start(tmp_path, given, rank, 2, shard=8, first=impatient)
-        for rank, given in enumerate((argv, others))
-    ]
-    leader, other = ended(running)
-    assert (leader.status, leader.out.count("\n"), other.status) == (0, 31, 0)
 
 
 def test_several_processes_need_a_store_and_no_standard_input(argv, images, tmp_path):

@@ -6,21 +6,13 @@ import pickle
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from fusenorm_openood.storage.detector_file import read_contents
 from tests.scale.commands import run
 
-EVAL = {
-    "default": [],
-    "published": ["--postprocessor", "fusenorm_published"],
-    "knn": ["--postprocessor", "knn", "--set", "K=5"],
-    "vim": ["--postprocessor", "vim", "--set", "dim=4"],
-    "react": ["--postprocessor", "react"],
-    "half precision": ["--amp", "bf16", "--set", "react_percentile=90"],
-    "msp": ["--postprocessor", "msp"],
-}
-
-
-QUICK = ("published",)
+PUBLISHED = ["--postprocessor", "fusenorm_published"]
+HALF = ["--amp", "bf16", "--set", "react_percentile=90"]
 
 
 def shards_of(store):
@@ -52,13 +44,7 @@ def evaluated(short, home, store, options, world=1, **how):
     return done[0].out, arrays(pickle.loads(path.read_bytes()))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(options, id=name, marks=[] if name in QUICK else pytest.mark.slow)
-        for name, options in EVAL.items()
-    ],
-)
+@pytest.mark.parametrize("options", [PUBLISHED, pytest.param(HALF, marks=pytest.mark.slow)])
 def test_recording_in_two_processes_changes_no_bit(short, tmp_path, options):
     two = evaluated(short, tmp_path / "two", tmp_path / "store", options, 2, shard=8)
     if "--amp" in options:  # in half precision the size of a batch changes what it rounds to
@@ -69,11 +55,10 @@ def test_recording_in_two_processes_changes_no_bit(short, tmp_path, options):
 
 
 def test_the_number_of_processes_changes_no_bit(short, tmp_path):
-    options = EVAL["published"]
     found = []
     for world, shard in ((1, 8), (2, 8), (3, 20)):
         home, store = tmp_path / f"{world}", tmp_path / f"store{world}"
-        scores = evaluated(short, home, store, options, world, shard=shard)
+        scores = evaluated(short, home, store, PUBLISHED, world, shard=shard)
         found.append((scores, shards_of(store)))
     assert found[0] == found[1]
     assert found[0][0] == found[2][0]
@@ -118,4 +103,9 @@ def test_processes_and_recording_fit_the_same_detector(short, tmp_path):
     again = [*argv, "--store", tmp_path / "store", "--output", tmp_path / "two.st"]
     done = run(tmp_path / "two", again, 2)
     assert [live.status, *(d.status for d in done)] == [0, 0, 0], done
-    assert (tmp_path / "live.st").read_bytes() == (tmp_path / "two.st").read_bytes()
+    one, other = (read_contents(tmp_path / f"{name}.st") for name in ("live", "two"))
+    for contents in (one, other):  # the time of the calibration, and so the checksum, may differ
+        del contents.record["checksum"], contents.record["calibration"]["history"]
+    assert one.record == other.record
+    assert one.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(other.tensors[name], tensor) for name, tensor in one.tensors.items())

@@ -1,6 +1,5 @@
 """What the store answers without the network, and what makes it compute anew."""
 
-import os
 import shutil
 from functools import partial
 
@@ -26,8 +25,6 @@ SETS = {
     "test_china", "test_flower", "test_noise", "test_stripes",
 }  # fmt: skip
 FAULTS = {f"{name}_faults" for name in SETS}
-
-FEW = {"base": [5, 10], "percentile_high": [95, 99]}  # values to search
 
 
 def slow(value):
@@ -78,10 +75,8 @@ def written(home):
 @pytest.mark.parametrize(
     "options",
     [
-        slow(["--set", "base=5", "--set", "clip=False", "--set", "percentile_low=1"]),
         ["--set", "strong=[output, knn, vim, nci, gen, she, scale, ash]", "--set", "neighbours=3"],
-        slow(["--set", "strong=auto"]),
-        slow(["--set", "taps=stages", "--set", "output=msp", "--set", "temperature=2"]),
+        ["--postprocessor", "react"],
         ["--compare", "--batch-size", "7"],
     ],
     ids=" ".join,
@@ -94,34 +89,22 @@ def test_another_fusion_needs_neither_network_nor_images(own, full, tmp_path, op
     assert log_of(tmp_path) == []
 
 
-@pytest.fixture(params=[slow("base"), "T2FNorm"])
-def trained(request, own, tmp_path):
-    """A network, plain or with separate scoring logits."""
-    if request.param == "base":
-        return own
+@pytest.fixture
+def t2fnorm(own, tmp_path):
+    """A network with separate scoring logits."""
     weights = torch.load(own.checkpoint, weights_only=True)
     weights = {f"backbone.{name}": tensor for name, tensor in weights.items()}
     torch.save({**weights, "tau": torch.tensor(0.1)}, tmp_path / "t2fnorm.ckpt")
     return own._replace(checkpoint=tmp_path / "t2fnorm.ckpt")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["compare", "--search"],
-        slow(["compare"]),
-        slow(["eval", "--aps", "pseudo"]),
-    ],
-    ids=" ".join,
-)
-def test_a_second_comparison_or_search_needs_neither_network_nor_images(trained, tmp_path, command):
-    if len(command) > 1:
-        config = read_config(config_root() / "postprocessors" / "fusenorm.yml")
-        config["postprocessor"]["postprocessor_sweep"] = FEW
-        (tmp_path / "few.yml").write_text(yaml.dump(config))
-        command = [*command, "--config", tmp_path / "few.yml"]
+def test_a_second_comparison_with_a_search_needs_neither_network_nor_images(t2fnorm, tmp_path):
+    config = read_config(config_root() / "postprocessors" / "fusenorm.yml")
+    config["postprocessor"]["postprocessor_sweep"] = {"base": [5, 10]}
+    (tmp_path / "few.yml").write_text(yaml.dump(config))
+    search = "compare", "--search", "--config", tmp_path / "few.yml"
     live, again = (
-        trained.argv(command[0], store, *command[1:]) for store in ("none", tmp_path / "store")
+        t2fnorm.argv(search[0], store, *search[1:]) for store in ("none", tmp_path / "store")
     )
     (expected,) = run(tmp_path / "live", live)
     done = run(tmp_path / "first", again, 2, shard=8)
@@ -132,12 +115,23 @@ def test_a_second_comparison_or_search_needs_neither_network_nor_images(trained,
     assert log_of(tmp_path / "second") == []
 
 
-def test_baselines_of_a_known_network_do_not_load_it(trained, tmp_path):
-    argv = [*trained.argv("eval", tmp_path / "store"), "--postprocessor", "t2fnorm"]
+def test_baselines_of_a_known_network_do_not_load_it(t2fnorm, tmp_path):
+    argv = [*t2fnorm.argv("eval", tmp_path / "store"), "--postprocessor", "t2fnorm"]
     first, second = (
         run(tmp_path, argv, first=how)[0] for how in (None, without_network_and_images)
     )
     assert (first.status, first.out) == (second.status, second.out)
+
+
+def test_a_damaged_shard_is_reported_and_computed_again(own, full, tmp_path):
+    (shard,) = full.glob("test_china-*/*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-9])
+    done = run(tmp_path, own.argv("eval", full), 2)
+    assert [d.status for d in done] == [0, 0], done
+    assert sum(d.err.count("computed again") for d in done) == 1
+    assert [kind for kind, *_ in log_of(tmp_path)] == ["loaded", "written"]
+    assert shard.read_bytes() == whole
 
 
 def test_anything_else_is_computed(own, full, tmp_path):
@@ -151,8 +145,6 @@ def test_anything_else_is_computed(own, full, tmp_path):
     [
         ["--set", "k_min=0.2"],
         slow(["--normalization", "cifar10"]),
-        slow(["--set", "taps=[conv1, layer2.0]"]),
-        slow(["--channels-last"]),
         slow(["--amp", "bf16"]),
     ],
     ids=" ".join,
@@ -179,26 +171,10 @@ def test_another_checkpoint_computes_anew(own, full, tmp_path):
     assert written(tmp_path) == {*SETS, "network"}
 
 
-def rewritten(image, path):
-    image.write_bytes(image.read_bytes() + b"\0")
-
-
 def of_the_same_size(image, path):
     other = sorted(image.parent.iterdir())[1].read_bytes()
     size = max(len(other), image.stat().st_size)
     image.write_bytes(other + bytes(size - len(other)))
-
-
-def touched(image, path):
-    os.utime(image, ns=(0, image.stat().st_mtime_ns + 1))
-
-
-def shortened(image, path):
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-
-
-def reordered(image, path):
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[::-1]))
 
 
 def relabelled(image, path):
@@ -206,10 +182,7 @@ def relabelled(image, path):
     path.write_text("".join([first.rsplit(maxsplit=1)[0] + " -2\n", *others]))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [of_the_same_size, *map(slow, (reordered, rewritten, touched, shortened, relabelled))],
-)
+@pytest.mark.parametrize("change", [of_the_same_size, slow(relabelled)])
 def test_a_changed_image_set_is_computed_anew_and_no_other(own, full, tmp_path, change):
     path = own.data / "benchmark_imglist" / "digits" / "test_flower.txt"
     name = path.read_text().split()[0]

@@ -1,5 +1,7 @@
 """Sets of shards that several test modules use."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,3 +54,14 @@ def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -
 def assert_intact(shards: ShardSet) -> None:
     for number in range(shards.key.shard_count):
         assert_same_bits(shards.read(number), columns_of(shards, number))
+
+
+def forked(work: Callable[[], object]) -> int:
+    """A child process that does something and ends."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return child

@@ -7,6 +7,7 @@ import pytest
 from fusenorm_openood.data.paths import manifest_paths
 from fusenorm_openood.errors import ConfigError, DataError
 from fusenorm_openood.storage.files import alone_in, check_writable, manifest, write_whole
+from tests.storage.sets import forked
 
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path):
@@ -44,16 +45,14 @@ def test_the_error_for_a_folder_that_is_not_writable_names_the_option(tmp_path):
 def test_processes_enter_a_folder_one_after_another(tmp_path):
     count = tmp_path / "count"
     count.write_text("0")
-    children = []
-    for _ in range(3):
-        children.append(os.fork())
-        if children[-1] == 0:
-            with alone_in(tmp_path / "new"):
-                before = int(count.read_text())
-                time.sleep(0.05)
-                count.write_text(str(before + 1))
-            os._exit(0)
-    for child in children:
+
+    def add_one():
+        with alone_in(tmp_path / "new"):
+            before = int(count.read_text())
+            time.sleep(0.05)
+            count.write_text(str(before + 1))
+
+    for child in [forked(add_one) for _ in range(3)]:
         os.waitpid(child, 0)
     assert count.read_text() == "3"
 

@@ -54,16 +54,8 @@ def test_values_of_different_types_have_different_digests(one, other):
 @pytest.mark.parametrize(
     "value",
     [
-        float("nan"),
-        float("inf"),
-        b"",
-        {1},
-        {1: 2},
-        np.arange(2),
-        np.int64(3),
-        object(),
-        1j,
-        range(3),
+        *(float("nan"), float("inf"), b"", {1}, {1: 2}),
+        *(np.arange(2), np.int64(3), object(), 1j, range(3)),
     ],
 )
 def test_values_that_json_cannot_express_are_type_errors(value):
@@ -95,11 +87,6 @@ def test_the_key_of_a_set_is_written_once_and_readable(tmp_path):
     ShardSet(tmp_path, Key(record, "iNaturalist", 5, 2))
     assert (folder / "key.json").read_text(encoding="utf-8") == text
     assert [path.name for path in folder.iterdir()] == ["key.json"]
-
-
-def test_sets_of_different_records_share_no_folder(tmp_path):
-    one, other = (ShardSet(tmp_path, Key({"seed": seed}, "cifar10", 5)) for seed in (0, 1))
-    assert one.folder != other.folder
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b\\c:d\0", "Ünïcode", "x" * 300, "."])

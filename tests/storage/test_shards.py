@@ -25,6 +25,7 @@ from tests.storage.sets import (
     assert_same_bits,
     columns_of,
     discard,
+    forked,
     full_set,
 )
 
@@ -271,16 +272,15 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_written(tmp_path):
     shards = ShardSet(tmp_path, Key(RECORD, "digits", 20_000, 10_000))
     shards.write(0, {"x": np.zeros(10_000)})
     read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
+
+    def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         try:
             shards.write(1, {"x": np.zeros(10_000)})
         except StoreError as error:
             os.write(write, str(error).encode())
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+
+    os.waitpid(forked(limited), 0)
     assert os.read(read, 1000).decode() == (
         f"shard 1 cannot be written to {shards.folder} (File too large): "
         "free disk space, or choose another store"
@@ -312,3 +312,27 @@ def test_a_read_only_set_is_read_but_not_written(tmp_path):
             shards.write(0, columns_of(shards, 1))
     finally:
         shards.folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)], ids=["same bits", "different bits"])
+def test_two_processes_may_write_the_same_shards_at_once(tmp_path, seeds):
+    shards = ShardSet(tmp_path, Key(RECORD, "digits", 200, 8))
+
+    def write(seed):
+        for number in range(shards.key.shard_count):
+            shards.write(number, columns_of(shards, number, seed))
+
+    for child in [forked(lambda seed=seed: write(seed)) for seed in seeds]:
+        os.waitpid(child, 0)
+    assert shards.missing() == []
+    assert len(list(shards.folder.iterdir())) == 1 + shards.key.shard_count * len(set(seeds))
+    assert [error for _, error in shards.verify() if error] == []
+    for number in range(shards.key.shard_count):
+        assert shards.present()[number] == min(shards.folder.glob(f"{number:06d}-*"))
+        found = shards.read(number)["conf"].tolist()
+        assert found in [columns_of(shards, number, seed)["conf"].tolist() for seed in seeds]
+    if seeds == (0, 0):
+        other = full_set(tmp_path / "other", 200)
+        assert [p.name for p in shards.present().values()] == [
+            p.name for p in other.present().values()
+        ]

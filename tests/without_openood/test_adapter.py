@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from fusenorm_openood.errors import CheckpointError
-from fusenorm_openood.network import T2FNormNet
 from fusenorm_openood.openood.adapter import AdaptedPostprocessor, ScoringView
 from fusenorm_openood.openood.pipelines import names_in
-from tests.conftest import CLASSES, assert_undisturbed, make_net, state_of
+from tests.conftest import assert_undisturbed, make_t2fnorm, state_of
 
 IMAGES = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
@@ -34,9 +33,7 @@ class MaxLogit:
 
 @pytest.fixture
 def t2fnorm():
-    net = T2FNormNet(make_net(), CLASSES).eval()
-    net.set_tau(0.1)
-    return net
+    return make_t2fnorm()
 
 
 def test_the_view_returns_scoring_logits_and_the_input_of_fc(t2fnorm):
