@@ -158,7 +158,7 @@ def test_groups_that_a_function_gives(detector, tmp_path):
     with pytest.raises(DataError, match="a group for each of 90 images, got 1"):
         detector.calibrate([OTHER], by=lambda images, pred: pred[:1])
     with pytest.raises(DataError, match="leave out the store"):
-        given = RecordedLoader(Images(OTHER), tmp_path, {"images": 1}, "other", 90)
+        given = RecordedLoader(listed(OTHER), tmp_path, {"images": 1}, "other", 90)
         detector.calibrate(given, by=brightness)
 
 
