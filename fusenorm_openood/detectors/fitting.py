@@ -77,7 +77,7 @@ def fit_experts(
         warn_if_few(scoring, loader, least, len(scored.pred))
     experts, pred = torch.from_numpy(scored.experts), torch.from_numpy(scored.pred)
     if not posthoc:
-        none = torch.empty(len(pred), 0)
+        none = experts.new_empty(len(pred), 0)
         scores = dict(zip(rows, experts, strict=True))
         return fitted, BatchScores(scores, pred, Features(none, none), scored.label)
     head = scoring.head()
