@@ -121,11 +121,14 @@ def error_of(fusion: Fusion, id_scores: NDArray[np.float64]) -> float:
 
 
 def compared_with(calibration: Calibration, error: float = ERROR) -> dict[str, NDArray[Any]]:
-    """The constants of a program that confidences are compared with; see `Judge`."""
+    """The constants of a program that confidences are compared with; see `Judge`.
+
+    They have two dimensions, like what they are compared with: OpenVINO renames others.
+    """
     cells = [thresholds(cell, error) for cell in calibration.cells]
-    constants: dict[str, NDArray[Any]] = {"thresholds": np.concatenate(cells)}
+    constants: dict[str, NDArray[Any]] = {"thresholds": np.concatenate(cells)[None]}
     if calibration.by is not None:
-        constants["cell"] = np.repeat(range(len(cells)), [*map(len, cells)])
+        constants["cell"] = np.repeat(range(len(cells)), [*map(len, cells)])[None]
         constants["cell_of"] = calibration.cell_of
     return constants
 
@@ -155,9 +158,9 @@ class Judge(nn.Module):
         error: see `thresholds`.
     """
 
-    thresholds: Tensor | None  # sorted within each set of calibration scores
-    cell: Tensor | None  # by group: the number of the set of each threshold
-    cell_of: Tensor | None  # by group: that of the set of each class
+    thresholds: Tensor | None  # `[1, n]`, sorted within each set of calibration scores
+    cell: Tensor | None  # by group: the number of the set of each threshold `[1, n]`
+    cell_of: Tensor | None  # by group: that of the set of each class `[K]`
 
     def __init__(
         self,
@@ -201,7 +204,8 @@ class Judge(nn.Module):
             return done.classified, conf
         smaller = self.thresholds <= conf.unsqueeze(1)
         if self.cell is not None and self.cell_of is not None:
-            smaller = smaller & (self.cell == self.cell_of[done.pred].unsqueeze(1))
+            cell = torch.index_select(self.cell_of, 0, done.pred)  # whose name all runtimes keep
+            smaller = smaller & (self.cell == cell.unsqueeze(1))
         return done.classified, conf, 1 + smaller.to(torch.int32).sum(1, dtype=torch.int32)
 
 

@@ -156,8 +156,12 @@ def by_class():
     return detector
 
 
-@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "suffix", [".pt2", *(pytest.param(s, marks=pytest.mark.slow) for s in (".onnx", ".xml"))]
+)
 def test_ranks_by_predicted_class(suffix, by_class, tmp_path):
+    if suffix == ".xml":
+        pytest.importorskip("openvino")
     exported = by_class.export(tmp_path / f"detector{suffix}", acceptance=0.9)
     run, pixels = loaded(exported.path), torch.cat([drawn_pixels(80, 2), drawn_pixels(9, 3)])
     assert_agrees(by_class, run, pixels)
@@ -165,9 +169,9 @@ def test_ranks_by_predicted_class(suffix, by_class, tmp_path):
     most = np.array(exported.max_rank)[found["logits"].argmax(1)]
     assert (found["rank"] <= most).tolist() == by_class.is_ood(normalised(pixels), 0.9).tolist()
     assert len(exported.max_rank) == CLASSES
-    if suffix == ".onnx":
+    if suffix != ".pt2":
         files = write_images(tmp_path / "images", 90, 5)
-        again = tmp_path / "again.onnx"
+        again = tmp_path / f"again{suffix}"
         known = recalibrate(exported.path, sorted(files.iterdir()), again, 0.8)
         by_class = pickle.loads(pickle.dumps(by_class))
         by_class.calibrate([normalised(drawn_pixels(90, 5))], by="predicted")
