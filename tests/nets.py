@@ -1,5 +1,8 @@
 """Small networks of many kinds, and what plain torch says of them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,6 +42,22 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.feature(x))
+
+
+class Custom(Net):
+    """A network whose forward pass is a function of it and the images, and more parts."""
+
+    def __init__(
+        self, run: Callable[[Any, Tensor], Any], classes: int = CLASSES, **parts: Any
+    ) -> None:
+        super().__init__(classes=classes)
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
 
 
 BLOCKS = ("a.0", "a.1", "b.0", "b.1")

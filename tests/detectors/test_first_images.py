@@ -10,7 +10,7 @@ from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import FuseNormError, TapError
 from fusenorm_openood.method.settings import Settings
-from tests.nets import BLOCKS, CLASSES, Net, energies, some_images
+from tests.nets import BLOCKS, CLASSES, Custom, Net, energies, some_images
 
 BATCH = 4
 
@@ -28,39 +28,34 @@ class Images(Dataset):
         return self.images[index]
 
 
-class Headless(Net):
-    def forward(self, x):
-        return self.feature(x)[:, :CLASSES].tanh()
+def headless():
+    return Custom(lambda net, x: net.feature(x)[:, :CLASSES].tanh())
 
 
-class WithUnused(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.spare = nn.Conv2d(3, 3, 3)
+def unused():
+    return Custom(Net.forward, spare=nn.Conv2d(3, 3, 3))
 
 
-class Doubling(Net):
-    def forward(self, x):
-        return super().forward(x).repeat(2, 1)
+def doubling():
+    return Custom(lambda net, x: Net.forward(net, x).repeat(2, 1))
 
 
-class Frozen(Net):
-    def feature(self, x):
-        return super().feature(x).detach()
+def frozen():
+    return Custom(lambda net, x: net.fc(net.feature(x).detach()))
 
 
 WRONG = {
-    "a tap that never fires": (WithUnused, {"taps": ["a.0", "spare"]}, "never fired"),
+    "a tap that never fires": (unused, {"taps": ["a.0", "spare"]}, "never fired"),
     "a tap without a map": (Net, {"taps": ["a.0", "fc"]}, r"got \[2, 5\]"),
-    "no head for post-hoc experts": (Headless, {}, r"set strong=\['output'\]"),
+    "no head for post-hoc experts": (headless, {}, r"set strong=\['output'\]"),
     "no head for ReAct": (
-        Headless,
+        headless,
         {"strong": ["output"], "react_percentile": 90.0},
         "set react_percentile=None",
     ),
-    "a batch twice as large": (Doubling, {}, r"got \[4, 5\] for 2 image"),
+    "a batch twice as large": (doubling, {}, r"got \[4, 5\] for 2 image"),
     "no gradient": (
-        Frozen,
+        frozen,
         {"taps": list(BLOCKS), "strong": ["output"], "output": "odin"},
         "choose output='energy'",
     ),
@@ -76,7 +71,7 @@ def test_what_cannot_work_is_told_at_the_first_batch(kind):
     ):
         data = Images()
         with pytest.raises(TapError, match=message):
-            use(make().eval(), DataLoader(data, batch_size=BATCH))
+            use(make(), DataLoader(data, batch_size=BATCH))
         assert data.read <= BATCH
 
 
@@ -84,7 +79,7 @@ def test_what_cannot_work_is_told_at_the_first_batch(kind):
 def test_single_scores_tell_at_the_first_batch(name):
     data = Images()
     with pytest.raises(TapError):
-        SingleScore(Headless().eval(), name).fit(DataLoader(data, batch_size=BATCH))
+        SingleScore(headless(), name).fit(DataLoader(data, batch_size=BATCH))
     assert data.read <= BATCH
 
 

@@ -1,7 +1,5 @@
 """APS: every combination has the scores of a detector of its own, from one pass over images."""
 
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -252,17 +250,6 @@ def test_values_with_non_finite_ood_scores_get_the_lowest_auroc(net, loader):
     assert aurocs[0] == 0 < aurocs[1]
     found = search(net, p.settings, p.args_dict, loader, unknown)
     assert found.trials["AUROC"].isna().tolist() == [True, False]
-
-
-def test_pickled_before_its_search_it_must_be_set_up_again(net, loader):
-    unknown = make_loader(seed=5)
-    p = searching({"base": [2.0, 20.0]})
-    p.setup(net, {"val": loader}, {"val": unknown})
-    again = pickle.loads(pickle.dumps(p))
-    assert not again.setup_flag
-    again.setup(net, {"val": loader}, {"val": unknown})
-    assert openoods_search(again, net, loader, unknown) == openoods_search(p, net, loader, unknown)
-    assert pickle.loads(pickle.dumps(p)).setup_flag
 
 
 def test_a_search_needs_ood_validation_images(net, loader):

@@ -11,7 +11,7 @@ from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward.gradient import ConstantBatchNorm
 from tests.conftest import make_net
-from tests.nets import BLOCKS, Foo, Net, energies, some_images
+from tests.nets import BLOCKS, Custom, Foo, Net, energies, some_images
 
 IMAGES = some_images()
 LAYERS = {"taps": ["b.0"], "strong": ["output"]}  # no graph is read, and odin is the only score
@@ -81,14 +81,12 @@ def test_odin_computes_no_weight_gradients():
     assert len(built) == len(list(net.parameters()))  # the hooks do work
 
 
-class InPlaceNormalisation(Net):
-    def forward(self, x):
-        return super().forward(x.sub_(0.5).div_(0.25))
+def in_place():
+    return Custom(lambda net, x: Net.forward(net, x.sub_(0.5).div_(0.25)))
 
 
-class Normalisation(Net):
-    def forward(self, x):
-        return super().forward((x - 0.5) / 0.25)
+def out_of_place():
+    return Custom(lambda net, x: Net.forward(net, (x - 0.5) / 0.25))
 
 
 class Recomputing(Net):
@@ -109,26 +107,15 @@ class Recomputing(Net):
         return self.fc(x.mean((2, 3)))
 
 
-class Frozen(Net):
-    def feature(self, x):
-        with torch.no_grad():
-            return super().feature(x)
+def without_grad(context, of=Net.feature):
+    """A forward pass of which a part runs in a context."""
 
+    def run(net, x):
+        with context():
+            found = of(net, x)
+        return net.fc(found) if of is Net.feature else found
 
-class Detached(Net):
-    def feature(self, x):
-        return super().feature(x).detach()
-
-
-class Inference(Net):
-    def forward(self, x):
-        with torch.inference_mode():
-            return super().forward(x)
-
-
-class Rounded(Net):  # images of eight bits
-    def forward(self, x):
-        return super().forward((x * 255).to(torch.uint8) / 255.0)
+    return run
 
 
 def odin_by_hand(net, noise=0.02, temperature=10.0):
@@ -197,11 +184,18 @@ def made_in_inference_mode():
         return Net()
 
 
-@pytest.mark.parametrize(
-    "make", [Frozen, Detached, Inference, Rounded, made_in_inference_mode], ids=lambda m: m.__name__
-)
-def test_without_a_gradient_one_error_says_the_way_out(make):
-    net, images = make().eval(), IMAGES.abs()
+NO_GRADIENT = {
+    "frozen": lambda: Custom(without_grad(torch.no_grad)),
+    "detached": lambda: Custom(lambda net, x: net.fc(net.feature(x).detach())),
+    "inference": lambda: Custom(without_grad(torch.inference_mode, Net.forward)),
+    "rounded": lambda: Custom(lambda net, x: Net.forward(net, (x * 255).to(torch.uint8) / 255.0)),
+    "made in inference mode": made_in_inference_mode,
+}
+
+
+@pytest.mark.parametrize("kind", NO_GRADIENT)
+def test_without_a_gradient_one_error_says_the_way_out(kind):
+    net, images = NO_GRADIENT[kind](), IMAGES.abs()
     for use in (
         lambda: odin(net).score(images),
         lambda: FuseNorm(net, **LAYERS, output="odin").fit([images]),
@@ -210,7 +204,7 @@ def test_without_a_gradient_one_error_says_the_way_out(make):
             use()
         assert "\n" not in str(caught.value)
     found = FuseNorm(net, **LAYERS).fit([images]).infer([images]).experts[-1]
-    right = energies(Net() if make is made_in_inference_mode else net, images)
+    right = energies(Net() if kind == "made in inference mode" else net, images)
     torch.testing.assert_close(torch.from_numpy(found), right)
 
 
@@ -223,12 +217,14 @@ def detectors_of(net):
 
 def test_a_network_that_changes_its_input_in_place_changes_no_images():
     before, images = IMAGES.clone(), IMAGES.clone()
-    every = zip(detectors_of(InPlaceNormalisation()), detectors_of(Normalisation()), strict=True)
+    every = zip(
+        detectors_of(in_place()),
+        detectors_of(out_of_place()),
+        strict=True,
+    )
     for detector, expected in every:
         right = expected.fit([images]).score(images)
         torch.testing.assert_close(detector.fit([images]).score(images), right)
         torch.testing.assert_close(detector.score_loader([images]), right.double())
         assert torch.equal(images, before)
-    torch.testing.assert_close(
-        odin(InPlaceNormalisation()).score(images), odin_by_hand(Normalisation())
-    )
+    torch.testing.assert_close(odin(in_place()).score(images), odin_by_hand(out_of_place()))

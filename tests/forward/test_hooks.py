@@ -109,19 +109,6 @@ def test_hooks_give_the_modules_outputs_and_two_share_a_network(net, structure):
     assert torch.equal(two["layer1"], expected[0])
 
 
-def test_hooks_are_removed_after_an_exception(net, structure):
-    def fail(x):
-        raise KeyError("reduction")
-
-    before = state_of(net)
-    with pytest.raises(RuntimeError), hooks_on(net, structure, "layer1"):
-        net(torch.randn(2, 4, 16, 16))
-    assert_undisturbed(net, before)
-    with pytest.raises(KeyError), hooks_on(net, structure, "layer1", reduce=fail):
-        net(IMAGES)
-    assert_undisturbed(net, before)
-
-
 class Odd(nn.Module):
     """A network with modules that must not be tapped."""
 

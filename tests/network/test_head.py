@@ -15,7 +15,7 @@ from fusenorm_openood.forward.passes import forward_pass, head_of
 from fusenorm_openood.network.checkpoints import check_classes
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import find_shares, understand
-from tests.nets import CLASSES, Net, some_images
+from tests.nets import CLASSES, Custom, Net, some_images
 
 IMAGES = some_images(40)
 PERCENTILE = 80.0
@@ -26,15 +26,12 @@ def drawn(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(math.prod(shape)))
 
 
-class Made(Net):
+class Made(Custom):
     """A head that is a function of the network and its feature, or of its feature map."""
 
     def __init__(self, run, classes=CLASSES, on_map=False, **parts):
-        super().__init__(classes=classes)
-        self.run, self.on_map = run, on_map
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, torch.Tensor) else part)
-        self.eval()
+        super().__init__(run, classes, **parts)
+        self.on_map = on_map
 
     def forward(self, x):
         return self.run(self, self.b(self.a(self.stem(x))) if self.on_map else self.feature(x))
@@ -530,3 +527,11 @@ def test_logits_are_computed_in_full_precision_where_the_network_is_half(half):
     assert done.logits.dtype == torch.float32
     torch.testing.assert_close(done.logits, exact)
     torch.testing.assert_close(done.logits, full, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("make", [KINDS["LoRA inside"][0], LAYERS["convolution"]])
+def test_in_half_precision_the_logits_of_any_head_are_in_float32(make):
+    net, images = make().bfloat16(), IMAGES.bfloat16()
+    done = forward_pass(net, images, understand(net, images))
+    assert done.logits.dtype == torch.float32
+    torch.testing.assert_close(done.logits, net(images).float(), rtol=0.05, atol=0.05)

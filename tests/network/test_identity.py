@@ -12,7 +12,7 @@ from fusenorm_openood.deployment.files import network_key
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import ConfigError, DetectorFileError
 from fusenorm_openood.network.fingerprint import EXACT, fingerprint, identify, is_network
-from tests.nets import Net, some_images
+from tests.nets import Custom, Net, some_images
 from tests.without_openood.test_postprocessor import config
 
 IMAGES, NEW = some_images(30), some_images(4, seed=2)
@@ -30,15 +30,12 @@ class Stem(Net):
         return self.b(self.a(self.act(self.stem(x)))).mean((2, 3))
 
 
-class Clamped(Net):
-    """A network that cuts values off which only some photographs have."""
-
-    def forward(self, x):
-        return super().forward(x.clamp(-2.1, 2.6))
-
-
 def test_what_only_bright_images_show_is_another_forward():
-    assert not is_network(Clamped(), identify(Net(), (3, 12, 12)))
+    plain, clamped = (
+        Custom(Net.forward),
+        Custom(lambda net, x: Net.forward(net, x.clamp(-2.1, 2.6))),
+    )
+    assert not is_network(clamped, identify(plain, (3, 12, 12)))
 
 
 FORWARDS = [F.gelu, F.leaky_relu, torch.abs]
@@ -131,15 +128,8 @@ def test_weights_in_a_wrapper_class_are_saved(tmp_path):
 OTHERS = {
     "weights": lambda: Net(seed=3),
     "forward": lambda: Stem(torch.tanh),
-    "structure": lambda: Deep(),
+    "structure": lambda: Custom(lambda net, x: {"logits": Net.forward(net, x), "other": x}),
 }
-
-
-class Deep(Net):
-    """Blocks of the same names whose feature maps have the channels last."""
-
-    def forward(self, x):
-        return {"logits": super().forward(x), "other": x}
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
@@ -173,11 +163,8 @@ def test_a_second_setup_with_the_same_network_and_new_weights_fits_again():
 
 
 def test_odin_of_a_network_that_mixes_images_is_kept_with_the_batch_size():
-    class Mixing(Net):
-        def forward(self, x):
-            return super().forward(x) + x.mean()
-
-    for net, mixes in ((Net(), False), (Mixing(), True)):
+    mixing = Custom(lambda net, x: Net.forward(net, x) + x.mean())
+    for net, mixes in ((Net(), False), (mixing, True)):
         detector = SingleScore(net, "odin", temperature=1000.0, noise=0.001)
         detector.structure(NEW)
         assert detector.scoring().record["batch_dependent"] is mixes

@@ -11,7 +11,7 @@ from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.network.running import tensors_in
-from tests.nets import CLASSES, Net, some_images
+from tests.nets import CLASSES, Custom, Net, some_images
 
 IMAGES = some_images(20)
 
@@ -53,14 +53,8 @@ KINDS = {
 }
 
 
-class Returning(Net):
-    def __init__(self, wrap):
-        super().__init__()
-        self.wrap = wrap
-
-    def forward(self, x):
-        feature = self.feature(x)
-        return self.wrap(self.fc(feature), feature)
+def returning(wrap):
+    return Custom(lambda net, x: wrap(net.fc(f := net.feature(x)), f))
 
 
 SETTINGS = {"strong": ["output", "fdbd"], "react_percentile": 90.0, "taps": ["b.1"]}
@@ -73,7 +67,7 @@ def expected():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_output_scores_as_the_logits_alone(kind, expected):
-    net = Returning(KINDS[kind]).eval()
+    net = returning(KINDS[kind])
     scored = FuseNorm(net, **SETTINGS).fit([IMAGES]).infer([IMAGES])
     torch.testing.assert_close(scored.experts, expected.experts)
     torch.testing.assert_close(scored.conf, expected.conf)
@@ -82,7 +76,7 @@ def test_every_kind_of_output_scores_as_the_logits_alone(kind, expected):
 
 @pytest.mark.parametrize("kind", ["(feature, logits)", "ModelOutput"])
 def test_odin_and_baselines_read_the_logits_alike(kind):
-    net = Returning(KINDS[kind]).eval()
+    net = returning(KINDS[kind])
     for name, args in (("odin", {"temperature": 10.0, "noise": 0.01}), ("msp", {})):
         expected = SingleScore(Net(), name, **args).score(IMAGES)
         torch.testing.assert_close(SingleScore(net, name, **args).score(IMAGES), expected)
@@ -104,7 +98,7 @@ def test_odin_and_baselines_read_the_logits_alike(kind):
     ],
 )
 def test_outputs_without_clear_logits_are_one_error(wrap, message):
-    net = Returning(wrap).eval()
+    net = returning(wrap)
     for use in (
         lambda: FuseNorm(net, strong=["output"], output="odin").fit([IMAGES]),
         lambda: SingleScore(net, "msp").score(IMAGES[:2]),

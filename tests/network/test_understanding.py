@@ -14,7 +14,7 @@ from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import NetworkError, TapError
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.network.understanding import understand
-from tests.nets import BLOCKS, Net, energies, listed, some_images
+from tests.nets import BLOCKS, Custom, Net, energies, listed, some_images
 
 IMAGES = some_images(33)
 
@@ -29,10 +29,9 @@ class BatchStatistics(Net):
         return self.fc(self.b(self.norm(self.a(self.stem(x)))).mean((2, 3)))
 
 
-class AcrossBatch(Net):  # every image is compared with the mean of its batch
-    def feature(self, x):
-        feature = super().feature(x)
-        return feature - feature.mean(0)
+def across_batch():
+    """Every image is compared with the mean of its batch."""
+    return Custom(lambda net, x: net.fc((f := net.feature(x)) - f.mean(0)))
 
 
 class InstanceNorm(BatchStatistics):  # statistics of each image alone
@@ -50,7 +49,7 @@ def _threads():
 
 
 @pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize(("kind", "output"), [(BatchStatistics, "energy"), (AcrossBatch, "odin")])
+@pytest.mark.parametrize(("kind", "output"), [(BatchStatistics, "energy"), (across_batch, "odin")])
 def test_a_batch_that_is_mixed_is_never_split(kind, output, monkeypatch):
     monkeypatch.setattr("fusenorm_openood.forward.passes.PIXELS", 8 * 144)  # three parts for one
     net = kind().eval()
@@ -70,18 +69,14 @@ def test_a_batch_that_is_mixed_is_never_split(kind, output, monkeypatch):
     torch.testing.assert_close(*scores)
 
 
-class WeaklyMixing(Net):
-    def feature(self, x):
-        return super().feature(x + 0.05 * x.mean(0, keepdim=True))
-
-
 def test_weak_influence_of_other_images_is_noticed():
-    assert understand(WeaklyMixing().eval(), IMAGES[:2]).batch_dependent
+    net = Custom(lambda net, x: Net.forward(net, x + 0.05 * x.mean(0, keepdim=True)))
+    assert understand(net, IMAGES[:2]).batch_dependent
 
 
 @pytest.mark.parametrize(
     ("kind", "mixes"),
-    [(BatchStatistics, True), (AcrossBatch, True), (InstanceNorm, False), (Net, False)],
+    [(BatchStatistics, True), (across_batch, True), (InstanceNorm, False), (Net, False)],
 )
 def test_which_networks_mix_a_batch(kind, mixes):
     net = kind().eval()
@@ -96,20 +91,6 @@ def test_a_single_image_is_enough_to_understand_a_network():
         assert structure.blocks == BLOCKS
         assert structure.head.names == ("fc",)
         assert not structure.batch_dependent
-
-
-class Changed(Net):
-    """A network with a forward pass that is given as a function."""
-
-    def __init__(self, run):
-        super().__init__()
-        self.run, self.count = run, 0
-        self.own = torch.Generator().manual_seed(0)
-        self.eval()
-
-    def forward(self, x):
-        self.count += 1
-        return self.run(self, x)
 
 
 class AlwaysOn(nn.Dropout):
@@ -145,7 +126,7 @@ RANDOM = {
     "own generator": lambda net, x: Net.forward(
         net, x + 0.1 * torch.randn(x.shape, generator=net.own)
     ),
-    "a counter": lambda net, x: Net.forward(net, x * (1 + 0.1 * net.count)),
+    "a counter": lambda net, x: Net.forward(net, x * (1 + 0.1 * next(net.count))),
     "a saturated softmax": lambda net, x: net.fc(
         F.dropout(1e3 * net.feature(x), 0.5, True)
     ).softmax(1),
@@ -167,9 +148,10 @@ DETERMINISTIC = {
 
 
 def changed(kind):
-    net = Changed({**RANDOM, **DETERMINISTIC}[kind])
-    net.extra = AlwaysOn()
-    return net
+    own = torch.Generator().manual_seed(0)
+    return Custom(
+        {**RANDOM, **DETERMINISTIC}[kind], own=own, extra=AlwaysOn(), count=iter(range(99))
+    )
 
 
 def states():
@@ -269,7 +251,7 @@ SQUEEZING = {
 
 def squeezing(kind):
     other = {"module": PixelRows, "rows": Rows}
-    return (other[kind]() if kind in other else Changed(SQUEEZING[kind])).eval()
+    return (other[kind]() if kind in other else Custom(SQUEEZING[kind])).eval()
 
 
 KINDS = [*SQUEEZING, "module", "rows"]
@@ -319,11 +301,11 @@ def test_networks_without_one_row_per_image_are_refused():
         lambda net, x: Net.forward(net, x)[:, :2].T,  # a square for two images
     ):
         with pytest.raises(TapError, match=r"for 3 image\(s\)"):
-            FuseNorm(Changed(run)).fit([IMAGES[:2]])
+            FuseNorm(Custom(run)).fit([IMAGES[:2]])
 
 
 def test_crops_in_the_batch_are_no_rows_of_a_head():
-    net = Changed(
+    net = Custom(
         lambda net, x: Net.forward(net, torch.cat([x, x.flip(-1)])).unflatten(0, (2, -1)).mean(0)
     )
     structure = understand(net, IMAGES)
@@ -331,11 +313,10 @@ def test_crops_in_the_batch_are_no_rows_of_a_head():
 
 
 def test_one_image_of_a_network_that_mixes_is_the_networks_own_error():
-    class BatchNorm(Net):
-        def feature(self, x):
-            return F.batch_norm(super().feature(x), None, None, training=True)
+    def normalised(net, x):
+        return net.fc(F.batch_norm(net.feature(x), None, None, training=True))
 
-    detector = FuseNorm(BatchNorm(), strong=["output"]).fit([IMAGES])
+    detector = FuseNorm(Custom(normalised), strong=["output"]).fit([IMAGES])
     assert detector.taps == BLOCKS
     with pytest.raises(NetworkError, match="more than 1 value"):
         detector.score(IMAGES[0])
