@@ -60,6 +60,16 @@ class Custom(Net):
         return self.run(self, x)
 
 
+def within(context: Callable[[], Any], of: Any = Net.forward) -> Callable[[Net, Tensor], Any]:
+    """The forward pass, or another method of a network, in a context."""
+
+    def run(net: Net, x: Tensor) -> Any:
+        with context():
+            return of(net, x)
+
+    return run
+
+
 BLOCKS = ("a.0", "a.1", "b.0", "b.1")
 
 

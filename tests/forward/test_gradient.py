@@ -11,7 +11,7 @@ from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward.gradient import ConstantBatchNorm
 from tests.conftest import make_net
-from tests.nets import BLOCKS, Custom, Foo, Net, energies, some_images
+from tests.nets import BLOCKS, Custom, Foo, Net, energies, some_images, within
 
 IMAGES = some_images()
 LAYERS = {"taps": ["b.0"], "strong": ["output"]}  # no graph is read, and odin is the only score
@@ -107,17 +107,6 @@ class Recomputing(Net):
         return self.fc(x.mean((2, 3)))
 
 
-def without_grad(context, of=Net.feature):
-    """A forward pass of which a part runs in a context."""
-
-    def run(net, x):
-        with context():
-            found = of(net, x)
-        return net.fc(found) if of is Net.feature else found
-
-    return run
-
-
 def odin_by_hand(net, noise=0.02, temperature=10.0):
     """Probability of the predicted class after ODIN's step, in plain torch."""
     leaf = IMAGES.clone().requires_grad_()
@@ -184,10 +173,11 @@ def made_in_inference_mode():
         return Net()
 
 
+frozen = within(torch.no_grad, Net.feature)
 NO_GRADIENT = {
-    "frozen": lambda: Custom(without_grad(torch.no_grad)),
+    "frozen": lambda: Custom(lambda net, x: net.fc(frozen(net, x))),
     "detached": lambda: Custom(lambda net, x: net.fc(net.feature(x).detach())),
-    "inference": lambda: Custom(without_grad(torch.inference_mode, Net.forward)),
+    "inference": lambda: Custom(within(torch.inference_mode)),
     "rounded": lambda: Custom(lambda net, x: Net.forward(net, (x * 255).to(torch.uint8) / 255.0)),
     "made in inference mode": made_in_inference_mode,
 }

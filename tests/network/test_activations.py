@@ -10,7 +10,7 @@ from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import TapError, ZeroRangeError
 from fusenorm_openood.network.understanding import understand
-from tests.nets import Net, energies, some_images
+from tests.nets import Custom, Net, energies, some_images, within
 
 IMAGES = some_images(40)
 
@@ -22,7 +22,6 @@ class Ending(Net):
         super().__init__()
         self.end, self.scale = end, scale
         self.others = nn.ModuleList(nn.Linear(8, 5) for _ in range(heads - 1))
-        self.temperature = nn.Parameter(torch.tensor(0.3))
         self.eval()
 
     def logits(self, x):
@@ -169,27 +168,22 @@ def test_other_outputs_are_logits_as_before(kind):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_learned_scale_is_no_activation(frozen):
-    class Probe(Ending):  # its graph leads from the logits to the scale alone
-        def forward(self, x):
-            with torch.no_grad():
-                cosine = self.fc(self.feature(x)).abs()
-            return self.temperature.exp() * cosine
-
-    net = Probe(None).requires_grad_(not frozen)
+    cosine = within(torch.no_grad)  # the graph leads from the logits to the scale alone
+    net = Custom(lambda net, x: net.scale.exp() * cosine(net, x).abs(), scale=torch.tensor(0.3))
+    net.requires_grad_(not frozen)
     got = FuseNorm(net, taps=["a.0", "b.0"], strong=["output"]).fit([IMAGES]).infer([IMAGES])
     torch.testing.assert_close(torch.tensor(got.experts[-1]), energies(net, IMAGES))
 
 
 @pytest.mark.parametrize("offset", [0.01, -3.0])
 def test_a_range_that_is_rounding_of_the_logits_is_no_range(offset):
-    class Shifted(Net):  # the energy of large logits is a constant
-        def forward(self, x):
-            z = 1e3 * super().forward(x)
-            return z - z.logsumexp(1, keepdim=True) + offset
+    def shifted(net, x):  # the energy of large logits is a constant
+        z = 1e3 * Net.forward(net, x)
+        return z - z.logsumexp(1, keepdim=True) + offset
 
     with pytest.raises(ZeroRangeError, match="'output' are both"):
-        FuseNorm(Shifted(), strong=["output"]).fit([IMAGES])
-    FuseNorm(Shifted(), strong=["output"], output="msp").fit([IMAGES])
+        FuseNorm(Custom(shifted), strong=["output"]).fit([IMAGES])
+    FuseNorm(Custom(shifted), strong=["output"], output="msp").fit([IMAGES])
 
 
 @pytest.mark.parametrize("value", [-1e4, float("-inf")])

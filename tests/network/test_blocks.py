@@ -11,7 +11,7 @@ from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.network.graph import Graph
 from fusenorm_openood.network.structure import read_structure
-from tests.nets import BLOCKS, Foo, Net, energy_detector, norms_of, some_images
+from tests.nets import BLOCKS, Custom, Foo, Net, energy_detector, norms_of, some_images, within
 
 IMAGES, SMALL = some_images(), some_images(2, (8, 8))
 
@@ -169,37 +169,25 @@ def test_without_merges_the_last_module_of_each_resolution_is_tapped():
     assert energy_detector(net, IMAGES).taps == ("2", "7")
 
 
-def without_gradient(mode):
-    """A linear probe on a frozen backbone."""
-
-    class Probe(Net):
-        def forward(self, x):
-            if mode == "inference_mode":
-                with torch.inference_mode():
-                    x = self.feature(x)
-                x = x.clone()
-            elif mode == "no_grad":
-                with torch.no_grad():
-                    x = self.feature(x)
-            elif mode == "set_grad_enabled":
-                with torch.set_grad_enabled(False):
-                    x = self.feature(x)
-            elif mode == "in the middle":
-                x = self.b(self.a(self.stem(x)).detach()).mean((2, 3))
-            elif mode == "numpy":
-                x = torch.from_numpy(self.feature(x).detach().numpy())
-            else:
-                x = {"detach": Tensor.detach, "data": lambda x: x.data}[mode](self.feature(x))
-            return self.fc(x)
-
-    return Probe().eval()
+def frozen(context):
+    """A linear probe on a backbone that runs in a context."""
+    feature = within(context, Net.feature)
+    return lambda net, x: net.fc(feature(net, x).clone())
 
 
-@pytest.mark.parametrize(
-    "mode", ["no_grad", "inference_mode", "set_grad_enabled", "detach", "data", "in the middle"]
-)
+FROZEN = {
+    "no_grad": frozen(torch.no_grad),
+    "inference_mode": frozen(torch.inference_mode),
+    "set_grad_enabled": frozen(lambda: torch.set_grad_enabled(False)),
+    "detach": lambda net, x: net.fc(net.feature(x).detach()),
+    "data": lambda net, x: net.fc(net.feature(x).data),
+    "in the middle": lambda net, x: net.fc(net.b(net.a(net.stem(x)).detach()).mean((2, 3))),
+}
+
+
+@pytest.mark.parametrize("mode", FROZEN)
 def test_a_backbone_that_runs_without_gradients_is_read_as_any_other(mode):
-    net = without_gradient(mode)
+    net = Custom(FROZEN[mode])
     assert energy_detector(net, IMAGES).taps == BLOCKS
     assert torch.is_grad_enabled()
     with pytest.raises(TapError, match=r"gradient of the logits .* none reaches"):
@@ -210,7 +198,7 @@ def test_names_of_classes_decide_only_where_no_gradient_can_reach_the_images():
     class BasicBlock(Foo):
         pass
 
-    net = without_gradient("numpy")
+    net = Custom(lambda net, x: net.fc(torch.from_numpy(net.feature(x).detach().numpy())))
     with pytest.raises(TapError, match=r"name the modules to tap.*no gradient reaches"):
         FuseNorm(net).fit([IMAGES])
     net.a, net.b = nn.Sequential(BasicBlock(8), BasicBlock(8)), nn.Sequential(BasicBlock(8))

@@ -9,7 +9,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from fusenorm_openood import FuseNorm, atf
 from fusenorm_openood.network.structure import read_structure
-from tests.nets import BLOCKS, CLASSES, Foo, Net, energy_detector, norms_of, some_images
+from tests.nets import BLOCKS, CLASSES, Custom, Foo, Net, energy_detector, norms_of, some_images
 
 IMAGES = some_images(24, (32, 32))
 
@@ -191,17 +191,11 @@ def test_a_traced_network_is_tapped_as_the_network_that_it_was_made_from(trace):
 
 
 def test_what_no_block_holds_is_told(recwarn):
-    class Parallel(Net):  # a second backbone beside the blocks
-        def __init__(self):
-            super().__init__()
-            self.beside = nn.Sequential(*(nn.Conv2d(8, 8, 3, 1, 1) for _ in range(12)))
-            self.eval()
+    def parallel(net, x):  # a second backbone beside the blocks
+        x = net.b(net.a(net.stem(x)))
+        return net.fc((x + net.beside(x)).mean((2, 3)))
 
-        def forward(self, x):
-            x = self.b(self.a(self.stem(x)))
-            return self.fc((x + self.beside(x)).mean((2, 3)))
-
-    net = Parallel()
+    net = Custom(parallel, beside=nn.Sequential(*(nn.Conv2d(8, 8, 3, 1, 1) for _ in range(12))))
     assert FuseNorm(net, strong=["output"]).fit([IMAGES]).taps == BLOCKS
     said = [str(w.message) for w in recwarn if "no block holds" in str(w.message)]
     assert len(said) == 1

@@ -12,7 +12,7 @@ from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import FuseNormError, TapError
 from fusenorm_openood.network import ResNet18_32x32, T2FNormNet
 from fusenorm_openood.network.running import scoring_module, unwrapped
-from tests.nets import BLOCKS, Net, energy_detector, norms_of, outputs_of, some_images
+from tests.nets import BLOCKS, Custom, Net, energy_detector, norms_of, outputs_of, some_images
 
 IMAGES = some_images(24, (16, 16))
 
@@ -115,16 +115,8 @@ def test_odin_steps_on_the_images_before_any_preprocessing(inner):
 
 
 def test_a_network_that_does_not_call_its_scoring_module_is_one_error():
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.spare = Net(), t2fnorm()
-
-        def forward(self, x):
-            return self.net(x)
-
     with pytest.raises(TapError, match="does not call its module 'spare'"):
-        FuseNorm(Odd()).fit([IMAGES])
+        FuseNorm(Custom(Net.forward, spare=t2fnorm())).fit([IMAGES])
 
 
 def test_the_module_with_scoring_logits():
