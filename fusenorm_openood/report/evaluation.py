@@ -2,24 +2,27 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import NamedTuple
+from functools import cache, partial
+from heapq import nlargest
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from fusenorm_openood.data.benchmarks import Benchmark
+from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.evaluation.comparison import DEFAULT, Comparison
 from fusenorm_openood.evaluation.evaluation import Evaluation, mean, with_experts
 from fusenorm_openood.method.conformal import conformal_p_values, needed_images, threshold
-from fusenorm_openood.report import plots
+from fusenorm_openood.report import gallery, plots
 from fusenorm_openood.report import sections as parts
-from fusenorm_openood.report.gallery import REJECTED, TRUSTED, Shown, choose, gallery, varied
-from fusenorm_openood.report.page import SIZE, Facts, Figure, Report, Section
+from fusenorm_openood.report.gallery import REJECTED, TRUSTED, Shown
+from fusenorm_openood.report.page import SIZE, Facts, Figure, Report, Rows, Section
 from fusenorm_openood.report.sections import GROUPS, Score, Values
 
 ACCEPTANCE = 0.95
+LISTED = 600  # images in a list, at most
 SHOWN = 6  # methods whose distributions are drawn
 METHOD = "FuseNorm"  # with which its rows begin
 
@@ -68,14 +71,15 @@ def report_of_evaluation(
         tested = np.concatenate([c[1::2] for c in id_conf])
         sections.append(_acceptance(conf, calibration, tested))
     if detector is not None:
-        images = _images(result, benchmark, cut, calibration, "val" if validation else "test")
-        galleries, _ = gallery(images, detector, benchmark.norm)
+        split = "val" if validation else "test"
+        images, rows = _images(result, benchmark, cut, calibration, split)
+        galleries, _ = gallery.gallery(images, detector, benchmark.norm)
         heat = f", and {parts.HEAT}" if isinstance(detector, FuseNorm) else ""
         about = (
             f"Each image as the network sees it{heat}. Doubtful images are closest to the "
             f"threshold {cut:.3g}, which {ACCEPTANCE:.0%} of ID images exceed."
         )
-        sections.append(Section("Images", (about,), galleries=galleries))
+        sections.append(Section("Images", (about,), galleries=galleries, listed=rows))
         facts = (*facts, *parts.detector_facts(detector))
     if isinstance(detector, FuseNorm):
         counts = {}
@@ -136,8 +140,8 @@ class _Tested(NamedTuple):
 
 def _images(
     result: Evaluation, benchmark: Benchmark, cut: float, calibration: Values | None, split: str
-) -> dict[str, list[Shown]]:
-    """The images to show, by group: extreme and doubtful ones, and the worst mistakes."""
+) -> tuple[dict[str, list[Shown]], Rows]:
+    """The images to show, by group: extreme and doubtful ones, and the worst mistakes; a list."""
     image_sets = {
         "id": {benchmark.name: benchmark.id[split]},
         "csid": benchmark.csid,
@@ -154,8 +158,12 @@ def _images(
                 if position % 2 or not calibrating:
                     yield _Tested(group, name, position, *row)
 
+    @cache
+    def images_of(group: str, name: str) -> ImageList:
+        return image_sets[group][name].images()
+
     def shown(image: _Tested) -> Shown:
-        images = image_sets[image.group][image.name].images()
+        images = images_of(image.group, image.name)
         kind = {"id": "ID", "csid": "covariate-shifted ID", **GROUPS}[image.group]
         truth = image.name if image.group in GROUPS else f"class {image.label}"
         facts = [("truth", f"{kind}, {truth}"), ("predicted", f"class {image.predicted}")]
@@ -164,16 +172,43 @@ def _images(
             p_value = float(conformal_p_values(image.confidence, calibration))
             facts.append(("p-value", f"{p_value:.3g}"))
         name = images.entries[image.position].name
-        return Shown(name, tuple(facts), lambda: images[image.position]["data"])
+        link = (images.data_dir / name).absolute().as_uri()
+        return Shown(name, tuple(facts), lambda: images[image.position]["data"], link)
+
+    def wrong(image: _Tested) -> float:
+        """How far an image is on the wrong side of the threshold."""
+        return image.confidence - cut if image.group in GROUPS else cut - image.confidence
+
+    def row(image: _Tested, *more: str) -> Shown:
+        known = shown(image)
+        verdict = "rejected" if image.confidence < cut else "accepted"
+        facts = [("verdict", verdict), ("data set", image.name), *known.facts]
+        facts += [("lowest contribution", objected) for objected in more]
+        return known._replace(facts=tuple(facts))
 
     ids = [image for group in ("id", "csid") for image in tested(group)]
     ood = [image for group in GROUPS for image in tested(group)]
-    chosen = choose([*ids, *ood], lambda image: cut)
+    chosen = gallery.choose([*ids, *ood], lambda image: cut)
     rejected = sorted((i for i in (*ids, *ood) if i.confidence < cut), key=lambda i: i.confidence)
-    chosen[REJECTED] = varied(rejected, lambda image: (image.name, f"class {image.predicted}"))
-    chosen["OOD images that are trusted most"] = choose(ood, None)[TRUSTED]
-    chosen["ID images that are rejected most"] = choose(ids, None)[REJECTED]
-    return {title: [shown(image) for image in images] for title, images in chosen.items()}
+    chosen[REJECTED] = gallery.varied(
+        rejected, lambda image: (image.name, f"class {image.predicted}")
+    )
+    chosen["OOD images that are trusted most"] = gallery.choose(ood, None)[TRUSTED]
+    chosen["ID images that are rejected most"] = gallery.choose(ids, None)[REJECTED]
+    by_set: dict[tuple[str, str], list[_Tested]] = {}
+    for image in (*ids, *ood):
+        by_set.setdefault((image.group, image.name), []).append(image)
+    most = LISTED // len(by_set)
+    worst = [image for of in by_set.values() for image in nlargest(most, of, wrong)]
+    worst.sort(key=wrong, reverse=True)
+    columns: list[Sequence[Any]] = [worst]
+    if isinstance(result.detector, FuseNorm):
+        scores = [result.sets[i.group][i.name].experts[:, i.position] for i in worst]
+        why = result.detector.explain_scores(np.stack(scores, 1), np.zeros(len(worst), np.int64))
+        columns.append(why.objected)
+    order = "those farthest on the wrong side of the threshold first"
+    rows = gallery.listed(map(row, *columns), len(ids) + len(ood), order, benchmark.norm)
+    return {title: [shown(image) for image in images] for title, images in chosen.items()}, rows
 
 
 def report_of_comparison(

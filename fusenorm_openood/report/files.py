@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from heapq import nsmallest
-from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,13 @@ from fusenorm_openood.method.calibration import Calibration
 from fusenorm_openood.report import gallery, plots
 from fusenorm_openood.report import sections as parts
 from fusenorm_openood.report.gallery import DOUBTFUL, REJECTED, TRUSTED
-from fusenorm_openood.report.page import ENCODED, Card, Facts, Figure, Report, Rows, Section, Table
+from fusenorm_openood.report.page import Facts, Figure, Report, Rows, Section, Table
 from fusenorm_openood.report.sections import Values
 from fusenorm_openood.storage.urls import Url, place, split_page
 
 CHUNK = 10_000  # rows in memory at a time
 FAULTY = 10  # unreadable files that are listed
 LISTED = 3_000  # images in a list, at most
-ROWS, PICTURES = 800_000, 3_500_000  # bytes of its rows and of their pictures, at most
 
 
 def report_of_files(
@@ -232,27 +230,19 @@ def _unreadable(summary: _Summary) -> Section:
 def _listed(
     lowest: list[Judged], detector: FuseNorm, cut: Callable[[Any], float] | None, number: int
 ) -> Rows:
-    """The rows of the lowest confidences, beginning with pictures, as many as fit into the page."""
-    preprocessing, room, cards = detector.known_preprocessing(), ROWS, list[Card]()
-    for row in lowest:
-        name, facts, _, link = _shown(row, detector)
+    """The rows of the lowest confidences."""
+
+    def shown(row: Judged) -> gallery.Shown:
+        image = _shown(row, detector)
+        facts = (*image.facts, ("lowest contribution", row.objected or ""))
         if cut is not None:
             verdict = "rejected" if (row.confidence or 0.0) < cut(row) else "accepted"
             facts = (("verdict", verdict), *facts)
-        facts = (*facts, ("lowest contribution", row.objected or ""))
-        cards.append(Card(name if link else row.path, (), facts, link=link))
-        room -= 200 + len(escape(f"{cards[-1]}").encode(*ENCODED))
-        if room < 0:
-            break
-    norm = (preprocessing.mean, preprocessing.std)
-    reads = (partial(preprocessing.read, row.path) for row in lowest[: len(cards)])
-    pictures = gallery.thumbnails(reads, norm, PICTURES, preprocessing.shown)
-    for n, uri in enumerate(pictures):
-        cards[n] = cards[n]._replace(pictures=((uri, ""),) if uri else ())
-    which = "All" if len(cards) == number else f"{len(cards):,} of {number:,}"
+        return image._replace(name=image.name if image.link else row.path, facts=facts)
+
+    how = detector.known_preprocessing()
     order = "lowest confidence first" if cut is None else "those farthest below the threshold first"
-    choose = frozenset(("verdict", "predicted", "lowest contribution"))
-    return Rows(f"{which} images, {order}", choose, tuple(cards))
+    return gallery.listed(map(shown, lowest), number, order, (how.mean, how.std), how.shown)
 
 
 def _confidences(detector: FuseNorm, conf: Values, cuts: Values | None) -> tuple[str, Figure]:

@@ -5,6 +5,7 @@ import heapq
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,14 @@ from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.explaining import Explanation
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.report.page import Card, Facts
+from fusenorm_openood.report.page import ENCODED, Card, Facts, Rows
 from fusenorm_openood.report.plots import FEW, lowest_layer, overlaid, where
 
 SIDE = 128  # pixels of the longer side, at most
 LISTED = 96  # of the pictures in a list
 PER_GROUP = 4
+ROWS, PICTURES = 800_000, 3_500_000  # bytes of the rows and the pictures of a list, at most
+CHOOSE = frozenset(("verdict", "data set", "predicted", "lowest contribution"))
 REJECTED, DOUBTFUL, TRUSTED = "Most rejected", "Most doubtful", "Most trusted"
 
 
@@ -141,6 +144,30 @@ def thumbnail(
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     picture.thumbnail((side, side))
     return picture
+
+
+def listed(
+    images: Iterable[Shown],
+    number: int,
+    order: str,
+    norm: Normalization,
+    channels: Sequence[int] | None = None,
+) -> Rows:
+    """The rows of images, of this `number` in all, as many as fit into the page.
+
+    The first have pictures. `order` says which those are.
+    """
+    room, cards, reads = ROWS, list[Card](), list[Callable[[], Tensor]]()
+    for image in images:
+        cards.append(Card(image.name, (), image.facts, link=image.link))
+        reads.append(image.read)
+        room -= 200 + len(escape(f"{cards[-1]}").encode(*ENCODED))
+        if room < 0:
+            break
+    for n, uri in enumerate(thumbnails(reads, norm, PICTURES, channels)):
+        cards[n] = cards[n]._replace(pictures=((uri, ""),) if uri else ())
+    which = "All" if len(cards) == number else f"{len(cards):,} of {number:,}"
+    return Rows(f"{which} images, {order}", CHOOSE, tuple(cards))
 
 
 def thumbnails(

@@ -3,8 +3,7 @@
 import re
 
 import fusenorm_openood
-from docs.gen.generate import DOCS, documented, generated
-from fusenorm_openood.method.atf import atf
+from docs.gen.generate import DOCS, generated
 from fusenorm_openood.method.settings import SETTINGS
 from tests.docs.pages import ROOT
 
@@ -24,10 +23,6 @@ def test_every_public_name_has_a_task_and_a_place_on_the_page_of_the_api():
     for name in set(fusenorm_openood.__all__) - {"__version__"}:
         assert f"`{name}`" in tasks
         assert f"::: fusenorm_openood.{name}\n" in places + "\n"
-
-
-def test_a_docstrings_arguments_are_found():
-    assert documented(atf, "Args")["k_min"].startswith("smallest fraction of pixels")
 
 
 def test_the_architecture_page_has_the_rooms_of_import_linter():

@@ -14,6 +14,7 @@ PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAA"
     "AABJRU5ErkJggg=="
 )
+FAR = ("china", "flower", "noise", "stripes")
 PAGES = ("eval_page", "compare_page", "score_page")
 
 
@@ -132,6 +133,20 @@ def test_an_image_is_enlarged_and_the_next_one_by_key(browsed):
     page.keyboard.press("Enter")
     assert link.inner_text() == "998.png"
     page.get_by_role("button", name="close").click()
+
+
+def test_an_evaluation_lists_the_worst_mistakes_of_each_data_set_first(browser, eval_page):
+    page = browser.new_page()
+    page.goto(eval_page.as_uri())
+    assert set(shown(page, 3)) == {"digits", "digit8", "digit9", *FAR}
+    page.get_by_label("data set").select_option("digit9")
+    numbers = [*map(float, shown(page, 6))]
+    assert numbers == sorted(numbers, reverse=True)
+    assert len(numbers) == 40
+    page.locator(".list tbody tr:not([hidden])").first.click()
+    assert page.locator("dialog img").is_visible()
+    assert page.locator("dialog dd").nth(2).inner_text() == "near-OOD, digit9"
+    page.close()
 
 
 def test_without_script_a_list_is_a_folded_table(browser, score_page):

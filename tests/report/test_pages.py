@@ -22,8 +22,10 @@ from fusenorm_openood.report import page
 from fusenorm_openood.report.evaluation import report_of_evaluation
 from fusenorm_openood.report.page import render
 from tests.conftest import shortened_digits
+from tests.report.conftest import call
 
 PAGES = ("eval_page", "compare_page", "score_page")
+NATIVE = ("eval", "--id-data", "digits", "--engine", "native")
 
 
 class Elements(HTMLParser):
@@ -155,8 +157,11 @@ def evaluated(digits, short_data):
 
 
 def test_figures_are_those_of_the_metrics(evaluated):
-    result, benchmark = evaluated
-    page = render(report_of_evaluation(result, benchmark, "digits"))
+    result, _ = evaluated
+    page, again = (
+        render(report_of_evaluation(*evaluated, "digits"), date="today") for _ in range(2)
+    )
+    assert page == again
     text = " ".join(Elements(page).text.split())
     known = result.sets["id"]["digits"]
     for row, name in [(None, "confidence"), *enumerate(result.detector.experts)]:
@@ -206,9 +211,7 @@ def test_several_runs_are_named(digits, fewer, tmp_path):
         (root / run).mkdir(parents=True)
         (root / run / "best.ckpt").symlink_to(digits[1])
     page = tmp_path / "page.html"
-    arguments = ["eval", "--id-data", "digits", "--data-root", fewer, "--root", root]
-    arguments += ["--num-workers", 0, "--no-progress", "--report", page, "--engine", "native"]
-    assert main([str(argument) for argument in arguments]) == 0
+    assert call(*NATIVE, "--data-root", fewer, "--root", root, "--report", page) == 0
     text = page.read_text(encoding="utf-8")
     assert "everything else is from the first one, s0" in text
     assert "± 0.00" in text
@@ -220,9 +223,8 @@ def test_results_outlive_a_report_that_fails(digits, fewer, tmp_path, monkeypatc
 
     monkeypatch.setattr("fusenorm_openood.report.page.write_whole", full)
     page, out = tmp_path / "page.html", tmp_path / "out"
-    arguments = ["eval", "--id-data", "digits", "--data-root", fewer, "--root", digits[1]]
-    arguments += ["--num-workers", 0, "--no-progress", "--engine", "native", "--report", page]
-    assert main([*map(str, arguments), "--save-csv", "--output-dir", str(out)]) == 1
+    where = ("--root", digits[1], "--data-root", fewer, "--report", page, "--output-dir", out)
+    assert call(*NATIVE, *where, "--save-csv") == 1
     said = capsys.readouterr()
     assert "farood" in said.out
     assert f"report {page} cannot be written (No space left on device)" in said.err

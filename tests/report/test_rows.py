@@ -11,7 +11,7 @@ from fusenorm_openood.deployment.rows import read_rows
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.method.conformal import conformal_p_values, rejects, threshold
 from fusenorm_openood.report.files import link_to, report_of_files
-from fusenorm_openood.report.page import check_report, render
+from fusenorm_openood.report.page import render
 from fusenorm_openood.report.plots import heat_map
 
 HEADER = ",".join(Judged._fields)
@@ -177,8 +177,3 @@ def test_a_place_that_cannot_be_written_is_found_before_any_work(tmp_path, capsy
         assert "--report must be a file" in capsys.readouterr().err
         assert main([*arguments, str(tmp_path / "file" / "page.html")]) == 1
         assert "is not writable" in capsys.readouterr().err
-
-
-def test_a_page_may_be_in_a_new_folder(tmp_path):
-    check_report(tmp_path / "new" / "page.html")
-    assert (tmp_path / "new").is_dir()
