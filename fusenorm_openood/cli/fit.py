@@ -147,9 +147,7 @@ def _calibrate(
     """Calibrate a detector, and print what that promises."""
     loader = _loader(args, detector, paths, "calibration", store)
     how |= {"least": args.least or LEAST, "source": " ".join(args.calibration_dir)}
-    detector.calibrate(loader, not args.no_progress, **how)
-    calibration = detector.calibration_
-    assert calibration is not None
+    calibration = detector.calibrate(loader, not args.no_progress, **how).check_calibrated()
     try:
         calibration.check_enough(ACCEPTANCE)
         own = len(calibration.names) - len(calibration.pooled)

@@ -32,7 +32,7 @@ from fusenorm_openood.forward.experts import Expert, Scoring
 from fusenorm_openood.forward.given import Given, Images
 from fusenorm_openood.forward.recorded import batch_scores
 from fusenorm_openood.kernels.devices import moved
-from fusenorm_openood.method.calibration import LEAST, PREDICTED, Calibration, GroupsOf
+from fusenorm_openood.method.calibration import LEAST, PREDICTED, Calibration, GroupsOf, by_group
 from fusenorm_openood.method.conformal import Guarantee
 from fusenorm_openood.method.scores.energy import Energy
 from fusenorm_openood.network.fingerprint import Fingerprint, identify
@@ -314,8 +314,8 @@ class Detector(Scorer, ABC):
             CalibrationError: before `calibrate`, or too few calibration images for the acceptance.
             ConfigError: what `path` holds is of another calibration, acceptance or level.
         """
-        calibration = self.check_calibrated()
-        scores = calibration.by_group() if calibration.by else calibration.scores
+        c = self.check_calibrated()
+        scores = by_group(c.scores, c.group, c.names) if c.by else c.scores
         return Watch(scores, acceptance, level, path)
 
     def _begin(self, loader: Iterable[Any]) -> tuple[Any, Tensor | None]:

@@ -5,13 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.forward.batches import not_finite
 from fusenorm_openood.forward.experts import BatchScores, Expert
-from fusenorm_openood.forward.recorded import RecordedLoader, ScoringOf, dealt_out
-from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method.scores.base import Score
 
 
@@ -29,18 +27,6 @@ class Scored(NamedTuple):
     pred: NDArray[np.int64]
     label: NDArray[np.int64]
     experts: NDArray[Any]
-
-
-def prepared(
-    net: nn.Module, scoring_of: ScoringOf, loaders: Iterable[Any], progress: bool = False
-) -> list[Any]:
-    """The loaders, of which recorded ones have scored this process's share of their images."""
-    dealt = dealt_out(loaders)
-    for loader in dealt:
-        if isinstance(loader, RecordedLoader):
-            scoring = scoring_of(lambda given=loader: moved(net, given.first))  # type: ignore[misc]
-            loader.prepare(scoring, progress)
-    return dealt
 
 
 def collect(

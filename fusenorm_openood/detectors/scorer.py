@@ -6,11 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusenorm_openood.detectors.fitting import LEAST, fit_experts, leave_one_out, try_experts
-from fusenorm_openood.detectors.loaders import prepared
 from fusenorm_openood.errors import NotFittedError, TapError, warn
 from fusenorm_openood.forward.batches import Readings
 from fusenorm_openood.forward.experts import BatchScores, Experts, Fitted, Scoring
-from fusenorm_openood.forward.recorded import RecordedLoader
+from fusenorm_openood.forward.recorded import RecordedLoader, dealt_out
 from fusenorm_openood.forward.taps import warn_of_left_out
 from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.network.fingerprint import Fingerprint, identify
@@ -76,8 +75,13 @@ class Scorer:
         return last
 
     def prepare(self, loaders: Iterable[Any], progress: bool = False) -> list[Any]:
-        """Let recorded loaders score their images before any is waited for; see `prepared`."""
-        return prepared(self.net, self.scoring, loaders, progress)
+        """The loaders, of which recorded ones have scored this process's share of their images."""
+        dealt = dealt_out(loaders)
+        for loader in dealt:
+            if isinstance(loader, RecordedLoader):
+                scoring = self.scoring(lambda given=loader: moved(self.net, given.first))  # type: ignore[misc]
+                loader.prepare(scoring, progress)
+        return dealt
 
     def fit_on(
         self, loader: Iterable[Any], progress: bool, desc: str = "fit", may_overflow: bool = False

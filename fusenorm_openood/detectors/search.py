@@ -74,8 +74,8 @@ def choose(
     ood_loaders: Sequence[Iterable[Any]],
 ) -> Found:
     """The result of `search`, from a bank's scores of all loaders; the mean AUROC counts."""
-    combined, rows, aurocs = candidates(base, sweep), [], []
-    for values, settings in combined:
+    rows, usable = [], list[tuple[float, Settings]]()
+    for values, settings in candidates(base, sweep):
         auroc, reason = np.nan, ""
         try:
             if isinstance(settings, ConfigError):
@@ -83,18 +83,16 @@ def choose(
             known = bank.scored(settings, bank.id_loader).conf
             unknown = [bank.scored(settings, loader).conf for loader in ood_loaders]
             auroc = float(np.mean([ood_metrics(known, conf).auroc for conf in unknown]))
+            usable.append((auroc, settings))
         except UNUSABLE as error:
             reason = str(error)
-        aurocs.append(auroc)
         rows.append({**values, "AUROC": 100 * auroc, "unusable": reason})
-    if np.isnan(aurocs).all():
+    if not usable:
         raise ConfigError(
             f"none of {len(rows)} combinations is usable; the first fails: {rows[0]['unusable']}"
         )
-    best = int(np.nanargmax(aurocs))  # not of the percentages, which may round to ties
-    settings = combined[best].settings
-    assert isinstance(settings, Settings)  # it has an AUROC
-    return Found(settings, bank.statistics(settings), aurocs[best], pd.DataFrame(rows))
+    auroc, best = max(usable, key=lambda found: found[0])  # of equal ones the first
+    return Found(best, bank.statistics(best), auroc, pd.DataFrame(rows))
 
 
 class Candidate(NamedTuple):

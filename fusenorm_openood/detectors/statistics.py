@@ -107,18 +107,15 @@ class DetectorStatistics:
 
     def contributions(self, scores: NDArray[Any]) -> NDArray[np.float64]:
         """Contributions `[L, N]` of the experts to the confidences, which are their sums."""
-        given: NDArray[np.float64] = self.fusion(_float64(scores)).numpy()
-        return given
+        return _array(self.fusion(_float64(scores)))
 
     def confidence(self, scores: NDArray[Any]) -> NDArray[np.float64]:
         """Confidences `[N]` of images with these scores `[L, N]`, the sums of the contributions."""
-        conf: NDArray[np.float64] = sum_of_rows(self.fusion(_float64(scores))).numpy()
-        return conf
+        return _array(sum_of_rows(self.fusion(_float64(scores))))
 
     def normalised(self, scores: NDArray[Any]) -> NDArray[np.float64]:
         """Normalised scores `[L, N]`; see `Fusion.normalised`."""
-        z: NDArray[np.float64] = self.fusion.normalised(_float64(scores)).numpy()
-        return z
+        return _array(self.fusion.normalised(_float64(scores)))
 
     @cached_property
     def mean_contributions(self) -> NDArray[np.float64]:
@@ -130,8 +127,7 @@ class DetectorStatistics:
         """The log joint distances `[N]` of images with these scores, with the joint penalty."""
         distance = self.fusion.joint_distance
         terms = distance.terms(_float64(scores[: len(self.layers)]))
-        log_m: NDArray[np.float64] = distance.log_distance(terms).numpy()
-        return log_m
+        return _array(distance.log_distance(terms))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -171,6 +167,10 @@ def unpacked(tensors: dict[str, Tensor], record: dict[str, Any]) -> DetectorStat
             tuple(record["strong"]),
             record["network"],
         )
+
+
+def _array(values: Tensor) -> NDArray[np.float64]:
+    return values.numpy()
 
 
 def _float64(scores: NDArray[Any]) -> Tensor:

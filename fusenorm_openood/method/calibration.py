@@ -94,10 +94,6 @@ class Calibration:
             return tuple(own)
         return (*own, np.sort(self._pool if self.is_pooled else self.scores))
 
-    def by_group(self) -> dict[str, Values]:
-        """The confidences of each group by its name, perhaps none."""
-        return by_group(self.scores, self.group, self.names)
-
     @property
     def _pool(self) -> Values:
         pool: Values = self.scores[(self.counts <= self.least)[self.group]]
