@@ -31,16 +31,11 @@ class Thirteen(Channels):
     channels = 13
 
 
+SHOWN = ["--dtype", "float32", "--range", "0,4095", "--shown", "3,2,1"]
 KINDS = {  # network, writes a file, options of fit, type of the program's input
     "DICOM": (Channels, 1, "dcm", ["--dtype", "float32", "--range=-1000,3095"], "float32"),
     "13 channels": (Thirteen, 13, "npy", ["--dtype", "uint16", "--bits", 12], "uint16"),
-    "13 shown": (
-        Thirteen,
-        13,
-        "tif",
-        ["--dtype", "float32", "--range", "0,4095", "--shown", "3,2,1"],
-        "float32",
-    ),
+    "13 shown": (Thirteen, 13, "tif", SHOWN, "float32"),
 }
 
 

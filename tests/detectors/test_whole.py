@@ -67,13 +67,6 @@ def test_equal_images_or_a_failing_calibration_in_fit_change_nothing():
     assert not torch.equal(detector.p_values(IMAGES), before)
 
 
-def test_a_fit_takes_the_place_of_an_earlier_one():
-    detector, other = FuseNorm(Net()).fit(KNOWN), [some_images(50, seed=3)]
-    assert detector.calibrate(CALIBRATION).fit(other) is detector
-    assert torch.equal(detector.score(IMAGES), FuseNorm(Net()).fit(other).score(IMAGES))
-    assert detector.calibration_scores_ is None
-
-
 def test_a_bank_whose_fit_fails_keeps_its_scores():
     bank = ScoreBank(Net(), [Settings()]).fit(KNOWN)
     before = bank.scored(Settings(), KNOWN).conf

@@ -14,7 +14,7 @@ from fusenorm_openood.errors import CheckpointError, DetectorFileError, TapError
 from fusenorm_openood.forward.passes import forward_pass, head_of
 from fusenorm_openood.network.checkpoints import check_classes
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.understanding import find_shares, understand
+from fusenorm_openood.network.understanding import understand
 from tests.nets import CLASSES, Custom, Net, some_images
 
 IMAGES = some_images(40)
@@ -184,14 +184,6 @@ def test_a_head_that_is_initialised_to_zero():
     structure = understand(net, IMAGES)
     assert structure.head.names == ("fc",)
     assert structure.head.shares == (1.0,)
-
-
-def test_shares_are_found_by_least_squares():
-    a, b = torch.randn(2, 4, 6)
-    assert find_shares([a], a / 0.3)[0] == pytest.approx((1 / 0.3,))
-    assert find_shares([a, b], (a + b) / 2) == ((0.5, 0.5), True)
-    assert find_shares([a, b], a + b) == ((1.0, 1.0), True)
-    assert not find_shares([a, b], a * b)[1]
 
 
 # Heads whose logits no layer's weights give

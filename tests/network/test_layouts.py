@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm, atf
-from fusenorm_openood.network.layouts import as_maps, fits, pixels, token_grid
+from fusenorm_openood.network.layouts import as_maps, pixels, token_grid
 from fusenorm_openood.network.structure import read_structure
 from tests.nets import BLOCKS, CLASSES, Foo, Net, energy_detector, outputs_of, some_images
 
@@ -28,14 +28,6 @@ from tests.nets import BLOCKS, CLASSES, Foo, Net, energy_detector, outputs_of, s
 )
 def test_prefix_tokens_leave_a_grid_of_the_images_aspect(tokens, image, prefix):
     assert token_grid(tokens, image)[0] == prefix
-
-
-def test_a_grid_has_the_aspect_of_the_image_up_to_rounding():
-    assert fits(7, 7, (2, 3, 224, 224))
-    assert fits(2, 3, (2, 3, 33, 48))
-    assert fits(8, 1, (2, 3, 128, 16))
-    assert not fits(7, 8, (2, 3, 224, 224))
-    assert not fits(1, 8, (2, 3, 128, 16))
 
 
 @pytest.mark.parametrize("layout", ["BCHW", "BHWC", "BNC", "NBC"])

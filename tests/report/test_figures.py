@@ -72,14 +72,6 @@ def test_labels_are_escaped_and_are_no_formulas(rng):
     assert "&lt;b&gt;$x$" in text
 
 
-def test_two_copies_of_a_drawing_share_no_id(rng):
-    values = rng.normal(size=20)
-    drawing = Figure("a", partial(plots.histograms, {"b": values, "c": values}, threshold=0.0))
-    ids = [re.findall(r' id="([^"]+)"', svg(drawing, name)) for name in ("s1f1", "s1f11")]
-    assert ids[0]
-    assert not set(ids[0]) & set(ids[1])
-
-
 @pytest.mark.parametrize("scale", [1e7, 1e-7])
 def test_an_axis_has_no_factor_beside_it(rng, scale):
     values = scale * (20 + rng.normal(size=50))

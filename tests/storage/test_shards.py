@@ -154,14 +154,6 @@ def test_columns_that_cannot_be_stored_exactly_are_errors(tmp_path, values, mess
     assert [path.name for path in shards.folder.iterdir()] == ["key.json"]
 
 
-def test_of_two_files_of_one_shard_the_first_by_name_is_read(tmp_path):
-    shards = ShardSet(tmp_path, Key({}, "digits", 8, 8))
-    paths = [shards.write(0, {"x": np.full(8, float(value))}) for value in range(6)]
-    first = paths.index(min(paths))
-    assert len(list(shards.folder.glob("*.safetensors"))) == 6
-    assert shards.read(0)["x"].tolist() == [first] * 8
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A complete set, and one of another record with the same rows."""
