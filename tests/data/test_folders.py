@@ -187,7 +187,9 @@ def test_the_root_of_a_file_system(shots):
         assert list(image_paths([f"{root}list.txt"])) == [Url("memory:///top.png")]
 
 
-def test_a_parquet_list_without_paths_is_one_sentence(tmp_path):
+def test_lists_that_are_absent_or_without_paths_are_one_sentence(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        manifest_paths(str(tmp_path / "m.csv"))
     pd.DataFrame({"file": ["a.png"], "label": [3]}).to_parquet(tmp_path / "m.parquet")
     with pytest.raises(
         DataError, match=r"column 'path' of strings \(found: file, label\): add it$"
@@ -230,6 +232,9 @@ def test_lists_of_all_kinds_are_read(tmp_path, name, read):
         ("m.jsonl", b'{"file": "a.png"}\n', "must have a column 'path'"),
         ("m.jsonl", b'{"path": 3}\n', "must have a column 'path'"),
         ("m.tsv", b"path,label\n", "must have a column 'path'"),
+        ("m.parquet", b"PAR1", "must have a column 'path'"),
+        ("m.txt", b"\n\n", "lists no files"),
+        ("m.txt", b"\xff\xfe", "must be in UTF-8"),
     ],
 )
 def test_other_lists_are_refused_by_name(tmp_path, name, content, message):

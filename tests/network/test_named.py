@@ -106,19 +106,10 @@ def test_a_missing_timm_is_an_error_that_says_how_to_install_it(monkeypatch):
         build_network("timm:resnet18")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: {k: v for k, v in s.items() if "out" not in k}, "module.out.weight' is missing"),
-        (lambda s: {**s, "more": torch.ones(2)}, "key 'more' is unexpected"),
-        (
-            lambda s: {**s, "model.module.stem.0.weight": torch.ones(4, 3, 5, 5)},
-            "'model.module.stem.0.weight' must be [4, 3, 3, 3], got [4, 3, 5, 5]",
-        ),
-    ],
-)  # fmt: skip
-def test_a_checkpoint_that_does_not_fit_is_an_error_with_the_first_key(change, message, tmp_path):
-    torch.save(change(Own(5).state_dict()), tmp_path / "net.pt")
+def test_a_checkpoint_that_does_not_fit_is_an_error_with_the_first_key(tmp_path):
+    state = {**Own(5).state_dict(), "model.module.stem.0.weight": torch.ones(4, 3, 5, 5)}
+    torch.save(state, tmp_path / "net.pt")
+    message = "'model.module.stem.0.weight' must be [4, 3, 3, 3], got [4, 3, 5, 5]"
     with pytest.raises(CheckpointError, match=re.escape(message)) as error:
         load_network(tmp_path / "net.pt", 5, network=f"{OWN}:Own")
     assert f"net.pt does not fit the network {OWN}:Own" in str(error.value)
