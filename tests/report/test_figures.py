@@ -13,8 +13,7 @@ from sklearn.datasets import load_sample_image
 
 from fusenorm_openood import ood_metrics
 from fusenorm_openood.report import plots
-from fusenorm_openood.report.files import PICTURES
-from fusenorm_openood.report.gallery import SIDE, data_uri, thumbnail, thumbnails, varied
+from fusenorm_openood.report.gallery import PICTURES, SIDE, data_uri, thumbnail, thumbnails, varied
 from fusenorm_openood.report.page import SMALL, Figure, svg
 from fusenorm_openood.report.plots import POINTS, bin_edges, mean_roc, overlaid, where
 
