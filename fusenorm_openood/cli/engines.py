@@ -133,11 +133,8 @@ def find_engine(job: Job, requested: str = "auto") -> str:
     """The engine for a job, `native` or `openood`.
 
     `auto` selects OpenOOD's evaluator for FuseNorm, if it supports the job, and for postprocessors
-    that the native engine does not have.
-
-    Raises:
-        ConfigError: the requested engine does not support the job.
-        OpenOODError: OpenOOD was requested and is missing or broken.
+    that the native engine does not have. ConfigError if the requested engine does not support the
+    job, OpenOODError if OpenOOD was requested and is missing or broken.
     """
     reason = _unsupported_by_openood(job, requested) if requested != "native" else None
     name, ours = job.postprocessor, ", ".join(NATIVE)

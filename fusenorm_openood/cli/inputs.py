@@ -29,9 +29,8 @@ def check_files(
 ) -> dict[str, dict[str, Path]]:
     """The checkpoints of the training runs under each root, after a check that no file is missing.
 
-    Raises:
-        DataError, CheckpointError: files are missing, all listed in one message.
-        DataError: a label of an ID image that is no class of the benchmark.
+    DataError or CheckpointError if files are missing, all listed in one message; DataError for a
+    label of an ID image that is no class of the benchmark.
     """
     image_sets, checkpoints = list(image_sets), {}
     missing = benchmark.missing(image_sets)
@@ -106,10 +105,8 @@ def load_detector(
 
     A file may come from others, so that it names no code: of the network in it only the name of an
     architecture of torchvision or timm is followed, and a path of weights on this machine.
-
-    Raises:
-        DetectorFileError: a file that cannot be read, or another network.
-        CheckpointError, ConfigError: a network that cannot be loaded, or that must be given.
+    DetectorFileError for a file that cannot be read, or another network; CheckpointError or
+    ConfigError for a network that cannot be loaded, or that must be given.
     """
     on, source = own_device(device), read_source(Path(file))
     if network is None and source.network is not None and not is_catalogued(source.network):

@@ -122,9 +122,8 @@ def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 def _rows(name: str, column: str | None) -> Iterator[Row]:
     """The rows of a file, or of standard input, with their groups in a column.
 
-    Raises:
-        DataError: the file cannot be read, or a row has no confidence and no error, or no group.
-        NonFiniteError: a confidence that is not finite.
+    DataError if the file cannot be read, or a row has no confidence and no error, or no group;
+    NonFiniteError for a confidence that is not finite.
     """
     for number, row in enumerate(_named(name), 1):
         text = row.get("confidence")

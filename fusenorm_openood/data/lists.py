@@ -57,9 +57,7 @@ def read_imagelist(path: Path) -> list[Entry]:
 class ImageList(Dataset[dict[str, Any]]):
     """The images of a list, in OpenOOD's format: `{"data": [3, H, W], "label": int}`.
 
-    Raises:
-        DataError: see `read_imagelist`; on access to an image, also a file that is missing or
-            cannot be read.
+    DataError as of `read_imagelist`, and on access to an image that is missing or cannot be read.
     """
 
     def __init__(self, path: Path, data_dir: Path, transform: Transform) -> None:

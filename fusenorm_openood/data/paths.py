@@ -237,11 +237,8 @@ def manifest_paths(given: str) -> Places:
 
     Both are paths or URLs. A Parquet, CSV, TSV or JSON Lines file lists files in its column `path`,
     any other one in its lines, perhaps with labels; all may be compressed (.gz, .bz2, .xz).
-    Relative paths start at the manifest's folder.
-
-    Raises:
-        DataError: a manifest that is missing, cannot be read, or lists nothing.
-        ConfigError: a Parquet file without pyarrow.
+    Relative paths start at the manifest's folder. DataError for a manifest that is missing, cannot
+    be read, or lists nothing; ConfigError for a Parquet file without pyarrow.
     """
     path = place(given)
     with os_errors(DataError, f"pattern {given} cannot be read", "check it"):

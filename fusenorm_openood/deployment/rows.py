@@ -151,9 +151,8 @@ def is_parquet(path: Path) -> bool:
 def read_rows(path: Path) -> Iterator[Judged]:
     """The rows of a file that `RowFile` wrote, one after another.
 
-    Raises:
-        ConfigError: a Parquet file, and pyarrow is not installed.
-        DataError: the file cannot be read, has other columns, or a malformed row.
+    ConfigError for a Parquet file without pyarrow; DataError if the file cannot be read, has other
+    columns, or a malformed row.
     """
     what, way_out = f"{path} cannot be read", "give a file that fusenorm score wrote"
     with os_errors(DataError, what, way_out, UnicodeDecodeError, csv.Error):

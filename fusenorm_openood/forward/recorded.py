@@ -21,13 +21,7 @@ from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method.scores.base import Features
 from fusenorm_openood.network.running import network_errors
 from fusenorm_openood.storage.shards import Columns, Key
-from fusenorm_openood.storage.stored import (
-    Batches,
-    StoredScores,
-    Take,
-    row_batches,
-    shard_batches,
-)
+from fusenorm_openood.storage.stored import Batches, StoredScores, Take, row_batches, shard_batches
 from fusenorm_openood.storage.torchrun import this_process
 
 SHARD = 1000  # images

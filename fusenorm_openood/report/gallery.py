@@ -128,10 +128,7 @@ def _card(image: Shown, picture: Image.Image, why: Explanation | None, number: i
 
 
 def thumbnail(
-    image: Tensor,
-    norm: Normalization,
-    channels: Sequence[int] | None = None,
-    side: int = SIDE,
+    image: Tensor, norm: Normalization, channels: Sequence[int] | None = None, side: int = SIDE
 ) -> Image.Image:
     """A small picture of a normalised tensor `[C, H, W]`; see `Preprocessing.shown`."""
     mean, std = (torch.tensor(v, dtype=torch.float32, device="cpu").view(-1, 1, 1) for v in norm)

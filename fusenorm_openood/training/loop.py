@@ -304,10 +304,9 @@ def save_progress(path: Path, net: nn.Module, optimiser: SGD, done: Progress) ->
 def resume(path: Path, net: nn.Module, optimiser: SGD) -> Progress:
     """Restore network and optimiser from an interrupted run, if there is one.
 
-    Raises:
-        DamagedFileError: the file is damaged.
-        CheckpointError: the file cannot be opened, or holds no run of this network. Other errors,
-            such as running out of memory, are passed on, since the file is intact.
+    DamagedFileError if the file is damaged, CheckpointError if it cannot be opened, or holds no run
+    of this network. Other errors, such as running out of memory, are passed on, since the file is
+    intact.
     """
     if not path.is_file():
         return Progress()

@@ -1,4 +1,7 @@
-"""RMDS: Ren et al., "A simple fix to Mahalanobis distance for near-OOD detection", 2021."""
+"""RMDS: Ren et al., "A simple fix to Mahalanobis distance for near-OOD detection", 2021.
+
+RMDS++: Mueller and Hein, "Mahalanobis++", ICML 2025.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -46,3 +49,16 @@ class RMDS(Mahalanobis):
         own = labels.new_zeros(len(white))
         distances = left_out(white, centre, own, growth, 1 / images).squeeze(1)
         return super().score_fit(batch, head, state, labels) + distances
+
+
+@dataclass(frozen=True)
+class RMDSPlusPlus(RMDS):
+    """`rmds` of the L2-normalised feature, with the covariances of `mds++`.
+
+    >>> RMDSPlusPlus.normalised, RMDS.normalised
+    (True, False)
+    """
+
+    name = "rmds++"
+    title = "RMDS++"
+    normalised = True

@@ -63,10 +63,7 @@ class ViM(Score):
         if self.share is not None:
             explained = values.flip(0).clamp_min(0).cumsum(dim=0)
             dim = int((explained <= self.share * explained[-1]).sum())
-        state = {
-            "origin": origin.float(),
-            "residual": vectors[:, : len(values) - dim].float(),
-        }
+        state = {"origin": origin.float(), "residual": vectors[:, : len(values) - dim].float()}
         length = _residual(feature, state).mean(dtype=torch.float64)
         # Residuals that are rounding errors must not become a scale.
         smallest = base.ROUNDING * feature.norm(dim=1).mean(dtype=torch.float64)
