@@ -12,8 +12,7 @@ import pandas as pd
 from fusenorm_openood.cli import inputs, options
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.detectors.configuration import read_fusenorm
-from fusenorm_openood.evaluation.comparison import Comparison, compare
-from fusenorm_openood.evaluation.evaluation import check_fsood, mean, summarise
+from fusenorm_openood.evaluation import comparison, evaluation
 from fusenorm_openood.evaluation.runs import Run, load_runs
 from fusenorm_openood.kernels.devices import own_device
 from fusenorm_openood.report.evaluation import report_of_comparison
@@ -41,7 +40,7 @@ def run_compare(args: Namespace) -> int:
     """Print, for each root, AUROC and FPR@95 of every method, the mean over the root's runs."""
     leads, device = this_process().leads, own_device(args.device)
     benchmark = load_benchmark(args.id_data, args.data_root, args.normalization)
-    check_fsood(benchmark, args.fsood)
+    evaluation.check_fsood(benchmark, args.fsood)
     config = read_config(args.config or config_root() / "postprocessors" / "fusenorm.yml")
     sweep = read_fusenorm(config).sweep if args.search or args.config else None
     if args.csv and leads:
@@ -59,20 +58,20 @@ def run_compare(args: Namespace) -> int:
     for label, found in zip(labels(list(checkpoints)), checkpoints.values(), strict=True):
         roots[label] = load_runs(found, benchmark.num_classes, args.network, *loading, **how)
     figures: dict[str, pd.DataFrame] = {}
-    compared: dict[str, list[Comparison]] = {}
+    compared: dict[str, list[comparison.Comparison]] = {}
     for label, runs in roots.items():
         results = compared[label] = []
         for run in runs.values():
             run.net.to(device)
             progress = not args.no_progress
-            result = compare(run.net, benchmark, sweep, args.fsood, run.load, progress)
+            result = comparison.compare(run.net, benchmark, sweep, args.fsood, run.load, progress)
             results.append(result if args.report else result._replace(id_conf={}, ood_conf={}))
             run.net.cpu()
             if leads:
                 run.save(result.structure)
         inputs.log_throughput(runs)
-        fpr95 = mean([result.fpr95 for result in results]).add_suffix(" FPR@95")
-        figures[label] = mean([result.auroc for result in results]).join(fpr95)
+        fpr95 = evaluation.mean([result.fpr95 for result in results]).add_suffix(" FPR@95")
+        figures[label] = evaluation.mean([result.auroc for result in results]).join(fpr95)
         if args.csv and leads:
             text = pd.concat(figures, names=["root", "method"]).to_csv(
                 float_format="%.4f", lineterminator="\n"
@@ -84,7 +83,7 @@ def run_compare(args: Namespace) -> int:
         tables = [table[["nearood", "farood"]] for table in figures.values()]
         # T2FNorm's networks have another MSP.
         common = [row for row in tables[0].index if all(row in table.index for table in tables)]
-        print(fitting(summarise([table.loc[common] for table in tables])))
+        print(fitting(evaluation.summarise([table.loc[common] for table in tables])))
     if args.report and leads:
         count = sum(map(len, compared.values()))
         facts = (("roots", ", ".join(args.root)), ("training runs", str(count)))
@@ -94,7 +93,7 @@ def run_compare(args: Namespace) -> int:
     return 0
 
 
-def _print_root(label: str, id_data: str, results: Sequence[Comparison]) -> None:
+def _print_root(label: str, id_data: str, results: Sequence[comparison.Comparison]) -> None:
     for number, result in enumerate(results):
         for name, found in result.found.items():
             varied = found.trials.columns.drop(["AUROC", "unusable"])
@@ -109,7 +108,7 @@ def _print_root(label: str, id_data: str, results: Sequence[Comparison]) -> None
         print("with 95 % bootstrap intervals of the gain in AUROC over the best single expert:")
         print(fitting(result.summary), flush=True)
     over = f", mean ± std over {len(results)} runs" * (len(results) > 1)
-    table = summarise([r.auroc for r in results]) if over else results[0].auroc
+    table = evaluation.summarise([r.auroc for r in results]) if over else results[0].auroc
     print(f"\n{label}, {id_data}{over}, AUROC in percent:")
     print(fitting(table), flush=True)
 

@@ -16,14 +16,12 @@ from fusenorm_openood.cli.engines import Job, evaluate_run, find_engine, read_po
 from fusenorm_openood.cli.train import ensure_digits
 from fusenorm_openood.data.benchmarks import load_benchmark
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError, TapError
-from fusenorm_openood.evaluation.evaluation import check_fsood, summarise
-from fusenorm_openood.evaluation.leaderboard import leaderboard_entry
+from fusenorm_openood.evaluation import evaluation, leaderboard
 from fusenorm_openood.evaluation.runs import Run, find_checkpoints, load_runs, results_folder
 from fusenorm_openood.kernels.devices import own_device
 from fusenorm_openood.report.evaluation import report_of_evaluation
 from fusenorm_openood.report.page import check_report, write_report
-from fusenorm_openood.storage.files import check_writable, write_whole
-from fusenorm_openood.storage.torchrun import among_peers, this_process
+from fusenorm_openood.storage import files, torchrun
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +45,14 @@ def add_eval(parser: ArgumentParser) -> None:
     options.add(parser, "--store", *options.COMPUTING)
 
 
-@among_peers()
+@torchrun.among_peers()
 def run_eval(args: Namespace) -> int:
     """Check all inputs, then evaluate one run after another and print the table."""
-    leads, device = this_process().leads, own_device(args.device)
+    leads, device = torchrun.this_process().leads, own_device(args.device)
     benchmark = load_benchmark(args.id_data, args.data_root, args.normalization)
     if args.validation and args.fsood:
         raise ConfigError("--validation and --fsood cannot be combined: leave one out")
-    check_fsood(benchmark, args.fsood)
+    evaluation.check_fsood(benchmark, args.fsood)
     aps_mode = {None: False, "pair": True}.get(args.aps, args.aps)
     output = results_folder(args.root, args.output_dir)
     job = Job(
@@ -69,7 +67,7 @@ def run_eval(args: Namespace) -> int:
     )
     job.check()
     if leads and (args.save_csv or args.save_score):
-        check_writable(output, "--output-dir")
+        files.check_writable(output, "--output-dir")
     if args.report:
         check_report(args.report)
     if args.id_data == "digits":
@@ -104,18 +102,18 @@ def run_eval(args: Namespace) -> int:
         if leads and args.save_score and not args.validation:
             scores = pickle.dumps(result.scores, pickle.HIGHEST_PROTOCOL)
             path = output / run_name / "scores" / f"{name}.pkl"
-            write_whole(path, partial(Path.write_bytes, data=scores))
+            files.write_whole(path, partial(Path.write_bytes, data=scores))
         if args.compare:
             print(f"\nAUROC / FPR@95, run {run_name or args.root}:")
             print(result.compare.to_string(justify="right"))
-    table = summarise(tables)
+    table = evaluation.summarise(tables)
     print(f"\n{name}, {args.id_data}, {len(runs)} run(s), mean ± std in percent:")
     print(table.to_string(justify="right"))
     if args.save_csv:
         folder = "val" if args.validation else "fsood" if args.fsood else "ood"
         path = output / folder / f"{name}.csv"
         if leads:
-            write_whole(path, partial(table.to_csv, lineterminator="\n"))
+            files.write_whole(path, partial(table.to_csv, lineterminator="\n"))
         print(f"saved {path}")
     inputs.log_throughput(runs)
     if args.report and leads and first:
@@ -153,7 +151,7 @@ def run_leaderboard(args: Namespace) -> int:
     """Print the entry in Markdown, from the CSV and the checkpoints of a root."""
     name = args.postprocessor or "fusenorm"
     benchmark = load_benchmark(args.id_data, args.data_root)
-    check_fsood(benchmark, args.fsood)
+    evaluation.check_fsood(benchmark, args.fsood)
     checkpoints = find_checkpoints(args.root)
     folder = results_folder(args.root, args.output_dir) / ("fsood" if args.fsood else "ood")
     results = folder / f"{name}.csv"
@@ -168,5 +166,5 @@ def run_leaderboard(args: Namespace) -> int:
             f"{results} does not exist{contents}: create it with '{shlex.join(command)}'"
         )
     runs = load_runs(checkpoints, benchmark.num_classes)
-    print(leaderboard_entry(name, benchmark, args.fsood, runs, results))
+    print(leaderboard.leaderboard_entry(name, benchmark, args.fsood, runs, results))
     return 0

@@ -3,8 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fusenorm_openood.cli import options
-from fusenorm_openood.cli.inputs import load_detector, of_detector
+from fusenorm_openood.cli import inputs, options
 from fusenorm_openood.data.paths import each_page, image_paths
 from fusenorm_openood.export.recalibrate import recalibrate
 
@@ -22,7 +21,7 @@ def add_export(parser: ArgumentParser) -> None:
 
 def run_export(args: Namespace) -> int:
     """Write the program, and say how much its confidences differ from PyTorch's."""
-    detector = load_detector(*of_detector(args))
+    detector = inputs.load_detector(*inputs.of_detector(args))
     exported = detector.export(args.output, args.dtype, args.acceptance, target=args.target)
     print(f"exported {args.output}: {', '.join(exported.outputs)}")
     if exported.max_rank is not None:

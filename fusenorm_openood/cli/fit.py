@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fusenorm_openood.cli import options
-from fusenorm_openood.cli.engines import read_postprocessor
-from fusenorm_openood.cli.inputs import load_detector, load_or_build, of_detector, store_of
+from fusenorm_openood.cli import engines, inputs, options
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.paths import each_page, image_paths, is_hidden
 from fusenorm_openood.data.preprocessing import Normalization, Preprocessing
@@ -65,8 +63,8 @@ def add_fit(parser: ArgumentParser) -> None:
 def run_fit(args: Namespace) -> int:
     """Fit on the ID images, calibrate on the others, save."""
     device, progress = own_device(args.device), not args.no_progress
-    store = store_of(args.store)
-    settings = read_fusenorm(read_postprocessor(None, args.config, args.set)).settings
+    store = inputs.store_of(args.store)
+    settings = read_fusenorm(engines.read_postprocessor(None, args.config, args.set)).settings
     given_paths = image_paths(args.id_dir), image_paths(args.calibration_dir or ())
     id_paths, other_paths = (each_page(paths, args.pages) for paths in given_paths)
     _check_output(args.output)
@@ -76,7 +74,7 @@ def run_fit(args: Namespace) -> int:
     if other_paths:
         check_enough(len(other_paths), ACCEPTANCE)
         check_apart(id_paths, other_paths)
-    net = load_or_build(args.network, args.weights, args.image_size, args.weights_by_order)
+    net = inputs.load_or_build(args.network, args.weights, args.image_size, args.weights_by_order)
     given = {name: getattr(args, name) for name in ("bits", "dtype", "range", "shown")}
     sizes = args.image_size, args.resize, args.normalization
     preprocessing = preprocessing_of(net, *sizes, **given)
@@ -112,10 +110,10 @@ def add_calibrate(parser: ArgumentParser) -> None:
 @among_peers()
 def run_calibrate(args: Namespace) -> int:
     """Calibrate the detector of a file on other images, save it."""
-    store = store_of(args.store)
+    store = inputs.store_of(args.store)
     paths = each_page(image_paths(args.calibration_dir), args.pages)
     _check_output(args.output)
-    detector = load_detector(*of_detector(args))
+    detector = inputs.load_detector(*inputs.of_detector(args))
     known, by = detector.calibration_, args.calibrate_by
     if known is not None:
         by, args.least = by or known.by, args.least or known.least

@@ -15,8 +15,7 @@ from fusenorm_openood.detectors.saving import read_source
 from fusenorm_openood.errors import CheckpointError, ConfigError, DataError
 from fusenorm_openood.evaluation.runs import Run, find_checkpoints, find_faults
 from fusenorm_openood.kernels.devices import own_device
-from fusenorm_openood.network import build_network, load_network
-from fusenorm_openood.network.named import is_catalogued
+from fusenorm_openood.network import build_network, load_network, named
 from fusenorm_openood.storage.torchrun import this_process
 
 log = logging.getLogger(__name__)
@@ -109,7 +108,7 @@ def load_detector(
     ConfigError for a network that cannot be loaded, or that must be given.
     """
     on, source = own_device(device), read_source(Path(file))
-    if network is None and source.network is not None and not is_catalogued(source.network):
+    if network is None and source.network is not None and not named.is_catalogued(source.network):
         raise ConfigError(
             f"detector file {file} names the network {source.network!r}, and no file is trusted "
             "to name code: if you trust it yourself, give it with --network"

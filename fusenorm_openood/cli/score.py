@@ -12,8 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fusenorm_openood.cli import options
-from fusenorm_openood.cli.inputs import load_detector, of_detector, store_of
+from fusenorm_openood.cli import inputs, options
 from fusenorm_openood.data.paths import each_page, image_paths, manifest_paths
 from fusenorm_openood.deployment.files import FileShards, Judged, judge_files
 from fusenorm_openood.deployment.ray import cluster, score_with_actors
@@ -73,11 +72,11 @@ def run_score(args: Namespace) -> int:
     process, throughput = this_process(), Throughput()
     if args.report:
         check_report(args.report)
-    store_of(args.store)
+    inputs.store_of(args.store)
     _check_options(args, process.world)
     if args.csv and process.leads and Path(args.csv).absolute().parent.is_dir():
         check_file(Path(args.csv), "--csv", ".csv", ".tsv", ".parquet")
-    load = partial(load_detector, *of_detector(args))
+    load = partial(inputs.load_detector, *inputs.of_detector(args))
     detector = load()
     known = detector.calibration_
     if known is None and args.fdr is not None:
@@ -203,7 +202,7 @@ def add_report(parser: ArgumentParser) -> None:
 def run_report(args: Namespace) -> int:
     """Read the rows, score the images of the gallery again, write the page."""
     check_report(args.output, "--output")
-    detector = load_detector(*of_detector(args))
+    detector = inputs.load_detector(*inputs.of_detector(args))
     _write_page(args.output, detector, args.detector, Path(args.csv), args.acceptance)
     print(f"saved {args.output}")
     return 0

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from fusenorm_openood.cli import options
 from fusenorm_openood.errors import ConfigError, TapError
 from fusenorm_openood.forward.taps import first_of_last_stage, kind_of
-from fusenorm_openood.network import build_network, load_network
-from fusenorm_openood.network.running import unwrapped
+from fusenorm_openood.network import build_network, load_network, running, understanding
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.understanding import understand
 
 _LINES = 40  # of the summary
 
@@ -43,7 +41,7 @@ def run_taps(args: Namespace) -> int:
     lines = [f"{type(net).__name__}, images {list(images.shape[1:])}", *_summary(structure), ""]
     lines.append("    module, class, layout, output shape for one image; * = layer by default")
     lines += [
-        f"  {'*' if name in blocks else ' '} {name}, {kind_of(unwrapped(net), name)}, "
+        f"  {'*' if name in blocks else ' '} {name}, {kind_of(running.unwrapped(net), name)}, "
         f"{layouts[name]}, {list(structure.shapes[name][1:])}"
         for name in layouts
         if args.all or name in blocks
@@ -98,10 +96,10 @@ def _understood(net: nn.Module, size: int | None) -> tuple[Structure, Tensor]:
     """The structure of a network, and two images that it takes."""
     generator = torch.Generator().manual_seed(0)
     error: Exception | None = None
-    for shape in _likely_shapes(unwrapped(net), size):
+    for shape in _likely_shapes(running.unwrapped(net), size):
         images = torch.randn((2, *shape), generator=generator, dtype=torch.float32, device="cpu")
         try:
-            return understand(net, images), images
+            return understanding.understand(net, images), images
         except TapError as failed:
             if size:
                 raise

@@ -3,16 +3,13 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fusenorm_openood.cli import options
-from fusenorm_openood.cli.inputs import check_files, check_readable
-from fusenorm_openood.data.benchmarks import load_benchmark
-from fusenorm_openood.data.digits import write_digits
+from fusenorm_openood.cli import inputs, options
+from fusenorm_openood.data import benchmarks, digits
 from fusenorm_openood.errors import CheckpointError
 from fusenorm_openood.evaluation.runs import find_checkpoints
 from fusenorm_openood.kernels.devices import find_device
 from fusenorm_openood.storage.files import alone_in, check_writable
-from fusenorm_openood.training.loop import processes, train, train_digits, wait
-from fusenorm_openood.training.recipes import METHODS, find_recipe
+from fusenorm_openood.training import loop, recipes
 
 
 def add_train(parser: ArgumentParser) -> None:
@@ -35,22 +32,22 @@ def run_train(args: Namespace) -> int:
     given = {name: getattr(args, name) for name in ("epochs", "lr", "tau", "batch_size")}
     changes = {name: value for name, value in given.items() if value is not None}
     changes |= {"method": args.method, "seed": args.seed, "amp": bool(args.amp), "init": args.init}
-    recipe = find_recipe(args.id_data, **changes)
-    benchmark = load_benchmark(args.id_data, args.data_root)
+    recipe = recipes.find_recipe(args.id_data, **changes)
+    benchmark = benchmarks.load_benchmark(args.id_data, args.data_root)
     folder, device = Path(args.results_dir) / recipe.run_name, find_device(args.device)
     check_writable(folder, "--results-dir")
-    with processes(device) as process:
+    with loop.processes(device) as process:
         if args.id_data == "digits":
             if process.leads:
-                write_digits(args.data_root)
-            wait(process)
+                digits.write_digits(args.data_root)
+            loop.wait(process)
         image_sets = [benchmark.id["train"], benchmark.id["val"]]
-        check_files(benchmark, image_sets)
+        inputs.check_files(benchmark, image_sets)
         if process.leads:
-            check_readable(image_sets)
+            inputs.check_readable(image_sets)
             print(f"training {folder} on {device}", flush=True)
         how = device, args.num_workers, args.channels_last, not args.no_progress, process
-        best = train(recipe, benchmark, folder, *how)
+        best = loop.train(recipe, benchmark, folder, *how)
         if process.leads:
             print(f"network: {best}")
     return 0
@@ -67,7 +64,7 @@ def run_digits(args: Namespace) -> int:
     """Write the images and train the network where they are missing; print the checkpoint."""
     root = Path(args.root or Path("results", _root_of("base")))
     check_writable(root, "--root")
-    best = train_digits(args.data_root, root, args.seed, progress=not args.no_progress)
+    best = loop.train_digits(args.data_root, root, args.seed, progress=not args.no_progress)
     print(f"network: {best}")
     return 0
 
@@ -83,16 +80,16 @@ def ensure_digits(data_root: str, root: str | None, progress: bool = False) -> N
             try:
                 find_checkpoints(root)
             except CheckpointError as error:
-                methods, name = {_root_of(m): m for m in METHODS}, Path(root).resolve().name
+                methods, name = {_root_of(m): m for m in recipes.METHODS}, Path(root).resolve().name
                 if name not in methods:
                     raise CheckpointError(
                         f"{error}; a network for the digits is trained for --root "
                         f"{' or '.join(f'results/{name}' for name in methods)}"
                     ) from None
                 check_writable(Path(root), "--root")
-                train_digits(data_root, root, method=methods[name], progress=progress)
-        write_digits(data_root)
+                loop.train_digits(data_root, root, method=methods[name], progress=progress)
+        digits.write_digits(data_root)
 
 
 def _root_of(method: str) -> str:
-    return find_recipe("digits", method=method).run_name.partition("/")[0]
+    return recipes.find_recipe("digits", method=method).run_name.partition("/")[0]

@@ -20,8 +20,7 @@ from pathlib import Path, PurePath
 
 from PIL import Image
 
-from fusenorm_openood.data.images import OTHERS, formats
-from fusenorm_openood.data.pixels import pages_of
+from fusenorm_openood.data import images, pixels
 from fusenorm_openood.errors import DataError, os_errors
 from fusenorm_openood.storage.files import import_parquet
 from fusenorm_openood.storage.urls import Place, Places, Url, is_pattern, place
@@ -54,7 +53,7 @@ def each_page(paths: Places, pages: str) -> Places:
     """The files, or with `pages` = `all` a place for each of their pages or frames."""
     if pages != "all":
         return paths
-    return Places(page for path in paths for page in pages_of(path))
+    return Places(page for path in paths for page in pixels.pages_of(path))
 
 
 def _paths(argument: str, walk: "Walk") -> Iterator[Place]:
@@ -187,10 +186,10 @@ def is_hidden(name: str) -> bool:
 
 def is_image_name(name: str) -> bool:
     """Whether a file's name has the ending of an image format that can be read."""
-    formats()
+    images.formats()
     suffix = PurePath(name).suffix.lower()
-    if suffix in OTHERS:
-        return find_spec(OTHERS[suffix]) is not None
+    if suffix in images.OTHERS:
+        return find_spec(images.OTHERS[suffix]) is not None
     return Image.EXTENSION.get(suffix) in Image.OPEN
 
 

@@ -17,8 +17,7 @@ from fusenorm_openood.data.images import reading
 from fusenorm_openood.data.pixels import read_bands
 from fusenorm_openood.errors import ConfigError, DataError, numbers, whole
 from fusenorm_openood.method.validation import Rule, among, check_fields, checked
-from fusenorm_openood.storage.configs import typed
-from fusenorm_openood.storage.urls import Place, place
+from fusenorm_openood.storage import configs, urls
 
 Transform = Callable[[Image.Image], Tensor]
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
@@ -204,18 +203,18 @@ class Preprocessing:
         """
         return self._normalised(self._pixels(image, "the image"))
 
-    def read(self, path: str | Place) -> Tensor:
+    def read(self, path: str | urls.Place) -> Tensor:
         """The tensor `[C, H, W]` of an image file or URL; DataError as for a PIL image."""
         return self._normalised(self.pixels(path))
 
-    def pixels(self, path: str | Place) -> Tensor:
+    def pixels(self, path: str | urls.Place) -> Tensor:
         """The image of a file or URL as an exported program takes it: `[C, H, W]` within `span`.
 
         In uint8, or in float32 for the other types. DataError as for a PIL image.
         """
-        return self._pixels(place(path), f"image {path}")
+        return self._pixels(urls.place(path), f"image {path}")
 
-    def _pixels(self, given: Place | Image.Image, name: str) -> Tensor:
+    def _pixels(self, given: urls.Place | Image.Image, name: str) -> Tensor:
         with reading(name):
             bands = read_bands(given, self)  # copies, which are turned upright themselves
             for band in bands:
@@ -269,7 +268,7 @@ class Preprocessing:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Preprocessing":
         """The preprocessing that `to_json` gave; ConfigError if it is something else."""
-        return typed(cls, record, "preprocessing")
+        return configs.typed(cls, record, "preprocessing")
 
     @classmethod
     def of(cls, net: nn.Module, size: int | None = None) -> "Preprocessing | None":

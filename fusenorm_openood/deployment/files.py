@@ -19,8 +19,7 @@ from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.statistics import packed
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError
 from fusenorm_openood.forward.batches import Throughput
-from fusenorm_openood.method.calibration import PREDICTED
-from fusenorm_openood.method.conformal import rejects
+from fusenorm_openood.method import calibration, conformal
 from fusenorm_openood.network.fingerprint import identify
 from fusenorm_openood.storage.files import manifest
 from fusenorm_openood.storage.shards import Columns, Key, ShardSet
@@ -111,7 +110,7 @@ def judge_files(
 def _image_files(detector: FuseNorm, paths: Sequence[Place]) -> ImageFiles:
     """The files, to be judged; errors as in `judge_files`."""
     by = None if detector.calibration_ is None else detector.calibration_.by
-    if by not in (None, PREDICTED):
+    if by not in (None, calibration.PREDICTED):
         raise ConfigError(
             f"the calibration images are grouped by {by}, which image files do not give: calibrate "
             "by predicted class, or without groups"
@@ -175,7 +174,7 @@ def judged(
     names = [str(k) if detector.class_names is None else detector.class_names[k] for k in pred]
     p = ood = [None] * len(pred)
     if why.p_values is not None:
-        p, ood = why.p_values.tolist(), rejects(why.p_values, acceptance).tolist()
+        p, ood = why.p_values.tolist(), conformal.rejects(why.p_values, acceptance).tolist()
     if "ood" in columns:  # at an acceptance of its own
         ood = columns["ood"][whole].tolist()
     known = zip(names, conf, p, ood, why.objected, strict=True)

@@ -12,9 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from fusenorm_openood.data.benchmarks import Benchmark, image_loader
+from fusenorm_openood.detectors import pseudo, search
 from fusenorm_openood.detectors.bank import ScoreBank
-from fusenorm_openood.detectors.pseudo import pseudo_ood
-from fusenorm_openood.detectors.search import Found, choose, swept
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.evaluation.evaluation import with_means
 from fusenorm_openood.evaluation.runs import Loader
@@ -50,7 +49,7 @@ class Comparison(NamedTuple):
     auroc: pd.DataFrame  # one row per method, one column per data set and mean
     fpr95: pd.DataFrame
     summary: pd.DataFrame
-    found: dict[str, Found]  # results of the searches, by row
+    found: dict[str, search.Found]  # results of the searches, by row
     id_conf: dict[str, Values]  # of the ID test images, by method
     ood_conf: dict[str, dict[str, dict[str, Values]]]  # by group, data set and method
     structure: Structure  # of the network
@@ -87,7 +86,7 @@ def compare(
         singles = {name: score for name, score in singles.items() if not score.needs_gradient}
         fused = {n: s for n, s in fused.items() if not s.score("output").needs_gradient}
     id_val = load(benchmark.id["val"])
-    tried = swept(Settings(), sweep) if sweep else []
+    tried = search.swept(Settings(), sweep) if sweep else []
     with_peers = find_spec("pytorch_ood") is not None
     bank = ScoreBank(net, [*fused.values(), *tried], singles.values(), with_peers)
     bank.fit(id_val, progress)
@@ -95,11 +94,11 @@ def compare(
     found = {}
     if sweep:
         on: dict[str, Sequence[Iterable[Any]]]
-        on = {"validation pair": [load(benchmark.val_ood)], "pseudo-OOD": pseudo_ood(id_val)}
+        on = {"validation pair": [load(benchmark.val_ood)], "pseudo-OOD": pseudo.pseudo_ood(id_val)}
         for name, loaders in on.items():
             for images in loaders:
                 bank.add(images, progress)
-            found[f"FuseNorm (searched, {name})"] = choose(bank, Settings(), sweep, loaders)
+            found[f"FuseNorm (searched, {name})"] = search.choose(bank, Settings(), sweep, loaders)
         fused |= {name: result.settings for name, result in found.items()}
         bank = bank.narrowed(fused.values(), singles.values())
     statistics = bank.statistics(fused[DEFAULT])

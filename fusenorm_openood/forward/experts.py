@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError
-from fusenorm_openood.forward import passes
-from fusenorm_openood.forward.gradient import gradients_of_images
+from fusenorm_openood.forward import gradient, passes
 from fusenorm_openood.forward.passes import ForwardPass, Thinning, forward_pass
 from fusenorm_openood.method.atf import FeatureNorm, atf_each
 from fusenorm_openood.method.scores.base import NO_HEAD, Features, Head, Score, State
@@ -272,7 +271,7 @@ class Scoring:
             return first, self._perturbed(leaf, first)
 
         split = passes.parts(images, self.structure.batch_dependent, with_graph=True)
-        done = [gradients_of_images(self.net, part, differentiate) for part in split]
+        done = [gradient.gradients_of_images(self.net, part, differentiate) for part in split]
         perturbed = {score: torch.cat([of[score] for _, of in done]) for score in done[0][1]}
         return ForwardPass.joined([first for first, _ in done]), perturbed
 

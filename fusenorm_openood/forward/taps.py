@@ -7,8 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import TapError, unknown, warn
-from fusenorm_openood.network.graph import INPUT
-from fusenorm_openood.network.running import unwrapped
+from fusenorm_openood.network import graph, running
 from fusenorm_openood.network.structure import Structure, read_structure
 
 
@@ -31,9 +30,9 @@ def check_taps(net: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
                 f"taps must be 'blocks', 'stages' or a list of module names, got {taps!r}"
             )
         return ()
-    modules = {name for name, _ in unwrapped(net).named_modules() if name}
+    modules = {name for name, _ in running.unwrapped(net).named_modules() if name}
     names = tuple(map(_plain, taps))
-    for name in (name.removesuffix(INPUT) for name in names):
+    for name in (name.removesuffix(graph.INPUT) for name in names):
         if name not in modules:
             near = [n for n in sorted(modules) if n.split(".")[0] == name.split(".")[0]]
             of = f" of {type(net).__name__}"
@@ -79,7 +78,7 @@ def warn_of_left_out(net: nn.Module, taps: str | Sequence[str], structure: Struc
     """Warn of what the blocks of a network leave out, unless the taps are named."""
     for note in structure.notes if isinstance(taps, str) else ():
         warn(
-            f"{type(unwrapped(net)).__name__}: {note}; name others with taps=[...], "
+            f"{type(running.unwrapped(net)).__name__}: {note}; name others with taps=[...], "
             "tap_candidates(net, images) lists them"
         )
 
@@ -100,7 +99,7 @@ def tap_candidates(net: nn.Module, images: Tensor) -> list[TapCandidate]:
         net: any network; it is left unchanged.
         images: a batch that the network accepts, on its device.
     """
-    core, structure = unwrapped(net), read_structure(net, images)
+    core, structure = running.unwrapped(net), read_structure(net, images)
     return [
         TapCandidate(name, kind_of(core, name), (len(images), *structure.shapes[name][1:]))
         for name in structure.layouts
@@ -109,7 +108,7 @@ def tap_candidates(net: nn.Module, images: Tensor) -> list[TapCandidate]:
 
 def kind_of(core: nn.Module, tap: str) -> str:
     """Class of the module that a tap names."""
-    return type(core.get_submodule(tap.removesuffix(INPUT))).__name__
+    return type(core.get_submodule(tap.removesuffix(graph.INPUT))).__name__
 
 
 def _plain(name: str) -> str:

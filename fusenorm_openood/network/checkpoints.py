@@ -9,8 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fusenorm_openood.errors import CheckpointError
-from fusenorm_openood.network import resnet, states
-from fusenorm_openood.network.named import build_network
+from fusenorm_openood.network import named, resnet, states
 
 ARCHITECTURES = (
     "ResNet18_32x32, ResNet18_224x224, ResNet50, WideResNet, CifarResNet, T2FNormNet around one"
@@ -79,7 +78,7 @@ def _load_named(
     by_order: bool,
 ) -> nn.Module:
     """A network that is built from its name, with the weights of a checkpoint."""
-    net = build_network(network, num_classes, image_size)
+    net = named.build_network(network, num_classes, image_size)
     own = {states.without_wrappers(key): key for key in net.state_dict()}
     fitting = {own.get(key, key): value for key, value in states.aligned(state, own).items()}
     way_out = "name the network that it was saved from"
@@ -102,7 +101,7 @@ def _load_named(
     }
     if len(rows) == 1 and (classes := rows.pop()) is not None:
         check_classes(path, classes, num_classes)
-        net = build_network(network, classes, image_size)
+        net = named.build_network(network, classes, image_size)
     if reason := states.misfit(net, fitting):
         raise CheckpointError(f"{path} does not fit the network {network} ({reason}): {way_out}")
     weights = net.state_dict()  # with the versions of its modules, which some of them check

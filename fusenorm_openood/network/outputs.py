@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusenorm_openood.errors import TapError
+from fusenorm_openood.network import head, running
 from fusenorm_openood.network.graph import Node, inputs_of, reachable
-from fusenorm_openood.network.head import HALF
-from fusenorm_openood.network.running import Path, dequantised, tensors_in
 
 
-def find_logits(net: nn.Module, output: Any, batch: int) -> Path:
+def find_logits(net: nn.Module, output: Any, batch: int) -> running.Path:
     """Where logits `[B, K]` are in a network's output.
 
     The tensor under the key `logits`, the only tensor `[B, K]`, or of several the one that is
@@ -22,7 +21,7 @@ def find_logits(net: nn.Module, output: Any, batch: int) -> Path:
     none, a single logit `[B, 1]` or `[B]` likewise. TapError if there are none, or several that may
     be.
     """
-    given = list(tensors_in(output))
+    given = list(running.tensors_in(output))
     found = {p: t for p, t in given if _may_be_logits(t, batch)}
     found = found or {p: t for p, t in given if _is_one_logit(t, batch)}
     found = {p: t for p, t in found.items() if not any(is_activation(x, t) for x in found.values())}
@@ -44,13 +43,13 @@ def find_logits(net: nn.Module, output: Any, batch: int) -> Path:
     )
 
 
-def logits_at(net: nn.Module, output: Any, path: Path, batch: int) -> Tensor:
+def logits_at(net: nn.Module, output: Any, path: running.Path, batch: int) -> Tensor:
     """The logits `[B, K]` at a place in a network's output; see `find_logits`.
 
     A single logit z is that of two classes, with the logits 0 and z.
     """
     try:
-        found = dequantised(value_at(output, path))
+        found = running.dequantised(value_at(output, path))
     except (AttributeError, IndexError, KeyError, TypeError):
         found = None
     if isinstance(found, Tensor) and _may_be_logits(found, batch):
@@ -67,7 +66,7 @@ def of_two_classes(logits: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(logits), logits], dim=1)
 
 
-def value_at(output: Any, path: Path) -> Any:
+def value_at(output: Any, path: running.Path) -> Any:
     """What is at a place in a network's output."""
     for key in path:
         attribute = isinstance(key, str) and not isinstance(output, Mapping)
@@ -76,7 +75,7 @@ def value_at(output: Any, path: Path) -> Any:
 
 
 def _no_logits(net: nn.Module, output: Any, batch: int) -> TapError:
-    shapes = [list(tensor.shape) for _, tensor in tensors_in(output)]
+    shapes = [list(tensor.shape) for _, tensor in running.tensors_in(output)]
     return TapError(
         f"{type(net).__name__} must return logits [B, K], or one logit [B, 1], got "
         f"{shapes[0] if shapes else type(output).__name__} for {batch} image(s): wrap it so that "
@@ -143,7 +142,7 @@ def checked_activation(net: nn.Module, outputs: Tensor, activation: str) -> str:
 
 
 def _are_probabilities(outputs: Tensor) -> bool:
-    total, rounding = outputs.float().sum(1), 1e-2 if outputs.dtype in HALF else 1e-3
+    total, rounding = outputs.float().sum(1), 1e-2 if outputs.dtype in head.HALF else 1e-3
     near = torch.allclose(total, torch.ones_like(total), atol=rounding)
     return bool((outputs >= 0).all()) and near
 

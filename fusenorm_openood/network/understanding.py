@@ -13,9 +13,8 @@ from torch.nn import functional as F
 from fusenorm_openood.errors import TapError, is_out_of_memory
 from fusenorm_openood.kernels.devices import casts_down, full_precision
 from fusenorm_openood.method.scores.base import Head
+from fusenorm_openood.network import graph, running
 from fusenorm_openood.network import head as heads
-from fusenorm_openood.network import running
-from fusenorm_openood.network.graph import recorded
 from fusenorm_openood.network.outputs import (
     checked_activation,
     is_activation,
@@ -94,7 +93,7 @@ def _pass(core: nn.Module, structure: Structure, images: Tensor) -> _Pass:
     layers = heads.head_layers(core, structure.head)
     with running.own_pass(), heads.hooked_head(layers) as (inputs, outputs):
         run = running.scoring_run(core, structure.scoring)
-        output, calls = recorded(core, lambda: run(images.clone()))
+        output, calls = graph.recorded(core, lambda: run(images.clone()))
     for name, layout in structure.layouts.items():
         gave = calls[name].gave[structure.outputs.get(name, 0) :] if name in calls else ()
         if gave and len(gave[0].shape) != len(layout):

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from fusenorm_openood.errors import CheckpointError, ConfigError, unknown
 from fusenorm_openood.forward.passes import forward_pass
 from fusenorm_openood.method.settings import METHODS
+from fusenorm_openood.network import resnet, running, understanding
 from fusenorm_openood.network.fingerprint import Fingerprint, fingerprint
-from fusenorm_openood.network.resnet import FeatureClassifier, has_scoring_logits
-from fusenorm_openood.network.running import eval_mode, without_weight_gradients
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.network.understanding import understand
 from fusenorm_openood.openood.bridge import base_postprocessor, openood_module
 from fusenorm_openood.openood.postprocessor import FuseNormPostprocessor
 from fusenorm_openood.storage.configs import lookup
@@ -31,7 +29,7 @@ WRAPPERS = {
 PERTURBING = ("odin", "iodin")
 
 
-class ScoringView(FeatureClassifier):
+class ScoringView(resnet.FeatureClassifier):
     """A network with the interface of OpenOOD's plain classifiers, by its scoring logits."""
 
     def __init__(self, net: nn.Module) -> None:
@@ -41,7 +39,7 @@ class ScoringView(FeatureClassifier):
 
     def forward(self, x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Scoring logits `[B, K]`, optionally with the feature `[B, D]` that `fc` takes."""
-        self._structure = self._structure or understand(self.net, x)
+        self._structure = self._structure or understanding.understand(self.net, x)
         done = forward_pass(self.net, x, self._structure)
         if not return_feature:
             return done.logits
@@ -70,7 +68,7 @@ class ScoringView(FeatureClassifier):
 def openood_view(net: nn.Module) -> nn.Module:
     """The network as OpenOOD's postprocessors expect it: wrapped, unless it has their interface."""
     # `AdaptedPostprocessor` wraps networks with scoring logits.
-    return net if hasattr(net, "get_fc") or has_scoring_logits(net) else ScoringView(net)
+    return net if hasattr(net, "get_fc") or resnet.has_scoring_logits(net) else ScoringView(net)
 
 
 class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
@@ -99,12 +97,12 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
         """The network's predictions `[B]`, and the inner postprocessor's confidences `[B]`."""
         core = self._core(net)
         view, perturbs = self._view(core), self.name in PERTURBING
-        contexts = (eval_mode, without_weight_gradients) if perturbs else ()
+        contexts = (running.eval_mode, running.without_weight_gradients) if perturbs else ()
         with ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context(core))
             pred, conf = self.inner.postprocess(view, data)
-        if perturbs or view is not core or has_scoring_logits(core):
+        if perturbs or view is not core or resnet.has_scoring_logits(core):
             with torch.no_grad():
                 pred = core(data).argmax(1)
         return pred, conf
@@ -117,14 +115,14 @@ class AdaptedPostprocessor(base_postprocessor()):  # type: ignore[misc]
     def _view(self, core: Any) -> Any:
         """The network as the inner postprocessor gets it."""
         if self.name == "t2fnorm":
-            if not has_scoring_logits(core):
+            if not resnet.has_scoring_logits(core):
                 raise CheckpointError(
                     "postprocessor 't2fnorm' needs a network trained with T2FNorm, got a "
                     f"{type(core).__name__}: use such a checkpoint, or another postprocessor"
                 )
             return core
         wrapper = self._wrapper()
-        scored = ScoringView(core) if has_scoring_logits(core) else core
+        scored = ScoringView(core) if resnet.has_scoring_logits(core) else core
         return wrapper(scored) if wrapper else scored
 
     def _wrapper(self) -> Any:

@@ -23,9 +23,8 @@ from fusenorm_openood.errors import CheckpointError, ConfigError, FuseNormError,
 from fusenorm_openood.kernels.devices import find_device, on_device
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.network.states import aligned, load_state
-from fusenorm_openood.openood.adapter import adapted
+from fusenorm_openood.openood import adapter, postprocessor
 from fusenorm_openood.openood.bridge import file_errors, openood_module, replaced
-from fusenorm_openood.openood.postprocessor import register
 from fusenorm_openood.storage.configs import config_root, lookup
 
 # Sections whose name OpenOOD looks up, by `get_SECTION` of its module `SECTIONs.utils`.
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, changes = parser.parse_known_args(argv)
     try:
         device = find_device(args.device)
-        register()
+        postprocessor.register()
         config = read_configs([find_config(path) for path in args.config], changes)
         check_config(config, device)
         machines = config.num_gpus, config.num_machines, config.machine_rank
@@ -155,13 +154,13 @@ def names_in(function: Callable[..., Any]) -> list[str]:
 
 def run_pipeline(config: Any, device: str) -> None:
     """Run the pipeline of a configuration, and restore the state of the process afterwards."""
-    register()  # again, since this may be a spawned process
+    postprocessor.register()  # again, since this may be a spawned process
     pipelines = openood_module("pipelines")
     get_postprocessor = openood_module("postprocessors.utils").get_postprocessor
     get_network = openood_module("networks.utils").get_network
 
     def get_adapted(config: Any) -> Any:
-        return adapted(get_postprocessor(config), config.postprocessor.name)
+        return adapter.adapted(get_postprocessor(config), config.postprocessor.name)
 
     def get_loaded(network: Any) -> Any:
         return load_checkpoint(get_network, network, not config.pipeline.name.startswith("test"))

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.errors import CalibrationError
+from fusenorm_openood.method import conformal, metrics
 from fusenorm_openood.method.calibration import Calibration
-from fusenorm_openood.method.conformal import Guarantee, guarantee
-from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network.running import unwrapped
 from fusenorm_openood.report import plots
@@ -47,7 +46,7 @@ class Score(NamedTuple):
 
     def figures(self, group: str) -> tuple[float, float]:
         """AUROC and FPR@95 in percent, the means over the data sets of a group."""
-        each = [ood_metrics(self.ids, values) for values in self.ood[group].values()]
+        each = [metrics.ood_metrics(self.ids, values) for values in self.ood[group].values()]
         return tuple(100 * np.mean([(m.auroc, m.fpr95) for m in each], axis=0))
 
     def counts(self) -> Facts:
@@ -90,7 +89,7 @@ def acceptance_figures(
 def promised(images: int, asked: float) -> tuple[str, str]:
     """What is promised about acceptance, in sentences."""
     return (
-        f"At an acceptance of {asked:.0%}, {guarantee(images, asked)}.",
+        f"At an acceptance of {asked:.0%}, {conformal.guarantee(images, asked)}.",
         "The band is where the accepted share of ID images lies with a probability of 95% (Beta "
         "distribution); between the dotted lines it lies at all acceptances at once (Dvoretzky, "
         "Kiefer, Wolfowitz). Both hold for ID images like the calibration images.",
@@ -155,7 +154,7 @@ def groups_section(
 ) -> Section:
     """The accepted share of the scored images `[N]` of each predicted class, the smallest first."""
 
-    def promise(number: int) -> Guarantee | None:
+    def promise(number: int) -> conformal.Guarantee | None:
         try:
             return calibration.guarantee(asked, group=number)
         except CalibrationError:

@@ -16,18 +16,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
 from fusenorm_openood import errors
-from fusenorm_openood.data.benchmarks import Benchmark, image_loader, load_benchmark
-from fusenorm_openood.data.digits import write_digits
+from fusenorm_openood.data import benchmarks, digits, preprocessing
 from fusenorm_openood.data.lists import CpuLoader
-from fusenorm_openood.data.preprocessing import train_transform
 from fusenorm_openood.forward.batches import Labels, batches
 from fusenorm_openood.kernels.devices import device_of, on_cpu
 from fusenorm_openood.method.metrics import accuracy
 from fusenorm_openood.network.checkpoints import load_backbone
 from fusenorm_openood.network.states import read_saved
-from fusenorm_openood.storage.configs import read_config
-from fusenorm_openood.storage.files import write_whole
-from fusenorm_openood.storage.torchrun import Process, this_process
+from fusenorm_openood.storage import configs, files, torchrun
 from fusenorm_openood.training.recipes import Recipe, find_recipe
 
 CHECK_EVERY = 50  # steps between checks of the loss, each of which waits for the device
@@ -41,12 +37,12 @@ class Progress(NamedTuple):
 
 
 @contextmanager
-def processes(device: torch.device) -> Iterator[Process]:
+def processes(device: torch.device) -> Iterator[torchrun.Process]:
     """Join the processes that `torchrun` started, if any.
 
     ConfigError for a device on which several processes cannot train.
     """
-    process = this_process()
+    process = torchrun.this_process()
     if process.world == 1:
         yield process
         return
@@ -69,7 +65,7 @@ def processes(device: torch.device) -> Iterator[Process]:
         distributed.destroy_process_group()
 
 
-def wait(process: Process) -> None:
+def wait(process: torchrun.Process) -> None:
     """Wait until all processes have reached this point."""
     if process.world > 1:
         distributed.barrier()
@@ -77,13 +73,13 @@ def wait(process: Process) -> None:
 
 def train(
     recipe: Recipe,
-    benchmark: Benchmark,
+    benchmark: benchmarks.Benchmark,
     folder: str | Path,
     device: torch.device | str = "cpu",
     num_workers: int = 0,
     channels_last: bool = False,
     progress: bool = True,
-    process: Process | None = None,
+    process: torchrun.Process | None = None,
 ) -> Path:
     """Train a network on a benchmark's ID images, or resume an interrupted run.
 
@@ -110,7 +106,7 @@ def train(
         ConfigError: `channels_last` on a CPU with a network that is too narrow for it, or a batch
             that the processes cannot share evenly.
     """
-    folder, device, process = Path(folder), torch.device(device), process or Process()
+    folder, device, process = Path(folder), torch.device(device), process or torchrun.Process()
     best, unfinished = folder / "best.ckpt", folder / "unfinished.ckpt"
     _check_recipe(folder / "recipe.yml", recipe)
     if best.is_file() and not unfinished.is_file():
@@ -139,14 +135,14 @@ def train(
         done = resume(unfinished, net, optimiser)
         if process.leads and not unfinished.is_file():
             settings = yaml.safe_dump(asdict(recipe), sort_keys=False)
-            write_whole(folder / "recipe.yml", lambda file: file.write_text(settings))
+            files.write_whole(folder / "recipe.yml", lambda file: file.write_text(settings))
             # From here on, best.ckpt without unfinished.ckpt means that the run is finished.
             save_progress(unfinished, net, optimiser, done)
         if process.leads and done.epochs and not best.is_file():  # deleted by the user
             _save(best, net)
             done = done._replace(best_accuracy=-1.0)
         loader = make_loader(benchmark, batch_size, recipe.seed, process, num_workers, on_cuda)
-        val_loader = image_loader(benchmark.id["val"], num_workers=num_workers)
+        val_loader = benchmarks.image_loader(benchmark.id["val"], num_workers=num_workers)
         model = net
         if process.world > 1:
             if on_cuda:
@@ -245,7 +241,7 @@ def _check_recipe(path: Path, recipe: Recipe) -> None:
     """Raise CheckpointError if a folder holds a run of another recipe, finished or not."""
     if not path.is_file():  # no run, or one that was trained elsewhere
         return
-    begun = read_config(path)
+    begun = configs.read_config(path)
     for name, value in asdict(recipe).items():
         if begun.get(name) != value:
             raise errors.CheckpointError(
@@ -266,16 +262,16 @@ def threads(count: int) -> Iterator[None]:
 
 
 def make_loader(
-    benchmark: Benchmark,
+    benchmark: benchmarks.Benchmark,
     batch_size: int,
     seed: int,
-    process: Process,
+    process: torchrun.Process,
     num_workers: int = 0,
     pinned: bool = False,
 ) -> CpuLoader:
     """Augmented training images in random order, in this process's batches of `batch_size`."""
     images = benchmark.id["train"].images()
-    images.transform = train_transform(
+    images.transform = preprocessing.train_transform(
         benchmark.pre_size,
         benchmark.image_size,
         benchmark.norm,
@@ -292,13 +288,13 @@ def make_loader(
 def _save(path: Path, net: nn.Module) -> None:
     """Save a network's weights on the CPU."""
     state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
-    write_whole(path, partial(torch.save, state))
+    files.write_whole(path, partial(torch.save, state))
 
 
 def save_progress(path: Path, net: nn.Module, optimiser: SGD, done: Progress) -> None:
     """Save everything that the next epoch needs."""
     states = {"net": net.state_dict(), "optimiser": optimiser.state_dict()}
-    write_whole(path, partial(torch.save, {**states, "progress": tuple(done)}))
+    files.write_whole(path, partial(torch.save, {**states, "progress": tuple(done)}))
 
 
 def resume(path: Path, net: nn.Module, optimiser: SGD) -> Progress:
@@ -333,7 +329,7 @@ def log(path: Path, epoch: int, loss: float, reached: float) -> None:
     lines = path.read_text(encoding="utf-8").splitlines() if epoch and path.is_file() else []
     lines = lines[: epoch + 1] or ["epoch,loss,val_acc"]
     lines.append(f"{epoch + 1},{loss:.4f},{100 * reached:.2f}")
-    write_whole(path, lambda file: file.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    files.write_whole(path, lambda file: file.write_text("\n".join(lines) + "\n", encoding="utf-8"))
 
 
 def train_digits(
@@ -349,6 +345,6 @@ def train_digits(
     the path of the checkpoint.
     """
     recipe = find_recipe("digits", seed=seed, method=method)
-    write_digits(data_root)
-    benchmark = load_benchmark("digits", data_root)
+    digits.write_digits(data_root)
+    benchmark = benchmarks.load_benchmark("digits", data_root)
     return train(recipe, benchmark, Path(root) / f"s{seed}", progress=progress)

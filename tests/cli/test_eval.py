@@ -290,7 +290,7 @@ def untrained(evaluate, tmp_path, monkeypatch):
     def train(data_root, root, method, progress):
         raise TrainingError(method)
 
-    monkeypatch.setattr("fusenorm_openood.cli.train.train_digits", train)
+    monkeypatch.setattr("fusenorm_openood.training.loop.train_digits", train)
     monkeypatch.chdir(tmp_path)
     return lambda root: evaluate(data_root="data", root=root)
 
