@@ -46,11 +46,7 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand.
-
-    Returns:
-        The exit status: 0 = success, 1 = error, reported on stderr, 130 = interrupted.
-    """
+    """Run a subcommand; 0 = success, 1 = error, reported on stderr, 130 = interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if "_ARGCOMPLETE" in os.environ:  # set by the shell, for the extra `completion`
         import_module("argcomplete").autocomplete(_parser(os.environ["COMP_LINE"].split()[1:2]))

@@ -194,15 +194,8 @@ def judged(
 class FileShards:
     """Image files whose expert scores are in a store.
 
-    Each shard is `SHARD` files, scored whole by one process, whichever that is.
-
-    Args:
-        detector, paths, batch_size, num_workers, throughput: see `judge_files`.
-        store: folder or URL of the store.
-
-    Raises:
-        DataError, ConfigError: see `judge_files`.
-        StoreError: the store cannot be written.
+    Each shard is `SHARD` files, scored whole by one process, whichever that is. For arguments and
+    errors see `judge_files`; also StoreError if the store, a folder or URL, cannot be written.
     """
 
     def __init__(
@@ -232,11 +225,8 @@ class FileShards:
     ) -> Iterator[list[Judged]]:
         """Score this process's share of the missing shards, then judge all, in order.
 
-        A process that does not lead judges none. A damaged shard is scored again.
-
-        Args:
-            acceptance: see `judge_files`.
-            written: the missing shards, in the order in which others write them; None = none do.
+        A process that does not lead judges none. A damaged shard is scored again. `written` are the
+        missing shards, in the order in which others write them; None = none do.
         """
         if written is None and not this_process().leads:
             self.stored.compute_share()

@@ -82,11 +82,8 @@ class RowFile:
     def finish(self, verdicts: Callable[[NDArray[np.float64]], NDArray[np.bool_]] | None) -> None:
         """Give all rows their verdicts, also those of an earlier run, and make the file whole.
 
-        Args:
-            verdicts: whether images with these p-values `[N]` are OOD; None = as they are.
-
-        Raises:
-            DataError: the disk is full; the rows stay.
+        `verdicts` says whether images with p-values `[N]` are OOD; None = as they are. DataError if
+        the disk is full; the rows stay.
         """
         if self.path is None or self._rows is None:
             return

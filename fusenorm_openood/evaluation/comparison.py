@@ -224,18 +224,14 @@ def difference_interval(
     """Bootstrap percentile interval of the difference of two methods' mean AUROC over data sets.
 
     ID images and the images of each OOD data set are drawn with replacement, the same for both
-    methods.
+    methods, whose confidences are of the same images in the same order; else DataError.
 
     Args:
-        ours, other: confidences of the same images in the same order.
         level: probability of the interval.
         draws, seed: number of bootstrap samples, and their seed.
 
     Returns:
         Lower and upper end, as a difference of AUROCs in [0, 1].
-
-    Raises:
-        DataError: no images, or different numbers of images.
     """
     sizes, others = ([len(np.asarray(c)) for c in (m.id, *m.ood)] for m in (ours, other))
     if sizes != others or len(sizes) < 2 or min(sizes) == 0:

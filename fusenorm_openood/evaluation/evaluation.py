@@ -95,11 +95,7 @@ def with_experts(scored: Scored) -> NDArray[Any]:
 
 
 def with_means(groups: Mapping[str, Mapping[str, ArrayLike]]) -> dict[str, NDArray[np.float64]]:
-    """The values of each data set, those of each group followed by their mean.
-
-    Args:
-        groups: `{group: {data set: values}}`; a group without data sets is left out.
-    """
+    """The values of each data set, by group; those of a group are followed by their mean."""
     rows: dict[str, NDArray[np.float64]] = {}
     for group, sets in groups.items():
         if sets:

@@ -116,15 +116,8 @@ def leaderboard_entry(
 ) -> str:
     """The entry in Markdown: rows for two files, warnings, results, checkpoints and lists.
 
-    Args:
-        postprocessor: name of the postprocessor, as in OpenOOD.
-        benchmark: the benchmark of the results.
-        fsood: whether the results are full-spectrum.
-        runs: the training runs, all of one kind.
-        results: CSV file with the results; see `read_results`.
-
-    Raises:
-        DataError: the CSV file holds no results on the benchmark.
+    The results, full-spectrum or not, are those of training runs of one kind, in a CSV file;
+    DataError as of `read_results`.
     """
     table, tested = read_results(results, benchmark), splits(benchmark, fsood)
     (run, first), *_ = runs.items()

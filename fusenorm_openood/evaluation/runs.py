@@ -155,11 +155,7 @@ def load_runs(
 
     If the store has what is needed of all networks, each is loaded when it is first run.
 
-    Args:
-        checkpoints: file by run; see `find_checkpoints`.
-        num_classes: number of classes of the ID data set.
-        network, image_size, by_order: see `load_network`.
-        batch_size, num_workers, store, how: see `Run` and `network_key`.
+    For the arguments see `find_checkpoints`, `load_network`, `Run` and `network_key`.
 
     Raises:
         CheckpointError: a file without a known network; runs that differ in architecture,
@@ -216,11 +212,8 @@ def network_key(
 ) -> dict[str, Any]:
     """What determines a network's scores, besides its images, in terms of JSON.
 
-    Args:
-        checkpoint: its file, all of whose bytes count.
-        network: its architecture, if it is named; of a factory, the bytes of its module count.
-        image_size: size of the images.
-        how: how it is run, for example in half precision.
+    All bytes of the checkpoint count; of a factory, those of its module; and `how` the network is
+    run, for example in half precision.
     """
     return {
         "version": __version__,

@@ -33,10 +33,7 @@ def recalibrate(
         program: an `.onnx` or `.xml` file that was exported from a calibrated detector.
         images: files of ID images.
         output: the file to write, which may be the same.
-        acceptance: that of `max_rank` in the metadata; None = as before.
-
-    Returns:
-        The metadata of the new program.
+        acceptance: that of `max_rank` in the metadata, which are returned; None = as before.
 
     Raises:
         ConfigError: a program of another kind, or another suffix.

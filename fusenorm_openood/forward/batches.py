@@ -150,17 +150,10 @@ def without_traceback(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 class Readings:
-    """A loader whose first reading has begun, so that its first images are known.
+    """A loader whose first reading has begun, so that its first images `[B, C, H, W]` are known.
 
-    Args:
-        loader: any loader that `batches` takes.
-
-    Attributes:
-        first: the images `[B, C, H, W]` of the first batch.
-
-    Raises:
-        DataError: an iterator, which can be read only once; a loader without images, or, at the
-            end of a later reading, with another number of batches than before.
+    DataError for an iterator, which can be read only once; a loader without images, or, at the end
+    of a later reading, with another number of batches than before.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:

@@ -140,18 +140,9 @@ def hooked_layers(
     Yields a dict that the pass fills with `reduce(feature map)` by module name, where the feature
     map is `[B, C, H, W]` whatever the module's layout, and dequantised. The reduction
     runs inside the hook, without gradients, so no feature map outlives it. The hooks act only in
-    the pass of this thread, and are removed on exit, also after an exception.
-
-    Args:
-        net: the network.
-        names: names of the modules; see `resolve_taps`.
-        structure: how the network is built.
-        image: shape of the batch of images.
-        reduce: what becomes of a feature map.
-        thinning: which images leave the batch after a module; see `forward.early`.
-
-    Raises:
-        TapError: a tap that returns no feature map, fires twice or never fires.
+    the pass of this thread, and are removed on exit, also after an exception. `image` is the shape
+    of the batch; for the other arguments see `forward_pass`. TapError for a tap that returns no
+    feature map, fires twice or never fires.
     """
     reduced = dict[str, Tensor]()
 

@@ -113,17 +113,9 @@ def batch_scores(
     progress: bool = False,
     desc: str = "",
 ) -> Iterator[BatchScores]:
-    """Scores of a loader's images, batch by batch.
+    """Scores of a loader's images, batch by batch; see `batches` for loaders and progress bars.
 
-    Args:
-        net: the network.
-        scoring_of: how images are scored.
-        loader: any loader; see `batches`.
-        progress, desc: the progress bar.
-
-    Raises:
-        DataError: an unknown kind of batch.
-        NetworkError: the network fails on images.
+    DataError for an unknown kind of batch, NetworkError if the network fails on images.
     """
     if isinstance(loader, RecordedLoader):
         scoring = scoring_of(lambda: moved(net, loader.first))

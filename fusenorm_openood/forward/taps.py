@@ -45,7 +45,7 @@ def check_taps(net: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
 def resolve_taps(
     net: nn.Module, taps: str | Sequence[str], structure: Structure
 ) -> tuple[str, ...]:
-    """Names of the modules to tap.
+    """Names of the modules to tap; TapError without blocks, or for a name unknown or given twice.
 
     Args:
         net: any network.
@@ -53,9 +53,6 @@ def resolve_taps(
             modules that return feature maps. After the name of a module, `:input` stands for what
             it is given.
         structure: how the network is built; see `understand`.
-
-    Raises:
-        TapError: no block was found, or a name that is unknown or given twice.
     """
     names = check_taps(net, taps)
     if names:

@@ -112,9 +112,7 @@ class _SmallResNet(FeatureClassifier):
 class ResNet18_32x32(_SmallResNet):
     """ResNet-18 for small images: 3x3 stem, no pooling before the four stages.
 
-    Args:
-        num_classes: number of ID classes.
-        width: number of channels in the first stage; 64 in OpenOOD.
+    `width` is the number of channels in the first stage; 64 in OpenOOD.
     """
 
     def __init__(self, num_classes: int = 10, width: int = 64) -> None:
@@ -129,12 +127,9 @@ class CifarResNet(_SmallResNet):
     that its last layer is called `linear`; `load_network` reads both.
 
     Args:
-        depth: 20, 32, 44, 56, 110 or another 6n + 2.
+        depth: 20, 32, 44, 56, 110 or another 6n + 2; else ConfigError.
         num_classes: number of ID classes.
         width: number of channels in the first stage; 16 in the paper.
-
-    Raises:
-        ConfigError: a depth that is not 6n + 2.
 
     Source: He et al., CVPR 2016, section 4.2, with shortcuts of option A.
     """
@@ -236,9 +231,7 @@ class WideResNet(FeatureClassifier):
 class T2FNormNet(nn.Module):
     """A backbone whose classifier receives features of norm 1/tau.
 
-    Args:
-        backbone: network with `forward(x, return_feature=True)` and a linear layer `fc`.
-        num_classes: number of ID classes.
+    The backbone has `forward(x, return_feature=True)` and a linear layer `fc`.
 
     Source: Regmi et al., CVPR Workshops 2024; OpenOOD's state-dict keys.
     """

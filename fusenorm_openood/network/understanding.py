@@ -34,14 +34,9 @@ def understand(net: nn.Module, images: Tensor) -> Structure:
 
     The logits are found as a function of the penultimate feature from the weights of the last
     layers, or, where these do not give them (cosine heads, adapters, masked weights, a single
-    logit, a choice of classes), from gradients.
-
-    Args:
-        net: any network; it is left unchanged.
-        images: a batch `[B, C, H, W]` that it accepts, on its device.
-
-    Raises:
-        TapError: it is no module, fails on the images, or returns no logits `[B, K]`.
+    logit, a choice of classes), from gradients. The network, any that accepts a batch of images
+    `[B, C, H, W]` on its device, is left unchanged. TapError if it is no module, fails on the
+    images, or returns no logits `[B, K]`.
     """
     core, structure, two = running.unwrapped(net), read_structure(net, images), two_images(images)
     with running.eval_mode(core), running.preserved_randomness(images.device), torch.no_grad():

@@ -119,11 +119,8 @@ def why_section(
 ) -> Section:
     """The experts that contribute least to rejected images, and the scores of all experts.
 
-    Args:
-        detector: a fitted detector.
-        objected: by group of rejected images, how often each expert contributes least.
-        figures: the distribution of every expert's scores.
-        text: what they show.
+    `objected` says by group of rejected images how often each expert contributes least, `text`
+    what the figures, the distribution of every expert's scores, show.
     """
     counts = {group: count for group, count in objected.items() if sum(count.values())}
     total = sum(map(Counter, counts.values()), Counter[str]())

@@ -51,25 +51,18 @@ class Score:
 
     A subclass in a module of its own implements `score` and, if it has something to fit, `fit` and
     `sums`. Its name and its arguments are OpenOOD's.
-
-    Attributes:
-        name: name as a postprocessor.
-        title: name in tables.
-        needs_fit: whether it needs ID images.
-        needs_feature: whether it needs more than the logits.
-        needs_head: whether it reads the final layer's weights: `"affine"`, or `"linear"` if it
-            applies them to changed features.
-        needs_t2fnorm: whether it needs a network that was trained with T2FNorm.
-        state: what `fit` returns: shapes by name, with D features, K classes and other letters for
-            sizes that are not known beforehand. `counts` and `classes` are integers.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    needs_fit: ClassVar[bool] = False
-    needs_feature: ClassVar[bool] = True
+    name: ClassVar[str]  # as a postprocessor
+    title: ClassVar[str]  # in tables
+    needs_fit: ClassVar[bool] = False  # whether it needs ID images
+    needs_feature: ClassVar[bool] = True  # whether it needs more than the logits
+    # Whether it reads the final layer's weights: "affine", or "linear" if it applies them to
+    # changed features.
     needs_head: ClassVar[str] = ""
-    needs_t2fnorm: ClassVar[bool] = False
+    needs_t2fnorm: ClassVar[bool] = False  # whether it needs a network trained with T2FNorm
+    # What `fit` returns: shapes by name, with D features, K classes and other letters for sizes
+    # that are not known beforehand. `counts` and `classes` are integers.
     state: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
@@ -126,11 +119,8 @@ class Score:
     ) -> Tensor:
         """Scores `[B]`, in float32 unless a score says otherwise, computed where the features are.
 
-        Args:
-            batch: features and logits.
-            head: the final layer, if `needs_head`.
-            state: what `fit` has returned.
-            labels: labels `[B]` of images of the fit; see `score_fit`.
+        The head is needed if `needs_head`, the state if `needs_fit`; labels `[B]` are those of
+        images of the fit, see `score_fit`.
         """
         device, moved = batch.feature.device, dict(state or {})
         for name, value in moved.items():
@@ -145,22 +135,16 @@ class Score:
 
 @dataclass(frozen=True)
 class LogitScore(Score):
-    """A score of the logits alone.
-
-    Attributes:
-        output: value of the setting `output` that selects it; empty if none does.
-        temperature: divides the logits.
-        react_percentile: percentile of the penultimate ID activations at which ReAct clips them;
-            None = no ReAct.
-        fused: whether it is one of FuseNorm's experts: it is then computed in float64, and as
-            log-odds where it is a probability, which saturates.
-    """
+    """A score of the logits alone."""
 
     needs_feature: ClassVar[bool] = False
-    output: ClassVar[str] = ""
+    output: ClassVar[str] = ""  # value of the setting `output` that selects it; empty if none does
 
-    temperature: float = checked(1.0, POSITIVE)
+    temperature: float = checked(1.0, POSITIVE)  # divides the logits
+    # Percentile of the penultimate ID activations at which ReAct clips them; None = no ReAct.
     react_percentile: float | None = checked(None, PERCENTILE.or_none())
+    # Whether it is one of FuseNorm's experts: it is then computed in float64, and as log-odds where
+    # it is a probability, which saturates.
     fused: bool = checked(False, SWITCH)
 
     @classmethod

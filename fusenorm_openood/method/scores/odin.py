@@ -49,11 +49,8 @@ def odin_direction(
 ) -> Tensor:
     """Whether increasing a pixel increases the loss of the predicted class: `[B, C, H, W]`.
 
-    Args:
-        images: `[B, C, H, W]`, the leaf from which `logits` were computed, requiring gradients.
-        logits: `[B, K]` with their graph, which is freed unless `keep_graph`.
-        temperature: temperature of the softmax.
-        keep_graph: whether another gradient is needed.
+    The images are the leaf, requiring gradients, from which the logits `[B, K]` were computed; the
+    graph of these is freed unless `keep_graph`.
     """
     target = logits.detach().argmax(dim=1)
     loss = F.cross_entropy(logits.float() / temperature, target, reduction="sum")
