@@ -92,7 +92,7 @@ class Loading:
     """Loads the detector in an actor, which logs from then on."""
 
     def __init__(self, log: Log) -> None:
-        self.log, self.load = log, score.load_detector
+        self.log, self.load = log, score.inputs.load_detector
 
     def __call__(self, *args: Any) -> Any:
         if "ray" in sys.modules and sys.modules["ray"].get_runtime_context().get_actor_id():
@@ -130,7 +130,7 @@ class Home(NamedTuple):
 
 def alone(home: Home) -> None:
     home.log.follow()
-    score.load_detector = Loading(home.log)  # type: ignore[assignment]
+    score.inputs.load_detector = Loading(home.log)  # type: ignore[assignment]
     sys.exit(fusenorm(home.argv))
 
 
