@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fusenorm_openood.detectors.loaders import collect
 from fusenorm_openood.errors import warn
+from fusenorm_openood.forward import samples
 from fusenorm_openood.forward.batches import number_of_images
 from fusenorm_openood.forward.experts import BatchScores, Fitted, Scoring
-from fusenorm_openood.forward.react import check_features, react_thresholds
 from fusenorm_openood.forward.recorded import batch_scores
 from fusenorm_openood.forward.samples import LIMIT, BlockSums, Sample
 from fusenorm_openood.method.scores.base import Features, LogitScore, Score
-from fusenorm_openood.method.trust import trust
+from fusenorm_openood.method.statistics import trust
 
 LEAST = 20  # images, with which the 5th percentile lies among the scores
 SHORT = 0.9  # a fit on a tenth fewer images than are enough is nearly as good
@@ -51,7 +51,7 @@ def fit_experts(
     is_counted = warn_if_few(scoring, loader, least)
     posthoc = [score for score in scoring.experts.scores if not isinstance(score, LogitScore)]
     others = tuple(score for score in scoring.experts.scores if score not in posthoc)
-    fitted = Fitted(react_thresholds(scoring, loader, progress))
+    fitted = Fitted(samples.react_thresholds(scoring, loader, progress))
     first = replace(
         scoring,
         experts=replace(scoring.experts, scores=others),
@@ -63,7 +63,7 @@ def fit_experts(
     def add(batch: BatchScores) -> None:
         labels = batch.pred.cpu()  # with true ones, the images of the fit would score too high
         if by_label:
-            check_features(batch)
+            samples.check_features(batch)
             given = torch.from_numpy(batch.label)
             labels = torch.where(given < 0, labels, given)
         sample.add(batch.features)

@@ -53,7 +53,7 @@ class Fitted:
 
     thresholds: dict[float, float] = field(default_factory=dict)  # ReAct's, by percentile
     states: dict[Score, State] = field(default_factory=dict)  # on the CPU
-    trust: dict[Score, float] = field(default_factory=dict)  # in [0, 1]; see `method.trust`
+    trust: dict[Score, float] = field(default_factory=dict)  # in [0, 1]; see `trust`
 
     def __post_init__(self) -> None:
         self._moved: dict[tuple[Score, torch.device], State] = {}

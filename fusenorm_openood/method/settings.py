@@ -76,7 +76,7 @@ class Settings:
             are weak.
         weights: one weight per strong expert; None = equal weights.
         trust: whether the weights are multiplied by what the ID images tell of each expert's fit;
-            see `method.trust`.
+            see `method.statistics.trust`.
         normalisation: of strong experts: `"standardised"`, by mean and standard deviation of the ID
             scores, or `"percentiles"`. Weak ones are normalised by percentiles.
         clip: whether a strong score above the percentile `percentile_high` of the ID scores

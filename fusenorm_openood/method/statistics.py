@@ -1,4 +1,4 @@
-"""ID statistics of each expert, and the normalisation of scores by them."""
+"""ID statistics of each expert, the normalisation of scores by them, and the trust in a fit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from fusenorm_openood.method.validation import check_percentiles
 
 # Networks compute in float32: a range this small relative to the scores is rounding error.
 ROUNDING = 8 * float(np.finfo(np.float32).eps)
+EQUAL = 1e-5  # of the usual score: what differs by less is equal
 
 
 @dataclass(frozen=True)
@@ -91,3 +92,33 @@ def normalise(scores: ArrayLike, statistics: IDStatistics) -> NDArray[np.float64
         )
     lower, upper = statistics.lower[:, None], statistics.upper[:, None]
     return (s - lower) / (upper - lower)
+
+
+def trust(left_out: ArrayLike, in_sample: ArrayLike) -> float:
+    """Rank correlation of scores of ID images, left out of the fit and in it; at least 0.
+
+    Spearman's. It is 1 if an image's own part in the fit does not change which images score high,
+    as with many images per class and dimension, and 0 for what has learnt its images by heart, like
+    class means of one image each. Scores that are all equal, up to rounding, correlate with none.
+
+    Args:
+        left_out: scores `[N]` of ID images, each left out of the fit.
+        in_sample: scores of the same images in the fit.
+
+    Returns:
+        A weight in [0, 1].
+
+    >>> trust([1.0, 2.0, 3.0], [0.1, 0.2, 0.5]), trust([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    (1.0, 0.0)
+    """
+    step = EQUAL * float(np.median(np.abs(left_out))) or 1.0
+    a, b = (_ranks(np.round(np.asarray(s, np.float64) / step)) for s in (left_out, in_sample))
+    spread = np.sqrt((a @ a) * (b @ b))
+    return float(np.clip(a @ b / spread, 0, 1).round(12)) if spread else 0.0
+
+
+def _ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks `[N]` less their mean; equal scores have the mean of theirs."""
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum() - (counts - 1) / 2)[inverse]
+    return ranks - ranks.mean()

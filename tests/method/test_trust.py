@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.method.scores import make_score
-from fusenorm_openood.method.trust import trust
+from fusenorm_openood.method.statistics import trust
 from tests.conftest import make_loader, make_net
 from tests.method.test_scores import fit, make_features, make_head
 
