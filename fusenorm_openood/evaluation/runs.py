@@ -105,9 +105,7 @@ class Run:
     num_workers: int = 0
     store: Path | None = None  # where scores are stored, so that no image is scored twice
     key: Mapping[str, Any] = field(default_factory=dict)  # see `network_key`
-    throughput: Throughput = field(
-        default_factory=Throughput
-    )  # counts the images that the network is run on
+    throughput: Throughput = field(default_factory=Throughput)  # of images the network is run on
 
     def load(self, image_set: ImageSet) -> Iterable[Any]:
         """A loader of an image set, which stores the scores of its images if there is a store."""

@@ -140,10 +140,9 @@ class Scoring:
 
     def run(self, images: Tensor) -> BatchScores:
         """As `__call__`, but only the scores that need the network."""
-        batches = []
+        split = passes.parts(images, self.structure.batch_dependent)
         with eval_mode(unwrapped(self.net)):
-            for part in passes.parts(images, self.structure.batch_dependent):
-                batches.append(self.run_part(part)[0])
+            batches = [self.run_part(part)[0] for part in split]
         return batches[0] if len(batches) == 1 else joined(batches)
 
     def run_part(

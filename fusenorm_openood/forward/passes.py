@@ -53,10 +53,8 @@ class ForwardPass(NamedTuple):
     def without_last(self) -> "ForwardPass":
         """The pass over all images but the last."""
         maps = {name: value[:-1] for name, value in self.maps.items()}
-        feature, logits, classified, activations = (None if t is None else t[:-1] for t in self[1:])
-        assert logits is not None
-        assert classified is not None
-        return ForwardPass(maps, feature, logits, classified, activations)
+        rest = (None if t is None else t[:-1] for t in self[1:])
+        return ForwardPass(maps, *rest)  # type: ignore[arg-type]
 
     @classmethod
     def joined(cls, passes: Sequence["ForwardPass"]) -> "ForwardPass":

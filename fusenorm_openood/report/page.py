@@ -40,9 +40,7 @@ class Figure(NamedTuple):
     """A drawing."""
 
     title: str
-    draw: Callable[
-        [Any], str
-    ]  # on matplotlib's axes; returns what is shown, for those who cannot see
+    draw: Callable[[Any], str]  # on matplotlib's axes; returns in words what is shown
     size: tuple[float, float] = SIZE
     lines: tuple[str, ...] = ()  # more lines of the title
     legend: Literal["below", "none", "alone"] = "below"  # alone: in place of the axes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.kernels.devices import full_precision, with_double
+from fusenorm_openood.kernels.devices import following, full_precision, with_double
 from fusenorm_openood.method.validation import PERCENTILE, POSITIVE, SWITCH, check_fields, checked
 
 State = dict[str, Tensor]  # what a score fits, on the CPU
@@ -36,10 +36,7 @@ class Head(NamedTuple):
 
     def on(self, device: torch.device) -> "Head":
         """The layer on a device, in float32."""
-        weight, bias = self.weight.float(), self.bias.float()
-        if weight.device == device:  # a trace does not see what is there already
-            return Head(weight, bias)
-        return Head(weight.to(device), bias.to(device))
+        return Head(*(following(t.float(), device) for t in self))
 
 
 NO_HEAD = Head(*(torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((0, 1), (0,))))
@@ -122,10 +119,8 @@ class Score:
         The head is needed if `needs_head`, the state if `needs_fit`; labels `[B]` are those of
         images of the fit, see `score_fit`.
         """
-        device, moved = batch.feature.device, dict(state or {})
-        for name, value in moved.items():
-            if value.device != device:
-                moved[name] = value.to(device)
+        device = batch.feature.device
+        moved = {name: following(value, device) for name, value in (state or {}).items()}
         with torch.no_grad(), full_precision(device):
             batch, head = Features(batch[0].float(), batch[1].float()), head.on(device)
             if labels is None:
