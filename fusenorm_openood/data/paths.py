@@ -85,16 +85,13 @@ class Walk:
     """Image files of folders and files of patterns, each once by its real path.
 
     Links are followed, but for those that lead back. Hidden names are passed over.
-
-    Attributes:
-        left_out: number of files that are no images by their names, of hidden images and folders,
-            and of broken links, by kind and folder.
-        repeats: number of files that were found before.
     """
 
     def __init__(self) -> None:
+        # By kind and folder: files that are no images by their names, hidden images and folders,
+        # and broken links.
         self.left_out = Counter[tuple[str, str]]()
-        self.repeats = 0
+        self.repeats = 0  # files that were found before
         self._found = set[str]()
 
     def images(self, folder: Place) -> list[Place]:

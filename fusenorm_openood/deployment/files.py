@@ -86,7 +86,6 @@ def judge_files(
     Args:
         detector: a fitted detector with its preprocessing; without calibration images it gives
             confidences alone.
-        paths: image files.
         acceptance: fraction of ID images to accept; see `FuseNorm.is_ood`.
         batch_size, num_workers: settings of the data loader.
         throughput: counts the images that are scored.

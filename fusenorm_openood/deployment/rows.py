@@ -32,10 +32,6 @@ class RowFile:
         path: a file that ends in `.parquet`, or else becomes CSV; None = CSV on standard output.
         resume: whether to go on with the rows that it has. A row that was cut short is removed.
 
-    Attributes:
-        judged: the paths in rows of an earlier run.
-        readable: the last of these rows whose image could be judged.
-
     Raises:
         ConfigError: `resume` without a file; the file cannot be written, or is being written; a
             Parquet file without pyarrow.
@@ -43,8 +39,8 @@ class RowFile:
     """
 
     def __init__(self, path: Path | None, resume: bool = False) -> None:
-        self.path, self.judged = path, set[str]()
-        self.readable: Judged | None = None
+        self.path, self.judged = path, set[str]()  # `judged`: the paths in rows of an earlier run
+        self.readable: Judged | None = None  # the last of these whose image could be judged
         self._lock: int | None = None
         self._undecided = False  # whether rows wait for their verdicts
         if path is None and resume:

@@ -71,7 +71,6 @@ def compare(
     and GradNorm are compared as well.
 
     Args:
-        net: the network, plain or trained with T2FNorm.
         benchmark: a benchmark whose images all exist.
         sweep: values that two searches try, one on the validation pair and one on pseudo-OOD
             images; None = no search.

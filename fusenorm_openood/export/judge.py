@@ -154,7 +154,6 @@ class Judge(nn.Module):
         rows: the experts in the order of the fusion.
         fusion: from their scores to contributions.
         inputs: what images it is given.
-        calibration: the calibration, None without.
         error: see `thresholds`.
     """
 

@@ -93,24 +93,16 @@ class Scoring:
     """How images are scored: a forward pass, and what follows from its features and logits.
 
     Feature norms and ODIN need the network itself. All other scores are functions of the logits and
-    the penultimate feature, so that a recorded pass serves other scores, too.
-
-    Args:
-        net: a network; it is left unchanged.
-        structure: how it is built; see `understand`.
-        experts: the experts.
-        fitted: what they have fitted.
-        features: which features a pass gives: `""` = those that the experts need, `"all"`, or
-            `"activations"`, the inputs of the layers that make the logits before any mean.
-
-    Raises:
-        TapError: a score needs what the network does not have.
+    the penultimate feature, so that a recorded pass serves other scores, too. TapError if a score
+    needs what the network does not have.
     """
 
-    net: nn.Module
-    structure: Structure
+    net: nn.Module  # it is left unchanged
+    structure: Structure  # how it is built; see `understand`
     experts: Experts = Experts()
-    fitted: Fitted = field(default_factory=Fitted)
+    fitted: Fitted = field(default_factory=Fitted)  # what they have fitted
+    # Which features a pass gives: "" = those that the experts need, "all", or "activations", the
+    # inputs of the layers that make the logits before any mean.
     features: Literal["", "all", "activations"] = ""
 
     def __post_init__(self) -> None:

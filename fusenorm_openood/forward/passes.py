@@ -86,8 +86,7 @@ def forward_pass(
     network gets a copy of the images, so it may change them.
 
     Args:
-        net: the network.
-        images: `[B, C, H, W]` on its device.
+        images: `[B, C, H, W]` on the network's device.
         structure: how it is built; see `understand`. Too small a batch is run with a copy of its
             first image.
         taps: names of the modules to tap.
