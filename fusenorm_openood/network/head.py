@@ -115,11 +115,9 @@ def hooked_head(
         inputs[names[module]] = dequantised(changed)
         if change is None:
             return None
-        return (
-            ((changed, *args[1:]), kwargs)
-            if args
-            else (args, {**kwargs, next(iter(kwargs)): changed})
-        )
+        if args:
+            return (changed, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): changed}
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         outputs[names[module]] = dequantised(output)

@@ -1,7 +1,6 @@
 """fDBD: Liu and Qin, "Fast decision boundary based out-of-distribution detector", ICML 2024."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ class FDBD(Score):
     title = "fDBD"
     needs_fit = True
     needs_head = "affine"
-    state: ClassVar = {"mean": "D", "inverse": "K K"}
+    state = {"mean": "D", "inverse": "K K"}
 
     distance_as_normalizer: bool = checked(True, SWITCH)
 

@@ -1,7 +1,6 @@
 """Head-tied Mahalanobis distance: class means that follow from the weights of the head."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ class HeadMDS(Score):
     title = "Head-tied MDS"
     needs_fit = True
     needs_head = "affine"
-    state: ClassVar = {"centre": "D", "whitening": "D D", "means": "K D", "share": ""}
+    state = {"centre": "D", "whitening": "D D", "means": "K D", "share": ""}
 
     def sums(self, batch: Features, labels: Tensor) -> State:
         feature = F.normalize(base.fit_features(batch), dim=1)

@@ -1,7 +1,6 @@
 """KNN: Sun et al., "Out-of-distribution detection with deep nearest neighbors", ICML 2022."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ class KNN(Score):
     name = "knn"
     title = "KNN"
     needs_fit = True
-    state: ClassVar = {"features": "N D"}
+    state = {"features": "N D"}
 
     K: int = checked(50, COUNT)
     root: bool = checked(False, SWITCH)

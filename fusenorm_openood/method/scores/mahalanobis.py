@@ -1,7 +1,6 @@
 """Mahalanobis distances to class means with one covariance, which several scores share."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,8 +28,8 @@ class Mahalanobis(Score):
     """
 
     needs_fit = True
-    normalised: ClassVar = True
-    state: ClassVar = {
+    normalised = True
+    state = {
         "centre": "D",
         "whitening": "D D",
         "means": "M D",

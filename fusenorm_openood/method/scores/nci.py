@@ -1,7 +1,6 @@
 """NCI: Liu and Qin, "Detecting OOD through the lens of neural collapse", CVPR 2025."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,7 +23,7 @@ class NCI(Score):
     title = "NCI"
     needs_fit = True
     needs_head = "affine"
-    state: ClassVar = {"mean": "D"}
+    state = {"mean": "D"}
 
     alpha: float = checked(0.0001, NOT_NEGATIVE)
 

@@ -1,7 +1,6 @@
 """RAS: arXiv 2604.08572, ECCV 2026."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class RAS(Score):
     title = "RAS"
     needs_fit = True
     needs_head = "linear"
-    state: ClassVar = {"values": "D"}
+    state = {"values": "D"}
 
     def sums(self, batch: Features, labels: Tensor) -> State:
         ordered = batch.feature.sort(dim=1, descending=True).values

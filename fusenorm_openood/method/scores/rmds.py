@@ -4,7 +4,6 @@ RMDS++: Mueller and Hein, "Mahalanobis++", ICML 2025.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -30,7 +29,7 @@ class RMDS(Mahalanobis):
     name = "rmds"
     title = "RMDS"
     normalised = False
-    state: ClassVar = {**Mahalanobis.state, "overall": "D D"}
+    state = {**Mahalanobis.state, "overall": "D D"}
 
     def fit(self, sums: State, sample: Features, head: Head) -> State:
         total, images = sums["class_sums"].sum(dim=0), sums["counts"].sum()

@@ -1,7 +1,6 @@
 """SHE: Zhang et al., "OOD detection based on in-distribution data patterns memorization", 2023."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ class SHE(Score):
     name = "she"
     title = "SHE"
     needs_fit = True
-    state: ClassVar = {"means": "K D", "overall": "D", "counts": "K"}
+    state = {"means": "K D", "overall": "D", "counts": "K"}
 
     metric: str = checked("inner_product", among("inner_product", "cosine", "euclidean"))
 

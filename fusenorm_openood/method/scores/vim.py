@@ -1,7 +1,6 @@
 """ViM: Wang et al., "ViM: out-of-distribution with virtual-logit matching", CVPR 2022."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ class ViM(Score):
     title = "ViM"
     needs_fit = True
     needs_head = "affine"
-    state: ClassVar = {"origin": "D", "residual": "D R", "scale": ""}
+    state = {"origin": "D", "residual": "D R", "scale": ""}
 
     dim: int = checked(256, COUNT)
     share: float | None = checked(None, SHARE.or_none())
