@@ -75,8 +75,7 @@ def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
     All settings share the energies, and all with the same ``eps`` the entropies, too. They have
     been checked, as `Settings` does.
     """
-    if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
-        raise _no_maps(x)
+    _check_maps(x)
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     return kernels.norms(x.flatten(2), settings, _by_torch).T.to(dtype).to(x.device)
 
@@ -100,8 +99,7 @@ def atf_map(
         ConfigError, TapError: see `atf`.
     """
     setting = _checked(k_min, k_max, alpha, eps)
-    if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
-        raise _no_maps(x)
+    _check_maps(x)
     a = with_double(x.detach().flatten(2).abs())
     h = _entropy(a, eps)
     w = _channel_weights(h, alpha, eps)
@@ -169,11 +167,12 @@ def _k_of(h: Tensor, x: Tensor, setting: FeatureNorm) -> Tensor:
     return adaptive_k(h_mean, setting.k_min, setting.k_max, pixels).view(-1, 1, 1)
 
 
-def _no_maps(x: Tensor) -> TapError:
-    return TapError(
-        "atf takes floating-point feature maps [B, C, H, W] with at least one pixel, got "
-        f"{x.dtype} of shape {list(x.shape)}: tap a module that returns such maps"
-    )
+def _check_maps(x: Tensor) -> None:
+    if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
+        raise TapError(
+            "atf takes floating-point feature maps [B, C, H, W] with at least one pixel, got "
+            f"{x.dtype} of shape {list(x.shape)}: tap a module that returns such maps"
+        )
 
 
 def _entropy(a: Tensor, eps: float) -> Tensor:
