@@ -5,14 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusenorm_openood.method.scores.base import (
-    Features,
-    Head,
-    Score,
-    State,
-    feature_sum,
-    mean_feature,
-)
+from fusenorm_openood.method.scores import base
+from fusenorm_openood.method.scores.base import Features, Head, Score, State
 
 
 @dataclass(frozen=True)
@@ -38,10 +32,10 @@ class RAS(Score):
 
     def sums(self, batch: Features, labels: Tensor) -> State:
         ordered = batch.feature.sort(dim=1, descending=True).values
-        return feature_sum(batch._replace(feature=ordered))
+        return base.feature_sum(batch._replace(feature=ordered))
 
     def fit(self, sums: State, sample: Features, head: Head) -> State:
-        return {"values": mean_feature(sums).float()}
+        return {"values": base.mean_feature(sums).float()}
 
     def score(self, batch: Features, head: Head, state: State) -> Tensor:
         order = batch.feature.argsort(dim=1, descending=True, stable=True)
