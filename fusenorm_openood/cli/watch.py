@@ -32,8 +32,8 @@ class Row(NamedTuple):
 def add_watch(parser: ArgumentParser) -> None:
     options.add(parser, "--detector")
     add = parser.add_argument
-    rows = "rows of `fusenorm score`, or JSON Lines with `confidence`; - = standard input"
-    add("--scores", required=True, metavar="FILE", help=rows)
+    rows = "rows of `fusenorm score`, or JSON Lines with `confidence`, by class also `predicted`"
+    add("--scores", required=True, metavar="FILE", help=f"{rows}; - = standard input")
     state = "JSON file to go on from and to write, so that only new rows of --scores are read"
     add("--state", metavar="FILE", help=state)
     alarm = "probability of a false alarm in the whole stream (default: 0.01)"

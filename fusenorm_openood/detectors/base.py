@@ -243,7 +243,8 @@ class Detector(Scorer, ABC):
 
         Args:
             images: `[B, C, H, W]`, or one image `[C, H, W]`.
-            groups: the group of each image, where the loader of `calibrate` gave groups.
+            groups: the group of each image, where the loader of `calibrate` gave groups, or a
+                function that a file has not kept.
 
         Raises:
             CalibrationError: before `calibrate`.

@@ -1,5 +1,7 @@
 """Detector files: written, read, and checked against the network."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,6 @@ from fusenorm_openood.errors import (
     DetectorFileError,
     FuseNormError,
     NonFiniteError,
-    TapError,
     warn,
 )
 from fusenorm_openood.method.calibration import PREDICTED, Calibration
@@ -64,11 +65,11 @@ def load(cls: "type[FuseNorm]", path: Path, net: nn.Module, strict: bool) -> "Fu
     record, statistics, calibration = _read(path)
     given = identify(net, record.network.image, passes=1)
     is_other = _check_network(path, record.network, given, strict, calibration is not None)
-    _check_modules(path, record, statistics, unwrapped(net))
     structure = record.structure
     if structure is not None and structure.head.feature:  # read again, with its affine map
         structure = None
-    try:
+    with _sensible(path):
+        _check_modules(record, statistics, unwrapped(net))
         detector = cls(net, statistics.settings, structure)
         if detector.experts and detector.strong != statistics.strong:
             raise ConfigError(f"strong must be {', '.join(detector.strong)}")
@@ -76,19 +77,13 @@ def load(cls: "type[FuseNorm]", path: Path, net: nn.Module, strict: bool) -> "Fu
             check_random(net, structure, statistics.settings.random)
         detector.adopt(statistics)
         detector.class_names = record.class_names
-    except (ConfigError, TapError) as error:
-        raise nonsense(path, error) from None
     detector.calibration_, detector.preprocessing = calibration, record.preprocessing
     detector.other_network = given if is_other else None
     source = record.source._asdict()
     detector.network_source = {name: value for name, value in source.items() if value is not None}
     if record.network.image:  # whose scores an image of this size has to have
-        try:
+        with _sensible(path), suppress(NonFiniteError):  # of images that are no photographs
             detector.expert_scores(fixed_images(record.network.image))
-        except NonFiniteError:  # of these images, which are no photographs
-            pass
-        except FuseNormError as error:
-            raise nonsense(path, error) from None
     return detector
 
 
@@ -101,19 +96,21 @@ def read_source(path: Path) -> Source:
     return _read(path)[0].source
 
 
-def nonsense(path: Path, error: Exception | str) -> DetectorFileError:
-    """The error for a file whose parts do not fit each other."""
-    return DetectorFileError(
-        f"detector file {path} holds what no fit has given ({error}): fit again"
-    )
+@contextmanager
+def _sensible(path: Path) -> Iterator[None]:
+    """Context in which an error is that of a file whose parts do not fit each other."""
+    try:
+        yield
+    except FuseNormError as error:
+        raise DetectorFileError(
+            f"detector file {path} holds what no fit has given ({error}): fit again"
+        ) from None
 
 
 def _read(path: Path) -> tuple[Record, DetectorStatistics, Calibration | None]:
     contents = read_contents(path)
-    try:
+    with _sensible(path):
         return read_record(contents)
-    except ConfigError as error:
-        raise nonsense(path, error) from None
 
 
 def _check_network(
@@ -141,9 +138,7 @@ def _check_network(
     return True
 
 
-def _check_modules(
-    path: Path, record: Record, statistics: DetectorStatistics, core: nn.Module
-) -> None:
+def _check_modules(record: Record, statistics: DetectorStatistics, core: nn.Module) -> None:
     """Require that what the file says of modules is true of the network."""
     structure, modules = record.structure, dict(core.named_modules())
     if structure is None:
@@ -151,9 +146,9 @@ def _check_modules(
     for field in ("runs", "shapes", "layouts"):
         named = {name.removesuffix(INPUT) for name in getattr(structure, field)}
         if absent := named - modules.keys():
-            raise nonsense(path, f"structure.{field} names the absent module {min(absent)!r}")
+            raise ConfigError(f"structure.{field} names the absent module {min(absent)!r}")
     if structure.scoring != (scoring := scoring_module(core)):
-        raise nonsense(path, f"structure.scoring must be {scoring!r}")
+        raise ConfigError(f"structure.scoring must be {scoring!r}")
     layers = nn.ModuleList(modules[name] for name in structure.head.names)
     with eval_mode(layers):  # a spectral norm in training changes when read
         weights = list(map(weight_of, layers))
@@ -163,4 +158,4 @@ def _check_modules(
             sizes = dict(zip(letters.split(), state[name].shape, strict=True))
             known = len(widths) == len(weights) > 0 and not structure.head.feature
             if known and sizes.get("D", sum(widths)) != sum(widths):
-                raise nonsense(path, f"state.{number}.{name} must be of width {sum(widths)}")
+                raise ConfigError(f"state.{number}.{name} must be of width {sum(widths)}")

@@ -163,10 +163,9 @@ class Calibration:
         """Raise CalibrationError unless an image of each group can be rejected."""
         fewest = min(range(len(self.names)), key=lambda group: len(self.cell(group)))
         n, needed = len(self.cell(fewest)), needed_images(acceptance)
-        if self.by and self.least < needed <= len(self):
-            of = f" for group {self.names[fewest]!r} (with least={needed} it is pooled)"
-            check_enough(n, acceptance, of)
-        check_enough(n, acceptance)
+        of = f" for group {self.names[fewest]!r} (with least={needed} it is pooled)"
+        is_own = self.by and self.least < needed <= len(self)
+        check_enough(n, acceptance, of if is_own else "")
 
     def max_ranks(self, acceptance: float) -> list[int]:
         """For each group, the largest rank with which an image is OOD; see `max_rank`."""
