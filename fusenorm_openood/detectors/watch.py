@@ -19,7 +19,7 @@ from fusenorm_openood.storage.configs import typed
 from fusenorm_openood.storage.files import write_bytes_whole
 
 ALL = ""  # the name of the only group
-LEAST = 100  # scores of a group that a new one is ranked among, if there are as many
+BY_GROUP = 100  # scores of a group that a new one is ranked among, if there are as many
 
 
 class Watched(NamedTuple):
@@ -136,7 +136,7 @@ class Watch:
         self._promised = 1 - promise.high, 1 - promise.low
         self._path, self._seed = path and Path(path), seed
         digest, draw = sha256(), np.random.default_rng([seed, 1])
-        self._most, self._names = max(drift.KEPT // len(parts), LEAST), tuple(parts)
+        self._most, self._names = max(drift.KEPT // len(parts), BY_GROUP), tuple(parts)
         for name, part in parts.items():
             digest.update(name.encode() + part.astype("<f8").tobytes())
             if len(part) > self._most:
