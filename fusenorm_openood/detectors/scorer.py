@@ -95,9 +95,9 @@ class Scorer:
         readings, images = self._begin(loader)
         if images is not None:
             try_experts(self.scoring(), images)
-        # What cannot be saved fails before the fit.
-        shape = readings.first.shape[1:]
-        network = None if isinstance(self.net, LazyNetwork) else identify(self.net, shape)
+        network = None
+        if not isinstance(self.net, LazyNetwork):  # what cannot be saved fails before the fit
+            network = identify(self.net, readings.first.shape[1:])
         self.fitted, batch = fit_experts(
             self.scoring(), readings, progress, desc, self.least, may_overflow=may_overflow
         )
