@@ -113,4 +113,7 @@ def test_a_detector_watches_with_its_calibration_scores():
         detector.watch(acceptance=0.99)
     watch = detector.watch(level=0.05)
     assert watch.now == Watch(detector.calibration_scores_, level=0.05).now
-    assert watch.update(detector.infer(make_loader(60, seed=3, scale=9)).conf).shift == "lower"
+    scored = detector.infer(make_loader(60, seed=3, scale=9))
+    assert watch.update(scored.conf).shift == "lower"
+    watch = detector.calibrate(make_loader(30, seed=2), by="predicted").watch()
+    assert watch.update(scored.conf, groups=scored.pred).rows == 60
