@@ -106,10 +106,13 @@ def unknown(what: str, name: object, known: Iterable[object], of: str = "", more
     return f"unknown {what} {name!r}{of}{hint}: {way_out}{more}"
 
 
+_INNER = re.compile(rf"{__package__}\.(?!cli\.)|contextlib$|torch\.")
+
+
 def warn(text: str) -> None:
-    """A UserWarning that points to the first line outside this package."""
+    """A UserWarning that points to the first line of a user, or of a command of this package."""
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(f"{__package__}."):
+    while frame.f_back is not None and _INNER.match(frame.f_globals["__name__"]):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, UserWarning, stacklevel=level)
 

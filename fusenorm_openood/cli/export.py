@@ -25,7 +25,8 @@ def run_export(args: Namespace) -> int:
     exported = detector.export(args.output, args.dtype, args.acceptance, target=args.target)
     print(f"exported {args.output}: {', '.join(exported.outputs)}")
     if exported.max_rank is not None:
-        print(_verdict(exported.max_rank, args.acceptance))
+        n = len(detector.check_calibrated())
+        print(f"{_verdict(exported.max_rank, args.acceptance)}, {n} calibration images")
     if exported.difference is None:
         print("not compared with PyTorch: its runtime is not installed")
     else:

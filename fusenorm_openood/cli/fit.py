@@ -1,5 +1,6 @@
 """`fusenorm fit`: a detector from folders of images; `fusenorm calibrate`: another calibration."""
 
+import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch import nn
 from fusenorm_openood.cli import engines, inputs, options
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.paths import each_page, image_paths, is_hidden
-from fusenorm_openood.data.preprocessing import Normalization, Preprocessing
+from fusenorm_openood.data.preprocessing import INTERPOLATIONS, Normalization, Preprocessing
 from fusenorm_openood.deployment.files import ReadableFiles, network_key
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.fusenorm import FuseNorm
@@ -28,6 +29,8 @@ from fusenorm_openood.storage.urls import Place
 
 ACCEPTANCE = 0.95
 
+log = logging.getLogger(__name__)
+
 
 def add_fit(parser: ArgumentParser) -> None:
     add = parser.add_argument
@@ -41,7 +44,9 @@ def add_fit(parser: ArgumentParser) -> None:
     add("--image-size", type=options.positive, help="sides of the centre crop (default: declared)")
     add("--resize", type=options.positive, help="size before the crop (default: declared)")
     any_channels = partial(options.normalization, channels=None)
-    each = "mean and standard deviation of each channel, M,...,S,..., or a name: "
+    how = "how pixels are interpolated (default: declared, or bilinear)"
+    add("--interpolation", choices=INTERPOLATIONS, help=how)
+    each = "mean and standard deviation of channels in [0, 1], M,...,S,..., or a name: "
     each += "cifar10, cifar100, imagenet, digits (default: declared)"
     options.add(parser, "--normalization", type=any_channels, help=each)
     options.add(parser, "--bits", "--pages")
@@ -51,7 +56,7 @@ def add_fit(parser: ArgumentParser) -> None:
     add("--range", type=options.values, metavar="LOW,HIGH", help=within)
     pictured = "channels from 0 that reports show in red, green and blue (default: a grey mean)"
     add("--shown", type=partial(options.values, kind=int), metavar="R,G,B", help=pictured)
-    options.add(parser, "--config", help="YAML file of FuseNorm, or this package's name")
+    options.add(parser, "--config", help="YAML file of FuseNorm, or one of this package by name")
     options.add(parser, "--set")
     options.add(parser, "--batch-size", default=64, help="images per batch (default: 64)")
     stored = "store the scores of images in this folder; torchrun needs it"
@@ -75,7 +80,10 @@ def run_fit(args: Namespace) -> int:
         check_enough(len(other_paths), ACCEPTANCE)
         check_apart(id_paths, other_paths)
     net = inputs.load_or_build(args.network, args.weights, args.image_size, args.weights_by_order)
+    if args.weights is None and this_process().leads:
+        log.warning(f"no --weights: those of {args.network} are random unless it loads some itself")
     given = {name: getattr(args, name) for name in ("bits", "dtype", "range", "shown")}
+    given |= {"interpolation": args.interpolation} if args.interpolation else {}
     sizes = args.image_size, args.resize, args.normalization
     preprocessing = preprocessing_of(net, *sizes, **given)
     detector = FuseNorm(net.to(device), settings)
@@ -99,9 +107,10 @@ def add_calibrate(parser: ArgumentParser) -> None:
     add("--output", required=True, metavar="FILE", help="the new file, which may be the same")
     add("--merge", action="store_true", help="keep the calibration images that it has")
     add("--newest", type=options.positive, metavar="N", help="keep at most the newest N images")
-    by = "group the images by predicted class, or all = not (default: as they are)"
+    by = "by predicted class, or all = not by groups (default: as before)"
     options.add(parser, "--calibrate-by", choices=("predicted", "all"), help=by)
-    options.add(parser, "--least", default=None, help="images for scores of its own (as they are)")
+    own = "images with which a class has scores of its own (default: as before)"
+    options.add(parser, "--least", default=None, help=own)
     options.add(parser, "--batch-size", default=64, help="images per batch (default: 64)")
     options.add(parser, "--store", default=None, help="store the scores of images in this folder")
     options.add(parser, "--pages", *options.COMPUTING)
@@ -201,6 +210,8 @@ def preprocessing_of(
                 f"{type(net).__name__} declares no preprocessing: give --image-size and "
                 "--normalization as they were in its training"
             )
-        return Preprocessing(resize or size, (size, size), "bilinear", *normalization, **pixels)
+        mean, std = normalization
+        fields = {"interpolation": "bilinear", "mean": mean, "std": std, **pixels}
+        return Preprocessing(resize or size, (size, size), **fields)
     mean, std = normalization or (declared.mean, declared.std)
     return replace(declared, resize=resize or declared.resize, mean=mean, std=std, **pixels)

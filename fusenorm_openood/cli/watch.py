@@ -134,8 +134,9 @@ def _rows(name: str, column: str | None) -> Iterator[Row]:
             conf = float("no number" if isinstance(text, bool) else text)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             raise errors.DataError(
-                f"{name}, row {number} must have a confidence or an error, got {text!r}: remove "
-                "the row, or score again without --early"
+                f"{name}, row {number} must have a confidence or an error, got "
+                f"{'no such column' if text is None else repr(text)}: give the rows of fusenorm "
+                "score, without --early"
             ) from None
         if not math.isfinite(conf):
             raise errors.NonFiniteError(

@@ -176,6 +176,11 @@ class Preprocessing:
         Rule(f"{count} numbers > 0, as many as means", numbers, lambda v: len(v) == count)(
             "std", self.std
         )
+        if not is_float and not 0 <= min(self.mean) <= max(self.mean) <= 1:
+            raise ConfigError(
+                f"mean must be of pixels in [0, 1], got {self.mean}: divide mean and std by "
+                f"{self.span[1]} if they are of whole numbers"
+            )
         if is_float == (self.range is None) or (is_float and self.bits is not None):
             raise ConfigError(
                 "range must be two numbers LOW < HIGH with dtype float32, which has no bits, and "

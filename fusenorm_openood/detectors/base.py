@@ -330,7 +330,10 @@ class Detector(Scorer, ABC):
 
     def known_preprocessing(self) -> Preprocessing:
         """The preprocessing; DataError if it is not set."""
-        if self.preprocessing is None:
+        if not isinstance(self.preprocessing, Preprocessing):
+            if self.preprocessing is not None:
+                kind = type(self.preprocessing).__name__
+                raise DataError(f"detector.preprocessing must be a Preprocessing, got a {kind}")
             raise DataError(
                 "this detector does not know how its network's images are preprocessed: set "
                 "detector.preprocessing, or give tensors as the network takes them"

@@ -72,12 +72,15 @@ def calibration_of(
     new = new.keep(first if newest is None else first[-newest:])
     if pooled := new.pooled:
         names = detector.names_of_groups(new)
-        warn(
-            f"{len(pooled)} of {len(new.names)} groups by {by} have fewer than {least} "
-            f"calibration images, so theirs are compared with the {len(new.cells[-1])} of "
-            f"{'such' if new.is_pooled else 'all'} groups, and nothing is promised for one of "
-            f"them alone: {listed([names[number] for number in pooled])}"
-        )
+        few = f"{len(pooled)} of {len(new.names)} groups by {by} have fewer than {least} "
+        if len(pooled) == len(new.names):
+            warn(f"{few}calibration images, so all images are compared with all of them")
+        else:
+            warn(
+                f"{few}calibration images, so theirs are compared with the {len(new.cells[-1])} of "
+                f"{'such' if new.is_pooled else 'all'} groups, and nothing is promised for one of "
+                f"them alone: {listed([names[number] for number in pooled])}"
+            )
     return new
 
 

@@ -95,7 +95,7 @@ def exits_of(
     `images` on the network's device show where a batch can be thinned.
     """
     if mode not in MODES:
-        raise ConfigError(f"early must be {' or '.join(MODES)}, got {mode!r}")
+        raise ConfigError(f"early must be True (certain) or spending, got {mode!r}")
     scoring = detector.scoring(lambda: images)
     key = (scoring, detector.check_fitted(), detector.check_calibrated(), acceptance, mode)
     known = detector.exits

@@ -125,7 +125,7 @@ def _check_network(
             f"({', '.join(differences[:3])}{more}): give the network that it was fitted with"
         )
     if given.weights != known.weights:
-        what = f"other weights of a {known.kind}: give the checkpoint"
+        what = f"other weights of the same network, {known.kind}: give the checkpoint"
     elif not given.agrees(known):
         what = f"a {known.kind} that computes other logits with these weights: give the network"
     else:

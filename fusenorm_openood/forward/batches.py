@@ -40,8 +40,10 @@ def checked_images(images: Any) -> Tensor:
         is_array = isinstance(images, Tensor | np.ndarray)
         found = f"{images.dtype} {list(images.shape)}" if is_array else type(images).__name__
         raise DataError(
-            f"images must be a floating-point tensor [B, C, H, W], got {found}: loaders may give "
-            "(images, labels), {'data': images, 'label': labels} or images alone"
+            f"images must be a floating-point tensor [B, C, H, W], got {found}: give tensors "
+            "as the network takes them, or files, PIL images and uint8 pixels to a detector that "
+            "has its preprocessing; loaders may give (images, labels), {'data': images, 'label': "
+            "labels} or images alone"
         )
     return images
 
@@ -91,9 +93,11 @@ def noting(loader: Iterable[Any], key: str, noted: list[str]) -> Iterator[Any]:
     for batch in loader:
         given = batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch
         if not isinstance(given, Mapping) or key not in given:
+            is_dict = isinstance(given, Mapping)
+            found = f"the keys {', '.join(map(str, given))}" if is_dict else type(given).__name__
             raise DataError(
                 f"images are grouped by {key!r}, which a loader must give as a key of batches that "
-                f"are dicts, got {type(given).__name__}"
+                f"are dicts, got {found}"
             )
         values = group_names(given[key])
         if len(values) != len(_parts(given)[0]):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusenorm_openood.errors import TapError, is_out_of_memory
+from fusenorm_openood.errors import TapError, first_sentence, is_out_of_memory
 from fusenorm_openood.forward.experts import BatchScores, Scoring, joined
 from fusenorm_openood.forward.passes import forward_pass, parts
 from fusenorm_openood.network.running import eval_mode, preserved_randomness, unwrapped
@@ -121,6 +121,7 @@ def stage_ends(
             self.kept = self.kept[:-1]
             return torch.arange(len(self.kept), device=images.device)
 
+    reason = "what follows also reads what was computed before"
     try:
         with eval_mode(unwrapped(net)), torch.no_grad(), preserved_randomness(images.device):
             whole = forward_pass(net, trial, structure).logits[:2]
@@ -131,9 +132,10 @@ def stage_ends(
         if is_out_of_memory(error):
             raise
         difference = float("inf")
+        reason = f"the rest fails on fewer images ({first_sentence(error)})"
     if not difference <= AGREES * max(structure.largest_logit, 1):
         raise TapError(
-            f"images cannot leave a batch of {name} after {', '.join(last)}, because what follows "
-            f"also reads what was computed before: {advice}"
+            f"images cannot leave a batch of {name} after {', '.join(last)}, because {reason}: "
+            f"{advice}"
         )
     return [tuple(ran[: ran.index(layer) + 1]) for layer in last]

@@ -43,8 +43,8 @@ def _tensor(images: Images, preprocessing: Callable[[], Preprocessing]) -> Tenso
     if isinstance(images, list | tuple):
         tensors = [_tensor(image, preprocessing) for image in images]
         if len({tensor.shape for tensor in tensors}) != 1:
-            shapes = [list(tensor.shape) for tensor in tensors[:3]]
-            raise DataError(f"a list must have images of one size, got {shapes or 'none'}")
+            shapes = [list(tensor.shape) for tensor in tensors[:3]] or "no image"
+            raise DataError(f"a list must have images, all of one size, got {shapes}")
         return torch.stack(tensors)
     if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim > 2:
         images = images.movedim(-3, -1).cpu().numpy()

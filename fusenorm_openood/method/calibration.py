@@ -141,7 +141,8 @@ class Calibration:
         """
         if self.by in (None, PREDICTED):
             if groups is not None:
-                raise ConfigError(f"groups must be left out of a calibration by {self.by}")
+                by = f"by {self.by}" if self.by else "not by groups"
+                raise ConfigError(f"images were calibrated {by}: leave out groups")
             return pred if self.by else np.zeros_like(pred)
         if groups is None and self.function is not None and images is not None:
             groups = self.function(images, pred)

@@ -72,7 +72,8 @@ def compute_id_statistics(
             both = f"{low:.6g}{' up to rounding' if low != high else ''}"
             raise ZeroRangeError(
                 f"percentiles {percentile_low} and {percentile_high} of the ID scores of {name!r} "
-                f"are both {both}: leave this expert out, or fit on more and more varied images"
+                f"are both {both}: check that the network has its weights, leave this expert out, "
+                "or fit on more and more varied images"
             )
     s = np.minimum(s, upper[:, None]) if clip else s
     return IDStatistics(s.mean(axis=1), s.std(axis=1) + 1e-8, lower, upper)

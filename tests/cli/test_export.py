@@ -37,7 +37,7 @@ def test_a_program_is_written_and_compared(name, saved, tmp_path, capsys):
     assert export(saved, "--output", path) == 0
     exported, verdict, compared = capsys.readouterr().out.splitlines()
     assert exported == f"exported {path}: logits, confidence, rank"
-    assert verdict == "an image is OOD if rank <= 2 (acceptance 0.95)"
+    assert verdict == "an image is OOD if rank <= 2 (acceptance 0.95), 40 calibration images"
     about, _, difference = compared.rpartition(" ")
     assert about == "largest difference from PyTorch's confidences:"
     assert float(difference) < 1e-3

@@ -267,7 +267,9 @@ def test_calibrations_of_a_file_are_merged(folders, by_class, tmp_path, capsys):
     for path in sorted((folders / "test_noise").iterdir())[:7]:
         shutil.copy(path, some)
     merge = ["--detector", by_class, "--output", new, "--merge", "--newest", "30"]
-    assert calibrate(some, *merge) == 0
+    with pytest.warns(UserWarning, match="are pooled|groups by") as caught:
+        assert calibrate(some, *merge) == 0
+    assert all(Path(w.filename).parent.name == "cli" for w in caught)  # shown in one sentence
     assert "calibrated on 30 images" in capsys.readouterr().out
     found = FuseNorm.load(new, load_source(folders)).calibration_
     assert (found.by, found.least) == ("predicted", 9)

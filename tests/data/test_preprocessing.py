@@ -172,6 +172,8 @@ def test_whatever_pil_raises_for_an_image_is_one_error(error):
         ({"crop_mode": "pad"}, "crop_mode must be one of center, .*, got 'pad'"),
         ({"std": (1.0, 0.0, 1.0)}, "std must be numbers > 0"),
         ({"mean": (1.0,)}, "std must be 1 numbers > 0, as many as means, got"),
+        ({"mean": (127, 127, 127)}, r"in \[0, 1\], got \(127.* by 255"),
+        ({"mean": (-1, 0, 0), "dtype": "uint16"}, r"in \[0, 1\].* by 65535"),
         ({"mean": ()}, "mean must be a number for each channel"),
         *(({"bits": b}, "bits must be a whole number from 8 to 16") for b in (7, 17, 12.0, "12")),
     ],

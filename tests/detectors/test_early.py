@@ -127,10 +127,27 @@ class OneStage(Net):
         return self.fc(self.a(self.stem(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("net", [Bridge(), Centred(), OneStage()], ids=lambda n: type(n).__name__)
-def test_networks_in_which_images_cannot_leave(net: nn.Module) -> None:
+class Reshaped(Net):
+    """It reads the size of the batch before images leave it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.b(self.a(self.stem(x))).mean((2, 3))
+        return self.fc(pooled.view(len(x), -1))
+
+
+@pytest.mark.parametrize(
+    ("net", "reason"),
+    [
+        (Bridge(), "also reads"),
+        (Centred(), ""),
+        (OneStage(), ""),
+        (Reshaped(), r"shape '\[\d+, -1\]'"),
+    ],
+    ids=lambda n: type(n).__name__,
+)
+def test_networks_in_which_images_cannot_leave(net: nn.Module, reason: str) -> None:
     detector = FuseNorm(net).fit([some_images(60, SIZE)]).calibrate([some_images(60, SIZE, seed=2)])
-    with pytest.raises(TapError, match=type(net).__name__):
+    with pytest.raises(TapError, match=f"{type(net).__name__}.*{reason}"):
         detector.is_ood(far_off(), early=True)
 
 

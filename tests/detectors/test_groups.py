@@ -65,7 +65,7 @@ def test_images_are_compared_with_those_of_their_predicted_class(detector, tmp_p
         assert same.p_values(NEW[3]).item() == expected[3]
         assert repr(same) == repr(detector)
     assert "calibrated on 90 by predicted (90 from list, 20" in repr(detector)
-    with pytest.raises(ConfigError, match="groups must be left out of a calibration by predicted"):
+    with pytest.raises(ConfigError, match="calibrated by predicted: leave out groups"):
         detector.p_values(NEW, groups=of)
 
 

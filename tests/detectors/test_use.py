@@ -1,5 +1,6 @@
 """A detector as users of other libraries expect it."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -57,6 +58,13 @@ def test_images_in_any_form_have_one_confidence(detector, tmp_path):
 def test_images_without_pixels_are_refused(detector, images):
     with pytest.raises(DataError, match="no pixels"):
         detector.score(images)
+
+
+def test_what_is_no_preprocessing_is_told(detector):
+    other = copy.copy(detector)
+    other.preprocessing = (224, 224)
+    with pytest.raises(DataError, match="must be a Preprocessing, got a tuple"):
+        other.score(np.zeros((9, 9, 3), np.uint8))
 
 
 def test_thresholds_are_where_verdicts_change(detector):
