@@ -106,4 +106,5 @@ def _stripes(rng: np.random.Generator) -> Grey:
     low, high = [0, 4, 0], [np.pi, SIZE, 2 * np.pi]
     angle, length, phase = rng.uniform(low, high, (FAR_IMAGES, 3)).T[..., None, None]
     wave = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / length + phase)
-    return (127.5 + 127.5 * wave).round().astype(np.uint8)
+    found: Grey = (127.5 + 127.5 * wave).round().astype(np.uint8)
+    return found

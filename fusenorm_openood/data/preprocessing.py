@@ -73,7 +73,8 @@ class EvalTransform:
         if self.sizes:
             bilinear = TF.InterpolationMode.BILINEAR
             image = TF.center_crop(TF.resize(image, self.sizes[0], bilinear), self.sizes[1])
-        return TF.normalize(to_tensor(image), *self.norm)
+        found: Tensor = TF.normalize(to_tensor(image), *self.norm)
+        return found
 
 
 def to_unit(pixels: Tensor, span: tuple[float, float]) -> Tensor:
@@ -106,7 +107,8 @@ def train_transform(
     else:
         sizes = [T.Resize(pre_size, bilinear), T.CenterCrop(image_size)]
         steps = [*sizes, *mirror, T.RandomCrop(image_size, padding=image_size // 8)]
-    return T.Compose([*steps, to_tensor, T.Normalize(*norm)])
+    found: Transform = T.Compose([*steps, to_tensor, T.Normalize(*norm)])
+    return found
 
 
 def _pixels(value: Any) -> tuple[int, ...] | None:
@@ -247,13 +249,15 @@ class Preprocessing:
             fill = fill if self.dtype == "float32" else [*map(round, fill)]
             sides = [*(side // 2 for side in short), *((side + 1) // 2 for side in short)]
             resized = TF.pad(resized, sides, fill if band.mode == "RGB" else fill[0])
-        return TF.center_crop(resized, list(self.crop))
+        found: Image.Image = TF.center_crop(resized, list(self.crop))
+        return found
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         from torchvision.transforms import functional as TF
 
         unit = to_unit(pixels, self.span)
-        return TF.normalize(unit, list(self.mean), list(self.std))
+        found: Tensor = TF.normalize(unit, list(self.mean), list(self.std))
+        return found
 
     def _resized(self, height: int, width: int) -> list[int]:
         """What torchvision's `resize` takes: one length is that of the shorter side."""
@@ -273,7 +277,8 @@ class Preprocessing:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Preprocessing":
         """The preprocessing that `to_json` gave; ConfigError if it is something else."""
-        return configs.typed(cls, record, "preprocessing")
+        found: Preprocessing = configs.typed(cls, record, "preprocessing")
+        return found
 
     @classmethod
     def of(cls, net: nn.Module, size: int | None = None) -> "Preprocessing | None":

@@ -31,7 +31,8 @@ def blur(images: Tensor, generator: Generator) -> Tensor:
 
     sigma = min(images.shape[2:]) / 8
     reach = min(int(3 * sigma), min(images.shape[2:]) - 1)
-    return V.gaussian_blur(images, [2 * reach + 1] * 2, [sigma, sigma])
+    found: Tensor = V.gaussian_blur(images, [2 * reach + 1] * 2, [sigma, sigma])
+    return found
 
 
 def noise(images: Tensor, generator: Generator) -> Tensor:

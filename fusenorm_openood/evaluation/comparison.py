@@ -272,4 +272,5 @@ def _aurocs(id_conf: ArrayLike, ood_conf: ArrayLike, n: Values, m: Values) -> Va
 
     ours, others = per_level(n, 0), per_level(m, n.shape[1])
     below = np.cumsum(others, axis=1) - others / 2
-    return (below * ours).sum(axis=1) / (n.sum(axis=1) * m.sum(axis=1))
+    found: Values = (below * ours).sum(axis=1) / (n.sum(axis=1) * m.sum(axis=1))
+    return found

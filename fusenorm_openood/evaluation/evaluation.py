@@ -109,7 +109,8 @@ def summarise(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     stacked = np.stack([table.to_numpy() for table in tables])
     pairs = np.stack([stacked.mean(axis=0), stacked.std(axis=0)], axis=-1)
     cells = [[f"{mean:.2f} \u00b1 {std:.2f}" for mean, std in row] for row in pairs]
-    return pd.DataFrame(cells, tables[0].index, list(tables[0].columns))
+    found: pd.DataFrame = pd.DataFrame(cells, tables[0].index, list(tables[0].columns))
+    return found
 
 
 def check_fsood(benchmark: Benchmark, fsood: bool) -> None:
@@ -120,7 +121,8 @@ def check_fsood(benchmark: Benchmark, fsood: bool) -> None:
 
 def mean(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """The mean over the tables of several training runs."""
-    return sum(tables[1:], start=tables[0]) / len(tables)
+    found: pd.DataFrame = sum(tables[1:], start=tables[0]) / len(tables)
+    return found
 
 
 def _openood_scores(sets: Mapping[str, Mapping[str, Scored]], name: str) -> dict[str, Any]:

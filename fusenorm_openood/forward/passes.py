@@ -162,7 +162,8 @@ def hooked_layers(
         if kept is None:
             return None
         reduced.update({name: of_all[kept] for name, of_all in reduced.items()})
-        return value[kept]
+        part: Tensor | None = value[kept]
+        return part
 
     def take_input(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         take(name, module, (), (args, kwargs))

@@ -122,4 +122,5 @@ def _ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Ranks `[N]` less their mean; equal scores have the mean of theirs."""
     _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (counts.cumsum() - (counts - 1) / 2)[inverse]
-    return ranks - ranks.mean()
+    found: NDArray[np.float64] = ranks - ranks.mean()
+    return found

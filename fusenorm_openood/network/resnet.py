@@ -74,7 +74,8 @@ class BasicBlock(_TwoConvolutions):
             self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(channels))
 
     def skip(self, x: Tensor) -> Tensor:
-        return self.shortcut(x)
+        found: Tensor = self.shortcut(x)
+        return found
 
 
 class PaddingBlock(_TwoConvolutions):
@@ -203,7 +204,8 @@ class WideResNetStage(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        found: Tensor = self.layer(x)
+        return found
 
 
 class WideResNet(FeatureClassifier):
@@ -252,13 +254,15 @@ class T2FNormNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[B, K]` of normalised features, for training and classification."""
         feature = self.backbone(x, return_feature=True)[1]
-        return self.backbone.fc(F.normalize(feature, dim=-1) / self.tau)  # type: ignore[operator]
+        found: Tensor = self.backbone.fc(F.normalize(feature, dim=-1) / self.tau)  # type: ignore[operator]
+        return found
 
     def forward_ood_inference(self, x: Tensor) -> Tensor:
         """Logits `[B, K]` of unnormalised features, for OOD scores."""
         feature = self.backbone(x, return_feature=True)[1]
         feature = feature if self.num_classes == IMAGENET_CLASSES else feature / self.tau
-        return self.backbone.fc(feature)  # type: ignore[operator]
+        found: Tensor = self.backbone.fc(feature)  # type: ignore[operator]
+        return found
 
 
 def has_scoring_logits(net: nn.Module) -> bool:

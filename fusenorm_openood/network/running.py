@@ -224,7 +224,8 @@ def unwrapped(net: nn.Module) -> nn.Module:
 def scoring_module(net: nn.Module) -> str | None:
     """Name of the module with separate scoring logits, `""` for the network itself, or None."""
     if isinstance(net, LazyNetwork) and net.stored is not None:
-        return net.stored.structure.scoring
+        found: str | None = net.stored.structure.scoring
+        return found
     modules = unwrapped(net).named_modules()
     return next((name for name, module in modules if has_scoring_logits(module)), None)
 

@@ -64,7 +64,8 @@ def base_postprocessor() -> type[Any]:
     """OpenOOD's `BasePostprocessor`, or a minimal class with its interface without OpenOOD."""
     if openood_installed():
         try:
-            return openood_module("postprocessors").BasePostprocessor
+            found: type[Any] = openood_module("postprocessors").BasePostprocessor
+            return found
         except OpenOODError as error:
             text = "FuseNormPostprocessor is not a subclass of OpenOOD's BasePostprocessor"
             warnings.warn(f"{text}: {error}", RuntimeWarning, stacklevel=2)

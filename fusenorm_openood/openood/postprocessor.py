@@ -206,7 +206,8 @@ def _validation(loaders: Mapping[str, Any] | None, name: str, purpose: str) -> I
     if not loaders or "val" not in loaders:
         found = ", ".join(loaders or ()) or "no loader"
         raise DataError(f"{name} must contain 'val', the loader {purpose}, got {found}")
-    return loaders["val"]
+    loader: Iterable[Any] = loaders["val"]
+    return loader
 
 
 def register() -> None:

@@ -47,7 +47,8 @@ class Url:
 
     def read_bytes(self) -> bytes:
         with self._system() as (system, path):
-            return system.cat_file(path)
+            found: bytes = system.cat_file(path)
+            return found
 
     def read_text(self, encoding: str) -> str:
         return self.read_bytes().decode(encoding)
@@ -89,7 +90,8 @@ class Url:
     def _entries(self) -> list[dict[str, Any]]:
         with self._system() as (system, path):
             system.invalidate_cache(path)
-            return system.ls(path, detail=True)
+            found: list[dict[str, Any]] = system.ls(path, detail=True)
+            return found
 
     @contextmanager
     def _system(self) -> Iterator[tuple[Any, str]]:

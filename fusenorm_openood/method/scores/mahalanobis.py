@@ -71,7 +71,8 @@ class Mahalanobis(Score):
         else:
             varies = values > len(values) * base.ROUNDING * values.amax()
             variance = torch.where(varies, values, torch.inf)
-        return vectors / variance.sqrt()
+        found: Tensor = vectors / variance.sqrt()
+        return found
 
     def _given(self, feature: Tensor) -> Tensor:
         return F.normalize(feature, dim=1) if self.normalised else feature
