@@ -60,7 +60,7 @@ def _summary(structure: Structure) -> Iterator[str]:
     listed += ["..."] if stages[8:] else []
     yield f"stages: {len(stages)} ({', '.join(listed)})" if stages else "stages: none"
     if blocks:
-        yield f"strong block: {first_of_last_stage(structure, blocks)}"
+        yield f"first block of the last stage: {first_of_last_stage(structure, blocks)}"
     yield f"head: {describe_head(structure)}"
     if structure.batch_dependent:
         yield "the images of a batch influence each other: a batch is never split"

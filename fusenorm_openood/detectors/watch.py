@@ -1,6 +1,7 @@
 """An alarm for drift in a stream of confidences, whose state is one small file."""
 
 import json
+import math
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from hashlib import sha256
@@ -133,7 +134,7 @@ class Watch:
         acceptance, level = SHARE("acceptance", acceptance), SHARE("level", level)
         self._threshold = threshold(scores, acceptance)
         promise = guarantee(len(scores), acceptance, 1 - level / 2)
-        self._promised = 1 - promise.high, 1 - promise.low
+        self._promised = float(1 - promise.high), float(1 - promise.low)
         self._path, self._seed = path and Path(path), seed
         digest, draw = sha256(), np.random.default_rng([seed, 1])
         self._most, self._names = max(drift.KEPT // len(parts), BY_GROUP), tuple(parts)
@@ -149,8 +150,8 @@ class Watch:
     @property
     def now(self) -> Watched:
         """What is known after the last update."""
-        s, ln10 = self._state, np.log(10)
-        low, high = drift.rate_bounds(s.rejected, s.rows, s.level / 2)
+        s, ln10 = self._state, math.log(10)
+        low, high = map(float, drift.rate_bounds(s.rejected, s.rows, s.level / 2))
         return Watched(
             s.rows,
             s.unreadable,

@@ -254,7 +254,7 @@ def _confidences(detector: FuseNorm, conf: Values, cuts: Values | None) -> tuple
     cut = float(cuts[0]) if cuts is not None and len(cuts) == 1 else None
     title = "Confidence of the scored images and of ID images"
     if cut is not None:
-        title = f"Rejected: images below the threshold, {cut:.3g}"
+        title = f"Rejected: images below the threshold, {cut:.4g}"
     elif cuts is not None:
         text += (
             f" Images below the threshold of their predicted class, from {cuts.min():.3g} to "
