@@ -10,11 +10,13 @@ from typing import Any
 import pandas as pd
 
 from fusenorm_openood.cli import inputs, options
-from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.data.benchmarks import Benchmark, load_benchmark
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.evaluation import comparison, evaluation
+from fusenorm_openood.evaluation.leaderboard import markdown
 from fusenorm_openood.evaluation.runs import Run, load_runs
 from fusenorm_openood.kernels.devices import own_device
+from fusenorm_openood.method.scores.knn import KNN
 from fusenorm_openood.report.evaluation import report_of_comparison
 from fusenorm_openood.report.page import check_report, write_report
 from fusenorm_openood.storage.configs import config_root, read_config
@@ -30,6 +32,7 @@ def add_compare(parser: ArgumentParser) -> None:
     add("--search", action="store_true", help="also search settings, with and without OOD images")
     add("--config", help="YAML file with the sweep to search (default: this package's)")
     options.add(parser, "--batch-size")
+    add("--format", default="text", choices=["text", "markdown", "latex"], help="of the tables")
     add("--csv", metavar="FILE", help="also write all figures to this file")
     options.add(parser, "--report", help="also write an HTML page with figures")
     options.add(parser, "--store", *options.COMPUTING)
@@ -77,13 +80,14 @@ def run_compare(args: Namespace) -> int:
                 float_format="%.4f", lineterminator="\n"
             )
             write_whole(Path(args.csv), partial(Path.write_text, data=text, newline="\n"))
-        _print_root(label, args.id_data, results)
+        _print_root(label, benchmark, results, args.format)
     if len(figures) > 1:
         print(f"\nmean ± std over {len(figures)} roots, AUROC in percent:")
         tables = [table[["nearood", "farood"]] for table in figures.values()]
         # T2FNorm's networks have another MSP.
         common = [row for row in tables[0].index if all(row in table.index for table in tables)]
-        print(fitting(evaluation.summarise([table.loc[common] for table in tables])))
+        means = evaluation.summarise([table.loc[common] for table in tables])
+        print(formatted(means, args.format))
     if args.report and leads:
         count = sum(map(len, compared.values()))
         facts = (("roots", ", ".join(args.root)), ("training runs", str(count)))
@@ -93,7 +97,11 @@ def run_compare(args: Namespace) -> int:
     return 0
 
 
-def _print_root(label: str, id_data: str, results: Sequence[comparison.Comparison]) -> None:
+def _print_root(
+    label: str, benchmark: Benchmark, results: Sequence[comparison.Comparison], style: str
+) -> None:
+    images = f"{len(benchmark.id['val'].images())} ID validation images"
+    neighbours = f"KNN with K = {KNN().K} unless it says otherwise"
     for number, result in enumerate(results):
         for name, found in result.found.items():
             varied = found.trials.columns.drop(["AUROC", "unusable"])
@@ -104,13 +112,29 @@ def _print_root(label: str, id_data: str, results: Sequence[comparison.Compariso
                 flush=True,
             )
         which = f", run {number}" * (len(results) > 1)
-        print(f"\n{label}, {id_data}{which}: AUROC and FPR@95 in percent,")
-        print("with 95 % bootstrap intervals of the gain in AUROC over the best single expert:")
-        print(fitting(result.summary), flush=True)
+        summary = formatted(result.summary, style)
+        print(f"\n{label}, {benchmark.name}{which}: AUROC and FPR@95 in percent,")
+        print(f"all fitted on {images}, {neighbours}")
+        if " over " in summary:
+            print("(over: 95 % bootstrap interval of the gain over the best single expert)")
+        print(summary, flush=True)
     over = f", mean ± std over {len(results)} runs" * (len(results) > 1)
     table = evaluation.summarise([r.auroc for r in results]) if over else results[0].auroc
-    print(f"\n{label}, {id_data}{over}, AUROC in percent:")
-    print(fitting(table), flush=True)
+    print(f"\n{label}, {benchmark.name}{over}, AUROC in percent:")
+    print(formatted(table, style), flush=True)
+
+
+def formatted(table: pd.DataFrame, style: str) -> str:
+    """A table as `text` that fits the terminal, or whole in `markdown` or `latex`."""
+    if style == "text":
+        return fitting(table)
+    cells = table.map(lambda cell: cell if isinstance(cell, str) else f"{cell:.2f}")
+    header, rows = ["method", *map(str, table.columns)], cells.itertuples(name=None)
+    if style == "markdown":
+        return markdown(header, rows)
+    lines = [" & ".join(line).replace("_", r"\_") + r" \\" for line in (header, *rows)]
+    start = rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}"
+    return "\n".join([start, *lines, r"\end{tabular}"])
 
 
 def fitting(table: pd.DataFrame) -> str:
@@ -124,7 +148,7 @@ def fitting(table: pd.DataFrame) -> str:
     names = map(str, table.columns)
     groups = [n for n in names if n.startswith(("near", "far")) and " over " not in n]
     text = table[groups].to_string(float_format="{:.2f}".format, justify="right")
-    return f"{text}\n(all columns: COLUMNS=200 or a wider terminal; all figures: --csv FILE)"
+    return f"{text}\n(all columns: COLUMNS=200 or --format markdown; all figures: --csv FILE)"
 
 
 def labels(roots: Sequence[str]) -> list[str]:

@@ -129,8 +129,8 @@ class Job:
         _ = self.detector if self.is_native else self.openood_postprocessor()
 
 
-def find_engine(job: Job, requested: str = "auto") -> str:
-    """The engine for a job, `native` or `openood`.
+def find_engine(job: Job, requested: str = "auto") -> tuple[str, str]:
+    """The engine for a job, `native` or `openood`, and why it is not the preferred one, or "".
 
     `auto` selects OpenOOD's evaluator for FuseNorm, if it supports the job, and for postprocessors
     that the native engine does not have. ConfigError if the requested engine does not support the
@@ -138,23 +138,28 @@ def find_engine(job: Job, requested: str = "auto") -> str:
     """
     reason = _unsupported_by_openood(job, requested) if requested != "native" else None
     name, ours = job.postprocessor, ", ".join(NATIVE)
-    engine = requested
+    engine, why = requested, ""
     if requested == "auto":
         preferred = name in METHODS or not job.is_native
-        supported = bridge.openood_installed() and reason is None
-        engine = "openood" if preferred and supported else "native"
+        if preferred and not bridge.openood_installed():
+            why = "OpenOOD is not installed"
+        elif preferred and reason is not None:
+            why = f"--engine openood {reason}"
+        engine = "openood" if preferred and not why else "native"
     elif reason is not None:
         way_out = "--engine native" if job.is_native else f"from {ours}"
         raise ConfigError(f"--engine openood {reason}: choose {way_out}")
     if engine == "native" and not job.is_native:
-        why = "" if reason is None else f", and --engine openood {reason}"
-        raise ConfigError(f"--engine native has no postprocessor {name!r}{why}: choose from {ours}")
+        also = "" if reason is None else f", and --engine openood {reason}"
+        raise ConfigError(
+            f"--engine native has no postprocessor {name!r}{also}: choose from {ours}"
+        )
     if engine == "native" and job.aps_mode and name not in METHODS:
         raise ConfigError(
             f"the native engine cannot search settings for {name!r}: install OpenOOD and choose "
             "--engine openood, or set APS_mode to False"
         )
-    return engine
+    return engine, why
 
 
 def _unsupported_by_openood(job: Job, requested: str) -> str | None:

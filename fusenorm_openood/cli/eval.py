@@ -73,7 +73,7 @@ def run_eval(args: Namespace) -> int:
     if args.id_data == "digits":
         ensure_digits(args.data_root, None if args.network else args.root, job.progress)
     checkpoints = inputs.check_files(benchmark, job.image_sets(), [args.root])[args.root]
-    engine, name = find_engine(job, args.engine), job.postprocessor
+    (engine, why), name = find_engine(job, args.engine), job.postprocessor
     store = inputs.store_of(args.store) if engine == "native" else None
     if leads:
         inputs.check_readable(job.image_sets(), store)
@@ -83,7 +83,8 @@ def run_eval(args: Namespace) -> int:
     if job.is_native:
         _check_networks(job, runs)
 
-    print(f"{name} on {args.id_data}: engine {engine}, device {device}", flush=True)
+    reason = f" ({why})" if why else ""
+    print(f"{name} on {args.id_data}: engine {engine}{reason}, device {device}", flush=True)
     for run in runs.values():
         if leads and run.is_unfinished:
             log.warning(f"training run {run.checkpoint.parent} is not finished")
@@ -107,7 +108,8 @@ def run_eval(args: Namespace) -> int:
             print(f"\nAUROC / FPR@95, run {run_name or args.root}:")
             print(result.compare.to_string(justify="right"))
     table = evaluation.summarise(tables)
-    print(f"\n{name}, {args.id_data}, {len(runs)} run(s), mean ± std in percent:")
+    spread = "mean ± std " * (len(runs) > 1)
+    print(f"\n{name}, {args.id_data}, {len(runs)} run(s), {spread}in percent:")
     print(table.to_string(justify="right"))
     if args.save_csv:
         folder = "val" if args.validation else "fsood" if args.fsood else "ood"
@@ -144,22 +146,24 @@ def _check_networks(job: Job, runs: Mapping[str, Run]) -> None:
 
 def add_leaderboard(parser: ArgumentParser) -> None:
     results = ("--root", "--postprocessor", "--fsood", "--output-dir")
-    options.add(parser, *results, "--id-data", "--data-root")
+    options.add(parser, *results, "--id-data", "--data-root", "--normalization")
 
 
 def run_leaderboard(args: Namespace) -> int:
     """Print the entry in Markdown, from the CSV and the checkpoints of a root."""
     name = args.postprocessor or "fusenorm"
-    benchmark = load_benchmark(args.id_data, args.data_root)
+    benchmark = load_benchmark(args.id_data, args.data_root, args.normalization)
     evaluation.check_fsood(benchmark, args.fsood)
     checkpoints = find_checkpoints(args.root)
     folder = results_folder(args.root, args.output_dir) / ("fsood" if args.fsood else "ood")
     results = folder / f"{name}.csv"
     if not results.is_file():
+        numbers = (str(n) for part in args.normalization or () for n in part)
+        normalised = ["--normalization", ",".join(numbers)] if args.normalization else []
         command = ["fusenorm", "eval", "--id-data", args.id_data, "--root", args.root,
                    "--data-root", args.data_root, "--postprocessor", name,
                    *(["--output-dir", args.output_dir] if args.output_dir else []),
-                   *(["--fsood"] if args.fsood else []), "--save-csv"]  # fmt: skip
+                   *(["--fsood"] if args.fsood else []), *normalised, "--save-csv"]  # fmt: skip
         others = ", ".join(sorted(file.name for file in folder.glob("*.csv")))
         contents = f" (the folder contains {others})" if others else ""
         raise DataError(

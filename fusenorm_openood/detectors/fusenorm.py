@@ -186,12 +186,11 @@ class FuseNorm(Detector):
         return self
 
     def with_companions(self: F) -> F:
-        """Also score output experts that need no extra pass, which are not part of the fusion."""
+        """Also score the other output experts without an extra pass, outside the fusion."""
         percentiles = dict.fromkeys((None, self.settings.react_percentile))
         names = ("msp", "mls", "energy")
-        self.companions = tuple(
-            OUTPUTS[name](react_percentile=q, fused=True) for q in percentiles for name in names
-        )
+        scores = (OUTPUTS[n](react_percentile=q, fused=True) for q in percentiles for n in names)
+        self.companions = tuple(s for s in scores if s != self.settings.score("output"))
         if self.experts:
             self._name(self.taps, self.strong)
         return self

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from fusenorm_openood.data.benchmarks import Benchmark, ImageSet
+from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, load_benchmark
 from fusenorm_openood.data.lists import read_imagelist
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.evaluation.evaluation import COLUMNS
@@ -114,7 +114,7 @@ def _size(path: Path) -> int | None:
 def leaderboard_entry(
     postprocessor: str, benchmark: Benchmark, fsood: bool, runs: Mapping[str, Run], results: Path
 ) -> str:
-    """The entry in Markdown: rows for two files, warnings, results, checkpoints and lists.
+    """The entry in Markdown: warnings, rows for two files, results, checkpoints and lists.
 
     The results, full-spectrum or not, are those of training runs of one kind, in a CSV file;
     DataError as of `read_results`.
@@ -137,15 +137,9 @@ def leaderboard_entry(
         f"{name['epochs']} epochs" if name else _UNKNOWN,
     )
     file = _FILES.get(benchmark.name, benchmark.name).format("fsood" if fsood else "ood")
-    parts = [
-        f"A pull request to {WHERE} adds these rows.",
-        f"Row for `results/{file}.csv`:",
-        _csv(FIELDS, row),
-    ]
-    if postprocessor not in _LISTED:
-        link = _LINK if postprocessor in _OURS else _UNKNOWN
-        parts += ["Row for `utils/papers.csv`:", _csv(("Alias", "Link"), (alias, link))]
     about = [f"{name['epochs']} epochs", f"learning rate {name['lr']}"] if name else []
+    if benchmark.norm != load_benchmark(benchmark.name).norm:
+        about.append("images normalised by mean {} and std {}".format(*benchmark.norm))
     about += [f"tau {first.net.tau.item():.3g}"] if isinstance(first.net, T2FNormNet) else []
     count = f"mean \u00b1 std over {len(runs)} training runs ({', '.join(runs)})"
     about += [count if len(runs) > 1 else "1 training run", f"{benchmark.name} benchmark"]
@@ -161,13 +155,21 @@ def leaderboard_entry(
         (s.role, f"`{s.imagelist.name}`", *("unknown" if n is None else n for n in s[2:]))
         for s in tested
     ]
-    parts += [
-        f"About them: {', '.join(about)}.",
+    parts = [
         *(f"**Warning:** {warning}" for warning in warnings),
+        f"A pull request to {WHERE} adds these rows.",
+        f"Row for `results/{file}.csv`:",
+        _csv(FIELDS, row),
+    ]
+    if postprocessor not in _LISTED:
+        link = _LINK if postprocessor == "fusenorm_published" else _UNKNOWN
+        parts += ["Row for `utils/papers.csv`:", _csv(("Alias", "Link"), (alias, link))]
+    parts += [
+        f"Training and evaluation: {', '.join(about)}.",
         f"Results, from `{_short(results)}`:",
-        _markdown(["data set", *COLUMNS], table.itertuples(name=None)),
-        _markdown(["checkpoint", "SHA-256"], digests),
-        _markdown(["split", "list", "images", "images in OpenOOD v1.5"], lists),
+        markdown(["data set", *COLUMNS], table.itertuples(name=None)),
+        markdown(["checkpoint", "SHA-256"], digests),
+        markdown(["split", "list", "images", "images in OpenOOD v1.5"], lists),
     ]
     return "\n\n".join(parts)
 
@@ -225,7 +227,7 @@ def _run_warnings(
 
 def _short(path: Path) -> str:
     """The last three parts of a path, which do not depend on the machine."""
-    return "/".join(path.resolve().parts[-3:])
+    return "/".join(["\u2026", *path.resolve().parts[1:][-3:]])
 
 
 def _csv(*rows: Sequence[object]) -> str:
@@ -235,6 +237,7 @@ def _csv(*rows: Sequence[object]) -> str:
     return f"```csv\n{text.getvalue()}```"
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

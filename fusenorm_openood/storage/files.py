@@ -106,7 +106,7 @@ def check_file(path: Path, option: str, *suffixes: str) -> None:
 def check_writable(folder: Path, option: str) -> None:
     """Raise ConfigError unless a folder is writable; a missing one is created, with a message."""
     if not folder.exists():
-        log.info(f"{option} makes the folder {folder}")
+        log.info(f"results go to {folder}, a new folder")
     what, way_out = f"folder {folder} is not writable", f"choose another with {option}"
     with os_errors(ConfigError, what, way_out):
         write_whole(folder / ".writable", Path.touch)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from torch import nn
 
-from fusenorm_openood.cli.compare import fitting, labels
+from fusenorm_openood.cli.compare import fitting, formatted, labels
 from fusenorm_openood.cli.main import COMMANDS, main
 from tests.nets import Foo
 
@@ -123,6 +123,8 @@ def test_tables_fit_the_terminal(monkeypatch):
     assert max(map(len, lines)) <= 80
     assert "near AUROC  far AUROC" in lines[0]
     assert "a data set" not in lines[0]
+    assert formatted(table, "markdown").splitlines()[2].startswith("| one | 0.00 | 1.00 | 2.00")
+    assert r"one & 0.00 & 1.00 & 2.00" in formatted(table, "latex")
 
 
 def test_a_run_has_its_whole_name():

@@ -98,6 +98,7 @@ def test_the_command_compares_roots(digits, few, tmp_path, capsys):
     assert main(["compare", *args, "--root", *roots, "--csv", str(csv)]) == 0
     out = capsys.readouterr().out
     assert "mean ± std over 2 roots" in out
+    assert "all fitted on 40 ID validation images, KNN with K = 50" in out
     table = pd.read_csv(csv, index_col=[0, 1])
     assert table.shape[1] == 16  # AUROC and FPR@95 of six data sets and two means
     first, second = (table.xs(name) for name in table.index.levels[0])

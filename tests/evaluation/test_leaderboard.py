@@ -87,7 +87,7 @@ def test_the_rows_are_those_of_openoods_leaderboard(root, lists, capsys):
         "T2FNorm,FuseNorm (default),91.00 ± 1.00,92.00 ± 1.00,94.00 ± 1.00,No,ResNet18 of width 4,"
         "100 epochs",
     ]
-    papers = ["Alias,Link", "FuseNorm (default),https://github.com/sunshine8641/FuseNorm"]
+    papers = ["Alias,Link", "FuseNorm (default),(to be filled in)"]
     for file, lines in (("results/cifar10.csv", results), ("utils/papers.csv", papers)):
         block = "\n".join(["", "```csv", *lines, "```", ""])
         assert f"Row for `{file}`:\n{block}" in text
@@ -96,7 +96,7 @@ def test_the_rows_are_those_of_openoods_leaderboard(root, lists, capsys):
     assert "Warning" not in text
     for run in ("s0", "s1"):
         digest = hashlib.sha256((root / run / "best.ckpt").read_bytes()).hexdigest()
-        assert f"| `{NAME}/{run}/best.ckpt` | `{digest}` |" in text
+        assert f"| `…/{NAME}/{run}/best.ckpt` | `{digest}` |" in text
     assert "| near-OOD | `test_tin.txt` | 7793 | 7793 |" in text
     assert "test_cifar10c" not in text
 
@@ -116,7 +116,7 @@ def test_the_entry_holds_what_eval_saved(digits, tmp_path, capsys):
 
     assert main(["leaderboard", *given]) == 0
     text = capsys.readouterr().out
-    table = pd.read_csv(tmp_path / "ood" / "msp.csv", index_col=0)
+    table = pd.read_csv(tmp_path / "ood" / "msp.csv", index_col=0, dtype=str)
     found = fields(text)
     assert found["Training"] == "CrossEntropy"
     assert found["Near-OOD_AUROC"] == table.AUROC["nearood"]
@@ -132,7 +132,7 @@ def test_short_lists_give_a_warning(root, lists, capsys):
     (lists / "benchmark_imglist/cifar10/test_mnist.txt").unlink()
     assert entry(root, lists) == 0
     text = capsys.readouterr().out
-    assert "results on subsets do not belong on the leaderboard" in text
+    assert text.startswith("**Warning:** results on subsets do not belong on the leaderboard")
     assert "from OpenOOD's: test_svhn 3 of 26032 images." in text
     assert "the image lists test_mnist.txt cannot be read" in text
     assert "| far-OOD | `test_mnist.txt` | unknown | 70000 |" in text
@@ -142,7 +142,7 @@ def test_checkpoints_newer_than_the_results_give_a_warning(root, lists, capsys):
     later = (root / "ood" / "fusenorm.csv").stat().st_mtime + 10
     os.utime(root / "s1" / "best.ckpt", (later, later))
     assert entry(root, lists) == 0
-    assert f"{NAME}/s1/best.ckpt is newer than {NAME}/ood/fusenorm.csv" in capsys.readouterr().out
+    assert f"{NAME}/s1/best.ckpt is newer than …/{NAME}/ood/fusenorm.csv" in capsys.readouterr().out
 
 
 def test_results_of_another_number_of_runs_give_a_warning(root, lists, capsys):
@@ -162,6 +162,9 @@ def test_plain_percentages_as_in_openoods_script_for_imagenet_are_accepted(root,
     text = capsys.readouterr().out
     assert fields(text)["Near-OOD_AUROC"] == "91.00"
     assert "Warning" not in text
+    assert "normalised" not in text
+    assert entry(root, lists, "--normalization", "digits") == 0
+    assert "images normalised by mean (0.5, 0.5, 0.5) and std" in capsys.readouterr().out
 
 
 def test_full_spectrum_results_are_marked_as_such(root, lists, capsys):
@@ -182,7 +185,7 @@ def test_full_spectrum_results_are_marked_as_such(root, lists, capsys):
         ("imagenet200", False, "imagenet200_ood", "vim", "VIM", None),
         ("imagenet200", True, "imagenet200_fsood", "fdbd", "fDBD", None),
         ("imagenet", False, "imagenet1k_ood", "gram", "gram", "(to be filled in)"),
-        ("imagenet", True, "imagenet1k_fsood", "fusenorm_deviation", "FuseNorm (deviation)",
+        ("imagenet", True, "imagenet1k_fsood", "fusenorm_published", "FuseNorm (published)",
          "https://github.com/sunshine8641/FuseNorm"),
     ],
 )  # fmt: skip
