@@ -9,7 +9,7 @@ and the tables of the page, and prints where the figures of a setting differ.
 
 --install puts the packages of PINS, without what they depend on, into a folder that comes last on
 the path here; scio, which needs Python 3.12, and all it needs, into an environment of its own; and
-the tested commit of OpenOOD, unless its clone is there. A package that is missing is left out.
+the tested commit of OpenOOD, unless its clone is there. Without Python 3.12 scio is left out.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,10 +88,12 @@ def install() -> None:
     folder = ("--no-deps", "--target", CACHE / "peers")
     run([sys.executable, "-m", "pip", "install", *folder, *PINS.split()])
     try:
+        run([SCIO_PYTHON, "--version"])
+    except (OSError, subprocess.CalledProcessError) as error:  # of a pyenv shim, too
+        print(f"scio is left out, because {SCIO_PYTHON} does not run ({error}): put one on PATH")
+    else:
         run([SCIO_PYTHON, "-m", "venv", SCIO])
         run([SCIO / "bin" / "pip", "install", SCIO_PIN])
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"scio is left out: {error}")
     if not CLONE.exists():
         run(["git", "clone", "https://github.com/Jingkang50/OpenOOD", CLONE])
         run(["git", "-C", CLONE, "checkout", COMMIT])
@@ -399,6 +402,11 @@ def main() -> None:
     if parser.parse_args().install:
         install()
     sys.path.append(str(CACHE / "peers"))
+    modules = ("pytorch_ood", "oodeel", "torch_uncertainty", "efficientnet_lite_pytorch")
+    missing = [name for name in modules if find_spec(name) is None]
+    missing += [] if CLONE.exists() else [str(CLONE)]
+    if missing:
+        parser.error(f"{', '.join(missing)} not found: add --install")
     stubs()
     agree, metrics = [], []
     with tempfile.TemporaryDirectory() as place:

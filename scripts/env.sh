@@ -66,7 +66,8 @@ install_into() { # install_into FOLDER EXTRA
     if ! cmp -s "$ROOT/pyproject.toml" "$stamp"; then
         echo "installing fusenorm-openood[$extra] into $venv; the first time this takes minutes (torch)"
         if ! command -v nvidia-smi >/dev/null && ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
-            echo "there is no NVIDIA GPU: to save some GB, stop, and install torch's CPU build into $venv first"
+            echo "there is no NVIDIA GPU: to save some GB, stop, and install torch's CPU build into $venv first" \
+                "(PyTorch's page of installation has the command, for $venv/bin/pip)"
         fi
         (set -o pipefail && "$venv/bin/python" -m pip install --disable-pip-version-check \
             --progress-bar off -e "$ROOT[$extra]" |
