@@ -108,8 +108,7 @@ def run_eval(args: Namespace) -> int:
             print(f"\nAUROC / FPR@95, run {run_name or args.root}:")
             print(result.compare.to_string(justify="right"))
     table = evaluation.summarise(tables)
-    spread = "mean ± std " * (len(runs) > 1)
-    print(f"\n{name}, {args.id_data}, {len(runs)} run(s), {spread}in percent:")
+    print(f"\n{name}, {args.id_data}, {len(runs)} run(s), mean ± std in percent:")
     print(table.to_string(justify="right"))
     if args.save_csv:
         folder = "val" if args.validation else "fsood" if args.fsood else "ood"

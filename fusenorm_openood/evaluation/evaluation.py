@@ -105,11 +105,10 @@ def with_means(groups: Mapping[str, Mapping[str, ArrayLike]]) -> dict[str, NDArr
 
 
 def summarise(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """`mean ± std` over the tables of training runs, plain for one, in OpenOOD's format."""
+    """`mean ± std` over the tables of several training runs, in OpenOOD's format."""
     stacked = np.stack([table.to_numpy() for table in tables])
     pairs = np.stack([stacked.mean(axis=0), stacked.std(axis=0)], axis=-1)
-    shown = "{:.2f} \u00b1 {:.2f}" if len(tables) > 1 else "{:.2f}"
-    cells = [[shown.format(*pair) for pair in row] for row in pairs]
+    cells = [[f"{mean:.2f} \u00b1 {std:.2f}" for mean, std in row] for row in pairs]
     found: pd.DataFrame = pd.DataFrame(cells, tables[0].index, list(tables[0].columns))
     return found
 

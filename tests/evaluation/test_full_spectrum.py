@@ -89,6 +89,6 @@ def test_the_command_counts_them_on_cifar10(tmp_path):
     assert conf.shape == (4,)
     for name, (_, unknown, _) in scores["ood"]["near"].items():
         ordered = np.mean(conf[:, None] > unknown)
-        assert table.AUROC[name] == round(100 * ordered, 2)
+        assert table.AUROC[name] == f"{100 * ordered:.2f} \u00b1 0.00"
     right = np.concatenate([pred == label for pred, _, label in known])
-    assert table.ACC["nearood"] == round(100 * right.mean(), 2)
+    assert table.ACC["nearood"] == f"{100 * right.mean():.2f} \u00b1 0.00"

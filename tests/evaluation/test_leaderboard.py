@@ -116,7 +116,7 @@ def test_the_entry_holds_what_eval_saved(digits, tmp_path, capsys):
 
     assert main(["leaderboard", *given]) == 0
     text = capsys.readouterr().out
-    table = pd.read_csv(tmp_path / "ood" / "msp.csv", index_col=0, dtype=str)
+    table = pd.read_csv(tmp_path / "ood" / "msp.csv", index_col=0)
     found = fields(text)
     assert found["Training"] == "CrossEntropy"
     assert found["Near-OOD_AUROC"] == table.AUROC["nearood"]
