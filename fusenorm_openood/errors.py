@@ -112,7 +112,7 @@ _INNER = re.compile(rf"{__package__}\.(?!cli\.)|contextlib$|torch\.")
 def warn(text: str) -> None:
     """A UserWarning that points to the first line of a user, or of a command of this package."""
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and _INNER.match(frame.f_globals["__name__"]):
+    while frame.f_back is not None and _INNER.match(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, UserWarning, stacklevel=level)
 

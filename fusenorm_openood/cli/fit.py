@@ -126,6 +126,11 @@ def run_calibrate(args: Namespace) -> int:
     known, by = detector.calibration_, args.calibrate_by
     if known is not None:
         by, args.least = by or known.by, args.least or known.least
+    if by not in (None, "predicted", "all"):
+        raise ConfigError(
+            f"{args.detector} is calibrated by {by}, which image files do not tell: choose "
+            "--calibrate-by predicted or all, or calibrate in Python"
+        )
     by, merge = None if by == "all" else by, {"merge": args.merge, "newest": args.newest}
     _calibrate(args, detector, paths, store, by=by, **merge)
     return _save(args, detector)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from fusenorm_openood import errors
 from fusenorm_openood.cli import options
 from fusenorm_openood.detectors.watch import Position, Watch, Watched
-from fusenorm_openood.method.calibration import PREDICTED, by_group
+from fusenorm_openood.method.calibration import LEAST, PREDICTED, by_group
 from fusenorm_openood.storage.files import write_bytes_whole
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,8 @@ def run_watch(args: Namespace) -> int:
     """Print one JSON line per batch, after its state is on disk; 0, also after an alarm."""
     state = Path(args.state) if args.state else None
     file = None if args.scores == "-" else str(Path(args.scores).resolve())
-    calibration, column = _calibration(args.detector)
-    watch = Watch(calibration, args.acceptance, args.level, state)
+    calibration, column, least = _calibration(args.detector)
+    watch = Watch(calibration, args.acceptance, args.level, state, least=least)
     rows, known = _rows(args.scores, column), watch.positions.get(file or "", Position(0, ""))
     skipped = deque(enumerate(islice(rows, known.rows), 1), maxlen=1)
     if known.rows and [(count, row.mark) for count, row in skipped] != [known]:
@@ -61,7 +61,11 @@ def run_watch(args: Namespace) -> int:
         scored, read = [(c, group) for c, _, group in batch if c is not None], read + len(batch)
         position = {file: Position(read, batch[-1].mark)} if file else None
         conf, groups = [c for c, _ in scored], [group for _, group in scored] if column else None
-        now = watch.update(conf, len(batch) - len(conf), position, groups)
+        try:
+            now = watch.update(conf, len(batch) - len(conf), position, groups)
+        except errors.ConfigError as error:
+            first = read - len(batch) + 1
+            raise errors.ConfigError(f"{args.scores}, rows {first} to {read}: {error}") from None
         if args.prometheus:
             write_bytes_whole(Path(args.prometheus), metrics(now).encode())
         print(json.dumps(now._asdict()), flush=True)
@@ -83,8 +87,11 @@ def metrics(now: Watched) -> str:
     return "\n".join([*lines, ""])
 
 
-def _calibration(detector: str) -> tuple[Any, str | None]:
-    """The calibration scores of a detector; by group, also the column of rows that tells theirs."""
+def _calibration(detector: str) -> tuple[Any, str | None, int]:
+    """The calibration scores of a detector, the column of rows that tells their group, and `least`.
+
+    The column is None, and they are in one array, without groups.
+    """
     from fusenorm_openood.storage.detector_file import read_contents  # imports torch
 
     tensors, record = read_contents(Path(detector))
@@ -94,12 +101,12 @@ def _calibration(detector: str) -> tuple[Any, str | None]:
         )
     scores, known = tensors["reference"].numpy(), record.get("calibration") or {}
     if (by := known.get("by")) is None:
-        return scores, None
+        return scores, None, LEAST
     names, column = known["names"], by
     if by == PREDICTED:
         names = record["class_names"] or list(map(str, range(record["structure"]["classes"])))
         column = "predicted"
-    return by_group(scores, tensors["reference.group"].numpy(), names), column
+    return by_group(scores, tensors["reference.group"].numpy(), names), column, known["least"]
 
 
 def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
@@ -135,8 +142,8 @@ def _rows(name: str, column: str | None) -> Iterator[Row]:
         except (TypeError, ValueError):
             raise errors.DataError(
                 f"{name}, row {number} must have a confidence or an error, got "
-                f"{'no such column' if text is None else repr(text)}: give the rows of fusenorm "
-                "score, without --early"
+                f"{repr(text) if 'confidence' in row else 'no such column'}: give the rows of "
+                "fusenorm score, without --early"
             ) from None
         if not math.isfinite(conf):
             raise errors.NonFiniteError(

@@ -317,7 +317,7 @@ class Detector(Scorer, ABC):
         """
         c = self.check_calibrated()
         scores = by_group(c.scores, c.group, c.names) if c.by else c.scores
-        return Watch(scores, acceptance, level, path)
+        return Watch(scores, acceptance, level, path, least=c.least)
 
     def _begin(self, loader: Iterable[Any]) -> tuple[Any, Tensor | None]:
         begun = super()._begin(loader)

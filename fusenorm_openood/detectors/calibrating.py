@@ -18,7 +18,7 @@ from fusenorm_openood.detectors.repeats import (
 from fusenorm_openood.errors import CalibrationError, ConfigError, DataError, warn
 from fusenorm_openood.forward.batches import LABELS, noting
 from fusenorm_openood.forward.experts import BatchScores
-from fusenorm_openood.forward.recorded import batch_scores
+from fusenorm_openood.forward.recorded import RecordedLoader, batch_scores
 from fusenorm_openood.method.calibration import (
     PREDICTED,
     Calibrated,
@@ -55,6 +55,8 @@ def calibration_of(
         )
     function = by if callable(by) else None
     by = f"{getattr(by, '__name__', type(by).__name__)}()" if callable(by) else by
+    if function is not None and isinstance(loader, RecordedLoader):
+        raise DataError(f"by={by} needs images, which a store lacks: leave out the store")
     before = detector.calibration_ if merge else None
     if before is not None:
         before.check_mergeable(by)
@@ -99,9 +101,7 @@ def _scored(
     def read(batch: BatchScores) -> None:
         if len(detector.experts) == 1:  # two images may well have a single score in common
             marks.append(projections(batch.features if batch.images is None else [batch.images]))
-        if function is not None:
-            if batch.images is None:
-                raise DataError(f"by={by} needs images, which a store lacks: leave out the store")
+        if function is not None and batch.images is not None:
             given.extend(group_names(function(batch.images, batch.pred.cpu().numpy())))
 
     noted = function is None and by not in (None, PREDICTED, *LABELS)

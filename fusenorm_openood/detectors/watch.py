@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike
 
 from fusenorm_openood.errors import ConfigError, NonFiniteError, unknown
 from fusenorm_openood.method import drift
-from fusenorm_openood.method.calibration import group_names
-from fusenorm_openood.method.conformal import guarantee, threshold
+from fusenorm_openood.method.calibration import LEAST, Calibration, group_names
+from fusenorm_openood.method.conformal import guarantee
 from fusenorm_openood.method.validation import SHARE
 from fusenorm_openood.storage.configs import typed
 from fusenorm_openood.storage.files import write_bytes_whole
@@ -29,7 +29,7 @@ class Watched(NamedTuple):
     Attributes:
         rows: number of confidences.
         unreadable: number of rows without one.
-        rejected: number of images that are OOD at the acceptance, without groups.
+        rejected: number of images that are OOD at the acceptance.
         rate: their share of the rows.
         rate_low, rate_high: bounds of the rejection rate, valid after every row at once with a
             probability of 1 - level / 2; see `rate_bounds`.
@@ -94,7 +94,8 @@ class Watch:
     that is only seen by the bounds of the rejection rate.
 
     By group, confidences are compared with those of their own group, so that groups that become
-    more or less frequent are no alarm; the rejection rate is that of all groups together.
+    more or less frequent are no alarm; they are rejected by the threshold of their group, and the
+    rejection rate is that of all groups together.
 
     Args:
         calibration: calibration scores `[n]`; or those of each group by its name, perhaps none.
@@ -102,6 +103,8 @@ class Watch:
         level: probability of a false alarm, in all rows of a stream together.
         path: a JSON file to go on from if it exists, written whole after each update.
         seed: of the ties and of which scores are kept.
+        least: the number of scores with which a group has a threshold of its own; see
+            `Calibration`.
 
     Raises:
         CalibrationError: too few calibration scores for the acceptance.
@@ -125,19 +128,27 @@ class Watch:
         level: float = 0.01,
         path: str | Path | None = None,
         seed: int = 0,
+        least: int = LEAST,
     ) -> None:
         groups = calibration if isinstance(calibration, Mapping) else {ALL: calibration}
         parts = {name: np.sort(np.asarray(part, np.float64)) for name, part in groups.items()}
-        scores = np.sort(np.concatenate([*parts.values()]))
+        scores, names = np.concatenate([np.empty(0), *parts.values()]), tuple(parts)
         if not np.isfinite(scores).all():
             raise NonFiniteError("calibration must be finite, got NaN or infinity")
         acceptance, level = SHARE("acceptance", acceptance), SHARE("level", level)
-        self._threshold = threshold(scores, acceptance)
-        promise = guarantee(len(scores), acceptance, 1 - level / 2)
-        self._promised = float(1 - promise.high), float(1 - promise.low)
+        group = np.repeat(range(len(parts)), [*map(len, parts.values())])
+        by = None if names == (ALL,) else "name"
+        known = Calibration(scores, scores[None], (), by, names or (ALL,), group, least)
+        self._thresholds = dict(zip(names, known.thresholds(acceptance), strict=True))
+        cells = known.cells  # each has its promise; together, they have that of the level
+        each = [guarantee(len(c), acceptance, 1 - level / 2 / len(cells)) for c in cells]
+        low, high = min(g.low for g in each), max(g.high for g in each)
+        self._promised = float(1 - high), float(1 - low)
         self._path, self._seed = path and Path(path), seed
         digest, draw = sha256(), np.random.default_rng([seed, 1])
-        self._most, self._names = max(drift.KEPT // len(parts), BY_GROUP), tuple(parts)
+        self._most, self._names = max(drift.KEPT // len(parts), BY_GROUP), names
+        if by is not None:
+            digest.update(str(least).encode())
         for name, part in parts.items():
             digest.update(name.encode() + part.astype("<f8").tobytes())
             if len(part) > self._most:
@@ -204,11 +215,14 @@ class Watch:
             given = [ALL] * len(conf)
         if len(given) != len(conf):
             raise ConfigError(f"groups must be those of {len(conf)} confidences, got {len(given)}")
+        if groups is not None and self._names == (ALL,):
+            raise ConfigError("the calibration scores are not by groups: leave out groups")
         for name in set(given) - {*self._names}:
-            raise ConfigError(unknown("group", name, filter(None, self._names)))
+            raise ConfigError(unknown("group", name, self._names))
         # Two numbers per row, so that the size of the batches changes nothing.
         random = np.random.Generator(np.random.PCG64(self._seed).advance(2 * s.rows))
         drawn, scores, p = random.random((len(conf), 2)), _scores(s), np.empty(len(conf))
+        rejected = conf < [self._thresholds[name] for name in given]
         for name in dict.fromkeys(given):
             of = np.array(given) == name
             found = drift.online_p_values(conf[of], scores[name], drawn[of], self._most)
@@ -225,7 +239,7 @@ class Watch:
                 log_largest=max(s.log_largest, float(path.max())),
                 rows=s.rows + len(conf),
                 unreadable=s.unreadable + unreadable,
-                rejected=s.rejected + int(np.count_nonzero(conf < self._threshold)),
+                rejected=s.rejected + int(np.count_nonzero(rejected)),
                 alarm_row=s.rows + int(over[0]) if row is None and len(over) else row,
             )
         )

@@ -66,6 +66,8 @@ def recalibrate(
     group, classes = np.zeros(len(conf), np.int64), 1
     if by is not None:
         group, classes = distinct[:, 1:].argmax(axis=1), len(known["max_rank"])
+        if "calibration_least" not in known:
+            raise ExportError(f"{program} does not say how classes are pooled: export it again")
     names, least = tuple(map(str, range(classes))), known.get("calibration_least", LEAST)
     calibration = Calibration(conf, conf[None], (), by, names, group, least)
     known |= facts_of(calibration, known["acceptance"] if acceptance is None else acceptance)

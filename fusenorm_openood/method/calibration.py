@@ -76,6 +76,9 @@ class Calibration:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "function": None}
 
+    def __deepcopy__(self, memo: Any) -> "Calibration":
+        return self  # nothing changes it, and a copy has the function
+
     def __len__(self) -> int:
         return len(self.scores)
 
@@ -141,16 +144,17 @@ class Calibration:
         """
         if self.by in (None, PREDICTED):
             if groups is not None:
-                by = f"by {self.by}" if self.by else "not by groups"
-                raise ConfigError(f"images were calibrated {by}: leave out groups")
+                by = f"are by {self.by}, not by given groups" if self.by else "are not by groups"
+                raise ConfigError(f"the calibration images {by}: leave out groups")
             return pred if self.by else np.zeros_like(pred)
         if groups is None and self.function is not None and images is not None:
             groups = self.function(images, pred)
         given = () if groups is None else group_names(groups)
         if len(given) != len(pred):
             raise ConfigError(
-                f"groups must be the {self.by} of {len(pred)} images, got {len(given)}: this is "
-                "what the calibration images are grouped by"
+                f"groups must be the {self.by} of {len(pred)} images, got {len(given)}: give "
+                "groups=, for this is what the calibration images are grouped by, and a file keeps "
+                "only the name of a function"
             )
         return np.array([self.number(name) for name in given], np.int64)
 

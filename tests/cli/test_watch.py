@@ -74,7 +74,8 @@ def test_only_new_rows_of_a_file_that_grows_are_read(name, home, capsys):
 
 
 def test_rows_of_a_detector_by_class(home, capsys):
-    record = {"calibration": {"by": "predicted", "names": ()}, "class_names": ["dog", "cat"]}
+    record = {"calibration": {"by": "predicted", "names": (), "least": 19}}
+    record["class_names"] = ["dog", "cat"]
     group = torch.arange(99) % 2
     tensors = {"reference": torch.from_numpy(CALIBRATION), "reference.group": group}
     write_contents(Path("detector"), Contents(tensors, record))

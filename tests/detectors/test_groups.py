@@ -1,5 +1,6 @@
 """Calibration by groups, merged calibrations, and what a detector and its file say of them."""
 
+import copy
 import pickle
 import warnings
 
@@ -65,7 +66,7 @@ def test_images_are_compared_with_those_of_their_predicted_class(detector, tmp_p
         assert same.p_values(NEW[3]).item() == expected[3]
         assert repr(same) == repr(detector)
     assert "calibrated on 90 by predicted (90 from list, 20" in repr(detector)
-    with pytest.raises(ConfigError, match="calibrated by predicted: leave out groups"):
+    with pytest.raises(ConfigError, match="by predicted, not by given groups: leave out groups"):
         detector.p_values(NEW, groups=of)
 
 
@@ -150,6 +151,7 @@ def test_groups_that_a_function_gives(detector, tmp_path):
     np.testing.assert_array_equal(detector.explain(NEW, with_maps=False).p_values, expected)
     for early in (False, True):
         assert detector.is_ood(NEW, 0.9, early=early).tolist() == (expected <= 0.1).tolist()
+    np.testing.assert_array_equal(copy.deepcopy(detector).p_values(NEW).numpy(), expected)
     detector.save(tmp_path / "d")
     for same in (pickle.loads(pickle.dumps(detector)), FuseNorm.load(tmp_path / "d", detector.net)):
         np.testing.assert_array_equal(same.p_values(NEW, of).numpy(), expected)

@@ -9,7 +9,7 @@ from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors.watch import Position, Watch
 from fusenorm_openood.errors import CalibrationError, ConfigError, NonFiniteError, UnwritableError
 from fusenorm_openood.method import drift
-from fusenorm_openood.method.conformal import conformal_p_values, rejects
+from fusenorm_openood.method.conformal import conformal_p_values, rejects, threshold
 from tests.conftest import make_loader, make_net
 
 CALIBRATION = np.random.default_rng(0).normal(size=200)
@@ -52,6 +52,10 @@ def test_by_group_other_frequencies_are_no_alarm(tmp_path):
         assert watches[0].update(conf, groups=groups) == pytest.approx(found)
         shifted = Watch(known, level=0.1).update(conf - 2 * (groups != "c"), groups=groups)
         alarms += found.alarm, watches[1].update(conf).alarm, shifted.alarm
+    only = draw.normal(size=3000)  # of one group: all are rejected by its own threshold
+    now = Watch(known).update(only, groups=["a"] * 3000)
+    assert now.rejected == np.count_nonzero(only < threshold(np.sort(known["a"]), 0.95))
+    assert not now.above_promise
     assert alarms[0] <= 5 + 3 * 2.1  # in 50 streams at a level of 10 %
     assert min(alarms[1:]) > 45
     for wrong, why in ((None, "300 confidences, got 0"), (["d"] * 300, "unknown group 'd'")):

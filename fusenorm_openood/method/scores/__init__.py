@@ -1,4 +1,4 @@
-"""One module for each score, found by its presence in this folder: a new score is a new module."""
+"""The scores, found by their presence in the modules of this folder: a new one is a new module."""
 
 from collections.abc import Mapping
 from importlib import import_module
