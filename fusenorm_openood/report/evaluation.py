@@ -206,7 +206,7 @@ def _images(
         scores = [result.sets[i.group][i.name].experts[:, i.position] for i in worst]
         why = result.detector.explain_scores(np.stack(scores, 1), np.zeros(len(worst), np.int64))
         columns.append(why.objected)
-    order = f"at most {most} of each data set, those farthest beyond the threshold first"
+    order = f"at most {most} of each set, those farthest beyond the threshold first"
     rows = gallery.listed(map(row, *columns), len(ids) + len(ood), order, benchmark.norm)
     return {title: [shown(image) for image in images] for title, images in chosen.items()}, rows
 
