@@ -89,6 +89,7 @@ def measured(data_root: str, checkpoint: str) -> dict[str, dict[str, object]]:
         found[method] = {
             "accepted": accepted[worst],
             "most": worst if accepted[worst] else "",
+            "above 1 %": sum(share > 1 for share in accepted.values()),
             "near": np.mean([auroc[name] for name in benchmark.near]),
             "far": np.mean([auroc[name] for name in benchmark.far]),
         }

@@ -287,11 +287,12 @@ def far_off() -> str:
             row["network"],
             f"`{row['method']}`",
             f"{row['accepted']:.0f} {row['most']}".strip(),
+            f"{row['above 1 %']:.0f}",
             f"{row['near']:.2f} / {row['far']:.2f}",
         )
         for _, row in found.iterrows()
     ]
-    return table(("network", "method", "accepted, %", "near / far"), rows)
+    return table(("network", "method", "accepted, %", "kinds above 1 %", "near / far"), rows)
 
 
 def alarm() -> str:
