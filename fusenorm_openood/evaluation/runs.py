@@ -35,8 +35,8 @@ def find_checkpoints(root: str | Path) -> dict[str, Path]:
     """The checkpoint of each training run `s0`, `s1`, ... under a root.
 
     Without such runs it is the root's own checkpoint, and a root that is a file is a checkpoint;
-    either has the key `""`. CheckpointError if there is none, or a run has none, or a folder cannot
-    be read.
+    either has the key `""`. CheckpointError if the root or a run has no checkpoint, or a folder
+    cannot be read.
     """
     root = Path(root)
     with os_errors(CheckpointError, f"root {root} cannot be read", "give another one"):

@@ -27,7 +27,7 @@ class Given(NamedTuple):
 
     @classmethod
     def of(cls, images: Images, preprocessing: Callable[[], Preprocessing]) -> "Given":
-        """Read images; DataError for what is none, and for what `preprocessing` cannot read."""
+        """Read images; DataError for anything else, or if `preprocessing` cannot read them."""
         tensor = _tensor(images, preprocessing)
         is_one = tensor.ndim == 3
         return cls(tensor.unsqueeze(0) if is_one else tensor, is_one)
