@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import cache, partial
 from heapq import nlargest
 from typing import Any, NamedTuple
@@ -71,6 +72,10 @@ def report_of_evaluation(
         tested = np.concatenate([c[1::2] for c in id_conf])
         sections.append(_acceptance(conf, calibration, tested))
     if detector is not None:
+        facts = (*facts, *parts.detector_facts(detector))
+        detector = copy(detector)
+        detector.calibration_ = None  # p-values are those above, and groups are not known
+        result = result._replace(detector=detector)
         split = "val" if validation else "test"
         images, rows = _images(result, benchmark, cut, calibration, split)
         galleries, _ = gallery.gallery(images, detector, benchmark.norm)
@@ -80,7 +85,6 @@ def report_of_evaluation(
             f"threshold {cut:.3g}, which {ACCEPTANCE:.0%} of ID images exceed."
         )
         sections.append(Section("Images", (about,), galleries=galleries, listed=rows))
-        facts = (*facts, *parts.detector_facts(detector))
     if isinstance(detector, FuseNorm):
         counts = {}
         for group in conf.ood:

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import pickle
 import re
 from base64 import b64encode
 from collections import Counter
@@ -14,7 +15,7 @@ import pytest
 
 from fusenorm_openood import FuseNorm, load_network, ood_metrics
 from fusenorm_openood.cli.main import main
-from fusenorm_openood.data.benchmarks import load_benchmark
+from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.deployment.rows import read_rows
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.evaluation import evaluate
@@ -22,6 +23,7 @@ from fusenorm_openood.report import page
 from fusenorm_openood.report.evaluation import report_of_evaluation
 from fusenorm_openood.report.page import render
 from tests.conftest import shortened_digits
+from tests.detectors.test_groups import brightness
 from tests.report.conftest import call
 
 PAGES = ("eval_page", "compare_page", "score_page")
@@ -188,6 +190,17 @@ def test_without_experts_there_are_still_curves(evaluated):
     alone = result._replace(detector=None, compare=result.compare.iloc[:0])
     titles = [s.title for s in report_of_evaluation(alone, benchmark, "digits").sections]
     assert titles == ["Results", "Acceptance and rejection"]
+
+
+@pytest.mark.parametrize("by", ["label", brightness])
+def test_groups_of_the_detector_change_only_what_is_said_of_it(evaluated, by):
+    result, benchmark = evaluated
+    plain = report_of_evaluation(result, benchmark, "digits")
+    own = pickle.loads(pickle.dumps(result.detector))
+    own.calibrate(image_loader(benchmark.id["train"]), by=by, least=1)
+    grouped = report_of_evaluation(result._replace(detector=own), benchmark, "digits")
+    assert set(grouped.facts) - set(plain.facts) == {("ID images", str(own.calibration_))}
+    assert render(grouped._replace(facts=plain.facts), "today") == render(plain, "today")
 
 
 def test_a_report_on_the_validation_pair_promises_nothing(digits, short_data):
