@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fusenorm_openood.errors import ConfigError, is_out_of_memory
+from fusenorm_openood.errors import ConfigError, TapError, is_out_of_memory
 
 Settings = Sequence[tuple[float, float, float, float]]  # k_min, k_max, alpha, eps
 Norms = Callable[[Tensor, Settings], Tensor]
@@ -49,9 +49,7 @@ _COMPILED = {  # by the name of their package
     "numba": _Compiled("cpu", "cpu", 2**24, "pip install 'fusenorm-openood[fast]'"),  # float32
     "triton": _Compiled("cuda", "cuda", 2**14, "install torch's CUDA build, which includes it"),
 }
-_BY_DEVICE = {compiled.device: name for name, compiled in _COMPILED.items()}
 _failed: dict[str, str] = {}
-_found = cache(find_spec)
 
 
 def backend(device: torch.device | str = "cpu") -> Backend:
@@ -66,20 +64,24 @@ def backend(device: torch.device | str = "cpu") -> Backend:
     Raises:
         ConfigError: the variable has an unknown value, or names a backend that is not available.
     """
-    kind, forced = torch.device(device).type, os.environ.get(VARIABLE, "")
+    return _backend(torch.device(device).type, os.environ.get(VARIABLE, ""))
+
+
+@cache
+def _backend(kind: str, forced: str) -> Backend:
     if forced == "torch":
         return Backend("torch", f"{VARIABLE} forces it")
     if forced and forced not in _COMPILED:
         raise ConfigError(
             f"{VARIABLE}={forced} is unknown: set it to torch, {', '.join(_COMPILED)}, or unset it"
         )
-    name = forced or _BY_DEVICE.get(kind, "")
+    name = forced or next((n for n, c in _COMPILED.items() if c.device == kind), "")
     interpreted = forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if not name or not (_COMPILED[name].device == kind or interpreted):
         why_not = f"there is no {f'{name} ' if name else ''}kernel for {kind}"
     elif name in _failed:
         why_not = f"{name} failed: {_failed[name]}"
-    elif _found(name) is None:
+    elif find_spec(name) is None:
         why_not = f"{name} is not installed: {_COMPILED[name].install}"
     else:
         return Backend(name, f"{VARIABLE} forces it" if forced else f"{name} is installed")
@@ -89,43 +91,55 @@ def backend(device: torch.device | str = "cpu") -> Backend:
 
 
 def norms(x: Tensor, settings: Settings, by_torch: Norms) -> Tensor:
-    """Norms ``[S, B]`` in float64 of feature maps ``[B, C, N]``, by a kernel where one can.
+    """Norms ``[B, S]`` of feature maps ``[B, C, H, W]``, by a kernel where one can; see `atf`.
 
-    ``settings`` are ``(k_min, k_max, alpha, eps)``. ``by_torch`` computes the same with torch: what
-    no kernel supports, and what a kernel is compared with at its first use. A kernel that differs
-    or fails is reported by one warning and not used again in this process; if it was forced, that
-    is a ConfigError. Running out of memory is neither: the error is raised, the kernel stays.
+    ``settings`` are ``(k_min, k_max, alpha, eps)``, and have been checked. They share the energies,
+    and those with the same ``eps`` the entropies, too. ``by_torch`` computes with torch what no
+    kernel supports, and what a kernel is compared with at its first use. A kernel that differs or
+    fails is reported by one warning and not used again in this process; if it was forced, that is a
+    ConfigError. Running out of memory is neither: the error is raised, the kernel stays.
     """
-    if torch.compiler.is_compiling():
-        return by_torch(x, settings)
-    name = backend(x.device).name
-    is_supported = name != "torch" and (
-        x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and x.shape[0] > 0
-        and 1 < x.shape[-1] <= _COMPILED[name].most_pixels
-    )
-    for *_, eps in settings:  # to the last digits that float32 has
-        is_supported = is_supported and 1e-30 <= eps <= 1e30
-    if not (is_supported and may_read(x)):
-        return by_torch(x, settings)
-    try:
-        kernel = _kernel(name, x.device, by_torch)
-        if "torch._dynamo" in sys.modules:  # it would trace a kernel with tensors without memory
-            kernel = _untraced(kernel)
-        return kernel(x, settings)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        if os.environ.get(VARIABLE):
-            raise _not_available(name, why) from error
+    if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
+        raise TapError(
+            "atf takes floating-point feature maps [B, C, H, W] with at least one pixel, got "
+            f"{x.dtype} of shape {list(x.shape)}: tap a module that returns such maps"
+        )
+    maps, found = x.flatten(2), None
+    if not torch.compiler.is_compiling():
+        name = _backend(x.device.type, os.environ.get(VARIABLE, "")).name
+        is_supported = name != "torch" and (
+            x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            and x.shape[0] > 0
+            and 1 < maps.shape[-1] <= _COMPILED[name].most_pixels
+        )
+        for *_, eps in settings:  # to the last digits that float32 has
+            is_supported = is_supported and 1e-30 <= eps <= 1e30
+        if is_supported and may_read(maps):
+            try:
+                kernel = _kernel(name, x.device, by_torch)
+                if "torch._dynamo" in sys.modules:  # it would trace a kernel without memory to read
+                    kernel = _untraced(kernel)
+                found = kernel(maps, settings)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                _give_up(name, error)
+    found = by_torch(maps, settings) if found is None else found
+    return found.T.to(x.dtype if x.dtype == torch.float64 else torch.float32).to(x.device)
+
+
+def _give_up(name: str, error: Exception) -> None:
+    """Use a kernel no more that has failed; ConfigError if it was forced."""
+    why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    if os.environ.get(VARIABLE):
+        raise _not_available(name, why) from error
     _failed[name] = why
+    _backend.cache_clear()
     warnings.warn(
         f"the {name} kernel failed, so torch computes the feature norms, more slowly ({why})",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
-    return by_torch(x, settings)
 
 
 @cache

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusenorm_openood import kernels
-from fusenorm_openood.errors import TapError
 from fusenorm_openood.kernels.devices import with_double
 from fusenorm_openood.method.validation import FRACTION, POSITIVE, UNIT, check_order
 
@@ -22,17 +22,6 @@ class FeatureNorm(NamedTuple):
     k_max: float = 0.25
     alpha: float = 0.0
     eps: float = 1e-8
-
-
-def _checked(k_min: float, k_max: float, alpha: float, eps: float) -> FeatureNorm:
-    setting = FeatureNorm(
-        FRACTION("k_min", k_min),
-        FRACTION("k_max", k_max),
-        UNIT("alpha", alpha),
-        POSITIVE("eps", eps),
-    )
-    check_order("k_min", setting.k_min, "k_max", setting.k_max)
-    return setting
 
 
 def atf(
@@ -66,45 +55,25 @@ def atf(
     Source: ``adaptive_topk_channel_weight`` in the FuseNorm repository. A map of one pixel has no
     spatial entropy: h = 0 there.
     """
-    return atf_each(x, [_checked(k_min, k_max, alpha, eps)])[:, 0]
-
-
-def atf_each(x: Tensor, settings: Sequence[FeatureNorm]) -> Tensor:
-    """The norms ``[B, S]`` of `atf` under several settings, for little more than one.
-
-    All settings share the energies, and all with the same ``eps`` the entropies, too. They have
-    been checked, as `Settings` does.
-    """
-    _check_maps(x)
-    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    return kernels.norms(x.flatten(2), settings, _by_torch).T.to(dtype).to(x.device)
+    low, high = FRACTION("k_min", k_min), FRACTION("k_max", k_max)
+    check_order("k_min", low, "k_max", high)
+    setting = FeatureNorm(low, high, UNIT("alpha", alpha), POSITIVE("eps", eps))
+    return atf_each(x, [setting])[:, 0]
 
 
 def atf_map(
     x: Tensor, k_min: float = 0.1, k_max: float = 0.25, alpha: float = 0.0, eps: float = 1e-8
 ) -> Tensor:
-    """Where in a feature map the energy sits that its norm is computed from.
+    """Heat maps ``[B, H, W]`` in float64, at least 0, that add up to the norms of `atf`.
 
     The norm's own terms by pixel: a pixel has, summed over the channels in which its energy is one
     of the k largest, e / (k sqrt(mean of these k)) by channel weight.
-
-    Args:
-        x: feature maps ``[B, C, H, W]``.
-        k_min, k_max, alpha, eps: see `atf`.
-
-    Returns:
-        Heat maps ``[B, H, W]`` in float64, at least 0, that add up to the norms of `atf`.
-
-    Raises:
-        ConfigError, TapError: see `atf`.
     """
-    setting = _checked(k_min, k_max, alpha, eps)
-    _check_maps(x)
     a = with_double(x.detach().flatten(2).abs())
     h = _entropy(a, eps)
     w = _channel_weights(h, alpha, eps)
     order = a.sort(dim=-1, descending=True, stable=True)
-    k = _k_of(h, x, setting)
+    k = _adaptive_k(h, x, k_min, k_max)
     energy = order.values.double().square()
     chosen = torch.arange(a.shape[-1], device=a.device) < k
     energy = energy * chosen
@@ -112,16 +81,6 @@ def atf_map(
     terms = w.unsqueeze(-1) * energy / (k * root).clamp(min=torch.finfo(torch.float64).tiny)
     placed = torch.zeros_like(energy).scatter(-1, order.indices, terms)
     return placed.sum(1).view(len(x), *x.shape[2:])
-
-
-def adaptive_k(h: Tensor, k_min: float, k_max: float, pixels: int) -> Tensor:
-    """How many pixels of a map are averaged at mean entropy h; h may have any shape.
-
-    The published implementation's arithmetic, in the precision of h: in float32,
-    k_min = k_max = 0.29 of 100 pixels are 29, in float64 they are 28.
-    """
-    k_ratio = k_min + (k_max - k_min) * h
-    return (k_ratio * pixels).floor().clamp(1, pixels)
 
 
 def _by_torch(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> Tensor:
@@ -146,7 +105,7 @@ def _norms(x: Tensor, settings: Sequence[tuple[float, float, float, float]]) -> 
     for k_min, k_max, alpha, eps in settings:
         h = entropies[eps]
         w = _channel_weights(h, alpha, eps)
-        k = _k_of(h, x, FeatureNorm(k_min, k_max)).clamp(max=k_bound)  # if h is NaN
+        k = _adaptive_k(h, x, k_min, k_max).clamp(max=k_bound)  # if h is NaN
         mean = (top * (rank <= k)).sum(-1) / k.squeeze(-1)
         norms.append((w * mean.sqrt()).sum(-1))
     return torch.stack(norms)
@@ -160,19 +119,16 @@ def _channel_weights(h: Tensor, alpha: float, eps: float) -> Tensor:
     return w / (w.sum(-1, keepdim=True) + 1)
 
 
-def _k_of(h: Tensor, x: Tensor, setting: FeatureNorm) -> Tensor:
-    """k ``[B, 1, 1]`` of feature maps with entropies h ``[B, C]``."""
+def _adaptive_k(h: Tensor, x: Tensor, k_min: float, k_max: float) -> Tensor:
+    """How many pixels ``[B, 1, 1]`` of maps x with entropies h ``[B, C]`` are averaged.
+
+    The published implementation's arithmetic, in float32 unless the maps are float64: of 100
+    pixels, k_min = k_max = 0.29 are 29 in float32, in float64 they are 28.
+    """
     h_mean = h.mean(-1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     pixels = x.shape[2:].numel()
-    return adaptive_k(h_mean, setting.k_min, setting.k_max, pixels).view(-1, 1, 1)
-
-
-def _check_maps(x: Tensor) -> None:
-    if x.ndim != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
-        raise TapError(
-            "atf takes floating-point feature maps [B, C, H, W] with at least one pixel, got "
-            f"{x.dtype} of shape {list(x.shape)}: tap a module that returns such maps"
-        )
+    k_ratio = k_min + (k_max - k_min) * h_mean
+    return (k_ratio * pixels).floor().clamp(1, pixels).view(-1, 1, 1)
 
 
 def _entropy(a: Tensor, eps: float) -> Tensor:
@@ -182,3 +138,7 @@ def _entropy(a: Tensor, eps: float) -> Tensor:
     p = e.div_(e.sum(-1, keepdim=True) + 1)
     h = -(p / eps).add_(1).log_().add_(math.log(eps)).mul_(p).sum(-1)
     return h / math.log(N) if N > 1 else h * 0
+
+
+# The norms ``[B, S]`` of `atf` under several settings that have been checked.
+atf_each = partial(kernels.norms, by_torch=_by_torch)

@@ -1,6 +1,6 @@
 """What a kernel leaves to torch, and that neither this nor a lack of memory turns it off."""
 
-from functools import partial
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,23 +12,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusenorm_openood import atf, kernels
 from fusenorm_openood.kernels import may_read
+from tests.conftest import forced_backend
+
+
+class Calls(list):
+    """The shapes of the maps that numba's kernel is given, and what it raises, if anything."""
+
+    error = None
 
 
 @pytest.fixture
-def kernel_calls(monkeypatch):
-    """The shapes of the maps that numba's kernel is given; afterwards it is still in use."""
-    pytest.importorskip("numba")
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
-    monkeypatch.setattr(kernels, "_failed", {})
-    find, calls = kernels._kernel, []
+def kernel_calls(cpu, monkeypatch):
+    """Calls of numba's kernel after its trial; afterwards it is still in use."""
+    kernel, calls = cpu.norms, Calls()
 
-    def recorded(*key):
-        kernel = find(*key)
-        return lambda x, settings: calls.append(x.shape) or kernel(x, settings)
+    def recorded(x, settings):
+        calls.append(x.shape)
+        if calls.error is not None:
+            raise calls.error
+        return kernel(x, settings)
 
-    monkeypatch.setattr(kernels, "_kernel", recorded)
+    monkeypatch.setattr(cpu, "norms", recorded)
+    atf(maps())
+    calls.clear()
     yield calls
     calls.clear()
+    calls.error = None
     assert kernels.backend() == ("numba", "numba is installed")
     atf(maps())
     assert calls == [(3, 4, 36)]
@@ -136,21 +145,13 @@ def test_views_of_all_kinds_may_be_read():
 )
 @pytest.mark.parametrize("forced", [False, True])
 def test_an_error_of_memory_is_passed_on_and_the_kernel_stays(error, forced, kernel_calls):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_kernel", lambda *key: partial(fail, error))
-        if forced:
-            patch.setenv(kernels.VARIABLE, "numba")
+    kernel_calls.error = error
+    with forced_backend("numba") if forced else nullcontext():
         with pytest.raises(type(error), match=str(error)[:10]):
             atf(maps())
 
 
-def fail(error: Exception, *_: object) -> None:
-    raise error
-
-
-def test_memory_that_the_kernel_lacks_is_an_error_of_memory(kernel_calls):
-    from fusenorm_openood.kernels import cpu
-
+def test_memory_that_the_kernel_lacks_is_an_error_of_memory(kernel_calls, cpu):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "CHANNEL_BYTES", 2**50)
         with pytest.raises(MemoryError):

@@ -48,9 +48,8 @@ def test_a_backend_that_is_not_available_is_named(forced, device, named, monkeyp
         kernels.backend(device)
 
 
-def test_without_numba_the_reason_says_how_to_get_it(monkeypatch):
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
-    monkeypatch.setattr(kernels, "_found", lambda package: None)
+def test_without_numba_the_reason_says_how_to_get_it(untried, monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
     assert kernels.backend() == (
         "torch", "numba is not installed: pip install 'fusenorm-openood[fast]'"
     )  # fmt: skip
@@ -58,16 +57,13 @@ def test_without_numba_the_reason_says_how_to_get_it(monkeypatch):
 
 
 @pytest.fixture
-def failing(monkeypatch):
+def failing(cpu, monkeypatch):
     """Numba's kernel fails, for a reason of two lines."""
-    pytest.importorskip("numba")
 
     def fail(*_):
         raise ValueError("a reason\nand more")
 
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
-    monkeypatch.setattr(kernels, "_kernel", lambda *key: fail)
-    monkeypatch.setattr(kernels, "_failed", {})
+    monkeypatch.setattr(cpu, "norms", fail)
 
 
 def test_a_kernel_that_fails_is_warned_of_once_and_torch_takes_over(failing):

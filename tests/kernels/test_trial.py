@@ -5,7 +5,7 @@ import torch
 
 from fusenorm_openood import atf, kernels
 from fusenorm_openood.kernels import compare
-from fusenorm_openood.method.atf import _by_torch
+from fusenorm_openood.method.atf import atf_each
 
 # Ways to be wrong: what the norms of some maps and settings become.
 WRONG = {
@@ -21,19 +21,6 @@ WRONG = {
     "where anything is negative": lambda norms, x: norms * (1.001 if (x < 0).any() else 1),
     "not a number": lambda norms, x: norms * float("nan"),
 }
-
-
-@pytest.fixture
-def cpu(monkeypatch):
-    """The module of numba's kernel, to be found anew."""
-    pytest.importorskip("numba")
-    from fusenorm_openood.kernels import cpu
-
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
-    monkeypatch.setattr(kernels, "_failed", {})
-    kernels._kernel.cache_clear()
-    yield cpu
-    kernels._kernel.cache_clear()
 
 
 def make_wrong(cpu, monkeypatch, how: str) -> None:
@@ -56,11 +43,13 @@ def test_a_kernel_that_differs_from_torch_is_replaced_by_it_with_the_reason(how,
 def test_k_in_float64_is_noticed(cpu):
     """Of 100 pixels, 0.29 are 29 in float32 and 28 in float64."""
 
+    by_torch = atf_each.keywords["by_torch"]
+
     def wrong(x, settings):
-        return _by_torch(x.double(), settings)
+        return by_torch(x.double(), settings)
 
     with pytest.raises(ArithmeticError, match=r"maps \[2, 3, 100\]"):
-        compare(wrong, _by_torch, cpu.TRIALS, torch.device("cpu"))
+        compare(wrong, by_torch, cpu.TRIALS, torch.device("cpu"))
 
 
 def test_a_kernel_is_compared_once(cpu, monkeypatch):
