@@ -37,7 +37,7 @@ def collect(
 ) -> Scored:
     """Scores `[L, N]` of experts, predictions and labels of all batches, without confidences.
 
-    `each` is called with each batch.
+    `each` is called with each batch whose scores are finite.
 
     Raises:
         DataError: there are no images.
@@ -49,11 +49,11 @@ def collect(
     def read(matrix: Tensor, batch: BatchScores) -> None:
         experts = matrix.cpu().numpy()  # waits for the device
         check_finite(batch.images, experts, rows, may_overflow)
+        if each is not None:
+            each(batch)
         done.append((experts, batch.pred.cpu().numpy(), batch.label))
 
     for batch in batches:
-        if each is not None:
-            each(batch)
         waiting.append((batch.matrix(rows), batch))
         # A GPU scores one batch while the next one is loaded and copied to it.
         if batch.pred.device.type == "cpu" or len(waiting) > 1:

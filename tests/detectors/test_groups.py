@@ -13,7 +13,7 @@ from fusenorm_openood import FuseNorm
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.deployment.files import Judged
 from fusenorm_openood.detectors.single import SingleScore
-from fusenorm_openood.errors import CalibrationError, ConfigError, DataError
+from fusenorm_openood.errors import CalibrationError, ConfigError, DataError, NonFiniteError
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.report.files import report_of_files
 from tests.conftest import make_loader, make_net
@@ -162,6 +162,14 @@ def test_groups_that_a_function_gives(detector, tmp_path):
     with pytest.raises(DataError, match="leave out the store"):
         given = RecordedLoader(listed(OTHER), tmp_path, {"images": 1}, "other", 90)
         detector.calibrate(given, by=brightness)
+
+
+def test_a_function_is_given_finite_images_only(detector):
+    images, given = OTHER.clone(), []
+    images[30, 0, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"image 10 of the batch .* contains NaN"):
+        detector.calibrate(images.split(20), by=lambda x, pred: given.append(x) or pred)
+    assert [len(x) for x in given] == [20]
 
 
 def test_labels_as_groups(detector):
