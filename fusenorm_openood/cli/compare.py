@@ -17,7 +17,7 @@ from fusenorm_openood.evaluation.leaderboard import markdown
 from fusenorm_openood.evaluation.runs import Run, load_runs
 from fusenorm_openood.kernels.devices import own_device
 from fusenorm_openood.method.scores.knn import KNN
-from fusenorm_openood.report.evaluation import report_of_comparison
+from fusenorm_openood.report.comparison import report_of_comparison
 from fusenorm_openood.report.page import check_report, write_report
 from fusenorm_openood.storage.configs import config_root, read_config
 from fusenorm_openood.storage.files import check_file, write_whole
@@ -92,7 +92,7 @@ def run_compare(args: Namespace) -> int:
         count = sum(map(len, compared.values()))
         facts = (("roots", ", ".join(args.root)), ("training runs", str(count)))
         title = f"Methods on {args.id_data}{', full-spectrum' * args.fsood}"
-        write_report(report_of_comparison(compared, title, facts), args.report)
+        write_report(report_of_comparison(compared, benchmark, title, facts), args.report)
         print(f"saved {args.report}")
     return 0
 

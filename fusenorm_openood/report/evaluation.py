@@ -1,9 +1,9 @@
-"""The reports of an evaluation and of a comparison of methods."""
+"""The report of an evaluation."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from functools import cache, partial
+from functools import cache
 from heapq import nlargest
 from typing import Any, NamedTuple
 
@@ -13,19 +13,17 @@ import pandas as pd
 from fusenorm_openood.data.benchmarks import Benchmark
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.evaluation.comparison import DEFAULT, Comparison
-from fusenorm_openood.evaluation.evaluation import Evaluation, mean, with_experts
+from fusenorm_openood.evaluation.evaluation import Evaluation, with_experts
 from fusenorm_openood.method.conformal import conformal_p_values, needed_images, threshold
-from fusenorm_openood.report import gallery, plots
+from fusenorm_openood.report import gallery
 from fusenorm_openood.report import sections as parts
 from fusenorm_openood.report.gallery import REJECTED, TRUSTED, Shown
-from fusenorm_openood.report.page import SIZE, Facts, Figure, Report, Rows, Section
+from fusenorm_openood.report.page import Facts, Report, Rows, Section
 from fusenorm_openood.report.sections import GROUPS, Score, Values
 
 ACCEPTANCE = 0.95
 LISTED = 600  # images in a list, at most
-SHOWN = 6  # methods whose distributions are drawn
-METHOD = "FuseNorm"  # with which its rows begin
+VERDICTS = "rejected", "accepted"
 
 
 def report_of_evaluation(
@@ -131,21 +129,18 @@ def _acceptance(conf: Score, calibration: Values, tested: Values) -> Section:
     return Section("Acceptance and rejection", text, figures=figures)
 
 
-class _Tested(NamedTuple):
+class Tested(NamedTuple):
     """A tested image."""
 
     group: str
     name: str
     position: int
     confidence: float
-    predicted: int
-    label: int
+    facts: Facts = ()
 
 
-def _images(
-    result: Evaluation, benchmark: Benchmark, cut: float, calibration: Values | None, split: str
-) -> tuple[dict[str, list[Shown]], Rows]:
-    """The images to show, by group: extreme and doubtful ones, and the worst mistakes; a list."""
+def shower(benchmark: Benchmark, split: str = "test") -> Callable[[Tested], Shown]:
+    """What is shown of a tested image: what it is, and its facts."""
     image_sets = {
         "id": {benchmark.name: benchmark.id[split]},
         "csid": benchmark.csid,
@@ -154,142 +149,75 @@ def _images(
         "farood": benchmark.far,
     }
 
-    def tested(group: str) -> Iterator[_Tested]:
-        calibrating = calibration is not None and group not in GROUPS
-        for name, s in result.sets.get(group, {}).items():
-            rows = zip(s.conf.tolist(), s.pred.tolist(), s.label.tolist(), strict=True)
-            for position, row in enumerate(rows):
-                if position % 2 or not calibrating:
-                    yield _Tested(group, name, position, *row)
-
     @cache
     def images_of(group: str, name: str) -> ImageList:
         return image_sets[group][name].images()
 
-    def shown(image: _Tested) -> Shown:
+    def shown(image: Tested) -> Shown:
         images = images_of(image.group, image.name)
+        name, label, _ = images.entries[image.position]
         kind = {"id": "ID", "csid": "covariate-shifted ID", **GROUPS}[image.group]
-        truth = image.name if image.group in GROUPS else f"class {image.label}"
-        facts = [("truth", f"{kind}, {truth}"), ("predicted", f"class {image.predicted}")]
-        facts.append(("confidence", f"{image.confidence:.3f}"))
-        if calibration is not None:
-            p_value = float(conformal_p_values(image.confidence, calibration))
-            facts.append(("p-value", f"{p_value:.3g}"))
-        name = images.entries[image.position].name
+        truth = image.name if image.group in GROUPS else f"class {label}"
         link = (images.data_dir / name).absolute().as_uri()
-        return Shown(name, tuple(facts), lambda: images[image.position]["data"], link)
+        facts = (("truth", f"{kind}, {truth}"), *image.facts)
+        return Shown(name, facts, lambda: images[image.position]["data"], link)
 
-    def wrong(image: _Tested) -> float:
-        """How far an image is on the wrong side of the threshold."""
+    return shown
+
+
+def worst_of(images: Iterable[Tested], cut: float) -> tuple[list[Tested], str]:
+    """Images of each set, the worst mistakes at a threshold first, and this order in words."""
+
+    def wrong(image: Tested) -> float:
         return image.confidence - cut if image.group in GROUPS else cut - image.confidence
 
-    def row(image: _Tested, *more: str) -> Shown:
+    by_set: dict[tuple[str, str], list[Tested]] = {}
+    for image in images:
+        by_set.setdefault((image.group, image.name), []).append(image)
+    most = LISTED // len(by_set)
+    worst = [image for of in by_set.values() for image in nlargest(most, of, wrong)]
+    order = f"at most {most} of each set, those farthest beyond the threshold first"
+    return sorted(worst, key=wrong, reverse=True), order
+
+
+def _images(
+    result: Evaluation, benchmark: Benchmark, cut: float, calibration: Values | None, split: str
+) -> tuple[dict[str, list[Shown]], Rows]:
+    """The images to show, by group: extreme and doubtful ones, and the worst mistakes; a list."""
+    shown = shower(benchmark, split)
+
+    def tested(group: str) -> Iterator[Tested]:
+        calibrating = calibration is not None and group not in GROUPS
+        for name, s in result.sets.get(group, {}).items():
+            for position, (conf, pred) in enumerate(
+                zip(s.conf.tolist(), s.pred.tolist(), strict=True)
+            ):
+                if position % 2 or not calibrating:
+                    facts = [("predicted", f"class {pred}"), ("confidence", f"{conf:.3f}")]
+                    if calibration is not None:
+                        facts.append(
+                            ("p-value", f"{float(conformal_p_values(conf, calibration)):.3g}")
+                        )
+                    yield Tested(group, name, position, conf, tuple(facts))
+
+    def row(image: Tested, *more: str) -> Shown:
         known = shown(image)
-        verdict = "rejected" if image.confidence < cut else "accepted"
-        facts = [("verdict", verdict), ("data set", image.name), *known.facts]
-        facts += [("lowest contribution", objected) for objected in more]
+        facts = [("verdict", VERDICTS[image.confidence >= cut]), ("data set", image.name)]
+        facts += [*known.facts, *(("lowest contribution", objected) for objected in more)]
         return known._replace(facts=tuple(facts))
 
     ids = [image for group in ("id", "csid") for image in tested(group)]
     ood = [image for group in GROUPS for image in tested(group)]
     chosen = gallery.choose([*ids, *ood], lambda image: cut)
     rejected = sorted((i for i in (*ids, *ood) if i.confidence < cut), key=lambda i: i.confidence)
-    chosen[REJECTED] = gallery.varied(
-        rejected, lambda image: (image.name, f"class {image.predicted}")
-    )
+    chosen[REJECTED] = gallery.varied(rejected, lambda image: (image.name, image.facts[0]))
     chosen["OOD images that are trusted most"] = gallery.choose(ood, None)[TRUSTED]
     chosen["ID images that are rejected most"] = gallery.choose(ids, None)[REJECTED]
-    by_set: dict[tuple[str, str], list[_Tested]] = {}
-    for image in (*ids, *ood):
-        by_set.setdefault((image.group, image.name), []).append(image)
-    most = LISTED // len(by_set)
-    worst = [image for of in by_set.values() for image in nlargest(most, of, wrong)]
-    worst.sort(key=wrong, reverse=True)
+    worst, order = worst_of([*ids, *ood], cut)
     columns: list[Sequence[Any]] = [worst]
     if isinstance(result.detector, FuseNorm):
         scores = [result.sets[i.group][i.name].experts[:, i.position] for i in worst]
         why = result.detector.explain_scores(np.stack(scores, 1), np.zeros(len(worst), np.int64))
         columns.append(why.objected)
-    order = f"at most {most} of each set, those farthest beyond the threshold first"
     rows = gallery.listed(map(row, *columns), len(ids) + len(ood), order, benchmark.norm)
     return {title: [shown(image) for image in images] for title, images in chosen.items()}, rows
-
-
-def report_of_comparison(
-    results: Mapping[str, Sequence[Comparison]], title: str, facts: Facts = ()
-) -> Report:
-    """The report about a comparison.
-
-    Args:
-        results: results of each training run, by the name of their root.
-        title: what was compared.
-        facts: more facts for the header.
-    """
-    sections = []
-    for name, runs in results.items():
-        of = f", {name}" if len(results) > 1 else ""
-        sections += _tables(runs, of)
-    root, runs = next(iter(results.items()))
-    auroc = mean([run.auroc for run in runs])
-    groups = [group for group in GROUPS if group in auroc]
-    scores = _scores_of_methods(runs[0], groups)
-    several = len(results) > 1 or len(runs) > 1
-    which = (f"Of the first training run of {root}.",) if several else ()
-    roc = Section("ROC curves", (*which, parts.READ), figures=parts.roc_figures(scores))
-    text = (*which, parts.READ)
-    drawn = {score.name: parts.histogram(score) for score in scores[:SHOWN]}
-    best = Section("Scores of ID and OOD images", text)
-    sections += [roc, parts.multiples(best, drawn, {"More methods": list(drawn)})]
-    others = auroc[~auroc.index.str.startswith(METHOD)]
-    highlights = tuple(
-        (f"{GROUPS[group]} AUROC, {name}", f"{dict(auroc[group])[name]:.2f}%")
-        for group in groups
-        for name in (DEFAULT, str(others[group].idxmax()))
-    )
-    return Report(title, (*facts, *scores[0].counts()), highlights, tuple(sections))
-
-
-def _tables(runs: Sequence[Comparison], of: str) -> list[Section]:
-    """Near- and far-OOD metrics of every method, best first, and all figures."""
-    over = f", mean over {len(runs)} training runs" if len(runs) > 1 else ""
-    tables, charts = [], []
-    for name, largest, each in (
-        ("AUROC", True, [run.auroc for run in runs]),
-        ("FPR@95", False, [run.fpr95 for run in runs]),
-    ):
-        table = mean(each)
-        caption = f"{name} in percent{over}; the best is underlined"
-        tables.append(parts.table_of(table, caption, "method", dict.fromkeys(table, largest)))
-        groups = [group for group in GROUPS if group in table]
-        order = table[groups].mean(axis=1).sort_values(ascending=not largest).index
-        values = {GROUPS[group]: table.loc[order, group].to_dict() for group in groups}
-        title, size = f"{name} of every method, best mean first", (SIZE[0], 1.0 + 0.17 * len(table))
-        charts.append(Figure(title, partial(plots.dots, values, axis=f"{name}, %"), size))
-    if len(runs) == 1:
-        caption = (
-            "Mean rank by AUROC over the data sets, and 95% bootstrap intervals of the gain in "
-            "AUROC over the best single expert"
-        )
-        summary = runs[0].summary
-        columns = [name for name in summary if str(name).split()[-1] not in ("AUROC", "FPR@95")]
-        ours = summary.loc[summary.index.str.startswith(METHOD), columns]
-        tables.append(parts.table_of(ours, caption, "method"))
-    text = tuple(
-        f"{row}: AUROC {100 * found.auroc:.2f}% on the images of its search."
-        for row, found in runs[0].found.items()
-    )
-    glance = Section(f"At a glance{of}", figures=tuple(charts))
-    return [glance, Section(f"Results{of}", text, tuple(tables))]
-
-
-def _scores_of_methods(result: Comparison, groups: Sequence[str]) -> list[Score]:
-    """The confidences of every method: FuseNorm's, then the others by AUROC."""
-    order = result.auroc[list(groups)].mean(axis=1).sort_values(ascending=False).index
-    return [
-        Score(
-            name,
-            result.id_conf[name],
-            {g: {n: conf[name] for n, conf in result.ood_conf[g].items()} for g in groups},
-        )
-        for name in (DEFAULT, *order.drop(DEFAULT))
-    ]

@@ -209,7 +209,7 @@ def test_a_page_is_whole_silent_and_not_too_wide(browser, report, width, tmp_pat
     assert all(w > 140 and h > 90 and right <= width for w, h, right in boxes)
     widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
     assert all(natural > 0 for natural in widths)
-    assert len(widths) > 0 or report.stem == "compare"
+    assert len(widths) > 0
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
 

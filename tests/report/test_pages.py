@@ -146,6 +146,22 @@ def test_three_experts_are_open_and_the_others_folded(score_page):
     assert sum(counts) == 12 - 3
 
 
+def test_a_comparison_lists_images_with_verdicts(compare_page, evaluated):
+    page = compare_page.read_text(encoding="utf-8").partition("those farthest beyond")[2]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.S) for row in page.split("<tr")[2:]]
+    conf = {name: s.conf for sets in evaluated[0].sets.values() for name, s in sets.items()}
+    assert len(rows) == sum(map(len, conf.values()))
+    cut = np.quantile(conf["digits"], 0.05)
+    for name, known in conf.items():
+        of = [row for row in rows if row[3] == name]
+        shown = sorted(float(row[-1]) for row in of)
+        np.testing.assert_allclose(shown, np.sort(known), atol=6e-4)
+        assert [row[4] for row in of].count("rejected") == (known < cut).sum()
+    for *_, ours, best, count, _ in rows:
+        verdicts, methods = [ours, best], int(re.search(r"of (\d+) methods", page)[1])
+        assert verdicts.count("rejected") <= int(count) <= methods - verdicts.count("accepted")
+
+
 @pytest.fixture(scope="module")
 def fewer(digits_images, tmp_path_factory):
     """The digits benchmark with 20 images in every list."""
