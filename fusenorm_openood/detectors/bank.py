@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -165,8 +166,8 @@ class ScoreBank(Scorer):
         return self._features[id(loader)]
 
     def head(self) -> Head:
-        """Weight and bias of the network's final layer, after `fit`."""
-        return self.scoring().head()
+        """Weight and bias of the network's final layer on the CPU, after `fit`."""
+        return self.scoring().head(torch.device("cpu"))
 
     def worst(self, loader: Iterable[Any]) -> Scored:
         """Confidences that rank every ID image below every OOD image: an AUROC of 0."""

@@ -80,7 +80,7 @@ def fit_experts(
         none = experts.new_empty(len(pred), 0)
         scores = dict(zip(rows, experts, strict=True))
         return fitted, BatchScores(scores, pred, Features(none, none), scored.label)
-    head = scoring.head()
+    head = scoring.head(experts.device)
     fitted.states = {score: sums.fit(score, sample, head) for score in posthoc}
     drawn = sample.indices
     scores = dict(zip(rows, experts[:, drawn], strict=True))
@@ -95,7 +95,7 @@ def try_experts(scoring: Scoring, images: Tensor) -> None:
 
 def leave_one_out(scoring: Scoring, batch: BatchScores) -> BatchScores:
     """Images of the fit with their post-hoc scores, see `Score.score_fit`, which tell its trust."""
-    head, fitted = scoring.head(), scoring.fitted
+    head, fitted = scoring.head(batch.pred.device), scoring.fitted
     scores = dict(batch.scores)
     for score, state in fitted.states.items():
         scores[score] = score(batch.features, head, state, batch.pred)

@@ -63,8 +63,8 @@ class Fitted:
 
     def state(self, score: Score, device: torch.device) -> State:
         """The state of a score on a device, to which it is moved once."""
-        if device.type == "cpu" or not score.needs_fit:
-            return self.states.get(score, {})
+        if device.type == "cpu":
+            return self.states[score]
         if (score, device) not in self._moved:
             moved = {name: value.to(device) for name, value in self.states[score].items()}
             self._moved[score, device] = moved
@@ -84,7 +84,7 @@ class BatchScores(NamedTuple):
         """Scores `[L, B]` of some experts, in float64 where the device has it."""
         if not experts:
             return torch.empty(0, len(self.pred), dtype=torch.float64, device="cpu")
-        rows = [self.scores[expert] for expert in experts]
+        rows = map(self.scores.__getitem__, experts)
         return torch.stack([(t.cpu() if t.device.type == "mps" else t).double() for t in rows])
 
 
@@ -108,7 +108,7 @@ class Scoring:
     def __post_init__(self) -> None:
         name, head = type(self.net).__name__, self.structure.head
         has_feature = bool(head.names or head.feature)
-        clips = bool(self.experts.percentiles) or self.features == "activations"
+        clips = bool(self.clips) or self.features == "activations"
         if clips and not has_feature:
             raise TapError(
                 f"ReAct needs the layers that make the logits, and none was found in {name}: set "
@@ -170,21 +170,34 @@ class Scoring:
     def complete(self, batch: BatchScores) -> BatchScores:
         """All scores of a batch, from those that need the network and from its features."""
         feature, logits = batch.features
-        scores, head = dict(batch.scores), self.head()
+        scores, head = dict(batch.scores), self.head(logits.device)
         for score in self.by_feature:
-            features, percentile = batch.features, score.clip_percentile
-            if percentile is not None:
-                clipped = feature.clamp(max=self.fitted.thresholds[percentile])
+            features, state = batch.features, State()
+            if score in self.clips:
+                clipped = feature.clamp(max=self.fitted.thresholds[self.clips[score]])
                 features = Features(feature, passes.head_logits(self.net, self.structure, clipped))
             elif not score.needs_feature:
                 features = Features(logits, logits)
-            scores[score] = score(features, head, self.fitted.state(score, logits.device))
+            if score.needs_fit:
+                state = self.fitted.state(score, logits.device)
+            scores[score] = score(features, head, state)
         return batch._replace(scores=scores)
 
-    def head(self) -> Head:
-        """The network's final layer as it is now; empty if no score reads it."""
-        reads = any(score.needs_head for score in self.experts.scores)
-        return passes.head_of(self.net, self.structure) if reads else NO_HEAD
+    def head(self, device: torch.device) -> Head:
+        """The network's final layer as it is now, in float32; empty if no score reads it."""
+        if not self._reads_head:
+            return NO_HEAD
+        return passes.head_of(self.net, self.structure, device, torch.float32)
+
+    @cached_property
+    def _reads_head(self) -> bool:
+        return any(score.needs_head for score in self.experts.scores)
+
+    @cached_property
+    def clips(self) -> dict[Score, float]:
+        """The percentiles at which ReAct clips, by the scores for which it does."""
+        given = ((score, score.clip_percentile) for score in self.experts.scores)
+        return {score: q for score, q in given if q is not None}
 
     @property
     def width(self) -> int:
@@ -197,12 +210,9 @@ class Scoring:
     @cached_property
     def by_network(self) -> list[Score]:
         """The scores that run the network, or its head on more than one feature per image."""
-        return [
-            score
-            for score in self.experts.scores
-            if score.needs_gradient
-            or (score.clip_percentile is not None and not self.structure.head.is_linear)
-        ]
+        is_linear = self.structure.head.is_linear
+        scores = self.experts.scores
+        return [s for s in scores if s.needs_gradient or (s in self.clips and not is_linear)]
 
     @cached_property
     def by_feature(self) -> list[Score]:
@@ -220,7 +230,7 @@ class Scoring:
     @cached_property
     def needs_feature(self) -> bool:
         """Whether a score is computed from features that a pass has given."""
-        return any(s.needs_feature or s.clip_percentile is not None for s in self.by_feature)
+        return any(s.needs_feature or s in self.clips for s in self.by_feature)
 
     @cached_property
     def recorded(self) -> list[Expert]:
@@ -231,13 +241,13 @@ class Scoring:
     def record(self) -> dict[str, Any]:
         """All that `run` depends on besides the network and the images, in terms of JSON."""
         head, thresholds = self.structure.head, self.fitted.thresholds
-        clips = (score.clip_percentile for score in self.by_network)
+        clips = [self.clips[score] for score in self.by_network if score in self.clips]
         return {
             "norms": [
                 [layer, list(n)] for n in self.experts.norms for layer in self.experts.layers
             ],
             "scores": [score.to_json() for score in self.by_network],
-            "thresholds": {str(q): thresholds[q] for q in clips if q is not None},
+            "thresholds": {str(q): thresholds[q] for q in clips},
             "features": self.features or ("all" if self.needs_feature else ""),
             "feature": [*head.feature, head.is_normalised] if head.feature else [],
             "batch_dependent": self.structure.batch_dependent,
@@ -245,9 +255,9 @@ class Scoring:
 
     def _logits(self, images: Tensor, done: ForwardPass, score: Score) -> Tensor:
         """Logits `[B, K]` of a pass, after ReAct if the score asks for it."""
-        if score.clip_percentile is None:
+        if score not in self.clips:
             return done.logits
-        threshold = self.fitted.thresholds[score.clip_percentile]
+        threshold = self.fitted.thresholds[self.clips[score]]
         if not self.structure.head.is_linear:
             return forward_pass(self.net, images, self.structure, threshold=threshold).logits
         assert done.feature is not None  # of the layers that make the logits
@@ -270,7 +280,7 @@ class Scoring:
         """ODIN's images for each score that needs a gradient; equal gradients are shared."""
         alike: dict[tuple[float, float | None], list[Any]] = {}
         for score in self._by_gradient:
-            alike.setdefault((score.temperature, score.clip_percentile), []).append(score)
+            alike.setdefault((score.temperature, self.clips.get(score)), []).append(score)
         perturbed = dict[Score, Tensor]()
         for number, ((temperature, _), scores) in enumerate(alike.items(), start=1):
             logits = self._logits(leaf, first, scores[0])
@@ -282,7 +292,8 @@ class Scoring:
 
 def joined(batches: Sequence[BatchScores]) -> BatchScores:
     """The scores of the parts of a batch as those of one."""
-    scores = {e: torch.cat([batch.scores[e] for batch in batches]) for e in batches[0].scores}
-    feature, logits = zip(*(batch.features for batch in batches), strict=True)
-    pred = torch.cat([batch.pred for batch in batches])
-    return BatchScores(scores, pred, Features(torch.cat(feature), torch.cat(logits)))
+    scores, pred, features, *_ = zip(*batches, strict=True)
+    of_experts = map(torch.cat, zip(*map(dict.values, scores), strict=True))
+    feature, logits = map(torch.cat, zip(*features, strict=True))
+    by_expert = dict(zip(scores[0], of_experts, strict=True))
+    return BatchScores(by_expert, torch.cat(pred), Features(feature, logits))

@@ -1,7 +1,7 @@
 """One forward pass through an arbitrary network."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fusenorm_openood.errors import TapError
 from fusenorm_openood.forward.taps import unusable_tap
-from fusenorm_openood.kernels.devices import following, full_precision
+from fusenorm_openood.kernels.devices import full_precision
 from fusenorm_openood.method.scores.base import Head
 from fusenorm_openood.network import running
 from fusenorm_openood.network.graph import INPUT
@@ -240,38 +240,42 @@ def _classified(
     return logits_at(core, core(images.clone()), structure.logits, images.shape[0])
 
 
-def head_of(net: nn.Module, structure: Structure) -> Head:
+def head_of(
+    net: nn.Module,
+    structure: Structure,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Head:
     """Weight and bias of the network's logits as an affine function of its feature.
 
     TapError if they are none.
     """
     stored: Any = net.stored if isinstance(net, running.LazyNetwork) else None
+    found = structure.affine
     if stored is not None and stored.head is not None:
-        return Head(*stored.head)
-    if structure.affine is not None:
-        return structure.affine
-    core, found = running.unwrapped(net), None
-    layers = [core.get_submodule(name) for name in structure.head.names]
-    if structure.head.is_affine and not any(layer.training for layer in layers):
-        found = linear_head(layers, structure.head.shares)
-    elif structure.head.is_affine:
-        # A spectral norm in training changes when it is read.
-        with running.eval_mode(nn.ModuleList(layers)):
+        found = Head(*stored.head)
+    elif found is None and structure.head.is_affine:
+        core = running.unwrapped(net)
+        layers = [core.get_submodule(name) for name in structure.head.names]
+        trains = any(layer.training for layer in layers)  # a spectral norm then changes when read
+        with running.eval_mode(nn.ModuleList(layers)) if trains else nullcontext():
             found = linear_head(layers, structure.head.shares)
     if found is None:
         raise TapError(
             f"the logits of {type(net).__name__} are no linear function of a feature, whose "
             "weights an expert needs: set strong=['output']"
         )
-    return found
+    weight, bias = found if dtype is None else (t.to(dtype) for t in found)
+    # In a trace, nothing is moved that is there already.
+    is_there = device is None or weight.device == bias.device == device
+    return Head(weight, bias) if is_there else Head(weight.to(device), bias.to(device))
 
 
 def head_logits(net: nn.Module, structure: Structure, feature: Tensor) -> Tensor:
     """Logits `[B, K]` of features `[B, D]`, on their device and at least in float32."""
     feature = feature.float() if feature.dtype in HALF else feature
-    weight, bias = (following(t.to(feature.dtype), feature.device) for t in head_of(net, structure))
     with full_precision(feature.device):
-        return F.linear(feature, weight, bias)
+        return F.linear(feature, *head_of(net, structure, feature.device, feature.dtype))
 
 
 def _in_full(head: nn.Module, feature: Tensor, logits: Tensor) -> Tensor:

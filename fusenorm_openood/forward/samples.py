@@ -90,8 +90,7 @@ class BlockSums:
         """The state of a score, after the last batch."""
         if self._block:
             self._sum_up()
-        on_cpu = Head(*(t.detach().cpu().float() for t in head))
-        state = score.fit(self._sums.get(score, {}), sample.features, on_cpu)
+        state = score.fit(self._sums.get(score, {}), sample.features, head)
         # Contiguous as in files, because the last bit of products depends on it.
         return {name: value.contiguous() for name, value in state.items()}
 

@@ -89,11 +89,6 @@ def with_double(values: Tensor) -> Tensor:
     return values.cpu() if values.device.type == "mps" else values
 
 
-def following(values: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device, without a step in a trace if it is there already."""
-    return values if values.device == device else values.to(device)
-
-
 def casts_down(device: torch.device) -> bool:
     """Whether autocast is on for a device; some devices do not have it."""
     kind = device.type

@@ -146,9 +146,9 @@ def test_views_of_all_kinds_may_be_read():
 @pytest.mark.parametrize("forced", [False, True])
 def test_an_error_of_memory_is_passed_on_and_the_kernel_stays(error, forced, kernel_calls):
     kernel_calls.error = error
-    with forced_backend("numba") if forced else nullcontext():
-        with pytest.raises(type(error), match=str(error)[:10]):
-            atf(maps())
+    how = forced_backend("numba") if forced else nullcontext()
+    with how, pytest.raises(type(error), match=str(error)[:10]):
+        atf(maps())
 
 
 def test_memory_that_the_kernel_lacks_is_an_error_of_memory(kernel_calls, cpu):

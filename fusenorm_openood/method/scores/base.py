@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.kernels.devices import following, full_precision, with_double
+from fusenorm_openood.kernels.devices import full_precision, with_double
 from fusenorm_openood.method.validation import PERCENTILE, POSITIVE, SWITCH, check_fields, checked
 
-State = dict[str, Tensor]  # what a score fits, on the CPU
+State = dict[str, Tensor]  # what a score fits
 PART_BYTES = 2**26  # largest matrix of distances held at once
 EPS = 1e-12  # smallest norm that is divided by
 ROUNDING = float(torch.finfo(torch.float32).eps)
@@ -33,10 +33,6 @@ class Head(NamedTuple):
     def __call__(self, feature: Tensor) -> Tensor:
         """Logits `[B, K]` of features `[B, D]`."""
         return feature @ self.weight.T + self.bias
-
-    def on(self, device: torch.device) -> "Head":
-        """The layer on a device, in float32."""
-        return Head(*(following(t.float(), device) for t in self))
 
 
 NO_HEAD = Head(*(torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((0, 1), (0,))))
@@ -111,21 +107,19 @@ class Score:
         self,
         batch: Features,
         head: Head = NO_HEAD,
-        state: Mapping[str, Tensor] | None = None,
+        state: State | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """Scores `[B]`, in float32 unless a score says otherwise, computed where the features are.
+        """Scores `[B]`, in float32 unless a score says otherwise.
 
-        The head is needed if `needs_head`, the state if `needs_fit`; labels `[B]` are those of
-        images of the fit, see `score_fit`.
+        The head is needed if `needs_head`, the state if `needs_fit`, both in float32 on the device
+        of the features; labels `[B]` are those of images of the fit, see `score_fit`.
         """
-        device = batch.feature.device
-        moved = {name: following(value, device) for name, value in (state or {}).items()}
-        with torch.no_grad(), full_precision(device):
-            batch, head = Features(batch[0].float(), batch[1].float()), head.on(device)
+        with torch.no_grad(), full_precision(batch.feature.device):
+            batch = Features(batch.feature.float(), batch.logits.float())
             if labels is None:
-                return self.score(batch, head, moved)
-            return self.score_fit(batch, head, moved, labels)
+                return self.score(batch, head, state or {})
+            return self.score_fit(batch, head, state or {}, labels)
 
 
 @dataclass(frozen=True)
@@ -159,7 +153,7 @@ class LogitScore(Score):
         self,
         batch: Features,
         head: Head = NO_HEAD,
-        state: Mapping[str, Tensor] | None = None,
+        state: State | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
         """Scores `[B]`, in float64 if `fused`, else in the precision of the logits."""
