@@ -29,6 +29,10 @@ def add_compare(parser: ArgumentParser) -> None:
     options.add(parser, "--root", nargs="+", help="folders of training runs, or checkpoint files")
     options.add(parser, "--network", "--weights-by-order", "--id-data", "--data-root")
     options.add(parser, "--normalization", "--fsood")
+    singles = (
+        "single methods to compare with: names of postprocessors, dice, vra, nnguide, gradnorm"
+    )
+    add("--methods", nargs="+", metavar="NAME", help=f"{singles} (default: all)")
     add("--search", action="store_true", help="also search settings, with and without OOD images")
     add("--config", help="YAML file with the sweep to search (default: this package's)")
     options.add(parser, "--batch-size")
@@ -46,6 +50,7 @@ def run_compare(args: Namespace) -> int:
     evaluation.check_fsood(benchmark, args.fsood)
     config = read_config(args.config or config_root() / "postprocessors" / "fusenorm.yml")
     sweep = read_fusenorm(config).sweep if args.search or args.config else None
+    comparison.check_methods(args.methods or ())
     if args.csv and leads:
         check_file(Path(args.csv), "--csv", ".csv")
     if args.report:
@@ -66,8 +71,8 @@ def run_compare(args: Namespace) -> int:
         results = compared[label] = []
         for run in runs.values():
             run.net.to(device)
-            progress = not args.no_progress
-            result = comparison.compare(run.net, benchmark, sweep, args.fsood, run.load, progress)
+            rest = sweep, args.fsood, run.load, not args.no_progress
+            result = comparison.compare(run.net, benchmark, *rest, methods=args.methods)
             results.append(result if args.report else result._replace(id_conf={}, ood_conf={}))
             run.net.cpu()
             if leads:
@@ -101,7 +106,7 @@ def _print_root(
     label: str, benchmark: Benchmark, results: Sequence[comparison.Comparison], style: str
 ) -> None:
     images = f"{len(benchmark.id['val'].images())} ID validation images"
-    neighbours = f"KNN with K = {KNN().K} unless it says otherwise"
+    neighbours = f", KNN with K = {KNN().K} unless it says otherwise"
     for number, result in enumerate(results):
         for name, found in result.found.items():
             varied = found.trials.columns.drop(["AUROC", "unusable"])
@@ -114,7 +119,7 @@ def _print_root(
         which = f", run {number}" * (len(results) > 1)
         summary = formatted(result.summary, style)
         print(f"\n{label}, {benchmark.name}{which}: AUROC and FPR@95 in percent,")
-        print(f"all fitted on {images}, {neighbours}")
+        print(f"all fitted on {images}{neighbours * ('KNN' in result.summary.index)}")
         if " over " in summary:
             print("(over: 95 % bootstrap interval of the gain over the best single expert)")
         print(summary, flush=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fusenorm_openood.data.benchmarks import Benchmark, image_loader
 from fusenorm_openood.detectors import pseudo, search
 from fusenorm_openood.detectors.bank import ScoreBank
-from fusenorm_openood.errors import DataError
+from fusenorm_openood.errors import ConfigError, DataError, unknown
 from fusenorm_openood.evaluation.evaluation import with_means
 from fusenorm_openood.evaluation.runs import Loader
 from fusenorm_openood.method.metrics import ood_metrics
@@ -35,6 +35,8 @@ FUSENORM = {
     "FuseNorm (deviation)": Settings.deviation(),
 }
 STRONG, BLOCKS = "strong experts alone", "block norms alone"
+# pytorch-ood's detectors that work on features: their rows, by name.
+PEERS = {"dice": "DICE", "vra": "VRA", "nnguide": "NNGuide", "gradnorm": "GradNorm"}
 COUNTS = 2**23  # of bootstrap samples, in memory at a time
 
 
@@ -63,6 +65,7 @@ def compare(
     load: Loader = image_loader,
     progress: bool = True,
     gradients: bool = True,
+    methods: Sequence[str] | None = None,
 ) -> Comparison:
     """Compare FuseNorm, its parts and single experts on one network.
 
@@ -78,18 +81,25 @@ def compare(
         load: loads an image set, for example `Run.load`.
         progress: whether to show progress bars.
         gradients: whether ODIN and the published settings, which need gradients, are compared.
+        methods: the single experts, by the names of their postprocessors or of `PEERS`; None = all.
+
+    Raises:
+        ConfigError: a method that is unknown, or that needs pytorch-ood, which is not installed.
     """
-    singles = single_scores(net, benchmark)
+    check_methods(methods or ())
+    singles = single_scores(net, benchmark, methods)
     fused = {**FUSENORM, STRONG: Settings(cap=0.0)}
     if not gradients:
         singles = {name: score for name, score in singles.items() if not score.needs_gradient}
         fused = {n: s for n, s in fused.items() if not s.score("output").needs_gradient}
     id_val = load(benchmark.id["val"])
     tried = search.swept(Settings(), sweep) if sweep else []
-    with_peers = find_spec("pytorch_ood") is not None
+    wanted = [title for name, title in PEERS.items() if methods is None or name in methods]
+    with_peers = wanted != [] and find_spec("pytorch_ood") is not None
     bank = ScoreBank(net, [*fused.values(), *tried], singles.values(), with_peers)
     bank.fit(id_val, progress)
-    peers = _fitted_peers(bank.head(), bank.features(id_val)) if with_peers else {}
+    fitted = _fitted_peers(bank.head(), bank.features(id_val)) if with_peers else {}
+    peers = {title: score for title, score in fitted.items() if title in wanted}
     found = {}
     if sweep:
         on: dict[str, Sequence[Iterable[Any]]]
@@ -126,10 +136,26 @@ def compare(
     return Comparison(*figures, found, id_conf, ood_conf, bank.scoring().structure)
 
 
-def single_scores(net: nn.Module, benchmark: Benchmark) -> dict[str, Score]:
-    """The single scores to compare with, by title, with OpenOOD's arguments."""
+def check_methods(methods: Sequence[str]) -> None:
+    """Raise ConfigError for a method that cannot be compared; see `compare`."""
+    known = [*(name for name, cls in SCORES.items() if not cls.needs_t2fnorm), *PEERS]
+    for name in methods:
+        if name not in known:
+            raise ConfigError(unknown("method", name, known))
+        if name in PEERS and find_spec("pytorch_ood") is None:
+            raise ConfigError(
+                f"{name} needs pytorch-ood: pip install 'fusenorm-openood[peers]', or leave it out"
+            )
+
+
+def single_scores(
+    net: nn.Module, benchmark: Benchmark, methods: Sequence[str] | None = None
+) -> dict[str, Score]:
+    """The single scores to compare with, by title, with OpenOOD's arguments; None = all."""
     singles = {}
     for name, cls in SCORES.items():
+        if methods is not None and name not in methods:
+            continue
         fixed: dict[str, Any] = {"input_std": benchmark.norm[1]} if name == "odin" else {}
         # MSP as in OpenOOD, with its ties; other scores of logits in float64.
         if name in LOGIT_SCORES:
@@ -139,7 +165,9 @@ def single_scores(net: nn.Module, benchmark: Benchmark) -> dict[str, Score]:
     if scoring_module(net) is not None:  # T2FNorm's postprocessor is MSP of the scoring logits
         singles = {"MSP (T2FNorm)" if n == "MSP" else n: score for n, score in singles.items()}
     # K is OpenOOD's for 50,000 training images; a few ID validation images have fewer neighbours.
-    return {**singles, "KNN (K = 5)": make_score("knn", {"K": Settings().neighbours})}
+    if "KNN" in singles:
+        singles["KNN (K = 5)"] = make_score("knn", {"K": Settings().neighbours})
+    return singles
 
 
 def _fitted_peers(head: Head, ids: Features) -> dict[str, Callable[[Features], Values]]:

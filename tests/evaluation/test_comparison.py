@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,7 @@ from fusenorm_openood import FuseNorm, load_network
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.detectors.single import SingleScore
-from fusenorm_openood.evaluation.comparison import FUSENORM, compare, tables
+from fusenorm_openood.evaluation.comparison import BLOCKS, FUSENORM, STRONG, compare, tables
 from fusenorm_openood.evaluation.evaluation import evaluate
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.scores import POSTHOC, make_score
@@ -106,6 +108,19 @@ def test_the_command_compares_roots(digits, few, tmp_path, capsys):
     assert f"{first.loc['FuseNorm (default)', 'nearood']:.2f}" in out
     assert main(["compare", *args, "--root", str(root), str(tmp_path)]) == 1
     assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_methods_can_be_chosen(digits, few, capsys):
+    args = ["compare", "--id-data", "digits", "--data-root", str(few), "--num-workers", "0"]
+    args += ["--no-progress", "--root", str(digits[1]), "--methods"]
+    assert main([*args, "gen", "vim"]) == 0
+    out = capsys.readouterr().out
+    assert "KNN" not in out
+    table = out.partition("AUROC in percent:")[2].splitlines()
+    names = [re.split("  +", line)[0] for line in table[2:-1]]
+    assert names == ["GEN", "ViM", STRONG, BLOCKS, *FUSENORM]
+    assert main([*args, "msp", "knm"]) == 1
+    assert "unknown method 'knm' (did you mean 'knn'?)" in capsys.readouterr().err
 
 
 def test_the_command_searches_on_request(digits, few, tmp_path, capsys):
