@@ -33,6 +33,7 @@ SOME_UNREADABLE = 3  # exit status
 
 
 def add_score(parser: ArgumentParser) -> None:
+    parser.epilog = "Exit status: 0 = all were judged, 1 = error, 3 = some files are unreadable."
     options.add(parser, *options.DETECTOR)
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="folders, patterns, lists, files, URLs, -")

@@ -20,6 +20,8 @@ from fusenorm_openood.storage.files import write_bytes_whole
 
 log = logging.getLogger(__name__)
 
+ALARM = 3  # exit status
+
 
 class Row(NamedTuple):
     """One row: its confidence, None if unreadable, a text to recognise it by, and its group."""
@@ -30,6 +32,7 @@ class Row(NamedTuple):
 
 
 def add_watch(parser: ArgumentParser) -> None:
+    parser.epilog = "Exit status: 0 = no alarm, 1 = error, 3 = alarm, also of an earlier --state."
     options.add(parser, "--detector")
     add = parser.add_argument
     rows = "rows of `fusenorm score`, or JSON Lines with `confidence`, by class also `predicted`"
@@ -44,7 +47,7 @@ def add_watch(parser: ArgumentParser) -> None:
 
 
 def run_watch(args: Namespace) -> int:
-    """Print one JSON line per batch, after its state is on disk; 0, also after an alarm."""
+    """Print one JSON line per batch, after its state is on disk; 0 = no alarm, 3 = alarm."""
     state = Path(args.state) if args.state else None
     file = None if args.scores == "-" else str(Path(args.scores).resolve())
     calibration, column, least = _calibration(args.detector)
@@ -73,7 +76,7 @@ def run_watch(args: Namespace) -> int:
             told = f"alarm after {now.alarm_row} confidences: they are {now.shift}"
             log.warning(f"{told} than at calibration")
         before = now.alarm
-    return 0
+    return ALARM if watch.now.alarm else 0
 
 
 def metrics(now: Watched) -> str:

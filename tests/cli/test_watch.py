@@ -91,12 +91,14 @@ def test_rows_of_a_detector_by_class(home, capsys):
 
 def test_an_alarm_is_told_once(home, capsys):
     write([*STREAM, *STREAM - 3])
-    assert watch("--batch-size", 10) == 0
+    assert watch("--batch-size", 10, "--state", "state.json") == 3
     told = capsys.readouterr()
     alarms = [json.loads(line)["alarm"] for line in told.out.splitlines()]
     assert alarms == sorted(alarms)
     assert alarms[-1]
     assert told.err.count("alarm after 5") == told.err.count("confidences: they are lower") == 1
+    assert watch("--state", "state.json") == 3
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
