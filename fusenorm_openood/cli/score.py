@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fusenorm_openood.cli import inputs, options
 from fusenorm_openood.data.paths import each_page, image_paths, manifest_paths
-from fusenorm_openood.deployment.files import FileShards, Judged, judge_files
+from fusenorm_openood.deployment.files import FileShards, Judged, check_judging, judge_files
 from fusenorm_openood.deployment.ray import cluster, score_with_actors
 from fusenorm_openood.deployment.rows import RowFile, read_rows
 from fusenorm_openood.detectors.fusenorm import FuseNorm
@@ -89,6 +89,7 @@ def run_score(args: Namespace) -> int:
         log.warning("the detector is not calibrated, so there are no verdicts")
     if known is not None and args.fdr is None:
         known.check_enough(args.acceptance)
+    check_judging(detector, args.acceptance, args.early)
     listed = manifest_paths(args.manifest).texts if args.manifest else ()
     given = each_page(Places(chain(image_paths(args.paths).texts, listed)), args.pages)
 

@@ -14,13 +14,14 @@ from torch.utils.data import Dataset
 
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.detectors.early import judge_early
+from fusenorm_openood.detectors.early import exits_of, judge_early
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.statistics import packed
 from fusenorm_openood.errors import ConfigError, DataError, NonFiniteError
 from fusenorm_openood.forward.batches import Throughput
+from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method import calibration, conformal
-from fusenorm_openood.network.fingerprint import identify
+from fusenorm_openood.network.fingerprint import fixed_images, identify
 from fusenorm_openood.storage.files import manifest
 from fusenorm_openood.storage.shards import Columns, Key, ShardSet
 from fusenorm_openood.storage.stored import Batches, StoredScores, forward_digest, shard_batches
@@ -104,6 +105,15 @@ def judge_files(
         some = paths[first : first + len(batch)]
         first += len(batch)
         yield judged(detector, some, score(detector, batch, acceptance, early), acceptance)
+
+
+def check_judging(detector: FuseNorm, acceptance: float, early: str | None = None) -> None:
+    """Raise what `judge_files` would, but before a file is read or written."""
+    _image_files(detector, ())
+    if early is not None:
+        how = detector.known_preprocessing()
+        images = moved(detector.net, fixed_images((how.channels, *how.crop)))
+        exits_of(detector, images, acceptance, early)
 
 
 def _image_files(detector: FuseNorm, paths: Sequence[Place]) -> ImageFiles:

@@ -315,6 +315,22 @@ def test_rows_of_images_that_leave_early(folders, tmp_path, suffix, capsys):
         assert "without --early" in capsys.readouterr().err
 
 
+def test_what_no_image_can_be_judged_with_is_refused_before_a_file_is_made(
+    folders, tmp_path, capsys
+):
+    table, noise = tmp_path / "rows.csv", folders / "test_noise"
+    assert score(folders, noise, "--csv", table, "--early-spending") == 1
+    assert "early='spending' judges 4 times" in capsys.readouterr().err
+    detector = FuseNorm.load(folders / "detector.safetensors", load_source(folders))
+    images = torch.stack([*map(detector.preprocessing.read, sorted(noise.iterdir()))])
+    detector.calibrate([{"image": images, "camera": ["left"] * NOISE}], by="camera")
+    detector.save(tmp_path / "by_camera.safetensors")
+    arguments = ["score", "--detector", tmp_path / "by_camera.safetensors", noise, "--csv", table]
+    assert main([*map(str, arguments)]) == 1
+    assert "grouped by camera, which image files do not give" in capsys.readouterr().err
+    assert not table.exists()
+
+
 def test_early_rows_beside_images_that_are_not_finite(folders):
     detector = FuseNorm.load(folders / "detector.safetensors", load_source(folders))
     noise = detector.preprocessing.read(sorted((folders / "test_noise").iterdir())[0])
