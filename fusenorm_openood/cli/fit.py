@@ -103,7 +103,9 @@ def add_calibrate(parser: ArgumentParser) -> None:
     options.add(parser, *options.DETECTOR)
     add = parser.add_argument
     new = "ID images that neither trained nor fitted it: folders, patterns, lists, files"
-    add("--calibration-dir", required=True, nargs="+", help=new)
+    add("--calibration-dir", nargs="+", help=f"{new} (default: only --class-names change)")
+    names = "text file with one class name per line, or `folders`: those in --calibration-dir"
+    add("--class-names", metavar="FILE", help=names)
     add("--output", required=True, metavar="FILE", help="the new file, which may be the same")
     add("--merge", action="store_true", help="keep the calibration images that it has")
     add("--newest", type=options.positive, metavar="N", help="keep at most the newest N images")
@@ -118,11 +120,19 @@ def add_calibrate(parser: ArgumentParser) -> None:
 
 @among_peers()
 def run_calibrate(args: Namespace) -> int:
-    """Calibrate the detector of a file on other images, save it."""
+    """Calibrate the detector of a file on other images, or name its classes, and save it."""
     store = inputs.store_of(args.store)
-    paths = each_page(image_paths(args.calibration_dir), args.pages)
+    paths = each_page(image_paths(args.calibration_dir or ()), args.pages)
+    how = args.merge, args.newest, args.calibrate_by, args.least
+    if not paths and (args.class_names is None or any(how)):
+        raise ConfigError("there are no images to calibrate on: give --calibration-dir")
     _check_output(args.output)
     detector = inputs.load_detector(*inputs.of_detector(args))
+    if args.class_names is not None:
+        dirs = args.calibration_dir or ()
+        detector.class_names = class_names(args.class_names, dirs, "--calibration-dir")
+    if not paths:
+        return _save(args, detector)
     known, by = detector.calibration_, args.calibrate_by
     if known is not None:
         by, args.least = by or known.by, args.least or known.least
@@ -177,18 +187,18 @@ def _save(args: Namespace, detector: FuseNorm) -> int:
     return 0
 
 
-def class_names(file: str, id_dirs: Sequence[str]) -> tuple[str, ...]:
+def class_names(file: str, dirs: Sequence[str], option: str = "--id-dir") -> tuple[str, ...]:
     """The lines of a text file; for `folders`, names of folders in the order of ImageFolder.
 
     ConfigError if the file cannot be read, or there are no folders.
     """
     if file == "folders":
-        inside = (folder for given in id_dirs for folder in Path(given).glob("*/"))
+        inside = (folder for given in dirs for folder in Path(given).glob("*/"))
         names = {f.name for f in inside if f.is_dir() and not is_hidden(f.name)}
         if not names:
             raise ConfigError(
-                f"--class-names folders needs one folder per class in --id-dir, but "
-                f"{', '.join(id_dirs)} has none: give a text file"
+                f"--class-names folders needs one folder per class in {option}, found none in "
+                f"{', '.join(dirs) or 'none'}: give a text file"
             )
         return tuple(sorted(names))
     what, way_out = f"class names {file} cannot be read", "give a text file in UTF-8"

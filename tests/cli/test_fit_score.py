@@ -257,6 +257,27 @@ def test_rows_and_report_by_predicted_class(folders, by_class, tmp_path):
         assert row.p_value == pytest.approx((1 + (cell <= row.confidence).sum()) / (1 + len(cell)))
 
 
+def test_classes_of_a_file_are_named_and_nothing_else_changes(folders, by_class, tmp_path, capsys):
+    new, names = tmp_path / "new.safetensors", tmp_path / "names.txt"
+    names.write_text("a\nb\nc\nd\ne\nf\ng\n")
+    arguments = ["calibrate", "--detector", by_class, "--output", new, "--class-names"]
+    assert main([*map(str, arguments), str(names)]) == 0
+    found, before = (FuseNorm.load(path, load_source(folders)) for path in (new, by_class))
+    assert found.class_names == (*"abcdefg",)
+    assert str(found.calibration_) == str(before.calibration_)
+    assert found.threshold(0.8, "b") == before.threshold(0.8, 1)
+    for wrong, message in (
+        ([names, "--least", 5], "no images to calibrate on: give --calibration-dir"),
+        (["folders"], "needs one folder per class in --calibration-dir"),
+        ([folders / "detector.safetensors"], "cannot be read"),
+    ):
+        assert main([*map(str, (*arguments, *wrong))]) == 1
+        assert message in capsys.readouterr().err
+    names.write_text("a\nb\n")
+    assert main([*map(str, arguments), str(names)]) == 1
+    assert "class_names must be the names of 7 classes, got 2" in capsys.readouterr().err
+
+
 def test_calibrations_of_a_file_are_merged(folders, by_class, tmp_path, capsys):
     new, images = tmp_path / "new.safetensors", folders / "val_digits"
     assert calibrate(images, "--detector", by_class, "--output", new) == 1
