@@ -34,15 +34,9 @@ def read_postprocessor(
 ) -> dict[str, Any]:
     """The configuration of a postprocessor; results are reported under its `postprocessor.name`.
 
-    Args:
-        name: the postprocessor's name; None = that in the file, or `fusenorm` without a file.
-        config: its file, or the name of one of this package's; None = that of the postprocessor's
-            name, this package's or else OpenOOD's.
-        changes, sweep: `KEY=VALUE` changes to its arguments, `KEY=LIST` changes to its sweep.
-        aps_mode: the value of `APS_mode`; False = as in the file.
-
-    Raises:
-        ConfigError: an unknown postprocessor, or a change that is not `KEY=VALUE`.
+    The `config` is a file or one of this package's by name; None = this package's or else OpenOOD's
+    of the postprocessor's `name`, by default `fusenorm`. ConfigError for an unknown postprocessor,
+    or `changes` to its arguments or its `sweep` that are not `KEY=VALUE`.
     """
     ours = {path.stem: path for path in (config_root() / "postprocessors").glob("*.yml")}
     name = name or ("fusenorm" if config is None else None)

@@ -128,7 +128,7 @@ def run_eval(args: Namespace) -> int:
                 f"The first table has the mean and the standard deviation over {len(runs)} "
                 f"training runs; everything else is from the first one, {next(iter(runs))}."
             )
-        about = facts, shown, job.validation, note
+        about = facts, shown, note
         write_report(report_of_evaluation(first, benchmark, title, *about), args.report)
         print(f"saved {args.report}")
     return 0

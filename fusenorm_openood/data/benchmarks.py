@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +83,22 @@ class Benchmark:
     far: dict[str, ImageSet]
     csid: dict[str, ImageSet]
 
-    def tested(self, fsood: bool = False, validation: bool = False) -> Iterator[ImageSet]:
-        """The image sets that an evaluation reads."""
-        yield self.id["val"]
-        if validation:
-            yield self.val_ood
-            return
-        yield self.id["test"]
-        yield from (*self.near.values(), *self.far.values())
-        if fsood:
-            yield from self.csid.values()
+    def groups(
+        self, fsood: bool = False, validation: bool = False
+    ) -> dict[str, dict[str, ImageSet]]:
+        """The image sets that are tested, by group and name; `validation`: the validation pair."""
+        return {
+            "id": {self.name: self.id["val" if validation else "test"]},
+            "csid": self.csid if fsood else {},
+            "valood": {"val": self.val_ood} if validation else {},
+            "nearood": {} if validation else self.near,
+            "farood": {} if validation else self.far,
+        }
+
+    def tested(self, fsood: bool = False, validation: bool = False) -> list[ImageSet]:
+        """The image sets that an evaluation reads, the one that it fits on first."""
+        groups = self.groups(fsood, validation).values()
+        return list(dict.fromkeys((self.id["val"], *chain(*(g.values() for g in groups)))))
 
     def every(self, fsood: bool = True) -> Iterator[ImageSet]:
         """All image sets of the benchmark, with or without the covariate-shifted ones."""

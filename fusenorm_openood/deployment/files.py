@@ -80,17 +80,10 @@ def judge_files(
 ) -> Iterator[list[Judged]]:
     """The rows of image files, in order, batch by batch.
 
-    With `early`, an image that is rejected before the network has finished has no class, confidence
-    and p-value; `objected` is the layer after which it was, and its confidence is at most `bound`,
-    which is None if `early` is `"spending"`.
-
-    Args:
-        detector: a fitted detector with its preprocessing; without calibration images it gives
-            confidences alone.
-        acceptance: fraction of ID images to accept; see `FuseNorm.is_ood`.
-        batch_size, num_workers: settings of the data loader.
-        throughput: counts the images that are scored.
-        early: `"certain"` or `"spending"`, see `FuseNorm.is_ood`; None = the whole network.
+    For `acceptance` and `early` see `FuseNorm.is_ood`; a detector without calibration images gives
+    confidences alone. With `early`, an image that is rejected before the network has finished has
+    no class, confidence and p-value; `objected` is the layer after which it was, and its confidence
+    is at most `bound`, which is None if `early` is `"spending"`.
 
     Raises:
         DataError: the detector has no preprocessing.

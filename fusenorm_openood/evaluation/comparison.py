@@ -67,24 +67,14 @@ def compare(
     gradients: bool = True,
     methods: Sequence[str] | None = None,
 ) -> Comparison:
-    """Compare FuseNorm, its parts and single experts on one network.
+    """Compare FuseNorm, its parts and single experts on one network; see `evaluate`.
 
     Everything is fitted on the ID validation images alone, in the same forward passes; only ODIN
-    and the published settings need gradients. With pytorch-ood installed, its DICE, VRA, NNGuide
-    and GradNorm are compared as well.
-
-    Args:
-        benchmark: a benchmark whose images all exist.
-        sweep: values that two searches try, one on the validation pair and one on pseudo-OOD
-            images; None = no search.
-        fsood: whether covariate-shifted ID images count as ID.
-        load: loads an image set, for example `Run.load`.
-        progress: whether to show progress bars.
-        gradients: whether ODIN and the published settings, which need gradients, are compared.
-        methods: the single experts, by the names of their postprocessors or of `PEERS`; None = all.
-
-    Raises:
-        ConfigError: a method that is unknown, or that needs pytorch-ood, which is not installed.
+    and the published settings need `gradients`. With pytorch-ood installed, its DICE, VRA, NNGuide
+    and GradNorm are compared as well. Two searches try the values of a `sweep`, one on the
+    validation pair and one on pseudo-OOD images. `methods` are the single experts, by the names of
+    their postprocessors or of `PEERS`; None = all. ConfigError for one that is unknown, or that
+    needs pytorch-ood, which is not installed.
     """
     check_methods(methods or ())
     singles = single_scores(net, benchmark, methods)
@@ -122,16 +112,13 @@ def compare(
         bank.forget(images)
         return {**conf, **{name: s.conf for name, s in scored.items()}}
 
-    groups = dict(zip(GROUPS, (benchmark.near, benchmark.far), strict=True))
-    id_sets = [benchmark.id["test"], *(benchmark.csid.values() if fsood else ())]
-    every = [*id_sets, *benchmark.near.values(), *benchmark.far.values()]
-    tested = iter(bank.prepare([load(image_set) for image_set in every], progress))
-    each = [score(next(tested)) for _ in id_sets]
+    groups = benchmark.groups(fsood)
+    loaders = [load(image_set) for sets in groups.values() for image_set in sets.values()]
+    tested = iter(bank.prepare(loaders, progress))
+    conf = {group: {name: score(next(tested)) for name in sets} for group, sets in groups.items()}
+    each = [*conf["id"].values(), *conf["csid"].values()]
     id_conf = {method: np.concatenate([conf[method] for conf in each]) for method in each[0]}
-    ood_conf = {
-        group: {name: score(next(tested)) for name in image_sets}
-        for group, image_sets in groups.items()
-    }
+    ood_conf = {group: conf[group] for group in GROUPS}
     figures = tables(id_conf, ood_conf, [*singles, *peers])
     return Comparison(*figures, found, id_conf, ood_conf, bank.scoring().structure)
 
@@ -251,14 +238,8 @@ def difference_interval(
     """Bootstrap percentile interval of the difference of two methods' mean AUROC over data sets.
 
     ID images and the images of each OOD data set are drawn with replacement, the same for both
-    methods, whose confidences are of the same images in the same order; else DataError.
-
-    Args:
-        level: probability of the interval.
-        draws, seed: number of bootstrap samples, and their seed.
-
-    Returns:
-        Lower and upper end, as a difference of AUROCs in [0, 1].
+    methods, whose confidences are of the same images in the same order; else DataError. Lower and
+    upper end of the interval with this probability, as a difference of AUROCs in [0, 1].
     """
     sizes, others = ([len(np.asarray(c)) for c in (m.id, *m.ood)] for m in (ours, other))
     if sizes != others or len(sizes) < 2 or min(sizes) == 0:

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader
+from fusenorm_openood.data.benchmarks import Benchmark, image_loader
 from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.loaders import Scored
 from fusenorm_openood.errors import ConfigError
@@ -38,37 +38,23 @@ def evaluate(
 ) -> Evaluation:
     """Fit a detector on a benchmark's ID images, mostly those for validation, and test it.
 
-    Args:
-        detector: detector for the network to test; it is fitted unless it already is.
-        benchmark: a benchmark whose images all exist; see `Benchmark.missing`.
-        fsood: whether covariate-shifted ID images count as ID.
-        validation: whether to test on the validation pair instead, ID validation images against
-            OOD validation images; choose settings there, never on test images.
-        load: loads an image set, for example `Run.load`.
-        progress: whether to show a progress bar per data set.
-
-    Raises:
-        ConfigError: `fsood` for a benchmark without covariate-shifted images.
-        DataError: a label of an ID image that is no class of the benchmark.
+    A detector that is fitted is not fitted again. All images of the benchmark must exist. With
+    `fsood`, covariate-shifted ID images count as ID; `validation` tests on the validation pair
+    instead, where settings are to be chosen. ConfigError for `fsood` without such images, DataError
+    for a label of an ID image that is no class of the benchmark.
     """
     check_fsood(benchmark, fsood)
     benchmark.check_labels(benchmark.tested(fsood, validation))
     if not detector.is_fitted:
         detector.fit(load(benchmark.id[detector.fitted_on]), progress)
-    tested: dict[str, dict[str, ImageSet]] = {
-        "id": {benchmark.name: benchmark.id["val" if validation else "test"]},
-        "csid": benchmark.csid if fsood else {},
-        "valood": {"val": benchmark.val_ood} if validation else {},
-        "nearood": {} if validation else benchmark.near,
-        "farood": {} if validation else benchmark.far,
-    }
+    tested = benchmark.groups(fsood, validation)
     every = [image_set for image_sets in tested.values() for image_set in image_sets.values()]
     loaders = iter(detector.prepare([load(image_set) for image_set in every], progress))
     sets = {
         group: {name: detector.infer(next(loaders), progress, name) for name in image_sets}
         for group, image_sets in tested.items()
     }
-    id_sets = [*sets["id"].values(), *sets["csid"].values()]
+    id_sets = id_sets_of(sets)
     id_scores = np.concatenate([with_experts(s) for s in id_sets], axis=1)
     pred, label = (np.concatenate([getattr(s, n) for s in id_sets]) for n in ("pred", "label"))
     acc = accuracy(pred, label)
@@ -87,6 +73,11 @@ def evaluate(
     }
     compare = pd.DataFrame(cells, ["fused", *detector.row_names])
     return Evaluation(table, compare, _openood_scores(sets, benchmark.name), sets, detector)
+
+
+def id_sets_of(sets: Mapping[str, Mapping[str, Scored]]) -> list[Scored]:
+    """The ID sets among `Evaluation.sets`, covariate-shifted ones last."""
+    return [scored for group in ("id", "csid") for scored in sets[group].values()]
 
 
 def with_experts(scored: Scored) -> NDArray[Any]:

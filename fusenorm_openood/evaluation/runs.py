@@ -151,14 +151,9 @@ def load_runs(
 ) -> dict[str, Run]:
     """The training runs under one root, whose networks must be of the same kind.
 
-    If the store has what is needed of all networks, each is loaded when it is first run.
-
-    For the arguments see `find_checkpoints`, `load_network`, `Run` and `network_key`.
-
-    Raises:
-        CheckpointError: a file without a known network; runs that differ in architecture,
-            training method or number of classes; a number of classes other than the data set's.
-        ConfigError: `network` cannot be built.
+    If the store has what is needed of all networks, each is loaded when it is first run. For the
+    arguments see `find_checkpoints`, `load_network`, `Run` and `network_key`, for errors
+    `load_network`; CheckpointError also if runs differ in architecture, training or classes.
     """
     expected = num_classes if network else None  # a network that is recognised has its own
     load = {

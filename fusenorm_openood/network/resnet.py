@@ -1,5 +1,6 @@
 """Residual networks with OpenOOD's names and state-dict keys, and T2FNorm's network."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,11 +97,10 @@ class _SmallResNet(FeatureClassifier):
         self.conv1 = _conv(3, width)
         self.bn1 = nn.BatchNorm2d(width)
         channels, self.stages = width, len(blocks)
-        for stage, count in enumerate(blocks, start=1):
-            first = block(channels, width * 2 ** (stage - 1), 1 if stage == 1 else 2)
-            channels = width * 2 ** (stage - 1)
-            others = (block(channels, channels, 1) for _ in range(count - 1))
-            self.add_module(f"layer{stage}", nn.Sequential(first, *others))
+        for stage, count in enumerate(blocks):
+            before, channels = channels, width * 2**stage
+            layer = _stage(block, count, before, channels, min(stage + 1, 2))
+            self.add_module(f"layer{stage + 1}", layer)
         self.fc = nn.Linear(channels, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
@@ -174,6 +174,14 @@ class ResNet50(_TorchvisionResNet):
     name = "resnet50"
 
 
+def _stage(
+    block: type[nn.Module], count: int, before: int, channels: int, stride: int
+) -> nn.Sequential:
+    """Residual blocks, the first of which changes channels and resolution."""
+    others = (block(channels, channels, 1) for _ in range(count - 1))
+    return nn.Sequential(block(before, channels, stride), *others)
+
+
 class PreActBlock(nn.Module):
     """Pre-activation residual block of Wide ResNets."""
 
@@ -193,21 +201,6 @@ class PreActBlock(nn.Module):
         return shortcut + residual
 
 
-class WideResNetStage(nn.Module):
-    """A stage of a Wide ResNet; in OpenOOD's keys its blocks are `layer.0`, `layer.1`, ..."""
-
-    def __init__(self, blocks: int, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        first = PreActBlock(channels_in, channels, stride)
-        self.layer = nn.Sequential(
-            first, *(PreActBlock(channels, channels, 1) for _ in range(blocks - 1))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.layer(x)
-        return found
-
-
 class WideResNet(FeatureClassifier):
     """WRN-depth-widen_factor, for 32x32 images; ConfigError for a depth that is not 6n + 4."""
 
@@ -217,16 +210,19 @@ class WideResNet(FeatureClassifier):
         if rest or blocks < 1:
             raise ConfigError(f"depth must be 6n + 4, for example 16 or 28, got {depth}")
         self.architecture = f"WRN-{depth}-{widen_factor}"
-        one, two, three = (16 * widen_factor * 2**stage for stage in range(3))  # channels
         self.conv1 = _conv(3, 16)
-        self.block1 = WideResNetStage(blocks, 16, one, stride=1)
-        self.block2 = WideResNetStage(blocks, one, two, stride=2)
-        self.block3 = WideResNetStage(blocks, two, three, stride=2)
-        self.bn1 = nn.BatchNorm2d(three)
-        self.fc = nn.Linear(three, num_classes)
+        channels = 16
+        for stage in range(3):
+            before, channels = channels, 16 * widen_factor * 2**stage
+            layer = _stage(PreActBlock, blocks, before, channels, min(stage + 1, 2))
+            self.add_module(f"block{stage + 1}", nn.Sequential(OrderedDict(layer=layer)))
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        x = self.conv1(x)
+        for stage in range(3):
+            x = self.get_submodule(f"block{stage + 1}")(x)
         return F.adaptive_avg_pool2d(F.relu(self.bn1(x)), 1).flatten(1)
 
 

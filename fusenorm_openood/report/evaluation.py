@@ -13,7 +13,7 @@ import pandas as pd
 from fusenorm_openood.data.benchmarks import Benchmark
 from fusenorm_openood.data.lists import ImageList
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.evaluation.evaluation import Evaluation, with_experts
+from fusenorm_openood.evaluation.evaluation import Evaluation, id_sets_of, with_experts
 from fusenorm_openood.method.conformal import conformal_p_values, needed_images, threshold
 from fusenorm_openood.report import gallery
 from fusenorm_openood.report import sections as parts
@@ -32,26 +32,19 @@ def report_of_evaluation(
     title: str,
     facts: Facts = (),
     table: pd.DataFrame | None = None,
-    validation: bool = False,
     note: str = "",
 ) -> Report:
     """The report about an evaluation; a few images are read and scored again for its gallery.
 
-    Args:
-        result: results of `evaluate` or of OpenOOD on one training run.
-        benchmark: where the images come from.
-        title: what was evaluated.
-        facts: more facts for the header.
-        table: the table to show, over several runs for example (default: that of `result`).
-        validation: whether it was an evaluation on the validation pair, whose ID images the
-            detector was fitted on.
-        note: a remark above the table.
+    `facts` are more ones for the header; `table` is shown instead of that of `result`, with a
+    `note` above it.
     """
     scores, detector = _scores(result), result.detector
     conf = scores[0]
-    # Every other ID image calibrates, the rest is tested.
-    id_conf = [s.conf for group in ("id", "csid") for s in result.sets[group].values()]
-    calibration = None if validation else np.sort(np.concatenate([c[::2] for c in id_conf]))
+    # Every other ID image calibrates, the rest is tested; but the detector was fitted on those of
+    # the validation pair.
+    id_conf, fitted = [s.conf for s in id_sets_of(result.sets)], "valood" in conf.ood
+    calibration = None if fitted else np.sort(np.concatenate([c[::2] for c in id_conf]))
     is_enough = calibration is not None and len(calibration) >= needed_images(ACCEPTANCE)
     if calibration is not None and is_enough:
         cut = threshold(calibration, ACCEPTANCE)
@@ -74,8 +67,7 @@ def report_of_evaluation(
         detector = copy(detector)
         detector.calibration_ = None  # p-values are those above, and groups are not known
         result = result._replace(detector=detector)
-        split = "val" if validation else "test"
-        images, rows = _images(result, benchmark, cut, calibration, split)
+        images, rows = _images(result, benchmark, cut, calibration)
         galleries, _ = gallery.gallery(images, detector, benchmark.norm)
         heat = f", and {parts.HEAT}" if isinstance(detector, FuseNorm) else ""
         about = (
@@ -104,8 +96,7 @@ def report_of_evaluation(
 def _scores(result: Evaluation) -> list[Score]:
     """The confidence of an evaluation, and the scores of FuseNorm's experts."""
     experts = result.detector.experts if isinstance(result.detector, FuseNorm) else ()
-    id_sets = [s for group in ("id", "csid") for s in result.sets[group].values()]
-    ids = np.concatenate([with_experts(s) for s in id_sets], axis=1)
+    ids = np.concatenate([with_experts(s) for s in id_sets_of(result.sets)], axis=1)
     ood = {
         group: {name: with_experts(s) for name, s in result.sets[group].items()}
         for group in GROUPS
@@ -139,15 +130,9 @@ class Tested(NamedTuple):
     facts: Facts = ()
 
 
-def shower(benchmark: Benchmark, split: str = "test") -> Callable[[Tested], Shown]:
+def shower(benchmark: Benchmark, validation: bool = False) -> Callable[[Tested], Shown]:
     """What is shown of a tested image: what it is, and its facts."""
-    image_sets = {
-        "id": {benchmark.name: benchmark.id[split]},
-        "csid": benchmark.csid,
-        "valood": {"val": benchmark.val_ood},
-        "nearood": benchmark.near,
-        "farood": benchmark.far,
-    }
+    image_sets = benchmark.groups(True, validation)
 
     @cache
     def images_of(group: str, name: str) -> ImageList:
@@ -181,10 +166,10 @@ def worst_of(images: Iterable[Tested], cut: float) -> tuple[list[Tested], str]:
 
 
 def _images(
-    result: Evaluation, benchmark: Benchmark, cut: float, calibration: Values | None, split: str
+    result: Evaluation, benchmark: Benchmark, cut: float, calibration: Values | None
 ) -> tuple[dict[str, list[Shown]], Rows]:
     """The images to show, by group: extreme and doubtful ones, and the worst mistakes; a list."""
-    shown = shower(benchmark, split)
+    shown = shower(benchmark, calibration is None)
 
     def tested(group: str) -> Iterator[Tested]:
         calibrating = calibration is not None and group not in GROUPS

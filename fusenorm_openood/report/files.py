@@ -15,8 +15,7 @@ import numpy as np
 from fusenorm_openood.deployment.files import Judged
 from fusenorm_openood.detectors.explaining import Explanation
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.detectors.statistics import DetectorStatistics
-from fusenorm_openood.errors import DataError, NotFittedError
+from fusenorm_openood.errors import DataError
 from fusenorm_openood.method.calibration import Calibration
 from fusenorm_openood.report import gallery, plots
 from fusenorm_openood.report import sections as parts
@@ -249,7 +248,7 @@ def _confidences(detector: FuseNorm, conf: Values, cuts: Values | None) -> tuple
     if detector.calibration_scores_ is not None:
         name, ids = "ID (calibration)", detector.calibration_scores_
     else:
-        name, ids = "ID (fit)", detector.confidence(_statistics(detector).id_scores)
+        name, ids = "ID (fit)", detector.confidence(detector.check_fitted().id_scores)
     text = f"Confidences: larger = more in-distribution. {parts.ENDS}"
     cut = float(cuts[0]) if cuts is not None and len(cuts) == 1 else None
     title = "Confidence of the scored images and of ID images"
@@ -268,7 +267,7 @@ def _why(
     detector: FuseNorm, objected: Counter[str], explained: Mapping[str, Explanation]
 ) -> Section:
     """Every expert's scores on ID images, with the images of the gallery as marks."""
-    statistics, figures = _statistics(detector), {}
+    statistics, figures = detector.check_fitted(), {}
     for row, name in enumerate(statistics.experts):
         marks = {title.lower(): why.scores[row] for title, why in explained.items()}
         ids = {"ID (fit)": statistics.id_scores[row]}
@@ -278,9 +277,3 @@ def _why(
         f"Larger = more in-distribution. {parts.ENDS}"
     )
     return parts.why_section(detector, {"scored": objected}, figures, text)
-
-
-def _statistics(detector: FuseNorm) -> DetectorStatistics:
-    if detector.id_statistics_ is None:
-        raise NotFittedError("this FuseNorm is not fitted: give the detector that judged the rows")
-    return detector.id_statistics_

@@ -5,6 +5,7 @@ import heapq
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from typing import Any, NamedTuple
 
@@ -83,28 +84,20 @@ def gallery(
     """Cards by title, and the explanations of images that can be read; FuseNorm has heat maps."""
     galleries, explained = [], {}
     for title, images in groups.items():
-        read = [_read(image) for image in images]
-        tensors = [tensor for tensor in read if tensor is not None]
+        tensors = dict[int, Tensor]()  # of those whose files can still be read
+        for position, image in enumerate(images):
+            with suppress(DataError):
+                tensors[position] = image.read()
         why = None
         if tensors and isinstance(detector, FuseNorm):
-            why = explained[title] = detector.explain(torch.stack(tensors))
-        number = iter(range(len(tensors)))
-        cards = [
-            Card(image.name, (), image.facts, "Its file can no longer be read.")
-            if tensor is None
-            else _card(image, thumbnail(tensor, norm, channels), why, next(number))
-            for image, tensor in zip(images, read, strict=True)
-        ]
+            why = explained[title] = detector.explain(torch.stack([*tensors.values()]))
+        cards = [Card(i.name, (), i.facts, "Its file can no longer be read.") for i in images]
+        for number, (position, tensor) in enumerate(tensors.items()):
+            picture = thumbnail(tensor, norm, channels)
+            cards[position] = _card(images[position], picture, why, number)
         if cards:
             galleries.append((title, tuple(cards)))
     return tuple(galleries), explained
-
-
-def _read(image: Shown) -> Tensor | None:
-    try:
-        return image.read()
-    except DataError:
-        return None
 
 
 def _card(image: Shown, picture: Image.Image, why: Explanation | None, number: int) -> Card:
@@ -149,41 +142,28 @@ def listed(
     order: str,
     norm: Normalization,
     channels: Sequence[int] | None = None,
+    room: int = PICTURES,
 ) -> Rows:
     """The rows of images, of this `number` in all, as many as fit into the page.
 
-    The first have pictures. `order` says which those are.
+    The first have pictures, of `room` bytes in all. `order` says which those are.
     """
-    room, cards, reads = ROWS, list[Card](), list[Callable[[], Tensor]]()
+    left, cards, reads = ROWS, list[Card](), list[Callable[[], Tensor]]()
     for image in images:
         cards.append(Card(image.name, (), image.facts, link=image.link))
         reads.append(image.read)
-        room -= 200 + len(escape(f"{cards[-1]}").encode(*ENCODED))
-        if room < 0:
+        left -= 200 + len(escape(f"{cards[-1]}").encode(*ENCODED))
+        if left < 0:
             break
-    for n, uri in enumerate(thumbnails(reads, norm, PICTURES, channels)):
-        cards[n] = cards[n]._replace(pictures=((uri, ""),) if uri else ())
+    for n, read in enumerate(reads):
+        with suppress(DataError):
+            uri = data_uri(thumbnail(read(), norm, channels, LISTED), quality=70)
+            room -= len(uri)
+            if room < 0:
+                break
+            cards[n] = cards[n]._replace(pictures=((uri, ""),))
     which = "All" if len(cards) == number else f"{len(cards):,} of {number:,}"
     return Rows(f"{which} images, {order}", CHOOSE, tuple(cards))
-
-
-def thumbnails(
-    images: Iterable[Callable[[], Tensor]],
-    norm: Normalization,
-    room: int,
-    channels: Sequence[int] | None = None,
-) -> list[str]:
-    """Data URIs of images until `room` is full, empty for those that cannot be read."""
-    uris: list[str] = []
-    for read in images:
-        try:
-            uris.append(data_uri(thumbnail(read(), norm, channels, LISTED), quality=70))
-        except DataError:
-            uris.append("")
-        room -= len(uris[-1])
-        if room < 0:
-            return uris[:-1]
-    return uris
 
 
 def data_uri(picture: Image.Image, quality: int = 82) -> str:

@@ -63,16 +63,10 @@ def prune(
 ) -> list[Removal]:
     """Remove sets of another version, and files of sets that nothing reads any more.
 
-    These are temporary files of killed writers, older than a day. Only files of this store are
-    deleted, and only folders that are then empty. No other process may write the sets that are
-    removed.
-
-    Args:
-        root: the store; StoreError if it does not exist, or a file cannot be deleted.
-        version: sets whose record has a `version` other than this one are removed.
-        incomplete: also remove sets with missing shards.
-        everything: remove all sets.
-        dry_run: remove nothing; only return what would be removed.
+    These are temporary files of killed writers, older than a day. `incomplete` also removes sets
+    with missing shards, `everything` all sets; `dry_run` only returns what would be removed. Only
+    files of this store are deleted, and only folders that are then empty. No other process may
+    write the sets that are removed. StoreError if there is no store, or a file cannot be deleted.
     """
     removals = []
     for entry in listing(root):

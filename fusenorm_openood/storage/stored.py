@@ -35,8 +35,7 @@ class StoredScores:
     One process computes a shard when it is needed. A damaged shard is computed again.
 
     Args:
-        store: folder or URL of the store; StoreError if it cannot be written.
-        key: what the rows are computed from.
+        store, key: where the rows are, StoreError if it cannot be written; what they are made from.
         compute: yields the columns of shards, given by their numbers, in that order.
         start: shards of other sets that are dealt out before.
         shared: whether all processes read the rows; then a damaged shard is left to the process

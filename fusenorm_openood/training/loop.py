@@ -85,19 +85,9 @@ def train(
 
     Everything that the next epoch needs is saved after each one, so that a resumed run ends with
     the same weights: on a CPU they are bitwise the same with the same number of processes and
-    workers. Several processes share the work, each with its own batches; the first one writes.
-
-    Args:
-        recipe: what to train, and how.
-        benchmark: a benchmark whose images all exist; see `Benchmark.missing`.
-        folder: folder of the run; `best.ckpt` is from the epoch with the best validation accuracy,
-            the last one if several are equal.
-        device, num_workers, channels_last: where and how to train; number of loader processes.
-        progress: whether to show a progress bar.
-        process: this process among several, see `processes`; None = a single process.
-
-    Returns:
-        The path of `best.ckpt`; a finished run is not trained again.
+    workers. Several processes, see `processes`, share the work, each with its own batches; the
+    first one writes. Returns the path of `best.ckpt` in the folder, from the epoch with the best
+    validation accuracy, the last one if several are equal; a finished run is not trained again.
 
     Raises:
         DataError: labels outside the network's classes.

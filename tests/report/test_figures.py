@@ -12,8 +12,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from fusenorm_openood import ood_metrics
-from fusenorm_openood.report import plots
-from fusenorm_openood.report.gallery import PICTURES, SIDE, data_uri, thumbnail, thumbnails, varied
+from fusenorm_openood.report import gallery, plots
+from fusenorm_openood.report.gallery import PICTURES, SIDE, Shown, data_uri, thumbnail, varied
 from fusenorm_openood.report.page import SMALL, Figure, svg
 from fusenorm_openood.report.plots import POINTS, bin_edges, mean_roc, overlaid, where
 
@@ -120,9 +120,12 @@ def test_a_thousand_pictures_of_photographs_fit(rng):
     photograph = torch.from_numpy(load_sample_image("flower.jpg") / 255.0).permute(2, 0, 1)
     corners = (rng.integers(0, [427 - 224, 640 - 224]) for _ in range(50))
     reads = [lambda y=y, x=x: photograph[:, y : y + 224, x : x + 224] for y, x in corners]
-    uris = thumbnails(reads, ((0.0,) * 3, (1.0,) * 3), PICTURES)
-    assert 20 * sum(map(len, uris)) < PICTURES
-    assert len(thumbnails(reads, NORM, 20_000)) < 20
+    images = [Shown("", (), read) for read in reads]
+    cards = gallery.listed(images, 50, "", ((0.0,) * 3, (1.0,) * 3)).cards
+    assert 20 * sum(len(uri) for card in cards for uri, _ in card.pictures) < PICTURES
+    few = gallery.listed(images, 50, "", NORM, room=20_000).cards
+    assert len(few) == 50
+    assert sum(bool(card.pictures) for card in few) < 20
 
 
 def test_a_thumbnail_shows_the_pixels_that_the_network_saw():

@@ -223,7 +223,7 @@ def test_a_report_on_the_validation_pair_promises_nothing(digits, short_data):
     benchmark = load_benchmark("digits", short_data)
     detector = FuseNorm(load_network(digits[1]))
     result = evaluate(detector, benchmark, validation=True, progress=False)
-    report = report_of_evaluation(result, benchmark, "digits", validation=True)
+    report = report_of_evaluation(result, benchmark, "digits")
     assert "Acceptance and rejection" not in [section.title for section in report.sections]
     assert "p-value" not in render(report)
 
