@@ -116,17 +116,17 @@ def check_writable(folder: Path, option: str) -> None:
 _locks = set[int]()
 
 
-def lock(path: Path) -> int | None:
-    """Lock a file, which is created if it does not exist, until `unlock` or the end of the process.
+def lock(path: Path, wait: bool = False) -> int | None:
+    """Lock a folder, or a file that is created, until `unlock` or the end of the process.
 
-    Returns what `unlock` takes; None where the system or the file has no locks. BlockingIOError if
-    it is locked already, OSError if it cannot be opened.
+    Returns what `unlock` takes; None where the system or the file has no locks. Where it is locked
+    already, this waits, or raises BlockingIOError; OSError if it cannot be opened.
     """
-    if sys.platform == "win32" or (path.exists() and not path.is_file()):
+    if sys.platform == "win32" or (path.exists() and not (path.is_file() or path.is_dir())):
         return None
-    opened = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    opened = os.open(path, os.O_RDONLY | (0 if path.is_dir() else os.O_CREAT), 0o666)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         os.close(opened)
         if isinstance(error, BlockingIOError):
@@ -153,14 +153,11 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     The lock is the folder's own, which is created; whatever ends a process releases it.
     """
-    opened = None
+    locked = None
     with suppress(OSError):  # a folder or a file system that does not allow it
         folder.mkdir(parents=True, exist_ok=True)
-        if sys.platform != "win32":
-            opened = os.open(folder, os.O_RDONLY)
-            fcntl.flock(opened, fcntl.LOCK_EX)
+        locked = lock(folder, wait=True)
     try:
         yield
     finally:
-        if opened is not None:
-            os.close(opened)
+        unlock(locked)

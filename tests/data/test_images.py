@@ -1,5 +1,6 @@
 """Truncated and unreadable images: found before any work, and read as in OpenOOD."""
 
+import os
 import struct
 import zlib
 
@@ -8,7 +9,6 @@ import pytest
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from fusenorm_openood.cli.inputs import check_readable
-from fusenorm_openood.data import lists
 from fusenorm_openood.data.benchmarks import ImageSet
 from fusenorm_openood.data.images import TruncatedImageWarning, find_fault, read_image, to_rgb
 from fusenorm_openood.data.lists import ImageList
@@ -152,22 +152,29 @@ def test_all_faults_of_all_lists_are_reported_at_once(folder, caplog):
     assert f"other.txt, line 1: image {home / 'gone.png'} (missing)" in str(error.value)
 
 
-def test_images_are_opened_once_per_store_until_they_change(folder, caplog, monkeypatch):
+def test_images_are_opened_once_per_store_until_they_change(folder, caplog):
     home, cut = folder
     path = cut("png", 0.9)
     (home / "list.txt").write_text("whole.png 0\n\ncut.png 1\n")
-    opened = []
-    monkeypatch.setattr(lists, "find_fault", lambda path: opened.append(path) or find_fault(path))
     image_sets = [ImageSet(home / "list.txt", home, lambda image: image)]
-    for store, count in ((None, 2), (None, 4), (home / "store", 6), (home / "store", 6)):
-        check_readable(image_sets, store)
-        assert f"list.txt, line 3: image {path}" in caplog.text
-        assert len(opened) == count
-    path.write_bytes(b"no image")
-    for count in (8, 10):  # what cannot be read may become readable as it is
-        with pytest.raises(DataError, match=r"line 3: image .*cut\.png"):
-            check_readable(image_sets, home / "store")
-        assert len(opened) == count
+    content, known = path.read_bytes(), path.stat()
+
+    def replace(content, time):
+        path.write_bytes(content)
+        os.utime(path, ns=(time, time))
+
+    check_readable(image_sets, home / "store")
+    replace(bytes(len(content)), known.st_mtime_ns)  # seen by who opens it only
+    caplog.clear()
+    check_readable(image_sets, home / "store")
+    assert f"list.txt, line 3: image {path}" in caplog.text
+    with pytest.raises(DataError, match=r"line 3: image .*cut\.png"):
+        check_readable(image_sets, home / "other")
+    replace(content, known.st_mtime_ns)  # what cannot be read may become readable as it is
+    check_readable(image_sets, home / "other")
+    replace(bytes(len(content)), known.st_mtime_ns + 10**9)
+    with pytest.raises(DataError, match=r"line 3: image .*cut\.png"):
+        check_readable(image_sets, home / "store")
 
 
 def test_a_postscript_program_is_no_image_whatever_its_name(tmp_path):

@@ -11,7 +11,7 @@ from fusenorm_openood.openood.bridge import MinimalBasePostprocessor, base_postp
 
 
 def test_without_openood_the_base_is_minimal(monkeypatch):
-    monkeypatch.setattr(bridge, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "openood", None)
     assert base_postprocessor() is MinimalBasePostprocessor
     with pytest.raises(
         OpenOODError,

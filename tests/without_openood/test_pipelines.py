@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.openood import bridge
 from fusenorm_openood.openood.pipelines import find_config, main, process_restored
 
 
 def test_without_openood_it_reports_that_openood_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr(bridge, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "openood", None)
     assert main(["--config", "configs/networks/resnet50.yml", "--device", "cpu"]) == 1
     err = capsys.readouterr().err
     assert err.splitlines() == [
