@@ -58,6 +58,7 @@ class FuseNorm(Detector):
         settings: all settings at once, for example `Settings.published()`;
             None = the default method, `fusenorm`.
         structure: how the network is built, if that is known already.
+        preprocessing: how image files become tensors; it can be set later, and is saved.
         changes: individual settings by name; see `Settings`.
 
     Attributes:
@@ -67,7 +68,6 @@ class FuseNorm(Detector):
         strong: names of the strong experts; the other layers are weak.
         id_statistics_: what `fit` finds, None before.
         calibration_: what `calibrate` keeps, None before.
-        preprocessing: how image files become tensors, if it is set; it is saved with the detector.
         network_source: how the command line builds the network.
 
     Raises:
@@ -92,10 +92,12 @@ class FuseNorm(Detector):
         net: nn.Module,
         settings: Settings | None = None,
         structure: Structure | None = None,
+        preprocessing: Preprocessing | None = None,
         **changes: Any,
     ) -> None:
         self.settings = (settings or Settings()).replace(**changes)
         super().__init__(net, structure, self.settings.random)
+        self.preprocessing = preprocessing
         self.id_statistics_: DetectorStatistics | None = None
         self.companions: tuple[LogitScore, ...] = ()
         self._class_names: tuple[str, ...] | None = None
@@ -164,13 +166,11 @@ class FuseNorm(Detector):
             ConfigError: another network, or one that cannot be built or loaded.
         """
         net = build_network(network, pretrained=True)
-        detector = cls(net, settings, **changes)
-        detector.preprocessing = Preprocessing.of(net)
-        return detector
+        return cls(net, settings, preprocessing=Preprocessing.of(net), **changes)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The network and all settings by name, as scikit-learn's `clone` needs them."""
-        return {"net": self.net, **vars(self.settings)}
+        """The arguments of the constructor by name, as scikit-learn's `clone` needs them."""
+        return {"net": self.net, "preprocessing": self.preprocessing, **vars(self.settings)}
 
     def set_params(self, **params: Any) -> "FuseNorm":
         """Change the network or settings, after which the detector has to be fitted anew.
@@ -180,9 +180,9 @@ class FuseNorm(Detector):
         """
         given = {**self.get_params(), **params}
         fresh = type(self)(given.pop("net"), **given)
-        kept = {name: getattr(self, name) for name in ("preprocessing", "network_source")}
         fresh = fresh.with_companions() if self.companions else fresh
-        self.__dict__ = {**vars(fresh), **kept, "_class_names": self._class_names}
+        kept = {name: getattr(self, name) for name in ("network_source", "_class_names")}
+        self.__dict__ = {**vars(fresh), **kept}
         return self
 
     def with_companions(self: F) -> F:

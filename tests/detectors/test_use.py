@@ -22,10 +22,9 @@ SIZE = (16, 16)
 
 @pytest.fixture(scope="module")
 def detector() -> FuseNorm:
-    found = FuseNorm(make_net()).fit([some_images(80, SIZE)])
-    found.calibrate([some_images(60, SIZE, seed=2)])
-    found.preprocessing = Preprocessing(18, SIZE, "bilinear", (0.5,) * 3, (0.2,) * 3)
-    return found
+    preprocessing = Preprocessing(18, SIZE, "bilinear", (0.5,) * 3, (0.2,) * 3)
+    found = FuseNorm(make_net(), preprocessing=preprocessing).fit([some_images(80, SIZE)])
+    return found.calibrate([some_images(60, SIZE, seed=2)])
 
 
 def test_images_in_any_form_have_one_confidence(detector, tmp_path):
@@ -94,6 +93,8 @@ def test_scikit_learn_clones_a_detector_and_changes_its_settings(detector):
     with pytest.raises(ConfigError, match="did you mean 'cap'"):
         found.set_params(caps=1)
     assert found.settings.cap == 1
+    assert found.preprocessing == detector.preprocessing
+    assert found.set_params(preprocessing=None).preprocessing is None
 
 
 def test_images_of_another_size_are_told(detector):
