@@ -25,8 +25,7 @@ from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader, 
 from fusenorm_openood.data.preprocessing import NORMALIZATIONS
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.configuration import read_fusenorm
-from fusenorm_openood.detectors.pseudo import pseudo_ood
-from fusenorm_openood.detectors.search import choose, swept
+from fusenorm_openood.detectors.search import choose, pseudo_ood, swept
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.comparison import FUSENORM, compare
 from fusenorm_openood.evaluation.evaluation import evaluate

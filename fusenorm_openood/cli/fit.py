@@ -15,9 +15,9 @@ from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.paths import each_page, image_paths, is_hidden
 from fusenorm_openood.data.preprocessing import INTERPOLATIONS, Normalization, Preprocessing
 from fusenorm_openood.deployment.files import ReadableFiles, network_key
+from fusenorm_openood.detectors.calibrating import check_apart
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.detectors.repeats import check_apart
 from fusenorm_openood.errors import CalibrationError, ConfigError, os_errors
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.kernels.devices import own_device

@@ -9,14 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fusenorm_openood.detectors.atomic import atomic
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.detectors.loaders import Scored, collect
-from fusenorm_openood.detectors.scorer import Scorer
+from fusenorm_openood.detectors.scorer import Scorer, atomic
 from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.errors import NonFiniteError
 from fusenorm_openood.forward.experts import BatchScores, Expert, Experts, Fitted
-from fusenorm_openood.forward.recorded import batch_scores
+from fusenorm_openood.forward.recorded import Scored, collect
 from fusenorm_openood.forward.samples import Sample
 from fusenorm_openood.method.scores.base import Features, Head, Score
 from fusenorm_openood.method.settings import Settings
@@ -93,8 +91,8 @@ class ScoreBank(Scorer):
 
             each = add if self.keep_features else None
             scoring = self.scoring()
-            batches = batch_scores(self.net, lambda _: scoring, loader, progress, "APS")
-            scored = collect(batches, rows, each, may_overflow=True)
+            how = loader, rows, progress, "APS", each, True
+            scored = collect(self.net, lambda _: scoring, *how)
             self._scored[id(loader)] = loader, scored  # with the loader, so its id stays unique
             if self.keep_features:
                 self._features[id(loader)] = sample.features

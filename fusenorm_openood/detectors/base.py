@@ -2,7 +2,7 @@
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.detectors.calibrating import calibration_of
-from fusenorm_openood.detectors.loaders import Scored, check_finite, collect
-from fusenorm_openood.detectors.repeats import data_of
+from fusenorm_openood.detectors.calibrating import calibration_of, data_of
 from fusenorm_openood.detectors.scorer import Scorer
 from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.detectors.watch import Watch
@@ -30,7 +28,7 @@ from fusenorm_openood.errors import (
 from fusenorm_openood.forward.batches import checked_images
 from fusenorm_openood.forward.experts import Expert, Scoring
 from fusenorm_openood.forward.given import Given, Images
-from fusenorm_openood.forward.recorded import batch_scores
+from fusenorm_openood.forward.recorded import Scored, check_finite, collect
 from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method.calibration import LEAST, PREDICTED, Calibration, GroupsOf, by_group
 from fusenorm_openood.method.conformal import Guarantee
@@ -93,11 +91,6 @@ class Detector(Scorer, ABC):
         """Names of the rows of `Scored.experts`."""
         return self.experts
 
-    def scoring(self, first: Callable[[], Tensor] | None = None) -> Scoring:
-        scoring = super().scoring(first)
-        check_energy(scoring)
-        return scoring
-
     def predict(self, images: Images) -> tuple[Tensor, Tensor]:
         """Predicted classes `[B]` and confidences `[B]` of images `[B, C, H, W]`, on their device.
 
@@ -121,7 +114,6 @@ class Detector(Scorer, ABC):
 
     def expert_scores(self, images: Tensor) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Scores `[L, B]` of the experts and predicted classes `[B]`; see `predict`."""
-        self.check_fitted()
         with network_errors(self.net, checked_images(images)):
             on_device = moved(self.net, images)
             scoring = self.scoring(lambda: on_device)
@@ -147,7 +139,8 @@ class Detector(Scorer, ABC):
         Where `preprocessing` is set, images may also be paths, PIL images, uint8 tensors
         `[B, 3, H, W]` or arrays `[B, H, W, 3]` of any size, or a list of these.
         """
-        return self.predict(images)[1]
+        given, _, conf = self._judged(images)
+        return given.results(conf)
 
     def decision_function(self, images: Images) -> NDArray[np.float64]:
         """The confidences `[B]` as an array, as scikit-learn's outlier detectors give them."""
@@ -177,7 +170,7 @@ class Detector(Scorer, ABC):
     def infer(self, loader: Iterable[Any], progress: bool = False, desc: str = "score") -> Scored:
         """Confidences, predictions, labels and expert scores of all images of a loader."""
         self.check_fitted()
-        scored = collect(batch_scores(self.net, self.scoring, loader, progress, desc), self.rows)
+        scored = collect(self.net, self.scoring, loader, self.rows, progress, desc)
         return scored._replace(conf=self.confidence(scored.experts))
 
     def calibrate(
@@ -354,17 +347,15 @@ class Detector(Scorer, ABC):
             )
         return self.calibration_
 
+    def _check(self, scoring: Scoring) -> None:
+        scores = scoring.experts.scores
+        flat = any(isinstance(score, Energy) and score.temperature == 1 for score in scores)
+        if flat and scoring.structure.activation == "log_softmax":
+            raise ZeroRangeError(
+                f"{type(unwrapped(self.net)).__name__} returns log-probabilities, whose energy is "
+                "0 for every image: choose the output expert 'msp', or wrap the network so that "
+                "its forward returns what its log_softmax is applied to"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "fit_data": None, "_last": None, "exits": None}
-
-
-def check_energy(scoring: Scoring) -> None:
-    """Raise ZeroRangeError for an energy of log-probabilities, which is 0 for every image."""
-    net, structure, scores = scoring.net, scoring.structure, scoring.experts.scores
-    flat = any(isinstance(score, Energy) and score.temperature == 1 for score in scores)
-    if flat and structure.activation == "log_softmax":
-        raise ZeroRangeError(
-            f"{type(unwrapped(net)).__name__} returns log-probabilities, whose energy is 0 for "
-            "every image: choose the output expert 'msp', or wrap the network so that its forward "
-            "returns what its log_softmax is applied to"
-        )

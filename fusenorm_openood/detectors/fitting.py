@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusenorm_openood.detectors.loaders import collect
 from fusenorm_openood.errors import warn
 from fusenorm_openood.forward import samples
 from fusenorm_openood.forward.batches import number_of_images
 from fusenorm_openood.forward.experts import BatchScores, Fitted, Scoring
-from fusenorm_openood.forward.recorded import batch_scores
+from fusenorm_openood.forward.recorded import collect
 from fusenorm_openood.forward.samples import LIMIT, BlockSums, Sample
 from fusenorm_openood.method.scores.base import Features, LogitScore, Score
 from fusenorm_openood.method.statistics import trust
@@ -71,8 +70,8 @@ def fit_experts(
 
     rows = list(first.experts)
     each = add if posthoc else None
-    batches = batch_scores(scoring.net, lambda _: first, loader, progress, desc)
-    scored = collect(batches, rows, each, may_overflow)
+    how = loader, rows, progress, desc, each, may_overflow
+    scored = collect(scoring.net, lambda _: first, *how)
     if not is_counted:
         warn_if_few(scoring, loader, least, len(scored.pred))
     experts, pred = torch.from_numpy(scored.experts), torch.from_numpy(scored.pred)

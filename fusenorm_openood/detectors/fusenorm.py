@@ -12,33 +12,28 @@ from torch import Tensor, nn
 
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors import saving
-from fusenorm_openood.detectors.atomic import atomic
 from fusenorm_openood.detectors.base import Detector
+from fusenorm_openood.detectors.calibrating import check_apart, data_of
 from fusenorm_openood.detectors.early import judge_early
-from fusenorm_openood.detectors.explaining import Explanation, heat_maps
 from fusenorm_openood.detectors.fitting import enough_for
-from fusenorm_openood.detectors.naming import (
-    NO_LAYERS,
-    check_experts,
-    names_of,
-    names_of_fit,
-)
-from fusenorm_openood.detectors.repeats import check_apart, data_of
-from fusenorm_openood.detectors.statistics import DetectorStatistics
+from fusenorm_openood.detectors.scorer import atomic
+from fusenorm_openood.detectors.statistics import DetectorStatistics, Explanation
 from fusenorm_openood.errors import ConfigError, NotFittedError, warn
 from fusenorm_openood.export.judge import Dtype
 from fusenorm_openood.export.program import Exported, export_detector
 from fusenorm_openood.forward.early import Exit
 from fusenorm_openood.forward.experts import Experts, Fitted
 from fusenorm_openood.forward.given import Given, Images
-from fusenorm_openood.forward.taps import check_taps
-from fusenorm_openood.kernels.devices import find_device
+from fusenorm_openood.forward.passes import forward_pass
+from fusenorm_openood.forward.taps import NO_LAYERS, check_taps, names_of, strong_names
+from fusenorm_openood.kernels.devices import find_device, moved
+from fusenorm_openood.method.atf import atf_map
 from fusenorm_openood.method.scores import OUTPUTS
 from fusenorm_openood.method.scores.base import LogitScore
 from fusenorm_openood.method.settings import FUSION_SETTINGS, Settings
 from fusenorm_openood.network.fingerprint import Fingerprint, is_network
 from fusenorm_openood.network.named import build_network
-from fusenorm_openood.network.running import unwrapped
+from fusenorm_openood.network.running import eval_mode, unwrapped
 from fusenorm_openood.network.structure import Structure
 
 NO_TRUST = 0.005  # shown as 0.00
@@ -268,7 +263,7 @@ class FuseNorm(Detector):
                 f"{then[name]!r}: fit again"
             )
         self.name_as(statistics)
-        check_experts(statistics, self.experts)
+        _check_experts(statistics, self.experts)
         self._name(self.taps, self.strong, statistics.experts)  # perhaps in an older order
         self.fitted, self.calibration_, self.other_network = statistics.fitted, None, None
         if then != now:
@@ -278,8 +273,15 @@ class FuseNorm(Detector):
 
     def name_as(self, statistics: DetectorStatistics) -> None:
         """Name the experts as those of an earlier fit, if they are not known yet."""
-        if not self.experts:
-            self._name(*names_of_fit(self.net, self.settings, statistics))
+        if self.experts:
+            return
+        layers, settings = check_taps(self.net, statistics.layers), self.settings
+        if settings.strong == statistics.settings.strong:
+            self._name(layers, statistics.strong)
+        elif isinstance(settings.strong, str):
+            raise ConfigError("strong='auto' needs the network's stages: fit again")
+        else:
+            self._name(layers, strong_names(settings, settings.strong, layers))
 
     def confidence(self, experts: NDArray[Any]) -> NDArray[np.float64]:
         statistics = self.check_fitted()
@@ -323,7 +325,12 @@ class FuseNorm(Detector):
         self.check_fitted()
         batch = Given.of(images, self.known_preprocessing).batch
         experts, pred = self.expert_scores(batch)
-        maps = heat_maps(self, batch) if with_maps else {}
+        maps, norm = dict[str, Tensor](), self.settings.feature_norm
+        if with_maps:
+            on_device = moved(self.net, batch)
+            how = on_device, self.structure(on_device), self.taps
+            with eval_mode(unwrapped(self.net)), torch.no_grad():
+                maps = forward_pass(self.net, *how, lambda x: atf_map(x, *norm).cpu()).maps
         return self.explain_scores(experts, pred, maps, groups, batch)
 
     def explain_scores(
@@ -336,7 +343,7 @@ class FuseNorm(Detector):
     ) -> Explanation:
         """As `explain`, of images with these scores `[L, B]` of the experts."""
         statistics, known = self.check_fitted(), self.calibration_
-        why = Explanation.of(statistics, experts[: len(self.experts)], pred, maps or {})
+        why = statistics.explanation(experts[: len(self.experts)], pred, maps or {})
         if known is None:
             return why
         return replace(why, p_values=known.p_values(why.conf, known.numbers(pred, groups, images)))
@@ -411,9 +418,11 @@ class FuseNorm(Detector):
         layers = len(self.taps) + 1 if self.settings.penalty == "joint" else 0
         return max(enough_for(self.settings.percentile_low), layers)
 
-    def _check(self, structure: Structure) -> None:
+    def _check_structure(self, structure: Structure) -> None:
         if self.id_statistics_ is not None:  # the fit came before the structure was read
-            check_experts(self.id_statistics_, FuseNorm(self.net, self.settings, structure).experts)
+            _check_experts(
+                self.id_statistics_, FuseNorm(self.net, self.settings, structure).experts
+            )
 
     def _resolve(self, structure: Structure) -> tuple[Any, ...]:
         _check_names(self._class_names, structure)
@@ -440,4 +449,13 @@ def _check_names(names: tuple[str, ...] | None, structure: Structure) -> None:
     if names is not None and len(names) != structure.classes:
         raise ConfigError(
             f"class_names must be the names of {structure.classes} classes, got {len(names)}"
+        )
+
+
+def _check_experts(statistics: DetectorStatistics, experts: Sequence[str]) -> None:
+    """Raise ConfigError unless these are the experts of a fit."""
+    if set(statistics.experts) != set(experts):
+        raise ConfigError(
+            f"the ID statistics must have the detector's experts {', '.join(experts)}, got "
+            f"{', '.join(statistics.experts)}: fit again"
         )

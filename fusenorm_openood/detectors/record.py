@@ -13,6 +13,7 @@ from torch import Tensor
 from fusenorm_openood.data.preprocessing import Preprocessing, as_pair
 from fusenorm_openood.detectors.statistics import DetectorStatistics, unpacked
 from fusenorm_openood.errors import ConfigError, FuseNormError
+from fusenorm_openood.forward.taps import NO_LAYERS
 from fusenorm_openood.method.calibration import PREDICTED, Calibrated, Calibration
 from fusenorm_openood.method.scores import POSTHOC, make_score
 from fusenorm_openood.method.scores.base import Score
@@ -109,7 +110,7 @@ def _require(rules: Iterator[Rule]) -> None:
 
 
 def _of_record(r: Record, settings: Settings, posthoc: list[Score]) -> Iterator[Rule]:
-    names = [name for name in r.experts if name in ("output", *POSTHOC)]
+    names = [name for name in r.experts if name in NO_LAYERS]
     taps = r.experts[: len(r.experts) - len(names)]
     yield "experts", [*taps, *names] == [*dict.fromkeys(r.experts)], "taps, then others, each once"
     yield "strong", 0 < len(set(r.strong)) == len(r.strong), "experts, each once"

@@ -1,7 +1,9 @@
 """A network that is read at its first images, and the experts that score its images."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import wraps
+from operator import is_
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,6 +18,30 @@ from fusenorm_openood.network.fingerprint import Fingerprint, identify
 from fusenorm_openood.network.running import LazyNetwork, unwrapped
 from fusenorm_openood.network.structure import Structure
 from fusenorm_openood.network.understanding import understand
+
+Owner = TypeVar("Owner")
+Result = TypeVar("Result")
+P = ParamSpec("P")
+
+
+def atomic(
+    method: Callable[Concatenate[Owner, P], Result],
+) -> Callable[Concatenate[Owner, P], Result]:
+    """A method that works on a shallow copy, whose attributes the object takes over at the end.
+
+    Until then, and after an exception, the object is what it was. The method must assign
+    attributes, and not change what they hold. What it returns is returned, the object for the copy.
+    """
+
+    @wraps(method)
+    def run(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        result = method(new, *args, **kwargs)
+        vars(self).update(vars(new))
+        return self if result is new else result  # type: ignore[return-value]
+
+    return run
 
 
 class Scorer:
@@ -50,7 +76,7 @@ class Scorer:
         if self.known_structure is None:
             structure = understand(self.net, images)
             check_random(self.net, structure, self._random)
-            self._check(structure)
+            self._check_structure(structure)
             self.known_structure = structure
         return self.known_structure
 
@@ -70,8 +96,10 @@ class Scorer:
             structure = self.structure(first())
         now, last = (self.net, structure, self.all_experts, self.fitted), self._last
         known = () if last is None else (last.net, last.structure, last.experts, last.fitted)
-        if last is None or any(a is not b for a, b in zip(known, now, strict=True)):
-            last = self._last = Scoring(*now)
+        if last is None or not all(map(is_, known, now)):
+            last = Scoring(*now)
+            self._check(last)
+            self._last = last
         return last
 
     def prepare(self, loaders: Iterable[Any], progress: bool = False) -> list[Any]:
@@ -121,7 +149,10 @@ class Scorer:
             warn_of_left_out(self.net, taps, structure)
         return readings, images
 
-    def _check(self, structure: Structure) -> None:
+    def _check(self, scoring: Scoring) -> None:
+        """Raise ZeroRangeError for scores that are the same for every image."""
+
+    def _check_structure(self, structure: Structure) -> None:
         """Raise ConfigError for a structure that is not that of the fit."""
 
     def _resolve(self, structure: Structure) -> Iterable[Any]:

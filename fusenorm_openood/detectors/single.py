@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fusenorm_openood.detectors.atomic import atomic
 from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.fitting import fit_experts, try_experts, warn_if_few
+from fusenorm_openood.detectors.scorer import atomic
 from fusenorm_openood.errors import CheckpointError, NotFittedError
 from fusenorm_openood.forward.experts import Experts, Fitted
 from fusenorm_openood.forward.samples import react_thresholds

@@ -11,14 +11,47 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fusenorm_openood.forward.experts import Fitted
+from fusenorm_openood.forward.taps import NO_LAYERS
 from fusenorm_openood.method.fusion import Fusion
 from fusenorm_openood.method.joint import JointStatistics, joint_statistics, sum_of_rows
-from fusenorm_openood.method.scores import POSTHOC, make_score
+from fusenorm_openood.method.scores import make_score
 from fusenorm_openood.method.scores.base import Score, State
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.method.statistics import IDStatistics, compute_id_statistics
 from fusenorm_openood.method.validation import scaled_weights
 from fusenorm_openood.network.fingerprint import Fingerprint
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the confidences of `B` images are made of.
+
+    Attributes:
+        experts: names of the experts.
+        conf: confidences `[B]`, larger = more in-distribution.
+        pred: predicted classes `[B]`.
+        scores: scores `[L, B]` of the experts, larger = more in-distribution.
+        normalised: normalised scores `[L, B]`: in standard deviations from the mean of the ID
+            images, those of blocks by their logarithms; or by percentiles, if the settings say so.
+        weights: weights of the strong experts, which sum to 1.
+        contributions: contributions `[L, B]` of the experts to the confidences, their sums.
+        below_mean: by how much each contribution `[L, B]` is below its mean over the ID images.
+        objected: the expert whose contribution is farthest below its mean, for each image.
+        maps: by layer, heat maps `[B, H, W]` that add up to its norms; see `atf_map`.
+        p_values: conformal p-values `[B]`, None without calibration images.
+    """
+
+    experts: tuple[str, ...]
+    conf: NDArray[np.float64]
+    pred: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    normalised: NDArray[np.float64]
+    contributions: NDArray[np.float64]
+    below_mean: NDArray[np.float64]
+    objected: tuple[str, ...]
+    maps: dict[str, Tensor]
+    weights: dict[str, float]
+    p_values: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +101,7 @@ class DetectorStatistics:
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the tapped layers."""
-        return tuple(name for name in self.experts if name not in ("output", *POSTHOC))
+        return tuple(name for name in self.experts if name not in NO_LAYERS)
 
     @cached_property
     def fusion(self) -> Fusion:
@@ -107,15 +140,16 @@ class DetectorStatistics:
 
     def contributions(self, scores: NDArray[Any]) -> NDArray[np.float64]:
         """Contributions `[L, N]` of the experts to the confidences, which are their sums."""
-        return _array(self.fusion(_float64(scores)))
+        found: NDArray[np.float64] = self.fusion(_float64(scores)).numpy()
+        return found
 
     def confidence(self, scores: NDArray[Any]) -> NDArray[np.float64]:
         """Confidences `[N]` of images with these scores `[L, N]`, the sums of the contributions."""
-        return _array(sum_of_rows(self.fusion(_float64(scores))))
+        return sum_of_rows(self.fusion(_float64(scores))).numpy()
 
     def normalised(self, scores: NDArray[Any]) -> NDArray[np.float64]:
         """Normalised scores `[L, N]`; see `Fusion.normalised`."""
-        return _array(self.fusion.normalised(_float64(scores)))
+        return self.fusion.normalised(_float64(scores)).numpy()
 
     @cached_property
     def mean_contributions(self) -> NDArray[np.float64]:
@@ -123,11 +157,30 @@ class DetectorStatistics:
         mean: NDArray[np.float64] = self.contributions(self.id_scores).mean(axis=1, keepdims=True)
         return mean
 
+    def explanation(
+        self, scores: NDArray[np.float64], pred: NDArray[np.int64], maps: dict[str, Tensor]
+    ) -> Explanation:
+        """That of images with these scores `[L, B]`, predicted classes `[B]` and heat maps."""
+        contributions = self.contributions(scores)
+        below = self.mean_contributions - contributions
+        return Explanation(
+            self.experts,
+            self.confidence(scores),
+            pred,
+            scores,
+            self.normalised(scores),
+            contributions,
+            below,
+            tuple(self.experts[row] for row in below.argmax(axis=0)),
+            maps,
+            self.weights,
+        )
+
     def joint_distance(self, scores: NDArray[Any]) -> NDArray[np.float64]:
         """The log joint distances `[N]` of images with these scores, with the joint penalty."""
         distance = self.fusion.joint_distance
         terms = distance.terms(_float64(scores[: len(self.layers)]))
-        return _array(distance.log_distance(terms))
+        return distance.log_distance(terms).numpy()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -167,10 +220,6 @@ def unpacked(tensors: dict[str, Tensor], record: dict[str, Any]) -> DetectorStat
             tuple(record["strong"]),
             record["network"],
         )
-
-
-def _array(values: Tensor) -> NDArray[np.float64]:
-    return values.numpy()
 
 
 def _float64(scores: NDArray[Any]) -> Tensor:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from fusenorm_openood.data.benchmarks import Benchmark, image_loader
-from fusenorm_openood.detectors import pseudo, search
+from fusenorm_openood.detectors import search
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.errors import ConfigError, DataError, unknown
 from fusenorm_openood.evaluation.evaluation import with_means
@@ -93,7 +93,7 @@ def compare(
     found = {}
     if sweep:
         on: dict[str, Sequence[Iterable[Any]]]
-        on = {"validation pair": [load(benchmark.val_ood)], "pseudo-OOD": pseudo.pseudo_ood(id_val)}
+        on = {"validation pair": [load(benchmark.val_ood)], "pseudo-OOD": search.pseudo_ood(id_val)}
         for name, loaders in on.items():
             for images in loaders:
                 bank.add(images, progress)

@@ -10,9 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from fusenorm_openood.data.benchmarks import Benchmark, image_loader
 from fusenorm_openood.detectors.base import Detector
-from fusenorm_openood.detectors.loaders import Scored
 from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.evaluation.runs import Loader
+from fusenorm_openood.forward.recorded import Scored
 from fusenorm_openood.method.metrics import accuracy, ood_metrics
 
 COLUMNS = ["FPR@95", "AUROC", "AUPR_IN", "AUPR_OUT", "ACC"]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fusenorm_openood.data.lists import CpuLoader
-from fusenorm_openood.forward.batches import Throughput, batches
+from fusenorm_openood.errors import DataError
+from fusenorm_openood.forward.batches import Throughput, batches, not_finite
 from fusenorm_openood.forward.experts import BatchScores, Expert, Scoring
 from fusenorm_openood.kernels.devices import moved
-from fusenorm_openood.method.scores.base import Features
+from fusenorm_openood.method.scores.base import Features, Score
 from fusenorm_openood.network.running import network_errors
 from fusenorm_openood.storage.shards import Columns, Key
 from fusenorm_openood.storage.stored import Batches, StoredScores, Take, row_batches, shard_batches
@@ -28,6 +29,22 @@ SHARD = 1000  # images
 # How images are scored, given a function that returns the first of them on the network's device:
 # it is called if they have to show how the network is built.
 ScoringOf = Callable[[Callable[[], Tensor]], Scoring]
+
+
+class Scored(NamedTuple):
+    """Results of a detector on `N` images.
+
+    Attributes:
+        conf: confidences `[N]`, larger = more in-distribution.
+        pred: predicted classes `[N]`.
+        label: labels `[N]` from the loader, -1 where it gives none.
+        experts: scores of the experts `[L, N]`, larger = more in-distribution.
+    """
+
+    conf: NDArray[Any]
+    pred: NDArray[np.int64]
+    label: NDArray[np.int64]
+    experts: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -106,17 +123,52 @@ class RecordedLoader:
         return iter(CpuLoader(self.dataset, pin_memory=torch.cuda.is_available(), **how))
 
 
-def batch_scores(
+def collect(
     net: nn.Module,
     scoring_of: ScoringOf,
     loader: Iterable[Any],
-    progress: bool = False,
-    desc: str = "",
-) -> Iterator[BatchScores]:
-    """Scores of a loader's images, batch by batch; see `batches` for loaders and progress bars.
+    rows: Sequence[Expert],
+    progress: bool,
+    desc: str,
+    each: Callable[[BatchScores], None] | None = None,
+    may_overflow: bool = False,
+) -> Scored:
+    """Scores of experts, predictions and labels of a loader's images, without confidences.
 
-    DataError for an unknown kind of batch, NetworkError if the network fails on images.
+    `each` is called with each batch. See `batches` for loaders and progress bars.
+
+    Raises:
+        DataError: an unknown kind of batch, or no images.
+        NetworkError: the network fails on images.
+        NonFiniteError: a score that is not finite; if these may overflow, an image that is not.
     """
+    done: list[tuple[NDArray[Any], ...]] = []
+    waiting: list[tuple[Tensor, BatchScores]] = []
+
+    def read(matrix: Tensor, batch: BatchScores) -> None:
+        experts = matrix.cpu().numpy()  # waits for the device
+        check_finite(batch.images, experts, rows, may_overflow)
+        done.append((experts, batch.pred.cpu().numpy(), batch.label))
+
+    for batch in _batch_scores(net, scoring_of, loader, progress, desc):
+        if each is not None:
+            each(batch)
+        waiting.append((batch.matrix(rows), batch))
+        # A GPU scores one batch while the next one is loaded and copied to it.
+        if batch.pred.device.type == "cpu" or len(waiting) > 1:
+            read(*waiting.pop(0))
+    for left in waiting:
+        read(*left)
+    if not done:
+        raise DataError("loader must give at least one image, got none")
+    experts, pred, label = zip(*done, strict=True)
+    pred, label = (np.concatenate(arrays).astype(np.int64) for arrays in (pred, label))
+    return Scored(np.empty(0), pred, label, np.concatenate(experts, axis=1))
+
+
+def _batch_scores(
+    net: nn.Module, scoring_of: ScoringOf, loader: Iterable[Any], progress: bool, desc: str
+) -> Iterator[BatchScores]:
     if isinstance(loader, RecordedLoader):
         scoring = scoring_of(lambda: moved(net, loader.first))
         yield from map(scoring.complete, loader.run(scoring, progress, desc))
@@ -127,6 +179,25 @@ def batch_scores(
             batch = scoring_of(lambda given=on_device: given)(on_device)  # type: ignore[misc]
         label = np.full(len(images), -1) if labels is None else labels
         yield batch._replace(label=label, images=images)
+
+
+def check_finite(
+    images: Tensor | None,
+    scores: NDArray[Any],
+    rows: Sequence[Expert],
+    may_overflow: bool = False,
+) -> None:
+    """Raise NonFiniteError for a score of `[L, B]`, or, if these may overflow, an image that is."""
+    if may_overflow:
+        if images is not None and not (finite := images.flatten(1).isfinite().all(dim=1)).all():
+            image = int((~finite).nonzero()[0, 0])
+            raise not_finite(images, image, "scores that are not finite")
+    elif not np.isfinite(scores).all():
+        row, image = np.argwhere(~np.isfinite(scores))[0]
+        expert = rows[row]
+        name = expert.name if isinstance(expert, Score) else expert[0]
+        what = f"the score {scores[row, image]} from expert {name!r}"
+        raise not_finite(images, int(image), what)
 
 
 def dealt_out(loaders: Iterable[Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusenorm_openood.forward.batches import not_finite
 from fusenorm_openood.forward.experts import BatchScores, Experts, Scoring
-from fusenorm_openood.forward.recorded import RecordedLoader, batch_scores
+from fusenorm_openood.forward.recorded import RecordedLoader, collect
 from fusenorm_openood.method.scores.base import Features, Head, Score, State
 
 LIMIT = 10_000  # images
@@ -128,9 +128,12 @@ def react_thresholds(
     is_linear = scoring.structure.head.is_linear
     features = replace(scoring, experts=experts, features="all" if is_linear else "activations")
     sample = Sample(inf, ACTIVATIONS)
-    for batch in batch_scores(scoring.net, lambda first: features, loader, progress, "ReAct"):
+
+    def add(batch: BatchScores) -> None:
         check_features(batch)
         sample.add(batch.features._replace(logits=batch.features.logits[:, :0]))
+
+    collect(scoring.net, lambda first: features, loader, [], progress, "ReAct", add)
     values = sample.features.feature.numpy()
     return {q: float(np.percentile(values, q)) for q in percentiles}
 

@@ -1,4 +1,4 @@
-"""Choose the layers of a network that are tapped."""
+"""Choose the layers of a network that are tapped, and name the strong experts."""
 
 import re
 from collections.abc import Sequence
@@ -6,9 +6,14 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fusenorm_openood.errors import TapError, unknown, warn
+from fusenorm_openood.errors import ConfigError, TapError, unknown, warn
+from fusenorm_openood.method.scores import OUTPUTS, POSTHOC
+from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network import graph, running
 from fusenorm_openood.network.structure import Structure, read_structure
+
+NO_LAYERS = ("output", *POSTHOC)  # experts that are not feature norms of a layer
+Names = tuple[tuple[str, ...], tuple[str, ...]]  # of the layers, and of the strong experts
 
 
 class TapCandidate(NamedTuple):
@@ -69,6 +74,52 @@ def resolve_taps(
     if taps == "blocks":
         return structure.blocks
     return tuple(stage[-1] for stage in structure.stages(structure.blocks))
+
+
+def names_of(net: nn.Module, settings: Settings, structure: Structure | None) -> Names | None:
+    """The names under some settings; None where the network's structure would have to be known.
+
+    Raises:
+        TapError: taps that do not fit the network.
+        ConfigError: a strong expert that is unknown, or named twice.
+    """
+    taps, strong = check_taps(net, settings.taps), settings.strong
+    if structure is not None:
+        taps = resolve_taps(net, settings.taps, structure)
+        if isinstance(strong, str):
+            return taps, (first_of_last_stage(structure, taps), "output")
+    if taps and not isinstance(strong, str):
+        return taps, strong_names(settings, strong, taps)
+    if not isinstance(strong, str):  # any module may turn out to be a layer to tap
+        modules = dict(running.unwrapped(net).named_modules())
+        names = [name for name in strong if isinstance(name, str) and name not in modules]
+        strong_names(settings, names, ())
+    return None
+
+
+def strong_names(
+    settings: Settings, experts: Sequence[str | int], taps: Sequence[str]
+) -> tuple[str, ...]:
+    """Names of strong experts that settings name or number; ConfigError as `names_of`."""
+    strong = []
+    for expert in experts:
+        number = expert if isinstance(expert, int) else None
+        if number is not None and not 0 <= number < len(taps):
+            raise ConfigError(
+                f"strong expert {number} is out of range: there are {len(taps)} taps, "
+                f"numbered from 0: {', '.join(taps)}"
+            )
+        name = expert if isinstance(expert, str) else taps[expert]
+        name = "output" if name == settings.output else name
+        if name not in (*taps, *NO_LAYERS):
+            of = f" with output={settings.output!r}"
+            known = (*(taps or ["the taps"]), *NO_LAYERS)
+            more = f", or set output={name!r}" if name in OUTPUTS else ""
+            raise ConfigError(unknown("strong expert", name, known, of, more))
+        strong.append(name)
+    if len(set(strong)) != len(strong):
+        raise ConfigError(f"strong must name each expert once, got {', '.join(strong)}")
+    return tuple(strong)
 
 
 def warn_of_left_out(net: nn.Module, taps: str | Sequence[str], structure: Structure) -> None:

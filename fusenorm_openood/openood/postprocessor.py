@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fusenorm_openood.detectors.atomic import atomic
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.configuration import read_fusenorm
 from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.scorer import atomic
 from fusenorm_openood.detectors.search import UNUSABLE, choose, search, swept
 from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.errors import ConfigError, DataError, FuseNormError, NotFittedError

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fusenorm_openood.data.preprocessing import Normalization
 from fusenorm_openood.detectors.base import Detector
-from fusenorm_openood.detectors.explaining import Explanation
 from fusenorm_openood.detectors.fusenorm import FuseNorm
+from fusenorm_openood.detectors.statistics import Explanation
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.report.page import ENCODED, Card, Facts, Rows
 from fusenorm_openood.report.plots import FEW, lowest_layer, overlaid, where

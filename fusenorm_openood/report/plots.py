@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn import metrics
 from torch import Tensor
 
-from fusenorm_openood.detectors.explaining import Explanation
+from fusenorm_openood.detectors.statistics import Explanation
 from fusenorm_openood.method.conformal import EQUAL, Guarantee, guarantee, rejects
 from fusenorm_openood.method.metrics import ood_metrics
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fusenorm_openood.data.pseudo import KINDS, RANDOM
-from fusenorm_openood.detectors.pseudo import PseudoImages, PseudoOOD, pseudo_ood
+from fusenorm_openood.detectors.search import PseudoImages, PseudoOOD, pseudo_ood
 from fusenorm_openood.storage.stored import row_batches
 
 SIZES = [
