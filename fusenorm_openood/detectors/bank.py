@@ -25,20 +25,10 @@ B = TypeVar("B", bound="ScoreBank")
 
 
 class ScoreBank(Scorer):
-    """Expert scores under many settings, from one pass over each image set.
+    """Expert scores under many settings, and single scores, from one pass over each image set.
 
-    Args:
-        net: any network; it is left unchanged.
-        settings: all settings that will be needed.
-        singles: scores that will be needed on their own.
-        keep_features: whether to keep features and logits, too, until their loader is forgotten.
-        structure: how the network is built, if that is known already.
-
-    Attributes:
-        network: what the network is recognised by, after `fit`, if that is known.
-
-    Raises:
-        ConfigError, TapError: settings or taps that do not fit the network.
+    With `keep_features`, features and logits are kept, too, until their loader is forgotten.
+    ConfigError or TapError for settings or taps that do not fit the network.
     """
 
     def __init__(
@@ -52,7 +42,7 @@ class ScoreBank(Scorer):
         self._settings, self._singles = tuple(dict.fromkeys(settings)), tuple(singles)
         allowed = any(s.random == "allow" for s in self._settings)
         super().__init__(net, structure, "allow" if allowed else "refuse")
-        self.network: Fingerprint | None = None
+        self.network: Fingerprint | None = None  # of the fit, if that is known
         self.keep_features, self._features = keep_features, dict[int, Features]()
         self._scored: dict[int, tuple[Iterable[Any], Scored]] = {}
         self.id_loader: Iterable[Any] = ()

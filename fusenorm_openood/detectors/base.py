@@ -42,11 +42,6 @@ D = TypeVar("D", bound="Detector")
 class Detector(Scorer, ABC):
     """Turns images into confidences and, after `calibrate`, into p-values and verdicts.
 
-    Args:
-        net: any network; it is left unchanged.
-        structure: how it is built, if that is known already.
-        random: whether the network may be random, `refuse` or `allow`; see `Settings`.
-
     Attributes:
         experts: names of the experts.
         rows: the experts whose scores are the rows of `Scored.experts`, which may be more.

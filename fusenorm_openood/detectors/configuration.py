@@ -18,24 +18,16 @@ NATIVE = (*METHODS, *SCORES)  # postprocessors that need no OpenOOD
 
 
 class FuseNormConfig(NamedTuple):
-    """FuseNorm's settings, their sweep, and whether it is searched, on which OOD images.
-
-    Attributes:
-        aps_mode: False = not searched, True = searched on the validation pair, `"pseudo"` = on
-            pseudo-OOD images made from the ID validation images.
-    """
+    """FuseNorm's settings, their sweep, and whether it is searched, on which OOD images."""
 
     settings: Settings
     sweep: dict[str, list[Any]]
+    # False = not, True = on the validation pair, "pseudo" = on images made from the ID images.
     aps_mode: bool | Literal["pseudo"]
 
 
 def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
-    """Read and check the `postprocessor` section of a configuration.
-
-    Raises:
-        ConfigError: a missing or unknown key, or a value out of range.
-    """
+    """Read the `postprocessor` section; ConfigError for a wrong key, or a value out of range."""
     section = lookup(config, "postprocessor")
     keys = ("name", "APS_mode", "postprocessor_args", "postprocessor_sweep")
     for key in keys:
@@ -78,15 +70,9 @@ def _check_sweep(bases: Sequence[Settings], sweep: Mapping[str, list[Any]]) -> N
 def detector_for(
     name: str, config: Mapping[str, Any], input_std: tuple[float, ...] | None = None
 ) -> Callable[[nn.Module], Detector]:
-    """A function that builds the configured detector for a network.
+    """A function that builds the configured detector, one of `NATIVE`, for a network.
 
-    Args:
-        name: one of `NATIVE`.
-        config: configuration with the section `postprocessor`.
-        input_std: standard deviations by which images are divided, for the step of `odin`.
-
-    Raises:
-        ConfigError: an invalid configuration.
+    Images are divided by `input_std`, for the step of `odin`. ConfigError for an invalid section.
     """
     if name in METHODS:
         settings = read_fusenorm(config).settings

@@ -32,8 +32,7 @@ def fit_experts(
 ) -> tuple[Fitted, BatchScores]:
     """What experts fit on ID images, and the scores of these.
 
-    Fewer images than `least`, or than an expert needs, are a warning, before the fit if their
-    number is known. The loader is read once, and once more before if ReAct needs a threshold.
+    The loader is read once, and once more before if ReAct needs a threshold.
 
     With post-hoc scores, only an even sample of at most `LIMIT` images is returned, with their
     features: they are KNN's neighbours. Means and covariances are those of all images. For the
@@ -41,11 +40,6 @@ def fit_experts(
 
     With `by_label`, a class is that of the label, where there is one, instead of the predicted one,
     and only memory limits the sample: OpenOOD's way for a single score.
-
-    Raises:
-        DataError: a loader that gives other batches when it is read again.
-        TapError: the network lacks what an expert needs.
-        NonFiniteError: a score or a feature is not finite.
     """
     is_counted = warn_if_few(scoring, loader, least)
     posthoc = [score for score in scoring.experts.scores if not isinstance(score, LogitScore)]

@@ -69,11 +69,7 @@ OVERFLOWS = 1e15  # what experts square in float32, and would blame the network 
 def read_record(
     contents: Contents,
 ) -> tuple[Record, DetectorStatistics, Calibration | None]:
-    """The record, the ID statistics and the calibration in a detector file.
-
-    Raises:
-        ConfigError: a field or a tensor that no fit can have given; the message names it.
-    """
+    """The parts of a detector file; ConfigError that names what no fit can have given."""
     given = {name: value for name, value in contents.record.items() if name in Record._fields}
     structure = given.get("structure")
     if structure is not None:

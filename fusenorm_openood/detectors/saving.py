@@ -88,11 +88,7 @@ def load(cls: "type[FuseNorm]", path: Path, net: nn.Module, strict: bool) -> "Fu
 
 
 def read_source(path: Path) -> Source:
-    """How the command line built the network of a file.
-
-    Raises:
-        DetectorFileError: the file is missing, damaged, of a newer format, or nonsense.
-    """
+    """How the command line built the network of a file; DetectorFileError as in `load`."""
     return _read(path)[0].source
 
 

@@ -45,24 +45,14 @@ def atomic(
 
 
 class Scorer:
-    """What detectors and banks of scores share.
-
-    Args:
-        net: any network; it is left unchanged.
-        structure: how it is built, if that is known already.
-        random: whether the network may be random, `refuse` or `allow`; see `Settings`.
-
-    Attributes:
-        known_structure: how the network is built, None before the first images.
-        all_experts: the experts and what is scored beside them, each once.
-        fitted: what they have fitted.
-    """
+    """What detectors and banks of scores share."""
 
     def __init__(self, net: nn.Module, structure: Structure | None, random: str) -> None:
-        self.net, self._random = net, random
+        self.net, self._random = net, random  # left unchanged; see `Settings.random`
         if structure is None and isinstance(net, LazyNetwork) and net.stored is not None:
             structure = net.stored.structure
-        self.known_structure = structure
+        self.known_structure = structure  # None before the first images
+        # The experts and what is scored beside them, each once; what they have fitted.
         self.all_experts, self.fitted = Experts(), Fitted()
         self._last: Scoring | None = None
 
@@ -83,11 +73,8 @@ class Scorer:
     def scoring(self, first: Callable[[], Tensor] | None = None) -> Scoring:
         """How images are scored; `first` returns some that show how the network is built.
 
-        It is the same object as long as nothing has changed.
-
-        Raises:
-            NotFittedError: no images have been seen, and none are given.
-            TapError, ZeroRangeError: the network does not have what an expert needs.
+        It is the same object as long as nothing has changed. NotFittedError without any images,
+        TapError or ZeroRangeError if the network does not have what an expert needs.
         """
         structure = self.known_structure
         if structure is None:
@@ -114,11 +101,9 @@ class Scorer:
     def fit_on(
         self, loader: Iterable[Any], progress: bool, desc: str = "fit", may_overflow: bool = False
     ) -> tuple[Fingerprint | None, BatchScores]:
-        """Fit the experts on ID images; see `fit_experts` and `leave_one_out`.
+        """Fit the experts on ID images, and score these; see `fit_experts` and `leave_one_out`.
 
-        Returns:
-            What the network is recognised by, None of one that is only loaded when it is to run;
-            the scores of the images.
+        A network that is only loaded when it is to run is not identified.
         """
         readings, images = self._begin(loader)
         if images is not None:
@@ -134,9 +119,8 @@ class Scorer:
     def _begin(self, loader: Iterable[Any]) -> tuple[Any, Tensor | None]:
         """Begin to read a loader, at whose first images the network's structure is read.
 
-        Returns the loader to be read instead of the given one, and two images on the network's
-        device to try the experts on; None for a recorded loader and a known structure, which need
-        no image. TapError for a random network, unless that is allowed; see `Settings`.
+        The loader to be read instead, and two images to try the experts on; None for a recorded
+        loader and a known structure, which need no image. TapError as in `check_random`.
         """
         if isinstance(loader, RecordedLoader) and self.known_structure is not None:
             check_random(self.net, self.known_structure, self._random)

@@ -112,8 +112,7 @@ class Candidate(NamedTuple):
 def candidates(base: Settings, sweep: Mapping[str, Sequence[Any]]) -> list[Candidate]:
     """Every combination of a sweep's values, in OpenOOD's order: the first key varies fastest.
 
-    Raises:
-        ConfigError: a value that is invalid in every combination.
+    ConfigError for a value that is invalid in every combination.
     """
     combined: list[dict[str, Any]] = [{}]
     for name, values in sweep.items():
@@ -146,13 +145,7 @@ def _try_settings(base: Settings, values: Mapping[str, Any]) -> Settings | Confi
 
 
 class PseudoOOD:
-    """Pseudo-OOD images of one kind, made from the images of a loader; the same in every pass.
-
-    Args:
-        loader: ID images.
-        kind: one of `KINDS`.
-        seed: seed of what is drawn at random.
-    """
+    """Pseudo-OOD images of one of `KINDS`, made from ID images; the same in every pass."""
 
     def __init__(self, loader: Iterable[Any], kind: str, seed: int = SEED) -> None:
         self.loader, self.kind, self.seed = loader, kind, seed
@@ -166,11 +159,7 @@ class PseudoOOD:
 class PseudoImages(Dataset[dict[str, Any]]):
     """The images of a `PseudoOOD` by number; the batch of the last one is kept.
 
-    Args:
-        images: ID images of one size, in OpenOOD's format.
-        kind: one of `KINDS`.
-        batch_size: that of the loader, whose batches the images are made in.
-        seed: seed of what is drawn at random.
+    They are made in batches from ID images of one size, in OpenOOD's format.
     """
 
     def __init__(self, images: Dataset[Any], kind: str, batch_size: int, seed: int = SEED) -> None:

@@ -149,12 +149,7 @@ def facts_of(calibration: Calibration, acceptance: float) -> dict[str, Any]:
 class Judge(nn.Module):
     """Logits, confidences and ranks of a batch of images, in float32.
 
-    Args:
-        scoring: the experts of a network in eval mode, on the CPU, in float32.
-        rows: the experts in the order of the fusion.
-        fusion: from their scores to contributions.
-        inputs: what images it is given.
-        error: see `thresholds`.
+    The network is in eval mode, on the CPU, in float32; `rows` are in the order of the fusion.
     """
 
     thresholds: Tensor | None  # `[1, n]`, sorted within each set of calibration scores

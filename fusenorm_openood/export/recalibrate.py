@@ -27,16 +27,11 @@ def recalibrate(
     """Write a program with the calibration scores that it gives to images itself, one by one.
 
     Images with the same logits and confidence count once. If its ranks are by predicted class,
-    these are grouped and pooled anew; see `Calibration`.
-
-    Args:
-        program: an `.onnx` or `.xml` file that was exported from a calibrated detector.
-        images: files of ID images.
-        output: the file to write, which may be the same.
-        acceptance: that of `max_rank` in the metadata, which are returned; None = as before.
+    these are grouped and pooled anew; see `Calibration`. The output may be the same file. Returns
+    the metadata, with `max_rank` for the acceptance; None = as before.
 
     Raises:
-        ConfigError: a program of another kind, or another suffix.
+        ConfigError: a program that is no `.onnx` or `.xml` file, or another suffix.
         CalibrationError: too few images for the acceptance.
         DataError: an image that cannot be read.
         ExportError: a program without ranks, or whose confidences are not finite.

@@ -83,19 +83,17 @@ def forward_pass(
 
     A network that uses different logits for scoring than for classification, such as T2FNorm's,
     returns them from a method `forward_ood_inference`; they are then the logits of the pass. The
-    network gets a copy of the images, so it may change them.
+    network gets a copy of the images, so it may change them. Too small a batch is run with a copy
+    of its first image.
 
     Args:
         images: `[B, C, H, W]` on the network's device.
-        structure: how it is built; see `understand`. Too small a batch is run with a copy of its
-            first image.
         taps: names of the modules to tap.
         reduce: from the feature maps `[B, C, H, W]` of a tap to what is kept of them, `[B, ...]`.
         threshold: clips the input of the layers that make the logits, as ReAct does.
         thinning: images that leave the batch during the pass, which is then over those that stay.
 
-    Raises:
-        TapError: an unusable tap (see `hooked_layers`), or logits that are not `[B, K]`.
+    TapError for an unusable tap (see `hooked_layers`), or logits that are not `[B, K]`.
     """
     # In a trace, which holds for all sizes, a batch always counts as too small.
     traced, core = torch.compiler.is_compiling(), running.unwrapped(net)

@@ -32,19 +32,12 @@ ScoringOf = Callable[[Callable[[], Tensor]], Scoring]
 
 
 class Scored(NamedTuple):
-    """Results of a detector on `N` images.
+    """Results of a detector on `N` images."""
 
-    Attributes:
-        conf: confidences `[N]`, larger = more in-distribution.
-        pred: predicted classes `[N]`.
-        label: labels `[N]` from the loader, -1 where it gives none.
-        experts: scores of the experts `[L, N]`, larger = more in-distribution.
-    """
-
-    conf: NDArray[Any]
-    pred: NDArray[np.int64]
-    label: NDArray[np.int64]
-    experts: NDArray[Any]
+    conf: NDArray[Any]  # confidences `[N]`, larger = more in-distribution
+    pred: NDArray[np.int64]  # predicted classes `[N]`
+    label: NDArray[np.int64]  # labels `[N]` from the loader, -1 where it gives none
+    experts: NDArray[Any]  # scores of the experts `[L, N]`, larger = more in-distribution
 
 
 @dataclass(frozen=True)
@@ -79,16 +72,12 @@ class RecordedLoader:
         return torch.stack([self.dataset[number]["data"] for number in range(min(2, len(self)))])
 
     def run(self, scoring: Scoring, progress: bool, desc: str) -> Iterator[BatchScores]:
-        """What `Scoring.run` gives for the images, shard by shard.
-
-        StoreError if the store cannot be written, DataError if an image cannot be read,
-        NetworkError if the network fails.
-        """
+        """What `Scoring.run` gives for the images, shard by shard."""
         stored = self._stored(scoring, progress, desc)
         return map(partial(_from_columns, scoring.recorded), stored)
 
     def prepare(self, scoring: Scoring, progress: bool) -> None:
-        """Score this process's shards, as far as they are missing; errors as in `run`."""
+        """Score this process's shards, as far as they are missing."""
         self._stored(scoring, progress, self.name).compute_share()
 
     def _stored(self, scoring: Scoring, progress: bool, desc: str) -> StoredScores:
@@ -135,12 +124,8 @@ def collect(
 ) -> Scored:
     """Scores of experts, predictions and labels of a loader's images, without confidences.
 
-    `each` is called with each batch. See `batches` for loaders and progress bars.
-
-    Raises:
-        DataError: an unknown kind of batch, or no images.
-        NetworkError: the network fails on images.
-        NonFiniteError: a score that is not finite; if these may overflow, an image that is not.
+    `each` is called with each batch. See `batches` for loaders and progress bars, and
+    `check_finite`. DataError for a loader without images, NetworkError if the network fails.
     """
     done: list[tuple[NDArray[Any], ...]] = []
     waiting: list[tuple[Tensor, BatchScores]] = []

@@ -108,13 +108,8 @@ def react_thresholds(
 ) -> dict[float, float]:
     """Percentiles of the activations of ID images at which experts clip, in one pass.
 
-    Beyond `ACTIVATIONS`, they are those of an even sample of the images.
-
-    Raises:
-        TapError: the network has no layers that make its logits.
-        NonFiniteError: an image or its feature is not finite.
-
-    Source: Sun et al., NeurIPS 2021.
+    Beyond `ACTIVATIONS`, they are those of an even sample of the images. NonFiniteError for a
+    feature that is not finite.
     """
     percentiles = scoring.experts.percentiles
     if not percentiles:

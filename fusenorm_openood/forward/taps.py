@@ -52,12 +52,9 @@ def resolve_taps(
 ) -> tuple[str, ...]:
     """Names of the modules to tap; TapError without blocks, or for a name unknown or given twice.
 
-    Args:
-        net: any network.
-        taps: `"blocks"` (every block), `"stages"` (the last block of each stage), or the names of
-            modules that return feature maps. After the name of a module, `:input` stands for what
-            it is given.
-        structure: how the network is built; see `understand`.
+    `taps` are `"blocks"` (every block), `"stages"` (the last block of each stage), or the names of
+    modules that return feature maps. After the name of a module, `:input` stands for what it is
+    given.
     """
     names = check_taps(net, taps)
     if names:
@@ -79,21 +76,20 @@ def resolve_taps(
 def names_of(net: nn.Module, settings: Settings, structure: Structure | None) -> Names | None:
     """The names under some settings; None where the network's structure would have to be known.
 
-    Raises:
-        TapError: taps that do not fit the network.
-        ConfigError: a strong expert that is unknown, or named twice.
+    TapError for taps that do not fit the network, ConfigError for a strong expert that is unknown,
+    or named twice.
     """
     taps, strong = check_taps(net, settings.taps), settings.strong
     if structure is not None:
         taps = resolve_taps(net, settings.taps, structure)
         if isinstance(strong, str):
             return taps, (first_of_last_stage(structure, taps), "output")
-    if taps and not isinstance(strong, str):
+    if isinstance(strong, str):
+        return None
+    if taps:
         return taps, strong_names(settings, strong, taps)
-    if not isinstance(strong, str):  # any module may turn out to be a layer to tap
-        modules = dict(running.unwrapped(net).named_modules())
-        names = [name for name in strong if isinstance(name, str) and name not in modules]
-        strong_names(settings, names, ())
+    modules = dict(running.unwrapped(net).named_modules())  # any may turn out to be a layer to tap
+    strong_names(settings, [n for n in strong if isinstance(n, str) and n not in modules], ())
     return None
 
 

@@ -132,15 +132,10 @@ class Calibration:
         return p
 
     def numbers(self, pred: Numbers, groups: Any = None, images: "Tensor | None" = None) -> Numbers:
-        """The number of each image's group `[B]`.
+        """The number of each image's group `[B]`, by predicted classes `[B]` or names of groups.
 
-        Args:
-            pred: predicted classes `[B]`.
-            groups: the names of the groups, where neither these nor the function tell them.
-            images: the images `[B, C, H, W]`, for the function.
-
-        Raises:
-            ConfigError: groups that are missing, unknown, too many, or that are not asked for.
+        A function that is known gives the groups of images `[B, C, H, W]`. ConfigError for groups
+        that are missing, unknown, too many, or that are not asked for.
         """
         if self.by in (None, PREDICTED):
             if groups is not None:
@@ -187,12 +182,7 @@ class Calibration:
     def guarantee(
         self, acceptance: float, confidence: float = 0.95, group: int | None = None
     ) -> Guarantee:
-        """What the images of a group promise; see `guarantee`.
-
-        Raises:
-            ConfigError: a group is needed, or does not exist.
-            CalibrationError: too few images for the acceptance, or for a promise to this group.
-        """
+        """What the images of a group promise; errors as in `Detector.guarantee`."""
         if self.by is None:
             return guarantee(len(self), acceptance, confidence)
         if group is None or not 0 <= group < len(self.names):

@@ -17,21 +17,11 @@ EQUAL = 1e-12  # 1 - 0.9 is 0.09999999999999998: what differs by less counts as 
 
 
 def conformal_p_values(conf: ArrayLike, calibration: ArrayLike) -> NDArray[np.float64]:
-    """p = (1 + number of calibration confidences <= conf) / (n + 1).
+    """p = (1 + number of calibration confidences `[n]` <= conf) / (n + 1), of the shape of conf.
 
     For an ID image that is exchangeable with the calibration images, P(p <= a) <= a for every a in
-    [0, 1], whatever the distribution of the confidences; ties make p larger.
-
-    Args:
-        conf: confidences of any shape.
-        calibration: confidences `[n]` of ID images that neither trained the network nor fitted the
-            detector.
-
-    Returns:
-        p-values of that shape in [1 / (n + 1), 1], larger = more in-distribution.
-
-    Raises:
-        NonFiniteError: a confidence that is not finite.
+    [0, 1], whatever the distribution of the confidences; ties make p larger. They are in
+    [1 / (n + 1), 1], larger = more in-distribution. NonFiniteError for other confidences.
     """
     conf, calibration = np.asarray(conf, np.float64), np.asarray(calibration, np.float64)
     for what, values in (("conf", conf), ("calibration", calibration)):
@@ -43,11 +33,7 @@ def conformal_p_values(conf: ArrayLike, calibration: ArrayLike) -> NDArray[np.fl
 
 
 def rejects(p: ArrayLike, acceptance: float) -> NDArray[np.bool_]:
-    """Whether p <= 1 - acceptance: the images that are judged OOD.
-
-    Raises:
-        ConfigError: an acceptance outside (0, 1).
-    """
+    """Whether p <= 1 - acceptance: the images that are judged OOD."""
     rejected: NDArray[np.bool_] = np.asarray(p) <= _error(acceptance)
     return rejected
 
@@ -60,9 +46,7 @@ def max_rank(acceptance: float, n: int) -> int:
     >>> [max_rank(acceptance, 39) for acceptance in (0.95, 0.9, 0.5)]
     [2, 4, 20]
 
-    Raises:
-        CalibrationError: too few calibration images for the acceptance.
-        ConfigError: an acceptance outside (0, 1).
+    CalibrationError for too few calibration images, ConfigError for an acceptance outside (0, 1).
     """
     check_enough(n, acceptance)
     return math.floor(_error(acceptance) * (n + 1))
@@ -144,12 +128,8 @@ class Guarantee:
 def guarantee(n: int, acceptance: float, confidence: float = 0.95) -> Guarantee:
     """What n calibration images promise at an acceptance; see `Guarantee`.
 
-    With k = `max_rank`, the share of accepted ID images has the distribution
-    Beta(n + 1 - k, k) over calibration sets.
-
-    Raises:
-        CalibrationError: too few images for the acceptance.
-        ConfigError: an acceptance or a confidence outside (0, 1).
+    With k = `max_rank`, the share of accepted ID images has the distribution Beta(n + 1 - k, k)
+    over calibration sets. Errors as there.
     """
     confidence = SHARE("confidence", confidence)
     acceptance = SHARE("acceptance", acceptance)
@@ -169,13 +149,7 @@ def rejects_at_fdr(p: ArrayLike, rate: float = 0.1) -> NDArray[np.bool_]:
 
     The procedure of Benjamini and Hochberg. Conformal p-values that share their calibration images
     depend on each other positively, under which it keeps its promise (Bates et al., Theorem 2).
-
-    Args:
-        p: p-values `[N]` of images that were judged together.
-        rate: false discovery rate, in (0, 1).
-
-    Raises:
-        ConfigError: a rate outside (0, 1).
+    ConfigError for a rate outside (0, 1).
     """
     rate = SHARE("rate", rate)
     p = np.asarray(p, np.float64)

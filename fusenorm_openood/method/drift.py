@@ -43,14 +43,8 @@ def online_p_values(
     all with equal probability, leaves. Which of these scores was the new one is independent of
     what stays, so that the p-values stay independent and uniform, unlike with the newest `most`.
 
-    Args:
-        conf: confidences `[N]` in their order, finite.
-        scores: those before, sorted; first the calibration scores.
-        random: uniform numbers in [0, 1) `[N, 2]`.
-        most: number of scores to keep, at least `len(scores)`.
-
-    Returns:
-        p-values `[N]` in [0, 1), low = low confidence; the scores for the next call.
+    From finite confidences `[N]` in their order, the sorted scores before, and uniform numbers
+    `[N, 2]` in [0, 1): p-values `[N]` in [0, 1), low = low confidence; the scores after.
     """
     scores, p = list(scores), np.empty(len(conf))
     for row, (score, (tie, leaves)) in enumerate(zip(conf.tolist(), random.tolist(), strict=True)):
@@ -78,13 +72,8 @@ def bet(
     anew at every row t with 1 / log2(t + 1) - 1 / log2(t + 2) of the capital, which is 1 in all: a
     shift is found late in a stream, too, and the probability still holds for all of its rows.
 
-    Args:
-        p: p-values `[N]` of independent uniform distributions unless there is drift.
-        log_capitals: what the previous call, or `start`, has returned `[K]`.
-        rows: number of p-values before these.
-
-    Returns:
-        the logarithm of the martingale after each row `[N]`; the logarithms of the capitals `[K]`.
+    From p-values `[N]`, the capitals `[K]` of the `rows` before (`start` at first), in logarithms:
+    that of the martingale after each row `[N]`, and those of the capitals `[K]`.
     """
     from scipy.special import ndtri
 

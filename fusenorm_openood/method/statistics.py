@@ -102,13 +102,6 @@ def trust(left_out: ArrayLike, in_sample: ArrayLike) -> float:
     as with many images per class and dimension, and 0 for what has learnt its images by heart, like
     class means of one image each. Scores that are all equal, up to rounding, correlate with none.
 
-    Args:
-        left_out: scores `[N]` of ID images, each left out of the fit.
-        in_sample: scores of the same images in the fit.
-
-    Returns:
-        A weight in [0, 1].
-
     >>> trust([1.0, 2.0, 3.0], [0.1, 0.2, 0.5]), trust([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
     (1.0, 0.0)
     """

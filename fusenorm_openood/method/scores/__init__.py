@@ -29,15 +29,9 @@ OUTPUTS = {cls.output: cls for cls in LOGIT_SCORES.values() if cls.output}
 
 
 def make_score(name: str, arguments: Mapping[str, Any] | None = None, **fixed: Any) -> Score:
-    """The score of a name, with defaults for the arguments that are not given.
+    """The score of a name, with arguments by OpenOOD's names, and other fixed fields.
 
-    Args:
-        name: one of `SCORES`.
-        arguments: arguments from a configuration, by OpenOOD's names.
-        fixed: other fields of the score.
-
-    Raises:
-        ConfigError: an unknown score or argument, a wrong type or a value outside its range.
+    ConfigError for an unknown score or argument, a wrong type or a value outside its range.
 
     >>> make_score("gen", {"M": 10})
     GEN(gamma=0.1, M=10, mean=False, clamp=None)

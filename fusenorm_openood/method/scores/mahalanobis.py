@@ -130,16 +130,11 @@ def left_out(
 ) -> Tensor:
     """Squared distances `[B, M]` of images of the fit, each left out of it.
 
-    Leaving out an image with residual r subtracts a multiple of r r' from the covariance: a
-    rank-one downdate, whose inverse Sherman and Morrison's formula gives. In whitened coordinates
-    the covariance is the identity.
-
-    Args:
-        white: whitened features `[B, D]`.
-        means: whitened means `[M, D]`.
-        own: which of the means is that of each image: `[B]`.
-        growth: how much longer the residual is without the image: `[B, 1]`.
-        share: weight of an image in the covariance.
+    From whitened features `[B, D]` and means `[M, D]`, of which each image's `own` is `[B]`.
+    Leaving out an image with residual r subtracts a multiple of r r' from the covariance, in which
+    it has the weight `share`: a rank-one downdate, whose inverse Sherman and Morrison's formula
+    gives. In whitened coordinates the covariance is the identity. The residual itself is `growth`
+    `[B, 1]` times as long without the image.
     """
     residual = white - means[own]
     inner = (white * residual).sum(dim=1, keepdim=True) - residual @ means.T
