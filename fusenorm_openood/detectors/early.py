@@ -30,22 +30,15 @@ ROUNDING = 1e-5  # of bounds, relative to those above 1: another batch has other
 class EarlyVerdicts(NamedTuple):
     """Verdicts on `B` images, of which some were rejected before the network had finished.
 
-    Attributes:
-        ood: the verdicts `[B]`, True = OOD.
-        exits: the layer `[B]` after which an image was rejected, None for those that the whole
-            network has seen. Of the others, no class and no exact confidence is known.
-        kept: numbers `[b]` of the images that the whole network has seen.
-        experts: their scores `[L, b]`.
-        pred: their predicted classes `[b]`.
-        bounds: what the confidences `[B]` of rejected images are at most, with exits that are
-            certain; NaN of all others.
+    Of these, no class and no exact confidence is known.
     """
 
-    ood: NDArray[np.bool_]
-    exits: tuple[str | None, ...]
-    kept: NDArray[np.int64]
-    experts: NDArray[np.float64]
-    pred: NDArray[np.int64]
+    ood: NDArray[np.bool_]  # the verdicts `[B]`, True = OOD
+    exits: tuple[str | None, ...]  # the layer `[B]` after which an image was rejected, or None
+    kept: NDArray[np.int64]  # numbers `[b]` of the images that the whole network has seen
+    experts: NDArray[np.float64]  # their scores `[L, b]`
+    pred: NDArray[np.int64]  # their predicted classes `[b]`
+    # What confidences `[B]` of rejected images are at most, with certain exits; NaN of all others.
     bounds: NDArray[np.float64]
 
 

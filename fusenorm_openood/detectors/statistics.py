@@ -58,31 +58,19 @@ class Explanation:
 class DetectorStatistics:
     """The ID statistics of a FuseNorm, found from its ID scores; to be pickled without the network.
 
-    Attributes:
-        experts: names of the experts: the layers, then others.
-        fitted: what the experts themselves have fitted.
-        id_scores: their scores on ID images `[L, N]`.
-        settings: all settings of the detector.
-        strong: names of the strong experts.
-        network: what the network of the fit is recognised by, if that is known.
-        largest_logit: the size of the network's logits, if that is known.
-        statistics: ID statistics of the experts, or with the joint penalty of the strong ones.
-        joint: statistics of the joint distance, with the joint penalty or the clip.
-
-    Raises:
-        ZeroRangeError: an expert gives all ID images the same score.
-        NonFiniteError: a score is not finite.
+    ZeroRangeError if an expert gives all ID images the same score, NonFiniteError for other scores.
     """
 
-    experts: tuple[str, ...]
-    fitted: Fitted
-    id_scores: NDArray[np.float64]
+    experts: tuple[str, ...]  # the layers, then others
+    fitted: Fitted  # what the experts themselves have fitted
+    id_scores: NDArray[np.float64]  # their scores on ID images `[L, N]`
     settings: Settings
     strong: tuple[str, ...]
-    network: Fingerprint | None = None
-    largest_logit: float = 0.0
+    network: Fingerprint | None = None  # what that of the fit is recognised by, if it is known
+    largest_logit: float = 0.0  # the size of its logits, if that is known
+    # Of all experts, or with the joint penalty of the strong ones.
     statistics: IDStatistics = field(init=False)
-    joint: JointStatistics | None = field(init=False)
+    joint: JointStatistics | None = field(init=False)  # with the joint penalty or the clip
 
     def __post_init__(self) -> None:
         s, layers, joint = self.settings, self.layers, None

@@ -124,8 +124,9 @@ def collect(
 ) -> Scored:
     """Scores of experts, predictions and labels of a loader's images, without confidences.
 
-    `each` is called with each batch. See `batches` for loaders and progress bars, and
-    `check_finite`. DataError for a loader without images, NetworkError if the network fails.
+    `each` is called with each batch whose scores are finite; see `check_finite`, and `batches` for
+    loaders and progress bars. DataError for a loader without images, NetworkError if the network
+    fails.
     """
     done: list[tuple[NDArray[Any], ...]] = []
     waiting: list[tuple[Tensor, BatchScores]] = []
@@ -133,11 +134,11 @@ def collect(
     def read(matrix: Tensor, batch: BatchScores) -> None:
         experts = matrix.cpu().numpy()  # waits for the device
         check_finite(batch.images, experts, rows, may_overflow)
+        if each is not None:
+            each(batch)
         done.append((experts, batch.pred.cpu().numpy(), batch.label))
 
     for batch in _batch_scores(net, scoring_of, loader, progress, desc):
-        if each is not None:
-            each(batch)
         waiting.append((batch.matrix(rows), batch))
         # A GPU scores one batch while the next one is loaded and copied to it.
         if batch.pred.device.type == "cpu" or len(waiting) > 1:

@@ -16,7 +16,7 @@ from fusenorm_openood.method.scores import POSTHOC, SCORES, make_score
 from fusenorm_openood.method.scores import base as scores_base
 from fusenorm_openood.method.scores.base import Features, Head, log_odds
 from fusenorm_openood.method.scores.energy import Energy
-from fusenorm_openood.method.scores.mahalanobis import RIDGE
+from fusenorm_openood.method.scores.mds import RIDGE
 from fusenorm_openood.method.scores.mls import MLS
 from fusenorm_openood.method.scores.msp import MSP
 from fusenorm_openood.method.scores.odin import ODIN, odin_direction, odin_step

@@ -57,6 +57,8 @@ class Score:
     # What `fit` returns: shapes by name, with D features, K classes and other letters for sizes
     # that are not known beforehand. `counts` and `classes` are integers.
     state: ClassVar[Mapping[str, str]] = {}
+    # The arguments that a configuration may give; None = all.
+    named: ClassVar[tuple[str, ...] | None] = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -74,7 +76,7 @@ class Score:
     @classmethod
     def arguments(cls) -> dict[str, Any]:
         """The arguments that a configuration may give, with their defaults."""
-        return {f.name: f.default for f in fields(cls)}
+        return {f.name: f.default for f in fields(cls) if cls.named is None or f.name in cls.named}
 
     def to_json(self) -> list[Any]:
         """Name and arguments in terms of JSON."""
@@ -127,6 +129,7 @@ class LogitScore(Score):
     """A score of the logits alone."""
 
     needs_feature: ClassVar[bool] = False
+    named: ClassVar[tuple[str, ...] | None] = ()
     output: ClassVar[str] = ""  # value of the setting `output` that selects it; empty if none does
 
     temperature: float = checked(1.0, POSITIVE)  # divides the logits
@@ -135,10 +138,6 @@ class LogitScore(Score):
     # Whether it is one of FuseNorm's experts: it is then computed in float64, and as log-odds where
     # it is a probability, which saturates.
     fused: bool = checked(False, SWITCH)
-
-    @classmethod
-    def arguments(cls) -> dict[str, Any]:
-        return {}
 
     @property
     def clip_percentile(self) -> float | None:

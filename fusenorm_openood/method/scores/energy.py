@@ -1,7 +1,6 @@
 """Energy: Liu et al., "Energy-based out-of-distribution detection", NeurIPS 2020."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -20,10 +19,7 @@ class Energy(LogitScore):
     name = "ebo"
     title = "Energy"
     output = "energy"
-
-    @classmethod
-    def arguments(cls) -> dict[str, Any]:
-        return {"temperature": 1.0}
+    named = ("temperature",)
 
     def of_logits(self, logits: Tensor) -> Tensor:
         return self.temperature * (logits / self.temperature).logsumexp(dim=1)

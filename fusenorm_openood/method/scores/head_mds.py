@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusenorm_openood.method.scores import base, mahalanobis
+from fusenorm_openood.method.scores import base, mds
 from fusenorm_openood.method.scores.base import Features, Head, Score, State
-from fusenorm_openood.method.scores.mahalanobis import left_out, squared_distances
+from fusenorm_openood.method.scores.mds import left_out, squared_distances
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class HeadMDS(Score):
         images, weight = counts.sum(), head.weight.detach().cpu().double()
         centre, centred = of_classes.sum(dim=0) / images, weight - counts @ weight / images
         spread = (counts * centred.square().sum(dim=1)).sum()
-        slope = (of_classes * centred).sum() / spread.clamp_min(mahalanobis.SMALLEST_VARIANCE)
+        slope = (of_classes * centred).sum() / spread.clamp_min(mds.SMALLEST_VARIANCE)
         means = centre + slope * centred
         cross = of_classes.T @ means
         covariance = sums["products"] - cross - cross.T + (means.T * counts) @ means
@@ -54,7 +54,7 @@ class HeadMDS(Score):
         values = values.clamp_min(0)  # rounding
         shrinkage = oas(values, int(images))
         variance = (1 - shrinkage) * values + shrinkage * values.mean()
-        whitening = vectors / variance.clamp_min(mahalanobis.SMALLEST_VARIANCE).sqrt()
+        whitening = vectors / variance.clamp_min(mds.SMALLEST_VARIANCE).sqrt()
         return {
             "centre": centre.float(),
             "whitening": whitening.float(),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusenorm_openood.method.scores.mahalanobis import Mahalanobis
+from fusenorm_openood.method.scores.mds import Mahalanobis
 from fusenorm_openood.method.validation import NOT_NEGATIVE, checked
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ class ODIN(MSP):
     name = "odin"
     title = "ODIN"
     output = "odin"
+    named = ("temperature", "noise")
 
     temperature: float = checked(1000.0, POSITIVE)
     noise: float = checked(0.0014, NOT_NEGATIVE)
@@ -38,10 +38,6 @@ class ODIN(MSP):
     @property
     def needs_gradient(self) -> bool:
         return self.noise > 0
-
-    @classmethod
-    def arguments(cls) -> dict[str, Any]:
-        return {"temperature": 1000.0, "noise": 0.0014}
 
 
 def odin_direction(

@@ -1,7 +1,6 @@
 """ReAct: Sun et al., "ReAct: OOD detection with rectified activations", NeurIPS 2021."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from fusenorm_openood.method.scores.energy import Energy
 from fusenorm_openood.method.validation import PERCENTILE, checked
@@ -18,13 +17,10 @@ class ReAct(Energy):
     name = "react"
     title = "ReAct"
     output = ""
+    named = ("percentile",)
 
     percentile: float = checked(90.0, PERCENTILE)
 
     @property
     def clip_percentile(self) -> float | None:
         return self.percentile
-
-    @classmethod
-    def arguments(cls) -> dict[str, Any]:
-        return {"percentile": 90.0}

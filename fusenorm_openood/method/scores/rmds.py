@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fusenorm_openood.method.scores.base import Features, Head, State
-from fusenorm_openood.method.scores.mahalanobis import Mahalanobis, left_out
+from fusenorm_openood.method.scores.mds import Mahalanobis, left_out
 
 
 @dataclass(frozen=True)
