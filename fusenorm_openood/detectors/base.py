@@ -25,10 +25,9 @@ from fusenorm_openood.errors import (
     ZeroRangeError,
     warn,
 )
-from fusenorm_openood.forward.batches import checked_images
 from fusenorm_openood.forward.experts import Expert, Scoring
-from fusenorm_openood.forward.given import Given, Images
-from fusenorm_openood.forward.recorded import Scored, check_finite, collect
+from fusenorm_openood.forward.given import Given, Images, check_finite, checked_images
+from fusenorm_openood.forward.recorded import Scored, collect
 from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method.calibration import LEAST, PREDICTED, Calibration, GroupsOf, by_group
 from fusenorm_openood.method.conformal import Guarantee

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.errors import CalibrationError, ConfigError, DataError
-from fusenorm_openood.forward.batches import checked_images
 from fusenorm_openood.forward.early import Exit, early_scores, stage_ends
 from fusenorm_openood.forward.experts import Scoring
-from fusenorm_openood.forward.recorded import check_finite
+from fusenorm_openood.forward.given import check_finite, checked_images
 from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method.calibration import Calibration, group_names
 from fusenorm_openood.method.conformal import check_enough, threshold

@@ -12,6 +12,7 @@ from fusenorm_openood.errors import warn
 from fusenorm_openood.forward import samples
 from fusenorm_openood.forward.batches import number_of_images
 from fusenorm_openood.forward.experts import BatchScores, Fitted, Scoring
+from fusenorm_openood.forward.given import check_features
 from fusenorm_openood.forward.recorded import collect
 from fusenorm_openood.forward.samples import LIMIT, BlockSums, Sample
 from fusenorm_openood.method.scores.base import Features, LogitScore, Score
@@ -56,7 +57,7 @@ def fit_experts(
     def add(batch: BatchScores) -> None:
         labels = batch.pred.cpu()  # with true ones, the images of the fit would score too high
         if by_label:
-            samples.check_features(batch)
+            check_features(batch)
             given = torch.from_numpy(batch.label)
             labels = torch.where(given < 0, labels, given)
         sample.add(batch.features)

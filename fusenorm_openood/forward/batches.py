@@ -12,40 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from fusenorm_openood.errors import DataError, NonFiniteError
+from fusenorm_openood.errors import DataError
+from fusenorm_openood.forward.given import checked_images
 from fusenorm_openood.method.calibration import group_names
 
 Labels = NDArray[np.int64]
 # Keys of a batch that is a dict: OpenOOD's and DALI's, Hugging Face's, and other usual ones.
 IMAGES = ("data", "pixel_values", "image", "images", "img")
 LABELS = ("label", "labels", "target", "targets")
-
-
-def not_finite(images: Tensor | None, image: int, what: str) -> NonFiniteError:
-    """The error for one image of a batch, which says whether image or network is at fault.
-
-    Recorded images are None: they came from files, and so were finite.
-    """
-    way_out = (
-        "the image is finite, so the network overflows: check its weights"
-        if images is None or torch.isfinite(images[image]).all()
-        else "the image itself contains NaN or infinity: repair it or leave it out"
-    )
-    return NonFiniteError(f"image {image} of the batch has {what}; {way_out}")
-
-
-def checked_images(images: Any) -> Tensor:
-    """The given images, if they are a floating-point tensor `[B, C, H, W]`; else DataError."""
-    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-        is_array = isinstance(images, Tensor | np.ndarray)
-        found = f"{images.dtype} {list(images.shape)}" if is_array else type(images).__name__
-        raise DataError(
-            f"images must be a floating-point tensor [B, C, H, W], got {found}: give tensors "
-            "as the network takes them, or files, PIL images and uint8 pixels to a detector that "
-            "has its preprocessing; loaders may give (images, labels), {'data': images, 'label': "
-            "labels} or images alone"
-        )
-    return images
 
 
 def batches(

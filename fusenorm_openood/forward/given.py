@@ -1,4 +1,4 @@
-"""Images as users give them: tensors, pictures, files, arrays, and lists of these."""
+"""Images as users give them, and what is wrong with them where a score is not finite."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.errors import DataError
-from fusenorm_openood.forward.batches import checked_images
+from fusenorm_openood.errors import DataError, NonFiniteError
+from fusenorm_openood.forward.experts import BatchScores, Expert
+from fusenorm_openood.method.scores.base import Score
 
 # Tensors as the network takes them; or, where preprocessing is known, pictures, their files, uint8
 # pixels (tensors [C, H, W], arrays [H, W, C], or batches of them), and lists of these.
@@ -64,3 +65,57 @@ def _tensor(images: Images, preprocessing: Callable[[], Preprocessing]) -> Tenso
     if isinstance(images, Image.Image):
         return preprocessing()(images)
     return images if isinstance(images, Tensor) else checked_images(images)
+
+
+def checked_images(images: Any) -> Tensor:
+    """The given images, if they are a floating-point tensor `[B, C, H, W]`; else DataError."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+        is_array = isinstance(images, Tensor | np.ndarray)
+        found = f"{images.dtype} {list(images.shape)}" if is_array else type(images).__name__
+        raise DataError(
+            f"images must be a floating-point tensor [B, C, H, W], got {found}: give tensors "
+            "as the network takes them, or files, PIL images and uint8 pixels to a detector that "
+            "has its preprocessing; loaders may give (images, labels), {'data': images, 'label': "
+            "labels} or images alone"
+        )
+    return images
+
+
+def not_finite(images: Tensor | None, image: int, what: str) -> NonFiniteError:
+    """The error for one image of a batch, which says whether image or network is at fault.
+
+    Recorded images are None: they came from files, and so were finite.
+    """
+    way_out = (
+        "the image is finite, so the network overflows: check its weights"
+        if images is None or torch.isfinite(images[image]).all()
+        else "the image itself contains NaN or infinity: repair it or leave it out"
+    )
+    return NonFiniteError(f"image {image} of the batch has {what}; {way_out}")
+
+
+def check_finite(
+    images: Tensor | None,
+    scores: NDArray[Any],
+    rows: Sequence[Expert],
+    may_overflow: bool = False,
+) -> None:
+    """Raise NonFiniteError for a score of `[L, B]`, or, if these may overflow, an image that is."""
+    if may_overflow:
+        if images is not None and not (finite := images.flatten(1).isfinite().all(dim=1)).all():
+            image = int((~finite).nonzero()[0, 0])
+            raise not_finite(images, image, "scores that are not finite")
+    elif not np.isfinite(scores).all():
+        row, image = np.argwhere(~np.isfinite(scores))[0]
+        expert = rows[row]
+        name = expert.name if isinstance(expert, Score) else expert[0]
+        what = f"the score {scores[row, image]} from expert {name!r}"
+        raise not_finite(images, int(image), what)
+
+
+def check_features(batch: BatchScores) -> None:
+    """Raise NonFiniteError if a feature of a batch is not finite."""
+    finite = batch.features.feature.isfinite().all(dim=1)
+    if not finite.all():
+        image = int((~finite).nonzero()[0, 0])
+        raise not_finite(batch.images, image, "a penultimate feature that is not finite")

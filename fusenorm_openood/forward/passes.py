@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -254,8 +255,8 @@ def head_of(
         found = Head(*stored.head)
     elif found is None and structure.head.is_affine:
         core = running.unwrapped(net)
-        layers = [core.get_submodule(name) for name in structure.head.names]
-        trains = any(layer.training for layer in layers)  # a spectral norm then changes when read
+        layers = list(map(core.get_submodule, structure.head.names))
+        trains = any(map(attrgetter("training"), layers))  # a spectral norm then changes when read
         with running.eval_mode(nn.ModuleList(layers)) if trains else nullcontext():
             found = linear_head(layers, structure.head.shares)
     if found is None:
@@ -263,7 +264,9 @@ def head_of(
             f"the logits of {type(net).__name__} are no linear function of a feature, whose "
             "weights an expert needs: set strong=['output']"
         )
-    weight, bias = found if dtype is None else (t.to(dtype) for t in found)
+    weight, bias = found
+    if dtype is not None:
+        weight, bias = weight.to(dtype), bias.to(dtype)
     # In a trace, nothing is moved that is there already.
     is_there = device is None or weight.device == bias.device == device
     return Head(weight, bias) if is_there else Head(weight.to(device), bias.to(device))

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.errors import DataError
-from fusenorm_openood.forward.batches import Throughput, batches, not_finite
+from fusenorm_openood.forward.batches import Throughput, batches
 from fusenorm_openood.forward.experts import BatchScores, Expert, Scoring
+from fusenorm_openood.forward.given import check_finite
 from fusenorm_openood.kernels.devices import moved
-from fusenorm_openood.method.scores.base import Features, Score
+from fusenorm_openood.method.scores.base import Features
 from fusenorm_openood.network.running import network_errors
 from fusenorm_openood.storage.shards import Columns, Key
 from fusenorm_openood.storage.stored import Batches, StoredScores, Take, row_batches, shard_batches
@@ -165,25 +166,6 @@ def _batch_scores(
             batch = scoring_of(lambda given=on_device: given)(on_device)  # type: ignore[misc]
         label = np.full(len(images), -1) if labels is None else labels
         yield batch._replace(label=label, images=images)
-
-
-def check_finite(
-    images: Tensor | None,
-    scores: NDArray[Any],
-    rows: Sequence[Expert],
-    may_overflow: bool = False,
-) -> None:
-    """Raise NonFiniteError for a score of `[L, B]`, or, if these may overflow, an image that is."""
-    if may_overflow:
-        if images is not None and not (finite := images.flatten(1).isfinite().all(dim=1)).all():
-            image = int((~finite).nonzero()[0, 0])
-            raise not_finite(images, image, "scores that are not finite")
-    elif not np.isfinite(scores).all():
-        row, image = np.argwhere(~np.isfinite(scores))[0]
-        expert = rows[row]
-        name = expert.name if isinstance(expert, Score) else expert[0]
-        what = f"the score {scores[row, image]} from expert {name!r}"
-        raise not_finite(images, int(image), what)
 
 
 def dealt_out(loaders: Iterable[Any]) -> list[Any]:

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fusenorm_openood.forward.batches import not_finite
 from fusenorm_openood.forward.experts import BatchScores, Experts, Scoring
+from fusenorm_openood.forward.given import check_features
 from fusenorm_openood.forward.recorded import RecordedLoader, collect
 from fusenorm_openood.method.scores.base import Features, Head, Score, State
 
@@ -131,11 +131,3 @@ def react_thresholds(
     collect(scoring.net, lambda first: features, loader, [], progress, "ReAct", add)
     values = sample.features.feature.numpy()
     return {q: float(np.percentile(values, q)) for q in percentiles}
-
-
-def check_features(batch: BatchScores) -> None:
-    """Raise NonFiniteError if a feature of a batch is not finite."""
-    finite = batch.features.feature.isfinite().all(dim=1)
-    if not finite.all():
-        image = int((~finite).nonzero()[0, 0])
-        raise not_finite(batch.images, image, "a penultimate feature that is not finite")

@@ -52,9 +52,10 @@ def resolve_taps(
 ) -> tuple[str, ...]:
     """Names of the modules to tap; TapError without blocks, or for a name unknown or given twice.
 
-    `taps` are `"blocks"` (every block), `"stages"` (the last block of each stage), or the names of
-    modules that return feature maps. After the name of a module, `:input` stands for what it is
-    given.
+    Args:
+        taps: `"blocks"` (every block), `"stages"` (the last block of each stage), or the names of
+            modules that return feature maps. After the name of a module, `:input` stands for what
+            it is given.
     """
     names = check_taps(net, taps)
     if names:
