@@ -14,7 +14,7 @@ import numpy as np
 
 from fusenorm_openood.deployment.files import Judged
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.detectors.statistics import DetectorStatistics, Explanation
+from fusenorm_openood.detectors.statistics import Explanation
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.method.calibration import Calibration
 from fusenorm_openood.report import gallery, plots
