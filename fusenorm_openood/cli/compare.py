@@ -46,8 +46,7 @@ def add_compare(parser: ArgumentParser) -> None:
 def run_compare(args: Namespace) -> int:
     """Print, for each root, AUROC and FPR@95 of every method, the mean over the root's runs."""
     leads, device = this_process().leads, own_device(args.device)
-    benchmark = load_benchmark(args.id_data, args.data_root, args.normalization)
-    evaluation.check_fsood(benchmark, args.fsood)
+    benchmark = load_benchmark(args.id_data, args.data_root, args.normalization, args.fsood)
     config = read_config(args.config or config_root() / "postprocessors" / "fusenorm.yml")
     sweep = read_fusenorm(config).sweep if args.search or args.config else None
     comparison.check_methods(args.methods or ())

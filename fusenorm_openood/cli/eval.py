@@ -49,10 +49,9 @@ def add_eval(parser: ArgumentParser) -> None:
 def run_eval(args: Namespace) -> int:
     """Check all inputs, then evaluate one run after another and print the table."""
     leads, device = torchrun.this_process().leads, own_device(args.device)
-    benchmark = load_benchmark(args.id_data, args.data_root, args.normalization)
     if args.validation and args.fsood:
         raise ConfigError("--validation and --fsood cannot be combined: leave one out")
-    evaluation.check_fsood(benchmark, args.fsood)
+    benchmark = load_benchmark(args.id_data, args.data_root, args.normalization, args.fsood)
     aps_mode = {None: False, "pair": True}.get(args.aps, args.aps)
     output = results_folder(args.root, args.output_dir)
     job = Job(
@@ -151,8 +150,7 @@ def add_leaderboard(parser: ArgumentParser) -> None:
 def run_leaderboard(args: Namespace) -> int:
     """Print the entry in Markdown, from the CSV and the checkpoints of a root."""
     name = args.postprocessor or "fusenorm"
-    benchmark = load_benchmark(args.id_data, args.data_root, args.normalization)
-    evaluation.check_fsood(benchmark, args.fsood)
+    benchmark = load_benchmark(args.id_data, args.data_root, args.normalization, args.fsood)
     checkpoints = find_checkpoints(args.root)
     folder = results_folder(args.root, args.output_dir) / ("fsood" if args.fsood else "ood")
     results = folder / f"{name}.csv"

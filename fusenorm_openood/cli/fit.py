@@ -72,7 +72,7 @@ def run_fit(args: Namespace) -> int:
     settings = read_fusenorm(engines.read_postprocessor(None, args.config, args.set)).settings
     given_paths = image_paths(args.id_dir), image_paths(args.calibration_dir or ())
     id_paths, other_paths = (each_page(paths, args.pages) for paths in given_paths)
-    _check_output(args.output)
+    check_file(Path(args.output), "--output", ".safetensors")
     names = None if args.class_names is None else class_names(args.class_names, args.id_dir)
     if args.calibrate_by and not other_paths:
         raise ConfigError("--calibrate-by groups calibration images: give --calibration-dir")
@@ -126,7 +126,7 @@ def run_calibrate(args: Namespace) -> int:
     how = args.merge, args.newest, args.calibrate_by, args.least
     if not paths and (args.class_names is None or any(how)):
         raise ConfigError("there are no images to calibrate on: give --calibration-dir")
-    _check_output(args.output)
+    check_file(Path(args.output), "--output", ".safetensors")
     detector = inputs.load_detector(*inputs.of_detector(args))
     if args.class_names is not None:
         dirs = args.calibration_dir or ()
@@ -144,10 +144,6 @@ def run_calibrate(args: Namespace) -> int:
     by, merge = None if by == "all" else by, {"merge": args.merge, "newest": args.newest}
     _calibrate(args, detector, paths, store, by=by, **merge)
     return _save(args, detector)
-
-
-def _check_output(output: str) -> None:
-    check_file(Path(output), "--output", ".safetensors")
 
 
 def _loader(

@@ -123,12 +123,16 @@ class Benchmark:
 
 
 def load_benchmark(
-    name: str, data_root: str | Path = "data", normalization: Normalization | None = None
+    name: str,
+    data_root: str | Path = "data",
+    normalization: Normalization | None = None,
+    fsood: bool = False,
 ) -> Benchmark:
     """The benchmark of an ID data set, with images under a data root in OpenOOD's layout.
 
     `normalization` is the channel mean and standard deviation of the images that the network was
-    trained on; None = OpenOOD's for this data set. ConfigError for an unknown name.
+    trained on; None = OpenOOD's for this data set. ConfigError for an unknown name, and with
+    `fsood` for a benchmark without covariate-shifted ID images.
     """
     folder = config_root() / "datasets" / name
     if name not in benchmark_names():
@@ -137,6 +141,8 @@ def load_benchmark(
     ood = lookup(read_config(folder / f"{name}_ood.yml"), "ood_dataset")
     shifted = folder / f"{name}_fsood.yml"
     csid = lookup(read_config(shifted), "ood_dataset", "csid") if shifted.is_file() else None
+    if fsood and csid is None:
+        raise ConfigError(f"{name} has no covariate-shifted ID images: leave out --fsood")
     norm = normalization or parse_normalization(lookup(dataset, "normalization_type"))
     pre_size, image_size = lookup(dataset, "pre_size"), lookup(dataset, "image_size")
 

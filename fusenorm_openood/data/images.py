@@ -41,17 +41,11 @@ def read_image(given: Place | Image.Image, bits: int | None = None) -> Image.Ima
     """An image file, or a PIL image, which stays as it is, in RGB with 8 bits per channel.
 
     PIL takes the higher 8 bits of 16-bit colour images; so do we of 16-bit greyscale images, which
-    PIL, and so OpenOOD, saturates instead. Pictures of 10 or 12 bits in 16-bit files are scaled by
-    what the file itself says (`BitsPerSample` or `MaxSampleValue` of TIFF, `sBIT` of PNG), else by
-    `bits`; without either, values that all fit in fewer bits issue an `ImageWarning`, as does a
-    file of several pages, the first of which is read unless its name ends in `#page=2`, for
-    example. A truncated file is read as in OpenOOD, with its missing rows filled with grey, and a
-    `TruncatedImageWarning` is issued.
-
-    Raises:
-        FileNotFoundError, or another of `UNREADABLE`: the file cannot be read as an image.
-        DataError: pixels with 32 bits, with more than `bits`, or of low bits that PIL drops.
-        RemoteError: a URL cannot be read now.
+    PIL, and so OpenOOD, saturates instead; for 10 or 12 bits see `used_bits`. An `ImageWarning` for
+    several pages, the first of which is read unless the name says which; `TruncatedImageWarning`
+    for a truncated file, which is read as in OpenOOD, with its missing rows filled with grey.
+    FileNotFoundError or another of `UNREADABLE` if it cannot be read, DataError for pixels with 32
+    bits, with more than `bits`, or of low bits that PIL drops, RemoteError for a URL.
     """
     try:
         with truncated_images(read=False), opened(given) as file:
@@ -192,7 +186,10 @@ def deep_grey(file: Image.Image, bits: int | None) -> tuple[NDArray[Any], int]:
 
 
 def used_bits(values: NDArray[Any], stated: int | None, bits: int | None) -> int:
-    """How many of 16 bits are used: what the file states, else `bits`, else all."""
+    """How many of 16 bits are used: what the file states, else `bits`, else all.
+
+    An `ImageWarning` for the last if all values fit in fewer bits.
+    """
     largest = int(values.max())
     if stated is not None and largest < 1 << stated:  # the file is wrong about a larger value
         return stated

@@ -153,6 +153,9 @@ def _read_other(given: Place, how: "Preprocessing") -> Read:
         kind = _kind(stream)
         if kind is None:
             raise UnidentifiedImageError(f"cannot identify image file {str(file)!r}")
+        if kind == "HEIC":
+            _needed("pillow_heif", "HEIC", "heif")  # else PIL would have read it
+            raise DataError("it is damaged HEIC: restore it")
         with _faults_of(kind):
             return _READERS[kind](stream, page, how)
 
@@ -319,14 +322,8 @@ def _count(stream: BinaryIO, kind: str | None) -> int:
     return 1
 
 
-def _heic(stream: BinaryIO, page: int, how: "Preprocessing") -> Read:
-    _needed("pillow_heif", "HEIC", "heif")  # else PIL would have read it
-    raise DataError("it is damaged HEIC: restore it")
-
-
 _READERS: dict[str, Callable[[BinaryIO, int, "Preprocessing"], Read]] = {
     "NPY": _npy,
     "TIFF": _tiff,
     "DICOM": _dicom,
-    "HEIC": _heic,
 }

@@ -129,17 +129,10 @@ def score_with_actors(
 ) -> Generator[int, None, None]:
     """Score the missing shards, one actor per GPU or, without any, per `cores` CPU cores.
 
-    An actor scores one shard at a time, with as many threads as `OMP_NUM_THREADS` says, or one.
-
-    All nodes read and write the store of `files`; an actor loads the detector with `load`. For
-    `ray`, `cores` and `gpus` see `cluster` and `shape`.
-
-    Yields:
-        Shards, as soon as they are written.
-
-    Raises:
-        ClusterError: too few cores, or actors end again and again.
-        FuseNormError: what an actor raises.
+    An actor loads the detector with `load`, and scores one shard at a time, with as many threads as
+    `OMP_NUM_THREADS` says, or one. All nodes read and write the store of `files`. For `ray`,
+    `cores` and `gpus` see `cluster` and `shape`. Yields shards as soon as they are written.
+    ClusterError for too few cores, or if actors end again and again; also what an actor raises.
     """
     count, resources = shape(ray, cores, gpus)
     create = ray.remote(Scorer).options(**resources).remote

@@ -28,14 +28,10 @@ class RowFile:
     `.part` at the end of its name, until `finish`. Bytes of file names that are not UTF-8 are
     written as `\\xe9`, for example, and read back as they were.
 
-    Args:
-        path: a file that ends in `.parquet`, or else becomes CSV; None = CSV on standard output.
-        resume: whether to go on with the rows that it has. A row that was cut short is removed.
-
-    Raises:
-        ConfigError: `resume` without a file; the file cannot be written, or is being written; a
-            Parquet file without pyarrow.
-        DataError: `resume` for a file that is something else.
+    Without a path, the rows go to standard output; `resume` goes on with those that the file has,
+    and removes one that was cut short. ConfigError for `resume` without a file, for a file that
+    cannot be written or is being written, and for Parquet without pyarrow; DataError for `resume`
+    with a file that is something else.
     """
 
     def __init__(self, path: Path | None, resume: bool = False) -> None:

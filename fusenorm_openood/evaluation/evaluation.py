@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from fusenorm_openood.data.benchmarks import Benchmark, image_loader
 from fusenorm_openood.detectors.base import Detector
-from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.evaluation.runs import Loader
 from fusenorm_openood.forward.recorded import Scored
 from fusenorm_openood.method.metrics import accuracy, ood_metrics
@@ -38,13 +37,10 @@ def evaluate(
 ) -> Evaluation:
     """Fit a detector on a benchmark's ID images, mostly those for validation, and test it.
 
-    A detector that is fitted is not fitted again. All images of the benchmark must exist. With
-    `fsood`, covariate-shifted ID images count as ID; `validation` tests on the validation pair
-    instead, where settings are to be chosen. ConfigError for `fsood` without such images, DataError
-    for a label of an ID image that is no class of the benchmark.
+    A detector that is fitted is not fitted again. All images of the benchmark must exist; see
+    `Benchmark.missing` and `check_labels`. With `fsood`, covariate-shifted ID images count as ID;
+    `validation` tests on the validation pair instead, where settings are to be chosen.
     """
-    check_fsood(benchmark, fsood)
-    benchmark.check_labels(benchmark.tested(fsood, validation))
     if not detector.is_fitted:
         detector.fit(load(benchmark.id[detector.fitted_on]), progress)
     tested = benchmark.groups(fsood, validation)
@@ -102,12 +98,6 @@ def summarise(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     cells = [[f"{mean:.2f} \u00b1 {std:.2f}" for mean, std in row] for row in pairs]
     found: pd.DataFrame = pd.DataFrame(cells, tables[0].index, list(tables[0].columns))
     return found
-
-
-def check_fsood(benchmark: Benchmark, fsood: bool) -> None:
-    """Raise ConfigError for `fsood` on a benchmark without covariate-shifted ID images."""
-    if fsood and not benchmark.csid:
-        raise ConfigError(f"{benchmark.name} has no covariate-shifted ID images: leave out --fsood")
 
 
 def mean(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -125,12 +125,8 @@ class CifarResNet(_SmallResNet):
     """ResNet-(6n + 2) for 32x32 images, with three stages of n blocks, 16, 32 and 64 channels wide.
 
     The state-dict keys are those of the public repository akamaster/pytorch_resnet_cifar10, except
-    that its last layer is called `linear`; `load_network` reads both.
-
-    Args:
-        depth: 20, 32, 44, 56, 110 or another 6n + 2; else ConfigError.
-        num_classes: number of ID classes.
-        width: number of channels in the first stage; 16 in the paper.
+    that its last layer is called `linear`; `load_network` reads both. `width` is the number of
+    channels in the first stage, 16 in the paper. ConfigError for a depth that is not 6n + 2.
 
     Source: He et al., CVPR 2016, section 4.2, with shortcuts of option A.
     """
@@ -156,9 +152,8 @@ class _TorchvisionResNet(FeatureClassifier):
             self.add_module(name, module)
 
     def features(self, x: Tensor) -> Tensor:
-        stem = ("conv1", "bn1", "relu", "maxpool")
-        for name in (*stem, "layer1", "layer2", "layer3", "layer4", "avgpool"):
-            x = self.get_submodule(name)(x)
+        for name, module in self.named_children():
+            x = x if name == "fc" else module(x)
         return x.flatten(1)
 
 

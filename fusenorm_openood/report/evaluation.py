@@ -36,8 +36,7 @@ def report_of_evaluation(
 ) -> Report:
     """The report about an evaluation; a few images are read and scored again for its gallery.
 
-    `facts` are more ones for the header; `table` is shown instead of that of `result`, with a
-    `note` above it.
+    `facts` are added to the header; `table` is shown instead of that of `result`, below a `note`.
     """
     scores, detector = _scores(result), result.detector
     conf = scores[0]

@@ -71,12 +71,10 @@ def prune(
     removals = []
     for entry in listing(root):
         other = entry.record.get("version", version)
-        if everything:
-            removals.append(Removal(entry.folder, entry.size, "all sets"))
-        elif other != version:
-            removals.append(Removal(entry.folder, entry.size, f"of version {other}"))
-        elif incomplete and not entry.complete:
+        reason = "all sets" if everything else f"of version {other}" if other != version else ""
+        if incomplete and not (reason or entry.complete):
             reason = f"{entry.shards - entry.present} of {entry.shards} shards missing"
+        if reason:
             removals.append(Removal(entry.folder, entry.size, reason))
         else:
             for path in _own_files(entry.folder):
