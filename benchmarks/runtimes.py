@@ -196,7 +196,8 @@ def compared(detector: FuseNorm, conf: np.ndarray, found: Outputs) -> dict[str, 
     return row
 
 
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+Columns = dict[str, Callable[[dict[str, Any]], str]]
+COLUMNS: Columns = {
     "version": lambda r: r["version"],
     "verdicts that differ": lambda r: f"{r['differ']} of {r['verdicts']:,}",
     "outside the bound": lambda r: str(r["outside"] + r["wrong_ranks"]),
@@ -211,10 +212,10 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    lines = [f"| runtime | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 1) + "|"]
+def table(rows: dict[str, dict[str, Any]], columns: Columns = COLUMNS, of: str = "runtime") -> str:
+    lines = [f"| {of} | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     for name, row in rows.items():
-        cells = [row["fails"]] if "fails" in row else [cell(row) for cell in COLUMNS.values()]
+        cells = [row["fails"]] if "fails" in row else [cell(row) for cell in columns.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -16,13 +16,18 @@ def add_export(parser: ArgumentParser) -> None:
     add("--target", metavar="NAME", help=target)
     kinds = ("uint8", "uint16", "float32")
     add("--dtype", choices=kinds, help="of images (default: that of the detector)")
+    resizes = "height and width of images that the program resizes and crops itself"
+    add("--resize-from", nargs=2, type=options.positive, metavar=("H", "W"), help=resizes)
     options.add(parser, "--acceptance", help="share of ID images to accept with max_rank (0.95)")
 
 
 def run_export(args: Namespace) -> int:
     """Write the program, and say how much its confidences differ from PyTorch's."""
     detector = inputs.load_detector(*inputs.of_detector(args))
-    exported = detector.export(args.output, args.dtype, args.acceptance, target=args.target)
+    size = args.resize_from and tuple(args.resize_from)
+    exported = detector.export(
+        args.output, args.dtype, args.acceptance, target=args.target, resize_from=size
+    )
     print(f"exported {args.output}: {', '.join(exported.outputs)}")
     if exported.max_rank is not None:
         n = len(detector.check_calibrated())

@@ -228,19 +228,19 @@ class Preprocessing:
                 if 0 in band.size:
                     width, height = band.size
                     raise DataError(f"it has no pixels, at {width} x {height}: leave it out")
-            arrays = [np.array(self._cropped(n, band)) for n, band in enumerate(bands)]
+            arrays = [np.array(self.cropped(n, band)) for n, band in enumerate(bands)]
         parts = [torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1) for array in arrays]
         pixels = torch.cat(parts)
         return pixels.round().clamp(*self.span) if self.dtype == "uint16" else pixels
 
-    def _cropped(self, number: int, band: Image.Image) -> Image.Image:
+    def cropped(self, number: int, band: Image.Image) -> Image.Image:
         """RGB, or one channel, as it is resized, padded and cropped."""
         from torchvision.transforms import InterpolationMode  # takes a second to import
         from torchvision.transforms import functional as TF
 
         ImageOps.exif_transpose(band, in_place=True)
         mode = InterpolationMode(self.interpolation)
-        resized = TF.resize(band, self._resized(band.height, band.width), mode)
+        resized = TF.resize(band, self.resized(band.height, band.width), mode)
         short = [max(c - s, 0) for c, s in zip(self.crop[::-1], resized.size, strict=True)]
         if any(short):
             (low, high), is_border = self.span, self.crop_mode == "border"
@@ -259,7 +259,7 @@ class Preprocessing:
         found: Tensor = TF.normalize(unit, list(self.mean), list(self.std))
         return found
 
-    def _resized(self, height: int, width: int) -> list[int]:
+    def resized(self, height: int, width: int) -> list[int]:
         """What torchvision's `resize` takes: one length is that of the shorter side."""
         target = as_pair(self.resize)
         if self.crop_mode == "squash":

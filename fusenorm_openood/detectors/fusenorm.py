@@ -379,6 +379,7 @@ class FuseNorm(Detector):
         acceptance: float = 0.95,
         shape: Sequence[int] | None = None,
         target: str | None = None,
+        resize_from: tuple[int, int] | None = None,
     ) -> Exported:
         """Write the network and the detector as one program for a runtime.
 
@@ -403,6 +404,8 @@ class FuseNorm(Detector):
             shape: of one image, `[C, H, W]`, without `preprocessing`.
             target: what the program is for: `onnx`, `pt2` (`torch.export`), `aoti` (AOTInductor),
                 `openvino`, `executorch`, `litert` or `coreml`; None = by the suffix.
+            resize_from: height and width of images in uint8 that the program resizes and crops
+                itself, to the same pixels; None = it is given what is resized and cropped.
 
         Raises:
             NotFittedError: before `fit`.
@@ -411,7 +414,7 @@ class FuseNorm(Detector):
             ExportError: a network that cannot be traced, a package that is missing, other
                 confidences, or a file that cannot be written.
         """
-        return export_detector(self, Path(path), dtype, acceptance, shape, target)
+        return export_detector(self, Path(path), dtype, acceptance, shape, target, resize_from)
 
     @property
     def least(self) -> int:

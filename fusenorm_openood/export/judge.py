@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from fusenorm_openood.data.preprocessing import Normalization, Preprocessing, to_unit
 from fusenorm_openood.errors import ConfigError, ExportError
+from fusenorm_openood.export.resize import Resize
 from fusenorm_openood.forward.experts import Expert, Scoring
 from fusenorm_openood.method.calibration import Calibration
 from fusenorm_openood.method.fusion import Fusion
@@ -32,12 +33,17 @@ class Inputs(NamedTuple):
     dtype: torch.dtype
     normalization: Normalization | None  # of values in [0, 1]; None = they are normalised already
     span: tuple[float, float] = (0, 255)  # the values of pixels that are 0 and 1
+    resize: Resize | None = None  # None = images are resized and cropped already
 
     @classmethod
     def of(
-        cls, preprocessing: Preprocessing | None, dtype: str | None, shape: Sequence[int] | None
+        cls,
+        preprocessing: Preprocessing | None,
+        dtype: str | None,
+        shape: Sequence[int] | None,
+        resize_from: tuple[int, int] | None = None,
     ) -> "Inputs":
-        """The inputs of a detector.
+        """The inputs of a detector; see `FuseNorm.export`.
 
         ConfigError for a dtype or a shape that is missing, or not that of the preprocessing.
         """
@@ -47,7 +53,7 @@ class Inputs(NamedTuple):
             either = " or ".join(dict.fromkeys((own, "float32")))
             raise ConfigError(f"dtype must be {either}, got {dtype!r}")
         if preprocessing is None:
-            if shape is None or len(shape) != 3:
+            if shape is None or len(shape) != 3 or resize_from:
                 raise ConfigError(
                     f"this detector has no preprocessing, and shape is {shape!r}: set "
                     "detector.preprocessing, or give shape=(C, H, W)"
@@ -57,7 +63,11 @@ class Inputs(NamedTuple):
         if shape is not None and tuple(shape) != known:
             raise ConfigError(f"shape must be that of the preprocessing, {known}, got {shape!r}")
         normalization = preprocessing.mean, preprocessing.std
-        return cls(known, getattr(torch, dtype), normalization, preprocessing.span)
+        inputs = cls(known, getattr(torch, dtype), normalization, preprocessing.span)
+        if resize_from is None:
+            return inputs
+        resize = Resize.of(preprocessing, *resize_from)
+        return inputs._replace(shape=(preprocessing.channels, *resize_from), resize=resize)
 
     def examples(self) -> Tensor:
         """Noise and stripes `[4, C, H, W]`, always the same."""
@@ -74,7 +84,7 @@ class Inputs(NamedTuple):
         """What the network takes."""
         if self.normalization is None:
             return image
-        unit = to_unit(image, self.span)
+        unit = to_unit(self.resize(image) if self.resize else image, self.span)
         mean, std = (
             torch.tensor(values, dtype=unit.dtype, device=unit.device).view(-1, 1, 1)
             for values in self.normalization
@@ -123,12 +133,13 @@ def error_of(fusion: Fusion, id_scores: NDArray[np.float64]) -> float:
 def compared_with(calibration: Calibration, error: float = ERROR) -> dict[str, NDArray[Any]]:
     """The constants of a program that confidences are compared with; see `Judge`.
 
-    They have two dimensions, like what they are compared with: OpenVINO renames others.
+    They have two dimensions, like what they are compared with: OpenVINO renames others. No stride
+    is 0, which ExecuTorch refuses in a program that was quantised.
     """
     cells = [thresholds(cell, error) for cell in calibration.cells]
-    constants: dict[str, NDArray[Any]] = {"thresholds": np.concatenate(cells)[None]}
+    constants: dict[str, NDArray[Any]] = {"thresholds": np.concatenate(cells).reshape(1, -1)}
     if calibration.by is not None:
-        constants["cell"] = np.repeat(range(len(cells)), [*map(len, cells)])[None]
+        constants["cell"] = np.repeat(range(len(cells)), [*map(len, cells)]).reshape(1, -1)
         constants["cell_of"] = calibration.cell_of
     return constants
 
@@ -193,7 +204,9 @@ class Judge(nn.Module):
             scores = self.scoring.complete(batch).matrix(self.rows)
             conf = sum_of_rows(self.fusion(scores))
         # Some runtimes have no `isfinite`, and some make 0 of NaN in a ReLU.
-        conf = conf + _zeros(images.flatten(1)) + _zeros(scores.T)
+        conf = conf + _zeros(scores.T)
+        if image.is_floating_point():
+            conf = conf + _zeros(image.flatten(1))
         if self.thresholds is None:
             return done.classified, conf
         smaller = self.thresholds <= conf.unsqueeze(1)

@@ -57,6 +57,7 @@ def export_detector(
     acceptance: float,
     shape: Sequence[int] | None,
     target: str | None,
+    resize_from: tuple[int, int] | None,
 ) -> Exported:
     """Write a detector and its network as one program; see `FuseNorm.export`."""
     statistics, calibration = detector.check_fitted(), detector.calibration_
@@ -76,7 +77,7 @@ def export_detector(
             "'mls'"
         )
     chosen = find_target(path, target)
-    inputs = Inputs.of(detector.preprocessing, dtype, shape)
+    inputs = Inputs.of(detector.preprocessing, dtype, shape, resize_from)
     images = inputs.examples()
     twin = copy(detector)
     twin.net, twin.companions = float32_copy(detector.net), ()
@@ -92,6 +93,7 @@ def export_detector(
         "experts": detector.experts,
         "strong": detector.strong,
         "preprocessing": preprocessing and preprocessing.to_json(),
+        "resize_from": resize_from,
     }
     with TemporaryDirectory() as folder, on_cpu():  # where torch loads programs
         draft, difference = Path(folder) / path.name, None

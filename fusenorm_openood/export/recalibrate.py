@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,7 +35,7 @@ def recalibrate(
         ConfigError: a program that is no `.onnx` or `.xml` file, or another suffix.
         CalibrationError: too few images for the acceptance.
         DataError: an image that cannot be read.
-        ExportError: a program without ranks, or whose confidences are not finite.
+        ExportError: a program without ranks, or whose confidences are not finite or the same.
     """
     models: dict[str, type[_Onnx | _OpenVINO]] = {".onnx": _Onnx, ".xml": _OpenVINO}
     if program.suffix not in models or output.suffix != program.suffix:
@@ -50,6 +51,8 @@ def recalibrate(
             "version: export the detector again"
         )
     preprocessing: Preprocessing = typed(Preprocessing, known["preprocessing"], "preprocessing")
+    if size := known.get("resize_from"):  # an image of another size is made to fit
+        preprocessing = replace(preprocessing, resize=size, crop=size, crop_mode="squash")
     run, rows = find_target(program, None).load(program), []
     for path in images:
         found = run(preprocessing.pixels(path).numpy().astype(known["dtype"])[None])
@@ -66,6 +69,12 @@ def recalibrate(
     names, least = tuple(map(str, range(classes))), known.get("calibration_least", LEAST)
     calibration = Calibration(conf, conf[None], (), by, names, group, least)
     known |= facts_of(calibration, known["acceptance"] if acceptance is None else acceptance)
+    ties = (conf == conf[0]).sum()
+    if ties > np.max(known["max_rank"]):  # the ranks of all images are larger
+        raise ExportError(
+            f"{program.name} gives {ties} of {len(conf)} images the same lowest confidence, and "
+            "would reject none: quantise its convolutions alone"
+        )
     with TemporaryDirectory() as folder:
         draft = Path(folder) / output.name
         model.write(compared_with(calibration, 0), json.dumps(known), draft)
@@ -87,6 +96,7 @@ class _Onnx:
         for name, values in constants.items():
             found = _only([i for i in self.model.graph.initializer if i.name == name], name, path)
             found.CopyFrom(onnx.numpy_helper.from_array(values, name))
+        del self.model.graph.value_info[:]  # sizes of what follows from other constants
         onnx.helper.set_model_props(self.model, {METADATA: metadata})
         onnx.save(self.model, path)
 

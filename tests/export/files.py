@@ -73,3 +73,10 @@ def write_files(folder: Path, count: int) -> list[Path]:
             image = Image.fromarray(pixels).resize((width, height)).convert("RGB")
         paths.append(kinds[number % len(kinds)](image, folder / f"{number:04}", number))
     return paths
+
+
+def noise_images(count: int, height: int, width: int) -> np.ndarray:
+    """Noise, and squares of black and white, whose sums lie between grey levels."""
+    drawn = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
+    drawn[0] = 255 * (np.indices((height, width)).sum(0) % 2)[..., None]
+    return drawn

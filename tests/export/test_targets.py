@@ -17,6 +17,7 @@ from fusenorm_openood.export.program import run_all
 from fusenorm_openood.export.recalibrate import recalibrate
 from fusenorm_openood.export.targets import METADATA, TARGETS
 from tests.docs.pages import ROOT, blocks
+from tests.export.files import noise_images
 from tests.export.programs import (
     assert_agrees,
     drawn_pixels,
@@ -24,7 +25,6 @@ from tests.export.programs import (
     fitted,
     loaded,
     needs_export,
-    normalised,
     write_images,
 )
 from tests.nets import Net
@@ -87,18 +87,18 @@ def test_the_page_judges_an_image_in_node(tmp_path):
     node, module = shutil.which("node"), "require.resolve('onnxruntime-node')"
     if node is None or subprocess.run([node, "-e", module], capture_output=True).returncode:
         pytest.skip("needs Node.js and onnxruntime-node: npm install onnxruntime-node, NODE_PATH")
-    detector, pixels = fitted(Net()), drawn_pixels(6, 2)
-    detector.export(tmp_path / "it.onnx")
+    detector, images = fitted(Net()), noise_images(6, 40, 50)
+    detector.export(tmp_path / "it.onnx", resize_from=(40, 50))
     page = (ROOT / "docs" / "runtimes.md").read_text(encoding="utf-8")
     (code,) = [block.code for block in blocks(page) if block.language == "javascript"]
     (tmp_path / "judge.cjs").write_text(code, encoding="utf-8")
     verdicts = []
-    for image in pixels.permute(0, 2, 3, 1).numpy():
+    for image in images:
         (tmp_path / "image.rgb").write_bytes(image.tobytes())
         command = [node, "judge.cjs", "it.onnx", "image.rgb", "39", "0.5"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         verdicts.append(json.loads(done.stdout)["ood"])
-    assert verdicts == detector.is_ood(normalised(pixels), 0.5).tolist()
+    assert verdicts == detector.is_ood(images, 0.5).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +127,15 @@ def quantised(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "static", "dynamic"])
 def test_ranks_of_a_quantised_program_are_its_own(kind, quantised, tmp_path, capsys):
+    import onnx
+
     _, home = quantised
     program, new = home / f"{kind}.onnx", tmp_path / "new.onnx"
     folder = write_images(tmp_path / "images", 99, 7)
     command = ["recalibrate", "--program", program, "--calibration-dir", folder, "--output", new]
     assert main([str(word) for word in [*command, "--acceptance", "0.9"]]) == 0
     assert "an image is OOD if rank <= 10 (acceptance 0.9)" in capsys.readouterr().out
+    onnx.checker.check_model(new, full_check=kind == "plain")  # its sizes agree
     run = loaded(new)
     again = np.array([run(image[None])["rank"][0] for image in drawn_pixels(99, 7)])
     assert sorted(again) == list(range(2, 101))  # each is as large as itself: ties are exact
@@ -152,6 +155,14 @@ def test_what_cannot_be_recalibrated(quantised, tmp_path):
     with pytest.raises(CalibrationError, match="needs at least 19 calibration images, got 5"):
         recalibrate(program, images, tmp_path / "a.onnx")
     model = onnx.load(program)
+    (last,) = [node for node in model.graph.node if "confidence" in node.output]
+    last.output[:] = ["exact"]  # what the quantisation of sums does
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(9), "lowest"))
+    model.graph.node.append(onnx.helper.make_node("Max", ["exact", "lowest"], ["confidence"]))
+    onnx.save(model, tmp_path / "clipped.onnx")
+    more = sorted(write_images(tmp_path / "more", 30, 7).iterdir())
+    with pytest.raises(ExportError, match="gives 30 of 30 images the same lowest confidence, and"):
+        recalibrate(tmp_path / "clipped.onnx", more, tmp_path / "a.onnx")
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "old.onnx")
     with pytest.raises(ExportError, match=r"old\.onnx was not exported .*export the detector ag"):
