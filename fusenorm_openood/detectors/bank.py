@@ -127,12 +127,12 @@ class ScoreBank(Scorer):
                     "or check the network's weights"
                 )
         id_scores = self._scored[id(self.id_loader)][1].experts[rows]
-        experts, states = detector.all_experts, self.fitted.states
-        kept = {score: states[score] for score in experts.scores if score in states}
+        scores, f = detector.all_experts.scores, self.fitted
+        clips = {score.clip_percentile for score in scores}
         fitted = Fitted(
-            {q: self.fitted.thresholds[q] for q in experts.percentiles},
-            kept,
-            {score: t for score, t in self.fitted.trust.items() if score in kept},
+            {q: threshold for q, threshold in f.thresholds.items() if q in clips},
+            {score: f.states[score] for score in scores if score in f.states},
+            {score: f.trust[score] for score in scores if score in f.trust},
         )
         return detector.learn(id_scores, fitted, self.network)
 

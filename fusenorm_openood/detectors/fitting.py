@@ -83,7 +83,7 @@ def fit_experts(
 
 def try_experts(scoring: Scoring, images: Tensor) -> None:
     """Score a few images, so that what cannot work fails before a loader is read."""
-    clips = dict.fromkeys(scoring.experts.percentiles, math.inf)
+    clips = dict.fromkeys(scoring.clips.values(), math.inf)
     replace(scoring, fitted=Fitted(clips)).run(images)
 
 

@@ -209,11 +209,15 @@ class Judge(nn.Module):
             conf = conf + _zeros(image.flatten(1))
         if self.thresholds is None:
             return done.classified, conf
-        smaller = self.thresholds <= conf.unsqueeze(1)
+        return done.classified, conf, self.ranks(conf, done.pred, self.thresholds)
+
+    def ranks(self, conf: Tensor, pred: Tensor, thresholds: Tensor) -> Tensor:
+        """Ranks of confidences `[N]` of images with these predicted classes `[N]`."""
+        smaller = thresholds <= conf.unsqueeze(1)
         if self.cell is not None and self.cell_of is not None:
-            cell = torch.index_select(self.cell_of, 0, done.pred)  # whose name all runtimes keep
+            cell = torch.index_select(self.cell_of, 0, pred)  # whose name all runtimes keep
             smaller = smaller & (self.cell == cell.unsqueeze(1))
-        return done.classified, conf, 1 + smaller.to(torch.int32).sum(1, dtype=torch.int32)
+        return 1 + smaller.to(torch.int32).sum(1, dtype=torch.int32)
 
 
 def _zeros(values: Tensor) -> Tensor:

@@ -179,11 +179,8 @@ def _compared(
             f"confidences that differ from PyTorch's by {difference:.2g}, more than {most:.2g}"
         )
     if judge.thresholds is not None:
-        smaller = judge.thresholds.numpy() <= found["confidence"][:, None]
-        if judge.cell is not None and judge.cell_of is not None:
-            pred = found["logits"].argmax(1)
-            smaller &= judge.cell.numpy() == judge.cell_of.numpy()[pred][:, None]
-        wanted = 1 + smaller.sum(1)
+        given, logits = torch.from_numpy(found["confidence"]), torch.from_numpy(found["logits"])
+        wanted = judge.ranks(given, logits.argmax(1), judge.thresholds)
         wanted[len(expected) :] = 1
         if found["rank"].tolist() != wanted.tolist():
             faults.append(f"ranks {found['rank'].tolist()} in place of {wanted.tolist()}")

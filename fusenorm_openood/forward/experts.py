@@ -34,12 +34,6 @@ class Experts:
         yield from ((layer, norm) for norm in self.norms for layer in self.layers)
         yield from self.scores
 
-    @property
-    def percentiles(self) -> list[float]:
-        """Percentiles at which ReAct clips for at least one score."""
-        given = (score.clip_percentile for score in self.scores)
-        return list(dict.fromkeys(q for q in given if q is not None))
-
     def __or__(self, other: "Experts") -> "Experts":
         """These experts and others, each once."""
         ours, theirs = vars(self).values(), vars(other).values()

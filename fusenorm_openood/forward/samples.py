@@ -111,14 +111,11 @@ def react_thresholds(
     Beyond `ACTIVATIONS`, they are those of an even sample of the images. NonFiniteError for a
     feature that is not finite.
     """
-    percentiles = scoring.experts.percentiles
-    if not percentiles:
+    if not scoring.clips:
         return {}
     experts = Experts()
     # A recorded pass serves the other experts, too, unless these wait for the thresholds.
-    if isinstance(loader, RecordedLoader) and all(
-        score.clip_percentile is None for score in scoring.by_network
-    ):
+    if isinstance(loader, RecordedLoader) and scoring.clips.keys().isdisjoint(scoring.by_network):
         experts = replace(scoring.experts, scores=tuple(scoring.by_network))
     is_linear = scoring.structure.head.is_linear
     features = replace(scoring, experts=experts, features="all" if is_linear else "activations")
@@ -130,4 +127,4 @@ def react_thresholds(
 
     collect(scoring.net, lambda first: features, loader, [], progress, "ReAct", add)
     values = sample.features.feature.numpy()
-    return {q: float(np.percentile(values, q)) for q in percentiles}
+    return {q: float(np.percentile(values, q)) for q in dict.fromkeys(scoring.clips.values())}

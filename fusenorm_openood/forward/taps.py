@@ -36,7 +36,7 @@ def check_taps(net: nn.Module, taps: str | Sequence[str]) -> tuple[str, ...]:
             )
         return ()
     modules = {name for name, _ in running.unwrapped(net).named_modules() if name}
-    names = tuple(map(_plain, taps))
+    names = tuple(re.sub(r"^((module|_orig_mod)\.)+", "", tap) for tap in taps)  # torch's wrappers
     for name in (name.removesuffix(graph.INPUT) for name in names):
         if name not in modules:
             near = [n for n in sorted(modules) if n.split(".")[0] == name.split(".")[0]]
@@ -154,11 +154,6 @@ def tap_candidates(net: nn.Module, images: Tensor) -> list[TapCandidate]:
 def kind_of(core: nn.Module, tap: str) -> str:
     """Class of the module that a tap names."""
     return type(core.get_submodule(tap.removesuffix(graph.INPUT))).__name__
-
-
-def _plain(name: str) -> str:
-    """A module's name without the prefixes of torch's wrappers."""
-    return re.sub(r"^((module|_orig_mod)\.)+", "", name)
 
 
 def unusable_tap(net: nn.Module, name: str, runs: int, shape: Sequence[int]) -> TapError:

@@ -1,7 +1,6 @@
 """Choose a device, and run code that was written for CUDA on it."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,8 +26,7 @@ class _RedirectCuda(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
-def on_device(device: str | torch.device) -> Iterator[None]:
+def on_device(device: str | torch.device) -> AbstractContextManager[Any]:
     """Context in which `.cuda()` moves any tensor or module to `device`, in this thread alone.
 
     OpenOOD moves everything to CUDA; so its evaluators, pipelines and trainers run elsewhere, too.
@@ -39,8 +37,7 @@ def on_device(device: str | torch.device) -> Iterator[None]:
         device(type='cpu')
     """
     device = torch.device(device)
-    with nullcontext() if device == torch.device("cuda") else _RedirectCuda(device):
-        yield
+    return nullcontext() if device == torch.device("cuda") else _RedirectCuda(device)
 
 
 def find_device(name: str) -> torch.device:

@@ -1,6 +1,7 @@
 """OpenOOD's five metrics, and as other packages compute them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,16 +107,12 @@ def _openood(is_ood: Values, score: Values, drop: bool = True) -> OODMetrics:
     )
 
 
-def _pytorch_ood(is_ood: Values, score: Values) -> OODMetrics:
-    return _openood(is_ood, score, drop=False)
-
-
 def _torch_uncertainty(is_ood: Values, score: Values) -> OODMetrics:
     ranked = torch.from_numpy(score).float()
     if ranked.min() < 0 or ranked.max() > 1:
         ranked = ranked.sigmoid()
     return OODMetrics(
-        fpr95=_pytorch_ood(is_ood, score).fpr95,
+        fpr95=_openood(is_ood, score, drop=False).fpr95,
         auroc=float(metrics.roc_auc_score(is_ood, ranked)),
         aupr_in=np.nan,
         aupr_out=float(metrics.average_precision_score(is_ood, ranked)),
@@ -125,7 +122,7 @@ def _torch_uncertainty(is_ood: Values, score: Values) -> OODMetrics:
 def _scio(is_ood: Values, score: Values) -> OODMetrics:
     fpr, tpr, _ = metrics.roc_curve(is_ood, score, drop_intermediate=False)
     steps = float(np.diff(fpr) @ tpr[:-1])
-    return OODMetrics(_pytorch_ood(is_ood, score).fpr95, steps, np.nan, np.nan)
+    return OODMetrics(float(fpr[np.argmax(tpr >= 0.95)]), steps, np.nan, np.nan)
 
 
 def _oodeel(is_ood: Values, score: Values) -> OODMetrics:
@@ -141,7 +138,7 @@ def _oodeel(is_ood: Values, score: Values) -> OODMetrics:
 
 CONVENTIONS: dict[str, Callable[[Values, Values], OODMetrics]] = {
     "openood": _openood,
-    "pytorch-ood": _pytorch_ood,
+    "pytorch-ood": partial(_openood, drop=False),
     "torch-uncertainty": _torch_uncertainty,
     "scio": _scio,
     "oodeel": _oodeel,
