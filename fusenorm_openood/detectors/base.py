@@ -12,19 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fusenorm_openood import errors
 from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors.calibrating import calibration_of, data_of
 from fusenorm_openood.detectors.scorer import Scorer
 from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.detectors.watch import Watch
-from fusenorm_openood.errors import (
-    CalibrationError,
-    ConfigError,
-    DataError,
-    NotFittedError,
-    ZeroRangeError,
-    warn,
-)
 from fusenorm_openood.forward.experts import Expert, Scoring
 from fusenorm_openood.forward.given import Given, Images, check_finite, checked_images
 from fusenorm_openood.forward.recorded import Scored, collect
@@ -76,7 +69,7 @@ class Detector(Scorer, ABC):
         """Whether the detector can score without a further call of `fit`."""
         try:
             self.check_fitted()
-        except NotFittedError:
+        except errors.NotFittedError:
             return False
         return True
 
@@ -122,7 +115,7 @@ class Detector(Scorer, ABC):
         network = None if self.id_statistics_ is None else self.id_statistics_.network
         fitted, given = () if network is None else network.image, tuple(images.shape[1:])
         if fitted and tuple(fitted) != given:
-            warn(
+            errors.warn(
                 f"images of size {list(given)} are compared with ID statistics of images of size "
                 f"{list(fitted)}, from which their norms may differ: resize them, or fit on such"
             )
@@ -150,7 +143,7 @@ class Detector(Scorer, ABC):
         calibration = self.check_calibrated()
         number = self._group_number(calibration, group)
         if calibration.by is not None and number is None:
-            raise ConfigError(f"thresholds are by {calibration.by}: give its group")
+            raise errors.ConfigError(f"thresholds are by {calibration.by}: give its group")
         return float(calibration.thresholds(acceptance)[number or 0])
 
     def score_loader(self, loader: Iterable[Any], progress: bool = False) -> Tensor:
@@ -282,7 +275,9 @@ class Detector(Scorer, ABC):
         if group is None:
             return None
         if names.count(group) > 1:
-            raise ConfigError(f"several groups are named {group!r}: give the number of a class")
+            raise errors.ConfigError(
+                f"several groups are named {group!r}: give the number of a class"
+            )
         return names.index(group) if group in names else calibration.number(str(group))
 
     def names_of_groups(self, calibration: Calibration) -> Sequence[str]:
@@ -320,8 +315,10 @@ class Detector(Scorer, ABC):
         if not isinstance(self.preprocessing, Preprocessing):
             if self.preprocessing is not None:
                 kind = type(self.preprocessing).__name__
-                raise DataError(f"detector.preprocessing must be a Preprocessing, got a {kind}")
-            raise DataError(
+                raise errors.DataError(
+                    f"detector.preprocessing must be a Preprocessing, got a {kind}"
+                )
+            raise errors.DataError(
                 "this detector does not know how its network's images are preprocessed: set "
                 "detector.preprocessing, or give tensors as the network takes them"
             )
@@ -335,7 +332,7 @@ class Detector(Scorer, ABC):
     def check_calibrated(self) -> Calibration:
         self.check_fitted()
         if self.calibration_ is None:
-            raise CalibrationError(
+            raise errors.CalibrationError(
                 f"this {type(self).__name__} has no calibration images: call calibrate(loader) "
                 "with ID images that it was not fitted on"
             )
@@ -345,7 +342,7 @@ class Detector(Scorer, ABC):
         scores = scoring.experts.scores
         flat = any(isinstance(score, Energy) and score.temperature == 1 for score in scores)
         if flat and scoring.structure.activation == "log_softmax":
-            raise ZeroRangeError(
+            raise errors.ZeroRangeError(
                 f"{type(unwrapped(self.net)).__name__} returns log-probabilities, whose energy is "
                 "0 for every image: choose the output expert 'msp', or wrap the network so that "
                 "its forward returns what its log_softmax is applied to"

@@ -8,16 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fusenorm_openood import errors
 from fusenorm_openood.detectors.record import Record, Source, read_record
 from fusenorm_openood.detectors.scorer import check_random
 from fusenorm_openood.detectors.statistics import DetectorStatistics, packed
-from fusenorm_openood.errors import (
-    ConfigError,
-    DetectorFileError,
-    FuseNormError,
-    NonFiniteError,
-    warn,
-)
 from fusenorm_openood.method.calibration import PREDICTED, Calibration
 from fusenorm_openood.network.fingerprint import Fingerprint, fixed_images, identify
 from fusenorm_openood.network.graph import INPUT
@@ -36,7 +30,7 @@ def save(detector: "FuseNorm", path: Path) -> None:
     structure = detector.known_structure
     network = statistics.network or identify(detector.net, ())
     if preprocessing and network.image[:1] not in ((), (preprocessing.channels,)):
-        raise ConfigError(
+        raise errors.ConfigError(
             f"detector.preprocessing has {preprocessing.channels} channels, the images of its fit "
             f"{network.image[0]}: set that of these images"
         )
@@ -72,7 +66,7 @@ def load(cls: "type[FuseNorm]", path: Path, net: nn.Module, strict: bool) -> "Fu
         _check_modules(record, statistics, unwrapped(net))
         detector = cls(net, statistics.settings, structure)
         if detector.experts and detector.strong != statistics.strong:
-            raise ConfigError(f"strong must be {', '.join(detector.strong)}")
+            raise errors.ConfigError(f"strong must be {', '.join(detector.strong)}")
         if structure is not None:
             check_random(net, structure, statistics.settings.random)
         detector.adopt(statistics)
@@ -82,7 +76,7 @@ def load(cls: "type[FuseNorm]", path: Path, net: nn.Module, strict: bool) -> "Fu
     source = record.source._asdict()
     detector.network_source = {name: value for name, value in source.items() if value is not None}
     if record.network.image:  # whose scores an image of this size has to have
-        with _sensible(path), suppress(NonFiniteError):  # of images that are no photographs
+        with _sensible(path), suppress(errors.NonFiniteError):  # of images that are no photographs
             detector.expert_scores(fixed_images(record.network.image))
     return detector
 
@@ -97,8 +91,8 @@ def _sensible(path: Path) -> Iterator[None]:
     """Context in which an error is that of a file whose parts do not fit each other."""
     try:
         yield
-    except FuseNormError as error:
-        raise DetectorFileError(
+    except errors.FuseNormError as error:
+        raise errors.DetectorFileError(
             f"detector file {path} holds what no fit has given ({error}): fit again"
         ) from None
 
@@ -116,7 +110,7 @@ def _check_network(
     differences = given.differences(known)
     if differences:
         more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise DetectorFileError(
+        raise errors.DetectorFileError(
             f"detector file {path} was made with a {known.kind}, this {given.kind} differs "
             f"({', '.join(differences[:3])}{more}): give the network that it was fitted with"
         )
@@ -128,9 +122,9 @@ def _check_network(
         return False
     message = f"detector file {path} was made with {what} that it was fitted with, or fit again"
     if strict:
-        raise DetectorFileError(message)
+        raise errors.DetectorFileError(message)
     stale = "the fit and the calibration are" if is_calibrated else "the fit is"
-    warn(f"{message}: {stale} stale")
+    errors.warn(f"{message}: {stale} stale")
     return True
 
 
@@ -142,9 +136,9 @@ def _check_modules(record: Record, statistics: DetectorStatistics, core: nn.Modu
     for field in ("runs", "shapes", "layouts"):
         named = {name.removesuffix(INPUT) for name in getattr(structure, field)}
         if absent := named - modules.keys():
-            raise ConfigError(f"structure.{field} names the absent module {min(absent)!r}")
+            raise errors.ConfigError(f"structure.{field} names the absent module {min(absent)!r}")
     if structure.scoring != (scoring := scoring_module(core)):
-        raise ConfigError(f"structure.scoring must be {scoring!r}")
+        raise errors.ConfigError(f"structure.scoring must be {scoring!r}")
     layers = nn.ModuleList(modules[name] for name in structure.head.names)
     with eval_mode(layers):  # a spectral norm in training changes when read
         weights = list(map(weight_of, layers))
@@ -154,4 +148,4 @@ def _check_modules(record: Record, statistics: DetectorStatistics, core: nn.Modu
             sizes = dict(zip(letters.split(), state[name].shape, strict=True))
             known = len(widths) == len(weights) > 0 and not structure.head.feature
             if known and sizes.get("D", sum(widths)) != sum(widths):
-                raise ConfigError(f"state.{number}.{name} must be of width {sum(widths)}")
+                raise errors.ConfigError(f"state.{number}.{name} must be of width {sum(widths)}")

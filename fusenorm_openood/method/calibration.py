@@ -12,15 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusenorm_openood.errors import CalibrationError, ConfigError, unknown
-from fusenorm_openood.method.conformal import (
-    Guarantee,
-    check_enough,
-    conformal_p_values,
-    guarantee,
-    max_rank,
-    needed_images,
-    threshold,
-)
+from fusenorm_openood.method import conformal
+from fusenorm_openood.method.conformal import Guarantee
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,7 +121,9 @@ class Calibration:
         conf, cell = np.asarray(conf, np.float64), self.cell_of[group]
         p = np.empty(conf.shape)
         for number in np.unique(cell):
-            p[cell == number] = conformal_p_values(conf[cell == number], self.cells[number])
+            p[cell == number] = conformal.conformal_p_values(
+                conf[cell == number], self.cells[number]
+            )
         return p
 
     def numbers(self, pred: Numbers, groups: Any = None, images: "Tensor | None" = None) -> Numbers:
@@ -162,21 +157,21 @@ class Calibration:
     def check_enough(self, acceptance: float) -> None:
         """Raise CalibrationError unless an image of each group can be rejected."""
         fewest = min(range(len(self.names)), key=lambda group: len(self.cell(group)))
-        n, needed = len(self.cell(fewest)), needed_images(acceptance)
+        n, needed = len(self.cell(fewest)), conformal.needed_images(acceptance)
         of = f" for group {self.names[fewest]!r} (with least={needed} it is pooled)"
         is_own = self.by and self.least < needed <= len(self)
-        check_enough(n, acceptance, of if is_own else "")
+        conformal.check_enough(n, acceptance, of if is_own else "")
 
     def max_ranks(self, acceptance: float) -> list[int]:
         """For each group, the largest rank with which an image is OOD; see `max_rank`."""
         self.check_enough(acceptance)
-        by_cell = [max_rank(acceptance, len(scores)) for scores in self.cells]
+        by_cell = [conformal.max_rank(acceptance, len(scores)) for scores in self.cells]
         return [by_cell[cell] for cell in self.cell_of]
 
     def thresholds(self, acceptance: float) -> Values:
         """The smallest confidence that is accepted in each group `[G]`."""
         self.check_enough(acceptance)
-        by_cell = np.array([threshold(scores, acceptance) for scores in self.cells])
+        by_cell = np.array([conformal.threshold(scores, acceptance) for scores in self.cells])
         return by_cell[self.cell_of]
 
     def guarantee(
@@ -184,7 +179,7 @@ class Calibration:
     ) -> Guarantee:
         """What the images of a group promise; errors as in `Detector.guarantee`."""
         if self.by is None:
-            return guarantee(len(self), acceptance, confidence)
+            return conformal.guarantee(len(self), acceptance, confidence)
         if group is None or not 0 <= group < len(self.names):
             raise ConfigError(
                 f"group must be one of {listed(self.names)}, got {group}: each has its guarantee"
@@ -198,7 +193,7 @@ class Calibration:
                     "are compared with all: calibrate on more"
                 )
             of = f"ID images of the {len(self.pooled)} pooled groups together"
-        return replace(guarantee(n, acceptance, confidence), of=of)
+        return replace(conformal.guarantee(n, acceptance, confidence), of=of)
 
     def check_mergeable(self, by: str | None) -> None:
         """Raise ConfigError if new images are grouped in another way."""
