@@ -26,12 +26,12 @@ class Target(NamedTuple):
     """A format of programs."""
 
     suffix: str  # of its files
-    batch: int | None  # how many images a program takes at most; None = any number
-    tools: tuple[str, ...]  # packages that write it
-    runtime: str  # package that runs it, empty = none does on this machine
     write: Callable[[Judge, Tensor, str, Path], None]  # given images to trace with, and metadata
     load: Callable[[Path], Run]  # the program in a file
-    extra: str  # of this package, which installs all of them, empty = none is needed
+    runtime: str  # package that runs it, empty = none does on this machine
+    tools: tuple[str, ...] = ()  # packages that write it
+    extra: str = ""  # of this package, which installs all of them, empty = none is needed
+    batch: int | None = None  # how many images a program takes at most; None = any number
 
 
 def traced(judge: Judge, images: Tensor, batch: int | None = None) -> ExportedProgram:
@@ -195,26 +195,19 @@ def _of_torch(program: Callable[..., Any]) -> Run:
     return run
 
 
+ONNX = ("onnx", "onnxscript")
 TARGETS = {
-    "onnx": Target(
-        ".onnx", None, ("onnx", "onnxscript"), "onnxruntime", to_onnx, load_onnx, "export"
-    ),
-    "pt2": Target(".pt2", None, (), "torch", to_pt2, load_pt2, ""),
-    "aoti": Target(".pt2", None, (), "torch", to_aoti, load_aoti, ""),
+    "onnx": Target(".onnx", to_onnx, load_onnx, "onnxruntime", ONNX, "export"),
+    "pt2": Target(".pt2", to_pt2, load_pt2, "torch"),
+    "aoti": Target(".pt2", to_aoti, load_aoti, "torch"),
     "openvino": Target(
-        ".xml",
-        None,
-        ("openvino", "onnx", "onnxscript"),
-        "openvino",
-        to_openvino,
-        load_openvino,
-        "openvino",
+        ".xml", to_openvino, load_openvino, "openvino", ("openvino", *ONNX), "openvino"
     ),
     "executorch": Target(
-        ".pte", 8, ("executorch",), "executorch", to_executorch, load_executorch, "executorch"
+        ".pte", to_executorch, load_executorch, "executorch", ("executorch",), "executorch", 8
     ),
     "litert": Target(
-        ".tflite", 1, ("litert_torch",), "ai_edge_litert", to_litert, load_litert, "litert"
+        ".tflite", to_litert, load_litert, "ai_edge_litert", ("litert_torch",), "litert", 1
     ),
-    "coreml": Target(".mlpackage", 1, ("coremltools",), "", to_coreml, load_coreml, "coreml"),
+    "coreml": Target(".mlpackage", to_coreml, load_coreml, "", ("coremltools",), "coreml", 1),
 }

@@ -49,21 +49,6 @@ class Fitted:
     states: dict[Score, State] = field(default_factory=dict)  # on the CPU
     trust: dict[Score, float] = field(default_factory=dict)  # in [0, 1]; see `trust`
 
-    def __post_init__(self) -> None:
-        self._moved: dict[tuple[Score, torch.device], State] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:  # what was moved to a device is not pickled
-        return Fitted, (self.thresholds, self.states, self.trust)
-
-    def state(self, score: Score, device: torch.device) -> State:
-        """The state of a score on a device, to which it is moved once."""
-        if device.type == "cpu":
-            return self.states[score]
-        if (score, device) not in self._moved:
-            moved = {name: value.to(device) for name, value in self.states[score].items()}
-            self._moved[score, device] = moved
-        return self._moved[score, device]
-
 
 class BatchScores(NamedTuple):
     """Scores of `B` images."""
@@ -173,15 +158,26 @@ class Scoring:
             elif not score.needs_feature:
                 features = Features(logits, logits)
             if score.needs_fit:
-                state = self.fitted.state(score, logits.device)
+                state = self.state(score, logits.device)
             scores[score] = score(features, head, state)
         return batch._replace(scores=scores)
+
+    def state(self, score: Score, device: torch.device) -> State:
+        """What a score has fitted, on a device, to which it is moved once."""
+        known, key = self.fitted.states[score], (score, device)
+        if device.type != "cpu" and key not in self._moved:
+            self._moved[key] = {name: value.to(device) for name, value in known.items()}
+        return self._moved.get(key, known)
 
     def head(self, device: torch.device) -> Head:
         """The network's final layer as it is now, in float32; empty if no score reads it."""
         if not self._reads_head:
             return NO_HEAD
         return passes.head_of(self.net, self.structure, device, torch.float32)
+
+    @cached_property
+    def _moved(self) -> dict[tuple[Score, torch.device], State]:
+        return {}
 
     @cached_property
     def _reads_head(self) -> bool:

@@ -3,7 +3,6 @@
 Tensors of two devices never meet, and on Apple's MPS there is no float64; see `StandIn`.
 """
 
-import pickle
 from functools import partial
 
 import pytest
@@ -13,7 +12,6 @@ from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.bank import ScoreBank
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.evaluation.runs import StoredNetwork
-from fusenorm_openood.forward.experts import Fitted
 from fusenorm_openood.forward.passes import head_of
 from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.method.scores import POSTHOC, make_score
@@ -141,17 +139,6 @@ def test_a_detector_is_exported_from_any_device(tmp_path):
     with StandIn("mps"):
         detector = FuseNorm(Net().to("mps"), strong=("output",)).fit([FIT])
         detector.export(tmp_path / "it.pt2", shape=(3, 12, 12))
-
-
-@everywhere
-def test_what_was_moved_to_a_device_is_not_pickled(device):
-    score = make_score("nci")
-    fitted = Fitted({90.0: 1.0}, {score: {"mean": torch.ones(2)}})
-    assert fitted.state(score, device) is fitted.state(score, device)
-    assert fitted.state(score, device)["mean"].device == device
-    copy = pickle.loads(pickle.dumps(fitted))
-    assert (copy.thresholds, list(copy.states)) == (fitted.thresholds, [score])
-    assert copy.states[score]["mean"].device.type == "cpu"
 
 
 def test_the_stand_in_is_as_strict_as_a_device():
