@@ -72,7 +72,7 @@ def run_compare(args: Namespace) -> int:
             run.net.to(device)
             rest = sweep, args.fsood, run.load, not args.no_progress
             result = comparison.compare(run.net, benchmark, *rest, methods=args.methods)
-            results.append(result if args.report else result._replace(id_conf={}, ood_conf={}))
+            results.append(result if args.report else result._replace(conf={}))
             run.net.cpu()
             if leads:
                 run.save(result.structure)

@@ -66,9 +66,8 @@ def add_score(parser: ArgumentParser) -> None:
 def run_score(args: Namespace) -> int:
     """Judge every file; an unreadable one is a row with the reason.
 
-    Returns:
-        0 = all were judged, 3 = some were unreadable; among several processes 0, because `torchrun`
-        takes any other status for a failure.
+    0 = all were judged, 3 = some were unreadable; among several processes 0, because `torchrun`
+    takes any other status for a failure.
     """
     process, throughput = this_process(), Throughput()
     if args.report:

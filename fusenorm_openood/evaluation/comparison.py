@@ -25,6 +25,7 @@ from fusenorm_openood.network.running import scoring_module
 from fusenorm_openood.network.structure import Structure
 
 Values = NDArray[Any]
+Confs = Mapping[str, Mapping[str, Mapping[str, Values]]]  # by group, data set and method
 
 GROUPS = ("nearood", "farood")
 DEFAULT = "FuseNorm (default)"  # not the published method
@@ -52,8 +53,7 @@ class Comparison(NamedTuple):
     fpr95: pd.DataFrame
     summary: pd.DataFrame
     found: dict[str, search.Found]  # results of the searches, by row
-    id_conf: dict[str, Values]  # of the ID test images, by method
-    ood_conf: dict[str, dict[str, dict[str, Values]]]  # by group, data set and method
+    conf: Confs
     structure: Structure  # of the network
 
 
@@ -116,11 +116,14 @@ def compare(
     loaders = [load(image_set) for sets in groups.values() for image_set in sets.values()]
     tested = iter(bank.prepare(loaders, progress))
     conf = {group: {name: score(next(tested)) for name in sets} for group, sets in groups.items()}
+    figures = tables(id_conf_of(conf), {g: conf[g] for g in GROUPS}, [*singles, *peers])
+    return Comparison(*figures, found, conf, bank.scoring().structure)
+
+
+def id_conf_of(conf: Confs) -> dict[str, Values]:
+    """The confidences of all ID test images, covariate-shifted ones last, by method."""
     each = [*conf["id"].values(), *conf["csid"].values()]
-    id_conf = {method: np.concatenate([conf[method] for conf in each]) for method in each[0]}
-    ood_conf = {group: conf[group] for group in GROUPS}
-    figures = tables(id_conf, ood_conf, [*singles, *peers])
-    return Comparison(*figures, found, id_conf, ood_conf, bank.scoring().structure)
+    return {method: np.concatenate([one[method] for one in each]) for method in each[0]}
 
 
 def check_methods(methods: Sequence[str]) -> None:
@@ -188,9 +191,7 @@ def _fitted_peers(head: Head, ids: Features) -> dict[str, Callable[[Features], V
 
 
 def tables(
-    id_conf: Mapping[str, Values],
-    ood_conf: Mapping[str, Mapping[str, Mapping[str, Values]]],
-    single: Sequence[str],
+    id_conf: Mapping[str, Values], ood_conf: Confs, single: Sequence[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """`auroc`, `fpr95` and `summary` of a `Comparison`; `single`: the rows of single experts."""
     metrics = {

@@ -6,13 +6,13 @@ from functools import partial
 import numpy as np
 
 from fusenorm_openood.data.benchmarks import Benchmark
-from fusenorm_openood.evaluation.comparison import DEFAULT, Comparison
+from fusenorm_openood.evaluation.comparison import DEFAULT, Comparison, Confs, id_conf_of
 from fusenorm_openood.evaluation.evaluation import mean
 from fusenorm_openood.report import gallery, plots
 from fusenorm_openood.report import sections as parts
 from fusenorm_openood.report.evaluation import ACCEPTANCE, VERDICTS, Tested, shower, worst_of
 from fusenorm_openood.report.page import SIZE, Facts, Figure, Report, Section
-from fusenorm_openood.report.sections import GROUPS, Score, Values
+from fusenorm_openood.report.sections import GROUPS, Score
 
 SHOWN = 6  # methods whose distributions are drawn
 METHOD = "FuseNorm"  # with which its rows begin
@@ -24,13 +24,9 @@ def report_of_comparison(
     title: str,
     facts: Facts = (),
 ) -> Report:
-    """The report about a comparison; images of its list are read again.
+    """The report about a comparison, from the results of each run, by the name of their root.
 
-    Args:
-        results: results of each training run, by the name of their root.
-        benchmark: where the images come from.
-        title: what was compared.
-        facts: more facts for the header.
+    Images of its list are read again; `facts` are added to the header.
     """
     sections = []
     for name, runs in results.items():
@@ -47,7 +43,7 @@ def report_of_comparison(
     drawn = {score.name: parts.histogram(score) for score in scores[:SHOWN]}
     best = Section("Scores of ID and OOD images", text)
     sections += [roc, parts.multiples(best, drawn, {"More methods": list(drawn)})]
-    sections.append(_verdicts(scores, benchmark, which))
+    sections.append(_verdicts(runs[0].conf, scores, benchmark, which))
     others = auroc[~auroc.index.str.startswith(METHOD)]
     highlights = tuple(
         (f"{GROUPS[group]} AUROC, {name}", f"{dict(auroc[group])[name]:.2f}%")
@@ -57,21 +53,16 @@ def report_of_comparison(
     return Report(title, (*facts, *scores[0].counts()), highlights, tuple(sections))
 
 
-def _verdicts(scores: Sequence[Score], benchmark: Benchmark, which: tuple[str, ...]) -> Section:
+def _verdicts(
+    conf: Confs, scores: Sequence[Score], benchmark: Benchmark, which: tuple[str, ...]
+) -> Section:
     """A list of images: the verdicts of FuseNorm and of the best other method, and of how many."""
     ours, other = scores[0], next(s for s in scores if not s.name.startswith(METHOD))
     cuts = [float(np.quantile(score.ids, 1 - ACCEPTANCE)) for score in scores]
-    sets, start = dict[tuple[str, str], list[Values]](), 0
-    id_sets = {("id", benchmark.name): benchmark.id["test"]}
-    id_sets |= {("csid", name): image_set for name, image_set in benchmark.csid.items()}
-    for key, image_set in id_sets.items():
-        if start < len(ours.ids):  # shifted images are tested with --fsood only
-            part = slice(start, start := start + len(image_set.images()))
-            sets[key] = [score.ids[part] for score in scores]
-    sets |= {(g, n): [s.ood[g][n] for s in scores] for g in ours.ood for n in ours.ood[g]}
     images = []
-    for (group, name), conf in sets.items():
-        rejected = np.array([c < cut for c, cut in zip(conf, cuts, strict=True)])
+    for group, name, by_method in ((g, n, c) for g in conf for n, c in conf[g].items()):
+        values = [by_method[score.name] for score in scores]
+        rejected = np.array([c < cut for c, cut in zip(values, cuts, strict=True)])
         for position, by in enumerate(rejected.T):
             said = dict(
                 zip((s.name for s in scores), np.where(by, *VERDICTS).tolist(), strict=True)
@@ -80,9 +71,9 @@ def _verdicts(scores: Sequence[Score], benchmark: Benchmark, which: tuple[str, .
                 ("data set", name),
                 *((score.name, said[score.name]) for score in (ours, other)),
                 (f"rejected by, of {len(scores)} methods", str(by.sum())),
-                ("confidence", f"{conf[0][position]:.3f}"),
+                ("confidence", f"{values[0][position]:.3f}"),
             )
-            images.append(Tested(group, name, position, float(conf[0][position]), facts))
+            images.append(Tested(group, name, position, float(values[0][position]), facts))
     worst, order = worst_of(images, cuts[0])
     rows = gallery.listed(map(shower(benchmark), worst), len(images), order, benchmark.norm)
     choose = frozenset((ours.name, other.name, "data set"))
@@ -128,12 +119,13 @@ def _tables(runs: Sequence[Comparison], of: str) -> list[Section]:
 
 def _scores_of_methods(result: Comparison, groups: Sequence[str]) -> list[Score]:
     """The confidences of every method: FuseNorm's, then the others by AUROC."""
+    ids = id_conf_of(result.conf)
     order = result.auroc[list(groups)].mean(axis=1).sort_values(ascending=False).index
     return [
         Score(
             name,
-            result.id_conf[name],
-            {g: {n: conf[name] for n, conf in result.ood_conf[g].items()} for g in groups},
+            ids[name],
+            {g: {n: conf[name] for n, conf in result.conf[g].items()} for g in groups},
         )
         for name in (DEFAULT, *order.drop(DEFAULT))
     ]
