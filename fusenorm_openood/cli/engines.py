@@ -222,5 +222,6 @@ def _searched(job: Job, run: Run, name: str) -> FuseNorm:
     )
     if job.trials is not None:
         path = job.trials / name / "aps" / f"{job.postprocessor}.csv"
-        write_whole(path, lambda file: found.trials.to_csv(file, index=False, lineterminator="\n"))
+        trials = found.trials.round({"AUROC": 4})
+        write_whole(path, lambda file: trials.to_csv(file, index=False, lineterminator="\n"))
     return FuseNorm(run.net, found.settings).with_statistics(found.statistics)

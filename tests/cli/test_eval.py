@@ -238,6 +238,7 @@ def test_settings_are_searched_before_the_test(evaluate, tmp_path, capsys):
     trials = pd.read_csv(tmp_path / "s0" / "aps" / "fusenorm.csv")
     best = trials.loc[trials["AUROC"].idxmax()]
     assert len(trials) == 4
+    assert trials["AUROC"].equals(trials["AUROC"].round(4))
     searched = (tmp_path / "ood" / "fusenorm.csv").read_text()
     found = (f"strong={best['strong']}", f"base={best['base']}", "penalty=deviation")
     assert evaluate(*(word for change in found for word in ("--set", change)), *own) == 0
