@@ -97,7 +97,7 @@ def run_score(args: Namespace) -> int:
         if not args.store:
             yield from judge_files(detector, paths, args.acceptance, *how, args.early)
             return
-        files = FileShards(detector, paths, place(args.store), *how)
+        files = FileShards(detector, paths, place(args.store), *how, not hidden)
         if args.engine == "native":
             yield from files.judged(args.acceptance)
             return
@@ -106,15 +106,17 @@ def run_score(args: Namespace) -> int:
             with closing(score_with_actors(ray, files, load, *actors)) as done:
                 yield from files.judged(args.acceptance, done)
 
+    table, by_fdr = Path(args.csv) if args.csv else None, args.fdr is not None
+    hidden = args.no_progress or table is None
     if not process.leads:
         return sum(map(len, judged(given)))  # it is given no rows: 0
-    table, by_fdr = Path(args.csv) if args.csv else None, args.fdr is not None
     with RowFile(table, args.resume) as file:
         _check_same(detector, file)
         paths = Places(path for path in given.texts if path not in file.judged)
-        hidden = args.no_progress or table is None
         counts = Counter[str]()
-        with tqdm(total=len(paths), unit=" images", disable=hidden, leave=False) as bar:
+        # Shards come whole from a store, so scores for it have a bar of their own.
+        is_hidden = hidden or (bool(args.store) and args.engine == "native")
+        with tqdm(total=len(paths), unit=" images", disable=is_hidden, leave=False) as bar:
             for rows in judged(paths):
                 # A verdict at a false discovery rate needs all images.
                 file.write([r._replace(ood=None) for r in rows] if by_fdr else rows)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.data.preprocessing import Preprocessing
@@ -208,8 +209,10 @@ class FileShards:
         batch_size: int = 64,
         num_workers: int = 0,
         throughput: Throughput | None = None,
+        progress: bool = False,
     ) -> None:
         self.detector, self.paths, self.throughput = detector, paths, throughput
+        self.progress = progress and this_process().leads
         self.batch_size, self.num_workers = batch_size, num_workers
         self._files = _image_files(detector, paths)
         about = {**experts_key(detector, store), "images": manifest(paths)}
@@ -247,8 +250,17 @@ class FileShards:
         return self.paths[span.start : span.stop]
 
     def _compute(self, numbers: Sequence[int]) -> Iterator[Columns]:
-        for _, batches in shard_batches(self.shards, numbers, self._load, self.batch_size):
-            yield scored(self.detector, batches, self.throughput)
+        total = sum(len(self.shards.span(number)) for number in numbers)
+        hidden = not (self.progress and numbers)
+        with tqdm(total=total, unit=" images", disable=hidden, leave=False) as bar:
+
+            def counted(batches: Iterable[Any]) -> Iterator[Any]:
+                for batch in batches:
+                    yield batch
+                    bar.update(len(batch))
+
+            for _, batches in shard_batches(self.shards, numbers, self._load, self.batch_size):
+                yield scored(self.detector, counted(batches), self.throughput)
 
     def _load(self, batches: Batches) -> Iterator[Any]:
         how: dict[str, Any] = {"num_workers": self.num_workers, "collate_fn": list}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from fusenorm_openood import FuseNorm, load_network
 from fusenorm_openood.cli.main import main
@@ -334,6 +335,21 @@ def test_rows_of_images_that_leave_early(folders, tmp_path, suffix, capsys):
         assert "without --early" in capsys.readouterr().err
         assert main(["watch", *detector, "--scores", table]) == 1
         assert "without --early" in capsys.readouterr().err
+
+
+def test_progress_of_stored_scores_is_by_batch(folders, tmp_path, monkeypatch):
+    counts, update = [], tqdm.update
+
+    def counted(bar, n):
+        counts.extend([] if bar.disable else [n])
+        update(bar, n)
+
+    monkeypatch.setattr(tqdm, "update", counted)
+    for table in ("a.csv", "b.csv"):  # the second from the store
+        arguments = ["score", "--detector", folders / "detector.safetensors", "--batch-size", 16]
+        arguments += [folders / "test_noise", "--store", tmp_path / "store", "--num-workers", 0]
+        assert main([*map(str, (*arguments, "--csv", tmp_path / table))]) == 0
+    assert sorted(counts) == [13, 13, 14]
 
 
 def test_what_no_image_can_be_judged_with_is_refused_before_a_file_is_made(
