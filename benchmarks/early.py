@@ -8,19 +8,24 @@ judged by the classifier alone, by the whole detector, and with exits that are c
 spend the error, in turns; the table has median ratios to the classifier. No more OOD images can
 leave than the whole detector rejects. --resnet50 takes torchvision's, untrained, with BatchNorm
 statistics of ID images, on the image lists of lite0.py: of it, only the times mean something.
-With --caps, AUROC and images that leave for certain are printed for other caps of the penalty.
+With --caps, AUROC and images that leave for certain are printed for other caps of the penalty;
+with --memory, in place of times, what the tensors of a batch take at most, in MiB, each way in a
+process of its own.
 """
 
 import argparse
+import pickle
 import time
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 
 import torch
 import torchvision
 from lite0 import benchmark as imagenet
+from measure import Isolated, Prepared, Task
 from tables import Network, read_network
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.data.benchmarks import ImageSet, image_loader
@@ -75,6 +80,18 @@ def with_caps(network: Network, known: Tensor, caps: list[float]) -> None:
         print(f"| {cap:g} | {figures} | {' | '.join(left)} |", flush=True)
 
 
+def classify(net: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = net(images)
+    return logits
+
+
+def prepared(pickled: bytes) -> Prepared:
+    task: Task = pickle.loads(pickled)
+    task()
+    return Prepared(task)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("network", nargs="?")
@@ -84,6 +101,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--caps", type=float, nargs="+")
+    parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     _, net, benchmark = network = (
@@ -99,16 +117,15 @@ def main() -> None:
     streams = {name: read(images, 256) for name, images in benchmark.far.items()}
     streams["noise"] = torch.randn(of_id.shape, generator=generator)
     ways = {
-        "classifier": net.eval(),
+        "classifier": partial(classify, net.eval()),
         "whole": detector.is_ood,
-        "certain": lambda images: judge_early(detector, images),
-        "spending": lambda images: judge_early(detector, images, mode="spending"),
+        "certain": partial(judge_early, detector),
+        "spending": partial(judge_early, detector, mode="spending"),
     }
-    print(
-        "| OOD images | share | whole | rejects | certain | left | spending | left | "
-        "verdicts that differ |"
-    )
-    print("| --- " * 9 + "|")
+    columns = ["whole", "rejects", "certain", "left", "spending", "left", "verdicts that differ"]
+    columns = [*ways] if args.memory else columns
+    print(f"| OOD images | share | {' | '.join(columns)} |")
+    print("| --- " * (2 + len(columns)) + "|")
     names = args.sets or streams
     for name in names:
         for share in SHARES if name == next(iter(names)) else SHARES[1:]:
@@ -122,6 +139,8 @@ def main() -> None:
                         for of, count in ((streams[name], ood), (of_id, size - ood))
                     ]
                 )[torch.randperm(size, generator=generator)]
+                if args.memory:
+                    break
                 verdicts = detector.is_ood(images).numpy()
                 left["whole"].append(verdicts.mean())
                 differ += int((verdicts != judge_early(detector, images).ood).sum())
@@ -129,20 +148,24 @@ def main() -> None:
                     seconds = {}
                     for way, run in ways.items():
                         started = time.process_time()
-                        with torch.no_grad():
-                            done = run(images)
+                        done = run(images)
                         seconds[way] = time.process_time() - started
                         if way in ("certain", "spending"):
                             left[way].append(1 - len(done.kept) / size)
                     for way in ways:
                         ratios[way].append(seconds[way] / seconds["classifier"])
-            cells = (
-                f"{median(ratios[way]):.2f} | {fmean(left[way]):.0%}" for way in list(ways)[1:]
-            )
-            print(
-                f"| {name if share else 'none'} | {share:.0%} | {' | '.join(cells)} | {differ} |",
-                flush=True,
-            )
+            if args.memory:
+                tasks = {
+                    way: partial(prepared, pickle.dumps(partial(run, images)))
+                    for way, run in ways.items()
+                }
+                with Isolated(tasks, torch.device("cpu")) as isolated:
+                    cells = [f"{isolated.peak_mebibytes(way):.0f}" for way in ways]
+            else:
+                shares = ((median(ratios[way]), fmean(left[way])) for way in list(ways)[1:])
+                cells = [*(f"{r:.2f} | {of:.0%}" for r, of in shares), f"{differ}"]
+            which = f"| {name if share else 'none'} | {share:.0%} | "
+            print(f"{which}{' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
