@@ -114,12 +114,9 @@ def test_with_validation_only_the_validation_pair_is_tested(digits):
     assert e.scores["ood"]["near"] == {}
 
 
-def test_full_spectrum_needs_covariate_shifted_images(digits):
-    data_root, checkpoint = digits
+def test_full_spectrum_needs_covariate_shifted_images():
     with pytest.raises(ConfigError, match="digits has no covariate-shifted ID images"):
-        evaluate(
-            FuseNorm(load_network(checkpoint)), load_benchmark("digits", data_root), fsood=True
-        )
+        load_benchmark("digits", fsood=True)
 
 
 def test_the_csv_has_openoods_format(tmp_path):
