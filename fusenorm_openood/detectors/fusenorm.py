@@ -14,14 +14,13 @@ from fusenorm_openood.data.preprocessing import Preprocessing
 from fusenorm_openood.detectors import saving
 from fusenorm_openood.detectors.base import Detector
 from fusenorm_openood.detectors.calibrating import check_apart, data_of
-from fusenorm_openood.detectors.early import judge_early
+from fusenorm_openood.detectors.early import Exit, judge_early
 from fusenorm_openood.detectors.fitting import enough_for
 from fusenorm_openood.detectors.scorer import atomic
 from fusenorm_openood.detectors.statistics import DetectorStatistics, Explanation
 from fusenorm_openood.errors import ConfigError, NotFittedError, warn
 from fusenorm_openood.export.judge import Dtype
 from fusenorm_openood.export.program import Exported, export_detector
-from fusenorm_openood.forward.early import Exit
 from fusenorm_openood.forward.experts import Experts, Fitted
 from fusenorm_openood.forward.given import Given, Images
 from fusenorm_openood.forward.passes import forward_pass

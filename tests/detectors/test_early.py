@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torchvision.models import densenet121, mobilenet_v3_small, resnet18
 
 from fusenorm_openood import FuseNorm, Settings
-from fusenorm_openood.detectors.early import exits_of, judge_early
+from fusenorm_openood.detectors.early import exits_of, judge_early, stage_ends
 from fusenorm_openood.errors import CalibrationError, ConfigError, DataError, TapError
-from fusenorm_openood.forward.early import stage_ends
 from fusenorm_openood.network.understanding import understand
 from tests.conftest import assert_undisturbed, make_net, state_of
 from tests.nets import Net, some_images
