@@ -17,8 +17,8 @@ from fusenorm_openood.data.benchmarks import ImageSet
 from fusenorm_openood.data.paths import manifest_paths
 from fusenorm_openood.deployment.files import SHARD, FileShards, manifest
 from fusenorm_openood.deployment.rows import RowFile
+from fusenorm_openood.detectors.fitting import BlockSums, Sample
 from fusenorm_openood.evaluation.runs import list_digest
-from fusenorm_openood.forward.samples import BlockSums, Sample
 from fusenorm_openood.method.scores import make_score
 from fusenorm_openood.method.scores.base import NO_HEAD, Features
 from fusenorm_openood.storage.shards import Columns, Key, ShardSet, decode

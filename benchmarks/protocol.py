@@ -23,11 +23,10 @@ from fusenorm_openood import FuseNorm, Settings, load_network
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.data.images import read_image
 from fusenorm_openood.data.preprocessing import NORMALIZATIONS
-from fusenorm_openood.detectors.fitting import leave_one_out
+from fusenorm_openood.detectors.fitting import BlockSums, Sample, leave_one_out
 from fusenorm_openood.forward.batches import batches
 from fusenorm_openood.forward.experts import BatchScores, Experts, Fitted, Scoring
 from fusenorm_openood.forward.passes import head_of
-from fusenorm_openood.forward.samples import BlockSums, Sample
 from fusenorm_openood.method.metrics import ood_metrics
 from fusenorm_openood.method.scores import make_score
 from fusenorm_openood.method.scores.base import Features, Head, LogitScore, Score

@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fusenorm_openood.detectors.fitting import Sample
 from fusenorm_openood.detectors.fusenorm import FuseNorm
 from fusenorm_openood.detectors.scorer import Scorer, atomic
 from fusenorm_openood.detectors.statistics import DetectorStatistics
 from fusenorm_openood.errors import NonFiniteError
 from fusenorm_openood.forward.experts import BatchScores, Expert, Experts, Fitted
 from fusenorm_openood.forward.recorded import Scored, collect
-from fusenorm_openood.forward.samples import Sample
 from fusenorm_openood.method.scores.base import Features, Head, Score
 from fusenorm_openood.method.settings import Settings
 from fusenorm_openood.network.fingerprint import Fingerprint

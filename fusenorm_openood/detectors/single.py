@@ -8,11 +8,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fusenorm_openood.detectors.base import Detector
-from fusenorm_openood.detectors.fitting import fit_experts, try_experts, warn_if_few
+from fusenorm_openood.detectors.fitting import (
+    fit_experts,
+    react_thresholds,
+    try_experts,
+    warn_if_few,
+)
 from fusenorm_openood.detectors.scorer import atomic
 from fusenorm_openood.errors import CheckpointError, NotFittedError
 from fusenorm_openood.forward.experts import Experts, Fitted
-from fusenorm_openood.forward.samples import react_thresholds
 from fusenorm_openood.method.scores import LOGIT_SCORES, make_score
 from fusenorm_openood.method.scores.base import Score
 from fusenorm_openood.network.running import scoring_module, unwrapped

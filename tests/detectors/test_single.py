@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fusenorm_openood import FuseNorm
 from fusenorm_openood.detectors import fitting
+from fusenorm_openood.detectors.fitting import Sample
 from fusenorm_openood.detectors.single import SingleScore
 from fusenorm_openood.errors import (
     CheckpointError,
@@ -17,7 +18,6 @@ from fusenorm_openood.errors import (
     NonFiniteError,
     NotFittedError,
 )
-from fusenorm_openood.forward.samples import Sample
 from fusenorm_openood.method.scores import LOGIT_SCORES, POSTHOC, make_score
 from tests.conftest import assert_undisturbed, make_loader, make_net, state_of
 

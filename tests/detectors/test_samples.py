@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusenorm_openood.forward import samples
-from fusenorm_openood.forward.samples import BlockSums, Sample
+from fusenorm_openood.detectors import fitting
+from fusenorm_openood.detectors.fitting import BlockSums, Sample
 from fusenorm_openood.method.scores import POSTHOC, make_score
 from fusenorm_openood.method.scores.base import Features, Head
 
@@ -62,7 +62,7 @@ def states_of(batch, labels, sizes):
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(samples, "BLOCK", 7)
+    monkeypatch.setattr(fitting, "BLOCK", 7)
 
 
 @settings(max_examples=10)
