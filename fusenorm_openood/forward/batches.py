@@ -140,8 +140,7 @@ class Readings:
             raise _only_once(loader)
         self.loader = loader
         self._counts: list[int] = []
-        iterator = without_traceback(loader)
-        begun = []
+        begun, iterator = [], without_traceback(loader)
         for batch in iterator:
             begun.append(batch)
             images = next((images for images, _ in batches([batch])), None)

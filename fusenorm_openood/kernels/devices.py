@@ -72,13 +72,8 @@ def device_of(net: nn.Module) -> torch.device:
 
 def moved(net: nn.Module, images: Tensor) -> Tensor:
     """Images on a network's device, and in the precision of its weights."""
-    dtype, device = images.dtype, torch.device("cpu")
-    for number, parameter in enumerate(net.parameters()):
-        device = device if number else parameter.device
-        if parameter.is_floating_point():
-            dtype = parameter.dtype
-            break
-    return images.to(device, dtype, non_blocking=True)
+    weights = (p.dtype for p in net.parameters() if p.is_floating_point())
+    return images.to(device_of(net), next(weights, images.dtype), non_blocking=True)
 
 
 def with_double(values: Tensor) -> Tensor:
