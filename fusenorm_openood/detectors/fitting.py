@@ -99,7 +99,8 @@ def leave_one_out(scoring: Scoring, batch: BatchScores) -> BatchScores:
         scores[score] = score(batch.features, head, state, batch.pred)
         if type(score).score_fit is not Score.score_fit:
             in_sample = score(batch.features, head, state)
-            fitted.trust[score] = trust(scores[score].numpy(), in_sample.numpy())
+            both = scores[score].numpy(), in_sample.numpy()
+            fitted.trust[score] = trust(*both, score.shrinkage(state))
     return batch._replace(scores=scores)
 
 

@@ -171,7 +171,7 @@ class Fusion(nn.Module):
     @property
     def largest_penalty(self) -> float:
         """The largest penalty there is: the cap, or infinite where images may be far off."""
-        return math.inf if self.joint and self.settings.penalty != "joint" else self.settings.cap
+        return math.inf if self.joint and self.settings.cap else self.settings.cap
 
     def upper_bound(self, layers: Sequence[int]) -> Callable[[Tensor], Tensor]:
         """From norms `[l, N]` of some layers to what confidences `[N]` are at most.

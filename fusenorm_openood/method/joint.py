@@ -19,6 +19,7 @@ LEAST = 1e-6  # the smallest distance, so that its logarithm is finite
 FAR = 2.5  # deviations of the log distance above its ID mean from where on an image is far off,
 RARE = 99.9  # unless this percentile of the ID images is farther
 STEEP = 16.0  # growth of `JointDistance.far_off` per deviation
+SLOPE = 0.8  # growth of `JointDistance.penalty` per deviation of what is far off, times the cap
 
 
 class JointStatistics(NamedTuple):
@@ -112,10 +113,14 @@ class JointDistance(nn.Module):
         return STEEP * (self.log_distance(terms) - self.limit).clamp(min=0) / self.log_std
 
     def penalty(self, terms: Tensor, margin: float, cap: float) -> Tensor:
-        """min(cap, exp(t - margin)) of log M, standardised on ID images to t: `[N]`."""
+        """min(cap, exp(t - margin)) of log M, standardised on ID images to t: `[N]`.
+
+        What is far off, beyond both the limit and the margin, adds 0.8 cap per standard deviation.
+        """
         t = (self.log_distance(terms) - self.log_mean) / self.log_std
         limit = math.log(cap) if cap else -math.inf  # beyond which powers could overflow
-        return (t - margin).clamp(max=limit).exp()
+        far = max(margin, (self.limit - self.log_mean) / self.log_std)
+        return (t - margin).clamp(max=limit).exp() + SLOPE * cap * (t - far).clamp(min=0)
 
 
 def joint_statistics(norms: ArrayLike, names: Sequence[str] | None = None) -> JointStatistics:

@@ -80,13 +80,12 @@ class Settings:
         normalisation: of strong experts: `"standardised"`, by mean and standard deviation of the ID
             scores, or `"percentiles"`. Weak ones are normalised by percentiles.
         clip: whether a strong score above the percentile `percentile_high` of the ID scores
-            counts as that percentile, and with the penalty `"deviation"` images that are far off
-            are penalised beyond `cap`.
+            counts as that percentile, and the penalty `"deviation"` has no cap far off.
         penalty: `"joint"`, from the joint distance of the norms of all layers (see
             `JointDistance`), or `"deviation"`, from the largest deviation of a weak expert (see
             `penalty`).
         base: how steeply the penalty `"deviation"` grows.
-        cap: largest penalty; with `"deviation"`, that of images that are not far off.
+        cap: largest penalty of images that are not far off; see `JointDistance`.
         joint_margin: how many standard deviations above the mean of the ID images the log joint
             distance is at which the penalty `"joint"` is 1.
         percentile_low: percentile of the ID scores that is mapped to 0.

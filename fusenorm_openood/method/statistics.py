@@ -95,20 +95,21 @@ def normalise(scores: ArrayLike, statistics: IDStatistics) -> NDArray[np.float64
     return (s - lower) / (upper - lower)
 
 
-def trust(left_out: ArrayLike, in_sample: ArrayLike) -> float:
-    """Rank correlation of scores of ID images, left out of the fit and in it; at least 0.
+def trust(left_out: ArrayLike, in_sample: ArrayLike, shrinkage: float = 0.0) -> float:
+    """Rank correlation of scores of ID images, left out of the fit and in it, less the shrinkage.
 
-    Spearman's. It is 1 if an image's own part in the fit does not change which images score high,
+    Spearman's, at least 0, times 1 - shrinkage, the share of the fit that is the images'. It is 1 if an image's own part in the fit does not change which images score high,
     as with many images per class and dimension, and 0 for what has learnt its images by heart, like
     class means of one image each. Scores that are all equal, up to rounding, correlate with none.
 
-    >>> trust([1.0, 2.0, 3.0], [0.1, 0.2, 0.5]), trust([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
-    (1.0, 0.0)
+    >>> ids = [1.0, 2.0, 3.0]
+    >>> trust(ids, [0.1, 0.2, 0.5]), trust(ids, [0.0, 0.0, 0.0]), trust(ids, ids, shrinkage=0.25)
+    (1.0, 0.0, 0.75)
     """
     step = EQUAL * float(np.median(np.abs(left_out))) or 1.0
     a, b = (_ranks(np.round(np.asarray(s, np.float64) / step)) for s in (left_out, in_sample))
     spread = np.sqrt((a @ a) * (b @ b))
-    return float(np.clip(a @ b / spread, 0, 1).round(12)) if spread else 0.0
+    return float(np.clip((1 - shrinkage) * (a @ b) / spread, 0, 1).round(12)) if spread else 0.0
 
 
 def _ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -59,13 +59,16 @@ def test_equals_the_formula(layers, images):
     assert (beyond > 0).any()
     far_off = measured(known, unknown, "far_off")
     np.testing.assert_allclose(far_off, beyond, rtol=1e-4, atol=1e-6)
-    raised = np.minimum(CAP, np.exp((expected - apart.mean()) / apart.std() - MARGIN))
+    t, farthest = ((x - apart.mean()) / apart.std() for x in (expected, limit))
+    raised = np.minimum(CAP, np.exp(t - MARGIN))
+    raised += 0.8 * CAP * np.maximum(0, t - max(MARGIN, farthest))
     np.testing.assert_allclose(measured(known, unknown, "penalty"), raised, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cap", [0.0, 0.5, 10.0])
 def test_the_penalty_is_1_at_the_margin_and_grows_to_the_cap(cap):
-    distance = JointDistance(joint_statistics(norms())._replace(log_mean=0.0, log_std=0.5))
+    near = {"log_mean": 0.0, "log_std": 0.5, "limit": np.inf}
+    distance = JointDistance(joint_statistics(norms())._replace(**near))
     squares = torch.tensor([[0.0, 1.0, np.exp(2.0), 1e300]]) * distance.varying
     found = distance.penalty(squares, 2.0, cap).numpy()
     np.testing.assert_allclose(found, np.minimum(cap, [0, np.exp(-2), 1, np.inf]), atol=1e-6)

@@ -52,6 +52,16 @@ def test_class_means_of_one_image_each_have_none(name):
     assert of_fit("head_mds", 150, classes=400) > 0.9
 
 
+def test_a_shrunk_covariance_lessens_the_trust():
+    net, share = make_net(), []
+    for images in (30, 300):
+        fitted = FuseNorm(net).fit(make_loader(images)).id_statistics_
+        (state,) = (s for score, s in fitted.fitted.states.items() if score.name == "head_mds")
+        share.append(float(state["shrinkage"]))
+        assert fitted.trust["head_mds"] == pytest.approx(1 - share[-1], abs=0.1)
+    assert share[0] > 0.1 > share[1] > 0
+
+
 def test_scores_without_a_fit_to_be_left_out_of_are_trusted():
     fitted = FuseNorm(make_net(), strong=("output", "gen", "fdbd", "nci")).fit(make_loader(60))
     assert {*fitted.id_statistics_.trust.values()} == {1.0}

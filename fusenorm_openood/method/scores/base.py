@@ -101,6 +101,10 @@ class Score:
         """
         return self.score(batch, head, state)
 
+    def shrinkage(self, state: State) -> float:
+        """The share in [0, 1] of what was fitted that was assumed; it lessens the trust."""
+        return 0.0
+
     def images_needed(self, features: int, classes: int) -> int:
         """How many ID images a fit needs."""
         return 1

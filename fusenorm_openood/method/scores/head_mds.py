@@ -33,7 +33,7 @@ class HeadMDS(Score):
     title = "Head-tied MDS"
     needs_fit = True
     needs_head = "affine"
-    state = {"centre": "D", "whitening": "D D", "means": "K D", "share": ""}
+    state = {"centre": "D", "whitening": "D D", "means": "K D", "shrinkage": "", "images": ""}
 
     def sums(self, batch: Features, labels: Tensor) -> State:
         feature = F.normalize(base.fit_features(batch), dim=1)
@@ -59,7 +59,8 @@ class HeadMDS(Score):
             "centre": centre.float(),
             "whitening": whitening.float(),
             "means": ((means - centre) @ whitening).float(),
-            "share": ((1 - shrinkage) / images).float(),
+            "shrinkage": images.new_tensor(shrinkage).float(),
+            "images": images.float(),
         }
 
     def score(self, batch: Features, head: Head, state: State) -> Tensor:
@@ -70,10 +71,13 @@ class HeadMDS(Score):
     def score_fit(self, batch: Features, head: Head, state: State, labels: Tensor) -> Tensor:
         """Each image left out of the covariance; the mean and the slope keep it."""
         white, means = _whitened(batch.feature, state), state["means"]
-        share = float(state["share"])
+        share = (1 - self.shrinkage(state)) / float(state["images"])
         own = batch.logits.argmax(dim=1)
         parts = zip(*(base.row_parts(t, 2 * len(means)) for t in (white, own)), strict=True)
         return torch.cat([-left_out(p, means, o, 1.0, share).amin(dim=1) for p, o in parts])
+
+    def shrinkage(self, state: State) -> float:
+        return float(state["shrinkage"])
 
 
 def oas(values: Tensor, images: int) -> float:
