@@ -98,9 +98,10 @@ def normalise(scores: ArrayLike, statistics: IDStatistics) -> NDArray[np.float64
 def trust(left_out: ArrayLike, in_sample: ArrayLike, shrinkage: float = 0.0) -> float:
     """Rank correlation of scores of ID images, left out of the fit and in it, less the shrinkage.
 
-    Spearman's, at least 0, times 1 - shrinkage, the share of the fit that is the images'. It is 1 if an image's own part in the fit does not change which images score high,
-    as with many images per class and dimension, and 0 for what has learnt its images by heart, like
-    class means of one image each. Scores that are all equal, up to rounding, correlate with none.
+    Spearman's correlation, at least 0, is 1 if an image's own part in the fit does not change which
+    images score high, as with many images per class and dimension, and 0 for what has learnt its
+    images by heart, like class means of one image each. Scores that are all equal, up to rounding,
+    correlate with none. The shrinkage in [0, 1] is the share of a covariance that was assumed.
 
     >>> ids = [1.0, 2.0, 3.0]
     >>> trust(ids, [0.1, 0.2, 0.5]), trust(ids, [0.0, 0.0, 0.0]), trust(ids, ids, shrinkage=0.25)
