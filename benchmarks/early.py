@@ -8,8 +8,7 @@ judged by the classifier alone, by the whole detector, and with exits that are c
 spend the error, in turns; the table has median ratios to the classifier. No more OOD images can
 leave than the whole detector rejects. --resnet50 takes torchvision's, untrained, with BatchNorm
 statistics of ID images, on the image lists of lite0.py: of it, only the times mean something.
-With --caps, AUROC and images that leave for certain are printed for other caps of the penalty;
-with --memory, in place of times, what the tensors of a batch take at most, in MiB, each way in a
+With --memory, in place of times: what the tensors of a batch take at most, in MiB, each way in a
 process of its own.
 """
 
@@ -27,11 +26,9 @@ from measure import Isolated, Prepared, Task
 from tables import Network, read_network
 from torch import Tensor, nn
 
-from fusenorm_openood import FuseNorm, Settings
+from fusenorm_openood import FuseNorm
 from fusenorm_openood.data.benchmarks import ImageSet, image_loader
 from fusenorm_openood.detectors.early import judge_early
-from fusenorm_openood.errors import ConfigError
-from fusenorm_openood.evaluation.evaluation import evaluate
 
 SHARES = (0.0, 0.1, 0.5, 0.9)
 BATCHES = 2
@@ -60,26 +57,6 @@ def resnet50(data_root: Path) -> Network:
     return Network("ResNet-50", net.eval(), images)
 
 
-def with_caps(network: Network, known: Tensor, caps: list[float]) -> None:
-    """What another cap of the penalty costs, and how many images then leave for certain."""
-    of, used = network.benchmark, 6 * len(known) // 10
-    print("| cap | near AUROC | far AUROC | left for certain: " + " | ".join(of.far) + " |")
-    print("| --- " * (3 + len(of.far)) + "|")
-    for cap in caps:
-        detector = FuseNorm(network.net, settings=Settings(cap=cap)).fit([known[:used]])
-        table = evaluate(detector, of, progress=False).table["AUROC"]
-        detector.calibrate([known[used:]])
-        left = []
-        for images in of.far.values():
-            try:
-                done = judge_early(detector, read(images, 256))
-                left.append(f"{1 - len(done.kept) / len(done.ood):.0%}")
-            except ConfigError:  # the penalty is too small to reject for certain
-                left.append("refused")
-        figures = f"{table['nearood']:.2f} | {table['farood']:.2f}"
-        print(f"| {cap:g} | {figures} | {' | '.join(left)} |", flush=True)
-
-
 def classify(net: nn.Module, images: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = net(images)
@@ -100,17 +77,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--caps", type=float, nargs="+")
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    _, net, benchmark = network = (
+    _, net, benchmark = (
         resnet50(args.resnet50) if args.resnet50 else read_network(args.network)
     )
     known = read(benchmark.id["val"], 1000)
-    if args.caps:
-        with_caps(network, known, args.caps)
-        return
     size, used = args.batch, 6 * len(known) // 10
     detector = FuseNorm(net).fit(known[:used].split(size)).calibrate(known[used:].split(size))
     of_id, generator = read(benchmark.id["test"], 256), torch.Generator().manual_seed(0)

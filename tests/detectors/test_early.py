@@ -164,7 +164,7 @@ def test_stages_of_real_networks(make: type[nn.Module]) -> None:
     ("changes", "arguments", "error", "named"),
     [
         ({}, {"early": "soon"}, ConfigError, "soon"),
-        ({"cap": 0.5}, {"early": True}, ConfigError, "cap"),
+        ({"cap": 0.0}, {"early": True}, ConfigError, "cap"),
         ({"clip": False}, {"early": True}, ConfigError, "clip"),
         ({"strong": ["output"], "output": "odin"}, {"early": True}, ConfigError, "odin"),
         ({}, {"early": "spending", "acceptance": 0.98}, CalibrationError, "199"),
