@@ -80,9 +80,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    _, net, benchmark = (
-        resnet50(args.resnet50) if args.resnet50 else read_network(args.network)
-    )
+    _, net, benchmark = resnet50(args.resnet50) if args.resnet50 else read_network(args.network)
     known = read(benchmark.id["val"], 1000)
     size, used = args.batch, 6 * len(known) // 10
     detector = FuseNorm(net).fit(known[:used].split(size)).calibrate(known[used:].split(size))
