@@ -6,7 +6,14 @@ from functools import partial
 import numpy as np
 
 from fusenorm_openood.data.benchmarks import Benchmark
-from fusenorm_openood.evaluation.comparison import DEFAULT, Comparison, Confs, id_conf_of
+from fusenorm_openood.evaluation.comparison import (
+    BLOCKS,
+    DEFAULT,
+    STRONG,
+    Comparison,
+    Confs,
+    id_conf_of,
+)
 from fusenorm_openood.evaluation.evaluation import mean
 from fusenorm_openood.report import gallery, plots
 from fusenorm_openood.report import sections as parts
@@ -56,30 +63,29 @@ def report_of_comparison(
 def _verdicts(
     conf: Confs, scores: Sequence[Score], benchmark: Benchmark, which: tuple[str, ...]
 ) -> Section:
-    """A list of images: the verdicts of FuseNorm and of the best other method, and of how many."""
-    ours, other = scores[0], next(s for s in scores if not s.name.startswith(METHOD))
+    """A list of images: the verdicts of FuseNorm and of the best single expert, and of how many."""
+    names = [score.name for score in scores]
+    best = next(n for n in names if not n.startswith(METHOD) and n not in (STRONG, BLOCKS))
+    shown = {name: names.index(name) for name in (DEFAULT, best)}
     cuts = [float(np.quantile(score.ids, 1 - ACCEPTANCE)) for score in scores]
     images = []
     for group, name, by_method in ((g, n, c) for g in conf for n, c in conf[g].items()):
-        values = [by_method[score.name] for score in scores]
+        values = [by_method[method] for method in names]
         rejected = np.array([c < cut for c, cut in zip(values, cuts, strict=True)])
         for position, by in enumerate(rejected.T):
-            said = dict(
-                zip((s.name for s in scores), np.where(by, *VERDICTS).tolist(), strict=True)
-            )
             facts = (
                 ("data set", name),
-                *((score.name, said[score.name]) for score in (ours, other)),
+                *((method, VERDICTS[not by[number]]) for method, number in shown.items()),
                 (f"rejected by, of {len(scores)} methods", str(by.sum())),
                 ("confidence", f"{values[0][position]:.3f}"),
             )
             images.append(Tested(group, name, position, float(values[0][position]), facts))
     worst, order = worst_of(images, cuts[0])
     rows = gallery.listed(map(shower(benchmark), worst), len(images), order, benchmark.norm)
-    choose = frozenset((ours.name, other.name, "data set"))
+    choose = frozenset((*shown, "data set"))
     about = (
         f"Each method rejects below the confidence that {ACCEPTANCE:.0%} of the ID images exceed. "
-        f"The best other method is {other.name}."
+        f"The best single expert is {best}."
     )
     return Section("Images", (*which, about), listed=rows._replace(choose=choose))
 

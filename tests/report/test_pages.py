@@ -148,6 +148,7 @@ def test_three_experts_are_open_and_the_others_folded(score_page):
 
 def test_a_comparison_lists_images_with_verdicts(compare_page, evaluated):
     page = compare_page.read_text(encoding="utf-8").partition("those farthest beyond")[2]
+    assert not re.search("<th[^>]*>(strong experts|block norms) alone</th>", page)
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.S) for row in page.split("<tr")[2:]]
     conf = {name: s.conf for sets in evaluated[0].sets.values() for name, s in sets.items()}
     assert len(rows) == sum(map(len, conf.values()))
