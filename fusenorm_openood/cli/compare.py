@@ -19,9 +19,8 @@ from fusenorm_openood.kernels.devices import own_device
 from fusenorm_openood.method.scores.knn import KNN
 from fusenorm_openood.report.comparison import report_of_comparison
 from fusenorm_openood.report.page import check_report, write_report
+from fusenorm_openood.storage import files, torchrun
 from fusenorm_openood.storage.configs import config_root, read_config
-from fusenorm_openood.storage.files import check_file, write_whole
-from fusenorm_openood.storage.torchrun import among_peers, this_process
 
 
 def add_compare(parser: ArgumentParser) -> None:
@@ -42,16 +41,16 @@ def add_compare(parser: ArgumentParser) -> None:
     options.add(parser, "--store", *options.COMPUTING)
 
 
-@among_peers()
+@torchrun.among_peers()
 def run_compare(args: Namespace) -> int:
     """Print, for each root, AUROC and FPR@95 of every method, the mean over the root's runs."""
-    leads, device = this_process().leads, own_device(args.device)
+    leads, device = torchrun.this_process().leads, own_device(args.device)
     benchmark = load_benchmark(args.id_data, args.data_root, args.normalization, args.fsood)
     config = read_config(args.config or config_root() / "postprocessors" / "fusenorm.yml")
     sweep = read_fusenorm(config).sweep if args.search or args.config else None
     comparison.check_methods(args.methods or ())
     if args.csv and leads:
-        check_file(Path(args.csv), "--csv", ".csv")
+        files.check_file(Path(args.csv), "--csv", ".csv")
     if args.report:
         check_report(args.report)
     image_sets = [*benchmark.tested(args.fsood), *([benchmark.val_ood] if sweep else [])]
@@ -83,7 +82,7 @@ def run_compare(args: Namespace) -> int:
             text = pd.concat(figures, names=["root", "method"]).to_csv(
                 float_format="%.4f", lineterminator="\n"
             )
-            write_whole(Path(args.csv), partial(Path.write_text, data=text, newline="\n"))
+            files.write_whole(Path(args.csv), partial(Path.write_text, data=text, newline="\n"))
         _print_root(label, benchmark, results, args.format)
     if len(figures) > 1:
         print(f"\nmean ± std over {len(figures)} roots, AUROC in percent:")

@@ -20,9 +20,8 @@ from fusenorm_openood.evaluation.runs import Run
 from fusenorm_openood.method.scores import POSTHOC
 from fusenorm_openood.method.settings import METHODS
 from fusenorm_openood.openood import INSTALL, bridge
-from fusenorm_openood.storage.configs import config_root, lookup, parse_yaml, read_config
+from fusenorm_openood.storage import configs, torchrun
 from fusenorm_openood.storage.files import write_whole
-from fusenorm_openood.storage.torchrun import this_process
 
 
 def read_postprocessor(
@@ -38,7 +37,7 @@ def read_postprocessor(
     of the postprocessor's `name`, by default `fusenorm`. ConfigError for an unknown postprocessor,
     or `changes` to its arguments or its `sweep` that are not `KEY=VALUE`.
     """
-    ours = {path.stem: path for path in (config_root() / "postprocessors").glob("*.yml")}
+    ours = {path.stem: path for path in (configs.config_root() / "postprocessors").glob("*.yml")}
     name = name or ("fusenorm" if config is None else None)
     if name is not None and name not in NATIVE and not bridge.openood_installed():
         more = f", or install OpenOOD, which has more, with '{INSTALL}'"
@@ -49,12 +48,12 @@ def read_postprocessor(
         path = ours[str(name)]
     else:
         path = bridge.openood_config_root() / "postprocessors" / f"{name}.yml"
-    read = read_config(path)
-    section = lookup(read, "postprocessor")
+    read = configs.read_config(path)
+    section = configs.lookup(read, "postprocessor")
     # One of FuseNorm's methods is never reported under the name of another.
     if name is not None and not (name in METHODS and section.get("name") in METHODS):
         section["name"] = name
-    lookup(read, "postprocessor", "name")
+    configs.lookup(read, "postprocessor", "name")
     for option, part, given in (
         ("--set", "postprocessor_args", changes),
         ("--sweep", "postprocessor_sweep", sweep),
@@ -65,7 +64,7 @@ def read_postprocessor(
                 raise ConfigError(
                     f"{option} must be KEY=VALUE, for example alpha=0.5, got {change!r}"
                 )
-            section[part] = {**(section.get(part) or {}), key: parse_yaml(value)}
+            section[part] = {**(section.get(part) or {}), key: configs.parse_yaml(value)}
     if aps_mode:
         section["APS_mode"] = aps_mode
     return read
@@ -165,7 +164,7 @@ def _unsupported_by_openood(job: Job, requested: str) -> str | None:
         "--normalization": job.benchmark.norm != load_benchmark(name).norm,
         "--compare": job.compare,
         "--validation": job.validation,
-        "torchrun": this_process().world > 1,
+        "torchrun": torchrun.this_process().world > 1,
     }
     for option, used in unsupported.items():
         if used:

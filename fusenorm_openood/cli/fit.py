@@ -23,9 +23,8 @@ from fusenorm_openood.forward.recorded import RecordedLoader
 from fusenorm_openood.kernels.devices import own_device
 from fusenorm_openood.method.calibration import LEAST
 from fusenorm_openood.method.conformal import check_enough
+from fusenorm_openood.storage import torchrun, urls
 from fusenorm_openood.storage.files import check_file, manifest
-from fusenorm_openood.storage.torchrun import among_peers, this_process
-from fusenorm_openood.storage.urls import Place
 
 ACCEPTANCE = 0.95
 
@@ -64,7 +63,7 @@ def add_fit(parser: ArgumentParser) -> None:
     options.add(parser, "--calibrate-by", "--least", *options.COMPUTING)
 
 
-@among_peers()
+@torchrun.among_peers()
 def run_fit(args: Namespace) -> int:
     """Fit on the ID images, calibrate on the others, save."""
     device, progress = own_device(args.device), not args.no_progress
@@ -80,7 +79,7 @@ def run_fit(args: Namespace) -> int:
         check_enough(len(other_paths), ACCEPTANCE)
         check_apart(id_paths, other_paths)
     net = inputs.load_or_build(args.network, args.weights, args.image_size, args.weights_by_order)
-    if args.weights is None and this_process().leads:
+    if args.weights is None and torchrun.this_process().leads:
         log.warning(f"no --weights: those of {args.network} are random unless it loads some itself")
     given = {name: getattr(args, name) for name in ("bits", "dtype", "range", "shown")}
     given |= {"interpolation": args.interpolation} if args.interpolation else {}
@@ -118,7 +117,7 @@ def add_calibrate(parser: ArgumentParser) -> None:
     options.add(parser, "--pages", *options.COMPUTING)
 
 
-@among_peers()
+@torchrun.among_peers()
 def run_calibrate(args: Namespace) -> int:
     """Calibrate the detector of a file on other images, or name its classes, and save it."""
     store = inputs.store_of(args.store)
@@ -147,7 +146,7 @@ def run_calibrate(args: Namespace) -> int:
 
 
 def _loader(
-    args: Namespace, detector: FuseNorm, paths: Sequence[Place], name: str, store: Path | None
+    args: Namespace, detector: FuseNorm, paths: Sequence[urls.Place], name: str, store: Path | None
 ) -> Iterable[Any]:
     """The images of files, without labels."""
     preprocessing, how = detector.known_preprocessing(), (args.batch_size, args.num_workers)
@@ -160,7 +159,7 @@ def _loader(
 
 
 def _calibrate(
-    args: Namespace, detector: FuseNorm, paths: Sequence[Place], store: Path | None, **how: Any
+    args: Namespace, detector: FuseNorm, paths: Sequence[urls.Place], store: Path | None, **how: Any
 ) -> None:
     """Calibrate a detector, and print what that promises."""
     loader = _loader(args, detector, paths, "calibration", store)
@@ -177,7 +176,7 @@ def _calibrate(
 
 
 def _save(args: Namespace, detector: FuseNorm) -> int:
-    if this_process().leads:
+    if torchrun.this_process().leads:
         detector.save(args.output)
     print(f"saved {args.output}")
     return 0

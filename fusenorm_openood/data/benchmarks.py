@@ -8,13 +8,8 @@ from typing import Any
 
 import torch
 
+from fusenorm_openood.data import preprocessing
 from fusenorm_openood.data.lists import CpuLoader, ImageList
-from fusenorm_openood.data.preprocessing import (
-    EvalTransform,
-    Normalization,
-    Transform,
-    parse_normalization,
-)
 from fusenorm_openood.errors import ConfigError, DataError, unknown
 from fusenorm_openood.storage.configs import config_root, lookup, read_config
 
@@ -61,7 +56,7 @@ class ImageSet:
 
     imagelist: Path
     data_dir: Path
-    transform: Transform
+    transform: preprocessing.Transform
 
     def images(self) -> ImageList:
         return ImageList(self.imagelist, self.data_dir, self.transform)
@@ -76,7 +71,7 @@ class Benchmark:
     num_classes: int
     pre_size: int
     image_size: int
-    norm: Normalization
+    norm: preprocessing.Normalization
     id: dict[str, ImageSet]
     val_ood: ImageSet
     near: dict[str, ImageSet]
@@ -125,7 +120,7 @@ class Benchmark:
 def load_benchmark(
     name: str,
     data_root: str | Path = "data",
-    normalization: Normalization | None = None,
+    normalization: preprocessing.Normalization | None = None,
     fsood: bool = False,
 ) -> Benchmark:
     """The benchmark of an ID data set, with images under a data root in OpenOOD's layout.
@@ -143,7 +138,7 @@ def load_benchmark(
     csid = lookup(read_config(shifted), "ood_dataset", "csid") if shifted.is_file() else None
     if fsood and csid is None:
         raise ConfigError(f"{name} has no covariate-shifted ID images: leave out --fsood")
-    norm = normalization or parse_normalization(lookup(dataset, "normalization_type"))
+    norm = normalization or preprocessing.parse_normalization(lookup(dataset, "normalization_type"))
     pre_size, image_size = lookup(dataset, "pre_size"), lookup(dataset, "image_size")
 
     def image_set(split: Any, label: str) -> ImageSet:
@@ -154,7 +149,7 @@ def load_benchmark(
             Path(data_root) / Path(lookup(split, key)).relative_to("data")
             for key in ("imglist_pth", "data_dir")
         )
-        return ImageSet(imagelist, data_dir, EvalTransform(norm, sizes))
+        return ImageSet(imagelist, data_dir, preprocessing.EvalTransform(norm, sizes))
 
     def image_sets(split: Any) -> dict[str, ImageSet]:
         return {key: image_set(split[key], key) for key in lookup(split, "datasets")}

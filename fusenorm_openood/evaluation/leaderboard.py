@@ -18,8 +18,7 @@ from fusenorm_openood.data.lists import read_imagelist
 from fusenorm_openood.errors import DataError
 from fusenorm_openood.evaluation.evaluation import COLUMNS
 from fusenorm_openood.evaluation.runs import Run
-from fusenorm_openood.network.checkpoints import network_kind
-from fusenorm_openood.network.resnet import T2FNormNet
+from fusenorm_openood.network import checkpoints, resnet
 from fusenorm_openood.storage.configs import config_root, read_config
 from fusenorm_openood.storage.files import file_digest
 
@@ -122,7 +121,7 @@ def leaderboard_entry(
     table, tested = read_results(results, benchmark), splits(benchmark, fsood)
     (run, first), *_ = runs.items()
     folder = first.checkpoint.parents[1] if run else first.checkpoint.parent
-    name, kind = _ROOT.fullmatch(folder.resolve().name), network_kind(first.net)
+    name, kind = _ROOT.fullmatch(folder.resolve().name), checkpoints.network_kind(first.net)
     trainer = name["trainer"] if name else None
     other = None if trainer in _TRAININGS else trainer
     alias = {**_OURS, **_LISTED}.get(postprocessor, postprocessor)
@@ -140,7 +139,7 @@ def leaderboard_entry(
     about = [f"{name['epochs']} epochs", f"learning rate {name['lr']}"] if name else []
     if benchmark.norm != load_benchmark(benchmark.name).norm:
         about.append("images normalised by mean {} and std {}".format(*benchmark.norm))
-    about += [f"tau {first.net.tau.item():.3g}"] if isinstance(first.net, T2FNormNet) else []
+    about += [f"tau {first.net.tau.item():.3g}"] if isinstance(first.net, resnet.T2FNormNet) else []
     count = f"mean \u00b1 std over {len(runs)} training runs ({', '.join(runs)})"
     about += [count if len(runs) > 1 else "1 training run", f"{benchmark.name} benchmark"]
     about.append("full-spectrum: covariate-shifted ID images count as ID" if fsood else "OOD")

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fusenorm_openood.data.benchmarks import ImageSet, image_loader
-from fusenorm_openood.data.lists import ImageList
+from fusenorm_openood.data import benchmarks, lists
 from fusenorm_openood.errors import CheckpointError, TapError, os_errors
 from fusenorm_openood.forward.batches import Throughput
 from fusenorm_openood.forward.passes import head_of
@@ -23,12 +22,11 @@ from fusenorm_openood.method.scores.base import Head
 from fusenorm_openood.network.checkpoints import check_classes, load_network, network_kind
 from fusenorm_openood.network.running import LazyNetwork
 from fusenorm_openood.network.structure import Structure
-from fusenorm_openood.storage.files import file_digest, manifest
-from fusenorm_openood.storage.shards import Columns
+from fusenorm_openood.storage import files, shards
 from fusenorm_openood.storage.stored import stored_row
 from fusenorm_openood.version import __version__
 
-Loader = Callable[[ImageSet], Iterable[Any]]
+Loader = Callable[[benchmarks.ImageSet], Iterable[Any]]
 
 
 def find_checkpoints(root: str | Path) -> dict[str, Path]:
@@ -107,10 +105,10 @@ class Run:
     key: Mapping[str, Any] = field(default_factory=dict)  # see `network_key`
     throughput: Throughput = field(default_factory=Throughput)  # of images the network is run on
 
-    def load(self, image_set: ImageSet) -> Iterable[Any]:
+    def load(self, image_set: benchmarks.ImageSet) -> Iterable[Any]:
         """A loader of an image set, which stores the scores of its images if there is a store."""
         if self.store is None:
-            return image_loader(image_set, self.batch_size, self.num_workers)
+            return benchmarks.image_loader(image_set, self.batch_size, self.num_workers)
         images = image_set.images()
         about = {"images": list_digest(images), "transform": repr(images.transform)}
         how = self.batch_size, self.num_workers, self.throughput
@@ -120,7 +118,7 @@ class Run:
     def save(self, structure: Structure) -> None:
         """Store how the network is built, and its head, if there is a store."""
 
-        def columns() -> Columns:
+        def columns() -> shards.Columns:
             found = {"structure": np.array([json.dumps(structure.to_json())], dtype=object)}
             try:
                 head = head_of(self.net, structure)
@@ -210,7 +208,7 @@ def network_key(
     """
     return {
         "version": __version__,
-        "checkpoint": file_digest(checkpoint),
+        "checkpoint": files.file_digest(checkpoint),
         "network": network,
         "code": None if network is None else _code(network.partition(":")[0]),
         "image_size": image_size,
@@ -226,16 +224,16 @@ def _code(module: str) -> str | None:
         return None
     if found is None or found.origin is None or found.submodule_search_locations is not None:
         return None
-    return file_digest(found.origin) if Path(found.origin).is_file() else None
+    return files.file_digest(found.origin) if Path(found.origin).is_file() else None
 
 
-def list_digest(images: ImageList) -> str:
+def list_digest(images: lists.ImageList) -> str:
     """SHA-256 of an image list's paths, labels, and the sizes and times of its files."""
     names = (f"{entry.name} {entry.label}" for entry in images.entries)
-    return manifest(images.paths(), names)
+    return files.manifest(images.paths(), names)
 
 
-def find_faults(images: ImageList, store: Path | None = None) -> list[tuple[str, str]]:
+def find_faults(images: lists.ImageList, store: Path | None = None) -> list[tuple[str, str]]:
     """The position and the fault of each faulty image; see `find_fault`.
 
     With a store, if all files can be read, some of them truncated, they are not opened again until
