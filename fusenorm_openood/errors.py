@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib import import_module
 from numbers import Integral, Real
 from typing import Any
 
@@ -128,6 +129,20 @@ def os_errors(
     except kinds as error:
         reason = getattr(error, "strerror", None) or error
         raise kind(f"{what} ({reason}): {way_out}") from None
+
+
+def import_extra(
+    module: str, what: str, extra: str, kind: type[FuseNormError] = ConfigError
+) -> Any:
+    """An optional module; an error of this kind, which names the extra, if it is missing."""
+    package = module.partition(".")[0]
+    try:
+        import_module(package)
+        return import_module(module)
+    except ImportError as error:
+        raise kind(
+            f"{what} needs {package} ({error}): pip install 'fusenorm-openood[{extra}]'"
+        ) from None
 
 
 def is_out_of_memory(error: Exception) -> bool:

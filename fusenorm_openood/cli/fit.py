@@ -52,9 +52,9 @@ def add_fit(parser: ArgumentParser) -> None:
     kept = "pixels are kept as: uint8 (default), uint16 (see --bits), float32 (see --range)"
     add("--dtype", choices=("uint8", "uint16", "float32"), default="uint8", help=kept)
     within = "pixels of float32 that are 0 and 1 to --normalization, and the window of DICOM"
-    add("--range", type=options.values, metavar="LOW,HIGH", help=within)
+    add("--range", type=options.numbers(), metavar="LOW,HIGH", help=within)
     pictured = "channels from 0 that reports show in red, green and blue (default: a grey mean)"
-    add("--shown", type=partial(options.values, kind=int), metavar="R,G,B", help=pictured)
+    add("--shown", type=options.numbers(int), metavar="R,G,B", help=pictured)
     options.add(parser, "--config", help="YAML file of FuseNorm, or one of this package by name")
     options.add(parser, "--set")
     options.add(parser, "--batch-size", default=64, help="images per batch (default: 64)")

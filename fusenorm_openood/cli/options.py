@@ -2,31 +2,32 @@
 
 from argparse import ArgumentTypeError, _ActionsContainer
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from typing import Any
 
 from fusenorm_openood.errors import ConfigError
 
 
-def whole(text: str, least: int = 0) -> int:
-    """An integer >= `least`, for argparse."""
-    if not (text.isdecimal() and int(text) >= least):
-        raise ArgumentTypeError(f"must be an integer >= {least}, got {text!r}")
-    return int(text)
+def reader(text: str, read: Callable[[str], Any], holds: Callable[[Any], bool]) -> Any:
+    """What reads a value for argparse, which must be what the text says."""
+
+    def parse(given: str) -> Any:
+        with suppress(ValueError):
+            if holds(value := read(given)):
+                return value
+        raise ArgumentTypeError(f"must be {text}, got {given!r}")
+
+    return parse
 
 
-positive = partial(whole, least=1)
+whole = reader("an integer >= 0", int, lambda value: value >= 0)
+positive = reader("an integer >= 1", int, lambda value: value >= 1)
+fraction = reader("a number in (0, 1)", float, lambda value: 0 < value < 1)
 
 
-def fraction(text: str) -> float:
-    """A number in (0, 1), for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise ArgumentTypeError(f"must be a number in (0, 1), got {text!r}")
-    return value
+def numbers(kind: Callable[[str], float] = float) -> Any:
+    """What reads numbers with commas between them, for argparse."""
+    return reader("numbers such as 0,1", lambda text: tuple(map(kind, text.split(","))), bool)
 
 
 def normalization(text: str, channels: int | None = 3) -> Any:
@@ -37,14 +38,6 @@ def normalization(text: str, channels: int | None = 3) -> Any:
         return parse_normalization(text, channels)
     except ConfigError as error:
         raise ArgumentTypeError(str(error)) from None
-
-
-def values(text: str, kind: Callable[[str], float] = float) -> tuple[float, ...]:
-    """Numbers with commas between them, for argparse."""
-    try:
-        return tuple(map(kind, text.split(",")))
-    except ValueError:
-        raise ArgumentTypeError(f"must be numbers such as 0,1, got {text!r}") from None
 
 
 FLAG = {"action": "store_true"}

@@ -5,6 +5,7 @@ tifffile, pydicom and pillow-heif are extras, each imported for the first file t
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from io import BytesIO
 from math import prod
@@ -17,12 +18,13 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fusenorm_openood.data import images
 from fusenorm_openood.data.images import opened, read_image, truncated_images, used_bits
-from fusenorm_openood.errors import DataError, first_sentence
+from fusenorm_openood.errors import DataError, first_sentence, import_extra
 from fusenorm_openood.storage.urls import Place, Url, split_page
 
 if TYPE_CHECKING:
     from fusenorm_openood.data.preprocessing import Preprocessing
 
+_extra = partial(import_extra, kind=DataError)
 _WITH_ALPHA = {"LA": 2, "RGBA": 4}  # channels of modes whose last one may be any other
 
 
@@ -154,7 +156,7 @@ def _read_other(given: Place, how: "Preprocessing") -> Read:
         if kind is None:
             raise UnidentifiedImageError(f"cannot identify image file {str(file)!r}")
         if kind == "HEIC":
-            _needed("pillow_heif", "HEIC", "heif")  # else PIL would have read it
+            _extra("pillow_heif", "HEIC", "heif")  # else PIL would have read it
             raise DataError("it is damaged HEIC: restore it")
         with _faults_of(kind):
             return _READERS[kind](stream, page, how)
@@ -174,15 +176,6 @@ def _kind(stream: BinaryIO) -> str | None:
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return "TIFF"
     return "NPY" if head[:6] == b"\x93NUMPY" else "DICOM" if head[128:] == b"DICM" else None
-
-
-def _needed(module: str, kind: str, extra: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError:
-        raise DataError(
-            f"{kind} needs {module.partition('.')[0]}: pip install 'fusenorm-openood[{extra}]'"
-        ) from None
 
 
 @contextmanager
@@ -228,7 +221,7 @@ def _npy(stream: BinaryIO, page: int, how: "Preprocessing") -> Read:
 
 
 def _tiff(stream: BinaryIO, page: int, how: "Preprocessing") -> Read:
-    with _needed("tifffile", "TIFF of these channels or bits", "tiff").TiffFile(stream) as file:
+    with _extra("tifffile", "TIFF of these channels or bits", "tiff").TiffFile(stream) as file:
         first = file.pages[max(page - 1, 0)]
         apart = not page and first.samplesperpixel == 1 < how.channels == len(file.pages)
         chosen = file.pages if apart else [first]  # a page for each channel, as ImageJ writes them
@@ -252,7 +245,7 @@ def _dicom(stream: BinaryIO, page: int, how: "Preprocessing") -> Read:
 
     For `float32` values are rescaled, and the range of the preprocessing is the window.
     """
-    pydicom = _needed("pydicom.pixels", "DICOM", "dicom")
+    pydicom = _extra("pydicom.pixels", "DICOM", "dicom")
     reading = import_module("pydicom")
     data, window = reading.dcmread(stream), reading.Dataset()
     if "Rows" not in data or "PhotometricInterpretation" not in data:
@@ -314,10 +307,10 @@ def _count(stream: BinaryIO, kind: str | None) -> int:
     """How many pages or frames a file of a kind has."""
     with _faults_of(str(kind)):
         if kind == "TIFF":
-            with _needed("tifffile", kind, "tiff").TiffFile(stream) as file:
+            with _extra("tifffile", kind, "tiff").TiffFile(stream) as file:
                 return len(file.pages)
         if kind == "DICOM":
-            pydicom = _needed("pydicom", kind, "dicom")
+            pydicom = _extra("pydicom", kind, "dicom")
             return _frames(pydicom.dcmread(stream, stop_before_pixels=True))
     return 1
 

@@ -22,7 +22,7 @@ import torch
 from fusenorm_openood.data.lists import CpuLoader
 from fusenorm_openood.deployment.files import FileShards, ImageFiles, experts_key, scored
 from fusenorm_openood.detectors.fusenorm import FuseNorm
-from fusenorm_openood.errors import ClusterError, ConfigError, FuseNormError, is_lost_loader
+from fusenorm_openood.errors import ClusterError, FuseNormError, import_extra, is_lost_loader
 from fusenorm_openood.storage.shards import ShardSet
 from fusenorm_openood.storage.stored import Batches, row_batches
 from fusenorm_openood.storage.urls import Place
@@ -41,12 +41,7 @@ def cluster() -> Iterator[Any]:
     cluster sends no usage statistics unless `RAY_USAGE_STATS_ENABLED` says so. ConfigError if Ray
     is not installed, ClusterError if the cluster cannot be reached.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError(
-            f"engine ray needs Ray ({error}): pip install 'fusenorm-openood[ray]'"
-        ) from None
+    ray = import_extra("ray", "engine ray", "ray")
     if ray.is_initialized():  # by the caller, who also ends it
         with redirect_stdout(sys.stderr):
             yield ray

@@ -15,7 +15,7 @@ import pandas as pd
 
 from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, load_benchmark
 from fusenorm_openood.data.lists import read_imagelist
-from fusenorm_openood.errors import DataError
+from fusenorm_openood.errors import DataError, os_errors
 from fusenorm_openood.evaluation.evaluation import COLUMNS
 from fusenorm_openood.evaluation.runs import Run
 from fusenorm_openood.network import checkpoints, resnet
@@ -65,10 +65,8 @@ def read_results(path: Path, benchmark: Benchmark) -> pd.DataFrame:
     DataError if it is no table of the benchmark, or a cell is not a percentage.
     """
     again = "evaluate again with --save-csv"
-    try:
+    with os_errors(DataError, f"results {path} cannot be read", again, ValueError):
         table: pd.DataFrame = pd.read_csv(path, index_col=0, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"results {path} cannot be read ({error}): {again}") from None
     rows = [*benchmark.near, "nearood", *benchmark.far, "farood"]
     if list(table.columns) != COLUMNS or list(table.index) != rows:
         raise DataError(

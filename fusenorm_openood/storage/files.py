@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from fusenorm_openood.errors import ConfigError, UnwritableError, os_errors
+from fusenorm_openood.errors import ConfigError, UnwritableError, import_extra, os_errors
 from fusenorm_openood.storage.urls import Place, Url, versions
 
 if sys.platform != "win32":
@@ -49,13 +49,7 @@ def metadata(data: bytes) -> Any:
 
 def import_parquet() -> Any:
     """The module `pyarrow.parquet`, which takes long to import; ConfigError without pyarrow."""
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ConfigError(
-            f"Parquet files need pyarrow ({error}): pip install 'fusenorm-openood[parquet]'"
-        ) from None
-    return parquet
+    return import_extra("pyarrow.parquet", "a Parquet file", "parquet")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
