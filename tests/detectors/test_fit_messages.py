@@ -87,27 +87,18 @@ def test_a_shorter_sampler_counts(net):
 ENERGY = Settings.published(output="energy")
 
 
-def msp(net):
-    return SingleScore(net, "msp")
-
-
-def react(net, loader, **progress):
-    SingleScore(net, "react").fit(loader, **progress)
-
-
-def searched(net, loader, **progress):
-    search(net, ENERGY, {"base": [2]}, loader, list(loader), **progress)
-
-
 @pytest.mark.parametrize(
     ("work", "bars"),
     [
         (lambda net, loader, **p: FuseNorm(net).fit(loader, **p), ["fit"]),
         (lambda net, loader, **p: FuseNorm(net, ENERGY).fit(loader, **p), ["ReAct", "fit"]),
-        (lambda net, loader, **p: msp(net).score_loader(loader, **p), ["score"]),
-        (lambda net, loader, **p: msp(net).infer(loader, desc="svhn", **p), ["svhn"]),
-        (react, ["ReAct"]),
-        (searched, ["ReAct", "APS", "APS"]),
+        (lambda net, loader, **p: SingleScore(net, "msp").score_loader(loader, **p), ["score"]),
+        (lambda net, loader, **p: SingleScore(net, "msp").infer(loader, desc="of", **p), ["of"]),
+        (lambda net, loader, **p: SingleScore(net, "react").fit(loader, **p), ["ReAct"]),
+        (
+            lambda net, loader, **p: search(net, ENERGY, {"base": [2]}, loader, [*loader], **p),
+            ["ReAct", "APS", "APS"],
+        ),
     ],
 )  # fmt: skip
 def test_every_pass_has_a_bar_on_request(net, loader, work, bars, capsys):

@@ -99,8 +99,8 @@ def test_numba_computes_the_same_on_any_number_of_threads(threads):
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """The module of numba's kernel, with little to compile: it writes the number of samples."""
+def compiled(monkeypatch):
+    """Compile and run a function in place of numba's kernel that writes the number of samples."""
     numba = pytest.importorskip("numba")
     from fusenorm_openood.kernels import cpu
 
@@ -108,22 +108,20 @@ def small(monkeypatch):
     def write_samples(job):
         numba.carray(cpu.pointer_to(job.out), 1, np.float64)[0] = job.B
 
+    def run(sources):
+        out, job, work = np.zeros(1), np.zeros(1, cpu.JOB), cpu._compiled(sources)
+        job["out"], job["B"] = out.ctypes.data, 5
+        work.ctypes(job.ctypes.data)
+        assert out[0] == 5
+        return work
+
     monkeypatch.setattr(cpu, "_do", write_samples)
-    return cpu
+    return run
 
 
-def samples_by(work, cpu) -> float:
-    out, job = np.zeros(1), np.zeros(1, cpu.JOB)
-    job["out"], job["B"] = out.ctypes.data, 5
-    work.ctypes(job.ctypes.data)
-    return out[0]
-
-
-def test_compiled_code_is_kept_until_a_source_changes(small, monkeypatch, tmp_path):
+def test_compiled_code_is_kept_until_a_source_changes(compiled, monkeypatch, tmp_path):
     monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
-    works = [small._compiled(sources) for sources in (1, 1, 2)]
-    assert [work._cache_hits for work in works] == [0, 1, 0]
-    assert [samples_by(work, small) for work in works] == [5, 5, 5]
+    assert [compiled(sources)._cache_hits for sources in (1, 1, 2)] == [0, 1, 0]
 
 
 def test_every_source_of_a_kernel_counts(tmp_path):
@@ -139,11 +137,10 @@ def test_every_source_of_a_kernel_counts(tmp_path):
     assert len(states) == 1 + len(list(tmp_path.iterdir())) > 4
 
 
-def test_without_a_folder_for_compiled_code_the_kernel_is_compiled(small, monkeypatch):
+def test_without_a_folder_for_compiled_code_the_kernel_is_compiled(compiled, monkeypatch):
     monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
     with pytest.warns(RuntimeWarning, match="cannot be saved .*: set NUMBA_CACHE_DIR"):
-        work = small._compiled(1)
-    assert samples_by(work, small) == 5
+        compiled(1)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")

@@ -23,15 +23,10 @@ WRONG = {
 }
 
 
-def make_wrong(cpu, monkeypatch, how: str) -> None:
-    right = cpu.norms
-    monkeypatch.setattr(cpu, "norms", lambda x, settings: WRONG[how](right(x, settings), x))
-
-
 @pytest.mark.parametrize("how", WRONG)
 def test_a_kernel_that_differs_from_torch_is_replaced_by_it_with_the_reason(how, cpu, monkeypatch):
-    make_wrong(cpu, monkeypatch, how)
-    x = torch.randn(2, 3, 5, 5)
+    x, right = torch.randn(2, 3, 5, 5), cpu.norms
+    monkeypatch.setattr(cpu, "norms", lambda x, settings: WRONG[how](right(x, settings), x))
     with pytest.warns(RuntimeWarning, match="numba kernel failed, so torch computes") as said:
         norms = [atf(x), atf(x)]
     assert len(said) == 1

@@ -203,9 +203,7 @@ def test_id_images_score_higher_than_noise_whatever_the_batch(score):
     test, _ = make_features(200, head, seed=3)
     noise = torch.randn(200, D, generator=torch.Generator().manual_seed(4)).relu()
     inside, outside = score(test, head, state), score(Features(noise, head(noise)), head, state)
-    floor = (
-        0.45 if score.name in ("mds", "rmds") else 0.6
-    )  # the norm of features is what MDS mistakes
+    floor = 0.45 if score.name in ("mds", "rmds") else 0.6  # the norm is what MDS mistakes
     assert (inside.unsqueeze(1) > outside).float().mean() > floor
     single = [score(part(test, slice(i, i + 1)), head, state) for i in range(10)]
     torch.testing.assert_close(torch.cat(single), inside[:10], rtol=1e-4, atol=1e-5)
