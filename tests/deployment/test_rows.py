@@ -140,12 +140,6 @@ def test_a_row_that_was_cut_anywhere_is_written_again(tmp_path, kind):
         (tmp_path / kind).unlink()
 
 
-def test_csv_is_a_csv_of_strict_utf8(tmp_path):
-    write(tmp_path / "o.csv", [os.fsdecode(name) for name in NAMES])
-    with (tmp_path / "o.csv").open(encoding="utf-8", newline="") as file:
-        assert len(list(csv.DictReader(file))) == len(NAMES)
-
-
 @pytest.mark.parametrize(
     "content", [b"path\na.png\nb.png", b"\x89PNG\r\n\x1a\nbytes", b"x", b"path,predicted\n'a"]
 )
@@ -156,21 +150,7 @@ def test_resuming_leaves_another_file_as_it_is(tmp_path, content):
     assert (tmp_path / "o.csv").read_bytes() == content
 
 
-TEXTS = [
-    "=1+1",
-    "+1",
-    "-2+3",
-    "@SUM(A1)",
-    "\t=1",
-    "\r=1",
-    "'=1",
-    "''=1",
-    "'",
-    "a=1",
-    "",
-    "=",
-    "＝1",
-]
+TEXTS = [*"=1+1 +1 -2+3 @SUM(A1) '=1 ''=1 ' a=1 = ＝1".split(), "\t=1", "\r=1", ""]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,16 +24,6 @@ def run(tmp_path):
     return tmp_path / "unfinished.ckpt", net, optimiser
 
 
-def test_a_run_resumes_where_it_stopped(run):
-    path, net, optimiser = run
-    other = ResNet18_32x32(3, width=4)
-    again = momentum(other)
-    assert resume(path, other, again) == Progress(1, 0.5)
-    torch.testing.assert_close(other.state_dict(), net.state_dict())
-    torch.testing.assert_close(again.state_dict()["state"], optimiser.state_dict()["state"])
-    assert resume(path.with_name("none.ckpt"), other, again) == Progress(0, -1.0)
-
-
 @pytest.mark.parametrize("damage", ["truncated", "altered", "emptied"])
 def test_a_damaged_run_is_called_damaged(run, damage):
     path, net, optimiser = run
