@@ -39,15 +39,14 @@ class Backend(NamedTuple):
 
 
 class _Compiled(NamedTuple):
-    module: str
-    device: str
+    device: str  # which is the name of the module, too
     most_pixels: int
     install: str
 
 
 _COMPILED = {  # by the name of their package
-    "numba": _Compiled("cpu", "cpu", 2**24, "pip install 'fusenorm-openood[fast]'"),  # float32
-    "triton": _Compiled("cuda", "cuda", 2**14, "install torch's CUDA build, which includes it"),
+    "numba": _Compiled("cpu", 2**24, "pip install 'fusenorm-openood[fast]'"),  # float32
+    "triton": _Compiled("cuda", 2**14, "install torch's CUDA build, which includes it"),
 }
 _failed: dict[str, str] = {}
 
@@ -145,7 +144,7 @@ def _give_up(name: str, error: Exception) -> None:
 @cache
 def _kernel(name: str, device: torch.device, by_torch: Norms) -> Norms:
     """A kernel, compiled, after it has agreed with torch on small maps."""
-    module = import_module(f"{__name__}.{_COMPILED[name].module}")
+    module = import_module(f"{__name__}.{_COMPILED[name].device}")
     kernel: Norms = module.norms
     compare(kernel, by_torch, module.TRIALS, device)
     return kernel
