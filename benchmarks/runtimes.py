@@ -155,7 +155,7 @@ def measured(
         run = target.load(path)
         row["load_s"] = time.perf_counter() - started
         found, pair = run_all(target, run, images), (run, target.load(plain))
-        for batch in (1, 16) if target.batch is None else (1,):
+        for batch in ((1, 16) if target.batch is None else (1,)) if rounds else ():
             row[f"time_{batch}"] = relative_time(pair, images[:batch], rounds)
     else:
         package = f"{modules}/{name}"
@@ -165,7 +165,9 @@ def measured(
     return row | compared(detector, conf, found)
 
 
-def compared(detector: FuseNorm, conf: np.ndarray, found: Outputs) -> dict[str, Any]:
+def compared(
+    detector: FuseNorm, conf: np.ndarray, found: Outputs, steps: tuple[int, ...] = STEPS
+) -> dict[str, Any]:
     """Verdicts at acceptances that are steps of p, of several numbers of calibration scores."""
     scores, near = detector.calibration_scores_, found["confidence"]
     statistics = detector.check_fitted()
@@ -180,7 +182,7 @@ def compared(detector: FuseNorm, conf: np.ndarray, found: Outputs) -> dict[str, 
         "wrong_ranks": int((found["rank"] != rank).sum()),
         "verdicts": 0, "differ": 0, "outside": 0, "p": 0.0,
     }  # fmt: skip
-    for n in STEPS:
+    for n in steps:
         some = scores[:: len(scores) // n][:n]
         exact = 1 + (some <= conf[:, None]).sum(1)
         rank = 1 + (thresholds(some, error) <= near[:, None]).sum(1)
@@ -230,7 +232,7 @@ def main() -> None:
     )
     add("--only", nargs="+", choices=PACKAGES, default=["onnx"])
     add("--node-modules", default="node_modules", metavar="DIR", help="of onnxruntime-node, -web")
-    add("--rounds", type=int, default=9)
+    add("--rounds", type=int, default=9, help="of times; 0 = none")
     add("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     torch.set_num_threads(1)
