@@ -1,6 +1,6 @@
 """Measure the speed of FuseNorm on this machine, as ratios within one run.
 
-    python benchmarks/run.py [--quick] [--only atf postprocess peers growth startup] [--json FILE]
+    python benchmarks/run.py [--quick] [--only SECTION ...] [--json FILE]
 
 Networks have random weights and images are noise, so that no data is needed. X_vs_Y is the time of
 X divided by that of Y, the median over rounds that run both. Leave the machine otherwise idle.
@@ -12,21 +12,26 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from measure import Isolated, Prepared, copy_bandwidth, median, once, peak_mebibytes, ratio, seconds
 from peers import make_peers
+from PIL import Image
 from published import atf_loop, forward, odin_react
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fusenorm_openood import FuseNormPostprocessor, atf, kernels
+from fusenorm_openood.data.benchmarks import Benchmark, ImageSet, image_loader, load_benchmark
+from fusenorm_openood.evaluation.comparison import compare
+from fusenorm_openood.forward.batches import batches
 from fusenorm_openood.forward.passes import parts
 from fusenorm_openood.network import ResNet18_32x32, ResNet18_224x224, ResNet50
 from fusenorm_openood.network.understanding import understand
@@ -44,11 +49,13 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
     "resnet18-224x224": (ResNet18_224x224, 224),
     "resnet50-224x224": (ResNet50, 224),
 }
-SECTIONS = ["atf", "postprocess", "peers", "growth", "startup"]
+SECTIONS = ["atf", "postprocess", "peers", "compare", "growth", "startup"]
 QUICK_PEERS = ("forward", "MSP", "Mahalanobis, all layers", "FuseNorm")
 # FuseNorm's methods, with KNN among the strong experts, and the published fusion by output expert.
 METHODS = ["fusenorm", "fusenorm_deviation", "fusenorm_knn"]
 OUTPUTS = [f"{output}{react}" for react in ("", "_react") for output in ("energy", "odin")]
+# pytorch-ood's detectors that need no more than one forward pass.
+ONE_PASS = ("MSP", "Energy", "GEN", "ReAct", "SCALE", "KNN", "NCI", "fDBD", "ViM", "Mahalanobis")
 NEIGHBOURS = 10_000  # stored for KNN
 
 
@@ -266,6 +273,71 @@ def make_peer_task(
     return Prepared(lambda: peer.score(images), fit_s)
 
 
+def benchmark_compare(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
+    """`compare` over a benchmark, one plain pass over its images, and pytorch-ood's detectors."""
+    images = 50 if quick else 400
+    net, _ = _setting("resnet18-32x32", 1, device)
+    made = make_peers(net, CLASSES)
+    peers = {name: made[name] for name in ONE_PASS if name in made}
+    print(f"\ncompare: resnet18-32x32, {images} images of each of eight data sets")
+    with TemporaryDirectory() as folder:
+        benchmark = _of_noise(Path(folder), images)
+        fitting, *tested = map(_Pairs, benchmark.tested())
+        methods: list[Any] = []
+
+        def plain() -> None:
+            for loader in (fitting, *tested):
+                for batch, _ in loader:
+                    forward(net, batch.to(device))()
+
+        def ours() -> None:
+            found = compare(net, benchmark, progress=False, gradients=False)
+            methods[:] = found.auroc.index
+
+        def each() -> None:
+            for make in peers.values():
+                peer = make()
+                if peer.fit:
+                    peer.fit(fitting)
+                for loader in tested:
+                    for batch, _ in loader:
+                        peer.score(batch.to(device))
+
+        taken = seconds({"plain": plain, "compare": ours, "each": each}, rounds, device)
+    for name, count in {"plain": 0, "compare": len(methods), "each": len(peers)}.items():
+        over = ratio(taken, name, "plain")
+        report.row("compare", of=name, methods=count, seconds=median(taken[name]), vs_plain=over)
+        report.ratio(f"compare/{name}_vs_plain", over)
+    report.ratio("compare/each_vs_compare", ratio(taken, "each", "compare"))
+
+
+class _Pairs:
+    """Images and labels of an image set in batches, read anew each time."""
+
+    def __init__(self, image_set: ImageSet) -> None:
+        self.loader = image_loader(image_set)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return ((images, torch.as_tensor(labels)) for images, labels in batches(self.loader))
+
+
+def _of_noise(folder: Path, images: int) -> Benchmark:
+    """The CIFAR-10 benchmark, with images of noise in place of each list's."""
+    benchmark, generator = load_benchmark("cifar10", folder), np.random.default_rng(0)
+    for image_set in benchmark.tested():
+        image_set.imagelist.parent.mkdir(parents=True, exist_ok=True)
+        lines = [f"{image_set.imagelist.stem}{i}.png {i % CLASSES}" for i in range(images)]
+        image_set.imagelist.write_text("\n".join(lines))
+        image_set.data_dir.mkdir(parents=True, exist_ok=True)
+        for line in lines:
+            pixels = generator.integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(image_set.data_dir / line.split()[0])
+    return benchmark
+
+
 def benchmark_growth(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
     """Growth of time with the number of images and with their resolution; 1 = linear in pixels."""
     print("\ngrowth")
@@ -411,6 +483,7 @@ def main() -> None:
             report, args.device, rounds, args.quick, args.networks
         ),
         "peers": lambda: benchmark_peers(report, args.device, rounds, args.quick),
+        "compare": lambda: benchmark_compare(report, args.device, min(rounds, 3), args.quick),
         "growth": lambda: benchmark_growth(report, args.device, min(rounds, 3), args.quick),
         "startup": lambda: benchmark_startup(report, rounds, args.quick),
     }
