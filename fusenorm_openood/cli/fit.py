@@ -192,8 +192,8 @@ def class_names(file: str, dirs: Sequence[str], option: str = "--id-dir") -> tup
         names = {f.name for f in inside if f.is_dir() and not is_hidden(f.name)}
         if not names:
             raise ConfigError(
-                f"--class-names folders needs one folder per class in {option}, found none in "
-                f"{', '.join(dirs) or 'none'}: give a text file"
+                f"--class-names folders needs one folder per class in {option}, found none"
+                f"{' in ' * bool(dirs)}{', '.join(dirs)}: give a text file"
             )
         return tuple(sorted(names))
     what, way_out = f"class names {file} cannot be read", "give a text file in UTF-8"
