@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ImageOps
 
+from fusenorm_openood.data.images import reading
+from fusenorm_openood.data.pixels import read_bands
 from fusenorm_openood.data.preprocessing import Preprocessing
-from fusenorm_openood.errors import ConfigError, ExportError
+from fusenorm_openood.errors import ConfigError, DataError, ExportError
 from fusenorm_openood.export.judge import OUTPUTS, compared_with, facts_of
 from fusenorm_openood.export.program import find_target, move
 from fusenorm_openood.export.targets import METADATA
@@ -34,7 +37,7 @@ def recalibrate(
     Raises:
         ConfigError: a program that is no `.onnx` or `.xml` file, or another suffix.
         CalibrationError: too few images for the acceptance.
-        DataError: an image that cannot be read.
+        DataError: an image that cannot be read, or of another size than the program resizes.
         ExportError: a program without ranks, or whose confidences are not finite or the same.
     """
     models: dict[str, type[_Onnx | _OpenVINO]] = {".onnx": _Onnx, ".xml": _OpenVINO}
@@ -51,10 +54,15 @@ def recalibrate(
             "version: export the detector again"
         )
     preprocessing: Preprocessing = typed(Preprocessing, known["preprocessing"], "preprocessing")
-    if size := known.get("resize_from"):  # an image of another size is made to fit
+    if size := known.get("resize_from"):  # the program resizes and crops itself
         preprocessing = replace(preprocessing, resize=size, crop=size, crop_mode="squash")
     run, rows = find_target(program, None).load(program), []
     for path in images:
+        if size and (given := _size(path, preprocessing)) != tuple(size):
+            raise DataError(
+                f"image {path} is {given[0]} x {given[1]}, and {program} takes images of "
+                f"{size[0]} x {size[1]} only: leave it out, or export a program for its size"
+            )
         found = run(preprocessing.pixels(path).numpy().astype(known["dtype"])[None])
         rows.append([*found["confidence"], *found["logits"].flatten()])
     distinct = np.unique(np.array(rows, np.float64), axis=0) if rows else np.empty((0, 2))
@@ -80,6 +88,14 @@ def recalibrate(
         model.write(compared_with(calibration, 0), json.dumps(known), draft)
         move(draft, output)
     return known
+
+
+def _size(path: Place, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Height and width of an image, upright."""
+    with reading(f"image {path}"):
+        band = read_bands(path, preprocessing)[0]
+        ImageOps.exif_transpose(band, in_place=True)
+    return band.height, band.width
 
 
 class _Onnx:

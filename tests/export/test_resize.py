@@ -54,9 +54,15 @@ def test_what_a_program_cannot_resize(monkeypatch):
 
 @needs_export
 @pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
-def test_files_of_one_size_have_the_verdicts_of_the_detector(suffix, tmp_path):
+def test_files_of_one_size_have_the_verdicts_of_the_detector(suffix, tmp_path, capsys):
     detector, path = fitted(Net()), tmp_path / f"it{suffix}"
-    detector.export(path, resize_from=(40, 50))
+    if suffix == ".onnx":
+        detector.export(path, resize_from=(40, 50))
+    else:
+        detector.save(tmp_path / "it.safetensors")
+        given = ["--detector", str(tmp_path / "it.safetensors"), "--network", "tests.nets:Net"]
+        size = ["--resize-from", "40", "50"]
+        assert main(["export", *given, "--output", str(path), *size, "--target", "pt2"]) == 0
     (tmp_path / "images").mkdir()
     images = noise_images(40, 40, 50)
     for number, image in enumerate(images):
@@ -71,3 +77,6 @@ def test_files_of_one_size_have_the_verdicts_of_the_detector(suffix, tmp_path):
         run = loaded(path)
         ranks = [run(torch.from_numpy(image[None]))["rank"][0] for image in whole]
         assert sorted(ranks) == list(range(2, 42))
+        Image.fromarray(images[0][:, :40]).save(tmp_path / "images" / "other.png")
+        assert main([*command, "--calibration-dir", str(tmp_path / "images")]) == 1
+        assert "other.png is 40 x 40, and" in capsys.readouterr().err
