@@ -8,6 +8,10 @@ from typing import Any
 from fusenorm_openood.errors import ConfigError
 
 
+def _digits(text: str) -> int:
+    return int(text) if text.isdecimal() else -1
+
+
 def reader(text: str, read: Callable[[str], Any], holds: Callable[[Any], bool]) -> Any:
     """What reads a value for argparse, which must be what the text says."""
 
@@ -20,8 +24,8 @@ def reader(text: str, read: Callable[[str], Any], holds: Callable[[Any], bool]) 
     return parse
 
 
-whole = reader("an integer >= 0", int, lambda value: value >= 0)
-positive = reader("an integer >= 1", int, lambda value: value >= 1)
+whole = reader("an integer >= 0", _digits, lambda value: value >= 0)
+positive = reader("an integer >= 1", _digits, lambda value: value >= 1)
 fraction = reader("a number in (0, 1)", float, lambda value: 0 < value < 1)
 
 

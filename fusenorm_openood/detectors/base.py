@@ -101,6 +101,7 @@ class Detector(Scorer, ABC):
 
     def expert_scores(self, images: Tensor) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Scores `[L, B]` of the experts and predicted classes `[B]`; see `predict`."""
+        self.check_fitted()
         with network_errors(self.net, checked_images(images)):
             on_device = moved(self.net, images)
             scoring = self.scoring(lambda: on_device)

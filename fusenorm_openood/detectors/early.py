@@ -171,7 +171,7 @@ def exits_of(
                 f"no image can be rejected before its strong experts are known: they reach "
                 f"{fusion.most_of_strong:.3g}, and an acceptance of {acceptance:g} rejects below "
                 f"{limit:.3g}, so that the penalty has to reach {needed:.3g}; fit with clip=True "
-                "and a cap above it, or choose early='spending'"
+                "and a cap > 0, or choose early='spending'"
             )
         exits += [Exit(e, fusion.upper_bound(r), limit) for e, r in zip(ends, rows, strict=True)]
         detector.exits = key, (exits, acceptance)

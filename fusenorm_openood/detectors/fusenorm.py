@@ -150,17 +150,21 @@ class FuseNorm(Detector):
 
     @classmethod
     def from_pretrained(
-        cls, network: str, settings: Settings | None = None, **changes: Any
+        cls,
+        network: str,
+        settings: Settings | None = None,
+        preprocessing: Preprocessing | None = None,
+        **changes: Any,
     ) -> "FuseNorm":
         """A detector for `torchvision:NAME` or `timm:NAME` with default weights, not yet fitted.
 
-        The weights are downloaded once; `preprocessing` is what they declare.
+        The weights are downloaded once; `preprocessing` is what they declare by default.
 
         Raises:
             ConfigError: another network, or one that cannot be built or loaded.
         """
         net = build_network(network, pretrained=True)
-        return cls(net, settings, preprocessing=Preprocessing.of(net), **changes)
+        return cls(net, settings, preprocessing=preprocessing or Preprocessing.of(net), **changes)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The arguments of the constructor by name, as scikit-learn's `clone` needs them."""

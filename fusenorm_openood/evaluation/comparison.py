@@ -86,6 +86,8 @@ def compare(
     tried = search.swept(Settings(), sweep) if sweep else []
     wanted = [title for name, title in PEERS.items() if methods is None or name in methods]
     with_peers = wanted != [] and find_spec("pytorch_ood") is not None
+    if not (singles or with_peers):
+        raise ConfigError("there is no single method to compare with: choose other methods")
     bank = ScoreBank(net, [*fused.values(), *tried], singles.values(), with_peers)
     bank.fit(id_val, progress)
     fitted = _fitted_peers(bank.head(), bank.features(id_val)) if with_peers else {}

@@ -41,6 +41,7 @@ def evaluate(
     `Benchmark.missing` and `check_labels`. With `fsood`, covariate-shifted ID images count as ID;
     `validation` tests on the validation pair instead, where settings are to be chosen.
     """
+    benchmark.check_labels(benchmark.tested(fsood, validation))
     if not detector.is_fitted:
         detector.fit(load(benchmark.id[detector.fitted_on]), progress)
     tested = benchmark.groups(fsood, validation)

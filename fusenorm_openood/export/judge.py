@@ -19,6 +19,7 @@ from fusenorm_openood.forward.experts import Expert, Scoring
 from fusenorm_openood.method.calibration import Calibration
 from fusenorm_openood.method.fusion import Fusion
 from fusenorm_openood.method.joint import sum_of_rows
+from fusenorm_openood.method.validation import COUNT
 from fusenorm_openood.network.running import unwrapped
 
 Dtype = Literal["uint8", "uint16", "float32"]
@@ -53,7 +54,12 @@ class Inputs(NamedTuple):
             either = " or ".join(dict.fromkeys((own, "float32")))
             raise ConfigError(f"dtype must be {either}, got {dtype!r}")
         if preprocessing is None:
-            if shape is None or len(shape) != 3 or resize_from:
+            if resize_from is not None:
+                raise ConfigError(
+                    "resize_from needs a preprocessing, and this detector has none: set "
+                    "detector.preprocessing"
+                )
+            if shape is None or len(shape) != 3:
                 raise ConfigError(
                     f"this detector has no preprocessing, and shape is {shape!r}: set "
                     "detector.preprocessing, or give shape=(C, H, W)"
@@ -66,6 +72,9 @@ class Inputs(NamedTuple):
         inputs = cls(known, getattr(torch, dtype), normalization, preprocessing.span)
         if resize_from is None:
             return inputs
+        if len(np.atleast_1d(resize_from)) != 2:
+            raise ConfigError(f"resize_from must be a height and a width, got {resize_from!r}")
+        resize_from = COUNT("height", resize_from[0]), COUNT("width", resize_from[1])
         resize = Resize.of(preprocessing, *resize_from)
         return inputs._replace(shape=(preprocessing.channels, *resize_from), resize=resize)
 

@@ -61,6 +61,11 @@ class Resize(NamedTuple):
             )
         mode = InterpolationMode(preprocessing.interpolation)
         goal = preprocessing.resized(height, width)
+        if 0 in goal:
+            raise ConfigError(
+                f"images of {height} x {width} have no pixels left when they are resized: leave "
+                "out resize_from, and leave such images out"
+            )
         size = TF.resize(Image.new("1", (width, height)), goal).size
         axes = []
         for before, after, crop in zip(

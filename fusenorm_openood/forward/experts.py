@@ -113,7 +113,7 @@ class Scoring:
         """As `__call__`, but only the scores that need the network."""
         split = passes.parts(images, self.structure.batch_dependent)
         with eval_mode(unwrapped(self.net)):
-            batches, _ = zip(*map(self.run_part, split), strict=True)
+            batches = [self.run_part(part)[0] for part in split]  # of a pass, keep the scores
         return batches[0] if len(batches) == 1 else joined(batches)
 
     def run_part(

@@ -63,11 +63,11 @@ def backend(device: torch.device | str = "cpu") -> Backend:
     Raises:
         ConfigError: the variable has an unknown value, or names a backend that is not available.
     """
-    return _backend(torch.device(device).type, os.environ.get(VARIABLE, ""))
+    return _backend(torch.device(device).type, os.environ.get(VARIABLE, ""), *_failed)
 
 
 @cache
-def _backend(kind: str, forced: str) -> Backend:
+def _backend(kind: str, forced: str, *failed: str) -> Backend:
     if forced == "torch":
         return Backend("torch", f"{VARIABLE} forces it")
     if forced and forced not in _COMPILED:
@@ -78,7 +78,7 @@ def _backend(kind: str, forced: str) -> Backend:
     interpreted = forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if not name or not (_COMPILED[name].device == kind or interpreted):
         why_not = f"there is no {f'{name} ' if name else ''}kernel for {kind}"
-    elif name in _failed:
+    elif name in failed:
         why_not = f"{name} failed: {_failed[name]}"
     elif find_spec(name) is None:
         why_not = f"{name} is not installed: {_COMPILED[name].install}"
@@ -105,7 +105,7 @@ def norms(x: Tensor, settings: Settings, by_torch: Norms) -> Tensor:
         )
     maps, found = x.flatten(2), None
     if not torch.compiler.is_compiling():
-        name = _backend(x.device.type, os.environ.get(VARIABLE, "")).name
+        name = _backend(x.device.type, os.environ.get(VARIABLE, ""), *_failed).name
         is_supported = name != "torch" and (
             x.dtype in (torch.float32, torch.float16, torch.bfloat16)
             and x.shape[0] > 0
@@ -133,7 +133,6 @@ def _give_up(name: str, error: Exception) -> None:
     if os.environ.get(VARIABLE):
         raise _not_available(name, why) from error
     _failed[name] = why
-    _backend.cache_clear()
     warnings.warn(
         f"the {name} kernel failed, so torch computes the feature norms, more slowly ({why})",
         RuntimeWarning,

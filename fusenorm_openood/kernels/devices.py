@@ -1,6 +1,7 @@
 """Choose a device, and run code that was written for CUDA on it."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ class _RedirectCuda(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def on_device(device: str | torch.device) -> AbstractContextManager[Any]:
+@contextmanager
+def on_device(device: str | torch.device) -> Iterator[None]:
     """Context in which `.cuda()` moves any tensor or module to `device`, in this thread alone.
 
     OpenOOD moves everything to CUDA; so its evaluators, pipelines and trainers run elsewhere, too.
@@ -37,7 +39,8 @@ def on_device(device: str | torch.device) -> AbstractContextManager[Any]:
         device(type='cpu')
     """
     device = torch.device(device)
-    return nullcontext() if device == torch.device("cuda") else _RedirectCuda(device)
+    with nullcontext() if device == torch.device("cuda") else _RedirectCuda(device):
+        yield
 
 
 def find_device(name: str) -> torch.device:

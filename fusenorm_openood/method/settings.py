@@ -80,7 +80,8 @@ class Settings:
         normalisation: of strong experts: `"standardised"`, by mean and standard deviation of the ID
             scores, or `"percentiles"`. Weak ones are normalised by percentiles.
         clip: whether a strong score above the percentile `percentile_high` of the ID scores
-            counts as that percentile, and the penalty `"deviation"` has no cap far off.
+            counts as that percentile; with the penalty `"deviation"`, it also removes the cap for
+            images that are far off.
         penalty: `"joint"`, from the joint distance of the norms of all layers (see
             `JointDistance`), or `"deviation"`, from the largest deviation of a weak expert (see
             `penalty`).

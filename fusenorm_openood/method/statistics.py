@@ -96,7 +96,7 @@ def normalise(scores: ArrayLike, statistics: IDStatistics) -> NDArray[np.float64
 
 
 def trust(left_out: ArrayLike, in_sample: ArrayLike, shrinkage: float = 0.0) -> float:
-    """Rank correlation of scores of ID images, left out of the fit and in it, less the shrinkage.
+    """Rank correlation of scores of ID images, left out of the fit and in it, times 1 - shrinkage.
 
     Spearman's correlation, at least 0, is 1 if an image's own part in the fit does not change which
     images score high, as with many images per class and dimension, and 0 for what has learnt its

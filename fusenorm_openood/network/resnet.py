@@ -152,8 +152,9 @@ class _TorchvisionResNet(FeatureClassifier):
             self.add_module(name, module)
 
     def features(self, x: Tensor) -> Tensor:
-        for name, module in self.named_children():
-            x = x if name == "fc" else module(x)
+        stem = ("conv1", "bn1", "relu", "maxpool")
+        for name in (*stem, "layer1", "layer2", "layer3", "layer4", "avgpool"):
+            x = self.get_submodule(name)(x)
         return x.flatten(1)
 
 
@@ -196,6 +197,10 @@ class PreActBlock(nn.Module):
         return shortcut + residual
 
 
+class WideResNetStage(nn.Sequential):
+    """A stage of a Wide ResNet; in OpenOOD's keys its blocks are `layer.0`, `layer.1`, ..."""
+
+
 class WideResNet(FeatureClassifier):
     """WRN-depth-widen_factor, for 32x32 images; ConfigError for a depth that is not 6n + 4."""
 
@@ -210,7 +215,7 @@ class WideResNet(FeatureClassifier):
         for stage in range(3):
             before, channels = channels, 16 * widen_factor * 2**stage
             layer = _stage(PreActBlock, blocks, before, channels, min(stage + 1, 2))
-            self.add_module(f"block{stage + 1}", nn.Sequential(OrderedDict(layer=layer)))
+            self.add_module(f"block{stage + 1}", WideResNetStage(OrderedDict(layer=layer)))
         self.bn1 = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
 

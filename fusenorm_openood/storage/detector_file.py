@@ -16,7 +16,7 @@ from torch import Tensor
 from fusenorm_openood.errors import DetectorFileError, os_errors
 from fusenorm_openood.storage.files import metadata, write_whole
 
-FORMAT = 3
+FORMAT = 4
 _NO_CHECKSUM = b"0" * 64
 _CHECKSUM = re.compile(rb'\\"checksum\\": \\"([0-9a-f]{64})\\"')
 

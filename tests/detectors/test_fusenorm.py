@@ -212,6 +212,7 @@ def test_scoring_before_fitting_is_an_error(net, loader):
     detector = FuseNorm(net)
     for score, given in (
         (detector.score, IMAGES),
+        (detector.expert_scores, IMAGES),
         (detector.score_loader, loader),
         (detector.infer, loader),
     ):

@@ -9,6 +9,7 @@ from fusenorm_openood import FuseNorm, load_network
 from fusenorm_openood.cli.main import main
 from fusenorm_openood.data.benchmarks import image_loader, load_benchmark
 from fusenorm_openood.detectors.single import SingleScore
+from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.evaluation.comparison import BLOCKS, FUSENORM, STRONG, compare, tables
 from fusenorm_openood.evaluation.evaluation import evaluate
 from fusenorm_openood.method.metrics import ood_metrics
@@ -119,6 +120,8 @@ def test_methods_can_be_chosen(digits, few, capsys):
     table = out.partition("AUROC in percent:")[2].splitlines()
     names = [re.split("  +", line)[0] for line in table[2:-1]]
     assert names == ["GEN", "ViM", STRONG, BLOCKS, *FUSENORM]
+    with pytest.raises(ConfigError, match="no single method to compare with"):
+        compare(None, load_benchmark("digits", few), gradients=False, methods=["odin"])
     assert main([*args, "msp", "knm"]) == 1
     assert "unknown method 'knm' (did you mean 'knn'?)" in capsys.readouterr().err
 

@@ -117,6 +117,8 @@ def test_with_validation_only_the_validation_pair_is_tested(digits):
 def test_full_spectrum_needs_covariate_shifted_images():
     with pytest.raises(ConfigError, match="digits has no covariate-shifted ID images"):
         load_benchmark("digits", fsood=True)
+    with pytest.raises(ConfigError, match="digits has no covariate-shifted ID images"):
+        evaluate(FuseNorm(torch.nn.Identity()), load_benchmark("digits"), fsood=True)
 
 
 def test_the_csv_has_openoods_format(tmp_path):

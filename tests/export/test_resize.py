@@ -45,8 +45,13 @@ def test_what_a_program_cannot_resize(monkeypatch):
         Resize.of(how, 40, 40)
     with pytest.raises(ConfigError, match=r"images of 4 x 3000 are too large to be resized in a"):
         Resize.of(Preprocessing((4, 4), (4, 4), "lanczos", (0.5,), (0.5,), "squash"), 4, 3000)
-    with pytest.raises(ConfigError, match="this detector has no preprocessing"):
+    with pytest.raises(ConfigError, match="resize_from needs a preprocessing, and this detector"):
         Inputs.of(None, None, (3, 8, 8), (9, 9))
+    for size in (48, (48,), (48, 64, 3), (0, 5), (48.5, 64)):
+        with pytest.raises(ConfigError, match="must be a "):
+            Inputs.of(Preprocessing(26, (24, 24), "bilinear", (0.5,), (0.5,)), None, None, size)
+    with pytest.raises(ConfigError, match="images of 1 x 640 have no pixels left"):
+        Resize.of(Preprocessing(8, (8, 8), "bilinear", (0.5,), (0.5,), "border"), 1, 640)
     monkeypatch.setattr(Preprocessing, "cropped", lambda *given: np.zeros((24, 24)))
     with pytest.raises(ExportError, match=r"Pillow .* resizes images of 40 x 41 in a way that a"):
         Resize.of(Preprocessing(26, (24, 24), "bilinear", (0.5,), (0.5,)), 40, 41)

@@ -17,6 +17,7 @@ def test_cuda_means_the_device_within_the_context():
         assert images.cuda(device="cuda:1", memory_format=torch.preserve_format).is_meta
         assert nn.Parameter(images).cuda().is_meta
         assert all(tensor.is_meta for tensor in net.cuda().state_dict().values())
+    assert on_device("meta")(images.cuda)().is_meta  # as a decorator
     with on_device("cpu"):
         assert images.cuda() is images
         net = nn.Linear(2, 2)

@@ -80,6 +80,7 @@ def test_torchvisions_weights_load_as_openoods_network(ours, theirs, prefix, tmp
     torch.manual_seed(0)
     reference = getattr(torchvision.models, theirs)(num_classes=5).eval()
     loaded = load_network(save(under(prefix, reference.state_dict()), tmp_path / "net.pth"))
+    loaded.projector = torch.nn.Linear(3, 4)  # of a user, and no part of the forward pass
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded(images), reference(images))
