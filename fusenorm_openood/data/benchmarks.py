@@ -81,12 +81,7 @@ class Benchmark:
     def groups(
         self, fsood: bool = False, validation: bool = False
     ) -> dict[str, dict[str, ImageSet]]:
-        """The image sets that are tested, by group and name; `validation`: the validation pair.
-
-        ConfigError for `fsood` without covariate-shifted ID images.
-        """
-        if fsood and not self.csid:
-            raise ConfigError(f"{self.name} has no covariate-shifted ID images: leave out --fsood")
+        """The image sets that are tested, by group and name; `validation`: the validation pair."""
         return {
             "id": {self.name: self.id["val" if validation else "test"]},
             "csid": self.csid if fsood else {},
@@ -102,7 +97,7 @@ class Benchmark:
 
     def every(self, fsood: bool = True) -> Iterator[ImageSet]:
         """All image sets of the benchmark, with or without the covariate-shifted ones."""
-        yield from (self.id["train"], self.val_ood, *self.tested(fsood and bool(self.csid)))
+        yield from (self.id["train"], self.val_ood, *self.tested(fsood))
 
     def check_labels(self, image_sets: Iterable[ImageSet]) -> None:
         """Raise DataError if an ID image, covariate-shifted or not, is of none of the classes."""

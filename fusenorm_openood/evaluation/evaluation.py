@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fusenorm_openood.data.benchmarks import Benchmark, image_loader
 from fusenorm_openood.detectors.base import Detector
+from fusenorm_openood.errors import ConfigError
 from fusenorm_openood.evaluation.runs import Loader
 from fusenorm_openood.forward.recorded import Scored
 from fusenorm_openood.method.metrics import accuracy, ood_metrics
@@ -41,6 +42,8 @@ def evaluate(
     `Benchmark.missing` and `check_labels`. With `fsood`, covariate-shifted ID images count as ID;
     `validation` tests on the validation pair instead, where settings are to be chosen.
     """
+    if fsood and not benchmark.csid:
+        raise ConfigError(f"{benchmark.name} has no covariate-shifted ID images: leave out fsood")
     benchmark.check_labels(benchmark.tested(fsood, validation))
     if not detector.is_fitted:
         detector.fit(load(benchmark.id[detector.fitted_on]), progress)

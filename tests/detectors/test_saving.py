@@ -101,13 +101,13 @@ def test_damaged_files_are_all_refused(saved, net, tmp_path):
             FuseNorm.load(damaged, net)
 
 
-@pytest.mark.parametrize("version", [1, 2, 4])
+@pytest.mark.parametrize("version", [1, 2, 3, 5])
 def test_another_format_is_refused(saved, net, tmp_path, monkeypatch, version):
     detector, _ = saved
     monkeypatch.setattr("fusenorm_openood.storage.detector_file.FORMAT", version)
     detector.save(tmp_path / "other")
     monkeypatch.undo()
-    found = rf"has format {version}, this version of the package reads 3: .* or fit again"
+    found = rf"has format {version}, this version of the package reads 4: .* or fit again"
     with pytest.raises(DetectorFileError, match=found):
         FuseNorm.load(tmp_path / "other", net)
 

@@ -121,7 +121,12 @@ def test_methods_can_be_chosen(digits, few, capsys):
     names = [re.split("  +", line)[0] for line in table[2:-1]]
     assert names == ["GEN", "ViM", STRONG, BLOCKS, *FUSENORM]
     with pytest.raises(ConfigError, match="no single method to compare with"):
-        compare(None, load_benchmark("digits", few), gradients=False, methods=["odin"])
+        compare(
+            load_network(digits[1]),
+            load_benchmark("digits", few),
+            gradients=False,
+            methods=["odin"],
+        )
     assert main([*args, "msp", "knm"]) == 1
     assert "unknown method 'knm' (did you mean 'knn'?)" in capsys.readouterr().err
 
