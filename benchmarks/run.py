@@ -275,7 +275,7 @@ def make_peer_task(
 
 def benchmark_compare(report: Report, device: torch.device, rounds: int, quick: bool) -> None:
     """`compare` over a benchmark, one plain pass over its images, and pytorch-ood's detectors."""
-    images = 50 if quick else 400
+    images = 50 if quick else 200
     net, _ = _setting("resnet18-32x32", 1, device)
     made = make_peers(net, CLASSES)
     peers = {name: made[name] for name in ONE_PASS if name in made}
