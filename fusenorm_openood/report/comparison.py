@@ -76,7 +76,7 @@ def _verdicts(
             facts = (
                 ("data set", name),
                 *((method, VERDICTS[not by[number]]) for method, number in shown.items()),
-                (f"rejected by, of {len(scores)} methods", str(by.sum())),
+                ("rejected by", str(by.sum())),
                 ("confidence", f"{values[0][position]:.3f}"),
             )
             images.append(Tested(group, name, position, float(values[0][position]), facts))
@@ -85,7 +85,7 @@ def _verdicts(
     choose = frozenset((*shown, "data set"))
     about = (
         f"Each method rejects below the confidence that {ACCEPTANCE:.0%} of the ID images exceed. "
-        f"The best single expert is {best}."
+        f"The best single expert is {best}. Of {len(scores)} methods, so many reject an image."
     )
     return Section("Images", (*which, about), listed=rows._replace(choose=choose))
 

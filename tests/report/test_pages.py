@@ -147,7 +147,8 @@ def test_three_experts_are_open_and_the_others_folded(score_page):
 
 
 def test_a_comparison_lists_images_with_verdicts(compare_page, evaluated):
-    page = compare_page.read_text(encoding="utf-8").partition("those farthest beyond")[2]
+    above, _, page = compare_page.read_text(encoding="utf-8").partition("those farthest beyond")
+    methods = int(re.search(r"Of (\d+) methods", above)[1])
     assert not re.search("<th[^>]*>(strong experts|block norms) alone</th>", page)
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.S) for row in page.split("<tr")[2:]]
     conf = {name: s.conf for sets in evaluated[0].sets.values() for name, s in sets.items()}
@@ -159,7 +160,7 @@ def test_a_comparison_lists_images_with_verdicts(compare_page, evaluated):
         np.testing.assert_allclose(shown, np.sort(known), atol=6e-4)
         assert [row[4] for row in of].count("rejected") == (known < cut).sum()
     for *_, ours, best, count, _ in rows:
-        verdicts, methods = [ours, best], int(re.search(r"of (\d+) methods", page)[1])
+        verdicts = [ours, best]
         assert verdicts.count("rejected") <= int(count) <= methods - verdicts.count("accepted")
 
 
