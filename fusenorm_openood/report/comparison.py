@@ -45,17 +45,17 @@ def report_of_comparison(
     scores = _scores_of_methods(runs[0], groups)
     several = len(results) > 1 or len(runs) > 1
     which = (f"Of the first training run of {root}.",) if several else ()
-    roc = Section("ROC curves", (*which, parts.READ), figures=parts.roc_figures(scores))
     text = (*which, parts.READ)
+    roc = Section("ROC curves", text, figures=parts.roc_figures(scores))
     drawn = {score.name: parts.histogram(score) for score in scores[:SHOWN]}
     best = Section("Scores of ID and OOD images", text)
     sections += [roc, parts.multiples(best, drawn, {"More methods": list(drawn)})]
     sections.append(_verdicts(runs[0].conf, scores, benchmark, which))
-    others = auroc[~auroc.index.str.startswith(METHOD)]
+    single = auroc[~auroc.index.str.startswith(METHOD)].drop([STRONG, BLOCKS])
     highlights = tuple(
         (f"{GROUPS[group]} AUROC, {name}", f"{dict(auroc[group])[name]:.2f}%")
         for group in groups
-        for name in (DEFAULT, str(others[group].idxmax()))
+        for name in (DEFAULT, str(single[group].idxmax()))
     )
     return Report(title, (*facts, *scores[0].counts()), highlights, tuple(sections))
 
@@ -63,7 +63,7 @@ def report_of_comparison(
 def _verdicts(
     conf: Confs, scores: Sequence[Score], benchmark: Benchmark, which: tuple[str, ...]
 ) -> Section:
-    """A list of images: the verdicts of FuseNorm and of the best single expert, and of how many."""
+    """A list of images, with the verdicts of FuseNorm and of the best single expert."""
     names = [score.name for score in scores]
     best = next(n for n in names if not n.startswith(METHOD) and n not in (STRONG, BLOCKS))
     shown = {name: names.index(name) for name in (DEFAULT, best)}
@@ -85,7 +85,8 @@ def _verdicts(
     choose = frozenset((*shown, "data set"))
     about = (
         f"Each method rejects below the confidence that {ACCEPTANCE:.0%} of the ID images exceed. "
-        f"The best single expert is {best}. Of {len(scores)} methods, so many reject an image."
+        f"The best single expert is {best}. "
+        f"Of {len(scores)} methods, 'rejected by' counts those that do."
     )
     return Section("Images", (*which, about), listed=rows._replace(choose=choose))
 
