@@ -18,7 +18,7 @@ from fusenorm_openood.forward.given import check_finite, checked_images
 from fusenorm_openood.forward.passes import forward_pass, parts
 from fusenorm_openood.kernels.devices import moved
 from fusenorm_openood.method.calibration import group_names
-from fusenorm_openood.method.conformal import check_enough, threshold
+from fusenorm_openood.method.conformal import check_enough, needed_images, threshold
 from fusenorm_openood.method.joint import JointDistance
 from fusenorm_openood.network import running
 from fusenorm_openood.network.running import eval_mode, unwrapped
@@ -181,18 +181,23 @@ def exits_of(
             "early='spending' needs calibration images without groups, and settings with clip or "
             "the joint penalty: choose early='certain'"
         )
-    share = (1 - acceptance) / (len(ends) + 1)  # by the union bound, together the error
+    # By the union bound, the confidence at the end and the exits together reject at most the error.
+    # An exit has the more of it, the more stages an image skips that leaves there.
+    error, count = 1 - acceptance, len(ends) + 1
+    share = error / count
     try:
         check_enough(len(calibration), 1 - share)
-    except CalibrationError as error:
+    except CalibrationError as few:
         raise CalibrationError(
-            f"early='spending' judges {len(ends) + 1} times, each with an error of {share:.3g}: "
-            f"{error}"
+            f"early='spending' judges {count} times, at the end with an error of {share:.3g}: {few}"
         ) from None
-    for layers, some in zip(ends, rows, strict=True):
+    for skipped, layers, some in zip(range(len(ends), 0, -1), ends, rows, strict=True):
+        at_exit = 1 - 2 * skipped * error / count**2
+        if len(calibration) < needed_images(at_exit):
+            break  # so few that no image could leave
         closeness = partial(_closeness, fusion.joint.of_layers(some))
         scores = np.sort(closeness(torch.from_numpy(calibration.marks[some])).numpy())
-        exits.append(Exit(layers, closeness, threshold(scores, 1 - share)))
+        exits.append(Exit(layers, closeness, threshold(scores, at_exit)))
     detector.exits = key, (exits, 1 - share)
     return exits, 1 - share
 

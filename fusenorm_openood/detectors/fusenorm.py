@@ -304,9 +304,10 @@ class FuseNorm(Detector):
         - `True` or `"certain"`: where the confidence can no longer reach the threshold. The
           verdicts are those of the whole pass.
         - `"spending"`: where the joint distance of the layers so far is larger than that of nearly
-          all calibration images. The error 1 - acceptance is divided equally among the exits and
-          the confidence at the end, so that by the union bound at least `acceptance` of ID images
-          are accepted on average. More images leave, and some verdicts are others.
+          all calibration images. The error 1 - acceptance is divided among the confidence at the
+          end, with as much as an exit on average, and the exits, in proportion to the stages that
+          an image skips. By the union bound, at least `acceptance` of ID images are accepted on
+          average. More images leave, and some verdicts are others.
 
         Raises:
             TapError: `early` for a network in which images cannot leave a batch.

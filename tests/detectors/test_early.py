@@ -15,6 +15,7 @@ from torchvision.models import densenet121, mobilenet_v3_small, resnet18
 from fusenorm_openood import FuseNorm, Settings
 from fusenorm_openood.detectors.early import exits_of, judge_early, stage_ends
 from fusenorm_openood.errors import CalibrationError, ConfigError, DataError, TapError
+from fusenorm_openood.method.conformal import max_rank
 from fusenorm_openood.network.understanding import understand
 from tests.conftest import assert_undisturbed, make_net, state_of
 from tests.nets import Net, some_images
@@ -106,6 +107,25 @@ def test_spending_accepts_as_many_as_asked() -> None:
     assert 0.02 < np.mean(early) < np.mean(rejected)
     assert np.mean(rejected) < 0.1 + 3 * np.std(rejected) / 20
     assert np.mean(rejected) > 0.05  # and they are not spent in vain
+
+
+def test_more_is_spent_where_more_is_saved() -> None:
+    detector = FuseNorm(make_net()).fit([some_images(100, SIZE)])
+    detector.calibrate([some_images(400, SIZE, seed=2)])
+    known, images = detector.calibration_, some_images(2, SIZE)
+    assert known is not None
+    exits, end = exits_of(detector, images, 0.9, "spending")
+    spent = [
+        int((statistic(torch.from_numpy(known.marks[: len(layers)])) < limit).sum())
+        for layers, statistic, limit in exits
+    ]
+    count = len(exits) + 1
+    errors = [2 * skipped * 0.1 / count**2 for skipped in range(len(exits), 0, -1)]
+    assert spent == [max_rank(1 - error, 400) - 1 for error in errors]
+    assert sum(errors) + 1 - end == pytest.approx(0.1)
+    detector.calibration_ = known.keep(np.arange(count * 10 - 1))  # enough for the end alone
+    few, _ = exits_of(detector, images, 0.9, "spending")
+    assert 0 < len(few) < len(exits)
 
 
 class Bridge(Net):
