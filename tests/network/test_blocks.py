@@ -299,6 +299,23 @@ def test_the_ends_of_parallel_trunks_are_no_taps():
     assert structure.rule.endswith("parallel trunks")
 
 
+class Heads(nn.Module):
+    """Two convolutions whose feature three linear layers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 16, 3)
+        self.heads = nn.ModuleList(nn.Linear(16, 5) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        feature = self.conv2(self.conv1(x).relu()).relu().mean((2, 3))
+        return torch.stack([head(feature) for head in self.heads]).mean(0)
+
+
+def test_several_heads_on_one_feature_are_no_parallel_trunks():
+    assert read_structure(Heads(), SMALL).blocks == ("conv1", "conv2")
+
+
 def leaf() -> Tensor:
     return torch.randn(2, 3, 4, 4).requires_grad_()
 
