@@ -20,6 +20,12 @@ def test_every_public_name_is_importable():
         assert name in dir(fusenorm_openood)
 
 
+@pytest.mark.parametrize("name", fusenorm_openood.__all__[1:])
+def test_every_public_name_has_an_example_that_doctest_runs(name):
+    value = getattr(fusenorm_openood, name)
+    assert ">>> " in value.__doc__ or name in ("IDStatistics", "register")  # with what they are of
+
+
 def test_import_loads_neither_torch_nor_openood():
     code = (
         "import sys, fusenorm_openood; assert not {'torch', 'openood', 'numpy'} & set(sys.modules)"

@@ -143,6 +143,12 @@ def tap_candidates(net: nn.Module, images: Tensor) -> list[TapCandidate]:
     Args:
         net: any network; it is left unchanged.
         images: a batch that the network accepts, on its device.
+
+    Examples:
+        >>> import torch
+        >>> from torchvision.models import resnet18
+        >>> tap_candidates(resnet18(), torch.rand(2, 3, 64, 64))[0]
+        TapCandidate(name='conv1', kind='Conv2d', shape=(2, 64, 32, 32))
     """
     core, structure = running.unwrapped(net), read_structure(net, images)
     return [

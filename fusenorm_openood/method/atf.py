@@ -54,6 +54,12 @@ def atf(
 
     Source: ``adaptive_topk_channel_weight`` in the FuseNorm repository. A map of one pixel has no
     spatial entropy: h = 0 there.
+
+    Examples:
+        >>> x = torch.ones(2, 1, 4, 4)
+        >>> x[1, 0, 0, 0] = 5
+        >>> atf(x)
+        tensor([1., 3.])
     """
     low, high = FRACTION("k_min", k_min), FRACTION("k_max", k_max)
     check_order("k_min", low, "k_max", high)

@@ -96,6 +96,11 @@ class Settings:
 
     Raises:
         ConfigError: a value outside its range.
+
+    Examples:
+        >>> settings = Settings(strong=["energy", "knn"])
+        >>> settings.replace(neighbours=20).neighbours
+        20
     """
 
     taps: str | tuple[str, ...] = checked("blocks", NAMES)

@@ -50,6 +50,11 @@ def compute_id_statistics(
         ZeroRangeError: an expert whose two percentiles are equal up to float32 rounding.
 
     Source: `compute_id_statistics` in the FuseNorm repository.
+
+    Examples:
+        >>> statistics = compute_id_statistics([range(101)], 1, 99)
+        >>> statistics.mean, statistics.upper
+        (array([50.]), array([99.]))
     """
     check_percentiles(percentile_low, percentile_high)
     s = np.asarray(scores, dtype=np.float64)
@@ -84,6 +89,10 @@ def normalise(scores: ArrayLike, statistics: IDStatistics) -> NDArray[np.float64
 
     Raises:
         DataError: scores that are not `[L, N]` with one row per expert of the statistics.
+
+    Examples:
+        >>> normalise([[1, 50, 148]], compute_id_statistics([range(101)], 1, 99))
+        array([[0. , 0.5, 1.5]])
     """
     s = np.asarray(scores, dtype=np.float64)
     if s.ndim != 2 or len(s) != len(statistics.lower):

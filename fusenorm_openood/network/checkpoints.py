@@ -46,6 +46,14 @@ def load_network(
         CheckpointError: the file is missing or damaged, holds no known network, does not fit
             `network`, or has another number of classes.
         ConfigError: `network` cannot be built.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from fusenorm_openood.network import CifarResNet
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     torch.save({"state_dict": CifarResNet(20, num_classes=10).state_dict()}, file.name)
+        ...     type(load_network(file.name)).__name__
+        'CifarResNet'
     """
     state = states.load_state(path)
     if network is not None:

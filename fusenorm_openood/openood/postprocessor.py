@@ -36,6 +36,11 @@ class FuseNormPostprocessor(base_postprocessor()):  # type: ignore[misc]
 
     Raises:
         ConfigError: a missing or unknown key, or a value out of range.
+
+    Examples:
+        >>> config = configs.read_config(configs.config_root() / "postprocessors" / "fusenorm.yml")
+        >>> FuseNormPostprocessor(config).settings.penalty
+        'joint'
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:

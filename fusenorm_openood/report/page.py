@@ -171,7 +171,13 @@ def check_report(path: str | Path, option: str = "--report") -> None:
 
 
 def write_report(report: Report, path: str | Path) -> None:
-    """Render a report and write it, completely or not at all; DataError if it cannot be written."""
+    """Render a report and write it, completely or not at all; DataError if it cannot be written.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_report(Report("Photographs", (), (), ()), f"{folder}/report.html")
+    """
     page = render(report).encode(*ENCODED)
     way_out = "make room, or give another file"
     with os_errors(DataError, f"report {path} cannot be written", way_out):
