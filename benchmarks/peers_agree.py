@@ -32,7 +32,7 @@ import pandas as pd
 import torch
 import yaml
 from lite0 import benchmark as lite0_benchmark
-from lite0 import lite0
+from lite0 import lite
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -149,7 +149,7 @@ def networks(folder: Path, place: Path) -> Iterator[Data]:
         yield measure(name, id_data, net, b.id["train"], **sets)
     b = lite0_benchmark(place / "imagenet_mini" / "data", ["caltech"], ["texture"])
     sets = {"id": b.id["test"], "near": b.near["caltech"], "far": b.far["texture"]}
-    yield measure("Lite0", "imagenet", lite0(), b.id["val"], **sets)
+    yield measure("Lite0", "imagenet", lite(), b.id["val"], **sets)
 
 
 def here(data: Data, setting: str, step: str) -> Scorer:

@@ -3,7 +3,8 @@
     python benchmarks/tables.py TABLE NAME:ID_DATA:DATA_ROOT:CHECKPOINT[:NORMALIZATION] ...
         [--limit N] [--forward-only]
 
-compare: `fusenorm compare` on each network. sizes: FuseNorm fitted on 100 to 1000 ID images.
+compare: `fusenorm compare` on each network. unseen: the same, for networks that took no part in any
+choice. sizes: FuseNorm fitted on 100 to 1000 ID images.
 pseudo: which settings a search finds on each kind of pseudo-OOD image, and how good they are.
 --limit takes the first N lines of each test list, --forward-only leaves out what needs gradients.
 """
@@ -147,6 +148,7 @@ def _values(settings: Settings, sweep: Sequence[str]) -> list[str]:
 
 TABLES: dict[str, Callable[..., pd.DataFrame]] = {
     "compare": compared,
+    "unseen": compared,
     "sizes": sizes,
     "pseudo": pseudo,
 }

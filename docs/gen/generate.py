@@ -168,9 +168,9 @@ def comparison(network: str) -> str:
     return table(("method", *figures, f"near over {near}", f"far over {far}"), rows)
 
 
-def short_comparison(methods: Iterable[str]) -> str:
+def short_comparison(methods: Iterable[str], folder: str = "compare") -> str:
     """Near / far AUROC of some methods, and of the best single experts, on all networks."""
-    paths = sorted((RESULTS / "compare").glob("*.csv"))
+    paths = sorted((RESULTS / folder).glob("*.csv"))
     found = {TITLES.get(p.stem, p.stem): pd.read_csv(p, index_col=0) for p in paths}
     best, rows = [], []
     for t in found.values():
@@ -361,6 +361,7 @@ TABLES: dict[str, Callable[[], str]] = {
         ("Energy", "GEN", "NCI", "KNN (K = 5)", "fDBD", "MDS", "MDS++", *COMPARED)
     ),
     "results-short": lambda: short_comparison(("Energy", "GEN", *COMPARED)),
+    "unseen": lambda: short_comparison(("Energy", "GEN", "NCI", *COMPARED), "unseen"),
     "sizes": fit_sizes,
     "catalogue": catalogue,
     "protocol": protocol,
