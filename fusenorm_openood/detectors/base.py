@@ -317,7 +317,7 @@ class Detector(Scorer, ABC):
             if self.preprocessing is not None:
                 kind = type(self.preprocessing).__name__
                 raise errors.DataError(
-                    f"detector.preprocessing must be a Preprocessing, got a {kind}"
+                    f"detector.preprocessing must be a Preprocessing, got {kind}"
                 )
             raise errors.DataError(
                 "this detector does not know how its network's images are preprocessed: set "

@@ -252,7 +252,7 @@ class FuseNorm(Detector):
         network = statistics.network
         if network is not None and not is_network(self.net, network):
             raise ConfigError(
-                f"the ID statistics must be of this network, got those of a {network.kind} with "
+                f"the ID statistics must be of this network, got those of {network.kind} with "
                 "other weights or another forward: fit again"
             )
         return self.adopt(statistics)

@@ -111,13 +111,13 @@ def _check_network(
     if differences:
         more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise errors.DetectorFileError(
-            f"detector file {path} was made with a {known.kind}, this {given.kind} differs "
+            f"detector file {path} was made with {known.kind}, and this {given.kind} differs "
             f"({', '.join(differences[:3])}{more}): give the network that it was fitted with"
         )
     if given.weights != known.weights:
         what = f"other weights of the same network, {known.kind}: give the checkpoint"
     elif not given.agrees(known):
-        what = f"a {known.kind} that computes other logits with these weights: give the network"
+        what = f"another forward of {known.kind}, which computes other logits: give the network"
     else:
         return False
     message = f"detector file {path} was made with {what} that it was fitted with, or fit again"

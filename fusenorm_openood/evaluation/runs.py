@@ -175,7 +175,7 @@ def load_runs(
             if other != kind:
                 raise CheckpointError(
                     f"all runs under one root must be of the same kind, got {checkpoints[first]}, "
-                    f"a {kind}, and {checkpoints[run]}, a {other}: use a separate root for each "
+                    f"{kind}, and {checkpoints[run]}, {other}: use a separate root for each "
                     "kind"
                 )
         check_classes(checkpoints[first], kind.classes, num_classes)

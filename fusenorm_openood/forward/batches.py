@@ -169,7 +169,7 @@ class Readings:
 
 def _only_once(loader: Any, found: str = "") -> DataError:
     return DataError(
-        f"loader must be readable more than once, got a {type(loader).__name__}{found}: fit on a "
+        f"loader must be readable more than once, got {type(loader).__name__}{found}: fit on a "
         "DataLoader or a list of batches"
     )
 

@@ -129,7 +129,7 @@ def load_backbone(net: nn.Module, path: str | Path) -> None:
         reason = f"it {error}"
     if reason:
         raise CheckpointError(
-            f"{path} does not fit a {type(target).__name__} ({reason}): start from a checkpoint of "
+            f"{path} does not fit {type(target).__name__} ({reason}): start from a checkpoint of "
             "that network"
         )
     target.load_state_dict(weights)

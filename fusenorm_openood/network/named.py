@@ -66,7 +66,7 @@ def build_network(
         ) from error
     if not isinstance(net, nn.Module):
         raise ConfigError(
-            f"network {spec!r} must be a function that returns a torch.nn.Module, got a "
+            f"network {spec!r} must be a function that returns a torch.nn.Module, got "
             f"{type(net).__name__}: name another"
         )
     return net.eval()

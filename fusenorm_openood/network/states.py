@@ -87,7 +87,7 @@ def load_state(path: str | Path) -> State:
     if not state:
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else ""
         raise CheckpointError(
-            f"{path} must hold a non-empty state dict of tensors, got a {type(content).__name__}"
+            f"{path} must hold a non-empty state dict of tensors, got {type(content).__name__}"
             f"{f' with the keys {keys[:80]}' if keys else ''}: save net.state_dict() with "
             "torch.save"
         )

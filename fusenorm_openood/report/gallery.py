@@ -3,6 +3,7 @@
 import base64
 import heapq
 import io
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -86,8 +87,8 @@ def gallery(
     for title, images in groups.items():
         tensors = dict[int, Tensor]()  # of those whose files can still be read
         for position, image in enumerate(images):
-            with suppress(DataError):
-                tensors[position] = image.read()
+            if (tensor := _read(image)) is not None:
+                tensors[position] = tensor
         why = None
         if tensors and isinstance(detector, FuseNorm):
             why = explained[title] = detector.explain(torch.stack([*tensors.values()]))
@@ -98,6 +99,14 @@ def gallery(
         if cards:
             galleries.append((title, tuple(cards)))
     return tuple(galleries), explained
+
+
+def _read(image: Shown) -> Tensor | None:
+    """Its tensor, None if its file has gone; warnings of the file came when it was judged."""
+    with suppress(DataError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return image.read()
+    return None
 
 
 def _card(image: Shown, picture: Image.Image, why: Explanation | None, number: int) -> Card:
@@ -148,20 +157,21 @@ def listed(
 
     The first have pictures, of `room` bytes in all. `order` says which those are.
     """
-    left, cards, reads = ROWS, list[Card](), list[Callable[[], Tensor]]()
+    left, cards, shown = ROWS, list[Card](), list[Shown]()
     for image in images:
         cards.append(Card(image.name, (), image.facts, link=image.link))
-        reads.append(image.read)
+        shown.append(image)
         left -= 200 + len(escape(f"{cards[-1]}").encode(*ENCODED))
         if left < 0:
             break
-    for n, read in enumerate(reads):
-        with suppress(DataError):
-            uri = data_uri(thumbnail(read(), norm, channels, LISTED), quality=70)
-            room -= len(uri)
-            if room < 0:
-                break
-            cards[n] = cards[n]._replace(pictures=((uri, ""),))
+    for n, image in enumerate(shown):
+        if (tensor := _read(image)) is None:
+            continue
+        uri = data_uri(thumbnail(tensor, norm, channels, LISTED), quality=70)
+        room -= len(uri)
+        if room < 0:
+            break
+        cards[n] = cards[n]._replace(pictures=((uri, ""),))
     which = "All" if len(cards) == number else f"{len(cards):,} of {number:,}"
     return Rows(f"{which} images, {order}", CHOOSE, tuple(cards))
 

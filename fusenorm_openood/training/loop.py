@@ -307,7 +307,7 @@ def resume(path: Path, net: nn.Module, optimiser: SGD) -> Progress:
     is_run = isinstance(content, dict) and set(content) == {"net", "optimiser", "progress"}
     if not is_run or shapes(content["net"]) != shapes(net.state_dict()):
         raise errors.CheckpointError(
-            f"{path} holds no interrupted run of a {type(net).__name__}: remove it to start again"
+            f"{path} holds no interrupted run of {type(net).__name__}: remove it to start again"
         )
     net.load_state_dict(content["net"])
     optimiser.load_state_dict(content["optimiser"])

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fusenorm_openood import FuseNorm, load_network
 from fusenorm_openood.cli.main import main
+from fusenorm_openood.data.images import TruncatedImageWarning
 from fusenorm_openood.data.lists import read_imagelist
 from fusenorm_openood.deployment.files import judge_files, judged
 from fusenorm_openood.deployment.files import score as scores_of
@@ -214,8 +215,12 @@ def test_rows_on_a_device_are_not_read_back(folders, capsys):
 
 
 def test_a_report_about_the_rows(folders, tmp_path):
-    table, page = tmp_path / "out.parquet", tmp_path / "out.html"
-    assert score(folders, folders / "test_noise", "--csv", table, "--report", page) == 0
+    table, page, part = tmp_path / "out.parquet", tmp_path / "out.html", tmp_path / "part.jpg"
+    Image.fromarray(np.zeros((99, 99, 3), np.uint8)).save(part)
+    part.write_bytes(part.read_bytes()[:-9])
+    with pytest.warns(TruncatedImageWarning) as said:  # once, not for its picture again
+        assert score(folders, folders / "test_noise", part, "--csv", table, "--report", page) == 0
+    assert len(said) == 1
     text = undated(page)
     rejected = sum(row.ood for row in read_rows(table))
     assert f"{rejected:,}" in text

@@ -62,7 +62,7 @@ def test_images_without_pixels_are_refused(detector, images):
 def test_what_is_no_preprocessing_is_told(detector):
     other = copy.copy(detector)
     other.preprocessing = (224, 224)
-    with pytest.raises(DataError, match="must be a Preprocessing, got a tuple"):
+    with pytest.raises(DataError, match="must be a Preprocessing, got tuple"):
         other.score(np.zeros((9, 9, 3), np.uint8))
 
 

@@ -177,7 +177,7 @@ def test_single_scores_read_once(score):
 
 
 def test_an_iterator_that_is_exhausted_is_an_error_where_two_readings_are_needed():
-    with pytest.raises(DataError, match=r"readable more than once, got a Resetting"):
+    with pytest.raises(DataError, match=r"readable more than once, got Resetting"):
         FuseNorm(Net(), strong=["output"], react_percentile=90.0).fit(Resetting(resets=False))
 
 

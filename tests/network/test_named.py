@@ -88,7 +88,7 @@ def test_a_transformer_is_built_for_the_size_of_the_images():
         ("nowhere.nets:small", "needs the module nowhere.nets, which cannot be imported"),
         (f"{OWN}:nothing", f"'{OWN}:nothing' cannot be built (AttributeError:"),
         (f"{OWN}:broken", f"'{OWN}:broken' cannot be built (RuntimeError: no weights today):"),
-        (f"{OWN}:not_a_network", "must be a function that returns a torch.nn.Module, got a int"),
+        (f"{OWN}:not_a_network", "must be a function that returns a torch.nn.Module, got int"),
     ],
 )  # fmt: skip
 def test_a_network_that_cannot_be_built_is_an_error(spec, message):

@@ -62,7 +62,7 @@ def test_a_file_that_cannot_be_opened_is_not_called_damaged(run, tmp_path):
     loop.symlink_to(loop)
     assert resume(folder, net, optimiser) == Progress(0, -1.0)  # no file
     torch.save({"net": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(CheckpointError, match="holds no interrupted run of a ResNet18_32x32"):
+    with pytest.raises(CheckpointError, match="holds no interrupted run of ResNet18_32x32"):
         resume(tmp_path / "other.ckpt", net, optimiser)
     wider = ResNet18_32x32(3, width=8)
     with pytest.raises(CheckpointError, match="holds no interrupted run"):

@@ -225,7 +225,7 @@ def test_training_can_start_from_either_kind_of_checkpoint(few, tmp_path, digits
         for key, value in net.state_dict().items():
             assert torch.equal(target.state_dict()[key], value)
     assert wrapped.tau == pytest.approx(0.1)
-    with pytest.raises(CheckpointError, match="does not fit a ResNet18_32x32"):
+    with pytest.raises(CheckpointError, match="does not fit ResNet18_32x32"):
         train(replace(RECIPE, init=str(digits[1])), few, tmp_path / "run", progress=False)
 
 
