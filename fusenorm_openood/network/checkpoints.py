@@ -50,10 +50,10 @@ def load_network(
     Examples:
         >>> import tempfile, torch
         >>> from fusenorm_openood.network import CifarResNet
-        >>> with tempfile.NamedTemporaryFile() as file:
-        ...     torch.save({"state_dict": CifarResNet(20, num_classes=10).state_dict()}, file.name)
-        ...     type(load_network(file.name)).__name__
-        'CifarResNet'
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(CifarResNet(20, num_classes=10).state_dict(), f"{folder}/resnet20.th")
+        ...     load_network(f"{folder}/resnet20.th").architecture
+        'ResNet-20'
     """
     state = states.load_state(path)
     if network is not None:
