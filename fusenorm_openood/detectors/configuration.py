@@ -43,11 +43,6 @@ def read_fusenorm(config: Mapping[str, Any]) -> FuseNormConfig:
     settings = Settings.from_mapping(dict(section["postprocessor_args"] or {}))
     sweep = dict(section["postprocessor_sweep"] or {})
     check_names(sweep)
-    for name, values in sweep.items():
-        if not isinstance(values, list) or not values:
-            raise ConfigError(
-                f"postprocessor_sweep.{name} must be a non-empty list of values, got {values!r}"
-            )
     aps_mode = section["APS_mode"]
     # Without a search, the sweep need not be compatible with the chosen settings.
     methods = [] if aps_mode else [method() for method in METHODS.values()]

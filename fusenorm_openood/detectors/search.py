@@ -1,6 +1,6 @@
 """APS, the search for settings on a validation pair: many combinations, one pass over images."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -123,6 +123,10 @@ def candidates(base: Settings, sweep: Mapping[str, Sequence[Any]]) -> list[Candi
     """
     combined: list[dict[str, Any]] = [{}]
     for name, values in sweep.items():
+        if isinstance(values, str) or not isinstance(values, Collection) or not len(values):
+            raise ConfigError(
+                f"postprocessor_sweep.{name} must be a non-empty list of values, got {values!r}"
+            )
         combined = [{**before, name: value} for value in values for before in combined]
     found = [Candidate(values, _try_settings(base, values)) for values in combined]
     for name, values in sweep.items():

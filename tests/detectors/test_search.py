@@ -152,6 +152,9 @@ def test_unusable_combinations_are_skipped_with_a_reason(net, loader):
         ({}, "postprocessor_sweep is empty"),
         ({"base": [20.0, 0.5]}, r"postprocessor_sweep\.base: base must be .*>= 1, got 0\.5"),
         ({"bsae": [2]}, "unknown setting 'bsae'"),
+        ({"output": "msp"}, "output must be a non-empty list of values, got 'msp'"),
+        ({"cap": 5}, "cap must be a non-empty list of values, got 5"),
+        ({"cap": []}, r"cap must be a non-empty list of values, got \[\]"),
         ({"strong": [["layer9"]]}, "unknown strong expert 'layer9'"),
     ],
 )
