@@ -19,12 +19,22 @@ from fusenorm_openood.detectors.statistics import Explanation
 from fusenorm_openood.method.conformal import EQUAL, Guarantee, guarantee, rejects
 from fusenorm_openood.method.metrics import ood_metrics
 
-# Okabe and Ito's colours, each with a line style, hatch and mark of its own: never colour alone.
+# Okabe and Ito's colours and a brown, each with a line style, hatch and mark of its own: never
+# colour alone.
 INK, SOFT, GRID, BLUE = "#1a1a1a", "#595959", "#d0d0d0", "#0072b2"
-LINES = (("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"))
-HATCHES, DOTS, MARKS = ("", "////", "...."), ("o", "s", "D"), ("v", "D", "^")
+LINES = (
+    ("#d55e00", "--"),
+    ("#009e73", "-."),
+    ("#cc79a7", ":"),
+    ("#e69f00", (0, (7, 1))),
+    ("#56b4e9", (0, (4, 1, 1, 1, 1, 1))),
+    ("#7f4f24", (0, (1, 0.7))),
+)
+HATCHES = ("", "////", "....", "xxxx", "----", "||||")
+DOTS, MARKS = ("o", "s", "D", "^", "v", "P"), ("v", "D", "^", "o", "s", "P")
 DOTTED = (0, (1, 1.5))
 BINS, POINTS = 40, 150
+MANY = len(LINES)  # data sets that are told apart, CIFAR-10's in OpenOOD
 MOST = 40  # classes in a chart
 FEW = 64  # pixels of the longer side up to which a picture loses nothing
 
@@ -65,8 +75,8 @@ def histograms(
     top = ax.get_ylim()[1]
     for row, (label, values) in enumerate(marks.items()):
         x, y = np.clip(values, edges[0], edges[-1]), top * (1.05 + 0.09 * row)
-        style = {"color": LINES[row][0], "markersize": 4.5, "label": label}
-        ax.plot(x, np.full(len(x), y), MARKS[row], **style)
+        style = {"color": LINES[row % MANY][0], "markersize": 4.5, "label": label}
+        ax.plot(x, np.full(len(x), y), MARKS[row % MANY], **style)
     if threshold is not None and edges[0] <= threshold <= edges[-1]:
         ax.axvline(threshold, color=INK, linestyle=DOTTED, label="threshold")
     ax.set(xlabel="score", ylabel="% of the images", ylim=(0, top * (1.05 + 0.09 * len(marks))))
@@ -181,7 +191,7 @@ def _shares(
     ax: Any,
     asked: float,
     is_rejected: bool,
-    styles: Sequence[tuple[str, str]],
+    styles: Sequence[tuple[str, object]],
 ) -> str:
     """Curves of the rejected or accepted shares at acceptances `x`."""
     at, said = int(np.argmin(np.abs(x - asked))), []
@@ -224,7 +234,8 @@ def contributions(objected: Mapping[str, Iterable[str]], ax: Any, most: int = 8)
     for number, (label, shares) in enumerate(percent.items()):
         y = np.arange(len(order)) + (number - (len(percent) - 1) / 2) * height
         values = [shares.get(name, 0.0) for name in order]
-        style = {"color": LINES[number][0], "hatch": HATCHES[number], "edgecolor": "white"}
+        colour, hatch = LINES[number % MANY][0], HATCHES[number % MANY]
+        style = {"color": colour, "hatch": hatch, "edgecolor": "white"}
         drawing = ax.barh(y, values, height * 0.92, label=label, linewidth=0, **style)
         numbers = [f"{v:.0f}" if v >= 0.5 else "" for v in values]
         ax.bar_label(drawing, numbers, padding=2, fontsize=7.5)
@@ -307,8 +318,8 @@ def dots(groups: Mapping[str, Mapping[str, float]], ax: Any, axis: str) -> str:
     """One line per name, one dot per group."""
     names = list(next(iter(groups.values())))
     for number, (group, values) in enumerate(groups.items()):
-        style = {"color": LINES[number][0], "markersize": 4.5, "label": group}
-        ax.plot([values[name] for name in names], range(len(names)), DOTS[number], **style)
+        style = {"color": LINES[number % MANY][0], "markersize": 4.5, "label": group}
+        ax.plot([values[name] for name in names], range(len(names)), DOTS[number % MANY], **style)
     _name_rows(ax, names, axis)
     ax.tick_params(axis="y", labelsize=8)
     ax.grid(True)

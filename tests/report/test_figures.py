@@ -86,6 +86,17 @@ def test_drawings_are_in_the_colours_of_the_page(rng):
     assert {f"--line{n}" for n in range(3)} | {"--blue", "--ink"} <= {*re.findall(r"--\w+", text)}
 
 
+def test_the_data_sets_of_a_benchmark_are_told_apart_and_more_can_be_drawn(rng):
+    from matplotlib.figure import Figure as Canvas
+
+    ax = Canvas().subplots()
+    plots.histograms({name: rng.normal(size=9) for name in "abcdefg"}, ax)
+    assert len({(p.get_edgecolor(), str(p.get_linestyle())) for p in ax.patches[2:]}) == 6
+    assert plots.dots({n: {"x": 1.0, "y": 2.0} for n in "abcdefgh"}, ax, "AUROC")
+    assert plots.contributions({n: ["mds"] for n in "abcdefgh"}, ax)
+    assert plots.histograms({"a": np.ones(3)}, ax, marks={n: np.ones(1) for n in "abcdefgh"})
+
+
 def test_acceptance_and_rejection_are_the_shares_of_p_values(rng):
     from matplotlib.figure import Figure as Canvas
 
