@@ -45,6 +45,7 @@ class Detector(Scorer, ABC):
 
     experts: tuple[str, ...] = ()
     rows: Sequence[Expert] = ()
+    _estimator_type = "outlier_detector"  # for scikit-learn
     fitted_on = "val"
     calibration_: Calibration | None = None
     preprocessing: Preprocessing | None = None
@@ -133,6 +134,14 @@ class Detector(Scorer, ABC):
     def decision_function(self, images: Images) -> NDArray[np.float64]:
         """The confidences `[B]` as an array, as scikit-learn's outlier detectors give them."""
         return np.atleast_1d(self.score(images).double().cpu().numpy())
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return self.is_fitted
+
+    def __sklearn_tags__(self) -> object:
+        from sklearn.utils import Tags, TargetTags  # since 1.6; before, the attribute counts
+
+        return Tags(self._estimator_type, TargetTags(required=False))
 
     def threshold(self, acceptance: float = 0.95, group: int | str | None = None) -> float:
         """The smallest confidence that is accepted, of a group if there are groups.

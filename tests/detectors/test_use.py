@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.base import clone
-from sklearn.metrics import roc_auc_score
+from sklearn.base import clone, is_outlier_detector
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import get_scorer, roc_auc_score
+from sklearn.utils.validation import check_is_fitted
 from torchvision.models import resnet18
 
 from fusenorm_openood import FuseNorm
@@ -88,6 +90,11 @@ def test_scikit_learn_clones_a_detector_and_changes_its_settings(detector):
     assert np.allclose(found.decision_function(images), detector.decision_function(images))
     is_id = np.arange(40) < 20
     assert roc_auc_score(is_id, found.decision_function(images)) > 0.9
+    assert is_outlier_detector(found)
+    assert get_scorer("roc_auc")(found, images, is_id) > 0.9
+    check_is_fitted(found)
+    with pytest.raises(NotFittedError):
+        check_is_fitted(copy)
     assert found.set_params(cap=1) is found
     assert (found.settings.cap, found.is_fitted) == (1, False)
     with pytest.raises(ConfigError, match="did you mean 'cap'"):
