@@ -197,6 +197,12 @@ def _run_warnings(
         if run.is_unfinished:
             yield f"training run {_short(run.checkpoint)} is not finished."
     written, csv_file = results.stat().st_mtime, _short(results)
+    folder, trials = results.resolve().parent.parent, f"aps/{results.name}"
+    if any((*folder.glob(trials), *folder.glob(f"*/{trials}"))):
+        yield (
+            f"settings were searched beside {csv_file}: if it holds results of the searched ones, "
+            "say so in the row."
+        )
     paths = [run.checkpoint for run in runs]
     if newer := [_short(path) for path in paths if path.stat().st_mtime > written]:
         yield (

@@ -145,6 +145,15 @@ def test_checkpoints_newer_than_the_results_give_a_warning(root, lists, capsys):
     assert f"{NAME}/s1/best.ckpt is newer than …/{NAME}/ood/fusenorm.csv" in capsys.readouterr().out
 
 
+def test_a_search_beside_the_results_gives_a_warning(root, lists, capsys):
+    assert entry(root, lists) == 0
+    assert "searched" not in capsys.readouterr().out
+    (root / "s1" / "aps").mkdir()
+    (root / "s1" / "aps" / "fusenorm.csv").touch()
+    assert entry(root, lists) == 0
+    assert f"searched beside …/{NAME}/ood/fusenorm.csv: if" in capsys.readouterr().out
+
+
 def test_results_of_another_number_of_runs_give_a_warning(root, lists, capsys):
     save_results(root / "ood" / "fusenorm.csv", CIFAR10_ROWS, "90.00 ± 0.00")
     assert entry(root, lists) == 0
