@@ -174,9 +174,9 @@ def load_runs(
         for run, other in others:
             if other != kind:
                 raise CheckpointError(
-                    f"all runs under one root must be of the same kind, got {checkpoints[first]}, "
-                    f"{kind}, and {checkpoints[run]}, {other}: use a separate root for each "
-                    "kind"
+                    f"all runs under one root must be of the same kind, got {checkpoints[first]} "
+                    f"with {kind} and {checkpoints[run]} with {other}: use a separate root for "
+                    "each kind"
                 )
         check_classes(checkpoints[first], kind.classes, num_classes)
     throughput, loading = Throughput(), (batch_size, num_workers, store)

@@ -199,7 +199,7 @@ def test_runs_of_different_kinds_are_rejected_by_name(tmp_path, other, kind, cap
         load_runs(checkpoints, 7)
     message = str(error.value)
     plain = "ResNet18_32x32 of width 4 (CrossEntropy, 7 classes)"
-    assert f"got {checkpoints['s0']}, a {plain}, and {checkpoints['s2']}, a {kind}:" in message
+    assert f"got {checkpoints['s0']} with {plain} and {checkpoints['s2']} with {kind}:" in message
 
 
 def command(digits, root, *args):
