@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 MOST = 60  # names in a message
+OPENOOD = {"energy": "ebo"}  # its names for what papers and settings call otherwise
 
 
 class FuseNormError(Exception):
@@ -98,9 +99,12 @@ def unknown(what: str, name: object, known: Iterable[object], of: str = "", more
 
     >>> unknown("score", "enrgy", ["energy", "msp"])
     "unknown score 'enrgy' (did you mean 'energy'?): choose from energy, msp"
+    >>> unknown("score", "energy", ["ebo", "msp"])
+    "unknown score 'energy' (did you mean 'ebo'?): choose from ebo, msp"
     """
-    names = [str(n) for n in known]
-    near = get_close_matches(str(name), names, 1) or get_close_matches(str(name).lower(), names, 1)
+    names, asked = [str(n) for n in known], str(name)
+    near = get_close_matches(asked, names, 1) or get_close_matches(asked.lower(), names, 1)
+    near = near or [name for name in names if name == OPENOOD.get(asked)]
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     listed = ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" * (len(names) > MOST))
     way_out = f"choose from {listed}" if names else "none exists"
