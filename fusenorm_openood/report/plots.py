@@ -16,6 +16,7 @@ from sklearn import metrics
 from torch import Tensor
 
 from fusenorm_openood.detectors.statistics import Explanation
+from fusenorm_openood.errors import DataError
 from fusenorm_openood.method.conformal import EQUAL, Guarantee, guarantee, rejects
 from fusenorm_openood.method.metrics import ood_metrics
 
@@ -55,12 +56,16 @@ def histograms(
         threshold: where rejection ends, if it is to be shown.
         marks: by label, scores of single images, drawn as marks above the distributions.
 
+    Raises:
+        DataError: nothing to draw, here and in `roc` and `contributions`.
+
     Examples:
         >>> import numpy as np
         >>> from matplotlib.figure import Figure
         >>> histograms({"ID": np.arange(5.0), "OOD": np.zeros(5)}, Figure().subplots())
         'Histogram. ID: median 2, 90% between 0.2 and 3.8; OOD: median 0, 90% between 0 and 0.'
     """
+    _check_any(scores)
     (label, ids), *others = scores.items()
     edges = bin_edges(ids, [values for _, values in (*others, *marks.items())])
 
@@ -93,6 +98,11 @@ def histograms(
     )
 
 
+def _check_any(given: Mapping[str, object]) -> None:
+    if not given:
+        raise DataError("there is nothing to draw, got an empty mapping: give values by label")
+
+
 def bin_edges(ids: Values, others: Sequence[Values]) -> Values:
     """Edges of bins that show ID images in detail, however far away some others are."""
     low, high = np.percentile(ids, [1, 99])
@@ -118,6 +128,7 @@ def roc(scores: Mapping[str, tuple[Values, Sequence[Values]]], ax: Any, shown: i
         >>> roc({"energy": (np.array([2.0, 3, 4]), [np.zeros(9)])}, Figure().subplots())
         'ROC curves: energy (100.00).'
     """
+    _check_any(scores)
     auroc = {
         name: 100 * float(np.mean([ood_metrics(ids, values).auroc for values in others]))
         for name, (ids, others) in scores.items()
@@ -222,6 +233,7 @@ def contributions(objected: Mapping[str, Iterable[str]], ax: Any, most: int = 8)
         >>> contributions({"rejected": ["mds", "mds", "energy", "mds"]}, Figure().subplots())
         'Bar chart. rejected: mds 75%, energy 25%.'
     """
+    _check_any(objected)
     percent = {}
     for label, names in objected.items():
         counts = Counter(names)

@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from fusenorm_openood import ood_metrics
+from fusenorm_openood.errors import DataError
 from fusenorm_openood.report import gallery, plots
 from fusenorm_openood.report.gallery import PICTURES, SIDE, Shown, data_uri, thumbnail, varied
 from fusenorm_openood.report.page import SMALL, Figure, svg
@@ -95,6 +96,12 @@ def test_the_data_sets_of_a_benchmark_are_told_apart_and_more_can_be_drawn(rng):
     assert plots.dots({n: {"x": 1.0, "y": 2.0} for n in "abcdefgh"}, ax, "AUROC")
     assert plots.contributions({n: ["mds"] for n in "abcdefgh"}, ax)
     assert plots.histograms({"a": np.ones(3)}, ax, marks={n: np.ones(1) for n in "abcdefgh"})
+
+
+@pytest.mark.parametrize("draw", [plots.histograms, plots.roc, plots.contributions])
+def test_nothing_to_draw_is_an_error(draw):
+    with pytest.raises(DataError, match="nothing to draw"):
+        draw({}, None)
 
 
 def test_acceptance_and_rejection_are_the_shares_of_p_values(rng):
