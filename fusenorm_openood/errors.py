@@ -104,7 +104,7 @@ def unknown(what: str, name: object, known: Iterable[object], of: str = "", more
     """
     names, asked = [str(n) for n in known], str(name)
     near = get_close_matches(asked, names, 1) or get_close_matches(asked.lower(), names, 1)
-    near = near or [name for name in names if name == OPENOOD.get(asked)]
+    near = near or [name for name in names if name == OPENOOD.get(asked.lower())]
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     listed = ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" * (len(names) > MOST))
     way_out = f"choose from {listed}" if names else "none exists"

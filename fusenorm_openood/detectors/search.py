@@ -1,6 +1,6 @@
 """APS, the search for settings on a validation pair: many combinations, one pass over images."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from fusenorm_openood.storage.stored import row_batches
 SEED = 0  # of pseudo-OOD images
 # Errors that rule out a combination of settings, but do not end the search.
 UNUSABLE = (ConfigError, ZeroRangeError, NonFiniteError)
+
+LISTS = (Sequence, np.ndarray)  # of a setting's values
 
 
 class Found(NamedTuple):
@@ -123,7 +125,7 @@ def candidates(base: Settings, sweep: Mapping[str, Sequence[Any]]) -> list[Candi
     """
     combined: list[dict[str, Any]] = [{}]
     for name, values in sweep.items():
-        if isinstance(values, str) or not isinstance(values, Collection) or not len(values):
+        if isinstance(values, str | bytes) or not isinstance(values, LISTS) or not len(values):
             raise ConfigError(
                 f"postprocessor_sweep.{name} must be a non-empty list of values, got {values!r}"
             )

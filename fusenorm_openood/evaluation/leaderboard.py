@@ -200,7 +200,7 @@ def _run_warnings(
     folder, trials = results.resolve().parent.parent, f"aps/{results.name}"
     if any((*folder.glob(trials), *folder.glob(f"*/{trials}"))):
         yield (
-            f"settings were searched beside {csv_file}: if it holds results of the searched ones, "
+            f"settings were searched beside {csv_file}: if it holds results with them, "
             "say so in the row."
         )
     paths = [run.checkpoint for run in runs]

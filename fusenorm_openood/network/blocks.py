@@ -94,14 +94,7 @@ def _on_trunk(modules: Modules, calls: Calls, pixels: Mapping[str, int], graph: 
     merges, trunk = graph.merges(), graph.trunk
     left = [n for n in graph.forks() if not any(_is_in(trunk[n], spans[b]) for b in blocks)]
     free = [node for node in left if node in merges]
-    # Several heads on one feature are no trunks, however small the network before them.
-    maps = {calls[name].left for name, count in pixels.items() if count > 1}
-    forks = map(graph.branches, ([fork] for fork in graph.forks()))
-    parallel = any(
-        graph.share_of_work(nodes) > 0.5
-        and any(n in maps or "Convolution" in n.name() for n in nodes)
-        for nodes in forks
-    )
+    parallel = graph.has_parallel_trunks()
     if 2 * len(free) > len(merges) and not parallel:
         # Most sums are in the forward of a module around the blocks: take what holds their values.
         # Names of inputs come last, and are taken where no module returns the tensor.

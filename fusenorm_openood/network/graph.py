@@ -55,9 +55,7 @@ class Graph:
 
         None if these do a fifth of the work or more: they are trunks of their own.
         """
-        depth = dict[Node, int]()
-        for node, following in self.children.items():  # what follows a node comes before it
-            depth[node] = _multiplies(node) + max((depth[n] for n in following), default=0)
+        depth = self._depths()
         deepest = max(self.children[merge], key=lambda node: depth[node])
         inside = self.before(deepest)
         work = [node in inside for node in self._fork(merge) if _multiplies(node)]
@@ -68,6 +66,28 @@ class Graph:
         left = graph.before(self.root)
         graph._take({node: n for node, n in graph.children.items() if node in left})
         return graph
+
+    def _depths(self) -> dict[Node, int]:
+        """How many convolutions and matrix products lie on the longest path to the images."""
+        depth = dict[Node, int]()
+        for node, following in self.children.items():  # what follows a node comes before it
+            depth[node] = _multiplies(node) + max((depth[n] for n in following), default=0)
+        return depth
+
+    def has_parallel_trunks(self) -> bool:
+        """Whether the branches of a fork do most of the work, and are no heads on one feature.
+
+        The branches of heads have at most two products each, and no more than what is before them.
+        """
+        depth = self._depths()
+        for fork in self.forks():
+            branches = self._fork(fork)
+            ends = (n for node in (fork, *branches) for n in self.children[node])
+            before = max((depth[node] for node in ends if node in self.trunk), default=0)
+            long = depth[fork] - _multiplies(fork) - before
+            if self.share_of_work(branches) > 0.5 and long > min(before, 2):
+                return True
+        return False
 
     def before(self, start: Node) -> set[Node]:
         """A node, and the nodes on its paths to the images."""

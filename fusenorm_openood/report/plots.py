@@ -328,6 +328,7 @@ def bars(rows: Sequence[tuple[str, float, Guarantee | None]], ax: Any, asked: fl
 
 def dots(groups: Mapping[str, Mapping[str, float]], ax: Any, axis: str) -> str:
     """One line per name, one dot per group."""
+    _check_any(groups)
     names = list(next(iter(groups.values())))
     for number, (group, values) in enumerate(groups.items()):
         style = {"color": LINES[number % MANY][0], "markersize": 4.5, "label": group}

@@ -220,7 +220,7 @@ def test_a_report_about_the_rows(folders, tmp_path):
     part.write_bytes(part.read_bytes()[:-9])
     with pytest.warns(TruncatedImageWarning) as said:  # once, not for its picture again
         assert score(folders, folders / "test_noise", part, "--csv", table, "--report", page) == 0
-    assert len(said) == 1
+    assert [w.category for w in said].count(TruncatedImageWarning) == 1
     text = undated(page)
     rejected = sum(row.ood for row in read_rows(table))
     assert f"{rejected:,}" in text

@@ -154,6 +154,7 @@ def test_unusable_combinations_are_skipped_with_a_reason(net, loader):
         ({"bsae": [2]}, "unknown setting 'bsae'"),
         ({"output": "msp"}, "output must be a non-empty list of values, got 'msp'"),
         ({"cap": 5}, "cap must be a non-empty list of values, got 5"),
+        ({"output": {"msp": 1}}, "output must be a non-empty list of values, got {"),
         ({"cap": []}, r"cap must be a non-empty list of values, got \[\]"),
         ({"strong": [["layer9"]]}, "unknown strong expert 'layer9'"),
     ],

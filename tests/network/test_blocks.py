@@ -299,21 +299,48 @@ def test_the_ends_of_parallel_trunks_are_no_taps():
     assert structure.rule.endswith("parallel trunks")
 
 
-class Heads(nn.Module):
-    """Two convolutions whose feature three linear layers read."""
+class Fork(nn.Module):
+    """Branches whose mean are the logits, behind some layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: nn.Module, *branches: nn.Module) -> None:
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 16, 3)
-        self.heads = nn.ModuleList(nn.Linear(16, 5) for _ in range(3))
+        self.before, self.branches = before, nn.ModuleList(branches)
 
     def forward(self, x: Tensor) -> Tensor:
-        feature = self.conv2(self.conv1(x).relu()).relu().mean((2, 3))
-        return torch.stack([head(feature) for head in self.heads]).mean(0)
+        x = self.before(x)
+        return torch.stack([branch(x) for branch in self.branches]).mean(0)
 
 
-def test_several_heads_on_one_feature_are_no_parallel_trunks():
-    assert read_structure(Heads(), SMALL).blocks == ("conv1", "conv2")
+def two_convolutions() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 16, 3), nn.ReLU())
+
+
+def pooled(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+
+
+HEADS = {
+    "linear": pooled,
+    "MLP": lambda: nn.Sequential(pooled(), nn.ReLU(), nn.Linear(5, 5)),
+    "1x1": lambda: nn.Sequential(nn.Conv2d(16, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "depthwise": lambda: pooled(nn.Conv2d(16, 16, 3, groups=16)),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_several_heads_on_one_feature_are_no_parallel_trunks(head):
+    net = Fork(two_convolutions(), *(HEADS[head]() for _ in range(3)))
+    assert read_structure(net, SMALL).blocks == ("before.1", "before.3")
+
+
+def test_parallel_trunks_without_convolutions_are_no_heads():
+    def trunk() -> nn.Sequential:
+        return nn.Sequential(*(nn.Linear(192, 192) for _ in range(3)), nn.Linear(192, 5))
+
+    flat = nn.Sequential(nn.Flatten(), nn.Identity())
+    assert read_structure(Fork(flat, trunk(), trunk()), SMALL).blocks == ()
+    deep = (pooled(*(nn.Conv2d(16, 16, 1) for _ in range(3))) for _ in range(2))
+    assert read_structure(Fork(two_convolutions(), *deep), SMALL).blocks == ()
 
 
 def leaf() -> Tensor:

@@ -18,6 +18,7 @@ from fusenorm_openood.report.gallery import PICTURES, SIDE, Shown, data_uri, thu
 from fusenorm_openood.report.page import SMALL, Figure, svg
 from fusenorm_openood.report.plots import POINTS, bin_edges, mean_roc, overlaid, where
 
+DOTS = partial(plots.dots, axis="AUROC")
 NORM = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 
@@ -81,10 +82,10 @@ def test_an_axis_has_no_factor_beside_it(rng, scale):
 
 
 def test_drawings_are_in_the_colours_of_the_page(rng):
-    scores = {name: rng.normal(size=50) for name in "abcd"}
+    scores = {name: rng.normal(size=50) for name in "abcdefg"}
     text = svg(Figure("#d55e00", partial(plots.histograms, scores, threshold=0.0)), "one")
     assert set(re.findall("#[0-9a-f]{6}", text)) == {"#d55e00"}
-    assert {f"--line{n}" for n in range(3)} | {"--blue", "--ink"} <= {*re.findall(r"--\w+", text)}
+    assert {f"--line{n}" for n in range(6)} | {"--blue", "--ink"} <= {*re.findall(r"--\w+", text)}
 
 
 def test_the_data_sets_of_a_benchmark_are_told_apart_and_more_can_be_drawn(rng):
@@ -98,7 +99,7 @@ def test_the_data_sets_of_a_benchmark_are_told_apart_and_more_can_be_drawn(rng):
     assert plots.histograms({"a": np.ones(3)}, ax, marks={n: np.ones(1) for n in "abcdefgh"})
 
 
-@pytest.mark.parametrize("draw", [plots.histograms, plots.roc, plots.contributions])
+@pytest.mark.parametrize("draw", [plots.histograms, plots.roc, plots.contributions, DOTS])
 def test_nothing_to_draw_is_an_error(draw):
     with pytest.raises(DataError, match="nothing to draw"):
         draw({}, None)
