@@ -1,5 +1,6 @@
 """Image files: read as in OpenOOD, and checked without decoding those that look complete."""
 
+import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -18,7 +19,10 @@ from fusenorm_openood.storage.urls import Place, Url, split_page
 
 # What PIL raises for a file that it cannot decode; UnidentifiedImageError is an OSError.
 BOMB = Image.DecompressionBombError
-UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, BOMB)
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, RuntimeError, EOFError, BOMB),
+    *(MemoryError, AttributeError, LookupError, TypeError, ArithmeticError, struct.error),
+)
 # Endings of files that `pixels` reads, and PIL does not, with the package that is needed.
 OTHERS = {".npy": "numpy", ".dcm": "pydicom", ".dicom": "pydicom"}
 # First and last bytes of files in the usual formats.
@@ -277,7 +281,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, BOMB):
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         return f"it has more than the {limit} pixels that PIL reads: make it smaller"
-    return str(getattr(error, "strerror", None) or error)
+    return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
 @contextmanager

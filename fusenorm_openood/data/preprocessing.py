@@ -5,7 +5,7 @@ torchvision, which takes a second to import, is imported for the first image onl
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from math import floor, isfinite
+from math import floor, inf, isfinite, prod
 from typing import Any
 
 import numpy as np
@@ -239,8 +239,9 @@ class Preprocessing:
         from torchvision.transforms import functional as TF
 
         ImageOps.exif_transpose(band, in_place=True)
-        mode = InterpolationMode(self.interpolation)
-        resized = TF.resize(band, self.resized(band.height, band.width), mode)
+        mode, target = InterpolationMode(self.interpolation), self.resized(band.height, band.width)
+        check_resized(band, target)
+        resized = TF.resize(band, target, mode)
         short = [max(c - s, 0) for c, s in zip(self.crop[::-1], resized.size, strict=True)]
         if any(short):
             (low, high), is_border = self.span, self.crop_mode == "border"
@@ -300,3 +301,15 @@ class Preprocessing:
 def as_pair(resize: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width of a size, where one length stands for both."""
     return (resize, resize) if isinstance(resize, int) else resize
+
+
+def check_resized(image: Image.Image, target: list[int]) -> None:
+    """Refuse a thin image whose shorter side is made longer, before memory is taken for it."""
+    short, long = sorted(image.size)
+    count = prod(target) if len(target) == 2 else target[0] ** 2 * long // short
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or inf)
+    if count > limit:
+        raise DataError(
+            f"it is {image.width} x {image.height}, and would have {count} pixels when resized, "
+            f"more than the {limit} that PIL reads: crop it"
+        )

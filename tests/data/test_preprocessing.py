@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from fusenorm_openood.cli.fit import preprocessing_of
-from fusenorm_openood.data.images import TruncatedImageWarning
+from fusenorm_openood.data.images import UNREADABLE, TruncatedImageWarning
 from fusenorm_openood.data.preprocessing import NORMALIZATIONS, EvalTransform, Preprocessing
 from fusenorm_openood.errors import ConfigError, DataError
 
@@ -145,10 +145,7 @@ def test_a_truncated_upload_is_read_as_the_file(tmp_path, kind, kept):
         assert torch.equal(PREPROCESSING(Image.open(BytesIO(cut))), expected)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [OSError, SyntaxError, ValueError, RuntimeError, EOFError, Image.DecompressionBombError],
-)
+@pytest.mark.parametrize("error", [*UNREADABLE, AttributeError, MemoryError])
 def test_whatever_pil_raises_for_an_image_is_one_error(error):
     image = photograph()
 
@@ -159,6 +156,11 @@ def test_whatever_pil_raises_for_an_image_is_one_error(error):
     why = "pixels that PIL reads" if error is Image.DecompressionBombError else "no image data"
     with pytest.raises(DataError, match=rf"the image cannot be read \(.*{why}.*\): restore"):
         PREPROCESSING(image)
+
+
+def test_thin_images_are_refused_where_resizing_would_take_much_memory():
+    with pytest.raises(DataError, match=r"200000 x 1, .* 259200000 pixels .*: crop it"):
+        PREPROCESSING(Image.new("RGB", (200_000, 1)))  # a PNG file of 700 bytes
 
 
 @pytest.mark.parametrize(
