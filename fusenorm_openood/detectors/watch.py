@@ -95,7 +95,8 @@ class Watch:
 
     By group, confidences are compared with those of their own group, so that groups that become
     more or less frequent are no alarm; they are rejected by the threshold of their group, and the
-    rejection rate is that of all groups together.
+    rejection rate is that of all groups together. If no group has a threshold of its own, all are
+    compared with all.
 
     Args:
         calibration: calibration scores `[n]`; or those of each group by its name, perhaps none.
@@ -146,11 +147,14 @@ class Watch:
         self._promised = float(1 - high), float(1 - low)
         self._path, self._seed = path and Path(path), seed
         digest, draw = sha256(), np.random.default_rng([seed, 1])
-        self._most, self._names = max(drift.KEPT // len(parts), BY_GROUP), names
         if by is not None:
             digest.update(str(least).encode())
         for name, part in parts.items():
             digest.update(name.encode() + part.astype("<f8").tobytes())
+        self._are_pooled = by is not None and len(known.pooled) == len(names)
+        parts = {ALL: np.sort(scores)} if self._are_pooled else parts
+        self._most, self._names = max(drift.KEPT // len(parts), BY_GROUP), names
+        for name, part in parts.items():
             if len(part) > self._most:
                 parts[name] = np.sort(draw.choice(part, self._most, replace=False))
         bets = tuple(drift.start().tolist())
@@ -223,8 +227,9 @@ class Watch:
         random = np.random.Generator(np.random.PCG64(self._seed).advance(2 * s.rows))
         drawn, scores, p = random.random((len(conf), 2)), _scores(s), np.empty(len(conf))
         rejected = conf < [self._thresholds[name] for name in given]
-        for name in dict.fromkeys(given):
-            of = np.array(given) == name
+        ranked = [ALL] * len(conf) if self._are_pooled else given
+        for name in dict.fromkeys(ranked):
+            of = np.array(ranked) == name
             found = drift.online_p_values(conf[of], scores[name], drawn[of], self._most)
             p[of], scores[name] = found
         path, capitals = drift.bet(p, np.array(s.log_capitals), s.rows)

@@ -63,6 +63,17 @@ def test_by_group_other_frequencies_are_no_alarm(tmp_path):
             watch.update(conf, groups=wrong)
 
 
+def test_where_all_groups_are_pooled_all_confidences_are_ranked_among_all(tmp_path):
+    draw, path = np.random.default_rng(0), tmp_path / "state.json"
+    known = {str(number): draw.normal(size=2) for number in range(50)}
+    everything = np.concatenate([*known.values()])
+    conf, groups = draw.normal(-1, size=60), draw.integers(50, size=60)  # mostly one of each
+    Watch(known, path=path).update(conf[:20], groups=groups[:20])
+    found = Watch(known, path=path).update(conf[20:], groups=groups[20:])
+    assert found.alarm
+    assert found == pytest.approx(Watch(everything).update(conf), nan_ok=True)
+
+
 def test_nothing_is_known_before_the_first_row():
     now = Watch(CALIBRATION).update([])
     assert (now.rows, now.rate_low, now.rate_high, now.alarm) == (0, 0, 1, False)
