@@ -3,6 +3,7 @@
 #   docker build -t fusenorm .
 #   docker run --rm --user "$(id -u)" -v "$PWD:/work" fusenorm \
 #       score --detector detector.safetensors --weights net.pth images --csv judged.csv
+# With a network of your own: -e PYTHONPATH=/work, and --network package.module:factory.
 FROM python:3.12-slim
 COPY . /source
 ARG TORCH=""

@@ -64,7 +64,9 @@ def run_recalibrate(args: Namespace) -> int:
 
 def _verdict(most: int | list[int], acceptance: float) -> str:
     if isinstance(most, list):
-        limit = f"max_rank of its predicted class, which is from {min(most)} to {max(most)}"
+        low, high = min(most), max(most)
+        ends = f"from {low} to {high}" if low < high else str(low)
+        limit = f"max_rank of its predicted class, which is {ends}"
     else:
         limit = str(most)
     return f"an image is OOD if rank <= {limit} (acceptance {acceptance:g})"

@@ -74,9 +74,9 @@ def checked_images(images: Any) -> Tensor:
         found = f"{images.dtype} {list(images.shape)}" if is_array else type(images).__name__
         raise DataError(
             f"images must be a floating-point tensor [B, C, H, W], got {found}: give tensors "
-            "as the network takes them, or files, PIL images and uint8 pixels to a detector that "
-            "has its preprocessing; loaders may give (images, labels), {'data': images, 'label': "
-            "labels} or images alone"
+            "as the network takes them, of a file preprocessing.read(file); score and is_ood also "
+            "take files, PIL images and uint8 pixels if the detector has its preprocessing, and "
+            "loaders may give (images, labels), {'data': images, 'label': labels} or images alone"
         )
     return images
 

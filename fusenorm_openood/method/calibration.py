@@ -149,7 +149,9 @@ class Calibration:
         return np.array([self.number(name) for name in given], np.int64)
 
     def number(self, name: str) -> int:
-        """The number of a group; ConfigError if no group has this name."""
+        """The number of a group; ConfigError if no group has this name, or there are no groups."""
+        if self.by is None:
+            raise ConfigError("the calibration images are not by groups: leave out group")
         if name not in self.names:
             raise ConfigError(unknown("group", name, self.names))
         return self.names.index(name)

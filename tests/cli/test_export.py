@@ -46,6 +46,15 @@ def test_a_program_is_written_and_compared(name, saved, tmp_path, capsys):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_by_class_the_rank_is_that_of_the_predicted_class(saved, tmp_path, capsys):
+    path, detector = tmp_path / "by.safetensors", FuseNorm.load(saved, Net())
+    detector.calibrate([some_images(40, seed=2)], by="predicted", least=30).save(path)
+    assert export(path, "--output", tmp_path / "it.pt2") == 0
+    verdict = capsys.readouterr().out.splitlines()[1]
+    of = "max_rank of its predicted class, which is 2 (acceptance 0.95), 40 calibration images"
+    assert verdict == f"an image is OOD if rank <= {of}"
+
+
 @pytest.mark.slow
 def test_without_onnxruntime_it_says_so(saved, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -73,6 +73,8 @@ def test_the_guarantee_is_that_of_the_number_of_calibration_images(net, loader, 
         detector.is_ood(IMAGES, 0.99)
     with pytest.raises(ConfigError, match="acceptance must be"):
         detector.is_ood(IMAGES, 95)
+    with pytest.raises(ConfigError, match="not by groups: leave out group"):
+        detector.guarantee(0.9, group=3)
     msp = SingleScore(net, "msp").calibrate(loader)
     assert msp.guarantee(0.9).images == 60
     assert msp.is_ood(IMAGES, 0.9).shape == (6,)
