@@ -41,7 +41,8 @@ def add_fit(parser: ArgumentParser) -> None:
     names = "text file with one class name per line, or `folders`: those in --id-dir, sorted"
     add("--class-names", metavar="FILE", help=names)
     add("--image-size", type=options.positive, help="sides of the centre crop (default: declared)")
-    add("--resize", type=options.positive, help="size before the crop (default: declared, or --image-size)")
+    before = "size before the crop (default: declared, or --image-size)"
+    add("--resize", type=options.positive, help=before)
     any_channels = partial(options.normalization, channels=None)
     how = "how pixels are interpolated (default: declared, or bilinear)"
     add("--interpolation", choices=INTERPOLATIONS, help=how)
