@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from fusenorm_openood.errors import DataError
+from fusenorm_openood.errors import DataError, RemoteError
 from fusenorm_openood.forward.given import checked_images
 from fusenorm_openood.method.calibration import group_names
 
+Batch = TypeVar("Batch")
 Labels = NDArray[np.int64]
 # Keys of a batch that is a dict: OpenOOD's and DALI's, Hugging Face's, and other usual ones.
 IMAGES = ("data", "pixel_values", "image", "images", "img")
@@ -117,14 +118,13 @@ def _class_labels(labels: Any, count: int) -> Labels | None:
     return classes.reshape(count) if np.array_equal(classes, array) else None
 
 
-def without_traceback(loader: Iterable[Any]) -> Iterator[Any]:
-    """A loader that raises a DataError from a worker process without the worker's traceback."""
+def without_traceback(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """A loader that raises an error from a worker process without the worker's traceback."""
     try:
         yield from loader
-    except DataError as error:
-        sentence = str(error).rstrip().splitlines()[-1]
-        prefix = f"{DataError.__module__}.{DataError.__name__}: "
-        raise DataError(sentence.removeprefix(prefix)) from None
+    except (DataError, RemoteError) as error:
+        kind, sentence = type(error), str(error).rstrip().splitlines()[-1]
+        raise kind(sentence.removeprefix(f"{kind.__module__}.{kind.__name__}: ")) from None
 
 
 class Readings:
@@ -174,7 +174,6 @@ def _only_once(loader: Any, found: str = "") -> DataError:
     )
 
 
-Batch = TypeVar("Batch")
 SLOW = 0.2  # share of the time from which on loading is what limits a run
 
 
@@ -188,7 +187,7 @@ class Throughput:
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches; what happens between two of them counts as scoring."""
-        iterator, asked = iter(batches), time.perf_counter()
+        iterator, asked = without_traceback(batches), time.perf_counter()
         while True:
             try:
                 batch = next(iterator)

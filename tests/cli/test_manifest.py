@@ -122,6 +122,7 @@ def test_shards_at_a_url_are_verified_and_discarded(memory):
     [
         ([], "there is nothing to score: give PATH or --manifest FILE"),
         (["unknown://a/b.png"], "unknown://a/b.png cannot be read now (Protocol not known"),
+        (["unknown://b.png", "--num-workers", "1"], "fusenorm: unknown://b.png cannot be read now"),
         (["a.png", "--engine", "ray"], "give --store"),
     ],
 )
