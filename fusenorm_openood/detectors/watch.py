@@ -261,7 +261,9 @@ class Watch:
         way_out = "give another file for the state, or delete it to begin anew"
         try:
             state: State = typed(State, json.loads(path.read_bytes()), "the state")
-            if len(state.log_capitals) != len(drift.SHIFTS) or not any(_scores(state).values()):
+            scores = _scores(state)
+            others = scores.keys() != _scores(self._state).keys()
+            if len(state.log_capitals) != len(drift.SHIFTS) or others or not any(scores.values()):
                 raise ValueError("its bets or scores are missing")
         except (OSError, ValueError) as error:  # ConfigError is a ValueError
             raise ConfigError(f"{path} is no state of a stream ({error}): {way_out}") from None

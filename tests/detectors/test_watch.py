@@ -113,6 +113,7 @@ def test_a_state_that_does_not_belong_is_refused(tmp_path):
             Watch(*given, path=path, **options)
     known = json.loads(path.read_text())
     damaged = [{**known, "rows": "x"}, {**known, "scores": "x"}, {**known, "log_capitals": []}, []]
+    damaged.append({**known, "scores": {"of a group": known["scores"]}})
     for text in (*map(json.dumps, damaged), "{"):
         path.write_text(text)
         with pytest.raises(ConfigError, match="is no state of a stream"):
